@@ -1,0 +1,135 @@
+"""From a spec to a live backend: one module or package per kind, imported when the kind is first asked for.
+
+`Builder` is what the cache builds with. It keeps what the backends of a kind share, such as the loaded bases, and
+answers the cache's questions about a spec before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.errors import BackendNotAvailableError
+from pytest_sway.spec import ModelSpec, with_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping
+    from pathlib import Path
+
+    from pytest_sway.backends.hf import HFBuilder
+    from pytest_sway.scoring import DifferentialBackend
+
+
+def build(spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
+    """Build one backend by itself, sharing nothing with others.
+
+    Args:
+        spec: What to load.
+        adapter_path: An adapter that takes the place of the spec's own.
+
+    Raises:
+        SwayError: The spec cannot be loaded; the message says why and what to do.
+    """
+    return Builder()(spec, adapter_path=adapter_path)
+
+
+def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> ModelSpec:
+    """Return ``spec`` with the device and dtype that ``auto`` stands for.
+
+    Args:
+        spec: Any spec.
+        device: What ``auto`` means for devices; itself ``auto`` for the best that the machine has.
+        dtype: What ``auto`` means for dtypes; itself ``auto`` for the best that the device computes.
+    """
+    if spec.device == "auto" and device != "auto":
+        spec = replace(spec, device=device)
+    if spec.dtype == "auto" and dtype != "auto":
+        spec = replace(spec, dtype=dtype)  # type: ignore[arg-type] # checked by ModelSpec itself
+    if spec.kind == "hf":
+        from pytest_sway.backends.hf.placement import resolve_placement
+
+        return resolve_placement(spec)
+    return spec
+
+
+class Builder:
+    """Builds backends of every kind and keeps what they share.
+
+    Args:
+        device: What ``auto`` means for devices in this run.
+        dtype: What ``auto`` means for dtypes in this run.
+        on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        on_base_load: Callable[[str, float], None] | None = None,
+    ) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._on_base_load = on_base_load
+        self._hf: HFBuilder | None = None
+
+    def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
+        """Build the backend of ``spec``."""
+        spec = self.resolve(with_adapter(spec, adapter_path))
+        if spec.kind == "hf":
+            return self._hf_builder().build(spec)
+        if spec.kind == "custom":
+            from pytest_sway.backends.custom import build_custom
+
+            return build_custom(spec)
+        raise self._unavailable(spec)
+
+    def resolve(self, spec: ModelSpec) -> ModelSpec:
+        """Return ``spec`` with the device and dtype that it will be loaded with."""
+        return resolve(spec, device=self._device, dtype=self._dtype)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Find what can be found wrong with a resolved spec without loading it.
+
+        Raises:
+            SwayError: Loading it would fail.
+        """
+        if spec.kind == "hf":
+            self._hf_builder().check(spec)
+        elif spec.kind == "custom":
+            from pytest_sway.backends.custom import import_class
+
+            import_class(spec)
+        else:
+            raise self._unavailable(spec)
+
+    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
+        """Return the bytes that each part of a resolved spec will take, or ``None`` if that cannot be known.
+
+        Parts that several backends share, such as a base, have equal keys, and count once.
+        """
+        return self._hf_builder().estimate(spec) if spec.kind == "hf" else None
+
+    def measure(self, backend: Any) -> Mapping[Hashable, int] | None:
+        """Return the bytes that each part of a loaded backend takes, keyed as in `estimate`."""
+        sizes = getattr(backend, "sizes", None)
+        return sizes() if callable(sizes) else None
+
+    def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
+        """Keep what a resolved spec will share with others from being closed while room is made for it."""
+        return self._hf_builder().hold(spec) if spec.kind == "hf" else nullcontext()
+
+    def _hf_builder(self) -> HFBuilder:
+        if self._hf is None:
+            from pytest_sway.backends.hf import HFBuilder
+
+            self._hf = HFBuilder(on_base_load=self._on_base_load)
+        return self._hf
+
+    @staticmethod
+    def _unavailable(spec: ModelSpec) -> BackendNotAvailableError:
+        return BackendNotAvailableError(
+            f"pytest-sway does not build backends of kind {spec.kind!r} itself; it builds 'hf' and 'custom'. Implement"
+            f" the hook pytest_sway_build_backend(spec) in a conftest.py to build {spec.kind!r}."
+        )

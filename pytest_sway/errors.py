@@ -1,0 +1,114 @@
+"""Every error that pytest-sway raises, and its one warning.
+
+The tree::
+
+    SwayError
+    ├── SpecError (ValueError)            the spec itself is wrong
+    ├── BackendNotAvailableError          nothing installed here can build this kind
+    ├── BackendLoadError                  the load was tried and failed
+    │   └── WeightsError                  a file of weights is missing, unreadable or unsafe
+    │       └── AdapterMismatchError      the adapter does not fit, or does nothing
+    ├── CacheError
+    │   ├── CacheFullError                nothing can be evicted for this load
+    │   ├── CacheDeadlockError            a load waits, through others, for itself
+    │   └── CacheClosedError              the cache was shut down
+    ├── BackendUseError
+    │   ├── BackendClosedError            the backend was used after its close
+    │   ├── ViewClosedError               a view was used after its ``with`` block
+    │   └── NoAdapterError                the fine-tuned side of a spec without adapter
+    ├── ScoringError (ValueError)         there is nothing to score in what was passed
+    ├── MutationError                     a test left a shared model changed
+    └── LeakError                         weights outlived their backend
+
+Each takes one argument, the message, so that an error can be raised again in another test with a word about the
+first. The message says what was asked, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SwayError(Exception):
+    """Root of the errors of pytest-sway.
+
+    Attributes:
+        permanent: The same request would fail again, as long as no file of it changes. A run remembers such a failure
+            and does not try the load again for each test.
+    """
+
+    permanent: ClassVar[bool] = False
+
+
+class SpecError(SwayError, ValueError):
+    """A spec is malformed, or names something that does not exist."""
+
+    permanent = True
+
+
+class BackendNotAvailableError(SwayError):
+    """A kind of backend that this environment cannot build: an extra is missing, or nobody builds it."""
+
+    permanent = True
+
+
+class BackendLoadError(SwayError):
+    """A load was tried and failed; the original error is the cause."""
+
+
+class WeightsError(BackendLoadError):
+    """A file of weights is missing, truncated, unreadable or of a format that can run code."""
+
+    permanent = True
+
+
+class AdapterMismatchError(WeightsError):
+    """An adapter that does not fit its base, was not applied in full, holds NaN or changes nothing."""
+
+
+class CacheError(SwayError):
+    """The cache cannot serve a request."""
+
+
+class CacheFullError(CacheError):
+    """No room can be made: what is resident is leased, or the model alone is over the byte budget."""
+
+
+class CacheDeadlockError(CacheError):
+    """A load asks, directly or through another thread's load, for the very backend that it is loading."""
+
+
+class CacheClosedError(CacheError):
+    """The cache was shut down and hands out nothing any more."""
+
+
+class BackendUseError(SwayError):
+    """A backend or a view was used in a way that it cannot serve."""
+
+
+class BackendClosedError(BackendUseError):
+    """A backend was used after it was closed, by eviction or at the session's end."""
+
+
+class ViewClosedError(BackendUseError):
+    """A view was used after the ``with`` block that opened it."""
+
+
+class NoAdapterError(BackendUseError):
+    """The fine-tuned side was asked of a backend whose spec has no adapter."""
+
+
+class ScoringError(SwayError, ValueError):
+    """The text passed leaves nothing to score, such as a completion of no tokens."""
+
+
+class MutationError(SwayError):
+    """A test left a shared model, adapter or tokenizer other than it found it."""
+
+
+class LeakError(SwayError):
+    """Weights are still in memory after their backend was closed."""
+
+
+class SwayWarning(UserWarning):
+    """Something that the user should know and that does not make a result wrong."""

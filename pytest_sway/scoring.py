@@ -1,0 +1,173 @@
+"""What a backend hands out: the types of its answers and the Protocols it satisfies.
+
+The Protocols are those of dlm-sway 0.1 (``dlm_sway.core.scoring`` and ``dlm_sway.core.model``), so that one backend
+serves both. Unlike there, any number of views may be open at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RollingLogprob:
+    """The log-probability of each token of a text, given the tokens before it.
+
+    Attributes:
+        token_ids: int64, shape ``(N,)``: the text's tokens.
+        logprobs: float32, shape ``(max(N - 1, 0),)``, in nats: ``log p(token[i] | token[:i])`` for ``i >= 1``.
+        num_tokens: ``N``.
+        total_logprob: Sum of ``logprobs``, in nats.
+    """
+
+    token_ids: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    num_tokens: int
+    total_logprob: float
+
+    @property
+    def mean_logprob(self) -> float:
+        """Nats per scored token; 0.0 where no token was scored."""
+        return self.total_logprob / self.logprobs.size if self.logprobs.size else 0.0
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(-mean_logprob)``: the natural perplexity, at least 1."""
+        return math.exp(-self.mean_logprob)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenDist:
+    """The distribution of the next token, cut to its ``k`` most probable tokens.
+
+    Attributes:
+        token_ids: int64, shape ``(k,)``, most probable first.
+        logprobs: float32, shape ``(k,)``, in nats, normalised over the whole vocabulary.
+        vocab_size: Size of the vocabulary that the logits cover.
+        tail_logprob: Log of the mass outside the ``k`` tokens; ``None`` where they are the whole vocabulary, and 0.0
+            where the mass is too small to be told from none (dlm-sway's convention: both mean no tail).
+    """
+
+    token_ids: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    vocab_size: int
+    tail_logprob: float | None = None
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Text generation; dlm-sway's ``Model``."""
+
+    id: str
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """Continue ``prompt``; greedy at temperature 0, else sampled from ``seed``."""
+        ...
+
+    def close(self) -> None:
+        """Release what this view itself holds."""
+        ...
+
+
+@runtime_checkable
+class ScoringBackend(Protocol):
+    """Log-probabilities; dlm-sway's ``ScoringBackend``."""
+
+    def logprob_of(self, prompt: str, completion: str) -> float:
+        """Sum of the log-probabilities of the completion's tokens given the prompt, in nats."""
+        ...
+
+    def rolling_logprob(self, text: str) -> RollingLogprob:
+        """Log-probability of each token of ``text`` given those before it."""
+        ...
+
+    def next_token_dist(self, prompt: str, *, top_k: int = 256) -> TokenDist:
+        """Distribution of the token after ``prompt``."""
+        ...
+
+
+@runtime_checkable
+class View(Model, ScoringBackend, Protocol):
+    """One side of a backend: generation and scoring in one state of the model."""
+
+
+@runtime_checkable
+class RawView(View, Protocol):
+    """A view that also gives the raw objects to other libraries."""
+
+    @property
+    def model(self) -> Any:
+        """The framework's model, put into this view's state."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The framework's tokenizer."""
+        ...
+
+
+@runtime_checkable
+class DifferentialBackend(Protocol):
+    """A base model and its fine-tuned self."""
+
+    def as_base(self) -> AbstractContextManager[View]:
+        """Open a view on the base model."""
+        ...
+
+    def as_finetuned(self) -> AbstractContextManager[View]:
+        """Open a view on the fine-tuned model."""
+        ...
+
+
+@runtime_checkable
+class ScalableDifferentialBackend(DifferentialBackend, Protocol):
+    """A differential backend whose adapter can be scaled."""
+
+    def as_scaled_adapter(self, lam: float) -> AbstractContextManager[View]:
+        """Open a view in which the adapter's additive term counts ``lam`` times: 0 is the base, 1 the adapter."""
+        ...
+
+
+@runtime_checkable
+class NullCalibratedBackend(DifferentialBackend, Protocol):
+    """A differential backend that can put noise in the adapter's place."""
+
+    def as_null_adapter(
+        self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0
+    ) -> AbstractContextManager[View]:
+        """Open a view whose adapter has the same structure and weights from ``N(0, init_scale**2 * rank_scale)``."""
+        ...
+
+
+@runtime_checkable
+class PreflightCheckable(Protocol):
+    """A backend that can tell whether its answers are finite."""
+
+    def preflight_finite_check(self) -> tuple[bool, str]:
+        """``(True, "")``, or ``(False, reason)``."""
+        ...
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A backend that knows whether it is still what it was when it was loaded."""
+
+    def changes(self) -> list[str]:
+        """One line for each thing that is no longer as it was after the load; empty when nothing is."""
+        ...

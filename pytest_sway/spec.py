@@ -1,0 +1,319 @@
+"""What to load: `ModelSpec`, the forms it is accepted in, and the keys under which what is loaded is shared.
+
+Two specs with equal keys are served by one backend, so a key holds everything that changes what is loaded and nothing
+else. The contents of an adapter's folder are part of it: retraining into the same folder is another adapter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, cast
+
+from pytest_sway.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Kind = Literal["hf", "mlx", "api", "dummy", "custom"]
+Dtype = Literal["auto", "fp16", "bf16", "fp32"]
+
+KINDS: Final = ("hf", "mlx", "api", "dummy", "custom")
+DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
+_DTYPE_ALIASES: Final = {
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float": "fp32",
+}
+_DEVICE: Final = re.compile(r"(auto|[a-z]+(:\d+)?)")
+_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ENTRY_POINT: Final = re.compile(r"[^\d\W][\w.]*:[^\d\W][\w.]*")
+
+Key: TypeAlias = tuple[Hashable, ...]
+
+
+class SpecAttributes(Protocol):
+    """The least that an object needs to be taken for a spec; dlm-sway's ``ModelSpec`` has it."""
+
+    @property
+    def base(self) -> str:
+        """A hub id or a folder."""
+        ...
+
+
+SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """An immutable description of a base model and an optional adapter; checked when it is made.
+
+    Field names and meanings are dlm-sway's where it has them.
+
+    Attributes:
+        kind: Which backend serves it: ``hf``, ``mlx``, ``api``, ``dummy`` or ``custom``.
+        base: A hub id (``org/name``) or the folder of a model; folders are made absolute.
+        adapter: The folder of a PEFT adapter, made absolute; ``None`` for the base alone.
+        dtype: ``auto``, ``fp16``, ``bf16`` or ``fp32``; torch's names (``bfloat16``) are understood.
+        device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
+        trust_remote_code: Run the code that a base's repository brings. Not part of the identity.
+        revision: The commit, branch or tag of a base on a hub.
+        entry_point: ``package.module:Class``, for ``kind="custom"``.
+        endpoint: The server's address, for ``kind="api"``.
+        allow_pickle: Read weights that exist only in pickle files, which can run code when they are read.
+
+    Raises:
+        SpecError: A field's value is not one that the field takes.
+    """
+
+    kind: Kind = "hf"
+    base: str = ""
+    adapter: Path | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
+    entry_point: str | None = None
+    endpoint: str | None = None
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        self._set("kind", _one_of("kind", self.kind, KINDS))
+        dtype = _DTYPE_ALIASES.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        self._set("dtype", _one_of("dtype", dtype, DTYPES))
+        for name in ("trust_remote_code", "allow_pickle"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"spec field {name!r} must be true or false, not {getattr(self, name)!r}.")
+        for name in ("revision", "entry_point", "endpoint"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise SpecError(f"spec field {name!r} must be a non-empty string or None, not {value!r}.")
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise SpecError(
+                f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {self.device!r}."
+            )
+        self._set("base", _base(self.base))
+        self._set("adapter", _adapter(self.adapter))
+        if self.kind == "custom" and not _ENTRY_POINT.fullmatch(self.entry_point or ""):
+            raise SpecError(
+                "a spec of kind 'custom' needs entry_point='package.module:Class', the class to build;"
+                f" found {self.entry_point!r}."
+            )
+        if self.kind == "api" and self.endpoint is None:
+            raise SpecError("a spec of kind 'api' needs endpoint=, the address of the server.")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        """A short label for people: the kind where it is not ``hf``, the base, the adapter."""
+        kind = "" if self.kind == "hf" else f"{self.kind}:"
+        adapter = "" if self.adapter is None else f" + {_short(str(self.adapter))}"
+        return f"{kind}{_short(self.base)}{adapter}"
+
+
+_FIELDS: Final = tuple(field.name for field in fields(ModelSpec))
+
+
+def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
+    """Return the spec that ``value`` stands for.
+
+    Args:
+        value: A `ModelSpec`, a mapping of its fields, a name from ``named``, or any object with the same attributes.
+        named: Specs by name, from the configuration; each in one of the other forms.
+
+    Raises:
+        SpecError: It is none of those, has a field that does not exist, or a value that its field does not take.
+    """
+    if isinstance(value, ModelSpec):
+        return value
+    if isinstance(value, Mapping):
+        return _from_mapping(value)
+    if isinstance(value, str):
+        if value not in named:
+            known = ", ".join(sorted(named)) or "none are configured"
+            raise SpecError(
+                f"no spec is named {value!r} (named specs: {known}). Pass a mapping such as"
+                " {'base': ..., 'adapter': ...}, or configure the name under [tool.pytest-sway.specs]."
+            )
+        return parse_spec(named[value])
+    if hasattr(value, "base"):
+        return _from_mapping({name: getattr(value, name) for name in _FIELDS if hasattr(value, name)})
+    raise SpecError(
+        f"a spec is a ModelSpec, a mapping of its fields or a configured name; found {type(value).__name__}: {value!r}."
+    )
+
+
+def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
+    for name in values:
+        if name not in _FIELDS:
+            close = difflib.get_close_matches(str(name), _FIELDS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
+    try:
+        return _memoised(os.getcwd(), tuple(values.items()))
+    except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
+        return ModelSpec(**values)
+
+
+@lru_cache(maxsize=256)
+def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> ModelSpec:
+    """The spec of a mapping; resolving its paths costs more than a warm request may."""
+    return ModelSpec(**dict(items))
+
+
+def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
+    valid = tuple(valid)
+    if value not in valid:
+        raise SpecError(f"spec field {name!r} must be one of {', '.join(valid)}; found {value!r}.")
+    return cast("str", value)
+
+
+def _base(value: object) -> str:
+    if isinstance(value, os.PathLike):
+        return str(_resolved(value))
+    if not isinstance(value, str) or not value.strip():
+        raise SpecError(f"a spec needs 'base', a hub id or the folder of a model; found {value!r}.")
+    if is_path(value) or Path(value).is_dir():
+        return str(_resolved(value))
+    return value
+
+
+def _adapter(value: object) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not str(value).strip():
+        raise SpecError(f"spec field 'adapter' must be the folder of a PEFT adapter or None; found {value!r}.")
+    return _resolved(value)
+
+
+def is_path(base: str) -> bool:
+    """Whether a base is written as a folder, not as a hub id such as ``org/name``."""
+    return base.startswith(("/", "~", ".")) or os.path.isabs(base) or not _HUB_ID.fullmatch(base)
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser().resolve()
+    except (RuntimeError, ValueError, OSError) as error:  # an unknown user's ~, a null byte, a loop of links
+        raise SpecError(f"the path {os.fspath(path)!r} cannot be resolved: {error}.") from error
+
+
+def _short(text: str) -> str:
+    """The last two parts of a path or hub id: enough for a person, and short."""
+    return "/".join(text.rstrip(os.sep).split(os.sep)[-2:]).lstrip("/")
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def cache_key_for(spec: ModelSpec, *, adapter_path: Path | None = None) -> Key:
+    """Return the identity of what ``spec`` loads.
+
+    The key begins ``(kind, base, str(adapter) or None, dtype, device)``, with the device and dtype that ``auto`` stands
+    for on this machine; asking that imports torch when the kind needs it and it is installed. It goes on with every
+    other field that changes what is loaded, and with the state of the files.
+
+    Args:
+        spec: What is asked for.
+        adapter_path: An adapter that takes the place of the spec's own.
+    """
+    from pytest_sway.backends import resolve  # upwards, and only here: what `auto` means is the backends' to say
+
+    return resolved_key(resolve(with_adapter(spec, adapter_path)))
+
+
+def resolved_key(spec: ModelSpec) -> Key:
+    """Return the identity of a spec whose device and dtype are already those that will be used."""
+    adapter = None if spec.adapter is None else str(spec.adapter)
+    return (
+        spec.kind,
+        spec.base,
+        adapter,
+        spec.dtype,
+        spec.device,
+        spec.revision,
+        spec.entry_point,
+        spec.endpoint,
+        spec.allow_pickle,
+        _base_signature(spec.base) if os.path.isabs(spec.base) else None,
+        None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
+    )
+
+
+def base_key(spec: ModelSpec) -> Key:
+    """Return the identity of the base of a resolved spec: equal for all adapters that can share it."""
+    return resolved_key(replace(spec, adapter=None))
+
+
+def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
+    """Return ``spec`` with ``adapter_path`` in its adapter's place, or as it is where that is ``None``."""
+    return spec if adapter_path is None else replace(spec, adapter=Path(adapter_path))
+
+
+_Signature: TypeAlias = tuple[tuple[int, int, int, int], ...]
+
+_IDENTITY_FILES: Final = re.compile(
+    r".*\.(safetensors|jinja|model|txt)|(?!trainer_state).*\.json|(adapter_model|new_embeddings).*\.bin"
+)
+"""Files that decide what an adapter's folder loads; a checkpoint's optimizer state and README do not."""
+
+
+def _base_signature(folder: str) -> _Signature:
+    """The state of a model's config.json, which every save of the model writes anew; the weights are too many."""
+    return _stats((f"{folder}/config.json",))
+
+
+def _adapter_signature(folder: str) -> _Signature:
+    """The state of the files that an adapter is loaded from."""
+    try:
+        listed = os.stat(folder)
+        paths = _identity_files(folder, listed.st_mtime_ns, listed.st_ino)
+    except OSError:
+        return ()
+    return _stats(paths)
+
+
+def _stats(paths: tuple[str, ...]) -> _Signature:
+    signature = []
+    for path in paths:
+        try:
+            st = os.stat(path)
+        except OSError:
+            signature.append((0, 0, 0, 0))
+        else:
+            signature.append((st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino))
+    return tuple(signature)
+
+
+@lru_cache(maxsize=256)
+def _identity_files(folder: str, _mtime_ns: int, _inode: int) -> tuple[str, ...]:
+    """The paths of the files that count, which are the same until the folder's modification time changes."""
+    with os.scandir(folder) as entries:
+        return tuple(sorted(e.path for e in entries if e.is_file() and _IDENTITY_FILES.fullmatch(e.name)))
+
+
+@lru_cache(maxsize=256)
+def _adapter_digest(folder: str, signature: _Signature) -> str | None:
+    """A digest of the contents of an adapter's files; they are read again only when their signature has changed."""
+    if not signature:
+        return None
+    listed = os.stat(folder)
+    digest = hashlib.sha256()
+    for path in _identity_files(folder, listed.st_mtime_ns, listed.st_ino):
+        digest.update(os.path.basename(path).encode() + b"\0")
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()
