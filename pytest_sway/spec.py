@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 from pytest_sway.errors import SpecError
 
@@ -175,7 +175,7 @@ def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
     valid = tuple(valid)
     if value not in valid:
         raise SpecError(f"spec field {name!r} must be one of {', '.join(valid)}; found {value!r}.")
-    return cast("str", value)
+    return str(value)
 
 
 def _base(value: object) -> str:
