@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -72,7 +73,7 @@ class SharedPool(Generic[K, V]):
                     fresh = slot.value is None
                     if slot.value is None:
                         slot.value = load()
-                    return Share(slot.value, fresh, lambda: self._leave(slot))
+                    return Share(slot.value, fresh, partial(self._leave, slot))
             except BaseException:
                 self._leave(slot)
                 raise
