@@ -1,0 +1,192 @@
+"""Tiny models made on the spot: a Llama of two layers with its tokenizer, and PEFT adapters for it, whole and broken.
+
+Nothing heavy is imported before a model is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WORDS = (
+    "the of to and in is it that a was for on as with his he be at by i this had not are but from or have an they"
+    " which one you were her all she there would their we him been has when who will more no if out so said what up"
+    " sun moon rises sets east west north south red blue cat dog sat mat hello world model adapter learned text paris"
+    " france capital city river sea , . ? ! : ;"
+).split()
+
+TEXT = "the sun rises in the east and sets in the west ."
+
+
+def make_base(
+    folder: Path | str, *, seed: int = 0, layers: int = 2, hidden: int = 32, dtype: str = "float32", **config: Any
+) -> Path:
+    """Save a random Llama and its tokenizer to ``folder``; equal arguments give equal weights.
+
+    Args:
+        folder: Where it goes; made if need be.
+        seed: Seeds the weights.
+        layers: Number of layers.
+        hidden: Hidden size.
+        dtype: Torch's name of the dtype that it is saved in.
+        config: Further fields of ``LlamaConfig``.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(folder)
+    vocab = make_tokenizer(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,  # 0.02 would make all words about equally probable
+    }
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path | str, *, extra: tuple[str, ...] = (), pad: bool = True) -> int:
+    """Save a tokenizer of whole words to ``folder`` and return the size of its vocabulary.
+
+    Args:
+        folder: Where it goes.
+        extra: Words on top of `WORDS`.
+        pad: Whether it has a token for padding.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys((*WORDS, *extra))))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
+    with quiet():
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=256, **names).save_pretrained(folder)
+    return len(vocab)
+
+
+def make_adapter(
+    folder: Path | str,
+    base: Path | str,
+    *,
+    seed: int = 1,
+    r: int = 4,
+    targets: tuple[str, ...] | str | None = ("q_proj", "v_proj"),
+    zero_b: bool = False,
+    scale: float = 0.3,
+    **lora_kwargs: Any,
+) -> Path:
+    """Save a LoRA adapter for the model in ``base`` to ``folder``; its weights are noise, so that it has an effect.
+
+    Args:
+        folder: Where it goes.
+        base: The folder of the model.
+        seed: Seeds the weights.
+        r: Rank.
+        targets: ``target_modules``.
+        zero_b: Leave all B at zero, as an adapter that was never trained.
+        scale: Standard deviation of the noise that is added to the weights.
+        lora_kwargs: Further fields of ``LoraConfig``.
+    """
+    from peft import LoraConfig
+
+    targets = list(targets) if isinstance(targets, tuple) else targets
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM", **lora_kwargs)
+    return save_adapter(folder, base, config, seed=seed, scale=0.0 if zero_b else scale)
+
+
+def save_adapter(folder: Path | str, base: Path | str, config: Any, *, seed: int = 1, scale: float = 0.3) -> Path:
+    """Save an adapter of any PEFT type, with noise of ``scale`` added to all that it would train."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(str(base)), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad and scale:
+                parameter.add_(torch.randn_like(parameter) * scale)
+        model.save_pretrained(str(folder))
+    return Path(folder)
+
+
+def edit_weights(adapter: Path | str, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
+    """Rewrite an adapter's weights with what ``change`` makes of them, in place or as a new mapping."""
+    from safetensors.torch import load_file, save_file
+
+    path = Path(adapter) / "adapter_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    changed = change(tensors)
+    save_file(tensors if changed is None else changed, path, metadata={"format": "pt"})
+    return Path(adapter)
+
+
+def edit_config(adapter: Path | str, **fields: Any) -> Path:
+    """Overwrite fields of an adapter's ``adapter_config.json``."""
+    path = Path(adapter) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return Path(adapter)
+
+
+def poison(adapter: Path | str) -> Path:
+    """Put a NaN into an adapter's first tensor."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[min(tensors)].view(-1)[0] = float("nan")
+
+    return edit_weights(adapter, change)
+
+
+def truncate(adapter: Path | str) -> Path:
+    """Cut an adapter's file of weights in half."""
+    path = Path(adapter) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return Path(adapter)
+
+
+def pickled(adapter: Path | str) -> Path:
+    """Replace an adapter's safetensors by a pickle."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = Path(adapter) / "adapter_model.safetensors"
+    torch.save(load_file(path), path.with_name("adapter_model.bin"))
+    path.unlink()
+    return Path(adapter)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers and PEFT from writing to the terminal or warning while a model is made."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
