@@ -1,0 +1,117 @@
+"""What happened in a run, as plain built-in types that can be sent between processes and merged."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+
+@dataclass(slots=True)
+class BackendStats:
+    """What happened to one backend, or to one shared base.
+
+    Attributes:
+        loads: Loads that succeeded.
+        hits: Requests that were served without a load.
+        failures: Loads that failed.
+        evictions: Closes to make room.
+        load_seconds: Seconds spent in the loads that succeeded.
+    """
+
+    loads: int = 0
+    hits: int = 0
+    failures: int = 0
+    evictions: int = 0
+    load_seconds: float = 0.0
+
+    def add(self, other: BackendStats) -> None:
+        """Add another's counts to these."""
+        self.loads += other.loads
+        self.hits += other.hits
+        self.failures += other.failures
+        self.evictions += other.evictions
+        self.load_seconds += other.load_seconds
+
+    @property
+    def seconds_per_load(self) -> float:
+        """Mean seconds of a load; 0.0 where none succeeded."""
+        return self.load_seconds / self.loads if self.loads else 0.0
+
+
+@dataclass(slots=True)
+class SwayStats:
+    """What happened in one process, or in several after `merge`.
+
+    Attributes:
+        backends: By the spec's label.
+        bases: The loads of shared bases, by the base's name; they are part of the backends' load seconds.
+        peak_resident: The most backends that were loading, ready or closing at one time.
+        peak_bytes: The most bytes of weights that were resident at one time, as far as their sizes are known.
+        close_errors: One line for each ``close()`` that raised.
+        mutations: One line for each test that left a backend changed.
+        leaks: One line for each close after which weights were still in memory.
+    """
+
+    backends: dict[str, BackendStats] = field(default_factory=dict)
+    bases: dict[str, BackendStats] = field(default_factory=dict)
+    peak_resident: int = 0
+    peak_bytes: int = 0
+    close_errors: list[str] = field(default_factory=list)
+    mutations: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+
+    def backend(self, label: str) -> BackendStats:
+        """The counts of one backend, made on first use."""
+        return self.backends.setdefault(label, BackendStats())
+
+    def base_loaded(self, name: str, seconds: float) -> None:
+        """Count one load of a shared base."""
+        self.bases.setdefault(name, BackendStats()).add(BackendStats(loads=1, load_seconds=seconds))
+
+    def total(self) -> BackendStats:
+        """The sum over all backends."""
+        total = BackendStats()
+        for stats in self.backends.values():
+            total.add(stats)
+        return total
+
+    def saved_seconds(self) -> float:
+        """Seconds of loading that a run without cache and shared bases would have spent besides, estimated.
+
+        Each hit would have been a load of its base and its adapter, and each load that found its base there would
+        have loaded that base too, at the mean cost of the loads that were measured.
+        """
+        base_loads = sum(base.loads for base in self.bases.values())
+        base_seconds = sum(base.load_seconds for base in self.bases.values())
+        per_base = base_seconds / base_loads if base_loads else 0.0
+        total = self.total()
+        if not total.loads:
+            return 0.0
+        per_backend = (total.load_seconds - base_seconds) / total.loads + per_base
+        return max(0.0, total.hits * per_backend + max(0, total.loads - base_loads) * per_base)
+
+    def merge(self, other: SwayStats) -> None:
+        """Add what happened in another process; peaks are per process, so the larger one stays."""
+        for mine, theirs in ((self.backends, other.backends), (self.bases, other.bases)):
+            for label, stats in theirs.items():
+                mine.setdefault(label, BackendStats()).add(stats)
+        self.peak_resident = max(self.peak_resident, other.peak_resident)
+        self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        self.close_errors += other.close_errors
+        self.mutations += other.mutations
+        self.leaks += other.leaks
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `as_dict`."""
+        return cls(
+            **{
+                **values,
+                "backends": {label: BackendStats(**stats) for label, stats in values["backends"].items()},
+                "bases": {label: BackendStats(**stats) for label, stats in values["bases"].items()},
+            }
+        )
