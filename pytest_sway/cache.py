@@ -469,8 +469,10 @@ class BackendCache:
 
     @atomic
     def _fail(self, operation: Operation, error: SwayError) -> None:
-        """Give those who waited for a load its error."""
+        """Give those who waited for a load its error; who waited for one that never began will try it themselves."""
         entry = cast("Entry", operation.entry)
+        if entry.state is not State.LOADING:
+            return
         for waiter in entry.waiters:
             waiter.error = error
         entry.waiters.clear()
