@@ -1,6 +1,48 @@
-"""pytest-sway: base model and fine-tuned model as two views on one set of loaded weights, in pytest."""
+"""pytest-sway: base model and fine-tuned model as two views on one set of loaded weights, in pytest.
 
-from pytest_sway.errors import SwayError, SwayWarning
-from pytest_sway.spec import ModelSpec, cache_key_for
+The names below are imported when they are first asked for, since pytest imports this package at every start.
+"""
 
-__all__ = ["ModelSpec", "SwayError", "SwayWarning", "cache_key_for"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_sway.cache import BackendCache, CachedBackend, Lease
+    from pytest_sway.errors import SwayError, SwayWarning
+    from pytest_sway.scoring import DifferentialBackend, RollingLogprob, TokenDist, View
+    from pytest_sway.session import SwayBackend
+    from pytest_sway.spec import ModelSpec, cache_key_for
+
+__all__ = [
+    "BackendCache",
+    "CachedBackend",
+    "DifferentialBackend",
+    "Lease",
+    "ModelSpec",
+    "RollingLogprob",
+    "SwayBackend",
+    "SwayError",
+    "SwayWarning",
+    "TokenDist",
+    "View",
+    "cache_key_for",
+]
+
+_HOMES = {
+    "cache": ("BackendCache", "CachedBackend", "Lease"),
+    "errors": ("SwayError", "SwayWarning"),
+    "scoring": ("DifferentialBackend", "RollingLogprob", "TokenDist", "View"),
+    "session": ("SwayBackend",),
+    "spec": ("ModelSpec", "cache_key_for"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that defines it."""
+    for module, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
+
+            return getattr(import_module(f"pytest_sway.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 _log = logging.getLogger(__name__)
 
 _GLANCE: Final = 1.0
@@ -141,6 +143,7 @@ class BackendCache:
             package, with bases shared among the adapters of this cache.
         named: Specs that may be asked for by name.
         listener: Who is told of loads and closes.
+        who: Names whoever asks without a name of his own; by default by the calling thread.
         lease_timeout: Seconds that a request waits for others to release what keeps it from being loaded.
 
     Attributes:
@@ -158,6 +161,7 @@ class BackendCache:
         build: Build | None = None,
         named: Mapping[str, Any] = MappingProxyType({}),
         listener: Listener | None = None,
+        who: Callable[[], str] = lambda: threading.current_thread().name,
         lease_timeout: float = 300.0,
     ) -> None:
         if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1:
@@ -168,6 +172,7 @@ class BackendCache:
         self._build: Final = informed(build)
         self._named: Final = named
         self._listener: Final = listener or Listener()
+        self._who: Final = who
         self._lease_timeout: Final = lease_timeout
         self.stats: Final = SwayStats()
         self._start_empty()
@@ -236,7 +241,7 @@ class BackendCache:
         Args:
             spec: What to load.
             adapter_path: An adapter that takes the place of the spec's own.
-            holder: Who is named to others when the cache is full; by default the calling thread.
+            holder: Who is named to others when the cache is full; by default as the cache's ``who`` says.
 
         Raises:
             SpecError: The spec is malformed.
@@ -246,7 +251,7 @@ class BackendCache:
             SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
         """
         resolved = self._resolve(spec, adapter_path)
-        operation = Operation(holder or threading.current_thread().name)
+        operation = Operation(holder or self._who())
         try:
             try:
                 return self._serve(operation, resolved, resolved_key(resolved))
@@ -349,7 +354,7 @@ class BackendCache:
 
     def _close_each(self, take: Callable[[Operation], None]) -> None:
         """Close what ``take`` puts among the victims of an operation, whatever some of the closes raise."""
-        operation = Operation(threading.current_thread().name)
+        operation = Operation(self._who())
         try:
             try:
                 take(operation)

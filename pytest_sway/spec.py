@@ -22,6 +22,8 @@ from pytest_sway.errors import SpecError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 Kind = Literal["hf", "mlx", "api", "dummy", "custom"]
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.errors import BackendNotAvailableError
+from pytest_sway.errors import BackendLoadError, BackendNotAvailableError
 from pytest_sway.spec import ModelSpec, with_adapter
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf import HFBuilder
     from pytest_sway.scoring import DifferentialBackend
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
 def build(spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
@@ -51,6 +53,26 @@ def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> Mo
 
         return resolve_placement(spec)
     return spec
+
+
+def require_differential(backend: Any, made_by: str) -> DifferentialBackend:
+    """Return ``backend``, if it has what a differential backend needs.
+
+    Args:
+        backend: What somebody else's code made.
+        made_by: Whose, for the message.
+
+    Raises:
+        BackendLoadError: It lacks a method.
+    """
+    missing = [name for name in ("as_base", "as_finetuned") if not callable(getattr(backend, name, None))]
+    if missing:
+        raise BackendLoadError(
+            f"{made_by} made a {type(backend).__name__}, which is no differential backend: it lacks"
+            f" {' and '.join(missing)}."
+        )
+    checked: DifferentialBackend = backend
+    return checked
 
 
 class Builder:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.errors import BackendLoadError, SpecError
+from pytest_sway.backends import require_differential
+from pytest_sway.errors import SpecError
 
 if TYPE_CHECKING:
     from pytest_sway.scoring import DifferentialBackend
     from pytest_sway.spec import ModelSpec
 
-_REQUIRED = ("as_base", "as_finetuned")
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
 def import_class(spec: ModelSpec) -> Any:
@@ -43,11 +44,5 @@ def build_custom(spec: ModelSpec) -> DifferentialBackend:
         SpecError: The class cannot be imported.
         BackendLoadError: What it makes is no differential backend.
     """
-    backend: DifferentialBackend = import_class(spec)(base_spec=spec, adapter_path=spec.adapter)
-    missing = [name for name in _REQUIRED if not callable(getattr(backend, name, None))]
-    if missing:
-        raise BackendLoadError(
-            f"entry_point {spec.entry_point!r} made a {type(backend).__name__}, which is no differential backend:"
-            f" it lacks {', '.join(missing)}."
-        )
-    return backend
+    backend = import_class(spec)(base_spec=spec, adapter_path=spec.adapter)
+    return require_differential(backend, f"entry_point {spec.entry_point!r}")

@@ -1,0 +1,213 @@
+"""The pytest plugin: hooks and fixtures that look up this run's state and delegate.
+
+Nothing heavy is imported here, and the cache itself only when a test first asks for a backend.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sway.settings import SwaySettings, add_options, named_specs, resolve_settings
+
+if TYPE_CHECKING:
+    from pytest_sway.cache import BackendCache, CachedBackend
+    from pytest_sway.session import SwayBackend, SwaySession
+    from pytest_sway.spec import ModelSpec, SpecLike
+
+_settings = pytest.StashKey[SwaySettings]()
+_session = pytest.StashKey["SwaySession"]()
+_terminal_fd = pytest.StashKey[int]()
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options and ini values."""
+    add_options(parser)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Declare the hooks ``pytest_sway_*``."""
+    from pytest_sway import hookspecs
+
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Resolve the settings; a bad value ends the run here, before collection."""
+    config.addinivalue_line(
+        "markers",
+        "sway_spec(*specs): the model specs that a test uses; with exactly one, sway_backend() needs no argument.",
+    )
+    config.stash[_settings] = resolve_settings(config)
+    if not hasattr(config, "workerinput"):
+        config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Close what an interrupted teardown left, and the terminal."""
+    if _session in config.stash:
+        config.stash[_session].close()
+    if _terminal_fd in config.stash:
+        os.close(config.stash[_terminal_fd])
+        del config.stash[_terminal_fd]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Show what is in force."""
+    return config.stash[_settings].header()
+
+
+# --- fixtures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
+    """Call it with a spec to get a live differential backend, which stays loaded until the test's teardown.
+
+    ``sway_backend({"base": "org/name", "adapter": "runs/v3"})`` gives an object whose ``as_base()`` and
+    ``as_finetuned()`` open views on one set of loaded weights.
+    """
+    with _sway(request.config).backends_for(request.node.nodeid, _marked(request.node)) as backends:
+        yield backends
+
+
+@pytest.fixture(scope="session")
+def sway_cache(request: pytest.FixtureRequest) -> BackendCache:
+    """The cache behind ``sway_backend``, for wider fixtures.
+
+    ``with sway_cache.lease(spec) as backend: yield backend`` pins a backend for as long as the fixture lives.
+    """
+    return _sway(request.config).cache
+
+
+# --- a test's life ----------------------------------------------------------------------------------------------------
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse a marker that says nothing, and name the test to the cache."""
+    for marker in item.iter_markers("sway_spec"):
+        if not marker.args or marker.kwargs:
+            pytest.fail(
+                f"{item.nodeid}: the marker sway_spec takes one or more specs, as in"
+                f" @pytest.mark.sway_spec({{'base': ...}}); found {_arguments(marker)}.",
+                pytrace=False,
+            )
+    if _session in item.config.stash:
+        item.config.stash[_session].holder = item.nodeid
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Compare what wider fixtures hold after each test, so that the test which changed it gets the error."""
+    session = _used(item.config)
+    error = session.inspect_leased(item.nodeid) if session is not None else None
+    result = yield
+    if error is not None:
+        raise error
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Charge the seconds of a load as such, not to the test that came first."""
+    session = _used(item.config)
+    seconds = session.take_load_seconds() if session else 0.0
+    if seconds:
+        item.user_properties.append(("sway_load_seconds", round(seconds, 3)))
+    report = yield
+    report.duration = max(0.0, report.duration - seconds)
+    return report
+
+
+# --- the end of the run -----------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Close every backend; session fixtures have ended by now, however the run ended."""
+    sway = _used(session.config)
+    if sway is None:
+        return
+    sway.holder = "the session's end"
+    sway.close()
+    if sway.failed() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what happened, if a test used a backend."""
+    session = _used(config)
+    if session is None:
+        return
+    from pytest_sway.report.terminal import summary_lines
+
+    lines = list(summary_lines(session.stats))
+    if lines:
+        terminalreporter.section("sway")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+# --- the run's state --------------------------------------------------------------------------------------------------
+
+
+class _Hooks:
+    """The hooks ``pytest_sway_*``, as the session calls them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def build(self, spec: ModelSpec) -> Any | None:
+        return self._config.hook.pytest_sway_build_backend(spec=spec, config=self._config)
+
+    def builds(self) -> bool:
+        return bool(self._config.hook.pytest_sway_build_backend.get_hookimpls())
+
+    def loaded(self, cached: CachedBackend) -> None:
+        self._config.hook.pytest_sway_backend_loaded(cached=cached, config=self._config)
+
+    def evicted(self, spec: ModelSpec) -> None:
+        self._config.hook.pytest_sway_backend_evicted(spec=spec, config=self._config)
+
+
+def _used(config: pytest.Config) -> SwaySession | None:
+    """The session, if a test has asked for it."""
+    return config.stash.get(_session, None)
+
+
+def _sway(config: pytest.Config) -> SwaySession:
+    """The session, made on first use."""
+    if _session not in config.stash:
+        from pytest_sway.report.terminal import LoadProgress
+        from pytest_sway.session import SwaySession
+
+        config.stash[_session] = SwaySession(
+            config.stash[_settings], _Hooks(config), named_specs(config.rootpath), LoadProgress(_terminal(config))
+        )
+    return config.stash[_session]
+
+
+def _terminal(config: pytest.Config) -> Any | None:
+    """The terminal past pytest's capture, or ``None`` where there is none."""
+    descriptor = config.stash.get(_terminal_fd, None)
+    if descriptor is None or not os.isatty(descriptor):
+        return None
+    return open(descriptor, "w", encoding="utf-8", closefd=False)
+
+
+def _marked(item: pytest.Item) -> tuple[SpecLike, ...]:
+    """The specs of the closest marker ``sway_spec``."""
+    marker = item.get_closest_marker("sway_spec")
+    return () if marker is None else marker.args
+
+
+def _arguments(marker: pytest.Mark) -> str:
+    return "no arguments" if not marker.kwargs else f"the keyword arguments {', '.join(marker.kwargs)}"

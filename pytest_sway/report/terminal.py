@@ -1,0 +1,91 @@
+"""The summary that stands at the end of a run, and the line that shows while a load takes long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from pytest_sway.residency import format_bytes
+
+if TYPE_CHECKING:
+    from pytest_sway.stats import BackendStats, SwayStats
+
+_COLUMNS = ("backend", "loads", "hits", "seconds", "evicted", "failed")
+
+
+def summary_lines(stats: SwayStats) -> Iterator[str]:
+    """The lines of the summary; none where no test asked for a backend."""
+    if not stats.backends:
+        return
+    rows = [_COLUMNS, *(_row(label, backend) for label, backend in stats.backends.items())]
+    if len(stats.backends) > 1:
+        rows.append(_row("total", stats.total()))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    for label, *numbers in rows:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        yield "  ".join([label.ljust(widths[0]), *cells])
+    for name, base in stats.bases.items():
+        yield f"base {name}: {_times(base.loads, 'load')}, {base.load_seconds:.2f} s"
+    peak = f"peak: {_times(stats.peak_resident, 'backend')}"
+    if stats.peak_bytes:
+        peak += f", {format_bytes(stats.peak_bytes)} of weights"
+    yield f"{peak}; saved about {stats.saved_seconds():.1f} s of loading"
+    for title, found in (
+        ("left changed", stats.mutations),
+        ("leaked", stats.leaks),
+        ("failed to close", stats.close_errors),
+    ):
+        for text in found:
+            yield f"{title}: {text}"
+
+
+def _row(label: str, stats: BackendStats) -> tuple[str, ...]:
+    numbers = (stats.loads, stats.hits, f"{stats.load_seconds:.2f}", stats.evictions, stats.failures)
+    return (label, *(str(number) for number in numbers))
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+class LoadProgress:
+    """Says on a terminal what is being loaded, once that has taken a while.
+
+    Args:
+        terminal: Where to write, past pytest's capture; ``None`` to say nothing.
+        patience: Seconds after which a load is worth a line.
+    """
+
+    def __init__(self, terminal: TextIO | None, *, patience: float = 2.0) -> None:
+        self._terminal = terminal
+        self._patience = patience
+
+    @contextmanager
+    def loading(self, what: str) -> Iterator[None]:
+        """Watch one load, which lasts as long as the block."""
+        if self._terminal is None:
+            yield
+            return
+        announced = threading.Event()
+        timer = threading.Timer(self._patience, self._announce, (what, announced))
+        timer.daemon = True
+        timer.start()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if announced.is_set():
+                self._write(f"{time.perf_counter() - started:.1f} s\n")
+
+    def _announce(self, what: str, announced: threading.Event) -> None:
+        announced.set()
+        self._write(f"\nsway: loading {what} ... ")
+
+    def _write(self, text: str) -> None:
+        if self._terminal is not None and not self._terminal.closed:
+            self._terminal.write(text)
+            self._terminal.flush()

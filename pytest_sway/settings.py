@@ -1,0 +1,195 @@
+"""Options and ini values, resolved once into a frozen `SwaySettings`.
+
+An option given on the command line wins over its ini value, and that over the default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
+POLICIES: Final = ("error", "warn", "ignore")
+
+_UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MEMORY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B?)", re.IGNORECASE)
+_DEVICE: Final = re.compile(r"auto|[a-z]+(:\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class SwaySettings:
+    """What is in force in this run.
+
+    Attributes:
+        cache_size: The most backends that are resident in one process, at least 1.
+        cache_memory: The most bytes of weights that are resident in one process, or ``None`` for no bound.
+        device: What ``auto`` means for devices.
+        dtype: What ``auto`` means for dtypes.
+        on_mutation: What a test gets that leaves a backend changed.
+        on_leak: What the run gets when weights outlive their backend.
+    """
+
+    cache_size: int
+    cache_memory: int | None
+    device: str
+    dtype: str
+    on_mutation: str
+    on_leak: str
+
+    def header(self) -> str:
+        """One line for pytest's header."""
+        memory = "no memory bound" if self.cache_memory is None else f"at most {self.cache_memory / 2**30:.4g} GiB"
+        return (
+            f"sway: cache of {self.cache_size}, {memory}, device {self.device}, dtype {self.dtype},"
+            f" on mutation {self.on_mutation}, on leak {self.on_leak}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """One setting: its ini name, and its option where it has one."""
+
+    name: str
+    default: str
+    parse: Callable[[str], Any]
+    help: str
+    metavar: str | None = None
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def resolve(self, config: pytest.Config) -> Any:
+        """The value in force: the option's, else the ini file's, else the default."""
+        text = config.getoption(self.name) if self.metavar is not None else None
+        origin = self.option
+        if text is None:
+            text, origin = config.getini(self.name), f"ini value {self.name}"
+        try:
+            return self.parse(str(text).strip())
+        except ValueError as error:
+            raise pytest.UsageError(f"{origin}: {error}; found {text!r}.") from None
+
+
+def parse_cache_size(text: str) -> int:
+    """A whole number of backends, at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError("must be a whole number of backends, at least 1")
+    return int(text)
+
+
+def parse_memory(text: str) -> int | None:
+    """Bytes, from a number with a unit, such as ``8GiB``; ``None`` for an empty text: no bound."""
+    if not text:
+        return None
+    match = _MEMORY.fullmatch(text)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise ValueError("must be a size in bytes, or with a unit of KB, MB, GB, KiB, MiB or GiB, such as 8GiB")
+    return size
+
+
+def parse_device(text: str) -> str:
+    """``auto`` or a torch device."""
+    if not _DEVICE.fullmatch(text):
+        raise ValueError("must be auto or a torch device such as cpu, cuda:0 or mps")
+    return text
+
+
+def one_of(*valid: str) -> Callable[[str], str]:
+    """A parser that takes one of the words given."""
+
+    def parse(text: str) -> str:
+        if text not in valid:
+            raise ValueError(f"must be one of {', '.join(valid)}")
+        return text
+
+    return parse
+
+
+_SETTINGS: Final = (
+    _Setting(
+        "sway_cache_size",
+        "2",
+        parse_cache_size,
+        "the most model backends that are loaded at one time, in each process (default: 2)",
+        "N",
+    ),
+    _Setting(
+        "sway_cache_memory",
+        "",
+        parse_memory,
+        "the most memory that loaded weights may take, in each process, such as 8GiB (default: no bound)",
+        "SIZE",
+    ),
+    _Setting("sway_device", "auto", parse_device, "what device 'auto' in a spec means (default: the best)", "DEVICE"),
+    _Setting(
+        "sway_dtype",
+        "auto",
+        one_of(*DTYPES),
+        f"what dtype 'auto' in a spec means: {', '.join(DTYPES)} (default: fp32 on a CPU)",
+        "DTYPE",
+    ),
+    _Setting(
+        "sway_on_mutation",
+        "error",
+        one_of(*POLICIES),
+        f"what a test gets that leaves a shared model changed: {', '.join(POLICIES)} (default: error)",
+    ),
+    _Setting(
+        "sway_on_leak",
+        "error",
+        one_of(*POLICIES),
+        f"what the run gets when weights outlive their backend: {', '.join(POLICIES)} (default: error)",
+    ),
+)
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare every option and ini value."""
+    group = parser.getgroup("sway", "pytest-sway: fine-tuned models")
+    for setting in _SETTINGS:
+        if setting.metavar is not None:
+            group.addoption(setting.option, dest=setting.name, default=None, metavar=setting.metavar, help=setting.help)
+        parser.addini(setting.name, setting.help, default=setting.default)
+
+
+def resolve_settings(config: pytest.Config) -> SwaySettings:
+    """Return what is in force.
+
+    Raises:
+        pytest.UsageError: A value is not one that its setting takes.
+    """
+    return SwaySettings(**{setting.name.removeprefix("sway_"): setting.resolve(config) for setting in _SETTINGS})
+
+
+def named_specs(rootpath: Path) -> dict[str, dict[str, Any]]:
+    """The specs under ``[tool.pytest-sway.specs]`` of the root's pyproject.toml; relative folders start at the root.
+
+    Raises:
+        pytest.UsageError: The table is not one of tables.
+    """
+    path = rootpath / "pyproject.toml"
+    if not path.is_file():
+        return {}
+    import tomllib
+
+    specs = tomllib.loads(path.read_text("utf-8")).get("tool", {}).get("pytest-sway", {}).get("specs", {})
+    if not isinstance(specs, dict) or not all(isinstance(spec, dict) for spec in specs.values()):
+        raise pytest.UsageError("pyproject.toml: [tool.pytest-sway.specs] must hold one table of fields for each name.")
+    return {name: _rooted(spec, rootpath) for name, spec in specs.items()}
+
+
+def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
+    rooted = dict(spec)
+    if isinstance(spec.get("adapter"), str):
+        rooted["adapter"] = str(rootpath / Path(spec["adapter"]).expanduser())
+    base = spec.get("base")
+    if isinstance(base, str) and (base.startswith((".", "~")) or (rootpath / base).is_dir()):
+        rooted["base"] = str(rootpath / Path(base).expanduser())
+    return rooted
