@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Build(Protocol):
     """What makes a backend of a spec; any such callable is enough."""
 
-    def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> Any:
+    def __call__(self, spec: ModelSpec, /, *, adapter_path: Path | None = None) -> Any:
         """Load what ``spec`` describes."""
         ...
 

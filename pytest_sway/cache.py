@@ -184,7 +184,7 @@ class BackendCache:
         self._changed = threading.Condition(self._lock)
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._retired: list[Entry] = []
-        self._waiting: dict[int, Operation] = {}
+        self._waiting: dict[threading.Thread, Operation] = {}
         self._dropped: deque[tuple[Entry, Claim]] = deque()
         self._shut = False
 
@@ -368,17 +368,19 @@ class BackendCache:
 
     def _close(self, operation: Operation, entry: Entry) -> None:
         """Close a CLOSING entry; the only place where a backend's ``close()`` is called."""
-        error = None
         try:
             while entry.closers:
                 entry.closers.pop()()
         except Exception as raised:
-            _log.warning("closing %s failed", entry.spec, exc_info=raised)
-            error = f"closing {entry.spec} failed: {type(raised).__name__}: {raised}"
+            self._note_close_error(f"closing {entry.spec} failed", raised)
         finally:
-            cached = self._forget(operation, entry, error)
+            cached = self._forget(operation, entry)
         if cached is not None:
             self._listener.evicted(cached)
+
+    def _note_close_error(self, what: str, error: Exception) -> None:
+        _log.warning(what, exc_info=error)
+        self.stats.close_errors.append(f"{what}: {type(error).__name__}: {error}")
 
     def _release(self, entry: Entry, claim: Claim) -> None:
         self._close_each(lambda operation: self._unclaim(operation, entry, claim))
@@ -407,7 +409,7 @@ class BackendCache:
                     return self._grant(entry, operation)
                 if entry.state is not State.CLOSING:
                     self._join(operation, entry)
-                elif entry.closing_thread == operation.thread:
+                elif entry.closing_thread is operation.thread:
                     raise CacheDeadlockError(f"the close of {spec} asks for {spec}; it would wait forever.")
                 self._changed.wait(_GLANCE)
         finally:
@@ -463,7 +465,8 @@ class BackendCache:
         for waiter in entry.waiters:
             waiter.lease = self._grant(entry, waiter)
             stats.hits += 1
-        entry.waiters.clear()
+        self._dismiss_waiters(entry)
+        entry.leader = None  # else the leader's lease would live as long as the entry
         self._entries.move_to_end(entry.key)
         stats.loads += 1
         stats.load_seconds += seconds
@@ -480,15 +483,16 @@ class BackendCache:
             return
         for waiter in entry.waiters:
             waiter.error = error
-        entry.waiters.clear()
+        self._dismiss_waiters(entry)
         self.stats.backend(str(entry.spec)).failures += 1
 
     @atomic
     def _retire(self, operation: Operation, chosen: Callable[[Entry], bool]) -> None:
         """Take the chosen entries out of the map; what is idle of them is the operation's to close."""
-        for entry in [entry for entry in self._entries.values() if entry.claims and chosen(entry)]:
-            self._retired.append(entry)
-            del self._entries[entry.key]
+        leaving = [entry for entry in self._entries.values() if entry.claims and chosen(entry)]
+        staying = [entry for entry in self._entries.values() if entry not in leaving]
+        # In one assignment, which an interrupt cannot split.
+        self._retired, self._entries = [*self._retired, *leaving], OrderedDict((entry.key, entry) for entry in staying)
         self._take(operation, [entry for entry in self._residents() if entry.idle and chosen(entry)])
         self._changed.notify_all()
 
@@ -500,17 +504,15 @@ class BackendCache:
         self._changed.notify_all()
 
     @atomic
-    def _forget(self, operation: Operation, entry: Entry, error: str | None) -> CachedBackend | None:
+    def _forget(self, operation: Operation, entry: Entry) -> CachedBackend | None:
         """Let go of an entry whose close has been called; return what was in it, the first time."""
-        if entry in operation.victims:
-            operation.victims.remove(entry)
-        if entry.state is not State.CLOSING:
+        if entry.closers:  # an interrupt came before the close: the entry lives on
             return None
         self._detach(entry)
-        if error is not None:
-            self.stats.close_errors.append(error)
         self._changed.notify_all()
         cached, entry.cached = entry.cached, None
+        if entry in operation.victims:
+            operation.victims.remove(entry)
         return cached
 
     @atomic
@@ -519,7 +521,7 @@ class BackendCache:
         self._shut = True
         self._changed.notify_all()
         deadline = time.monotonic() + self._lease_timeout
-        me = threading.get_ident()
+        me = threading.current_thread()
         while deadline > time.monotonic() and any(
             entry.state is not State.READY and entry.ends_without(me)
             for entry in (*self._retired, *self._entries.values())
@@ -546,7 +548,7 @@ class BackendCache:
                 while entry.closers:
                     entry.closers.pop()()
             except Exception as raised:
-                _log.warning("closing %s, which was never handed out, failed", entry.spec, exc_info=raised)
+                self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
         self._undo(operation)
 
     @atomic
@@ -558,7 +560,7 @@ class BackendCache:
         if lease is not None:
             lease._entry.claims.discard(lease._claim)
         if entry is not None:
-            entry.waiters.clear()  # they look again, and one of them takes over
+            self._dismiss_waiters(entry)  # they look again, and one of them takes over
             if entry.state in (State.QUEUED, State.LOADING):
                 self._detach(entry)
         for victim in operation.victims:
@@ -587,9 +589,9 @@ class BackendCache:
         """Wait for the load of another, unless that waits for us."""
         if operation.waits_for is entry:
             return
-        leader: Operation | None = entry.leader
+        leader = entry.leader
         while leader is not None:
-            if leader.thread == operation.thread:
+            if leader.thread is operation.thread:
                 raise CacheDeadlockError(
                     f"the load of {entry.spec} asks, while it is loading, for itself; it would wait forever. A build"
                     " may ask the cache for other specs, not for the one that it builds."
@@ -600,6 +602,11 @@ class BackendCache:
         self._waiting[operation.thread] = operation
         entry.waiters.append(operation)
 
+    def _dismiss_waiters(self, entry: Entry) -> None:
+        for waiter in entry.waiters:
+            self._waiting.pop(waiter.thread, None)
+        entry.waiters.clear()
+
     def _take(self, operation: Operation, victims: Iterable[Entry]) -> None:
         for victim in victims:
             operation.victims.append(victim)
@@ -607,11 +614,11 @@ class BackendCache:
             victim.state = State.CLOSING
 
     def _detach(self, entry: Entry) -> None:
-        entry.state = State.GONE
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
         if entry in self._retired:
             self._retired.remove(entry)
+        entry.state = State.GONE  # last, so that a detachment that was interrupted is tried again
 
     def _collect_dropped(self) -> None:
         while self._dropped:

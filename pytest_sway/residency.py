@@ -34,7 +34,7 @@ class Claim:
     """One lease, as its entry knows it: who holds it, and which thread asked."""
 
     holder: str
-    thread: int
+    thread: threading.Thread
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +43,7 @@ class Operation:
 
     Attributes:
         holder: Who is named to others when the cache is full.
-        thread: The calling thread.
+        thread: The calling thread, as an object: the number of one that ended is given to the next.
         entry: The entry that this call loads.
         built: The backend, between its build and its admission.
         victims: Entries that this call has set to CLOSING.
@@ -53,7 +53,7 @@ class Operation:
     """
 
     holder: str
-    thread: int = field(default_factory=threading.get_ident)
+    thread: threading.Thread = field(default_factory=threading.current_thread)
     entry: Entry | None = None
     built: list[Any] = field(default_factory=list)
     victims: list[Entry] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Entry:
     Attributes:
         key: Its identity.
         spec: What it is loaded from, resolved.
-        leader: The operation that loads it.
+        leader: The operation that loads it, until it is READY.
         state: Where it stands.
         cached: What callers get, once it is READY.
         parts: Its bytes: estimated while LOADING, measured when READY; ``None`` where unknown.
@@ -81,25 +81,27 @@ class Entry:
 
     key: Key
     spec: ModelSpec
-    leader: Operation
+    leader: Operation | None
     state: State = State.QUEUED
     cached: CachedBackend | None = None
     parts: Parts | None = None
     claims: set[Claim] = field(default_factory=set)
     waiters: list[Operation] = field(default_factory=list)
     closers: list[Callable[[], object]] = field(default_factory=list)
-    closing_thread: int = 0
+    closing_thread: threading.Thread | None = None
 
     @property
     def idle(self) -> bool:
         """Whether it may be evicted."""
         return self.state is State.READY and not self.claims
 
-    def ends_without(self, thread: int) -> bool:
+    def ends_without(self, thread: threading.Thread) -> bool:
         """Whether it can become idle or gone by what other threads do alone."""
         if self.state is State.READY:
-            return all(claim.thread != thread for claim in self.claims)
-        return thread != (self.closing_thread if self.state is State.CLOSING else self.leader.thread)
+            return all(claim.thread is not thread for claim in self.claims)
+        if self.state is State.CLOSING:
+            return self.closing_thread is not thread
+        return self.leader is None or self.leader.thread is not thread
 
     @property
     def occupation(self) -> str:
