@@ -1,0 +1,318 @@
+"""Counted fakes for the cache: backends, builds with gates, a live count that asks nobody, and threads with deadlines.
+
+Nothing here sleeps. What a test must wait for is an event: a gate that was reached, a thread that waits in the cache,
+a thread that ended. Each wait has a deadline, after which the stacks of all threads are printed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pytest_sway.backends.shared import Share, SharedPool
+from pytest_sway.cache import BackendCache
+from pytest_sway.errors import BackendClosedError
+from pytest_sway.residency import Parts
+from pytest_sway.spec import ModelSpec
+
+T = TypeVar("T")
+
+DEADLINE = 20.0
+"""Seconds after which a wait that should end at once has failed."""
+
+
+def spec(name: str) -> ModelSpec:
+    """The spec of a name such as ``a``, or ``a+x`` for adapter x on base a."""
+    base, _, adapter = name.partition("+")
+    return ModelSpec(kind="dummy", base=f"org/{base}", adapter=Path("/nowhere") / adapter if adapter else None)
+
+
+def name_of(asked: ModelSpec) -> str:
+    """The inverse of `spec`."""
+    return asked.base.removeprefix("org/") + (f"+{asked.adapter.name}" if asked.adapter else "")
+
+
+def names(cache: BackendCache) -> list[str]:
+    """What is ready in ``cache``, most recently used last."""
+    return [name_of(loaded) for loaded in cache.loaded_specs()]
+
+
+class Gate:
+    """A place where a thread stops until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def pass_through(self) -> None:
+        """Called by the thread that is to be stopped."""
+        self.reached.set()
+        assert self._open.wait(DEADLINE), "nobody opened the gate"
+
+    def wait(self) -> None:
+        """Wait until a thread stands at the gate."""
+        if not self.reached.wait(DEADLINE):
+            faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+            raise AssertionError("nobody came to the gate")
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@dataclass
+class Oracle:
+    """Counts what is alive, by itself: from the begin of a load to the end of its close, or to its failure."""
+
+    live: int = 0
+    peak: int = 0
+    loads: Counter[str] = field(default_factory=Counter)
+    log: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, name: str) -> None:
+        with self.lock:
+            self.live += 1
+            self.peak = max(self.peak, self.live)
+            self.loads[name] += 1
+            self.log.append(f"load {name}")
+
+    def end(self, name: str, how: str) -> None:
+        with self.lock:
+            self.live -= 1
+            self.log.append(f"{how} {name}")
+
+
+class FakeBackend:
+    """A differential backend of nothing, which counts its closes and refuses to be used after the first."""
+
+    def __init__(self, built_from: ModelSpec, build: FakeBuild) -> None:
+        self.spec = built_from
+        self.name = name_of(built_from)
+        self.closes = 0
+        self._build = build
+
+    def use(self) -> str:
+        if self.closes:
+            raise BackendClosedError(f"{self.name} was used after its close")
+        return self.name
+
+    @contextmanager
+    def as_base(self) -> Iterator[str]:
+        yield self.use()
+
+    @contextmanager
+    def as_finetuned(self) -> Iterator[str]:
+        yield self.use()
+
+    def close(self) -> None:
+        self.closes += 1
+        try:
+            self._build.closing(self)
+        finally:
+            self._build.oracle.end(self.name, "closed")
+
+
+class Unclosable:
+    """A backend without ``close()``."""
+
+    def __init__(self, built_from: ModelSpec) -> None:
+        self.spec = built_from
+
+
+class FakeBuild:
+    """A build that is only a callable; loads and closes stop at gates and raise what the test has put in."""
+
+    def __init__(self) -> None:
+        self.oracle = Oracle()
+        self.built: list[FakeBackend] = []
+        self.load_gates: dict[str, Gate] = {}
+        self.close_gates: dict[str, Gate] = {}
+        self.load_errors: dict[str, list[BaseException]] = defaultdict(list)
+        self.close_errors: dict[str, list[BaseException]] = defaultdict(list)
+        self.inside: dict[str, Callable[[], object]] = {}
+        self.inside_close: dict[str, Callable[[], object]] = {}
+
+    def __call__(self, asked: ModelSpec, *, adapter_path: Path | None = None) -> Any:
+        name = name_of(asked)
+        self.oracle.begin(name)
+        try:
+            if name in self.load_gates:
+                self.load_gates[name].pass_through()
+            if name in self.inside:
+                self.inside[name]()
+            if self.load_errors[name]:
+                raise self.load_errors[name].pop(0)
+            backend = self.make(asked)
+        except BaseException:
+            self.oracle.end(name, "failed")
+            raise
+        self.built.append(backend)
+        return backend
+
+    def make(self, asked: ModelSpec) -> FakeBackend:
+        return FakeBackend(asked, self)
+
+    def closing(self, backend: FakeBackend) -> None:
+        """What happens inside the ``close()`` of a backend."""
+        if backend.name in self.close_gates:
+            self.close_gates[backend.name].pass_through()
+        if backend.name in self.inside_close:
+            self.inside_close[backend.name]()
+        if self.close_errors[backend.name]:
+            raise self.close_errors[backend.name].pop(0)
+
+    def load_gate(self, name: str) -> Gate:
+        return self.load_gates.setdefault(name, Gate())
+
+    def close_gate(self, name: str) -> Gate:
+        return self.close_gates.setdefault(name, Gate())
+
+    @property
+    def loads(self) -> Counter[str]:
+        return self.oracle.loads
+
+    @property
+    def closes(self) -> dict[str, list[int]]:
+        """How often each backend was closed, by name, in the order of their loads."""
+        closes: dict[str, list[int]] = defaultdict(list)
+        for backend in self.built:
+            closes[backend.name].append(backend.closes)
+        return dict(closes)
+
+
+class SharingBackend(FakeBackend):
+    """A backend whose base is shared with the others on it."""
+
+    def __init__(self, built_from: ModelSpec, build: InformedFakeBuild, base: Share[str]) -> None:
+        super().__init__(built_from, build)
+        self.base = base
+
+    def close(self) -> None:
+        try:
+            self.base.release()
+        finally:
+            super().close()
+
+
+class InformedFakeBuild(FakeBuild):
+    """A build that answers the cache's questions, with bases that the adapters share.
+
+    A base takes 100 bytes and an adapter 10, unless ``estimates`` or ``sizes`` say otherwise by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_loads: Counter[str] = Counter()
+        self.base_closes: Counter[str] = Counter()
+        self.pool: SharedPool[str, str] = SharedPool(self._close_base)
+        self.estimates: dict[str, Parts | None] = {}
+        self.sizes: dict[str, Parts | None] = {}
+        self.check_errors: dict[str, list[Exception]] = defaultdict(list)
+        self.measure_errors: dict[str, list[Exception]] = defaultdict(list)
+
+    def resolve(self, asked: ModelSpec) -> ModelSpec:
+        return asked
+
+    def check(self, asked: ModelSpec) -> None:
+        if self.check_errors[name_of(asked)]:
+            raise self.check_errors[name_of(asked)].pop(0)
+
+    def estimate(self, asked: ModelSpec) -> Parts | None:
+        name = name_of(asked)
+        return self.estimates[name] if name in self.estimates else self._usual(name)
+
+    def measure(self, backend: Any) -> Parts | None:
+        if self.measure_errors[backend.name]:
+            raise self.measure_errors[backend.name].pop(0)
+        return self.sizes[backend.name] if backend.name in self.sizes else self.estimate(backend.spec)
+
+    def hold(self, asked: ModelSpec) -> AbstractContextManager[None]:
+        return self.pool.hold(asked.base)
+
+    def make(self, asked: ModelSpec) -> FakeBackend:
+        return SharingBackend(asked, self, self.pool.acquire(asked.base, partial(self._load_base, asked.base)))
+
+    @staticmethod
+    def _usual(name: str) -> Parts:
+        base, _, adapter = name.partition("+")
+        return {base: 100, name: 10} if adapter else {base: 100}
+
+    def _load_base(self, base: str) -> str:
+        self.base_loads[base] += 1
+        return f"{base} #{self.base_loads[base]}"
+
+    def _close_base(self, base: str) -> None:
+        self.base_closes[base.partition(" ")[0]] += 1
+
+
+class Watched(threading.Condition):
+    """The cache's condition, which tells the test how many threads wait on it."""
+
+    def __init__(self, cache: BackendCache) -> None:
+        super().__init__(cache._lock)
+        self.waiting = 0
+        self._seen = threading.Condition()
+        cache._changed = self
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._count(+1)
+        try:
+            return super().wait(timeout)
+        finally:
+            self._count(-1)
+
+    def until_waiting(self, threads: int = 1) -> None:
+        """Return once so many threads wait in the cache."""
+        with self._seen:
+            if not self._seen.wait_for(lambda: self.waiting >= threads, DEADLINE):
+                faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+                raise AssertionError(f"{self.waiting} threads wait in the cache, not {threads}")
+
+    def _count(self, change: int) -> None:
+        with self._seen:
+            self.waiting += change
+            self._seen.notify_all()
+
+
+class Call(Generic[T]):
+    """A call in a thread of its own."""
+
+    def __init__(self, function: Callable[[], T], name: str | None = None) -> None:
+        self._function = function
+        self._values: list[T] = []
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._values.append(self._function())
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        return not self.thread.is_alive()
+
+    def result(self) -> T:
+        """What the call returned; raises what it raised."""
+        error = self.error()
+        if error is not None:
+            raise error
+        return self._values[0]
+
+    def error(self) -> BaseException | None:
+        """What the call raised."""
+        self.thread.join(DEADLINE)
+        if self.thread.is_alive():
+            faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+            raise AssertionError("the call did not end")
+        return self._error
