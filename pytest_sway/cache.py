@@ -274,13 +274,13 @@ class BackendCache:
 
     @atomic
     def leased(self) -> list[CachedBackend]:
-        """What is leased now, by whomever."""
-        return [entry.cached for entry in self._residents() if entry.claims and entry.cached is not None]
+        """What is leased now and not retired."""
+        return [entry.cached for entry in self._entries.values() if entry.claims and entry.cached is not None]
 
     @atomic
     def ready(self) -> list[CachedBackend]:
-        """What is ready now, leased or idle, also what was retired and waits for its last lease."""
-        return [e.cached for e in self._residents() if e.state is State.READY and e.cached is not None]
+        """What is ready now, leased or idle, most recently used last; not what is retired."""
+        return [e.cached for e in self._entries.values() if e.state is State.READY and e.cached is not None]
 
     def retire(self, cached: CachedBackend) -> None:
         """Hand ``cached`` out to nobody new, and close it: now if it is idle, else after its last lease."""

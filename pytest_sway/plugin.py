@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _settings = pytest.StashKey[SwaySettings]()
 _session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
+_running = pytest.StashKey[str]()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -90,7 +91,8 @@ def sway_cache(request: pytest.FixtureRequest) -> BackendCache:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Refuse a marker that says nothing, and name the test to the cache."""
+    """Name the test to the cache, and refuse a marker that says nothing."""
+    item.config.stash[_running] = item.nodeid
     for marker in item.iter_markers("sway_spec"):
         if not marker.args or marker.kwargs:
             pytest.fail(
@@ -98,8 +100,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 f" @pytest.mark.sway_spec({{'base': ...}}); found {_arguments(marker)}.",
                 pytrace=False,
             )
-    if _session in item.config.stash:
-        item.config.stash[_session].holder = item.nodeid
 
 
 @pytest.hookimpl(wrapper=True)
@@ -136,7 +136,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     sway = _used(session.config)
     if sway is None:
         return
-    sway.holder = "the session's end"
+    session.config.stash[_running] = "the session's end"
     sway.close()
     if sway.failed() and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -190,7 +190,11 @@ def _sway(config: pytest.Config) -> SwaySession:
         from pytest_sway.session import SwaySession
 
         config.stash[_session] = SwaySession(
-            config.stash[_settings], _Hooks(config), named_specs(config.rootpath), LoadProgress(_terminal(config))
+            config.stash[_settings],
+            _Hooks(config),
+            named_specs(config.rootpath),
+            LoadProgress(_terminal(config)),
+            who=lambda: config.stash.get(_running, "the session"),
         )
     return config.stash[_session]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -110,18 +110,24 @@ class SwaySession(Listener):
         hooks: The user's hooks.
         named: Specs by name.
         progress: Shows loads that take long.
+        who: Names whoever runs now, for leases that no fixture ``sway_backend`` took.
     """
 
     def __init__(
-        self, settings: SwaySettings, hooks: BuildHooks, named: Mapping[str, Any], progress: LoadProgress
+        self,
+        settings: SwaySettings,
+        hooks: BuildHooks,
+        named: Mapping[str, Any],
+        progress: LoadProgress,
+        who: Callable[[], str],
     ) -> None:
         self._settings = settings
         self._hooks = hooks
         self._progress = progress
         self._failures: dict[Key, _Failure] = {}
         self._users: dict[Key, deque[str]] = {}
+        self._pins: list[dict[Key, Lease]] = []
         self._unreported_seconds = 0.0
-        self.holder = "the session"
         builder = HookedBuilder(
             hooks,
             device=settings.device,
@@ -134,7 +140,7 @@ class SwaySession(Listener):
             build=builder,
             named=named,
             listener=self,
-            who=lambda: self.holder,
+            who=who,
         )
 
     @property
@@ -156,6 +162,7 @@ class SwaySession(Listener):
             MutationError: The test left one of them changed.
         """
         pins: dict[Key, Lease] = {}
+        self._pins.append(pins)
 
         def sway_backend(spec: SpecLike | None = None, *, adapter_path: Path | None = None) -> DifferentialBackend:
             asked = _marked_spec(marked) if spec is None else spec
@@ -169,6 +176,7 @@ class SwaySession(Listener):
         try:
             yield sway_backend
         finally:
+            self._pins.remove(pins)
             changed = self.inspect(test, [lease.cached for lease in pins.values()])
             while pins:
                 pins.popitem()[1].release()
@@ -218,10 +226,15 @@ class SwaySession(Listener):
         """
         if self._settings.on_mutation == "ignore":
             return None
-        changed = [(cached, lines) for cached in used if (lines := hygiene.changes(cached.backend))]
+        ready = self.cache.ready()  # what is retired was reported when that was done
+        changed = [
+            (cached, lines)
+            for cached in used
+            if any(cached is other for other in ready) and (lines := hygiene.changes(cached.backend))
+        ]
         if not changed:
             return None
-        for other in self.cache.ready():  # what shares a changed base is changed too, and nobody else is to blame
+        for other in ready:  # what shares a changed base is changed too, and nobody else is to blame
             if hygiene.changes(other.backend):
                 self.cache.retire(other)
         message = hygiene.mutation_message(test, [(cached.model_spec, lines) for cached, lines in changed])
@@ -232,8 +245,9 @@ class SwaySession(Listener):
         return MutationError(message)
 
     def inspect_leased(self, test: str) -> MutationError | None:
-        """Compare all that is leased now, by wider fixtures too, after the body of ``test``."""
-        return self.inspect(test, self.cache.leased())
+        """Compare what wider fixtures hold, after the body of ``test``; what tests hold is compared at its release."""
+        pinned = {id(lease.cached) for pins in self._pins for lease in pins.values()}
+        return self.inspect(test, [cached for cached in self.cache.leased() if id(cached) not in pinned])
 
     def failed(self) -> bool:
         """Whether something was found that fails the run although every test passed."""
@@ -258,16 +272,11 @@ class SwaySession(Listener):
         if self._settings.on_leak != "ignore":
             found = hygiene.leak(cached.backend)
             if found is not None:
-                self._report_leak(hygiene.leak_message(cached.model_spec, found, users))
+                self.stats.leaks.append(hygiene.leak_message(cached.model_spec, found, users))
         try:
             self._hooks.evicted(cached.model_spec)
         except Exception as error:  # it must not fail the request that the eviction was for
             self.stats.close_errors.append(f"hook pytest_sway_backend_evicted: {type(error).__name__}: {error}")
-
-    def _report_leak(self, message: str) -> None:
-        self.stats.leaks.append(message)
-        if self._settings.on_leak == "warn":
-            warnings.warn(message, SwayWarning, stacklevel=2)
 
     def _base_loaded(self, name: str, seconds: float) -> None:
         self.stats.base_loaded(name, seconds)
@@ -279,8 +288,7 @@ class SwaySession(Listener):
 
     def close(self) -> None:
         """Close everything for good."""
-        for holder in self.cache.shutdown():
-            warnings.warn(f"a lease of {holder} was never released.", SwayWarning, stacklevel=2)
+        self.stats.unreleased += self.cache.shutdown()
 
 
 def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:

@@ -50,6 +50,7 @@ class SwayStats:
         close_errors: One line for each ``close()`` that raised.
         mutations: One line for each test that left a backend changed.
         leaks: One line for each close after which weights were still in memory.
+        unreleased: The holders of leases that were open when the cache was shut down.
     """
 
     backends: dict[str, BackendStats] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class SwayStats:
     close_errors: list[str] = field(default_factory=list)
     mutations: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    unreleased: list[str] = field(default_factory=list)
 
     def backend(self, label: str) -> BackendStats:
         """The counts of one backend, made on first use."""
@@ -100,6 +102,7 @@ class SwayStats:
         self.close_errors += other.close_errors
         self.mutations += other.mutations
         self.leaks += other.leaks
+        self.unreleased += other.unreleased
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, strings and numbers."""

@@ -37,6 +37,7 @@ def summary_lines(stats: SwayStats) -> Iterator[str]:
         ("left changed", stats.mutations),
         ("leaked", stats.leaks),
         ("failed to close", stats.close_errors),
+        ("never released", stats.unreleased),
     ):
         for text in found:
             yield f"{title}: {text}"

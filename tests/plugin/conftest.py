@@ -1,0 +1,101 @@
+"""A suite under test whose backends are fakes that write down what happens to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+FAKES = """
+import os
+from pathlib import Path
+from contextlib import contextmanager
+
+import pytest
+from pytest_sway.errors import BackendClosedError
+
+EVENTS = Path(__file__).with_name("events.txt")
+
+
+def note(text):
+    with EVENTS.open("a") as file:
+        file.write(text + "\\n")
+
+
+class FakeLeak:
+    nbytes = 3 * 2**20
+    holders = ("module test_x: global KEEP",)
+
+
+class FakeBackend:
+    def __init__(self, spec):
+        self.spec, self.closed, self.dirty, self.leaky = spec, False, [], False
+
+    @contextmanager
+    def as_base(self):
+        yield self
+
+    as_finetuned = as_base
+
+    def changes(self):
+        if self.closed:
+            raise BackendClosedError("closed")
+        return list(self.dirty)
+
+    def leak(self):
+        return FakeLeak() if self.leaky else None
+
+    def close(self):
+        assert not self.closed
+        self.closed = True
+        note(f"close {self.spec.base}")
+        if self.spec.base == "bad-close":
+            raise RuntimeError("cannot close")
+
+
+def pytest_sway_build_backend(spec):
+    if spec.kind != "dummy":
+        return None
+    note(f"load {spec.base}")
+    if spec.base == "broken":
+        raise OSError("disk on fire")
+    if spec.base == "ctrl-c":
+        raise KeyboardInterrupt
+    if spec.base == "mismatch":
+        from pytest_sway.errors import AdapterMismatchError
+        raise AdapterMismatchError("the adapter does not fit.")
+    return FakeBackend(spec)
+
+
+def dummy(name):
+    return {"kind": "dummy", "base": name}
+"""
+
+
+class Suite:
+    """Runs test files against the fakes and tells what happened to the backends."""
+
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+        pytester.makeconftest(FAKES)
+        pytester.syspathinsert()
+
+    def run(self, source: str, *args: str) -> pytest.RunResult:
+        self._write(source)
+        return self.pytester.runpytest_inprocess(*args)
+
+    def run_apart(self, source: str, *args: str) -> pytest.RunResult:
+        self._write(source)
+        return self.pytester.runpytest_subprocess(*args, timeout=120)
+
+    def events(self) -> list[str]:
+        path = Path(self.pytester.path / "events.txt")
+        return path.read_text().splitlines() if path.exists() else []
+
+    def _write(self, source: str) -> None:
+        self.pytester.makepyfile(test_suite=f"import pytest\nfrom conftest import dummy, note\n{source}")
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester) -> Suite:
+    return Suite(pytester)

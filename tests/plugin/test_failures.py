@@ -1,0 +1,82 @@
+"""Loads that fail: what the test gets, and what the tests after it get."""
+
+from __future__ import annotations
+
+from tests.plugin.conftest import Suite
+
+MANY = """
+@pytest.mark.parametrize("n", range(4))
+def test_x(sway_backend, n):
+    sway_backend({spec})
+
+def test_unharmed(sway_backend):
+    sway_backend(dummy("a"))
+"""
+
+
+def test_a_failure_for_good_is_not_tried_again_and_names_who_met_it_first(suite: Suite) -> None:
+    result = suite.run(MANY.format(spec='dummy("mismatch")'))
+    result.assert_outcomes(failed=4, passed=1)
+    assert suite.events() == ["load mismatch", "load a", "close a"]
+    result.stdout.fnmatch_lines(
+        [
+            "E*AdapterMismatchError: the adapter does not fit.",
+            "E*AdapterMismatchError: the adapter does not fit.",
+            "E*(First met by test_suite.py::test_x?0?; the load is not tried again.)",
+        ]
+    )
+
+
+def test_a_passing_failure_is_tried_again(suite: Suite) -> None:
+    result = suite.run(MANY.format(spec='dummy("broken")'))
+    result.assert_outcomes(failed=4, passed=1)
+    assert suite.events().count("load broken") == 4
+    result.stdout.fnmatch_lines(
+        ["*BackendLoadError: loading the dummy backend of base 'broken' failed: OSError: disk on fire"]
+    )
+
+
+def test_a_malformed_spec_names_who_met_it_first(suite: Suite) -> None:
+    result = suite.run(MANY.format(spec='{"kind": "hf", "bse": "x"}'))
+    result.assert_outcomes(failed=4, passed=1)
+    assert result.stdout.str().count("Did you mean 'base'?") >= 4
+    result.stdout.fnmatch_lines(["*(First met by test_suite.py::test_x?0?; the load is not tried again.)"])
+
+
+def test_a_failure_is_forgotten_when_the_adapter_changes(suite: Suite) -> None:
+    result = suite.run("""
+import pytest_sway.errors
+
+def test_x(sway_backend, tmp_path):
+    config = tmp_path / "adapter_config.json"
+    spec = {**dummy("mismatch"), "adapter": tmp_path}
+    for text in ("{}", "{ }", "{ }"):
+        config.write_text(text)
+        with pytest.raises(pytest_sway.errors.AdapterMismatchError):
+            sway_backend(spec)
+""")
+    result.assert_outcomes(passed=1)
+    assert suite.events() == ["load mismatch", "load mismatch"]
+
+
+def test_a_kind_that_nobody_builds_is_said_to_need_the_hook(suite: Suite) -> None:
+    result = suite.run("""
+def test_x(sway_backend):
+    sway_backend({"kind": "mlx", "base": "a"})
+""")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*BackendNotAvailableError: pytest-sway does not build backends of kind 'mlx' itself; it builds 'hf' and"
+            " 'custom'. Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build 'mlx'."
+        ]
+    )
+
+
+def test_a_failing_test_shows_its_own_lines_not_ours(suite: Suite) -> None:
+    result = suite.run("""
+def test_x(sway_backend):
+    sway_backend(dummy("mismatch"))
+""")
+    assert "in sway_backend" not in result.stdout.str()
+    assert "_serve" not in result.stdout.str()

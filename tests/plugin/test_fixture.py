@@ -1,0 +1,153 @@
+"""``sway_backend`` and ``sway_cache``: what is shared, what is pinned, what is handed out."""
+
+from __future__ import annotations
+
+from tests.plugin.conftest import Suite
+
+
+def test_one_backend_serves_all_tests_that_ask_for_its_spec(suite: Suite) -> None:
+    result = suite.run("""
+def test_one(sway_backend):
+    assert sway_backend(dummy("a")).spec.base == "a"
+
+def test_two(sway_backend):
+    assert sway_backend(dummy("a")) is sway_backend(dummy("a"))
+""")
+    result.assert_outcomes(passed=2)
+    assert suite.events() == ["load a", "close a"]
+
+
+def test_a_backend_is_pinned_until_the_teardown_of_its_test(suite: Suite) -> None:
+    result = suite.run(
+        """
+def test_pins(sway_backend):
+    first = sway_backend(dummy("a"))
+    sway_backend(dummy("b"))
+    assert not first.closed
+
+def test_evicts(sway_backend):
+    sway_backend(dummy("c"))
+    note("c in use")
+""",
+        "--sway-cache-size=2",
+    )
+    result.assert_outcomes(passed=2)
+    assert suite.events() == ["load a", "load b", "close a", "load c", "c in use", "close b", "close c"]
+
+
+def test_a_test_that_pins_more_than_fits_is_told_who_holds_what_and_what_to_do(suite: Suite) -> None:
+    result = suite.run("""
+def test_greedy(sway_backend):
+    for name in "abc":
+        sway_backend(dummy(name))
+
+def test_unharmed(sway_backend):
+    sway_backend(dummy("c"))
+""")
+    result.assert_outcomes(failed=1, passed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*CacheFullError: there is no room to load dummy:c: the cache holds 2 of at most 2 backends, and all of it"
+            " is in use by the one who asks: dummy:a (held by test_suite.py::test_greedy); dummy:b (held by"
+            " test_suite.py::test_greedy). Release one of them first*--sway-cache-size=3*"
+        ]
+    )
+
+
+def test_a_wider_fixture_leases_from_the_cache(suite: Suite) -> None:
+    result = suite.run(
+        """
+@pytest.fixture(scope="module")
+def backend(sway_cache):
+    with sway_cache.lease(dummy("wide")) as backend:
+        yield backend
+
+def test_one(backend, sway_backend):
+    sway_backend(dummy("a"))
+    assert not backend.closed
+
+def test_two(backend, sway_backend):
+    sway_backend(dummy("b"))
+    assert not backend.closed
+""",
+        "--sway-cache-size=2",
+    )
+    result.assert_outcomes(passed=2)
+    assert suite.events() == ["load wide", "load a", "close a", "load b", "close wide", "close b"]
+
+
+def test_the_holder_of_a_wide_lease_is_named_by_the_test_that_opened_it(suite: Suite) -> None:
+    result = suite.run(
+        """
+@pytest.fixture(scope="module")
+def backend(sway_cache):
+    with sway_cache.lease(dummy("wide")) as backend:
+        yield backend
+
+def test_first(sway_backend):
+    sway_backend(dummy("a"))
+
+def test_one(backend, sway_backend):
+    sway_backend(dummy("b"))
+""",
+        "--sway-cache-size=1",
+    )
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*dummy:wide (held by test_suite.py::test_one)*"])
+
+
+def test_specs_come_as_mappings_names_objects_and_model_specs(suite: Suite) -> None:
+    suite.pytester.makepyprojecttoml("""
+[tool.pytest.ini_options]
+minversion = "8.0"
+
+[tool.pytest-sway.specs.v3]
+kind = "dummy"
+base = "named"
+adapter = "runs/v3"
+""")
+    result = suite.run("""
+from pathlib import Path
+from types import SimpleNamespace
+from pytest_sway import ModelSpec
+
+def test_forms(sway_backend, pytestconfig):
+    named = sway_backend("v3")
+    assert named.spec.base == "named"
+    assert named.spec.adapter == pytestconfig.rootpath / "runs/v3"
+    assert sway_backend({"kind": "dummy", "base": "named", "adapter": "runs/v3"}) is named
+    assert sway_backend(ModelSpec(kind="dummy", base="named", adapter=Path("runs/v3"))) is named
+    assert sway_backend(SimpleNamespace(kind="dummy", base="named", adapter="runs/v3", dtype="auto")) is named
+    assert sway_backend({"kind": "dummy", "base": "named"}, adapter_path=Path("runs/v3")) is named
+
+def test_unknown(sway_backend):
+    sway_backend("v4")
+""")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*SpecError: no spec is named 'v4' (named specs: v3). Pass a mapping such as*"])
+
+
+def test_an_adapter_that_is_retrained_in_place_is_loaded_anew(suite: Suite) -> None:
+    result = suite.run("""
+def test_retrained(sway_backend, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    spec = {"kind": "dummy", "base": "a", "adapter": tmp_path}
+    before = sway_backend(spec)
+    assert sway_backend(spec) is before
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    assert sway_backend(spec) is not before
+""")
+    result.assert_outcomes(passed=1)
+    assert suite.events().count("load a") == 2
+
+
+def test_a_user_who_closes_a_shared_backend_is_told_and_harms_nobody(suite: Suite) -> None:
+    result = suite.run("""
+def test_closes(sway_backend):
+    sway_backend(dummy("a")).closed = True
+
+def test_next(sway_backend):
+    assert not sway_backend(dummy("a")).closed
+""")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*the backend was closed, which is the cache's to do*"])

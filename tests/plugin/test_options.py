@@ -1,0 +1,89 @@
+"""Options and ini values, the header, and what bad values get."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plugin.conftest import Suite
+
+PASSES = """
+def test_x(sway_cache):
+    print("size", sway_cache.max_size, "bytes", sway_cache.max_bytes)
+"""
+
+
+def test_the_header_shows_what_is_in_force(suite: Suite) -> None:
+    result = suite.run(PASSES, "--sway-cache-size=3", "--sway-cache-memory=8GiB", "--sway-dtype=bf16")
+    result.stdout.fnmatch_lines(
+        ["sway: cache of 3, at most 8 GiB, device auto, dtype bf16, on mutation error, on leak error"]
+    )
+
+
+def test_an_option_wins_over_its_ini_value_and_that_over_the_default(suite: Suite) -> None:
+    assert "size 2 bytes None" in suite.run(PASSES, "-s").stdout.str()
+    suite.pytester.makeini("[pytest]\nsway_cache_size = 4\nsway_cache_memory = 1.5 GiB\n")
+    assert "size 4 bytes 1610612736" in suite.run(PASSES, "-s").stdout.str()
+    assert (
+        "size 5 bytes 1000" in suite.run(PASSES, "-s", "--sway-cache-size=5", "--sway-cache-memory=1000").stdout.str()
+    )
+
+
+@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5", ""])
+def test_a_bad_cache_size_ends_the_run_before_it_starts(suite: Suite, value: str) -> None:
+    result = suite.run(PASSES, f"--sway-cache-size={value}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        [f"ERROR: --sway-cache-size: must be a whole number of backends, at least 1; found '{value}'."]
+    )
+
+
+@pytest.mark.parametrize("value", ["lots", "-1GiB", "0", "8 elephants", "0.1B"])
+def test_a_bad_memory_size_ends_the_run_before_it_starts(suite: Suite, value: str) -> None:
+    result = suite.run(PASSES, f"--sway-cache-memory={value}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        [
+            "ERROR: --sway-cache-memory: must be a size in bytes, or with a unit of KB, MB, GB, KiB, MiB or GiB, such"
+            f" as 8GiB; found '{value}'."
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("ini", "message"),
+    [
+        ("sway_cache_size = 0", "sway_cache_size: must be a whole number of backends, at least 1; found '0'."),
+        ("sway_dtype = int3", "sway_dtype: must be one of auto, fp16, bf16, fp32; found 'int3'."),
+        ("sway_device = G!", "sway_device: must be auto or a torch device such as cpu, cuda:0 or mps; found 'G!'."),
+        ("sway_on_leak = shout", "sway_on_leak: must be one of error, warn, ignore; found 'shout'."),
+        ("sway_on_mutation = shout", "sway_on_mutation: must be one of error, warn, ignore; found 'shout'."),
+    ],
+)  # fmt: skip
+def test_a_bad_ini_value_is_named_as_such(suite: Suite, ini: str, message: str) -> None:
+    suite.pytester.makeini(f"[pytest]\n{ini}\n")
+    result = suite.run(PASSES)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: ini value {message}" in result.stderr.str()
+
+
+def test_auto_means_what_the_options_say(suite: Suite) -> None:
+    result = suite.run(
+        """
+def test_x(sway_backend):
+    spec = sway_backend(dummy("a")).spec
+    assert (spec.device, spec.dtype) == ("cuda:1", "bf16")
+    spec = sway_backend({**dummy("a"), "device": "cpu", "dtype": "fp32"}).spec
+    assert (spec.device, spec.dtype) == ("cpu", "fp32")
+""",
+        "--sway-device=cuda:1",
+        "--sway-dtype=bf16",
+    )
+    result.assert_outcomes(passed=1)
+
+
+def test_malformed_named_specs_are_a_usage_error_of_the_test_that_asks(suite: Suite) -> None:
+    suite.pytester.makepyprojecttoml('[tool.pytest-sway]\nspecs = "v3"\n')
+    result = suite.run("def test_x(sway_backend): pass")
+    result.stdout.fnmatch_lines(
+        ["*UsageError: pyproject.toml: ?tool.pytest-sway.specs? must hold one table of fields*"]
+    )

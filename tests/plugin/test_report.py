@@ -1,0 +1,96 @@
+"""The summary, the durations, and what is shown while a load takes long."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+
+from pytest_sway.report.terminal import LoadProgress, summary_lines
+from pytest_sway.stats import BackendStats, SwayStats
+from tests.plugin.conftest import Suite
+
+
+def test_nothing_is_printed_when_no_test_used_a_backend(suite: Suite) -> None:
+    result = suite.run("""
+def test_x(): pass
+def test_y(sway_backend): pass
+""")
+    assert "= sway =" not in result.stdout.str()
+
+
+def test_the_summary_counts_loads_hits_and_evictions(suite: Suite) -> None:
+    result = suite.run(
+        """
+@pytest.mark.parametrize("name", ["a", "b", "b"])
+def test_x(sway_backend, name):
+    sway_backend(dummy(name))
+""",
+        "--sway-cache-size=1",
+    )
+    result.stdout.re_match_lines_random(
+        [
+            r"=+ sway =+",
+            r"backend  loads  hits  seconds  evicted  failed",
+            r"dummy:a      1     0     \d\.\d\d        1       0",
+            r"dummy:b      1     1     \d\.\d\d        0       0",
+            r"total        2     1     \d\.\d\d        1       0",
+            r"peak: 1 backend; saved about \d\.\d s of loading",
+        ]
+    )
+
+
+def test_a_shared_base_and_its_bytes_are_shown() -> None:
+    stats = SwayStats(peak_resident=2, peak_bytes=3 * 2**29)
+    stats.backend("base + one").add(BackendStats(loads=1, load_seconds=3.0, hits=1))
+    stats.backend("base + two").add(BackendStats(loads=1, load_seconds=1.0))
+    stats.base_loaded("base", 2.0)
+    text = "\n".join(summary_lines(stats))
+    assert "base base: 1 load, 2.00 s" in text
+    # one hit at 1 s of adapter and 2 s of base, and one load that found its base there
+    assert "peak: 2 backends, 1.5 GiB of weights; saved about 5.0 s of loading" in text
+
+
+def test_load_seconds_are_not_charged_to_the_test_that_came_first(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        slow="""
+import threading
+
+def pytest_sway_backend_loaded(cached):
+    pass
+
+def pytest_sway_build_backend(spec):
+    threading.Event().wait(0.5)
+    from conftest import FakeBackend
+    return FakeBackend(spec)
+"""
+    )
+    result = suite.run('def test_x(sway_backend): sway_backend(dummy("a"))', "-p", "slow", "--durations=0", "-vv")
+    duration = re.search(r"(\d+\.\d+)s call +test_suite.py::test_x", result.stdout.str())
+    assert duration is not None
+    assert float(duration[1]) < 0.25
+
+
+class _Terminal(io.StringIO):
+    """Tells when something was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def flush(self) -> None:
+        self.written.set()
+
+
+def test_a_load_that_takes_long_is_shown_with_its_seconds() -> None:
+    terminal = _Terminal()
+    with LoadProgress(terminal, patience=0.0).loading("base + adapter"):
+        assert terminal.written.wait(30)
+    assert re.fullmatch(r"\nsway: loading base \+ adapter \.\.\. \d+\.\d s\n", terminal.getvalue())
+
+
+def test_a_quick_load_is_not_shown() -> None:
+    terminal = _Terminal()
+    with LoadProgress(terminal, patience=600.0).loading("base + adapter"):
+        pass
+    assert terminal.getvalue() == ""

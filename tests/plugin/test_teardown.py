@@ -1,0 +1,98 @@
+"""Every backend is closed at the end of the session, however that ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plugin.conftest import Suite
+
+LOADS = """
+def test_one(sway_backend):
+    sway_backend(dummy("a"))
+    {ending}
+
+def test_two(sway_backend):
+    sway_backend(dummy("b"))
+    {ending}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "args", "code", "events"),
+    [
+        ("pass", (), pytest.ExitCode.OK, ["load a", "load b", "close a", "close b"]),
+        ("assert False", ("-x",), pytest.ExitCode.TESTS_FAILED, ["load a", "close a"]),
+        ("assert False", ("--maxfail=2",), pytest.ExitCode.TESTS_FAILED, ["load a", "load b", "close a", "close b"]),
+        ("pytest.exit('enough', returncode=7)", (), 7, ["load a", "close a"]),
+        ("raise KeyboardInterrupt", (), pytest.ExitCode.INTERRUPTED, ["load a", "close a"]),
+        ("raise SystemExit(3)", (), pytest.ExitCode.TESTS_FAILED, ["load a", "load b", "close a", "close b"]),
+    ],
+)
+def test_all_is_closed(suite: Suite, ending: str, args: tuple[str, ...], code: int, events: list[str]) -> None:
+    result = suite.run_apart(LOADS.format(ending=ending), *args)
+    assert result.ret == code
+    assert suite.events() == events
+
+
+def test_ctrl_c_in_a_load_closes_the_others_and_leaves_nothing(suite: Suite) -> None:
+    result = suite.run_apart("""
+def test_one(sway_backend):
+    sway_backend(dummy("a"))
+
+def test_two(sway_backend):
+    sway_backend(dummy("ctrl-c"))
+""")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    assert suite.events() == ["load a", "load ctrl-c", "close a"]
+
+
+def test_an_internal_error_closes_all(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        breaks="""
+def pytest_runtest_logfinish(nodeid):
+    raise RuntimeError("a plugin is broken")
+"""
+    )
+    result = suite.run_apart(LOADS.format(ending="pass"), "-p", "breaks")
+    assert result.ret == pytest.ExitCode.INTERNAL_ERROR
+    assert suite.events() == ["load a", "close a"]
+
+
+def test_session_fixtures_end_before_their_backends_are_closed(suite: Suite) -> None:
+    result = suite.run("""
+@pytest.fixture(scope="session")
+def backend(sway_cache):
+    with sway_cache.lease(dummy("a")) as backend:
+        yield backend
+        note("fixture ends")
+
+def test_x(backend):
+    pass
+""")
+    result.assert_outcomes(passed=1)
+    assert suite.events() == ["load a", "fixture ends", "close a"]
+
+
+def test_a_lease_that_was_never_released_is_closed_and_its_holder_named(suite: Suite) -> None:
+    result = suite.run("""
+KEEP = []
+
+def test_forgetful(sway_cache):
+    KEEP.append(sway_cache.acquire(dummy("a")))
+""")
+    assert suite.events() == ["load a", "close a"]
+    result.stdout.fnmatch_lines(["never released: test_suite.py::test_forgetful"])
+
+
+def test_a_close_that_raises_fails_no_test_and_is_reported(suite: Suite) -> None:
+    result = suite.run("""
+def test_one(sway_backend):
+    sway_backend(dummy("bad-close"))
+
+def test_two(sway_backend):
+    sway_backend(dummy("b"))
+    sway_backend(dummy("c"))
+""")
+    result.assert_outcomes(passed=2)
+    assert suite.events() == ["load bad-close", "load b", "close bad-close", "load c", "close b", "close c"]
+    result.stdout.fnmatch_lines(["failed to close: closing dummy:bad-close failed: RuntimeError: cannot close"])
