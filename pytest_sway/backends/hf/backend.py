@@ -1,0 +1,300 @@
+"""`HFBackend`: a base and an adapter on it, as two views on one set of weights."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pytest_sway.backends.hf import sides
+from pytest_sway.backends.hf.adapters import take_off
+from pytest_sway.backends.hf.inspection import summarised
+from pytest_sway.backends.hf.libraries import forget_frames
+from pytest_sway.backends.hf.memory import Leak, WeightsWatch, find_leak
+from pytest_sway.backends.hf.sides import Side
+from pytest_sway.backends.hf.sizes import measured
+from pytest_sway.backends.hf.views import HFView
+from pytest_sway.errors import BackendClosedError, NoAdapterError
+from pytest_sway.spec import base_key, resolved_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Mapping
+
+    from pytest_sway.backends.hf.adapters import Adapter
+    from pytest_sway.backends.hf.base import LoadedBase
+    from pytest_sway.backends.hf.inspection import TensorsRecord, TokenizerRecord
+    from pytest_sway.backends.shared import Share
+    from pytest_sway.scoring import TokenDist
+    from pytest_sway.spec import ModelSpec
+
+_PREFLIGHT_PROMPT = "hello"
+_PREFLIGHT_TOP_K = 8
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """All that a backend has in memory; what is left of a closed backend does not refer to it.
+
+    Attributes:
+        shares: The claims on the bases that it uses; an adapter sits on the last.
+        adapter: The adapter, if there is one.
+        adapter_record: What the adapter's weights were like.
+        tokenizer: The tokenizer of both views.
+        tokenizer_record: What its settings were.
+        base: The base's side.
+        tuned: The tuned side, if there is an adapter.
+        views: The sides of the open views that have one of their own.
+    """
+
+    shares: list[Share[LoadedBase]]
+    adapter: Adapter | None
+    adapter_record: TensorsRecord | None
+    tokenizer: Any
+    tokenizer_record: TokenizerRecord
+    base: Side
+    tuned: Side | None
+    views: dict[HFView, Side] = field(default_factory=dict)
+
+
+class HFBackend:
+    """A Hugging Face model with a PEFT adapter; made by `HFBuilder.build`.
+
+    Any number of views may be open at once, in any number of threads: each call binds its view's state.
+
+    Args:
+        spec: The resolved spec that it was built from.
+        loaded: What was loaded for it.
+        withdraw: Called with a base that is no longer what it was, so that nobody else gets it.
+    """
+
+    safe_for_concurrent_views = True
+
+    def __init__(self, spec: ModelSpec, loaded: Loaded, withdraw: Callable[[LoadedBase], None]) -> None:
+        self._spec = spec
+        self._loaded: Loaded | None = loaded
+        self._withdraw = withdraw
+        self._watches: list[WeightsWatch] = []
+
+    def __repr__(self) -> str:
+        return f"<HFBackend {self._spec}{'' if self._loaded else ', closed'}>"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The spec that it was built from, with the device and dtype that were used."""
+        return self._spec
+
+    # --- views --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def as_base(self) -> Iterator[HFView]:
+        """Open a view on the base."""
+        with self._view("base", self._require().base) as view:
+            yield view
+
+    @contextmanager
+    def as_finetuned(self) -> Iterator[HFView]:
+        """Open a view on the base with its adapter.
+
+        Raises:
+            NoAdapterError: The spec has no adapter.
+        """
+        with self._view("ft", self._tuned("as_finetuned")) as view:
+            yield view
+
+    @contextmanager
+    def as_scaled_adapter(self, lam: float) -> Iterator[HFView]:
+        """Open a view in which the LoRA terms count ``lam`` times: 0 is the base, 1 the adapter.
+
+        What an adapter has besides, such as DoRA's magnitudes or ``modules_to_save``, stays as it is.
+
+        Raises:
+            NoAdapterError: The spec has no adapter.
+            BackendUseError: The adapter is not a LoRA adapter, or changes the base's own weights.
+        """
+        side = self._tuned("as_scaled_adapter")
+        overlay = sides.scaled(self._adapter(), lam)
+        with self._view(f"scaled_{lam:.2f}", side.with_overlay(overlay)) as view:
+            yield view
+
+    @contextmanager
+    def as_null_adapter(self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0) -> Iterator[HFView]:
+        """Open a view with noise in place of the LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
+
+        Args:
+            seed: Where the noise starts; equal seeds give dlm-sway's noise.
+            init_scale: Standard deviation.
+            rank_scale: The rank that the noise stands for, as a multiple of the adapter's.
+
+        Raises:
+            ValueError: ``rank_scale`` is not positive and finite.
+            NoAdapterError: The spec has no adapter.
+            BackendUseError: The adapter is not a LoRA adapter, or changes the base's own weights.
+        """
+        side = self._tuned("as_null_adapter")
+        overlay = sides.null(self._adapter(), seed, init_scale, rank_scale)
+        view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
+        with self._view(view_id, side.with_overlay(overlay)) as view:
+            yield view
+
+    # --- for the cache, the hygiene and dlm-sway ----------------------------------------------------------------------
+
+    def cache_identity(self) -> str:
+        """Return what dlm-sway's own backend returns for this base and adapter."""
+        return f"hf:{self._spec.base}:{self._spec.adapter}"
+
+    def preflight_finite_check(self) -> tuple[bool, str]:
+        """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
+        try:
+            with self.as_base() as base:
+                found = {"base": base.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)}
+            if self._spec.adapter is not None:
+                with self.as_finetuned() as tuned:
+                    found["ft"] = tuned.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)
+        except Exception as error:  # the check reports whatever went wrong
+            return False, f"preflight forward pass raised {type(error).__name__}: {error}"
+        reasons = [reason for label, dist in found.items() if (reason := _not_finite(label, dist))]
+        return not reasons, "; ".join(reasons)
+
+    def sizes(self) -> Mapping[Hashable, int]:
+        """Return the bytes that each part takes in memory, keyed as in `HFBuilder.estimate`."""
+        loaded = self._require()
+        sizes: dict[Hashable, int] = {}
+        for share in loaded.shares:
+            key = base_key(self._spec) if share.value.shared else ("own base", *resolved_key(self._spec))
+            sizes[key] = share.value.nbytes
+        if loaded.adapter is not None:
+            sizes["adapter", *resolved_key(self._spec)] = measured(loaded.adapter.parameters.values())
+        return sizes
+
+    def changes(self) -> list[str]:
+        """Return one line for each thing that is no longer as it was after the load; empty when nothing is.
+
+        A shared base that was changed is handed out to nobody else.
+        """
+        loaded = self._loaded
+        if loaded is None:
+            return []
+        lines = []
+        tokenizer_lines = loaded.tokenizer_record.changes()
+        for share in loaded.shares:
+            base = share.value
+            with base.lock, base.switch.bound(sides.BASE_STATE):
+                base_lines = base.record.note()
+                if loaded.adapter_record is not None and share is loaded.shares[-1]:
+                    lines += loaded.adapter_record.changes()
+            lines += base_lines
+            if base_lines or tokenizer_lines:
+                self._withdraw(base)
+        return summarised(lines + tokenizer_lines)
+
+    def close(self) -> None:
+        """Take the adapter off and give the base back; the last to use it frees it. Closing twice is harmless."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        try:
+            self._free(loaded)
+        except BaseException as error:
+            forget_frames(error)
+            raise
+        finally:
+            del loaded
+
+    def leak(self) -> Leak | None:
+        """Return what its close should have freed and did not; ``None`` if all is gone, or before the close."""
+        return find_leak(self._watches)
+
+    def _free(self, loaded: Loaded) -> None:
+        for side in loaded.views.values():
+            if side.state.overlay is not None:
+                side.base.switch.drop(side.state.overlay)
+        loaded.views.clear()
+        shares = loaded.shares
+        try:
+            if loaded.adapter is not None:
+                self._watches.append(WeightsWatch(loaded.adapter.parameters.values()))
+                take_off(shares[-1].value, loaded.adapter)
+        finally:
+            watches = [share.value.watch for share in shares]
+            bases = [share.value for share in shares]
+            while shares:
+                shares.pop().release()
+            self._watches += [watch for watch, base in zip(watches, bases, strict=True) if base.model is None]
+
+    # --- for views ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _view(self, view_id: str, side: Side) -> Iterator[HFView]:
+        view = HFView(view_id, self)
+        self._require().views[view] = side
+        del side
+        try:
+            yield view
+        finally:
+            view.close()
+
+    def _run(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        try:
+            return self._bound_run(view, work, args)
+        except BaseException as error:
+            forget_frames(error)  # the frames of a failed forward pass hold on to weights
+            raise
+
+    def _bound_run(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        import torch
+
+        loaded = self._require()
+        side = loaded.views[view]
+        with side.base.lock:
+            self._require()  # it may have been closed while we waited
+            with side.base.switch.bound(side.state), torch.inference_mode():
+                return work(side.runner, loaded.tokenizer, side.base.last_logits, *args)
+
+    def _raw_model(self, view: HFView) -> Any:
+        side = self._require().views[view]
+        with side.base.lock:
+            side.base.switch.rest(side.state)
+        return side.raw
+
+    def _tokenizer(self) -> Any:
+        return self._require().tokenizer
+
+    def _view_closed(self, view: HFView) -> None:
+        side = None if self._loaded is None else self._loaded.views.pop(view, None)
+        if side is not None and side.state.overlay is not None:
+            with side.base.lock:
+                side.base.switch.drop(side.state.overlay)
+
+    def _require(self) -> Loaded:
+        if self._loaded is None:
+            raise BackendClosedError(
+                f"the backend of {self._spec} was used after it was closed, by eviction or at the end of the session."
+                " Ask for it again with sway_backend(spec)."
+            )
+        return self._loaded
+
+    def _tuned(self, what: str) -> Side:
+        side = self._require().tuned
+        if side is None:
+            raise NoAdapterError(
+                f"{what}() was asked of {self._spec}, whose spec has no adapter. Add 'adapter': <folder> to the spec,"
+                " or use as_base()."
+            )
+        return side
+
+    def _adapter(self) -> Adapter:
+        adapter = self._require().adapter
+        assert adapter is not None
+        return adapter
+
+
+def _not_finite(label: str, dist: TokenDist) -> str:
+    bad = int((~np.isfinite(dist.logprobs)).sum())
+    if bad:
+        return f"the {label} view gave {bad} of {dist.logprobs.size} non-finite log-probabilities"
+    if dist.tail_logprob is not None and not math.isfinite(dist.tail_logprob):
+        return f"the {label} view gave a non-finite tail_logprob, {dist.tail_logprob}"
+    return ""

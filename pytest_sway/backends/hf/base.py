@@ -1,0 +1,168 @@
+"""A loaded base: one model and its tokenizer, with the adapters that are on it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
+from pytest_sway.backends.hf.libraries import quiet_process, torch_dtype
+from pytest_sway.backends.hf.memory import WeightsWatch
+from pytest_sway.backends.hf.sizes import measured
+from pytest_sway.backends.hf.state import Switch
+from pytest_sway.errors import WeightsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_sway.backends.hf.adapters import Adapter
+    from pytest_sway.spec import ModelSpec
+
+
+class LoadedBase:
+    """A base model in memory.
+
+    Attributes:
+        spec: The resolved spec that it was loaded from.
+        shared: Whether it serves several adapters; otherwise it is one adapter's own.
+        model: The Hugging Face model, in evaluation mode and frozen; PEFT puts its layers into it.
+        tokenizer: Its tokenizer.
+        lock: Held while the model computes or is changed.
+        switch: What puts the model into a view's state.
+        peft_model: The ``PeftModel`` around the model; ``None`` until the first adapter was put on.
+        adapters: The adapters that are on it, by their internal names.
+        record: What the model was like when it was loaded.
+        watch: Tells whether its weights are still in memory.
+        nbytes: What its parameters and buffers take, each place counted once.
+        places: By module name, where each module of the model stands: its parent's children and its key there.
+        tokenizer_record: What the tokenizer's settings were.
+        tokenizers: Tokenizers that adapters brought, and their records, by the identity of their files.
+        last_logits: Name of the argument by which the model computes only the last logits; ``None`` if it has none.
+    """
+
+    def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, *, shared: bool = True) -> None:
+        self.spec = spec
+        self.shared = shared
+        self.model = model
+        self.tokenizer = tokenizer
+        self.lock = threading.RLock()
+        self.switch = Switch()
+        self.peft_model: Any = None
+        self.adapters: dict[str, Adapter] = {}
+        self.tokenizer_record = TokenizerRecord(tokenizer)
+        self.tokenizers: dict[str, tuple[Any, TokenizerRecord]] = {}
+        self.last_logits = _last_logits_argument(model)
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        """Take note of the model as it is now: freshly loaded, without adapters."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.places = dict(_places(self.model))
+        self.record = BaseRecord(self.model)
+        self.watch = WeightsWatch(tensors)
+        self.nbytes = measured(tensors)
+
+    @property
+    def device(self) -> Any:
+        """The ``torch.device`` of the model."""
+        return self.model.device
+
+    def refresh(self) -> None:
+        """Take note of adapters that came or went; to be called by whoever put them on or took them off."""
+        self.switch.refresh(self.model, self.peft_model)
+        self.record.refresh(self.model, self.peft_model, self.adapters)
+
+    def close(self) -> None:
+        """Let go of the model. Its memory comes back once nobody else refers to it."""
+        with self.lock:
+            _remove_hooks(self.model)
+            self.model = self.tokenizer = self.peft_model = None
+            self.switch = Switch()
+            self.record = None  # type: ignore[assignment] # nobody uses a closed base
+            self.adapters, self.tokenizers, self.places = {}, {}, {}
+
+
+def load_base(spec: ModelSpec, *, shared: bool = True) -> LoadedBase:
+    """Load the base of a resolved spec, in evaluation mode, frozen, on its device.
+
+    Raises:
+        WeightsError: Its weights exist only as a pickle that the spec does not allow.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet_process():
+        tokenizer = load_tokenizer(spec, spec.base)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                spec.base,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                use_safetensors=None if spec.allow_pickle else True,
+                dtype=torch_dtype(spec.dtype),
+            )
+        except OSError as error:
+            raise _load_error(spec, error) from error
+        model = model.to(spec.device)
+        model.eval()
+        model.requires_grad_(False)
+        if hasattr(model.config, "pretraining_tp"):
+            model.config.pretraining_tp = 1  # as PEFT sets it; so the base computes the same with and without adapters
+    return LoadedBase(spec, model, tokenizer, shared=shared)
+
+
+def resize_vocabulary(base: LoadedBase, rows: int) -> None:
+    """Give a base, before any adapter is on it, embeddings for ``rows`` tokens; an adapter will bring their values."""
+    import torch
+
+    if base.model.get_input_embeddings().weight.shape[0] == rows:
+        return
+    with quiet_process():
+        torch.manual_seed(0)
+        base.model.resize_token_embeddings(rows, mean_resizing=False)
+    base.model.requires_grad_(False)
+    base._take_stock()
+
+
+def load_tokenizer(spec: ModelSpec, source: str) -> Any:
+    """Load a tokenizer from a folder or a hub id; one without a padding token pads with its end token."""
+    from transformers import AutoTokenizer
+
+    with quiet_process():
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            revision=spec.revision if source == spec.base else None,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_error(spec: ModelSpec, error: OSError) -> Exception:
+    text = str(error)
+    if not spec.allow_pickle and (("safetensors" in text and "pytorch_model.bin" in text) or "use_safetensors" in text):
+        return WeightsError(
+            f"the base {spec.base!r} has no weights in safetensors, and pickles can run code when they are read."
+            " Convert it, or set allow_pickle=True in the spec if you trust it."
+        )
+    return error
+
+
+def _places(model: Any) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
+    for name, module in model.named_modules():
+        for key, child in module._modules.items():
+            if child is not None:
+                yield (f"{name}.{key}" if name else key), (module._modules, key)
+
+
+def _last_logits_argument(model: Any) -> str | None:
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("logits_to_keep", "num_logits_to_keep") if name in parameters), None)
+
+
+def _remove_hooks(model: Any) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()

@@ -1,0 +1,28 @@
+"""Where the files of a base are on this machine: in its folder, or in the hub's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_sway.spec import is_path
+
+if TYPE_CHECKING:
+    from pytest_sway.spec import ModelSpec
+
+
+def base_file(spec: ModelSpec, name: str) -> Path | None:
+    """Return the path of a file of the base, or ``None`` if it is not on this machine; nothing is downloaded."""
+    if is_path(spec.base):
+        path = Path(spec.base, name)
+        return path if path.is_file() else None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(spec.base, name, revision=spec.revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None

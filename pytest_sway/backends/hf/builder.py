@@ -1,0 +1,104 @@
+"""`HFBuilder`: from specs to backends that share their bases."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.check import check_spec
+from pytest_sway.backends.hf.libraries import forget_frames
+from pytest_sway.backends.hf.placement import resolve_placement
+from pytest_sway.backends.hf.sizes import estimated
+from pytest_sway.backends.shared import SharedPool
+from pytest_sway.spec import base_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping
+    from contextlib import AbstractContextManager
+
+    from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.backend import HFBackend
+    from pytest_sway.backends.hf.base import LoadedBase
+    from pytest_sway.backends.shared import Share
+    from pytest_sway.spec import ModelSpec
+
+
+class HFBuilder:
+    """Builds backends of kind ``hf``; those whose specs agree on the base share it.
+
+    Args:
+        on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
+    """
+
+    def __init__(self, on_base_load: Callable[[str, float], None] | None = None) -> None:
+        self._on_base_load = on_base_load
+        self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
+        self._numbers = itertools.count()
+
+    def build(self, spec: ModelSpec) -> HFBackend:
+        """Load what ``spec`` asks for and is not loaded yet.
+
+        Raises:
+            SwayError: It cannot be loaded; the message says why and what to do.
+        """
+        spec = resolve_placement(spec)
+        files = check_spec(spec)
+        shares: list[Share[LoadedBase]] = []
+        try:
+            return self._assemble(spec, files, shares)
+        except BaseException as error:
+            forget_frames(error)
+            self._give_back(shares)
+            raise
+
+    def check(self, spec: ModelSpec) -> None:
+        """Find what can be found wrong with ``spec`` without loading it.
+
+        Raises:
+            SwayError: Loading it would fail.
+        """
+        check_spec(resolve_placement(spec))
+
+    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
+        """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""
+        return estimated(resolve_placement(spec))
+
+    def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
+        """Keep the base of ``spec``, if it is loaded, from being closed inside the block."""
+        return self._pool.hold(base_key(resolve_placement(spec)))
+
+    def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> HFBackend:
+        from pytest_sway.backends.hf.assembly import assemble, load_own_base
+        from pytest_sway.backends.hf.base import load_base
+
+        if files is None or files.shareable or not files.restorable:
+            shares.append(self._pool.acquire(base_key(spec), lambda: self._timed(spec, load_base, spec)))
+        if files is not None and not files.shareable:
+            key = ("own base", next(self._numbers))
+            shares.append(self._pool.acquire(key, lambda: self._timed(spec, load_own_base, spec, files)))
+        return assemble(spec, files, shares, self._pool.withdraw)
+
+    def _timed(self, spec: ModelSpec, load: Callable[..., LoadedBase], *args: Any) -> LoadedBase:
+        started = time.perf_counter()
+        base = load(*args)
+        if self._on_base_load is not None:
+            self._on_base_load(spec.base, time.perf_counter() - started)
+        return base
+
+    def _give_back(self, shares: list[Share[LoadedBase]]) -> None:
+        """Release the shares of a build that failed; a base that it left changed goes to nobody else."""
+        while shares:
+            share = shares.pop()
+            with share.value.lock:
+                if share.value.record.note():
+                    self._pool.withdraw(share.value)
+            share.release()
+
+
+def _close_base(base: LoadedBase) -> None:
+    from pytest_sway.backends.hf.memory import collect
+
+    device = base.device.type
+    base.close()
+    collect(device)

@@ -1,0 +1,82 @@
+"""What can be found wrong with a spec before anything is loaded, or evicted to make room for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.adapter_files import read_adapter
+from pytest_sway.backends.hf.base_files import base_file
+from pytest_sway.backends.hf.fit import check_fit
+from pytest_sway.backends.hf.libraries import require_libraries
+from pytest_sway.backends.hf.sizes import base_entries
+from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.spec import is_path
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.spec import ModelSpec
+
+
+def check_spec(spec: ModelSpec) -> AdapterFiles | None:
+    """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
+
+    Raises:
+        SpecError: The base's or the adapter's folder is missing, or is no such folder.
+        WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow.
+        AdapterMismatchError: The adapter was made for another architecture.
+        BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
+    """
+    if is_path(spec.base):
+        _check_folder(spec)
+    _check_config(spec)
+    files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
+    entries = base_entries(spec)
+    if files is not None and entries is not None:
+        check_fit(spec, files, entries)
+    require_libraries(spec)
+    return files
+
+
+def _check_folder(spec: ModelSpec) -> None:
+    folder = Path(spec.base)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise SpecError(f"the base {spec.base!r} {what}. Name a hub id (org/name) or the folder of a model.")
+    if not (folder / "config.json").is_file():
+        hint = " It holds an adapter; name it as 'adapter'." if (folder / "adapter_config.json").is_file() else ""
+        raise SpecError(f"the base {spec.base!r} has no config.json, so it is not the folder of a model.{hint}")
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return
+    if not any(folder.glob("pytorch_model*.bin*")):
+        raise WeightsError(f"the base {spec.base!r} has no weights: expected model.safetensors in it.")
+    if not spec.allow_pickle:
+        raise WeightsError(
+            f"the base {spec.base!r} has its weights only as a pickle (pytorch_model.bin), which can run code when it is"
+            " read. Convert it to safetensors, or set allow_pickle=True in the spec if you trust it."
+        )
+
+
+def _check_config(spec: ModelSpec) -> None:
+    path = base_file(spec, "config.json")
+    if path is None:
+        return
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
+    if isinstance(config, dict) and config.get("auto_map") and not spec.trust_remote_code and not _known(config):
+        raise SpecError(
+            f"the base {spec.base!r} brings its own code (auto_map in its config.json), which is not run unless the spec"
+            " says trust_remote_code=True. Read that code first."
+        )
+
+
+def _known(config: dict[str, Any]) -> bool:
+    """Whether transformers itself has the model's type, so that the base's own code is not needed."""
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    except ImportError:
+        return True
+    return config.get("model_type") in CONFIG_MAPPING_NAMES

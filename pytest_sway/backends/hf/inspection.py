@@ -1,0 +1,258 @@
+"""Whether a loaded model is still what it was: a record of it, and what differs from the record."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+SAMPLES: Final = 32
+"""Elements of each tensor that are compared: writes through ``.data`` move no version counter."""
+
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class TensorsRecord:
+    """What some parameters and buffers were like.
+
+    Args:
+        owned: For each name, the dictionary that holds the tensor, and its key there.
+        kind: What a report calls them.
+    """
+
+    def __init__(self, owned: Mapping[str, tuple[dict[str, Any], str]], kind: Mapping[str, str] | str) -> None:
+        self._names = list(owned)
+        self._kinds = kind
+        self._owners = list(owned.values())
+        self._tensors = [container[key] for container, key in self._owners]
+        self._facts = [_facts(tensor) for tensor in self._tensors]
+        self._samples = [_sample(tensor) for tensor in self._tensors]
+        self._content = _content(self._samples)
+
+    def changes(self) -> list[str]:
+        """One line for each tensor that is no longer as it was."""
+        lines = []
+        for i, (container, key) in enumerate(self._owners):
+            tensor = container.get(key)
+            if tensor is not self._tensors[i]:
+                lines.append(self._line(i, "replaced" if tensor is not None else "removed"))
+            elif (facts := _facts(tensor)) != self._facts[i]:
+                lines.append(self._line(i, _differing(self._facts[i], facts)))
+        return lines or self._content_changes()
+
+    def _content_changes(self) -> list[str]:
+        content = _content(self._samples)
+        if all(a.equal(b) for a, b in zip(content, self._content, strict=True)):
+            return []
+        lines, position = [], dict.fromkeys(range(len(content)), 0)
+        groups = list(_groups(self._samples))
+        for i, sample in enumerate(self._samples):
+            group, start = groups.index(sample.dtype), position[groups.index(sample.dtype)]
+            position[group] = end = start + sample.numel()
+            if not content[group][start:end].equal(self._content[group][start:end]):
+                lines.append(self._line(i, "contents changed"))
+        return lines
+
+    def _line(self, i: int, what: str) -> str:
+        kind = self._kinds if isinstance(self._kinds, str) else self._kinds[self._names[i]]
+        return f"{kind} {self._names[i]}: {what}"
+
+
+def _facts(tensor: Any) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.dtype, tensor.device)
+
+
+def _differing(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
+    if before[3] != now[3]:
+        return f"dtype {before[3]} -> {now[3]}"
+    if before[4] != now[4]:
+        return f"device {before[4]} -> {now[4]}"
+    if before[0] != now[0]:
+        return "data replaced"
+    if before[1] != now[1]:
+        return "contents changed"
+    return f"requires_grad {before[2]} -> {now[2]}"
+
+
+def _sample(tensor: Any) -> Any:
+    """A view of a few elements, evenly spread, as integers: so that a NaN equals itself."""
+    import torch
+
+    flat = tensor.detach()
+    flat = flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    sample = flat[::step]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return sample.view(integers[sample.element_size()]) if sample.element_size() in integers else sample
+
+
+def _groups(samples: Sequence[Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for sample in samples:
+        groups.setdefault(sample.dtype, []).append(sample)
+    return groups
+
+
+def _content(samples: Sequence[Any]) -> list[Any]:
+    import torch
+
+    return [torch.cat(group) for group in _groups(samples).values()]
+
+
+class ModulesRecord:
+    """What some modules were like: their children, their hooks, and whether they train."""
+
+    def __init__(self, named_modules: Iterable[tuple[str, Any]]) -> None:
+        named = list(named_modules)
+        self._names = [name for name, _ in named]
+        self._attributes = [module.__dict__ for _, module in named]
+        self._hooks = [[attributes[name] for name in _HOOKS if name in attributes] for attributes in self._attributes]
+        self._flat_hooks = list(chain.from_iterable(self._hooks))
+        self._children = [attributes["_modules"] for attributes in self._attributes]
+        self._before = self._summary()
+        self._details = [self._detail(i) for i in range(len(named))]
+
+    def changes(self) -> list[str]:
+        """One line for each module that is no longer as it was."""
+        if self._summary() == self._before:
+            return []
+        lines = []
+        for i, name in enumerate(self._names):
+            before, now = self._details[i], self._detail(i)
+            label = f"module {name}" if name else "the model"
+            if before[0] != now[0]:
+                lines.append(f"{label}: training mode {'on' if now[0] else 'off'}")
+            if before[1] != now[1]:
+                lines.append(f"{label}: {now[1]} hooks, {before[1]} before")
+            if before[2] != now[2]:
+                lines.append(f"{label}: its forward was replaced")
+            if before[3] != now[3]:
+                lines.append(f"{label}: submodules replaced, added or removed")
+        return lines
+
+    def _summary(self) -> tuple[list[bool], list[int], list[bool], list[int]]:
+        return (
+            [attributes["training"] for attributes in self._attributes],
+            [len(hooks) for hooks in self._flat_hooks],
+            ["forward" in attributes for attributes in self._attributes],
+            list(map(id, chain.from_iterable(map(dict.values, self._children)))),
+        )
+
+    def _detail(self, i: int) -> tuple[bool, int, bool, list[int]]:
+        attributes = self._attributes[i]
+        hooks = sum(len(hooks) for hooks in self._hooks[i])
+        return attributes["training"], hooks, "forward" in attributes, [id(m) for m in self._children[i].values()]
+
+
+class BaseRecord:
+    """What a base was like when it was loaded, and which adapters were put on it since.
+
+    What has been found changed once stays so: an adapter that comes later does not hide it.
+
+    Args:
+        model: The base model, just loaded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        owned, kinds = {}, {}
+        for prefix, module in model.named_modules():
+            for kind, members in (("parameter", module._parameters), ("buffer", module._buffers)):
+                for key, tensor in members.items():
+                    if tensor is not None:
+                        name = f"{prefix}.{key}" if prefix else key
+                        owned[name], kinds[name] = (members, key), kind
+        self._tensors = TensorsRecord(owned, kinds)
+        self._configs = {
+            "config": (model.config, copy.deepcopy(vars(model.config))),
+            "generation_config": (getattr(model, "generation_config", None),) * 2,
+        }
+        generation = getattr(model, "generation_config", None)
+        self._configs["generation_config"] = (generation, copy.deepcopy(getattr(generation, "__dict__", None)))
+        self._found: list[str] = []
+        self._peft_model: Any = None
+        self._adapters: frozenset[str] = frozenset()
+        self._modules = ModulesRecord(model.named_modules())
+        self._mergeable: list[tuple[str, dict[str, Any]]] = []
+
+    def refresh(self, model: Any, peft_model: Any, adapters: Iterable[str]) -> None:
+        """Take note of adapters that were put on or taken off by our own hand."""
+        self._peft_model = peft_model
+        self._adapters = frozenset(adapters)
+        named = list((model if peft_model is None else peft_model).named_modules())
+        self._modules = ModulesRecord(named)
+        self._mergeable = [(name, module.__dict__) for name, module in named if "merged_adapters" in module.__dict__]
+
+    def note(self) -> list[str]:
+        """Return what has changed, and remember it."""
+        if not self._found:
+            self._found = self._changes()
+        return self._found
+
+    def _changes(self) -> list[str]:
+        lines = self._adapter_changes()
+        lines += self._modules.changes()
+        lines += self._tensors.changes()
+        for name, (config, before) in self._configs.items():
+            if config is not None and vars(config) != before:
+                changed = sorted(key for key in {*vars(config), *before} if vars(config).get(key) != before.get(key))
+                lines.append(f"{name}: {', '.join(changed)} changed")
+        return lines
+
+    def _adapter_changes(self) -> list[str]:
+        if self._peft_model is None:
+            return []
+        lines = []
+        known = set(self._peft_model.peft_config)
+        if known != self._adapters:
+            added, removed = sorted(known - self._adapters), len(self._adapters - known)
+            lines += [f"adapter {name!r}: added" for name in added]
+            lines += [f"adapters: {removed} removed"] if removed else []
+        merged = [name for name, attributes in self._mergeable if attributes["merged_adapters"]]
+        lines += [f"module {name}: adapter merged into its weights" for name in merged]
+        return lines
+
+
+class TokenizerRecord:
+    """What a tokenizer's settings were."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before = _settings(tokenizer)
+
+    def changes(self) -> list[str]:
+        """One line for each setting that is no longer as it was."""
+        now = _settings(self._tokenizer)
+        return [
+            f"tokenizer: {name} {_short(before)} -> {_short(now[name])}"
+            for name, before in self._before.items()
+            if now[name] != before
+        ]
+
+
+def _settings(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "padding_side": tokenizer.padding_side,
+        "truncation_side": tokenizer.truncation_side,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "length": len(tokenizer),
+        "chat_template": tokenizer.chat_template,
+        "model_max_length": tokenizer.model_max_length,
+        "add_bos_token": getattr(tokenizer, "add_bos_token", None),
+        "add_eos_token": getattr(tokenizer, "add_eos_token", None),
+    }
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def summarised(lines: list[str], limit: int = 10) -> list[str]:
+    """Return at most ``limit`` lines, and how many more there are."""
+    return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]

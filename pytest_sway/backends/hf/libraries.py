@@ -1,0 +1,86 @@
+"""The boundary to torch, transformers and PEFT: their import, their noise, and what they change process-wide."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+import warnings
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.errors import BackendNotAvailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_sway.spec import ModelSpec
+
+REQUIRED: Final = ("torch", "transformers", "peft", "safetensors")
+
+PROCESS_STATE: Final = threading.RLock()
+"""Held by whoever changes what the whole process shares: the random state, warning filters, and the defaults that
+`from_pretrained` sets while it runs. Whoever needs a base's lock as well takes that one first."""
+
+
+def require_libraries(spec: ModelSpec) -> None:
+    """Raise unless everything that the ``hf`` kind needs is installed; import nothing.
+
+    Raises:
+        BackendNotAvailableError: Something is missing; the message has the line that installs it.
+    """
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        raise BackendNotAvailableError(
+            f"loading {spec} needs {', '.join(missing)}, which this environment lacks."
+            " Install them with: pip install 'pytest-sway[hf]'"
+        )
+
+
+@contextmanager
+def quiet_process() -> Iterator[None]:
+    """Run library code that warns, logs, draws progress bars or uses the random state, without a trace of it.
+
+    Serialised over the process, since all of that is process-wide; everything is put back on the way out.
+    """
+    import torch
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    with PROCESS_STATE, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        verbosity = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
+        hub_bars = not are_progress_bars_disabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
+            (enable_progress_bars if hub_bars else disable_progress_bars)()
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop the local variables of the finished frames of ``error`` and of its causes.
+
+    The frames of a failed load or forward pass refer to modules and weights, and pytest keeps the tracebacks of failed
+    tests. Files and line numbers stay.
+    """
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            traceback.clear_frames(current.__traceback__)
+            pending += [current.__cause__, current.__context__]
+
+
+def torch_dtype(name: str) -> Any:
+    """Return the ``torch.dtype`` of a spec's resolved dtype."""
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]

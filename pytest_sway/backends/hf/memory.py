@@ -1,0 +1,78 @@
+"""Whether weights are gone, and who still holds them."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class WeightsWatch:
+    """Weak references to the storages of some tensors: what a Python reference to a view cannot hide.
+
+    Args:
+        tensors: What is watched; it is not kept alive.
+    """
+
+    def __init__(self, tensors: Iterable[Any]) -> None:
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        storages = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._storages = list(storages.values())
+
+    def alive(self) -> dict[int, int]:
+        """The bytes of each storage that is still in memory, by its address."""
+        return {reference.cdata: nbytes for reference, nbytes in self._storages if not reference.expired()}
+
+    def alive_bytes(self) -> int:
+        """How many bytes are still in memory."""
+        return sum(self.alive().values())
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """Weights that outlived their backend.
+
+    Attributes:
+        nbytes: How much memory they hold.
+        holders: By what chains of references they are held, each from a name that a person can find.
+    """
+
+    nbytes: int
+    holders: tuple[str, ...]
+
+
+def find_leak(watches: Iterable[WeightsWatch]) -> Leak | None:
+    """Return what of the watched weights is still in memory after a garbage collection; ``None`` if nothing is."""
+    watches = list(watches)
+    if not any(watch.alive_bytes() for watch in watches):
+        return None
+    gc.collect()
+    alive: dict[int, int] = {}
+    for watch in watches:
+        alive |= watch.alive()
+    if not alive:
+        return None
+    return Leak(sum(alive.values()), tuple(holders_of(alive)))
+
+
+def holders_of(alive: Iterable[int]) -> list[str]:
+    """To come."""
+    return []
+
+
+def collect(device_type: str) -> None:
+    """Free what nobody refers to any more, and give the accelerator's unused memory back."""
+    import torch
+
+    gc.collect()
+    if device_type == "cuda":
+        torch.cuda.empty_cache()
+    elif device_type == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,55 @@
+"""What ``auto`` means: the device and the dtype that a spec will really be loaded with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_sway.spec import Dtype, ModelSpec
+
+
+def resolve_placement(spec: ModelSpec) -> ModelSpec:
+    """Return ``spec`` with the device and dtype that ``auto`` stands for on this machine.
+
+    The device is the current CUDA device, else MPS, else the CPU. The dtype is dlm-sway's choice for it: bf16 where a
+    CUDA device computes in it, fp16 on MPS, fp32 otherwise. Without torch the spec is returned as it is, and loading it
+    will say what is missing.
+
+    Args:
+        spec: Any spec of kind ``hf``. One that has nothing to resolve is returned without importing torch.
+    """
+    if spec.device not in ("auto", "cuda") and spec.dtype != "auto":
+        return spec
+    try:
+        return _resolved(spec)
+    except ImportError:
+        return spec
+
+
+@lru_cache(maxsize=256)
+def _resolved(spec: ModelSpec) -> ModelSpec:
+    device = _device(spec.device)
+    dtype = _dtype(device.partition(":")[0]) if spec.dtype == "auto" else spec.dtype
+    return replace(spec, device=device, dtype=dtype)
+
+
+def _device(asked: str) -> str:
+    if asked not in ("auto", "cuda"):
+        return asked
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"
+    if asked == "cuda":
+        return asked
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(device_type: str) -> Dtype:
+    if device_type == "cuda":
+        import torch
+
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return "fp16" if device_type == "mps" else "fp32"

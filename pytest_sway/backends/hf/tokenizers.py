@@ -1,0 +1,71 @@
+"""Which tokenizer a backend uses: its base's, unless the adapter's folder brings another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.base import load_tokenizer
+from pytest_sway.backends.hf.base_files import base_file
+from pytest_sway.backends.hf.inspection import TokenizerRecord
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.base import LoadedBase
+
+_CONFIG: Final = "tokenizer_config.json"
+_FILES: Final = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+_WRITTEN_BY_SAVE: Final = frozenset({"name_or_path", "transformers_version", "local_files_only", "is_local"})
+
+
+def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> tuple[Any, TokenizerRecord]:
+    """Return the tokenizer for an adapter on a base, and the record of its settings.
+
+    A folder with a ``tokenizer_config.json`` brings its own, as for dlm-sway. Where that is the base's, file by file,
+    the base's is shared: loading one takes seconds where the vocabulary is large.
+    """
+    folder = files.folder
+    if not (folder / _CONFIG).is_file() or _same(base, folder):
+        return base.tokenizer, base.tokenizer_record
+    key = _digest(folder)
+    with base.lock:
+        if key not in base.tokenizers:
+            tokenizer = load_tokenizer(base.spec, str(folder))
+            base.tokenizers[key] = (tokenizer, TokenizerRecord(tokenizer))
+        return base.tokenizers[key]
+
+
+def _same(base: LoadedBase, folder: Path) -> bool:
+    theirs = base_file(base.spec, _CONFIG)
+    if theirs is None or _settings(theirs) != _settings(folder / _CONFIG):
+        return False
+    for name in _FILES:
+        own, other = folder / name, base_file(base.spec, name)
+        if own.is_file() != (other is not None):
+            return False
+        if other is not None and own.read_bytes() != other.read_bytes():
+            return False
+    return True
+
+
+def _settings(path: Path) -> Any:
+    try:
+        settings = json.loads(path.read_bytes())
+        return {name: value for name, value in settings.items() if name not in _WRITTEN_BY_SAVE}
+    except (OSError, ValueError, AttributeError):
+        return path  # equal to nothing
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in (_CONFIG, *_FILES):
+        path = folder / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
