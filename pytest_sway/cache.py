@@ -32,11 +32,9 @@ strike in the clean-up too.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import traceback
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +44,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 
 from pytest_sway.building import Build, Listener, informed
 from pytest_sway.errors import BackendLoadError, CacheClosedError, CacheDeadlockError, CacheFullError, SwayError
+from pytest_sway.forking import call_in_forked_child
 from pytest_sway.monitor import atomic
 from pytest_sway.residency import (
     RESIDENT,
@@ -176,7 +175,7 @@ class BackendCache:
         self._lease_timeout: Final = lease_timeout
         self.stats: Final = SwayStats()
         self._start_empty()
-        _start_empty_after_fork(self)
+        call_in_forked_child(self._start_empty)
 
     def _start_empty(self) -> None:
         """Begin with nothing: as a new cache does, and as a forked child's must, whose locks nobody will free."""
@@ -275,6 +274,7 @@ class BackendCache:
     @atomic
     def leased(self) -> list[CachedBackend]:
         """What is leased now and not retired."""
+        self._collect_dropped()
         return [entry.cached for entry in self._entries.values() if entry.claims and entry.cached is not None]
 
     @atomic
@@ -643,19 +643,6 @@ class BackendCache:
             f"there is no room to load {newcomer.spec}: the cache holds {bound}, and {why}: {names}."
             " Release one of them first, or raise the size of the cache."
         )
-
-
-def _start_empty_after_fork(cache: BackendCache) -> None:
-    if not hasattr(os, "register_at_fork"):  # Windows does not fork
-        return
-    start_empty = weakref.WeakMethod(cache._start_empty)
-
-    def in_child() -> None:
-        forget = start_empty()
-        if forget is not None:
-            forget()
-
-    os.register_at_fork(after_in_child=in_child)
 
 
 def _wrapped(error: Exception, spec: ModelSpec) -> BackendLoadError:

@@ -140,19 +140,23 @@ class Budget:
             residents: What is resident, least recently used first.
             newcomer: What is to be loaded, with its estimated parts.
         """
+        oldest_idle, fits = self._oldest_idle(residents, newcomer)
+        return oldest_idle if fits else None
+
+    def surplus(self, residents: Iterable[Entry], newest: Entry) -> list[Entry]:
+        """The idle entries to close because ``newest`` turned out larger than was estimated."""
+        return self._oldest_idle([entry for entry in residents if entry is not newest], newest)[0]
+
+    def _oldest_idle(self, residents: Iterable[Entry], newcomer: Entry) -> tuple[list[Entry], bool]:
+        """The idle entries without which ``newcomer`` fits, or all of them; and whether it fits then."""
         staying = list(residents)
-        victims = []
+        victims: list[Entry] = []
         for entry in [entry for entry in staying if entry.idle]:
             if self.allows([*staying, newcomer]):
                 break
             staying.remove(entry)
             victims.append(entry)
-        return victims if self.allows([*staying, newcomer]) else None
-
-    def surplus(self, residents: Iterable[Entry], newest: Entry) -> list[Entry]:
-        """The idle entries to close because ``newest`` turned out larger than was estimated."""
-        others = [entry for entry in residents if entry is not newest]
-        return self.victims(others, newest) or []
+        return victims, self.allows([*staying, newcomer])
 
 
 def total_bytes(entries: Iterable[Entry]) -> int | None:

@@ -12,16 +12,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
+from pytest_sway.forking import call_in_forked_child
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
 @dataclass(slots=True, eq=False)
 class _Slot(Generic[K, V]):
-    """One value, its users, and the lock under which it is loaded and closed; once ``gone``, it stays so."""
+    """One value, a token for each of its users, and the lock under which it is loaded and closed.
+
+    Once ``gone``, it stays so.
+    """
 
     key: K
-    users: int = 0
+    users: set[object] = field(default_factory=set)
     value: V | None = None
     gone: bool = False
     guard: threading.Lock = field(default_factory=threading.Lock)
@@ -38,13 +43,11 @@ class Share(Generic[V]):
 
     value: V
     fresh: bool
-    _give_back: Callable[[], None] | None
+    _give_back: Callable[[], None]
 
     def release(self) -> None:
-        """Give the claim up; the last one to go closes the value. Releasing twice is harmless."""
-        give_back, self._give_back = self._give_back, None
-        if give_back is not None:
-            give_back()
+        """Give the claim up; the last one to go closes the value. Again, or from another thread, is harmless."""
+        self._give_back()
 
 
 class SharedPool(Generic[K, V]):
@@ -58,74 +61,91 @@ class SharedPool(Generic[K, V]):
         self._close = close
         self._lock = threading.Lock()
         self._slots: dict[K, _Slot[K, V]] = {}
+        call_in_forked_child(self._start_empty)
 
     def acquire(self, key: K, load: Callable[[], V]) -> Share[V]:
         """Claim the value of ``key``, loading it if nobody has; others who ask meanwhile wait for that load.
 
         A load that raises is not remembered: the error goes up, and the next to ask tries again.
         """
-        while True:
-            slot = self._join(key)
-            try:
+        user = object()
+        try:
+            while True:
+                slot = self._join(key, user)
                 with slot.guard:
-                    if slot.gone:  # it was being closed when we joined; by now its key is free
+                    if slot.gone:  # it was being closed when we joined
+                        self._remove(slot)
                         continue
                     fresh = slot.value is None
                     if slot.value is None:
                         slot.value = load()
-                    return Share(slot.value, fresh, partial(self._leave, slot))
-            except BaseException:
-                self._leave(slot)
-                raise
+                    return Share(slot.value, fresh, partial(self._leave, slot, user))
+        except BaseException:
+            for slot in self._snapshot():  # by the token: an interrupt may have come before we knew our slot
+                if user in slot.users:
+                    self._leave(slot, user)
+            raise
 
     @contextmanager
     def hold(self, key: K) -> Iterator[None]:
         """Keep the value of ``key`` from being closed inside the block, if it is loaded; load nothing."""
+        user = object()
         with self._lock:
             slot = self._slots.get(key)
-            if slot is not None and slot.gone:
-                slot = None
-            if slot is not None:
-                slot.users += 1
+            if slot is not None and not slot.gone:
+                slot.users.add(user)
         try:
             yield
         finally:
             if slot is not None:
-                self._leave(slot)
+                self._leave(slot, user)
 
     def withdraw(self, value: V) -> None:
         """Hand ``value`` out to nobody new; it is closed after its last user, and its key is loaded anew."""
-        with self._lock:
-            for key, slot in list(self._slots.items()):
-                if slot.value is value:
-                    del self._slots[key]
+        for slot in self._snapshot():
+            if slot.value is value:
+                self._remove(slot)
 
     def keys(self) -> list[K]:
         """The keys of what is loaded or loading."""
-        with self._lock:
-            return list(self._slots)
+        return [slot.key for slot in self._snapshot()]
 
-    def _join(self, key: K) -> _Slot[K, V]:
+    def _start_empty(self) -> None:
+        """Forget, in a forked child, what its parent loaded, without closing it."""
+        for slot in self._slots.values():
+            slot.gone = True
+            slot.guard = threading.Lock()
+        self._lock = threading.Lock()
+        self._slots = {}
+
+    def _snapshot(self) -> list[_Slot[K, V]]:
+        with self._lock:
+            return list(self._slots.values())
+
+    def _join(self, key: K, user: object) -> _Slot[K, V]:
         with self._lock:
             slot = self._slots.setdefault(key, _Slot(key))
-            slot.users += 1
+            slot.users.add(user)
             return slot
 
-    def _leave(self, slot: _Slot[K, V]) -> None:
+    def _leave(self, slot: _Slot[K, V], user: object) -> None:
         with self._lock:
-            slot.users -= 1
-            if slot.users:
+            slot.users.discard(user)
+            if slot.users or slot.gone:
                 return
         with slot.guard:
             with self._lock:
                 if slot.users or slot.gone:  # somebody joined meanwhile, and will be the last to leave
                     return
                 slot.gone = True
-            value, slot.value = slot.value, None
             try:
+                value, slot.value = slot.value, None
                 if value is not None:
                     self._close(value)
             finally:
-                with self._lock:
-                    if self._slots.get(slot.key) is slot:
-                        del self._slots[slot.key]
+                self._remove(slot)
+
+    def _remove(self, slot: _Slot[K, V]) -> None:
+        with self._lock:
+            if self._slots.get(slot.key) is slot:
+                del self._slots[slot.key]
