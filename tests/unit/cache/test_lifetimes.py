@@ -1,0 +1,340 @@
+"""Generations, leases and processes: what is late touches nothing new, what is over leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from pytest_sway.building import Listener
+from pytest_sway.cache import BackendCache, CachedBackend
+from pytest_sway.errors import BackendLoadError, CacheDeadlockError, CacheFullError
+from tests.unit.fakes import DEADLINE, Call, FakeBackend, FakeBuild, InformedFakeBuild, Watched, names, spec
+
+
+def test_inv08_a_late_release_does_not_touch_the_next_generation(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=2, build=build)
+    old = cache.acquire(spec("a"))
+    cache.retire(old.cached)
+    new = cache.acquire(spec("a"))
+    old.release()
+    old.release()
+    assert build.closes == {"a": [1, 0]}
+    assert new.backend.use() == "a"
+    assert [cached.backend for cached in cache.leased()] == [new.backend]
+    new.release()
+    assert names(cache) == ["a"]
+
+
+def test_inv08_a_late_retirement_does_not_touch_the_next_generation(build: FakeBuild) -> None:
+    cache = BackendCache(build=build)
+    old = cache.get_or_load(spec("a"))
+    cache.retire(old)
+    new = cache.get_or_load(spec("a"))
+    cache.retire(old)
+    assert build.closes == {"a": [1, 0]}
+    assert cache.get_or_load(spec("a")) is new
+
+
+def test_inv08_a_close_that_ends_late_does_not_touch_the_next_generation(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=2, build=build)
+    held = cache.acquire(spec("a"))
+    cache.retire(held.cached)
+    gate = build.close_gate("a")
+    releaser = Call(held.release)
+    gate.wait()
+    new = cache.acquire(spec("a"))
+    gate.open()
+    releaser.result()
+    assert build.closes == {"a": [1, 0]}
+    assert new.backend.use() == "a"
+    assert names(cache) == ["a"]
+
+
+def test_inv08_a_load_that_is_interrupted_late_does_not_touch_the_next_generation(build: FakeBuild) -> None:
+    """The first load fails while it closes what it built; the next generation is there only afterwards."""
+    cache = BackendCache(max_size=1, build=build)
+    watched = Watched(cache)
+
+    class InterruptFirst(Listener):
+        interrupts = 1
+
+        def loaded(self, cached: CachedBackend) -> None:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+
+    cache = BackendCache(max_size=1, build=build, listener=InterruptFirst())
+    watched = Watched(cache)
+    gate = build.load_gate("a")
+    leader = Call(partial(cache.acquire, spec("a")))
+    gate.wait()
+    waiter = Call(partial(cache.acquire, spec("a")))
+    watched.until_waiting(1)
+    gate.open()
+    assert isinstance(leader.error(), KeyboardInterrupt)
+    lease = waiter.result()
+    assert lease.backend.use() == "a"
+    assert [cached.backend for cached in cache.leased()] == [lease.backend]
+    assert build.closes == {"a": [0]}
+
+
+@pytest.fixture
+def weak() -> list[weakref.ref[object]]:
+    return []
+
+
+def _is_gone(weak: list[weakref.ref[object]]) -> bool:
+    gc.collect()
+    return bool(weak) and all(ref() is None for ref in weak)
+
+
+def _nothing_is_left(cache: BackendCache) -> bool:
+    return not (cache._waiting or cache._dropped or cache._retired or cache._entries or cache._lock.locked())
+
+
+def _watch_built(build: FakeBuild, weak: list[weakref.ref[object]]) -> None:
+    """Keep only weak references to what is built."""
+    usual: Callable[..., FakeBackend] = build.make
+
+    def make(asked: object) -> FakeBackend:
+        backend = usual(asked)
+        weak.append(weakref.ref(backend))
+        return backend
+
+    build.make = make  # type: ignore[method-assign]
+    build.built = _Forgetful()
+
+
+class _Forgetful(list[FakeBackend]):
+    def append(self, backend: FakeBackend) -> None:
+        pass
+
+
+def test_inv13_what_was_closed_is_kept_by_nothing(build: FakeBuild, weak: list[weakref.ref[object]]) -> None:
+    _watch_built(build, weak)
+    cache = BackendCache(max_size=1, build=build)
+    for name in "aab":
+        cache.get_or_load(spec(name))
+    cache.evict_all()
+    assert _is_gone(weak)
+    assert _nothing_is_left(cache)
+
+
+def test_inv13_a_released_lease_keeps_the_backend_only_as_long_as_it_lives(
+    build: FakeBuild, weak: list[weakref.ref[object]]
+) -> None:
+    _watch_built(build, weak)
+    cache = BackendCache(build=build)
+    lease = cache.acquire(spec("a"))
+    lease.release()
+    cache.evict_all()
+    assert not _is_gone(weak)
+    del lease
+    assert _is_gone(weak)
+
+
+def test_inv13_errors_of_others_keep_nothing(build: FakeBuild, weak: list[weakref.ref[object]]) -> None:
+    """A failed load, a full cache and a deadlock, whose errors are all still held, tracebacks and all."""
+    _watch_built(build, weak)
+    cache = BackendCache(max_size=1, build=build)
+    build.load_errors["b"] = [RuntimeError("broken")]
+    build.inside["c"] = lambda: cache.acquire(spec("c"))
+    errors: list[BaseException] = []
+    for name, expected in (("b", BackendLoadError), ("c", CacheDeadlockError)):
+        with pytest.raises(expected) as raised:
+            cache.acquire(spec(name))
+        errors.append(raised.value)
+    with cache.lease(spec("a")), pytest.raises(CacheFullError) as full:
+        cache.acquire(spec("b"))
+    errors.append(full.value)
+    cache.evict_all()
+    assert _is_gone(weak)
+    assert _nothing_is_left(cache)
+    assert len(errors) == 3
+
+
+def test_inv13_a_half_built_backend_is_not_kept_by_the_error_that_stopped_it(
+    build: FakeBuild, weak: list[weakref.ref[object]]
+) -> None:
+    _watch_built(build, weak)
+    cache = BackendCache(build=build)
+    usual = build.make
+
+    def make(asked: object) -> FakeBackend:
+        half_built = usual(asked)  # type: ignore[arg-type]
+        raise RuntimeError(f"no adapter for {half_built.name}")
+
+    build.make = make  # type: ignore[method-assign]
+    with pytest.raises(BackendLoadError, match="no adapter for a") as raised:
+        cache.acquire(spec("a"))
+    assert _is_gone(weak)
+    assert traceback.format_exception(raised.value)
+
+
+def test_inv13_nothing_is_left_after_a_crowd(build: FakeBuild, weak: list[weakref.ref[object]]) -> None:
+    _watch_built(build, weak)
+    cache = BackendCache(max_size=1, build=build)
+    watched = Watched(cache)
+    gate = build.load_gate("a")
+    build.load_errors["a"] = [KeyboardInterrupt(), RuntimeError("broken")]
+    calls = [Call(partial(cache.acquire, spec("a")))]
+    gate.wait()
+    calls += [Call(partial(cache.acquire, spec("a"))) for _ in range(3)]
+    watched.until_waiting(3)
+    gate.open()
+    errors = [type(call.error()) for call in calls]
+    assert errors[0] is KeyboardInterrupt
+    assert BackendLoadError in errors
+    del calls
+    gc.collect()  # leases that were dropped are released
+    cache.leased()
+    cache.evict_all()
+    assert _nothing_is_left(cache)
+    assert all(ref() is None for ref in weak)
+
+
+def test_inv13_the_request_that_loaded_keeps_no_lease(build: FakeBuild) -> None:
+    cache = BackendCache(build=build)
+    lease = weakref.ref(cache.acquire(spec("a")))
+    gc.collect()
+    assert lease() is None
+    assert names(cache) == ["a"]
+    assert not cache.leased()
+
+
+def test_inv15_releasing_twice_is_harmless(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=1, build=build)
+    first, second = cache.acquire(spec("a")), cache.acquire(spec("a"))
+    for _ in range(3):
+        first.release()
+    with pytest.raises(CacheFullError):
+        cache.acquire(spec("b"))
+    assert second.backend.use() == "a"
+
+
+def test_inv15_releasing_from_any_thread_and_at_once_is_harmless(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=1, build=build)
+    first, second = cache.acquire(spec("a")), cache.acquire(spec("a"))
+    start = threading.Barrier(8)
+
+    def release() -> None:
+        start.wait(DEADLINE)
+        first.release()
+
+    for call in [Call(release) for _ in range(8)]:
+        call.result()
+    assert second.backend.use() == "a"
+    assert len(cache.leased()) == 1
+    Call(second.release).result()
+    assert not cache.leased()
+
+
+def test_inv15_a_lease_is_released_when_its_block_raises(build: FakeBuild) -> None:
+    cache = BackendCache(build=build)
+    with pytest.raises(ZeroDivisionError), cache.lease(spec("a")):
+        raise ZeroDivisionError
+    assert not cache.leased()
+
+
+def _in_child(work: Callable[[], bool]) -> int:
+    """The exit status of a forked child that does ``work``: 0 if it returned True; a watchdog ends one that hangs."""
+    pid = os.fork()
+    if pid == 0:
+        status = 2
+        try:
+            done = Call(work)
+            done.thread.join(DEADLINE)
+            status = 3 if done.thread.is_alive() else 0 if done.result() else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+forks = [needs_fork, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")]
+
+
+class TestFork:
+    pytestmark = forks
+
+    def test_inv19_the_child_starts_empty_and_closes_nothing(self, sharing: InformedFakeBuild) -> None:
+        cache = BackendCache(max_size=2, build=sharing)
+        cache.get_or_load(spec("a"))
+        leased = cache.acquire(spec("b"))
+
+        def work() -> bool:
+            empty = not cache.loaded_keys() and not cache.leased() and not cache.ready()
+            leased.release()
+            cache.evict_all()
+            cache.shutdown()
+            return empty and all(backend.closes == 0 for backend in sharing.built) and not sharing.base_closes
+
+        assert _in_child(work) == 0
+        assert names(cache) == ["a", "b"]
+        assert leased.backend.use() == "b"
+
+    def test_inv19_the_child_of_a_fork_during_a_load_can_load(self, sharing: InformedFakeBuild) -> None:
+        cache = BackendCache(max_size=1, build=sharing)
+        loading = sharing.load_gate("a")
+        leader = Call(partial(cache.acquire, spec("a")))
+        loading.wait()
+
+        def work() -> bool:
+            sharing.load_gates.clear()
+            return [cache.get_or_load(spec(name)).backend.use() for name in "ba"] == ["b", "a"]
+
+        assert _in_child(work) == 0
+        loading.open()
+        assert leader.result().backend.use() == "a"
+
+    def test_inv19_a_lock_that_another_thread_holds_at_the_fork_does_not_hang_the_child(self, build: FakeBuild) -> None:
+        cache = BackendCache(build=build)
+        cache.get_or_load(spec("a"))
+        held, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with cache._lock:
+                held.set()
+                done.wait(DEADLINE)
+
+        holder = Call(hold)
+        held.wait(DEADLINE)
+        assert _in_child(lambda: not cache.loaded_keys() and bool(cache.get_or_load(spec("a")))) == 0
+        done.set()
+        holder.result()
+
+    def test_inv19_a_base_that_loads_at_the_fork_can_be_loaded_in_the_child(self, sharing: InformedFakeBuild) -> None:
+        cache = BackendCache(max_size=2, build=sharing)
+        cache.get_or_load(spec("b+x"))
+        loading, done = threading.Event(), threading.Event()
+
+        def load() -> str:
+            loading.set()
+            done.wait(DEADLINE)
+            return "a"
+
+        loader = Call(lambda: sharing.pool.acquire("org/a", load))
+        loading.wait(DEADLINE)
+
+        def work() -> bool:
+            loaded = [cache.get_or_load(spec(name)).backend.use() for name in ("a+x", "b+y")] == ["a+x", "b+y"]
+            return loaded and sharing.base_loads == {"org/a": 1, "org/b": 2} and not sharing.base_closes
+
+        assert _in_child(work) == 0
+        done.set()
+        assert loader.result().fresh
+
+    def test_inv19_a_cache_that_is_gone_is_not_kept_for_the_sake_of_forks(self, build: FakeBuild) -> None:
+        cache = weakref.ref(BackendCache(build=build))
+        gc.collect()
+        assert cache() is None
+        assert _in_child(lambda: True) == 0
