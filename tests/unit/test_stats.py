@@ -1,0 +1,100 @@
+"""What happened: counted, summed, merged, and sent as plain values."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pytest_sway.stats import BackendStats, SwayStats
+
+
+def _stats() -> SwayStats:
+    stats = SwayStats(peak_resident=2, peak_bytes=300, close_errors=["c"], mutations=["m"], leaks=["l"])
+    stats.backend("a + x").add(BackendStats(loads=2, hits=5, failures=1, evictions=1, load_seconds=3.0))
+    stats.backend("b").add(BackendStats(loads=1, hits=1, load_seconds=2.0))
+    stats.base_loaded("a", 1.5)
+    stats.base_loaded("b", 1.5)
+    return stats
+
+
+def test_counts_of_a_backend_are_made_on_first_use_and_kept() -> None:
+    stats = SwayStats()
+    assert stats.backend("a") is stats.backend("a")
+    assert stats.backends == {"a": BackendStats()}
+
+
+def test_a_base_is_counted_with_each_of_its_loads() -> None:
+    stats = _stats()
+    stats.base_loaded("a", 0.5)
+    assert stats.bases["a"] == BackendStats(loads=2, load_seconds=2.0)
+
+
+def test_the_total_is_over_all_backends_and_changes_none() -> None:
+    stats = _stats()
+    assert stats.total() == BackendStats(loads=3, hits=6, failures=1, evictions=1, load_seconds=5.0)
+    assert stats == _stats()
+
+
+def test_seconds_per_load_are_of_the_loads_that_succeeded() -> None:
+    assert BackendStats(loads=2, failures=3, load_seconds=3.0).seconds_per_load == 1.5
+    assert BackendStats(failures=3).seconds_per_load == 0.0
+
+
+def test_saved_seconds_are_the_loads_that_hits_and_shared_bases_spared() -> None:
+    """Three loads in 5.0 s, of which two bases took 3.0: an adapter costs 2/3 s and a base 1.5 s."""
+    assert _stats().saved_seconds() == pytest.approx(6 * (2.0 / 3 + 1.5) + 1 * 1.5)
+
+
+def test_without_shared_bases_a_hit_saves_one_mean_load() -> None:
+    stats = SwayStats()
+    stats.backend("a").add(BackendStats(loads=2, hits=3, load_seconds=4.0))
+    assert stats.saved_seconds() == pytest.approx(6.0)
+
+
+def test_nothing_is_saved_where_nothing_was_loaded() -> None:
+    assert SwayStats().saved_seconds() == 0.0
+
+
+def test_nothing_is_saved_where_each_load_was_used_once() -> None:
+    stats = SwayStats()
+    stats.backend("a").add(BackendStats(loads=1, load_seconds=4.0))
+    stats.base_loaded("a", 3.0)
+    assert stats.saved_seconds() == 0.0
+
+
+def test_merging_adds_counts_and_lines_and_keeps_the_larger_peak() -> None:
+    stats = _stats()
+    other = SwayStats(peak_resident=1, peak_bytes=400, close_errors=["c2"], leaks=["l2"])
+    other.backend("b").add(BackendStats(loads=1, hits=2, load_seconds=1.0))
+    other.backend("c").add(BackendStats(loads=1, load_seconds=1.0))
+    other.base_loaded("b", 1.0)
+    stats.merge(other)
+    assert stats.backends == {
+        "a + x": BackendStats(loads=2, hits=5, failures=1, evictions=1, load_seconds=3.0),
+        "b": BackendStats(loads=2, hits=3, load_seconds=3.0),
+        "c": BackendStats(loads=1, load_seconds=1.0),
+    }
+    assert stats.bases == {"a": BackendStats(loads=1, load_seconds=1.5), "b": BackendStats(loads=2, load_seconds=2.5)}
+    assert (stats.peak_resident, stats.peak_bytes) == (2, 400)
+    assert (stats.close_errors, stats.mutations, stats.leaks) == (["c", "c2"], ["m"], ["l", "l2"])
+
+
+def test_merging_leaves_the_other_alone() -> None:
+    mine, theirs = SwayStats(), _stats()
+    mine.merge(theirs)
+    mine.merge(theirs)
+    assert theirs == _stats()
+    assert mine.backends["b"].loads == 2
+
+
+def test_merging_into_nothing_is_a_copy() -> None:
+    stats = SwayStats()
+    stats.merge(_stats())
+    assert stats == _stats()
+
+
+def test_they_survive_json() -> None:
+    sent = json.loads(json.dumps(_stats().as_dict()))
+    assert SwayStats.from_dict(sent) == _stats()
+    assert SwayStats.from_dict(SwayStats().as_dict()) == SwayStats()
