@@ -24,8 +24,8 @@ PICKLED: Final = "adapter_model.bin"
 _LOCAL_FIELDS: Final = frozenset(
     {
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
-        "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-        "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
+        "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+        "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
         "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
         "use_dora", "use_rslora",
     }
@@ -128,8 +128,8 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise AdapterMismatchError(
-            f"the adapter {str(folder)!r} was trained for the task {task}, and pytest-sway tests causal language models."
-            " Name an adapter whose task_type is CAUSAL_LM."
+            f"the adapter {str(folder)!r} was trained for the task {task}, and pytest-sway tests causal language"
+            " models. Name an adapter whose task_type is CAUSAL_LM."
         )
     weights, pickle = folder / WEIGHTS, folder / PICKLED
     if weights.is_file():

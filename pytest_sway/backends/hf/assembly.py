@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_sway.backends.hf.adapters import put_on
 from pytest_sway.backends.hf.backend import HFBackend, Loaded
 from pytest_sway.backends.hf.base import load_base, resize_vocabulary
-from pytest_sway.backends.hf.inspection import TensorsRecord
+from pytest_sway.backends.hf.inspection import AdapterRecord
 from pytest_sway.backends.hf.sides import base_side, tuned_side
 from pytest_sway.backends.hf.tokenizers import adapter_tokenizer
 
@@ -49,10 +49,12 @@ def assemble(
     first, last = shares[0].value, shares[-1].value
     if files is None:
         tokenizer, record = first.tokenizer, first.tokenizer_record
-        return HFBackend(spec, Loaded(shares, None, None, tokenizer, record, base_side(first, None), None), withdraw)
+        return HFBackend(
+            spec, Loaded(list(shares), None, None, tokenizer, record, base_side(first, None), None), withdraw
+        )
     tokenizer, record = adapter_tokenizer(last, files)
     adapter = put_on(last, files)
-    adapter_record = TensorsRecord(adapter.owners, "adapter parameter")
+    adapter_record = AdapterRecord(adapter)
     base = base_side(first, adapter if first is last else None)
     loaded = Loaded(list(shares), adapter, adapter_record, tokenizer, record, base, tuned_side(last, adapter))
     return HFBackend(spec, loaded, withdraw)

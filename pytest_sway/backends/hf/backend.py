@@ -16,6 +16,7 @@ from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.hf.memory import Leak, WeightsWatch, find_leak
 from pytest_sway.backends.hf.sides import Side
 from pytest_sway.backends.hf.sizes import measured
+from pytest_sway.backends.hf.state import BASE_STATE
 from pytest_sway.backends.hf.views import HFView
 from pytest_sway.errors import BackendClosedError, NoAdapterError
 from pytest_sway.spec import base_key, resolved_key
@@ -23,9 +24,9 @@ from pytest_sway.spec import base_key, resolved_key
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
 
-    from pytest_sway.backends.hf.adapters import Adapter
+    from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.base import LoadedBase
-    from pytest_sway.backends.hf.inspection import TensorsRecord, TokenizerRecord
+    from pytest_sway.backends.hf.inspection import AdapterRecord, TokenizerRecord
     from pytest_sway.backends.shared import Share
     from pytest_sway.scoring import TokenDist
     from pytest_sway.spec import ModelSpec
@@ -51,7 +52,7 @@ class Loaded:
 
     shares: list[Share[LoadedBase]]
     adapter: Adapter | None
-    adapter_record: TensorsRecord | None
+    adapter_record: AdapterRecord | None
     tokenizer: Any
     tokenizer_record: TokenizerRecord
     base: Side
@@ -177,18 +178,20 @@ class HFBackend:
         loaded = self._loaded
         if loaded is None:
             return []
-        lines = []
-        tokenizer_lines = loaded.tokenizer_record.changes()
+        lines: list[str] = []
+        if loaded.adapter_record is not None:
+            base = loaded.shares[-1].value
+            with base.lock, base.switch.bound(BASE_STATE):
+                lines += loaded.adapter_record.changes()
+        own_tokenizer = loaded.tokenizer_record.changes()
         for share in loaded.shares:
             base = share.value
-            with base.lock, base.switch.bound(sides.BASE_STATE):
-                base_lines = base.record.note()
-                if loaded.adapter_record is not None and share is loaded.shares[-1]:
-                    lines += loaded.adapter_record.changes()
-            lines += base_lines
-            if base_lines or tokenizer_lines:
+            with base.lock:
+                base_lines = base.changes()
+            lines += [line for line in base_lines if line not in own_tokenizer]
+            if base_lines or own_tokenizer:
                 self._withdraw(base)
-        return summarised(lines + tokenizer_lines)
+        return summarised(lines + own_tokenizer)
 
     def close(self) -> None:
         """Take the adapter off and give the base back; the last to use it frees it. Closing twice is harmless."""

@@ -9,13 +9,13 @@ from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
 from pytest_sway.backends.hf.libraries import quiet_process, torch_dtype
 from pytest_sway.backends.hf.memory import WeightsWatch
 from pytest_sway.backends.hf.sizes import measured
-from pytest_sway.backends.hf.state import Switch
+from pytest_sway.backends.hf.state import BASE_STATE, Switch
 from pytest_sway.errors import WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_sway.backends.hf.adapters import Adapter
+    from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.spec import ModelSpec
 
 
@@ -58,6 +58,7 @@ class LoadedBase:
         """Take note of the model as it is now: freshly loaded, without adapters."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         self.places = dict(_places(self.model))
+        self._modules = {name: children[key] for name, (children, key) in self.places.items()}
         self.record = BaseRecord(self.model)
         self.watch = WeightsWatch(tensors)
         self.nbytes = measured(tensors)
@@ -69,8 +70,31 @@ class LoadedBase:
 
     def refresh(self) -> None:
         """Take note of adapters that came or went; to be called by whoever put them on or took them off."""
-        self.switch.refresh(self.model, self.peft_model)
-        self.record.refresh(self.model, self.peft_model, self.adapters)
+        added = list(self._peft_modules())
+        self.switch.refresh(self.peft_model, [module for _, module in added])
+        self.record.refresh(self.peft_model, self.adapters, added)
+
+    def changes(self) -> list[str]:
+        """One line for each thing of the base that is no longer as it was; to be called under its lock."""
+        with self.switch.bound(BASE_STATE):
+            return [*self.record.note(), *self.tokenizer_record.changes()]
+
+    def _peft_modules(self) -> Iterator[tuple[str, Any]]:
+        """What PEFT has put around and into the model.
+
+        On a shared base, whose adapters are plain LoRA, these are the ``PeftModel``, its tuner, and a layer in the place
+        of each targeted module. Elsewhere they may stand anywhere.
+        """
+        if self.peft_model is None:
+            return
+        if not self.shared:
+            yield from self.peft_model.named_modules()
+            return
+        yield "", self.peft_model
+        yield "base_model", self.peft_model.base_model
+        for name, (children, key) in self.places.items():
+            if children[key] is not self._modules[name]:
+                yield name, children[key]
 
     def close(self) -> None:
         """Let go of the model. Its memory comes back once nobody else refers to it."""
@@ -79,7 +103,7 @@ class LoadedBase:
             self.model = self.tokenizer = self.peft_model = None
             self.switch = Switch()
             self.record = None  # type: ignore[assignment] # nobody uses a closed base
-            self.adapters, self.tokenizers, self.places = {}, {}, {}
+            self.adapters, self.tokenizers, self.places, self._modules = {}, {}, {}, {}
 
 
 def load_base(spec: ModelSpec, *, shared: bool = True) -> LoadedBase:

@@ -73,11 +73,20 @@ class HFBuilder:
         from pytest_sway.backends.hf.base import load_base
 
         if files is None or files.shareable or not files.restorable:
-            shares.append(self._pool.acquire(base_key(spec), lambda: self._timed(spec, load_base, spec)))
+            shares.append(self._clean_share(spec, load_base))
         if files is not None and not files.shareable:
             key = ("own base", next(self._numbers))
             shares.append(self._pool.acquire(key, lambda: self._timed(spec, load_own_base, spec, files)))
         return assemble(spec, files, shares, self._pool.withdraw)
+
+    def _clean_share(self, spec: ModelSpec, load_base: Callable[..., LoadedBase]) -> Share[LoadedBase]:
+        """Claim the base of ``spec``; one that somebody has changed is left to its users, and loaded anew."""
+        while True:
+            share = self._pool.acquire(base_key(spec), lambda: self._timed(spec, load_base, spec))
+            if share.fresh or not _changed(share.value):
+                return share
+            self._pool.withdraw(share.value)
+            share.release()
 
     def _timed(self, spec: ModelSpec, load: Callable[..., LoadedBase], *args: Any) -> LoadedBase:
         started = time.perf_counter()
@@ -90,10 +99,14 @@ class HFBuilder:
         """Release the shares of a build that failed; a base that it left changed goes to nobody else."""
         while shares:
             share = shares.pop()
-            with share.value.lock:
-                if share.value.record.note():
-                    self._pool.withdraw(share.value)
+            if _changed(share.value):
+                self._pool.withdraw(share.value)
             share.release()
+
+
+def _changed(base: LoadedBase) -> bool:
+    with base.lock:
+        return bool(base.changes())
 
 
 def _close_base(base: LoadedBase) -> None:

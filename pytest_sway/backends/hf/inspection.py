@@ -6,6 +6,8 @@ import copy
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.adapter import public_name
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -149,7 +151,7 @@ class ModulesRecord:
 
 
 class BaseRecord:
-    """What a base was like when it was loaded, and which adapters were put on it since.
+    """What a base was like when it was loaded, and what PEFT has put into it since by our own hand.
 
     What has been found changed once stays so: an adapter that comes later does not hide it.
 
@@ -158,7 +160,8 @@ class BaseRecord:
     """
 
     def __init__(self, model: Any) -> None:
-        owned, kinds = {}, {}
+        owned: dict[str, tuple[dict[str, Any], str]] = {}
+        kinds: dict[str, str] = {}
         for prefix, module in model.named_modules():
             for kind, members in (("parameter", module._parameters), ("buffer", module._buffers)):
                 for key, tensor in members.items():
@@ -166,54 +169,77 @@ class BaseRecord:
                         name = f"{prefix}.{key}" if prefix else key
                         owned[name], kinds[name] = (members, key), kind
         self._tensors = TensorsRecord(owned, kinds)
-        self._configs = {
-            "config": (model.config, copy.deepcopy(vars(model.config))),
-            "generation_config": (getattr(model, "generation_config", None),) * 2,
-        }
-        generation = getattr(model, "generation_config", None)
-        self._configs["generation_config"] = (generation, copy.deepcopy(getattr(generation, "__dict__", None)))
-        self._found: list[str] = []
+        self._configs = [
+            (name, config, copy.deepcopy(vars(config)))
+            for name in ("config", "generation_config")
+            if (config := getattr(model, name, None)) is not None
+        ]
+        self._skeleton = list(model.named_modules())
+        self._modules = ModulesRecord(self._skeleton)
+        self._added: list[tuple[str, Any]] = []
         self._peft_model: Any = None
         self._adapters: frozenset[str] = frozenset()
-        self._modules = ModulesRecord(model.named_modules())
-        self._mergeable: list[tuple[str, dict[str, Any]]] = []
+        self._found: list[str] = []
 
-    def refresh(self, model: Any, peft_model: Any, adapters: Iterable[str]) -> None:
-        """Take note of adapters that were put on or taken off by our own hand."""
+    def refresh(self, peft_model: Any, adapters: Iterable[str], added: list[tuple[str, Any]]) -> None:
+        """Take note of adapters that were put on or taken off by our own hand.
+
+        Args:
+            peft_model: The ``PeftModel`` around the model; ``None`` when there is none.
+            adapters: The names of the adapters that are on it.
+            added: By name, the modules that PEFT has put into the model and that stay when an adapter goes.
+        """
         self._peft_model = peft_model
         self._adapters = frozenset(adapters)
-        named = list((model if peft_model is None else peft_model).named_modules())
-        self._modules = ModulesRecord(named)
-        self._mergeable = [(name, module.__dict__) for name, module in named if "merged_adapters" in module.__dict__]
+        if [id(module) for _, module in self._added] != [id(module) for _, module in added]:
+            self._modules = ModulesRecord([*self._skeleton, *added])
+        self._added = added
 
     def note(self) -> list[str]:
         """Return what has changed, and remember it."""
         if not self._found:
-            self._found = self._changes()
+            self._found = [*self._adapter_changes(), *self._modules.changes(), *self._tensors.changes()]
+            self._found += self._config_changes()
         return self._found
 
-    def _changes(self) -> list[str]:
-        lines = self._adapter_changes()
-        lines += self._modules.changes()
-        lines += self._tensors.changes()
-        for name, (config, before) in self._configs.items():
-            if config is not None and vars(config) != before:
-                changed = sorted(key for key in {*vars(config), *before} if vars(config).get(key) != before.get(key))
+    def _config_changes(self) -> list[str]:
+        lines = []
+        for name, config, before in self._configs:
+            if vars(config) != before:
+                names = {*vars(config), *before}
+                changed = sorted(key for key in names if vars(config).get(key) != before.get(key))
                 lines.append(f"{name}: {', '.join(changed)} changed")
         return lines
 
     def _adapter_changes(self) -> list[str]:
         if self._peft_model is None:
             return []
-        lines = []
         known = set(self._peft_model.peft_config)
-        if known != self._adapters:
-            added, removed = sorted(known - self._adapters), len(self._adapters - known)
-            lines += [f"adapter {name!r}: added" for name in added]
-            lines += [f"adapters: {removed} removed"] if removed else []
-        merged = [name for name, attributes in self._mergeable if attributes["merged_adapters"]]
-        lines += [f"module {name}: adapter merged into its weights" for name in merged]
-        return lines
+        lines = [f"adapter {name!r}: added" for name in sorted(known - self._adapters)]
+        if removed := len(self._adapters - known):
+            lines.append(f"adapters: {removed} removed")
+        merged = [name for name, module in self._added if module.__dict__.get("merged_adapters")]
+        return lines + [f"module {name}: adapter merged into its weights" for name in merged]
+
+
+class AdapterRecord:
+    """What an adapter's own weights and modules were like.
+
+    Args:
+        adapter: The adapter, just put on.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        owned = {public_name(name, adapter.name): owner for name, owner in adapter.owners.items()}
+        self._tensors = TensorsRecord(owned, "adapter parameter")
+        self._modules = ModulesRecord((public_name(name, adapter.name), module) for name, module in adapter.modules)
+        self._scalings = [(scaling, adapter.name, scaling[adapter.name]) for scaling in adapter.scalings]
+
+    def changes(self) -> list[str]:
+        """One line for each thing of the adapter that is no longer as it was."""
+        scaled = sum(scaling.get(name) != before for scaling, name, before in self._scalings)
+        lines = [f"adapter: scaling changed in {scaled} layers"] if scaled else []
+        return [*lines, *self._tensors.changes(), *self._modules.changes()]
 
 
 class TokenizerRecord:

@@ -11,7 +11,7 @@ from pytest_sway.backends.hf.state import BASE_STATE, Overlay, State
 from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
-    from pytest_sway.backends.hf.adapters import Adapter
+    from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.base import LoadedBase
 
 

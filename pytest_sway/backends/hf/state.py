@@ -1,7 +1,7 @@
 """Putting a model into the state of a view, and back.
 
-PEFT's own ``set_adapter`` and ``disable_adapter`` walk all modules and take milliseconds. What they come to, for a model
-in evaluation, is two attributes of each tuner layer; writing those directly gives bit-equal logits.
+PEFT's own ``set_adapter`` and ``disable_adapter`` walk all modules and take milliseconds. What they come to, for a
+model in evaluation, is two attributes of each tuner layer; writing those directly gives bit-equal logits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _ACTIVE: Final = "_active_adapter"
 _DISABLED: Final = "_disable_adapters"
@@ -61,24 +61,24 @@ class Switch:
         self._layers: list[tuple[dict[str, Any], bool]] = []
         self._wrappers: list[dict[str, Any]] = []
 
-    def refresh(self, model: Any, peft_model: Any) -> None:
+    def refresh(self, peft_model: Any, modules: Iterable[Any]) -> None:
         """Find the tuner layers anew; to be called whenever an adapter came or went.
 
         Args:
-            model: The base model, whose modules PEFT has replaced by its own.
-            peft_model: The ``PeftModel`` around it; ``None`` when there is none.
+            peft_model: The ``PeftModel`` around the base model; ``None`` when there is none.
+            modules: The modules among which PEFT's layers are.
         """
         self._layers, self._wrappers = [], []
         if peft_model is None:
             return
-        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        for module in model.modules():
+        for module in modules:
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 self._layers.append((module.__dict__, isinstance(module, BaseTunerLayer)))
         self._wrappers = [peft_model.__dict__]
-        if peft_model.base_model is not model:  # prompt learning has no tuner in between
+        if isinstance(peft_model.base_model, BaseTuner):  # prompt learning has no tuner in between
             self._wrappers.append(peft_model.base_model.__dict__)
         self._write(self._state)
 
@@ -88,7 +88,7 @@ class Switch:
         before = self._state
         layers = [(attributes, attributes.get(_ACTIVE), attributes.get(_DISABLED)) for attributes, _ in self._layers]
         wrappers = [
-            (attributes, {name: attributes[name] for name in _WRAPPER_ATTRIBUTES if name in attributes})
+            (attributes, [(name, attributes[name]) for name in _WRAPPER_ATTRIBUTES if name in attributes])
             for attributes in self._wrappers
         ]
         try:

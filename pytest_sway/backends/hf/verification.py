@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.adapter import public_name
 from pytest_sway.backends.hf.adapter_files import PROMPT_TYPES
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
-    from pytest_sway.backends.hf.adapters import Adapter
     from pytest_sway.spec import ModelSpec
 
 # Loaded by other ways than the model's state dict, which reports them as unexpected.
@@ -57,7 +58,7 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     if broken:
         raise AdapterMismatchError(
             f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(largest)} tensors"
-            f" ({_some(_public(name, adapter) for name in broken)}). Its training diverged, or the file is damaged."
+            f" ({_some(public_name(name, adapter.name) for name in broken)}). Its training diverged, or the file is damaged."
         )
     if adapter.files.restorable and _changes_nothing(adapter, largest):
         raise AdapterMismatchError(
@@ -111,10 +112,6 @@ def _why(adapter: Adapter) -> str:
     if adapter.files.peft_type == "LORA":
         return "in each of its LoRA pairs, A or B is zero, so that every product is zero"
     return "its weights are all one" if adapter.files.peft_type == "IA3" else "its weights are all zero"
-
-
-def _public(name: str, adapter: Adapter) -> str:
-    return name.removeprefix("base_model.model.").replace(f".{adapter.name}", "")
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:
