@@ -1,0 +1,22 @@
+"""Measure every figure that the project promises: ``python -m tests.benchmarks [startup warm loading suite]``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+ALL = ("startup", "warm", "loading", "suite")
+
+
+def main(names: list[str]) -> int:
+    broken = 0
+    print(f"{'figure':<62} {'promised':>8} {'measured':>9}")
+    for name in names or ALL:
+        for figure in importlib.import_module(f"tests.benchmarks.{name}").figures():
+            print(figure.row(), flush=True)
+            broken += not figure.kept
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
