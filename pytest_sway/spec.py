@@ -162,15 +162,27 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
     try:
-        return _memoised(os.getcwd(), tuple(values.items()))
+        spec, steady = _memoised(os.getcwd(), tuple(values.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
-        return ModelSpec(**values)
+        steady = False
+    return spec if steady else ModelSpec(**values)
 
 
 @lru_cache(maxsize=256)
-def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> ModelSpec:
-    """The spec of a mapping; resolving its paths costs more than a warm request may."""
-    return ModelSpec(**dict(items))
+def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
+    """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
+
+    A path through ``~`` or a link can be led elsewhere at any time.
+    """
+    values = dict(items)
+    spec = ModelSpec(**values)
+    return spec, _leads_nowhere_else(values["base"], spec.base) and _leads_nowhere_else(
+        values.get("adapter"), spec.adapter
+    )
+
+
+def _leads_nowhere_else(given: Any, resolved: Path | str | None) -> bool:
+    return resolved is None or str(resolved) in (given, os.path.abspath(given))
 
 
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
@@ -207,7 +219,7 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).expanduser().resolve()
     except (RuntimeError, ValueError, OSError) as error:  # an unknown user's ~, a null byte, a loop of links
-        raise SpecError(f"the path {os.fspath(path)!r} cannot be resolved: {error}.") from error
+        raise SpecError(f"the path {os.fspath(path)!r} cannot be resolved: {str(error).rstrip('.')}.") from error
 
 
 def _short(text: str) -> str:
