@@ -6,11 +6,12 @@ answers the cache's questions about a spec before anything is loaded.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.errors import BackendLoadError, BackendNotAvailableError
+from pytest_sway.residency import closers_of
 from pytest_sway.spec import ModelSpec, with_adapter
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> Mo
 
 
 def require_differential(backend: Any, made_by: str) -> DifferentialBackend:
-    """Return ``backend``, if it has what a differential backend needs.
+    """Return ``backend``, if it has what a differential backend needs; close it otherwise.
 
     Args:
         backend: What somebody else's code made.
@@ -67,6 +68,9 @@ def require_differential(backend: Any, made_by: str) -> DifferentialBackend:
     """
     missing = [name for name in ("as_base", "as_finetuned") if not callable(getattr(backend, name, None))]
     if missing:
+        with suppress(Exception):  # the error to tell of is the one below
+            for close in closers_of([backend]):
+                close()
         raise BackendLoadError(
             f"{made_by} made a {type(backend).__name__}, which is no differential backend: it lacks"
             f" {' and '.join(missing)}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -49,12 +48,11 @@ class Broken(Mine):
 
 
 @pytest.fixture(autouse=True)
-def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def _module(monkeypatch: pytest.MonkeyPatch) -> None:
     made = ModuleType("my_backends")
     made.Mine, made.OneSided, made.Holder, made.Broken = Mine, OneSided, Holder, Broken  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_backends", made)
     monkeypatch.setattr(Mine, "closes", 0)
-    yield made
 
 
 def _spec(entry_point: str, adapter: Path | None = None) -> ModelSpec:

@@ -197,10 +197,12 @@ def test_to_hold_loads_nothing(values: Values) -> None:
 
 
 def test_a_hold_ends_when_its_block_raises(values: Values) -> None:
+    with pytest.raises(ZeroDivisionError), values.pool.hold("a"):
+        raise ZeroDivisionError
     share = values.acquire("a")
     with pytest.raises(ZeroDivisionError), values.pool.hold("a"):
-        share.release()
         raise ZeroDivisionError
+    share.release()
     assert values.closed == ["a1"]
 
 
@@ -284,9 +286,10 @@ def test_an_interrupt_in_a_step_hangs_nobody(values: Values, monkeypatch: pytest
         usual(*args)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(values.pool, step, interrupted)
-        values.acquire("a").release()
+        with pytest.raises(KeyboardInterrupt):
+            values.acquire("a").release()
     assert values.pool.keys() == []
     values.acquire("a").release()
     assert len(values.closed) == sum(values.loads.values())
