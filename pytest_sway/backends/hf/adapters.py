@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Final
 
 from pytest_sway.backends.hf.adapter import Adapter
-from pytest_sway.backends.hf.grafting import graft
+from pytest_sway.backends.hf.grafting import PLAN_NAME, graft
 from pytest_sway.backends.hf.libraries import quiet_process
 from pytest_sway.backends.hf.verification import verify_keys, verify_values
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
@@ -126,6 +126,7 @@ def _remove(base: LoadedBase, name: str) -> None:
             if name in module.active_adapters:  # or PEFT would choose another one, and warn of it
                 module._active_adapter = []
             module.delete_adapter(name)
+            module.delete_adapter(PLAN_NAME)
     if base.peft_model is not None:
         base.peft_model.peft_config.pop(name, None)
 
@@ -139,6 +140,7 @@ def _unwrap(base: LoadedBase) -> None:
             children[key] = children[key].get_base_layer()
     base.model.__dict__.pop("peft_config", None)
     base.peft_model = None
+    base.plans.clear()
 
 
 def _shortened(error: Exception) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_sway.backends.hf.adapter import Adapter
+    from pytest_sway.backends.hf.grafting import LayerPlan
     from pytest_sway.spec import ModelSpec
 
 
@@ -32,6 +33,7 @@ class LoadedBase:
         peft_model: The ``PeftModel`` around the model; ``None`` until the first adapter was put on.
         adapters: The adapters that are on it, by their internal names.
         record: What the model was like when it was loaded.
+        plans: How adapters are put on, by their configuration.
         watch: Tells whether its weights are still in memory.
         nbytes: What its parameters and buffers take, each place counted once.
         places: By module name, where each module of the model stands: its parent's children and its key there.
@@ -52,6 +54,7 @@ class LoadedBase:
         self.tokenizer_record = TokenizerRecord(tokenizer)
         self.tokenizers: dict[str, tuple[Any, TokenizerRecord]] = {}
         self.last_logits = _last_logits_argument(model)
+        self.plans: dict[str, list[LayerPlan]] = {}
         self._take_stock()
 
     def _take_stock(self) -> None:
@@ -82,8 +85,8 @@ class LoadedBase:
     def _peft_modules(self) -> Iterator[tuple[str, Any]]:
         """What PEFT has put around and into the model.
 
-        On a shared base, whose adapters are plain LoRA, these are the ``PeftModel``, its tuner, and a layer in the place
-        of each targeted module. Elsewhere they may stand anywhere.
+        On a shared base, whose adapters are plain LoRA, these are the ``PeftModel``, its tuner, and a layer in the
+        place of each targeted module. Elsewhere they may stand anywhere.
         """
         if self.peft_model is None:
             return
@@ -103,7 +106,7 @@ class LoadedBase:
             self.model = self.tokenizer = self.peft_model = None
             self.switch = Switch()
             self.record = None  # type: ignore[assignment] # nobody uses a closed base
-            self.adapters, self.tokenizers, self.places, self._modules = {}, {}, {}, {}
+            self.adapters, self.tokenizers, self.plans, self.places, self._modules = {}, {}, {}, {}, {}
 
 
 def load_base(spec: ModelSpec, *, shared: bool = True) -> LoadedBase:

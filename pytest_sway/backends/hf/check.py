@@ -30,11 +30,11 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     """
     if is_path(spec.base):
         _check_folder(spec)
-    _check_config(spec)
+    config = _config(spec)
     files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
     entries = base_entries(spec)
     if files is not None and entries is not None:
-        check_fit(spec, files, entries)
+        check_fit(spec, files, entries, config)
     require_libraries(spec)
     return files
 
@@ -53,24 +53,28 @@ def _check_folder(spec: ModelSpec) -> None:
         raise WeightsError(f"the base {spec.base!r} has no weights: expected model.safetensors in it.")
     if not spec.allow_pickle:
         raise WeightsError(
-            f"the base {spec.base!r} has its weights only as a pickle (pytorch_model.bin), which can run code when it is"
-            " read. Convert it to safetensors, or set allow_pickle=True in the spec if you trust it."
+            f"the base {spec.base!r} has its weights only as a pickle (pytorch_model.bin), which can run code when it"
+            " is read. Convert it to safetensors, or set allow_pickle=True in the spec if you trust it."
         )
 
 
-def _check_config(spec: ModelSpec) -> None:
+def _config(spec: ModelSpec) -> dict[str, Any]:
+    """The base's config, which asks for nothing that the spec does not allow; empty if it is not on this machine."""
     path = base_file(spec, "config.json")
     if path is None:
-        return
+        return {}
     try:
         config: Any = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
-    if isinstance(config, dict) and config.get("auto_map") and not spec.trust_remote_code and not _known(config):
+    if not isinstance(config, dict):
+        raise SpecError(f"{str(path)!r} is not a JSON object. Save the model again.")
+    if config.get("auto_map") and not spec.trust_remote_code and not _known(config):
         raise SpecError(
-            f"the base {spec.base!r} brings its own code (auto_map in its config.json), which is not run unless the spec"
-            " says trust_remote_code=True. Read that code first."
+            f"the base {spec.base!r} brings its own code (auto_map in its config.json), which is not run unless the"
+            " spec says trust_remote_code=True. Read that code first."
         )
+    return config
 
 
 def _known(config: dict[str, Any]) -> bool:

@@ -11,6 +11,8 @@ from pytest_sway.backends.hf.adapter import public_name
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from pytest_sway.backends.hf.adapter import Adapter
+
 
 SAMPLES: Final = 32
 """Elements of each tensor that are compared: writes through ``.data`` move no version counter."""

@@ -1,4 +1,4 @@
-"""Whether weights are gone, and who still holds them."""
+"""Whether weights are gone after a close, and if not, how much memory is still held."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.holders import holders_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
 class WeightsWatch:
-    """Weak references to the storages of some tensors: what a Python reference to a view cannot hide.
+    """Weak references to the memory of some tensors, whichever Python objects refer to it.
 
     Args:
         tensors: What is watched; it is not kept alive.
@@ -24,7 +26,7 @@ class WeightsWatch:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._storages = list(storages.values())
+        self._storages: list[tuple[Any, int]] = list(storages.values())
 
     def alive(self) -> dict[int, int]:
         """The bytes of each storage that is still in memory, by its address."""
@@ -54,17 +56,8 @@ def find_leak(watches: Iterable[WeightsWatch]) -> Leak | None:
     if not any(watch.alive_bytes() for watch in watches):
         return None
     gc.collect()
-    alive: dict[int, int] = {}
-    for watch in watches:
-        alive |= watch.alive()
-    if not alive:
-        return None
-    return Leak(sum(alive.values()), tuple(holders_of(alive)))
-
-
-def holders_of(alive: Iterable[int]) -> list[str]:
-    """To come."""
-    return []
+    alive = {address: nbytes for watch in watches for address, nbytes in watch.alive().items()}
+    return Leak(sum(alive.values()), tuple(holders_of(alive))) if alive else None
 
 
 def collect(device_type: str) -> None:

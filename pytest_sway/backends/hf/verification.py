@@ -58,7 +58,8 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     if broken:
         raise AdapterMismatchError(
             f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(largest)} tensors"
-            f" ({_some(public_name(name, adapter.name) for name in broken)}). Its training diverged, or the file is damaged."
+            f" ({_some(public_name(name, adapter.name) for name in broken)})."
+            " Its training diverged, or the file is damaged."
         )
     if adapter.files.restorable and _changes_nothing(adapter, largest):
         raise AdapterMismatchError(
