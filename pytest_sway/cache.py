@@ -105,8 +105,8 @@ class Lease:
     def __init__(self, cache: BackendCache, entry: Entry, claim: Claim, cached: CachedBackend) -> None:
         self._cache = cache
         self._entry = entry
-        self._claim = claim
         self.cached = cached
+        self._claim = claim  # last: a lease that an interrupt left half made has none
 
     @property
     def backend(self) -> Any:
@@ -125,7 +125,7 @@ class Lease:
 
     def __del__(self) -> None:
         # A collection can come at any moment, also under the lock: so only leave a note, for the next step to read.
-        if self._claim in self._entry.claims:
+        if hasattr(self, "_claim") and self._claim in self._entry.claims:
             self._cache._dropped.append((self._entry, self._claim))
 
 

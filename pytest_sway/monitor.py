@@ -1,12 +1,13 @@
-"""`atomic`: the methods of an object that run one at a time.
+"""What runs one at a time: `atomic` methods of an object, and calls made `holding` a lock.
 
-It is apart from its users so that the lock is taken and given back in one place, by a ``with`` statement on a lock
+They are apart from their users so that locks are taken and given back in one place, by a ``with`` statement on a lock
 written in C, which an interrupt cannot split.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -34,3 +35,9 @@ def atomic(step: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], 
             return step(self, *args, **kwargs)
 
     return locked
+
+
+def holding(lock: threading.Lock, step: Callable[[], R]) -> R:
+    """Return what ``step`` returns, called under ``lock``."""
+    with lock:
+        return step()

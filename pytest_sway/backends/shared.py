@@ -13,6 +13,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from pytest_sway.forking import call_in_forked_child
+from pytest_sway.monitor import atomic, holding
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -20,14 +21,19 @@ V = TypeVar("V")
 
 @dataclass(slots=True, eq=False)
 class _Slot(Generic[K, V]):
-    """One value, a token for each of its users, and the lock under which it is loaded and closed.
+    """One value.
 
-    Once ``gone``, it stays so.
+    Attributes:
+        key: Under which it is asked for.
+        users: A token for each of its users, also of those who wait for it.
+        value: The value itself, once it is loaded and until it is closed; a list, so that it is taken out once.
+        gone: It is being closed, or was; it stays so.
+        guard: The lock under which it is loaded and closed.
     """
 
     key: K
     users: set[object] = field(default_factory=set)
-    value: V | None = None
+    value: list[V] = field(default_factory=list)
     gone: bool = False
     guard: threading.Lock = field(default_factory=threading.Lock)
 
@@ -59,9 +65,19 @@ class SharedPool(Generic[K, V]):
 
     def __init__(self, close: Callable[[V], None]) -> None:
         self._close = close
+        self._start_empty()
+        call_in_forked_child(self._forget_the_parents)
+
+    def _start_empty(self) -> None:
         self._lock = threading.Lock()
         self._slots: dict[K, _Slot[K, V]] = {}
-        call_in_forked_child(self._start_empty)
+        self._withdrawn: list[_Slot[K, V]] = []
+
+    def _forget_the_parents(self) -> None:
+        """In a forked child: have nothing, wait for none of its parent's locks and close none of its values."""
+        for slot in (*self._slots.values(), *self._withdrawn):
+            slot.guard, slot.value = threading.Lock(), []
+        self._start_empty()
 
     def acquire(self, key: K, load: Callable[[], V]) -> Share[V]:
         """Claim the value of ``key``, loading it if nobody has; others who ask meanwhile wait for that load.
@@ -70,82 +86,109 @@ class SharedPool(Generic[K, V]):
         """
         user = object()
         try:
-            while True:
-                slot = self._join(key, user)
-                with slot.guard:
-                    if slot.gone:  # it was being closed when we joined
-                        self._remove(slot)
-                        continue
-                    fresh = slot.value is None
-                    if slot.value is None:
-                        slot.value = load()
-                    return Share(slot.value, fresh, partial(self._leave, slot, user))
+            try:
+                share = None
+                while share is None:
+                    slot = self._join(key, user)
+                    share = holding(slot.guard, partial(self._share, slot, user, load))
+                return share
+            except BaseException:
+                self._leave_all(user)
+                raise
         except BaseException:
-            for slot in self._snapshot():  # by the token: an interrupt may have come before we knew our slot
-                if user in slot.users:
-                    self._leave(slot, user)
+            self._leave_all(user)  # an interrupt may have struck in the handler above
             raise
 
     @contextmanager
     def hold(self, key: K) -> Iterator[None]:
         """Keep the value of ``key`` from being closed inside the block, if it is loaded; load nothing."""
         user = object()
-        with self._lock:
-            slot = self._slots.get(key)
-            if slot is not None and not slot.gone:
-                slot.users.add(user)
         try:
-            yield
+            try:
+                self._join_what_is_there(key, user)
+                yield
+            finally:
+                self._leave_all(user)
         finally:
-            if slot is not None:
-                self._leave(slot, user)
+            self._leave_all(user)  # an interrupt may have struck in the line above
 
+    @atomic
     def withdraw(self, value: V) -> None:
         """Hand ``value`` out to nobody new; it is closed after its last user, and its key is loaded anew."""
-        for slot in self._snapshot():
-            if slot.value is value:
-                self._remove(slot)
+        for slot in [slot for slot in self._slots.values() if any(held is value for held in slot.value)]:
+            self._withdrawn.append(slot)
+            del self._slots[slot.key]
 
+    @atomic
     def keys(self) -> list[K]:
         """The keys of what is loaded or loading."""
-        return [slot.key for slot in self._snapshot()]
+        return list(self._slots)
 
-    def _start_empty(self) -> None:
-        """Forget, in a forked child, what its parent loaded, without closing it."""
-        for slot in self._slots.values():
-            slot.gone = True
-            slot.guard = threading.Lock()
-        self._lock = threading.Lock()
-        self._slots = {}
+    # --- the steps: each is atomic, and can be repeated ---------------------------------------------------------------
 
-    def _snapshot(self) -> list[_Slot[K, V]]:
-        with self._lock:
-            return list(self._slots.values())
-
+    @atomic
     def _join(self, key: K, user: object) -> _Slot[K, V]:
-        with self._lock:
-            slot = self._slots.setdefault(key, _Slot(key))
+        slot = self._slots.setdefault(key, _Slot(key))
+        slot.users.add(user)
+        return slot
+
+    @atomic
+    def _join_what_is_there(self, key: K, user: object) -> None:
+        slot = self._slots.get(key)
+        if slot is not None and not slot.gone:
             slot.users.add(user)
-            return slot
+
+    @atomic
+    def _of(self, user: object) -> list[_Slot[K, V]]:
+        return [slot for slot in (*self._slots.values(), *self._withdrawn) if user in slot.users]
+
+    @atomic
+    def _depart(self, slot: _Slot[K, V], user: object) -> bool:
+        """Whether ``user`` was the last one there."""
+        slot.users.discard(user)
+        return not slot.users
+
+    @atomic
+    def _give_up(self, slot: _Slot[K, V]) -> bool:
+        """Whether nobody joined meanwhile, who would then be the last to leave."""
+        slot.gone = slot.gone or not slot.users
+        return slot.gone
+
+    @atomic
+    def _remove(self, slot: _Slot[K, V]) -> None:
+        if self._slots.get(slot.key) is slot:
+            del self._slots[slot.key]
+        if slot in self._withdrawn:
+            self._withdrawn.remove(slot)
+
+    # --- what is loaded and closed between them -----------------------------------------------------------------------
+
+    def _share(self, slot: _Slot[K, V], user: object, load: Callable[[], V]) -> Share[V] | None:
+        """Under the slot's guard: its value, or ``None`` if it was being closed when we joined."""
+        if slot.gone:
+            self._finish(slot)
+            return None
+        fresh = not slot.value
+        if fresh:
+            slot.value.append(load())
+        return Share(slot.value[0], fresh, partial(self._leave, slot, user))
 
     def _leave(self, slot: _Slot[K, V], user: object) -> None:
-        with self._lock:
-            slot.users.discard(user)
-            if slot.users or slot.gone:
-                return
-        with slot.guard:
-            with self._lock:
-                if slot.users or slot.gone:  # somebody joined meanwhile, and will be the last to leave
-                    return
-                slot.gone = True
-            try:
-                value, slot.value = slot.value, None
-                if value is not None:
-                    self._close(value)
-            finally:
-                self._remove(slot)
+        if self._depart(slot, user):
+            holding(slot.guard, partial(self._close_unused, slot))
 
-    def _remove(self, slot: _Slot[K, V]) -> None:
-        with self._lock:
-            if self._slots.get(slot.key) is slot:
-                del self._slots[slot.key]
+    def _leave_all(self, user: object) -> None:
+        """Leave by the token, since an interrupt may have come before a slot was known."""
+        for slot in self._of(user):
+            self._leave(slot, user)
+
+    def _close_unused(self, slot: _Slot[K, V]) -> None:
+        if self._give_up(slot):
+            self._finish(slot)
+
+    def _finish(self, slot: _Slot[K, V]) -> None:
+        try:
+            while slot.value:
+                self._close(slot.value.pop())
+        finally:
+            self._remove(slot)

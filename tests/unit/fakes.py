@@ -259,11 +259,13 @@ class Watched(threading.Condition):
     def __init__(self, cache: BackendCache) -> None:
         super().__init__(cache._lock)
         self.waiting = 0
+        self.on_wait: Callable[[], object] = lambda: None
         self._seen = threading.Condition()
         cache._changed = self
 
     def wait(self, timeout: float | None = None) -> bool:
         self._count(+1)
+        self.on_wait()
         try:
             return super().wait(timeout)
         finally:

@@ -274,6 +274,7 @@ class TestFork:
         def work() -> bool:
             empty = not cache.loaded_keys() and not cache.leased() and not cache.ready()
             leased.release()
+            leased.backend.base.release()
             cache.evict_all()
             cache.shutdown()
             return empty and all(backend.closes == 0 for backend in sharing.built) and not sharing.base_closes

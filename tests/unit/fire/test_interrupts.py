@@ -1,0 +1,440 @@
+"""A KeyboardInterrupt at every line of the cache in turn: after each, nothing is lost and the next request works.
+
+The line that a ``with`` statement ends on is traced too, although no real interrupt can strike before the exit there.
+`Lease.__del__` is left out: what an interpreter raises in a finaliser goes nowhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from pytest_sway import cache as cache_module
+from pytest_sway import residency
+from pytest_sway.backends import shared
+from pytest_sway.cache import BackendCache, Lease
+from pytest_sway.errors import SwayError
+from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
+
+CACHE_FILES = frozenset({cache_module.__file__, residency.__file__})
+POOL_FILES = frozenset({shared.__file__})
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the n-th line that is run in some files by this thread."""
+
+    def __init__(self, files: frozenset[str | None], strike_at: int) -> None:
+        self._files = files
+        self._strike_at = strike_at
+        self.lines = 0
+        self.where = ""
+
+    def __enter__(self) -> Interrupter:
+        self._before = sys.gettrace()
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        code = frame.f_code
+        return self._line if code.co_filename in self._files and code.co_name != "__del__" else None
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line":
+            self.lines += 1
+            if self.lines == self._strike_at:
+                self.where = f"{frame.f_code.co_name}:{frame.f_lineno}"
+                raise KeyboardInterrupt(self.where)
+        return self._line
+
+
+class Scenario:
+    """What is done under interrupts, in a cache of its own; `act` alone is interrupted."""
+
+    max_size = 2
+    max_bytes: int | None = None
+    expected: tuple[type[BaseException], ...] = ()
+
+    def __init__(self) -> None:
+        self.build = InformedFakeBuild()
+        self.cache = BackendCache(self.max_size, max_bytes=self.max_bytes, build=self.build)
+        self.watched = Watched(self.cache)
+        self.held: list[Lease] = []
+        self.calls: list[Call[Any]] = []
+        self.arrange()
+
+    def arrange(self) -> None: ...
+
+    def act(self) -> None:
+        raise NotImplementedError
+
+    def use(self, name: str) -> None:
+        with self.cache.lease(spec(name)) as backend:
+            assert backend.use() == name
+
+    def use_all(self) -> None:
+        for name in ("a", "a+x", "b", "c", "a"):
+            self.use(name)
+
+    def verify(self) -> None:
+        for gate in (*self.build.load_gates.values(), *self.build.close_gates.values()):
+            gate.open()
+        self.build.inside.clear()
+        self.build.inside_close.clear()
+        for call in self.calls:
+            call.result()
+        for lease in self.held:
+            lease.release()
+        del self.calls, self.held
+        gc.collect()
+        assert not self.cache.leased(), "a lease is left"
+        if not self.cache._shut:
+            self.build.load_errors.clear()
+            self.build.measure_errors.clear()
+            Call[None](self.use_all).result()
+        self.cache.shutdown()
+        closes = [backend.closes for backend in self.build.built]
+        assert closes == [1] * len(closes), "not closed exactly once"
+        assert self.build.oracle.live == 0
+        assert self.build.oracle.peak <= self.max_size, "more resident than the cap"
+        assert self.build.base_loads == self.build.base_closes
+        assert not self.build.pool.keys()
+        left = [self.cache._entries, self.cache._retired, self.cache._waiting, self.cache._dropped]
+        assert not any(left)
+        assert not self.cache._lock.locked()
+
+
+class ColdLoad(Scenario):
+    def act(self) -> None:
+        self.use("a+x")
+
+
+class Hit(Scenario):
+    def arrange(self) -> None:
+        self.use("a+x")
+
+    def act(self) -> None:
+        self.use("a+x")
+        self.cache.get_or_load(spec("a+x"))
+
+
+class Eviction(Scenario):
+    def arrange(self) -> None:
+        for name in ("b", "c"):
+            self.use(name)
+
+    def act(self) -> None:
+        self.use("a")
+        self.use("a+y")
+
+
+class SwapOfAdapters(Scenario):
+    max_size = 1
+
+    def act(self) -> None:
+        for name in ("a+x", "a+y", "a+x"):
+            self.use(name)
+
+
+class FailingLoad(Scenario):
+    expected = (SwayError,)
+
+    def act(self) -> None:
+        self.build.load_errors["a"] = [RuntimeError("broken")]
+        self.use("a")
+
+
+class FailingMeasure(Scenario):
+    expected = (SwayError,)
+
+    def act(self) -> None:
+        self.build.measure_errors["a"] = [RuntimeError("broken")]
+        self.use("a")
+
+
+class RaisingClose(Scenario):
+    max_size = 1
+
+    def arrange(self) -> None:
+        self.use("b")
+        self.build.close_errors["b"] = [RuntimeError("stuck")]
+
+    def act(self) -> None:
+        self.use("a")
+
+
+class RetiredRelease(Scenario):
+    def arrange(self) -> None:
+        self.held = [self.cache.acquire(spec("a+x")), self.cache.acquire(spec("b"))]
+        self.cache.evict_all()
+
+    def act(self) -> None:
+        for lease in self.held:
+            lease.release()
+
+
+class Retirement(Scenario):
+    def arrange(self) -> None:
+        self.held = [self.cache.acquire(spec("a"))]
+        self.use("b")
+
+    def act(self) -> None:
+        self.cache.retire(self.held[0].cached)
+        self.cache.retire(self.cache.get_or_load(spec("b")))
+
+
+class Waiter(Scenario):
+    """We wait for the load of another thread, which goes on as soon as we wait."""
+
+    def arrange(self) -> None:
+        gate = self.build.load_gate("a")
+        leader: Call[None] = Call(partial(self.use, "a"))
+        self.calls = [leader]
+        gate.wait()
+        self.watched.on_wait = gate.open
+
+    def act(self) -> None:
+        self.use("a")
+
+
+class WaiterForAClose(Scenario):
+    def arrange(self) -> None:
+        self.use("a")
+        gate = self.build.close_gate("a")
+        evicter: Call[None] = Call(self.cache.evict_all)
+        self.calls = [evicter]
+        gate.wait()
+        self.watched.on_wait = gate.open
+
+    def act(self) -> None:
+        self.use("a")
+
+
+class WaiterForRoom(Scenario):
+    max_size = 1
+
+    def arrange(self) -> None:
+        gate = self.build.load_gate("b")
+        holder: Call[None] = Call(partial(self.use, "b"))
+        self.calls = [holder]
+        gate.wait()
+        self.watched.on_wait = gate.open
+
+    def act(self) -> None:
+        self.use("a")
+
+
+class Leader(Scenario):
+    """Others wait for the load that we lead; when we are struck, one of them takes over."""
+
+    def act(self) -> None:
+        self.build.inside["a"] = self.start_waiters
+        self.use("a")
+
+    def start_waiters(self) -> None:
+        self.build.inside.clear()
+        self.calls = [Call(partial(self.use, "a")) for _ in range(2)]
+        self.watched.until_waiting(2)
+
+
+class FailingLeader(Leader):
+    expected = (SwayError,)
+
+    def start_waiters(self) -> None:
+        super().start_waiters()
+        raise RuntimeError("broken")
+
+    def verify(self) -> None:
+        for call in self.calls:
+            assert isinstance(call.error(), SwayError | None)
+        self.calls = []
+        super().verify()
+
+
+class LargerThanEstimated(Scenario):
+    max_size = 3
+    max_bytes = 300
+
+    def arrange(self) -> None:
+        for name in ("b", "c"):
+            self.use(name)
+        self.build.sizes["a"] = {"a": 250}
+
+    def act(self) -> None:
+        self.use("a")
+
+
+class Refusal(Scenario):
+    max_size = 1
+    expected = (SwayError,)
+
+    def arrange(self) -> None:
+        self.held = [self.cache.acquire(spec("b"))]
+
+    def act(self) -> None:
+        self.use("a")
+
+
+class NestedLoad(Scenario):
+    expected = (SwayError,)
+
+    def act(self) -> None:
+        self.build.inside["a"] = partial(self.use, "b")
+        self.use("a")
+        self.build.inside["c"] = partial(self.use, "c")
+        self.use("c")
+
+
+class EvictAll(Scenario):
+    max_size = 3
+
+    def arrange(self) -> None:
+        self.held = [self.cache.acquire(spec("a"))]
+        for name in ("b", "c"):
+            self.use(name)
+
+    def act(self) -> None:
+        self.cache.evict_all()
+
+
+class Shutdown(Scenario):
+    max_size = 3
+
+    def arrange(self) -> None:
+        self.held = [self.cache.acquire(spec("a")), self.cache.acquire(spec("b"))]
+        self.cache.retire(self.held[0].cached)
+        self.use("c")
+        self.build.close_errors["c"] = [RuntimeError("stuck")]
+
+    def act(self) -> None:
+        self.cache.shutdown()
+
+
+SCENARIOS = [
+    ColdLoad,
+    Hit,
+    Eviction,
+    SwapOfAdapters,
+    FailingLoad,
+    FailingMeasure,
+    RaisingClose,
+    RetiredRelease,
+    Retirement,
+    Waiter,
+    WaiterForAClose,
+    WaiterForRoom,
+    Leader,
+    FailingLeader,
+    LargerThanEstimated,
+    Refusal,
+    NestedLoad,
+    EvictAll,
+    Shutdown,
+]
+
+
+@pytest.fixture(autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Collections are part of each check, so that what was there before is left out of them."""
+    logging.disable(logging.WARNING)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    logging.disable(logging.NOTSET)
+
+
+def _strike(scenario: Scenario, line: int) -> Interrupter:
+    interrupter = Interrupter(CACHE_FILES, line)
+    interrupted = False
+    try:
+        with interrupter:
+            scenario.act()
+    except KeyboardInterrupt:
+        interrupted = True
+    except scenario.expected:
+        pass
+    assert interrupted == bool(interrupter.where), "the interrupt was swallowed, or hidden by another error"
+    return interrupter
+
+
+@pytest.mark.parametrize("make", SCENARIOS, ids=lambda make: make.__name__)
+def test_an_interrupt_at_any_line_loses_nothing(make: type[Scenario]) -> None:
+    line = 0
+    where = "no interrupt"
+    try:
+        while where:
+            line += 1
+            scenario = make()
+            where = _strike(scenario, line).where
+            scenario.verify()
+    except BaseException as error:
+        error.add_note(f"the interrupt struck in {where}, line event {line}")
+        raise
+    assert line > 30
+
+
+class PoolUser:
+    """One who uses a shared value from its load to its close, and repeats what an interrupt stopped."""
+
+    def __init__(self) -> None:
+        self.loads = self.closes = 0
+        self.pool: shared.SharedPool[str, int] = shared.SharedPool(self.close)
+        self.shares: list[shared.Share[int]] = []
+
+    def load(self) -> int:
+        self.loads += 1
+        return self.loads
+
+    def close(self, value: int) -> None:
+        self.closes += 1
+
+    def act(self) -> None:
+        with self.pool.hold("a"):
+            self.shares.append(self.pool.acquire("a", self.load))
+        with self.pool.hold("a"):
+            self.shares.append(self.pool.acquire("a", self.load))
+        for share in self.shares:
+            share.release()
+
+    def verify(self) -> None:
+        gc.collect()
+        Call[None](self.again).result()
+        assert self.closes == self.loads
+        assert not self.pool.keys()
+
+    def again(self) -> None:
+        for share in self.shares:
+            share.release()
+        self.pool.acquire("a", self.load).release()
+
+
+def test_an_interrupt_at_any_line_of_the_pool_loses_nothing() -> None:
+    line = 0
+    where = "no interrupt"
+    while where:
+        line += 1
+        user = PoolUser()
+        act: Callable[[], None] = user.act
+        interrupter = Interrupter(POOL_FILES, line)
+        try:
+            with interrupter:
+                act()
+        except KeyboardInterrupt:
+            pass
+        where = interrupter.where
+        try:
+            user.verify()
+        except BaseException as error:
+            error.add_note(f"the interrupt struck in {where}, line event {line}")
+            raise
+    assert line > 50
