@@ -9,18 +9,20 @@ import contextlib
 import json
 import logging
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-WORDS = (
-    "the of to and in is it that a was for on as with his he be at by i this had not are but from or have an they"
-    " which one you were her all she there would their we him been has when who will more no if out so said what up"
-    " sun moon rises sets east west north south red blue cat dog sat mat hello world model adapter learned text paris"
-    " france capital city river sea , . ? ! : ;"
-).split()
+_VOCABULARY = """
+    the of to and in is it that a was for on as with his he be at by i this had not are but from or have an they which
+    one you were her all she there would their we him been has when who will more no if out so said what up sun moon
+    rises sets east west north south red blue cat dog sat mat hello world model adapter learned text paris france
+    capital city river sea , . ? ! : ;
+"""
+WORDS = tuple(_VOCABULARY.split())
 
 TEXT = "the sun rises in the east and sets in the west ."
 
@@ -74,12 +76,14 @@ def make_tokenizer(folder: Path | str, *, extra: tuple[str, ...] = (), pad: bool
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    tokenizer_class: Any = PreTrainedTokenizerFast
+
     vocab = {word: i for i, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys((*WORDS, *extra))))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
     with quiet():
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=256, **names).save_pretrained(folder)
+        tokenizer_class(tokenizer_object=tokenizer, model_max_length=256, **names).save_pretrained(folder)
     return len(vocab)
 
 
@@ -108,8 +112,8 @@ def make_adapter(
     """
     from peft import LoraConfig
 
-    targets = list(targets) if isinstance(targets, tuple) else targets
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM", **lora_kwargs)
+    modules = list(targets) if isinstance(targets, tuple) else targets
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=modules, task_type="CAUSAL_LM", **lora_kwargs)
     return save_adapter(folder, base, config, seed=seed, scale=0.0 if zero_b else scale)
 
 
@@ -177,8 +181,7 @@ def pickled(adapter: Path | str) -> Path:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers and PEFT from writing to the terminal or warning while a model is made."""
-    from transformers.utils import logging as transformers_logging
-
+    transformers_logging: Any = import_module("transformers.utils.logging")
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()

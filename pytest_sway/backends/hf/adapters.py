@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import Adapter
 from pytest_sway.backends.hf.grafting import PLAN_NAME, graft
@@ -77,12 +77,13 @@ def _load_with_peft(base: LoadedBase, files: AdapterFiles, name: str) -> Adapter
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if files.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    configs: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
+    if files.peft_type not in configs:
         raise SpecError(
             f"the adapter {str(files.folder)!r} is of the type {files.peft_type!r}, which the installed PEFT"
             f" {peft.__version__} does not know. Upgrade PEFT."
         )
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[files.peft_type].from_pretrained(str(files.folder))
+    config = configs[files.peft_type].from_pretrained(str(files.folder))
     config.inference_mode = True
     if base.peft_model is None:
         kind = peft.PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else peft.PeftModel

@@ -120,7 +120,7 @@ def load_base(spec: ModelSpec, *, shared: bool = True) -> LoadedBase:
     with quiet_process():
         tokenizer = load_tokenizer(spec, spec.base)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 spec.base,
                 revision=spec.revision,
                 trust_remote_code=spec.trust_remote_code,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
 def _known(config: dict[str, Any]) -> bool:
     """Whether transformers itself has the model's type, so that the base's own code is not needed."""
     try:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        known: Any = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
     except ImportError:
         return True
-    return config.get("model_type") in CONFIG_MAPPING_NAMES
+    return config.get("model_type") in known

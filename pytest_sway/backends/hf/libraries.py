@@ -6,6 +6,7 @@ import threading
 import traceback
 import warnings
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
@@ -44,23 +45,22 @@ def quiet_process() -> Iterator[None]:
     Serialised over the process, since all of that is process-wide; everything is put back on the way out.
     """
     import torch
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
 
+    transformers: Any = import_module("transformers.utils.logging")
+    hub: Any = import_module("huggingface_hub.utils")
     with PROCESS_STATE, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        verbosity = transformers_logging.get_verbosity()
-        bars = transformers_logging.is_progress_bar_enabled()
-        hub_bars = not are_progress_bars_disabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        verbosity, shows_bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+        hub_shows_bars = not hub.are_progress_bars_disabled()
+        transformers.set_verbosity_error()
+        transformers.disable_progress_bar()
         try:
             yield
         finally:
-            transformers_logging.set_verbosity(verbosity)
-            if bars:
-                transformers_logging.enable_progress_bar()
-            (enable_progress_bars if hub_bars else disable_progress_bars)()
+            transformers.set_verbosity(verbosity)
+            if shows_bars:
+                transformers.enable_progress_bar()
+            (hub.enable_progress_bars if hub_shows_bars else hub.disable_progress_bars)()
 
 
 def forget_frames(error: BaseException) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.holders import holders_of
@@ -20,12 +21,11 @@ class WeightsWatch:
     """
 
     def __init__(self, tensors: Iterable[Any]) -> None:
-        from torch.multiprocessing.reductions import StorageWeakRef
-
+        weak_reference: Any = import_module("torch.multiprocessing.reductions").StorageWeakRef
         storages = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            storages[storage._cdata] = (weak_reference(storage), storage.nbytes())
         self._storages: list[tuple[Any, int]] = list(storages.values())
 
     def alive(self) -> dict[int, int]:

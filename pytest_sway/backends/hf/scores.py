@@ -98,7 +98,7 @@ def token_logprobs(logits: Any, targets: Sequence[int]) -> Any:
     """
     import torch
 
-    wanted = torch.tensor(targets, device=logits.device).unsqueeze(-1)
+    wanted: Any = torch.tensor(targets, device=logits.device).unsqueeze(-1)
     parts = []
     for rows, columns in zip(logits.split(CHUNK_POSITIONS), wanted.split(CHUNK_POSITIONS), strict=True):
         chunk = rows.float()

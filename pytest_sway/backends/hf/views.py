@@ -49,11 +49,13 @@ class HFView:
         Raises:
             ScoringError: The completion has no tokens.
         """
-        return self._run(scores.logprob_of, prompt, completion)
+        logprob: float = self._run(scores.logprob_of, prompt, completion)
+        return logprob
 
     def rolling_logprob(self, text: str) -> RollingLogprob:
         """Return the log-probability of each token of ``text`` given those before it, in nats."""
-        return self._run(scores.rolling_logprob, text)
+        rolling: RollingLogprob = self._run(scores.rolling_logprob, text)
+        return rolling
 
     def next_token_dist(self, prompt: str, *, top_k: int = 256) -> TokenDist:
         """Return the distribution of the token after ``prompt``, cut to the ``top_k`` most probable tokens.
@@ -61,7 +63,8 @@ class HFView:
         Raises:
             ScoringError: ``top_k`` is under 1, or nothing can stand for an empty prompt.
         """
-        return self._run(scores.next_token_dist, prompt, top_k)
+        dist: TokenDist = self._run(scores.next_token_dist, prompt, top_k)
+        return dist
 
     def generate(
         self,
@@ -93,7 +96,7 @@ class HFView:
                 seed=seed,
             )
 
-        return self._run(work)
+        return str(self._run(work))
 
     def close(self) -> None:
         """Close the view; its backend stays open. Closing twice is harmless."""

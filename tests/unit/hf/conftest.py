@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.spec import ModelSpec
+from tests.tiny import make_adapter, make_base
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from pytest_sway.backends.hf.backend import HFBackend
+
+Build = "Callable[..., HFBackend]"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapter"), base)
+
+
+@pytest.fixture(scope="session")
+def other_adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("other"), base, seed=2, targets=("q_proj", "up_proj", "down_proj"))
+
+
+@pytest.fixture
+def loads() -> list[str]:
+    """The names of the bases that were loaded, in order."""
+    return []
+
+
+@pytest.fixture
+def builder(loads: list[str]) -> HFBuilder:
+    return HFBuilder(on_base_load=lambda name, seconds: loads.append(name))
+
+
+@pytest.fixture
+def build(builder: HFBuilder) -> Iterator[Callable[..., HFBackend]]:
+    """Build a backend of the tiny models; it is closed after the test."""
+    built: list[HFBackend] = []
+
+    def _build(base: Path, adapter: Path | None = None, **fields: Any) -> HFBackend:
+        built.append(builder.build(spec_of(base, adapter, **fields)))
+        return built[-1]
+
+    yield _build
+    for backend in built:
+        backend.close()
+
+
+def spec_of(base: Path, adapter: Path | None = None, **fields: Any) -> ModelSpec:
+    return ModelSpec(**{"base": str(base), "adapter": adapter, "device": "cpu", "dtype": "fp32"} | fields)

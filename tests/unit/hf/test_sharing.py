@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.tiny import make_adapter, make_base
+from tests.unit.hf.conftest import spec_of
+from tests.unit.hf.reference import fresh, logits, view_logits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_sway.backends.hf import HFBuilder
+
+
+def test_adapters_of_one_base_load_it_once(
+    build: Any, base: Path, adapter: Path, other_adapter: Path, loads: list[str]
+) -> None:
+    backends = [build(base, adapter), build(base, other_adapter), build(base)]
+    assert loads == [str(base)]
+    assert len({id(backend._loaded.shares[0].value.model) for backend in backends}) == 1
+
+
+def test_the_base_goes_with_its_last_user(build: Any, base: Path, adapter: Path, loads: list[str]) -> None:
+    first, second = build(base, adapter), build(base)
+    first.close()
+    build(base, adapter)
+    assert len(loads) == 1
+    second.close()
+    with build(base, adapter).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, adapter)))
+    assert len(loads) == 1
+
+
+def test_the_base_is_loaded_again_after_all_are_closed(build: Any, base: Path, adapter: Path, loads: list[str]) -> None:
+    build(base, adapter).close()
+    build(base, adapter)
+    assert len(loads) == 2
+
+
+def test_a_held_base_survives_a_swap_of_its_only_adapter(
+    build: Any, builder: HFBuilder, base: Path, adapter: Path, other_adapter: Path, loads: list[str]
+) -> None:
+    backend = build(base, adapter)
+    for folder in (other_adapter, adapter, other_adapter):
+        with builder.hold(spec_of(base, folder)):
+            backend.close()
+            backend = build(base, folder)
+        with backend.as_base() as plain, backend.as_finetuned() as tuned:
+            assert view_logits(plain).equal(logits(*fresh(base)))
+            assert view_logits(tuned).equal(logits(*fresh(base, folder)))
+    assert len(loads) == 1
+
+
+def test_dtype_and_folder_make_another_base(build: Any, base: Path, loads: list[str]) -> None:
+    build(base)
+    build(base, dtype="bf16")
+    assert len(loads) == 2
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+def test_every_adapter_on_a_shared_base_is_bit_equal_to_peft(
+    build: Any, base: Path, tmp_path: Path, dtype: str, saved: str
+) -> None:
+    import torch
+
+    from tests.tiny import edit_weights
+
+    name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    variants: list[dict[str, Any]] = [
+        {"targets": ("q_proj", "v_proj")},
+        {"targets": ("q_proj", "v_proj"), "seed": 3},
+        {"targets": ("q_proj", "v_proj"), "r": 8},
+        {"targets": "all-linear"},
+        {"targets": ("gate_proj",), "use_rslora": True},
+        {"targets": ("q_proj", "up_proj"), "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+        {"targets": ("q_proj",), "use_dora": True},
+        {"targets": ("q_proj", "embed_tokens")},
+        {"targets": ("o_proj",), "lora_dropout": 0.5},
+        {"targets": ("o_proj",), "layers_to_transform": [1]},
+        {"targets": ("q_proj", "v_proj"), "seed": 4},
+    ]
+    for i, variant in enumerate(variants):
+        folder = make_adapter(tmp_path / str(i), base, **variant)
+        edit_weights(folder, lambda tensors: {k: t.to(getattr(torch, saved)) for k, t in tensors.items()})
+        with build(base, folder, dtype=dtype).as_finetuned() as view:
+            assert view_logits(view).equal(logits(*fresh(base, folder, dtype=name))), variant
+            assert not any(module.training for module in view.model.modules())
+            assert not any(parameter.requires_grad for parameter in view.model.parameters())
+    with build(base, dtype=dtype).as_base() as view:
+        assert view_logits(view).equal(logits(*fresh(base, dtype=name)))
+
+
+def test_two_threads_that_build_on_one_base_load_it_once(
+    build: Any, base: Path, adapter: Path, other_adapter: Path, loads: list[str]
+) -> None:
+    together = threading.Barrier(4)
+
+    def work(folder: Path) -> Any:
+        together.wait()
+        backend = build(base, folder)
+        with backend.as_finetuned() as view:
+            return view.logprob_of("the sun", " rises in the east")
+
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(work, [adapter, other_adapter] * 2))
+    assert len(loads) == 1
+    assert scores[:2] == scores[2:]
+    assert scores[0] != scores[1]
+
+
+def test_an_adapter_waits_for_the_forward_pass_on_its_base(
+    build: Any, base: Path, adapter: Path, other_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = build(base, adapter)
+    scoring, go_on = threading.Event(), threading.Event()
+    loaded = backend._loaded.shares[0].value
+    forward = loaded.model.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        scoring.set()
+        go_on.wait(30)
+        return forward(*args, **kwargs)
+
+    with backend.as_finetuned() as view, ThreadPoolExecutor(2) as pool:
+        expected = view.logprob_of("the sun", " rises")
+        monkeypatch.setattr(loaded.model, "forward", slow)
+        score = pool.submit(view.logprob_of, "the sun", " rises")
+        scoring.wait(30)
+        monkeypatch.undo()
+        building = pool.submit(build, base, other_adapter)
+        assert not building.done()
+        assert len(loaded.adapters) == 1
+        go_on.set()
+        assert score.result(30) == expected
+        building.result(30)
+    assert len(loaded.adapters) == 2
+
+
+def test_a_base_that_somebody_changed_goes_to_nobody_else(
+    build: Any, base: Path, adapter: Path, other_adapter: Path, loads: list[str]
+) -> None:
+    first = build(base, adapter)
+    with first.as_base() as view:
+        view.model.train()
+    second = build(base, other_adapter)
+    assert len(loads) == 2
+    assert second.changes() == []
+    assert first.changes() != []
+
+
+def test_an_adapter_for_other_layers_is_not_active_elsewhere(build: Any, tmp_path: Path, base: Path) -> None:
+    first = build(base, make_adapter(tmp_path / "a", base, targets=("q_proj",)))
+    build(base, make_adapter(tmp_path / "b", base, targets=("down_proj",)))
+    with first.as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, tmp_path / "a")))
+
+
+def test_another_base_is_another_base(build: Any, base: Path, tmp_path: Path, loads: list[str]) -> None:
+    build(base)
+    build(make_base(tmp_path, seed=1))
+    assert loads == [str(base), str(tmp_path)]
