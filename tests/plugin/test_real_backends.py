@@ -1,0 +1,243 @@
+"""The plugin over the hf backend, on models made on the spot: bad input, mutations, leaks, what startup imports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import edit_weights, make_adapter, make_base, pickled, poison, truncate
+
+SUITE = """
+import pytest
+from pathlib import Path
+
+ROOT = Path({root!r})
+GOOD = {{"base": ROOT / "base", "adapter": ROOT / "good"}}
+PROMPT, ANSWER = "the sun rises in the", " east"
+"""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one base, one good adapter, and each broken kind of it."""
+    root = tmp_path_factory.mktemp("models")
+    base = make_base(root / "base")
+    good = make_adapter(root / "good", base)
+    make_adapter(root / "second", base, seed=2)
+    make_adapter(root / "zero", base, zero_b=True)
+    make_adapter(root / "other", make_base(root / "larger", hidden=64))
+    for name, breaks in (("nan", poison), ("truncated", truncate), ("pickled", pickled)):
+        breaks(shutil.copytree(good, root / name))
+    edit_weights(
+        shutil.copytree(good, root / "renamed"),
+        lambda tensors: {name.replace("self_attn", "attention"): tensor for name, tensor in tensors.items()},
+    )
+    (shutil.copytree(good, root / "unconfigured") / "adapter_config.json").unlink()
+    return root
+
+
+BAD = {
+    "unknown field": ({"base": "base", "adaptor": "good"}, "a spec has no field 'adaptor'*Did you mean 'adapter'?"),
+    "unknown kind": ({"kind": "onnx", "base": "base"}, "spec field 'kind' must be one of hf, mlx, api,*found 'onnx'."),
+    "unknown dtype": ({"base": "base", "dtype": "int3"}, "spec field 'dtype' must be one of auto, fp16,*found 'int3'."),
+    "no base": ({"base": "nowhere"}, "the base '*nowhere' does not exist. Name a hub id (org/name) or the folder*"),
+    "no adapter": ({"base": "base", "adapter": "nowhere"}, "*adapter '*nowhere' does not exist*"),
+    "no config": ({"base": "base", "adapter": "unconfigured"}, "*'*unconfigured' has no adapter_config.json*"),
+    "truncated": ({"base": "base", "adapter": "truncated"}, "*truncated*"),
+    "pickled": ({"base": "base", "adapter": "pickled"}, "*pickled*pickle*allow_pickle=True*"),
+    "NaN": ({"base": "base", "adapter": "nan"}, "the adapter '*nan' has NaN or infinite values in 1 of its * tensors*"),
+    "another architecture": ({"base": "base", "adapter": "other"}, "the adapter '*other' does not fit the base *"),
+    "renamed": ({"base": "base", "adapter": "renamed"}, "the adapter '*renamed' does not fit the base '*base'*"),
+    "zero": ({"base": "base", "adapter": "zero"}, "the adapter '*zero' changes nothing on the base '*base'*"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_clear_sentence_and_harms_no_other_test(
+    pytester: pytest.Pytester, models: Path, case: str
+) -> None:
+    spec, sentence = BAD[case]
+    rooted = {key: str(models / value) if key in ("base", "adapter") else value for key, value in spec.items()}
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + f"""
+def test_good_before(sway_backend):
+    sway_backend(GOOD)
+
+@pytest.mark.parametrize("n", range(2))
+def test_bad(sway_backend, n):
+    sway_backend({rooted!r})
+
+def test_good_after(sway_backend, sway_cache):
+    assert len(sway_cache.loaded_keys()) <= 1
+    with sway_backend(GOOD).as_finetuned() as tuned:
+        assert tuned.logprob_of(PROMPT, ANSWER) < 0
+"""
+    )
+    result = pytester.runpytest_inprocess("--sway-cache-size=1")
+    result.assert_outcomes(passed=2, failed=2)
+    result.stdout.fnmatch_lines(
+        [f"E  *Error: {sentence}", "E  *(First met by *::test_bad?0?; the load is not tried again.)"]
+    )
+
+
+def test_a_changed_model_is_blamed_on_its_test_and_the_next_gets_a_clean_one(
+    pytester: pytest.Pytester, models: Path
+) -> None:
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + """
+SECOND = {"base": ROOT / "base", "adapter": ROOT / "second"}
+BEFORE = {}
+
+def score(backend):
+    with backend.as_base() as base, backend.as_finetuned() as tuned:
+        return base.logprob_of(PROMPT, ANSWER), tuned.logprob_of(PROMPT, ANSWER)
+
+def test_clean(sway_backend):
+    BEFORE["good"], BEFORE["second"] = score(sway_backend(GOOD)), score(sway_backend(SECOND))
+
+def test_scales_a_weight(sway_backend):
+    with sway_backend(GOOD).as_base() as base:
+        next(base.model.parameters()).data.mul_(2)
+
+def test_good_again(sway_backend):
+    assert score(sway_backend(GOOD)) == BEFORE["good"]
+
+def test_second_again(sway_backend):
+    assert score(sway_backend(SECOND)) == BEFORE["second"]
+
+def test_trains(sway_backend):
+    with sway_backend(SECOND).as_finetuned() as tuned:
+        tuned.model.train()
+
+def test_pads_left(sway_backend):
+    with sway_backend(SECOND).as_finetuned() as tuned:
+        tuned.tokenizer.padding_side = "left" if tuned.tokenizer.padding_side == "right" else "right"
+
+def test_at_last(sway_backend):
+    assert score(sway_backend(SECOND)) == BEFORE["second"]
+"""
+    )
+    result = pytester.runpytest_inprocess("-v")
+    result.assert_outcomes(passed=7, errors=3)
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at teardown of test_scales_a_weight*",
+            "*contents changed",
+            "*ERROR at teardown of test_trains*",
+            "*training mode on",
+            "*ERROR at teardown of test_pads_left*",
+            "*tokenizer: padding_side*",
+        ]
+    )
+    result.stdout.no_fnmatch_line("*leaked:*")
+
+
+def test_weights_that_a_module_keeps_are_reported_with_their_holder(pytester: pytest.Pytester, models: Path) -> None:
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + """
+KEPT = []
+
+def test_keeps(sway_backend):
+    with sway_backend(GOOD).as_finetuned() as tuned:
+        KEPT.append(tuned.model)
+"""
+    )
+    result = pytester.runpytest_inprocess()
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["leaked: * of *base + *good were still in memory after its close", "*KEPT*"])
+
+
+def test_views_and_backends_that_a_module_keeps_leak_nothing(pytester: pytest.Pytester, models: Path) -> None:
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + """
+KEPT = []
+
+def test_keeps(sway_backend):
+    backend = sway_backend(GOOD)
+    with backend.as_finetuned() as tuned:
+        KEPT.extend([backend, tuned, tuned.logprob_of])
+
+def test_fails_in_a_forward_pass(sway_backend):
+    with sway_backend(GOOD).as_finetuned() as tuned:
+        tuned.model(input_ids="no tensor")
+"""
+    )
+    result = pytester.runpytest_inprocess()
+    result.assert_outcomes(passed=1, failed=1)
+
+
+def test_two_adapters_swap_on_one_base_that_is_loaded_once(pytester: pytest.Pytester, models: Path) -> None:
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + """
+@pytest.mark.parametrize("n", range(6))
+def test_swap(sway_backend, n):
+    sway_backend({"base": ROOT / "base", "adapter": ROOT / ("good", "second")[n % 2]})
+"""
+    )
+    result = pytester.runpytest_inprocess("--sway-cache-size=1", "--sway-cache-memory=100MiB")
+    result.assert_outcomes(passed=6)
+    result.stdout.fnmatch_lines(["base *base: 1 load, *", "peak: 1 backend, * of weights; saved about *"])
+
+
+def test_a_model_over_the_memory_bound_is_refused_before_anything_is_evicted(
+    pytester: pytest.Pytester, models: Path
+) -> None:
+    size = sum(file.stat().st_size for file in (models / "larger").glob("*.safetensors"))
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + """
+def test_refused(sway_backend, sway_cache):
+    sway_cache.get_or_load(GOOD)
+    with pytest.raises(Exception, match="more than the whole budget of .* nothing was evicted for it"):
+        sway_backend({"base": ROOT / "larger"})
+    assert len(sway_cache.loaded_keys()) == 1
+"""
+    )
+    result = pytester.runpytest_inprocess(f"--sway-cache-memory={int(size * 0.9)}")
+    result.assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("uses", ["nothing", "the fixture", "a fake"])
+def test_nothing_heavy_is_imported_until_a_test_asks_for_a_model(pytester: pytest.Pytester, uses: str) -> None:
+    bodies = {
+        "nothing": "pass",
+        "the fixture": "sway_backend",
+        "a fake": "sway_backend({'kind': 'dummy', 'base': 'b'})",
+    }
+    pytester.makeconftest("""
+import json, sys
+from pathlib import Path
+
+class Fake:
+    def as_base(self): ...
+    def as_finetuned(self): ...
+
+def pytest_sway_build_backend(spec):
+    return Fake()
+
+def pytest_unconfigure():
+    Path("modules.json").write_text(json.dumps(sorted(sys.modules)))
+""")
+    pytester.makepyfile(f"def test_x({'' if uses == 'nothing' else 'sway_backend'}): {bodies[uses]}")
+    # xdist and the other plugins that happen to be installed are no part of the question
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "pytest_sway.plugin"],
+        env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    modules = set(json.loads((pytester.path / "modules.json").read_text()))
+    assert not modules & {"torch", "transformers", "peft", "numpy", "xdist", "safetensors"}
