@@ -432,9 +432,7 @@ class BackendCache:
                 self._note_peaks()
                 return False
             if victims is not None:
-                for victim in victims:
-                    self.stats.backend(str(victim.spec)).evictions += 1
-                self._take(operation, victims)
+                self._evict(operation, victims)
                 return True
             if not self._budget.allows([*(e for e in residents if not e.ends_without(operation.thread)), newcomer]):
                 raise self._full(newcomer, "all of it is in use by the one who asks")
@@ -471,7 +469,7 @@ class BackendCache:
         stats.loads += 1
         stats.load_seconds += seconds
         self._note_peaks()
-        self._take(operation, self._budget.surplus(self._residents(), entry))
+        self._evict(operation, self._budget.surplus(self._residents(), entry))
         self._changed.notify_all()
         return operation.lease
 
@@ -606,6 +604,11 @@ class BackendCache:
         for waiter in entry.waiters:
             self._waiting.pop(waiter.thread, None)
         entry.waiters.clear()
+
+    def _evict(self, operation: Operation, victims: list[Entry]) -> None:
+        for victim in victims:
+            self.stats.backend(str(victim.spec)).evictions += 1
+        self._take(operation, victims)
 
     def _take(self, operation: Operation, victims: Iterable[Entry]) -> None:
         for victim in victims:

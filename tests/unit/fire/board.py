@@ -1,0 +1,139 @@
+"""Who of several threads runs, waits in the cache, or stands at a gate: so that a test chooses each interleaving.
+
+After each command the test waits until the board is quiet: no thread runs any more. Then it may open one gate.
+"""
+
+from __future__ import annotations
+
+import enum
+import faulthandler
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pytest_sway.cache import BackendCache
+from tests.unit.fakes import DEADLINE
+
+
+class Status(enum.Enum):
+    IDLE = "idle"
+    RUNNING = "running"
+    WAITING = "waiting in the cache"
+    AT_GATE = "at a gate"
+
+
+class Board:
+    """The statuses of the workers, and the gates that they stand at."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.status: dict[threading.Thread, Status] = {}
+        self.gates: dict[threading.Thread, str] = {}
+        self.all_open = False
+
+    def note(self, status: Status) -> None:
+        with self.changed:
+            self.status[threading.current_thread()] = status
+            self.changed.notify_all()
+
+    def pass_gate(self, name: str) -> None:
+        """Stop the calling worker until its gate is opened."""
+        me = threading.current_thread()
+        with self.changed:
+            if self.all_open or me not in self.status:
+                return
+            self.gates[me] = name
+            self.status[me] = Status.AT_GATE
+            self.changed.notify_all()
+            passed = self.changed.wait_for(lambda: self.all_open or me not in self.gates, DEADLINE)
+            self.gates.pop(me, None)
+            self.status[me] = Status.RUNNING
+        assert passed, f"nobody opened the gate of {name}"
+
+    def open_gate(self, number: int) -> None:
+        """Open one of the gates that somebody stands at."""
+        with self.changed:
+            if self.gates:
+                me = list(self.gates)[number % len(self.gates)]
+                del self.gates[me]
+                self.status[me] = Status.RUNNING
+                self.changed.notify_all()
+
+    def open_all(self) -> None:
+        with self.changed:
+            self.all_open = True
+            for me in self.gates:
+                self.status[me] = Status.RUNNING
+            self.gates.clear()
+            self.changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait until nobody runs."""
+        with self.changed:
+            quiet = self.changed.wait_for(lambda: Status.RUNNING not in self.status.values(), DEADLINE)
+        if not quiet:
+            faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+            raise AssertionError(f"somebody still runs: {self.status}")
+
+    def count(self, status: Status) -> int:
+        with self.changed:
+            return list(self.status.values()).count(status)
+
+
+class NotingCondition(threading.Condition):
+    """The cache's condition, which notes who waits; who was notified runs again, even before it does."""
+
+    def __init__(self, cache: BackendCache, board: Board) -> None:
+        super().__init__(cache._lock)
+        self._board = board
+        cache._changed = self
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._board.note(Status.WAITING)
+        try:
+            return super().wait(timeout)
+        finally:
+            self._board.note(Status.RUNNING)
+
+    def notify_all(self) -> None:
+        with self._board.changed:
+            for thread, status in self._board.status.items():
+                if status is Status.WAITING:
+                    self._board.status[thread] = Status.RUNNING
+        super().notify_all()
+
+
+class Worker:
+    """A thread that does one command after the other."""
+
+    def __init__(self, board: Board, name: str) -> None:
+        self._board = board
+        self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self.errors: list[BaseException] = []
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        board.status[self.thread] = Status.IDLE
+        self.thread.start()
+
+    @property
+    def idle(self) -> bool:
+        return self._board.status[self.thread] is Status.IDLE
+
+    def do(self, command: Callable[[], Any]) -> None:
+        with self._board.changed:
+            self._board.status[self.thread] = Status.RUNNING
+        self._commands.put(command)
+
+    def stop(self) -> None:
+        self._commands.put(None)
+        self.thread.join(DEADLINE)
+        assert not self.thread.is_alive(), f"{self.thread.name} did not end"
+
+    def _run(self) -> None:
+        while (command := self._commands.get()) is not None:
+            try:
+                command()
+            except BaseException as error:
+                self.errors.append(error.with_traceback(None))
+            self._board.note(Status.IDLE)
