@@ -11,6 +11,7 @@ import pytest
 
 from pytest_sway.backends import Builder
 from pytest_sway.cache import BackendCache
+from tests.tiny import quiet
 
 PROMPT = "The capital of France is"
 PAIRS = [
@@ -35,10 +36,11 @@ def test_base_and_tuned_logits_are_bit_equal_to_a_fresh_model_s(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    fresh: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    expected_base = _logits(fresh, tokenizer, PROMPT)
-    expected_tuned = _logits(PeftModel.from_pretrained(fresh, str(adapters[1])).eval(), tokenizer, PROMPT)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        fresh: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        expected_base = _logits(fresh, tokenizer, PROMPT)
+        expected_tuned = _logits(PeftModel.from_pretrained(fresh, str(adapters[1])).eval(), tokenizer, PROMPT)
     cache.get_or_load({"base": base, "adapter": adapters[0]})
     with (
         cache.lease({"base": base, "adapter": adapters[1]}) as backend,
