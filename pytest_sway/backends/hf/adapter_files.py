@@ -76,11 +76,14 @@ class AdapterFiles:
 
     @property
     def restorable(self) -> bool:
-        """Whether disabling it leaves exactly the base."""
+        """Whether disabling it leaves exactly the base.
+
+        One that brings whole embeddings may need a base with more words, and so does not.
+        """
         if self.peft_type in PROMPT_TYPES:
             return True
         marker = _ADDITIVE_TYPES.get(self.peft_type)
-        if marker is None or self.config.get("bias", "none") != "none":
+        if marker is None or self.config.get("bias", "none") != "none" or self.vocabulary is not None:
             return False
         if self.peft_type == "LORA" and not self._special_fields() <= _DISABLED_EXACTLY:
             return False

@@ -38,6 +38,8 @@ def put_on(base: LoadedBase, files: AdapterFiles) -> Adapter:
             base.refresh()
             raise
         base.adapters[name] = adapter
+        if not base.shared:
+            base.take_stock(adapter)
         base.refresh()
         return adapter
 

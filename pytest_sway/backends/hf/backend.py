@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from pytest_sway.backends.hf import sides
 from pytest_sway.backends.hf.adapters import take_off
 from pytest_sway.backends.hf.inspection import summarised
-from pytest_sway.backends.hf.libraries import forget_frames
+from pytest_sway.backends.hf.libraries import forget_frames, no_warnings
 from pytest_sway.backends.hf.memory import Leak, WeightsWatch, find_leak
 from pytest_sway.backends.hf.sides import Side
 from pytest_sway.backends.hf.sizes import measured
@@ -179,10 +179,6 @@ class HFBackend:
         if loaded is None:
             return []
         lines: list[str] = []
-        if loaded.adapter_record is not None:
-            base = loaded.shares[-1].value
-            with base.lock, base.switch.bound(BASE_STATE):
-                lines += loaded.adapter_record.changes()
         own_tokenizer = loaded.tokenizer_record.changes()
         for share in loaded.shares:
             base = share.value
@@ -191,7 +187,11 @@ class HFBackend:
             lines += [line for line in base_lines if line not in own_tokenizer]
             if base_lines or own_tokenizer:
                 self._withdraw(base)
-        return summarised(lines + own_tokenizer)
+        if loaded.adapter_record is not None:
+            base = loaded.shares[-1].value
+            with base.lock, base.switch.bound(BASE_STATE):
+                lines += loaded.adapter_record.changes()
+        return summarised(own_tokenizer + lines)
 
     def close(self) -> None:
         """Take the adapter off and give the base back; the last to use it frees it. Closing twice is harmless."""
@@ -253,7 +253,8 @@ class HFBackend:
         side = loaded.views[view]
         with side.base.lock:
             self._require()  # it may have been closed while we waited
-            with side.base.switch.bound(side.state), torch.inference_mode():
+            quiet = no_warnings() if side.runner is side.base.peft_model else nullcontext()
+            with quiet, side.base.switch.bound(side.state), torch.inference_mode():
                 return work(side.runner, loaded.tokenizer, side.base.last_logits, *args)
 
     def _raw_model(self, view: HFView) -> Any:

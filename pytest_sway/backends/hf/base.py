@@ -55,14 +55,15 @@ class LoadedBase:
         self.tokenizers: dict[str, tuple[Any, TokenizerRecord]] = {}
         self.last_logits = _last_logits_argument(model)
         self.plans: dict[str, list[LayerPlan]] = {}
-        self._take_stock()
-
-    def _take_stock(self) -> None:
-        """Take note of the model as it is now: freshly loaded, without adapters."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.places = dict(_places(self.model))
+        self.places = dict(_places(model))
         self._modules = {name: children[key] for name, (children, key) in self.places.items()}
-        self.record = BaseRecord(self.model)
+        self.take_stock()
+
+    def take_stock(self, adapter: Adapter | None = None) -> None:
+        """Take the base for what it is now: freshly loaded, or with its own adapter, which may have rewritten it."""
+        others = frozenset() if adapter is None else frozenset(map(id, adapter.parameters.values()))
+        tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in others]
+        self.record = BaseRecord(self.model, others)
         self.watch = WeightsWatch(tensors)
         self.nbytes = measured(tensors)
 
@@ -147,7 +148,7 @@ def resize_vocabulary(base: LoadedBase, rows: int) -> None:
         torch.manual_seed(0)
         base.model.resize_token_embeddings(rows, mean_resizing=False)
     base.model.requires_grad_(False)
-    base._take_stock()
+    base.take_stock()
 
 
 def load_tokenizer(spec: ModelSpec, source: str) -> Any:

@@ -159,15 +159,16 @@ class BaseRecord:
 
     Args:
         model: The base model, just loaded.
+        others: Identities of parameters in it that are not the base's.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, others: frozenset[int] = frozenset()) -> None:
         owned: dict[str, tuple[dict[str, Any], str]] = {}
         kinds: dict[str, str] = {}
         for prefix, module in model.named_modules():
             for kind, members in (("parameter", module._parameters), ("buffer", module._buffers)):
                 for key, tensor in members.items():
-                    if tensor is not None:
+                    if tensor is not None and id(tensor) not in others:
                         name = f"{prefix}.{key}" if prefix else key
                         owned[name], kinds[name] = (members, key), kind
         self._tensors = TensorsRecord(owned, kinds)

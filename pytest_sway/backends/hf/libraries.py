@@ -63,6 +63,14 @@ def quiet_process() -> Iterator[None]:
             (hub.enable_progress_bars if hub_shows_bars else hub.disable_progress_bars)()
 
 
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Run library code that warns of what it is meant to do."""
+    with PROCESS_STATE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def forget_frames(error: BaseException) -> None:
     """Drop the local variables of the finished frames of ``error`` and of its causes.
 

@@ -32,7 +32,7 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
     Raises:
         AdapterMismatchError: Some did not match.
     """
-    unexpected = [name for name in unexpected if name not in _LOADED_APART]
+    unexpected = [name for name in unexpected if name not in _LOADED_APART and not _saved_twice(name, files)]
     if not missing and not unexpected:
         return
     found = []
@@ -66,6 +66,11 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
             f"the adapter {folder!r} changes nothing on the base {base.base!r}: {_why(adapter)}."
             " Was it saved before it was trained?"
         )
+
+
+def _saved_twice(name: str, files: AdapterFiles) -> bool:
+    """Whether PEFT saved a tensor under this name besides its own, as it does with resized embeddings."""
+    return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
 
 
 def _largest(parameter: Any) -> float:

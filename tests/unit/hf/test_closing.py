@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sway.errors import BackendClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KEEP: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    yield
+    KEEP.clear()
+
+
+def test_a_closed_backend_says_so(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    with backend.as_finetuned() as view:
+        backend.close()
+        with pytest.raises(BackendClosedError, match="was used after it was closed.* Ask for it again"):
+            view.logprob_of("the sun", " rises")
+        with pytest.raises(BackendClosedError):
+            view.model
+    with pytest.raises(BackendClosedError), backend.as_base():
+        pass
+    with pytest.raises(BackendClosedError):
+        backend.sizes()
+    backend.close()
+
+
+def test_backends_and_views_keep_no_weights(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    with backend.as_finetuned() as tuned, backend.as_null_adapter(1) as null, backend.as_scaled_adapter(2) as scaled:
+        views = [tuned, null, scaled]
+        for view in views:
+            view.logprob_of("the sun", " rises")
+        backend.close()
+    assert backend.leak() is None
+    assert len(views) == 3
+
+
+def test_an_adapter_is_freed_without_a_collection(build: Any, base: Path, adapter: Path) -> None:
+    backend, _plain = build(base, adapter), build(base)
+    with backend.as_finetuned() as tuned, backend.as_null_adapter(1) as null:
+        tuned.logprob_of("the sun", " rises")
+        null.model
+    gc.disable()
+    try:
+        backend.close()
+        assert [watch.alive_bytes() for watch in backend._watches] == [0]
+    finally:
+        gc.enable()
+
+
+def test_only_the_last_to_close_answers_for_the_base(build: Any, base: Path, adapter: Path) -> None:
+    first, second = build(base, adapter), build(base)
+    with second.as_base() as view:
+        KEEP.append(view.model)
+    first.close()
+    assert first.leak() is None
+    second.close()
+    leak = second.leak()
+    assert leak is not None
+    assert leak.nbytes >= sum(p.nbytes for p in KEEP[0].parameters())
+
+
+def test_one_collection_for_each_base(
+    build: Any, base: Path, adapter: Path, other_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collections: list[int] = []
+    first, second = build(base, adapter), build(base, other_adapter)
+    monkeypatch.setattr(gc, "collect", lambda *args: collections.append(1))
+    first.close()
+    assert collections == []
+    second.close()
+    assert collections == [1]
+
+
+def test_a_changed_backend_can_still_be_closed(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    with backend.as_finetuned() as view:
+        view.model.merge_adapter()
+        view.model.train()
+        view.model.base_model.model.model.layers[0].register_forward_hook(lambda *args: None)
+    backend.close()
+    assert backend.leak() is None
+
+
+def test_a_model_that_was_unloaded_can_still_be_closed(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    with backend.as_finetuned() as view:
+        view.model.merge_and_unload()
+    backend.close()
+    assert backend.leak() is None
+
+
+def _model(build: Any, base: Path, adapter: Path) -> tuple[Any, Any]:
+    backend = build(base, adapter)
+    with backend.as_finetuned() as view:
+        return backend, view.model
+
+
+def test_a_global_that_holds_the_model_is_named(build: Any, base: Path, adapter: Path) -> None:
+    backend, model = _model(build, base, adapter)
+    KEEP.append(model)
+    del model
+    backend.close()
+    leak = backend.leak()
+    assert leak is not None
+    assert leak.nbytes > 0
+    assert f"module {__name__} global 'KEEP' -> list -> PeftModelForCausalLM" in leak.holders
+    KEEP.clear()
+    assert backend.leak() is None
+
+
+def test_a_local_that_holds_a_weight_is_named(build: Any, base: Path, adapter: Path) -> None:
+    backend, model = _model(build, base, adapter)
+    mine = [parameter for name, parameter in model.named_parameters() if "lora_A" in name][:1]
+    del model
+    backend.close()
+    leak = backend.leak()
+    assert leak is not None
+    assert leak.nbytes == mine[0].nbytes
+    assert any("frame test_a_local_that_holds_a_weight_is_named" in h and "local 'mine'" in h for h in leak.holders)
+    mine.clear()
+    assert backend.leak() is None
+
+
+def test_a_closure_and_a_cache_that_hold_the_model_are_named(build: Any, base: Path, adapter: Path) -> None:
+    backend, model = _model(build, base, adapter)
+
+    def outer(held: Any) -> Any:
+        return lambda: held
+
+    @functools.lru_cache
+    def cached() -> Any:
+        return KEEP[0]()
+
+    KEEP.append(outer(model))
+    cached()
+    del model
+    backend.close()
+    leak = backend.leak()
+    assert leak is not None
+    assert any("closure of" in holder and "outer" in holder for holder in leak.holders), leak
+    assert any("functools.lru_cache of" in holder and "cached" in holder for holder in leak.holders), leak
+
+
+def test_the_last_traceback_is_named(build: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, model = _model(build, base, adapter)
+
+    def failing_test(mine: Any) -> None:
+        raise RuntimeError(type(mine).__name__)
+
+    with pytest.raises(RuntimeError, match="Peft") as caught:
+        failing_test(model)
+    del model
+    monkeypatch.setattr(sys, "last_traceback", caught.value.__traceback__, raising=False)
+    backend.close()
+    leak = backend.leak()
+    assert leak is not None
+    assert any(h.startswith("sys.last_traceback -> frame failing_test") and "local 'mine'" in h for h in leak.holders)
+
+
+def test_sizes_are_what_the_tensors_take(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    with backend.as_finetuned() as view:
+        parameters = dict(view.model.named_parameters())
+    lora = sum(p.nbytes for name, p in parameters.items() if "lora_" in name)
+    rest = sum(p.nbytes for name, p in parameters.items() if "lora_" not in name)
+    base_bytes, adapter_bytes = backend.sizes().values()
+    assert adapter_bytes == lora
+    assert rest <= base_bytes <= rest + 1024

@@ -1,0 +1,158 @@
+"""Adapters that cannot share their base: each gets its own, and both views are still exact."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.tiny import make_adapter, make_base, make_tokenizer, quiet, save_adapter
+from tests.unit.hf.conftest import spec_of
+from tests.unit.hf.reference import fresh, logits, view_logits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_sway.backends.hf import HFBuilder
+
+LORA = [
+    ({"modules_to_save": ["lm_head"]}, 1),
+    ({"modules_to_save": ["embed_tokens"]}, 2),
+    ({"trainable_token_indices": {"embed_tokens": [5, 6]}}, 1),
+    ({"bias": "lora_only"}, 2),
+    ({"bias": "all"}, 2),
+    ({"init_lora_weights": "pissa"}, 2),
+    ({"init_lora_weights": "olora"}, 2),
+    ({"targets": ("embed_tokens", "q_proj")}, 2),
+    ({"targets": ("lm_head", "q_proj")}, 2),
+    ({"use_dora": True, "modules_to_save": ["lm_head"]}, 1),
+]
+
+
+@pytest.mark.parametrize(("fields", "copies"), LORA, ids=[str(fields) for fields, _ in LORA])
+def test_both_views_are_bit_equal_to_fresh_models(
+    build: Any, base: Path, tmp_path: Path, loads: list[str], fields: dict[str, Any], copies: int
+) -> None:
+    with quiet():
+        folder = make_adapter(tmp_path, base, **fields)
+    backend = build(base, folder)
+    assert len(loads) == copies
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert view_logits(plain).equal(logits(*fresh(base)))
+        assert view_logits(tuned).equal(logits(*fresh(base, folder)))
+        assert view_logits(plain).equal(logits(*fresh(base)))
+        assert not view_logits(tuned).equal(view_logits(plain))
+        assert not any(parameter.requires_grad for parameter in tuned.model.parameters())
+    assert backend.changes() == []
+
+
+def _config(kind: str) -> Any:
+    import peft
+
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    return {
+        "IA3": lambda: peft.IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **common
+        ),
+        "LOHA": lambda: peft.LoHaConfig(r=2, **targets, **common),
+        "LOKR": lambda: peft.LoKrConfig(r=2, **targets, **common),
+        "VERA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], **common),
+        "OFT": lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], **common),
+        "LN_TUNING": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], **common),
+        "PROMPT_TUNING": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **common),
+        "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **common),
+        "ADAPTION_PROMPT": lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **common),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind", ["IA3", "LOHA", "LOKR", "VERA", "OFT", "LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"]
+)
+def test_other_types_give_pefts_numbers_on_both_sides(build: Any, base: Path, tmp_path: Path, kind: str) -> None:
+    folder = save_adapter(tmp_path, base, _config(kind))
+    backend = build(base, folder)
+    expected = logits(*fresh(base, folder))
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert view_logits(plain).equal(logits(*fresh(base)))
+        assert view_logits(tuned).equal(expected)
+        base_score, tuned_score = (view.logprob_of("the sun", " rises in the east") for view in (plain, tuned))
+        assert base_score != tuned_score
+        assert plain.logprob_of("the sun", " rises in the east") == base_score
+        assert tuned.rolling_logprob("the sun rises").total_logprob == pytest.approx(
+            tuned.logprob_of("the", " sun rises"), abs=1e-4
+        )
+        assert tuned.generate("the sun", max_new_tokens=3) == tuned.generate("the sun", max_new_tokens=3)
+    assert backend.changes() == []
+    backend.close()
+    assert backend.leak() is None
+
+
+def test_a_converted_pissa_adapter_is_plain_lora(build: Any, base: Path, tmp_path: Path, loads: list[str]) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.no_grad():
+        model: Any = AutoModelForCausalLM.from_pretrained(str(base))
+        config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "start")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+        model.peft_config["default"].init_lora_weights = "pissa"
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    backend = build(base, tmp_path / "out")
+    assert len(loads) == 1
+    with backend.as_finetuned() as tuned:
+        assert view_logits(tuned).equal(logits(*fresh(base, tmp_path / "out")))
+
+
+def test_an_adapter_with_more_words_than_its_base_gets_them(build: Any, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = make_base(tmp_path / "base")
+    folder = tmp_path / "adapter"
+    words = make_tokenizer(folder, extra=("quark", "lepton"))
+    with quiet(), torch.no_grad():
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(base))
+        model.resize_token_embeddings(words, mean_resizing=False)
+        modules = ["embed_tokens", "lm_head"]
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.save_pretrained(folder)
+        reference: Any = AutoModelForCausalLM.from_pretrained(str(base))
+        reference.resize_token_embeddings(words, mean_resizing=False)
+        reference = PeftModel.from_pretrained(reference, str(folder)).eval()
+    backend = build(base, folder)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert tuned.next_token_dist("quark lepton").vocab_size == words
+        assert view_logits(tuned, "quark lepton").equal(logits(reference, tuned.tokenizer, "quark lepton"))
+        assert view_logits(plain).equal(logits(*fresh(base)))
+
+
+def test_plain_lora_beside_it_keeps_sharing(
+    build: Any, base: Path, adapter: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    own = build(base, make_adapter(tmp_path, base, modules_to_save=["lm_head"]))
+    build(base, adapter)
+    build(base)
+    assert len(loads) == 2
+    assert own.changes() == []
+
+
+def test_one_of_a_kind_is_estimated_as_it_is_measured(
+    builder: HFBuilder, build: Any, base: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path, base, bias="all")
+    estimate = builder.estimate(spec_of(base, folder))
+    assert estimate is not None
+    assert estimate.keys() == build(base, folder).sizes().keys()

@@ -1,0 +1,273 @@
+"""What is wrong with a spec's files, and what the error says of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, SwayError, WeightsError
+from tests.tiny import edit_config, edit_weights, make_adapter, make_base, pickled, poison, save_adapter, truncate
+from tests.unit.hf.conftest import spec_of
+from tests.unit.hf.reference import fresh, logits, view_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pytest_sway.backends.hf import HFBuilder
+
+
+@pytest.fixture
+def broken(tmp_path: Path, adapter: Path) -> Path:
+    """A copy of the adapter, to be broken."""
+    return shutil.copytree(adapter, tmp_path / "broken")
+
+
+def _remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+CHECKED = [
+    pytest.param(shutil.rmtree, SpecError, "the adapter '.*broken' does not exist", id="no folder"),
+    pytest.param(_remove("adapter_config.json"), SpecError, "has no adapter_config.json", id="no config"),
+    pytest.param(_write("adapter_config.json", "{"), SpecError, "cannot be read as JSON", id="config is no JSON"),
+    pytest.param(_write("adapter_config.json", "[]"), SpecError, "names no peft_type", id="config is no object"),
+    pytest.param(_write("adapter_config.json", "{}"), SpecError, "names no peft_type", id="no peft_type"),
+    pytest.param(
+        _remove("adapter_model.safetensors"),
+        WeightsError,
+        "has no weights: expected adapter_model.safetensors",
+        id="no weights",
+    ),  # fmt: skip
+    pytest.param(truncate, WeightsError, "truncated or corrupt: its tensor", id="truncated"),
+    pytest.param(_write("adapter_model.safetensors", "x"), WeightsError, "1 bytes, too few", id="one byte"),
+    pytest.param(pickled, WeightsError, "only in adapter_model.bin, a pickle.* set allow_pickle=True", id="pickle"),
+    pytest.param(
+        lambda folder: edit_config(folder, task_type="SEQ_CLS"), AdapterMismatchError, "for the task SEQ_CLS", id="task"
+    ),  # fmt: skip
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "text"), CHECKED)
+def test_what_the_files_show_is_found_before_anything_is_loaded(
+    builder: HFBuilder, base: Path, broken: Path, loads: list[str], damage: Any, error: type[Exception], text: str
+) -> None:
+    damage(broken)
+    for use in (builder.check, builder.build):
+        with pytest.raises(error, match=text):
+            use(spec_of(base, broken))
+    assert builder.estimate(spec_of(base, broken)) is None or error is AdapterMismatchError
+    assert loads == []
+
+
+def test_a_base_that_does_not_exist(builder: HFBuilder, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="the base '.*nowhere' does not exist. Name a hub id"):
+        builder.check(spec_of(tmp_path / "nowhere"))
+
+
+def test_a_base_that_is_an_adapter(builder: HFBuilder, adapter: Path) -> None:
+    with pytest.raises(SpecError, match="has no config.json.* It holds an adapter; name it as 'adapter'"):
+        builder.check(spec_of(adapter))
+
+
+def test_a_base_without_weights(builder: HFBuilder, tmp_path: Path) -> None:
+    (make_base(tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="has no weights: expected model.safetensors"):
+        builder.check(spec_of(tmp_path))
+
+
+def test_a_truncated_base(builder: HFBuilder, tmp_path: Path, loads: list[str]) -> None:
+    path = make_base(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert builder.estimate(spec_of(tmp_path)) is None
+    with pytest.raises(WeightsError, match="truncated or corrupt"):
+        builder.build(spec_of(tmp_path))
+    assert loads == []
+
+
+def test_a_pickled_base_is_read_only_on_request(build: Any, builder: HFBuilder, base: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    copied = shutil.copytree(base, tmp_path / "copy")
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"only as a pickle \(pytorch_model.bin\).* set allow_pickle=True"):
+        builder.check(spec_of(copied))
+    with build(copied, allow_pickle=True).as_base() as view:
+        assert view_logits(view).equal(logits(*fresh(base)))
+
+
+def test_a_pickled_adapter_is_read_on_request(build: Any, base: Path, broken: Path, adapter: Path) -> None:
+    with build(base, pickled(broken), allow_pickle=True).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, adapter)))
+
+
+def test_a_base_that_brings_code_needs_leave_to_run_it(builder: HFBuilder, tmp_path: Path) -> None:
+    path = make_base(tmp_path) / "config.json"
+    config = json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "homemade"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(SpecError, match=r"brings its own code .* trust_remote_code=True"):
+        builder.check(spec_of(tmp_path))
+
+
+@pytest.mark.parametrize("library", ["torch", "peft"])
+def test_a_missing_library_is_named_with_what_installs_it(
+    builder: HFBuilder, base: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    from pytest_sway.backends.hf import libraries
+
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == library else object())
+    with pytest.raises(BackendNotAvailableError, match=rf"needs {library}, which.* pip install 'pytest-sway\[hf\]'"):
+        builder.check(spec_of(base))
+
+
+def test_an_adapter_for_a_deeper_model_is_refused_by_headers(
+    builder: HFBuilder, base: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    deeper = make_base(tmp_path / "deeper", layers=3)
+    adapter = make_adapter(tmp_path / "adapter", deeper)
+    with pytest.raises(AdapterMismatchError, match=r"2 of the 6 modules .* not in the base \(model.layers.2.self_attn"):
+        builder.check(spec_of(base, adapter))
+    assert loads == []
+
+
+def test_an_adapter_for_a_wider_model_is_refused_by_headers(builder: HFBuilder, base: Path, tmp_path: Path) -> None:
+    wider = make_base(tmp_path / "wider", hidden=64)
+    adapter = make_adapter(tmp_path / "adapter", wider)
+    with pytest.raises(
+        AdapterMismatchError, match="have other sizes .*lora_A is for 64 features, the base has 32 x 32"
+    ):
+        builder.check(spec_of(base, adapter))
+
+
+def _rename(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("base_model.model.", "base_model.model.other."): tensor for name, tensor in tensors.items()}
+
+
+def _drop_one(tensors: dict[str, Any]) -> None:
+    del tensors[min(tensors)]
+
+
+def _infinite(tensors: dict[str, Any]) -> None:
+    tensors[min(tensors)].fill_(float("inf"))
+
+
+def _zero_a(tensors: dict[str, Any]) -> None:
+    for name in tensors:
+        if "lora_A" in name:
+            tensors[name].zero_()
+
+
+def _narrow(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor[:2].clone() if "lora_A" in name else tensor[:, :2].clone() for name, tensor in tensors.items()}
+
+
+LOADED = [
+    pytest.param(
+        _rename, r"4 of the 4 modules .* are not in the base \(other.model.layers.0.self_attn.q_proj", id="other names"
+    ),
+    pytest.param(
+        _drop_one, r"1 places in the base have no tensor in it \(base_model.model.model.layers.0", id="incomplete"
+    ),
+    pytest.param(
+        _infinite,
+        "NaN or infinite values in 1 of its 8 tensors .model.layers.0.self_attn.q_proj.lora_A.weight",
+        id="inf",
+    ),  # fmt: skip
+    pytest.param(_zero_a, "changes nothing on the base .*A or B is zero", id="A zero"),
+    pytest.param(_narrow, "does not fit the base .*size mismatch", id="another rank than its config says"),
+]
+
+
+@pytest.mark.parametrize("on_used_base", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize(("change", "text"), LOADED)
+def test_an_adapter_that_does_not_do_what_it_says_is_refused_and_leaves_no_trace(
+    build: Any, base: Path, adapter: Path, broken: Path, change: Any, text: str, on_used_base: bool, loads: list[str]
+) -> None:
+    edit_weights(broken, change)
+    plain = build(base, adapter if on_used_base else None)
+    with pytest.raises(AdapterMismatchError, match=text):
+        build(base, broken)
+    assert plain.changes() == []
+    with plain.as_base() as view:
+        assert view_logits(view).equal(logits(*fresh(base)))
+    with build(base, adapter).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, adapter)))
+    assert len(loads) == 1
+
+
+def test_tensors_that_the_config_does_not_speak_of_are_named(build: Any, base: Path, broken: Path) -> None:
+    edit_config(broken, target_modules=["q_proj"])
+    with pytest.raises(AdapterMismatchError, match=r"4 of its tensors have no place in the base .*v_proj.lora_A"):
+        build(base, broken)
+
+
+def test_a_nan_is_named(build: Any, base: Path, broken: Path) -> None:
+    with pytest.raises(AdapterMismatchError, match=r"NaN or infinite .*q_proj.lora_A.weight\). Its training diverged"):
+        build(base, poison(broken))
+
+
+def test_an_adapter_that_was_never_trained_is_refused(build: Any, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterMismatchError, match="changes nothing .* Was it saved before it was trained"):
+        build(base, make_adapter(tmp_path, base, zero_b=True))
+
+
+def test_an_embedding_adapter_that_was_never_trained_is_refused(build: Any, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path, base, zero_b=True, targets=("embed_tokens", "q_proj"))
+    edit_weights(adapter, lambda tensors: {n: t for n, t in tensors.items() if "lora_" in n})
+    with pytest.raises(AdapterMismatchError, match="changes nothing"):
+        build(base, adapter)
+
+
+def test_an_untrained_ia3_is_refused(build: Any, base: Path, tmp_path: Path) -> None:
+    from peft import IA3Config
+
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(AdapterMismatchError, match="changes nothing .*weights are all one"):
+        build(base, save_adapter(tmp_path, base, config, scale=0.0))
+
+
+def test_an_unknown_type_is_named(build: Any, base: Path, broken: Path) -> None:
+    edit_config(broken, peft_type="TELEPATHY")
+    with pytest.raises(SpecError, match="of the type 'TELEPATHY', which the installed PEFT .* does not know"):
+        build(base, broken)
+
+
+def test_targets_that_the_base_lacks_are_named(build: Any, base: Path, broken: Path, loads: list[str]) -> None:
+    edit_weights(broken, lambda tensors: {n.replace("q_proj", "c_attn").replace("v_proj", "c_proj"): t for n, t in tensors.items()})  # fmt: skip
+    edit_config(broken, target_modules=["c_attn", "c_proj"])
+    with pytest.raises(AdapterMismatchError, match="does not fit the base .*c_attn"):
+        build(base, broken)
+    assert loads == []
+
+
+def test_a_failed_load_leaves_nothing_in_memory(build: Any, base: Path, broken: Path, loads: list[str]) -> None:
+    import gc
+
+    import torch
+
+    poison(broken)
+    errors: list[SwayError] = []
+    for _ in range(2):
+        with pytest.raises(AdapterMismatchError) as caught:
+            build(base, broken)
+        errors.append(caught.value)
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Linear)]
+    assert alive == []
+    assert len(loads) == 2
+
+
+def test_errors_are_permanent_where_a_second_try_would_fail(builder: HFBuilder, base: Path, broken: Path) -> None:
+    truncate(broken)
+    with pytest.raises(SwayError) as caught:
+        builder.check(spec_of(base, broken))
+    assert caught.value.permanent

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.tiny import make_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def copied(tmp_path: Path, adapter: Path) -> Path:
+    return shutil.copytree(adapter, tmp_path / "copied")
+
+
+def test_the_bases_own_tokenizer_in_the_adapters_folder_is_shared(build: Any, base: Path, copied: Path) -> None:
+    make_tokenizer(copied)
+    plain, backend = build(base), build(base, copied)
+    with plain.as_base() as a, backend.as_finetuned() as b:
+        assert a.tokenizer is b.tokenizer
+
+
+def test_another_tokenizer_serves_both_views_of_its_backend(build: Any, base: Path, copied: Path) -> None:
+    make_tokenizer(copied)
+    path = copied / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    plain, backend = build(base), build(base, copied)
+    with plain.as_base() as a, backend.as_base() as b, backend.as_finetuned() as c:
+        assert b.tokenizer is c.tokenizer is not a.tokenizer
+        assert (a.tokenizer.padding_side, c.tokenizer.padding_side) == ("right", "left")
+    assert backend.changes() == []
+
+
+def test_adapters_with_equal_tokenizers_share_them(build: Any, base: Path, copied: Path, tmp_path: Path) -> None:
+    make_tokenizer(copied, extra=("quark",))
+    twin = shutil.copytree(copied, tmp_path / "twin")
+    with build(base, copied).as_finetuned() as a, build(base, twin).as_finetuned() as b:
+        assert a.tokenizer is b.tokenizer
+        assert len(a.tokenizer) == 92
