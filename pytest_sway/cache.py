@@ -46,6 +46,7 @@ from pytest_sway.building import Build, Listener, informed
 from pytest_sway.errors import BackendLoadError, CacheClosedError, CacheDeadlockError, CacheFullError, SwayError
 from pytest_sway.forking import call_in_forked_child
 from pytest_sway.monitor import atomic
+from pytest_sway.redaction import redact_error, redacted
 from pytest_sway.residency import (
     RESIDENT,
     Budget,
@@ -330,7 +331,7 @@ class BackendCache:
             self._fail(operation, failure)
             if failure is error:
                 raise
-            raise failure from error
+            raise failure from (error if redact_error(error) else None)
         self._close_victims(operation)
         self._listener.loaded(lease.cached)
         return lease
@@ -379,8 +380,8 @@ class BackendCache:
             self._listener.evicted(cached)
 
     def _note_close_error(self, what: str, error: Exception) -> None:
-        _log.warning(what, exc_info=error)
-        self.stats.close_errors.append(f"{what}: {type(error).__name__}: {error}")
+        _log.warning(what, exc_info=error if redact_error(error) else None)
+        self.stats.close_errors.append(f"{what}: {type(error).__name__}: {redacted(str(error))}")
 
     def _release(self, entry: Entry, claim: Claim) -> None:
         self._close_each(lambda operation: self._unclaim(operation, entry, claim))
@@ -651,5 +652,5 @@ class BackendCache:
 def _wrapped(error: Exception, spec: ModelSpec) -> BackendLoadError:
     adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
     return BackendLoadError(
-        f"loading the {spec.kind} backend of base {spec.base!r}{adapter} failed: {type(error).__name__}: {error}"
+        f"loading the {spec.kind} backend of base {spec.base!r}{adapter} failed: {type(error).__name__}: {redacted(str(error))}"
     )
