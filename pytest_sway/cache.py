@@ -652,5 +652,6 @@ class BackendCache:
 def _wrapped(error: Exception, spec: ModelSpec) -> BackendLoadError:
     adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
     return BackendLoadError(
-        f"loading the {spec.kind} backend of base {spec.base!r}{adapter} failed: {type(error).__name__}: {redacted(str(error))}"
+        f"loading the {spec.kind} backend of base {spec.base!r}{adapter} failed:"
+        f" {type(error).__name__}: {redacted(str(error))}"
     )

@@ -38,7 +38,7 @@ def test_base_and_tuned_logits_are_bit_equal_to_a_fresh_model_s(
 
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(base)
-        fresh: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        fresh: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         expected_base = _logits(fresh, tokenizer, PROMPT)
         expected_tuned = _logits(PeftModel.from_pretrained(fresh, str(adapters[1])).eval(), tokenizer, PROMPT)
     cache.get_or_load({"base": base, "adapter": adapters[0]})

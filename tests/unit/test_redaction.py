@@ -27,12 +27,12 @@ def test_other_values_stay(monkeypatch: pytest.MonkeyPatch, name: str, value: st
     assert redacted(f"reading {value} failed") == f"reading {value} failed"
 
 
-class _Stubborn(Exception):
+class _StubbornError(Exception):
     def __str__(self) -> str:
         return f"cannot use {SECRET}"
 
 
-@pytest.mark.parametrize("error", [OSError(f"401 for {SECRET}"), _Stubborn()])
+@pytest.mark.parametrize("error", [OSError(f"401 for {SECRET}"), _StubbornError()])
 def test_an_error_of_a_load_shows_no_secret_and_neither_does_its_cause(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -1,0 +1,89 @@
+"""Every public call, as users write it; mypy checks it, and nothing runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, assert_type
+
+import pytest
+
+from pytest_sway import (
+    BackendCache,
+    CachedBackend,
+    DifferentialBackend,
+    Lease,
+    ModelSpec,
+    RollingLogprob,
+    SwayBackend,
+    SwayError,
+    SwayWarning,
+    TokenDist,
+    View,
+    cache_key_for,
+)
+from pytest_sway.errors import AdapterMismatchError, MutationError
+from pytest_sway.scoring import NullCalibratedBackend, PreflightCheckable, RawView, ScalableDifferentialBackend
+
+SPEC = ModelSpec(base="org/name", adapter=Path("runs/v3"), dtype="bf16")
+
+
+def test_with_the_fixture(sway_backend: SwayBackend) -> None:
+    backend = sway_backend({"base": "org/name", "adapter": "runs/v3"})
+    assert_type(backend, DifferentialBackend)
+    sway_backend("v3")
+    sway_backend(SPEC, adapter_path=Path("runs/v4"))
+    sway_backend(SimpleNamespace(base="org/name"))
+    sway_backend()
+    with backend.as_base() as base, backend.as_finetuned() as tuned:
+        assert_type(base, View)
+        assert_type(tuned.logprob_of("prompt", " completion"), float)
+        assert_type(tuned.rolling_logprob("text"), RollingLogprob)
+        assert_type(tuned.rolling_logprob("text").perplexity, float)
+        assert_type(tuned.next_token_dist("prompt", top_k=8), TokenDist)
+        assert_type(tuned.generate("prompt", max_new_tokens=8, temperature=0.5, top_p=0.9, seed=1), str)
+        if isinstance(tuned, RawView):
+            tuned.model(tuned.tokenizer("text"))
+    if isinstance(backend, ScalableDifferentialBackend):
+        with backend.as_scaled_adapter(0.5) as scaled:
+            scaled.logprob_of("prompt", " completion")
+    if isinstance(backend, NullCalibratedBackend):
+        with backend.as_null_adapter(7, init_scale=0.02, rank_scale=0.5) as null:
+            null.close()
+    if isinstance(backend, PreflightCheckable):
+        ok, reason = backend.preflight_finite_check()
+        assert ok, reason
+
+
+@pytest.fixture(scope="module")
+def backend(sway_cache: BackendCache) -> Iterator[DifferentialBackend]:
+    with sway_cache.lease(SPEC, holder="the module") as backend:
+        yield backend
+
+
+def test_with_the_cache() -> None:
+    def build(spec: ModelSpec, *, adapter_path: Path | None = None) -> Any:
+        return spec, adapter_path
+
+    cache = BackendCache(max_size=2, max_bytes=2**30, build=build, lease_timeout=1.0)
+    cached = cache.get_or_load(SPEC, adapter_path=Path("runs/v4"))
+    assert_type(cached, CachedBackend)
+    assert_type(cached.load_seconds, float)
+    lease = cache.acquire(SPEC)
+    assert_type(lease, Lease)
+    lease.release()
+    assert cache_key_for(SPEC)[0] == "hf"
+    assert_type(cache.loaded_specs(), list[ModelSpec])
+    assert cache.loaded_keys() == [cached.key]
+    assert cache.max_size == 2
+    assert cache.stats.total().loads == 1
+    cache.evict_all()
+    assert_type(cache.shutdown(), list[str])
+
+
+def test_with_errors(sway_backend: SwayBackend) -> None:
+    with pytest.raises(AdapterMismatchError):
+        sway_backend(SPEC)
+    assert issubclass(MutationError, SwayError)
+    assert issubclass(SwayWarning, UserWarning)
