@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_sway import hygiene
 from pytest_sway.backends import Builder, require_differential
 from pytest_sway.building import Listener
 from pytest_sway.cache import BackendCache, CachedBackend, Lease
 from pytest_sway.errors import CacheFullError, MutationError, SpecError, SwayError, SwayWarning
+from pytest_sway.hygiene import changes, leak, leak_message, mutation_message
 from pytest_sway.spec import Key, ModelSpec, SpecLike, with_adapter
 
 if TYPE_CHECKING:
@@ -177,9 +177,11 @@ class SwaySession(Listener):
             yield sway_backend
         finally:
             self._pins.remove(pins)
-            changed = self.inspect(test, [lease.cached for lease in pins.values()])
-            while pins:
-                pins.popitem()[1].release()
+            try:
+                changed = self.inspect(test, [lease.cached for lease in pins.values()])
+            finally:
+                while pins:
+                    pins.popitem()[1].release()
             if changed is not None:
                 raise changed
 
@@ -230,14 +232,14 @@ class SwaySession(Listener):
         changed = [
             (cached, lines)
             for cached in used
-            if any(cached is other for other in ready) and (lines := hygiene.changes(cached.backend))
+            if any(cached is other for other in ready) and (lines := changes(cached.backend))
         ]
         if not changed:
             return None
         for other in ready:  # what shares a changed base is changed too, and nobody else is to blame
-            if hygiene.changes(other.backend):
+            if changes(other.backend):
                 self.cache.retire(other)
-        message = hygiene.mutation_message(test, [(cached.model_spec, lines) for cached, lines in changed])
+        message = mutation_message(test, [(cached.model_spec, lines) for cached, lines in changed])
         self.stats.mutations.append(message)
         if self._settings.on_mutation == "warn":
             warnings.warn(message, SwayWarning, stacklevel=2)
@@ -270,9 +272,9 @@ class SwaySession(Listener):
         """Look for what outlived its close, and tell the user's hook."""
         users = tuple(self._users.pop(cached.key, ()))
         if self._settings.on_leak != "ignore":
-            found = hygiene.leak(cached.backend)
+            found = leak(cached.backend)
             if found is not None:
-                self.stats.leaks.append(hygiene.leak_message(cached.model_spec, found, users))
+                self.stats.leaks.append(leak_message(cached.model_spec, found, users))
         try:
             self._hooks.evicted(cached.model_spec)
         except Exception as error:  # it must not fail the request that the eviction was for

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import pytest_sway.session  # noqa: F401 # runs in this process share it; pytester forgets what is first imported in one
+
 FAKES = """
 import os
 from pathlib import Path
