@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import Adapter
-from pytest_sway.backends.hf.grafting import PLAN_NAME, graft
+from pytest_sway.backends.hf.grafting import PLAN_NAME, graft, remember
 from pytest_sway.backends.hf.libraries import quiet_process
 from pytest_sway.backends.hf.verification import verify_keys, verify_values
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
@@ -97,6 +97,8 @@ def _load_with_peft(base: LoadedBase, files: AdapterFiles, name: str) -> Adapter
     verify_keys(base.spec, files, result.missing_keys, result.unexpected_keys)
     base.peft_model.eval()
     base.peft_model.requires_grad_(False)
+    if files.shareable:
+        remember(base, files, name)
     return _describe(base, files, name)
 
 

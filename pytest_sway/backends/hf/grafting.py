@@ -88,39 +88,61 @@ def _signature(config: Any) -> str:
     )
 
 
+def remember(base: LoadedBase, files: AdapterFiles, name: str) -> None:
+    """Keep what PEFT has made of an adapter, without its weights, as the plan for others of the same configuration."""
+    config = base.peft_model.peft_config[name]
+    keys = _plain_targets(base, files, config)
+    if keys is not None:
+        base.plans[_signature(config)] = [_layer_plan(base, key, name) for key in keys]
+
+
 def _made_by_peft(base: LoadedBase, files: AdapterFiles, config: Any) -> list[LayerPlan] | None:
-    """Have PEFT make its layers for a configuration once, and keep them, without weights, as the plan for others."""
+    """Have PEFT make its layers for a configuration that it has made none for yet."""
+    keys = _plain_targets(base, files, config)
+    if keys is None:
+        return None
+    bare = copy.copy(config)
+    bare.init_lora_weights = False
+    plans = []
+    for key in keys:
+        children, child = base.places[key]
+        before = children[child]
+        parent = base.model.get_submodule(key.rpartition(".")[0])
+        base.peft_model.base_model._create_and_replace(bare, PLAN_NAME, before, child, parent, current_key=key)
+        plans.append(_layer_plan(base, key, PLAN_NAME))
+        layer = children[child]
+        layer._active_adapter = []
+        layer.delete_adapter(PLAN_NAME)
+        if layer is not before:
+            layer.eval()
+            layer.requires_grad_(False)
+    return plans
+
+
+def _plain_targets(base: LoadedBase, files: AdapterFiles, config: Any) -> list[str] | None:
+    """The modules that a configuration is for; ``None`` if it needs more than the pair of matrices at each of them."""
     if not isinstance(config.target_modules, set | list) or config.use_dora or getattr(config, "lora_bias", False):
         return None
     tuner = base.peft_model.base_model
     keys = [key for key in base.places if tuner._check_target_module_exists(config, key)]
     wanted = {f"{ROOT}{key}.lora_{part}.weight" for key in keys for part in "AB"}
-    if wanted != set(files.entries or ()) or not all(_is_linear(base, key) for key in keys):
-        return None
-    bare = copy.copy(config)
-    bare.init_lora_weights = False
-    return [_layer_plan(base, bare, key) for key in keys]
+    return keys if wanted == set(files.entries or ()) and all(_is_linear(base, key) for key in keys) else None
 
 
-def _layer_plan(base: LoadedBase, config: Any, key: str) -> LayerPlan:
-    name = PLAN_NAME
+def _layer_plan(base: LoadedBase, key: str, name: str) -> LayerPlan:
     children, child = base.places[key]
-    before = children[child]
-    parent = base.model.get_submodule(key.rpartition(".")[0])
-    base.peft_model.base_model._create_and_replace(config, name, before, child, parent, current_key=key)
     layer = children[child]
-    if layer is not before:
-        layer.eval()
-        layer.requires_grad_(False)
     holders = {
-        attribute: getattr(layer, attribute) for attribute in (*layer.adapter_layer_names, *layer.other_param_names)
+        attribute: getattr(layer, attribute) for attribute in layer.adapter_layer_names + layer.other_param_names
     }
-    parts = {attribute: holder[name] for attribute, holder in holders.items() if name in holder}
-    layer._active_adapter = []
-    layer.delete_adapter(name)
-    for part in (parts["lora_A"], parts["lora_B"], parts["lora_dropout"]):
-        part.eval()
-        part._parameters.update(dict.fromkeys(part._parameters))
+    parts = {
+        attribute: holder[name] if isinstance(holder, dict) else _copied(holder[name])
+        for attribute, holder in holders.items()
+        if name in holder
+    }
+    for module in (parts["lora_A"], parts["lora_B"], parts["lora_dropout"]):
+        module.training = False
+        module._parameters.update(dict.fromkeys(module._parameters))
     return LayerPlan(key, layer, parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import public_name
@@ -118,7 +118,7 @@ class ModulesRecord:
         self._flat_hooks = list(chain.from_iterable(self._hooks))
         self._children = [attributes["_modules"] for attributes in self._attributes]
         self._before = self._summary()
-        self._details = [self._detail(i) for i in range(len(named))]
+        self._child_ends = list(accumulate(map(len, self._children)))
 
     def changes(self) -> list[str]:
         """One line for each module that is no longer as it was."""
@@ -126,7 +126,7 @@ class ModulesRecord:
             return []
         lines = []
         for i, name in enumerate(self._names):
-            before, now = self._details[i], self._detail(i)
+            before, now = self._detail_before(i), self._detail(i)
             label = f"module {name}" if name else "the model"
             if before[0] != now[0]:
                 lines.append(f"{label}: training mode {'on' if now[0] else 'off'}")
@@ -150,6 +150,13 @@ class ModulesRecord:
         attributes = self._attributes[i]
         hooks = sum(len(hooks) for hooks in self._hooks[i])
         return attributes["training"], hooks, "forward" in attributes, [id(m) for m in self._children[i].values()]
+
+    def _detail_before(self, i: int) -> tuple[bool, int, bool, list[int]]:
+        training, hooks, forwards, children = self._before
+        first_hook = sum(map(len, self._hooks[:i]))
+        first_child = self._child_ends[i - 1] if i else 0
+        own_hooks = hooks[first_hook : first_hook + len(self._hooks[i])]
+        return training[i], sum(own_hooks), forwards[i], children[first_child : self._child_ends[i]]
 
 
 class BaseRecord:

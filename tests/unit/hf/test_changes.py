@@ -78,39 +78,39 @@ CHANGES: list[Any] = [
         lambda m, t: _weight(m).data.mul_(2),
         "parameter model.layers.0.self_attn.q_proj.weight: contents changed",
         id="through .data",
-    ),  # fmt: skip
+    ),
     pytest.param(_one_embedding, "parameter model.embed_tokens.weight: contents changed", id="slightly, through .data"),
     pytest.param(
         lambda m, t: setattr(_weight(m), "data", _weight(m).data.clone()),
         "parameter model.layers.0.self_attn.q_proj.weight: data replaced",
         id="new data",
-    ),  # fmt: skip
+    ),
     pytest.param(_new_parameter, "parameter lm_head.weight: replaced", id="new parameter"),
     pytest.param(
         lambda m, t: m.base_model.model.model.rotary_emb.inv_freq.mul_(2),
         "buffer model.rotary_emb.inv_freq: contents changed",
         id="buffer",
-    ),  # fmt: skip
+    ),
     pytest.param(
         lambda m, t: _lora(m).data.mul_(2),
         "adapter parameter model.layers.0.self_attn.q_proj.lora_B.weight: contents changed",
         id="adapter",
-    ),  # fmt: skip
+    ),
     pytest.param(_scaling, "adapter: scaling changed in 1 layers", id="scaling"),
     pytest.param(
         lambda m, t: m.half(), "parameter model.embed_tokens.weight: dtype torch.float32 -> torch.float16", id="half"
-    ),  # fmt: skip
+    ),
     pytest.param(lambda m, t: m.train(), "the model: training mode on", id="train"),
     pytest.param(
         lambda m, t: m.base_model.model.model.layers[0].mlp.train(),
         "module model.layers.0.mlp: training mode on",
         id="train a part",
-    ),  # fmt: skip
+    ),
     pytest.param(
         lambda m, t: m.requires_grad_(True),
         "parameter model.embed_tokens.weight: requires_grad False -> True",
         id="requires_grad",
-    ),  # fmt: skip
+    ),
     pytest.param(_hook, "module model.layers.1: 1 hooks, 0 before", id="hook"),
     pytest.param(_merge, "module model.layers.0.self_attn.q_proj: adapter merged into its weights", id="merge"),
     pytest.param(lambda m, t: m.unload(), "submodules replaced, added or removed", id="unload"),
@@ -122,14 +122,14 @@ CHANGES: list[Any] = [
         lambda m, t: setattr(m.generation_config, "top_k", 3),
         "generation_config: top_k changed",
         id="generation_config",
-    ),  # fmt: skip
+    ),
     pytest.param(_padding, "tokenizer: padding_side 'right' -> 'left'", id="padding_side"),
     pytest.param(lambda m, t: t.add_tokens(["quark"]), "tokenizer: length 91 -> 92", id="add_tokens"),
     pytest.param(
         lambda m, t: setattr(t, "chat_template", "{{ x }}"),
         "tokenizer: chat_template None -> '{{ x }}'",
         id="chat_template",
-    ),  # fmt: skip
+    ),
 ]
 
 

@@ -26,10 +26,10 @@ def test_a_closed_backend_says_so(build: Any, base: Path, adapter: Path) -> None
     backend = build(base, adapter)
     with backend.as_finetuned() as view:
         backend.close()
-        with pytest.raises(BackendClosedError, match="was used after it was closed.* Ask for it again"):
+        with pytest.raises(BackendClosedError, match=r"was used after it was closed.* Ask for it again"):
             view.logprob_of("the sun", " rises")
         with pytest.raises(BackendClosedError):
-            view.model
+            _ = view.model
     with pytest.raises(BackendClosedError), backend.as_base():
         pass
     with pytest.raises(BackendClosedError):
@@ -52,7 +52,7 @@ def test_an_adapter_is_freed_without_a_collection(build: Any, base: Path, adapte
     backend, _plain = build(base, adapter), build(base)
     with backend.as_finetuned() as tuned, backend.as_null_adapter(1) as null:
         tuned.logprob_of("the sun", " rises")
-        null.model
+        assert null.model is tuned.model
     gc.disable()
     try:
         backend.close()
@@ -161,7 +161,7 @@ def test_the_last_traceback_is_named(build: Any, base: Path, adapter: Path, monk
     def failing_test(mine: Any) -> None:
         raise RuntimeError(type(mine).__name__)
 
-    with pytest.raises(RuntimeError, match="Peft") as caught:
+    with pytest.raises(RuntimeError, match=r"Peft") as caught:
         failing_test(model)
     del model
     monkeypatch.setattr(sys, "last_traceback", caught.value.__traceback__, raising=False)

@@ -46,29 +46,28 @@ def test_both_views_are_bit_equal_to_fresh_models(
     assert backend.changes() == []
 
 
+_TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+_OTHER_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "IA3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "LOHA": ("LoHaConfig", {"r": 2, **_TARGETS}),
+    "LOKR": ("LoKrConfig", {"r": 2, **_TARGETS}),
+    "VERA": ("VeraConfig", {"r": 2, "target_modules": ["q_proj"]}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8, "target_modules": ["q_proj"]}),
+    "LN_TUNING": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
+    "PROMPT_TUNING": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "PREFIX_TUNING": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "ADAPTION_PROMPT": ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}),
+}
+
+
 def _config(kind: str) -> Any:
     import peft
 
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    targets = {"target_modules": ["q_proj", "down_proj"]}
-    return {
-        "IA3": lambda: peft.IA3Config(
-            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **common
-        ),
-        "LOHA": lambda: peft.LoHaConfig(r=2, **targets, **common),
-        "LOKR": lambda: peft.LoKrConfig(r=2, **targets, **common),
-        "VERA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], **common),
-        "OFT": lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], **common),
-        "LN_TUNING": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], **common),
-        "PROMPT_TUNING": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **common),
-        "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **common),
-        "ADAPTION_PROMPT": lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **common),
-    }[kind]()
+    name, fields = _OTHER_TYPES[kind]
+    return getattr(peft, name)(task_type="CAUSAL_LM", **fields)
 
 
-@pytest.mark.parametrize(
-    "kind", ["IA3", "LOHA", "LOKR", "VERA", "OFT", "LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"]
-)
+@pytest.mark.parametrize("kind", _OTHER_TYPES)
 def test_other_types_give_pefts_numbers_on_both_sides(build: Any, base: Path, tmp_path: Path, kind: str) -> None:
     folder = save_adapter(tmp_path, base, _config(kind))
     backend = build(base, folder)

@@ -38,7 +38,7 @@ def test_half_precision_adapters_are_kept_in_float32(
     )
     estimate = builder.estimate(spec_of(base, halved))
     assert estimate is not None
-    assert [*estimate.values()][0] == [*build(base, halved).sizes().values()][1]
+    assert sorted(estimate.values())[0] == sorted(build(base, halved).sizes().values())[0]
 
 
 def test_what_is_not_on_this_machine_has_no_estimate(

@@ -136,14 +136,17 @@ def test_a_null_view_has_dlm_sways_noise(build: Any, base: Path, adapter: Path, 
 @pytest.mark.parametrize("rank_scale", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_rank_scale_must_be_positive_and_finite(build: Any, base: Path, adapter: Path, rank_scale: float) -> None:
     backend = build(base, adapter)
-    with pytest.raises(ValueError, match="rank_scale must be positive and finite"), backend.as_null_adapter(1, rank_scale=rank_scale):  # fmt: skip
+    with (
+        pytest.raises(ValueError, match=r"rank_scale must be positive and finite"),
+        backend.as_null_adapter(1, rank_scale=rank_scale),
+    ):
         pass
 
 
 def test_a_view_left_by_an_error_leaves_nothing_behind(build: Any, base: Path, adapter: Path) -> None:
     backend = build(base, adapter)
-    with pytest.raises(RuntimeError, match="mine"), backend.as_null_adapter(1) as null:  # noqa: PT012
-        null.model
+    with pytest.raises(RuntimeError, match=r"mine"), backend.as_null_adapter(1) as null:  # noqa: PT012
+        _ = null.model
         raise RuntimeError("mine")
     with backend.as_finetuned() as tuned:
         assert view_logits(tuned).equal(logits(*fresh(base, adapter)))
@@ -183,5 +186,8 @@ def test_other_types_cannot_be_scaled(build: Any, base: Path, tmp_path: Path) ->
 
     config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     backend = build(base, save_adapter(tmp_path, base, config))
-    with pytest.raises(BackendUseError, match="as_scaled_adapter needs a LoRA adapter .* type IA3"), backend.as_scaled_adapter(0.5):  # fmt: skip
+    with (
+        pytest.raises(BackendUseError, match=r"as_scaled_adapter needs a LoRA adapter .* type IA3"),
+        backend.as_scaled_adapter(0.5),
+    ):
         pass

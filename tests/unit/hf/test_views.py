@@ -53,7 +53,7 @@ def test_an_empty_prompt_is_stood_for_by_the_token_that_begins_a_text(build: Any
 
     model, tokenizer = fresh(base)
     with torch.inference_mode():
-        after_bos = torch.log_softmax(model(torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1], -1)
+        after_bos: Any = torch.log_softmax(model(torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1], -1)
     with build(base).as_base() as view:
         east = tokenizer("east")["input_ids"][0]
         assert view.logprob_of("", "east") == pytest.approx(float(after_bos[east]), abs=1e-5)
@@ -125,7 +125,8 @@ def test_greedy_generation_is_that_of_transformers(build: Any, base: Path, adapt
     model, tokenizer = fresh(base, adapter)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     mask = torch.ones_like(ids)
-    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    run: Any = model.generate
+    output = run(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
     expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     with build(base, adapter).as_finetuned() as view:
         assert view.generate(PROMPT, max_new_tokens=8) == expected
