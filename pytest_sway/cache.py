@@ -36,7 +36,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -435,11 +435,17 @@ class BackendCache:
             if victims is not None:
                 self._evict(operation, victims)
                 return True
-            if not self._budget.allows([*(e for e in residents if not e.ends_without(operation.thread)), newcomer]):
+            if self._never_fits(newcomer, {operation.thread}):
                 raise self._full(newcomer, "all of it is in use by the one who asks")
+            queue = self._queue_behind(operation)
+            if self._never_fits(newcomer, {operation.thread, *(behind.thread for behind in queue)}):
+                error = self._full(newcomer, "all of it is in use by those who wait for it")
+                self._refuse((behind for behind in queue if self._never_all_ends(behind.thread)), error)
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise self._full(newcomer, f"none of it came free within {self._lease_timeout:g} s")
+                error = self._full(newcomer, f"none of it came free within {self._lease_timeout:g} s")
+                self._refuse(list(newcomer.waiters), error)
+                raise error
             self._changed.wait(min(remaining, _GLANCE))
 
     @atomic
@@ -476,13 +482,11 @@ class BackendCache:
 
     @atomic
     def _fail(self, operation: Operation, error: SwayError) -> None:
-        """Give those who waited for a load its error; who waited for one that never began will try it themselves."""
+        """Give those who waited for a load its error; who waited for one that never began may try it themselves."""
         entry = cast("Entry", operation.entry)
         if entry.state is not State.LOADING:
             return
-        for waiter in entry.waiters:
-            waiter.error = error
-        self._dismiss_waiters(entry)
+        self._refuse(list(entry.waiters), error)
         self.stats.backend(str(entry.spec)).failures += 1
 
     @atomic
@@ -522,7 +526,7 @@ class BackendCache:
         deadline = time.monotonic() + self._lease_timeout
         me = threading.current_thread()
         while deadline > time.monotonic() and any(
-            entry.state is not State.READY and entry.ends_without(me)
+            entry.state is not State.READY and entry.ends_without({me})
             for entry in (*self._retired, *self._entries.values())
         ):
             self._changed.wait(_GLANCE)
@@ -588,18 +592,47 @@ class BackendCache:
         """Wait for the load of another, unless that waits for us."""
         if operation.waits_for is entry:
             return
-        leader = entry.leader
-        while leader is not None:
-            if leader.thread is operation.thread:
-                raise CacheDeadlockError(
-                    f"the load of {entry.spec} asks, while it is loading, for itself; it would wait forever. A build"
-                    " may ask the cache for other specs, not for the one that it builds."
-                )
-            waiting = self._waiting.get(leader.thread)
-            leader = waiting.waits_for.leader if waiting is not None and waiting.waits_for is not None else None
+        if any(leader.thread is operation.thread for leader in self._leaders(entry)):
+            raise CacheDeadlockError(
+                f"the load of {entry.spec} asks, while it is loading, for itself; it would wait forever. A build"
+                " may ask the cache for other specs, not for the one that it builds."
+            )
         operation.waits_for = entry
         self._waiting[operation.thread] = operation
         entry.waiters.append(operation)
+        if entry.state is State.QUEUED:
+            self._changed.notify_all()  # its leader may wait for room that we hold
+
+    def _leaders(self, entry: Entry | None) -> Iterator[Operation]:
+        """Who loads ``entry``, who loads what that one waits for, and so on."""
+        while entry is not None and entry.leader is not None:
+            yield entry.leader
+            waiting = self._waiting.get(entry.leader.thread)
+            entry = None if waiting is None else waiting.waits_for
+
+    def _queue_behind(self, operation: Operation) -> list[Operation]:
+        """Who waits, also through others, for what this operation loads."""
+        return [
+            waiting
+            for waiting in self._waiting.values()
+            if any(leader.thread is operation.thread for leader in self._leaders(waiting.waits_for))
+        ]
+
+    def _never_fits(self, newcomer: Entry, threads: Collection[threading.Thread]) -> bool:
+        """Whether there is no room even when all has ended that can end without these threads."""
+        return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(threads)), newcomer])
+
+    def _never_all_ends(self, thread: threading.Thread) -> bool:
+        """Whether this thread keeps something resident."""
+        return not all(entry.ends_without({thread}) for entry in self._residents())
+
+    def _refuse(self, waiters: Iterable[Operation], error: SwayError) -> None:
+        for waiter in waiters:
+            waiter.error = error
+            self._waiting.pop(waiter.thread, None)
+            if waiter.waits_for is not None and waiter in waiter.waits_for.waiters:
+                waiter.waits_for.waiters.remove(waiter)
+        self._changed.notify_all()
 
     def _dismiss_waiters(self, entry: Entry) -> None:
         for waiter in entry.waiters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -95,13 +95,13 @@ class Entry:
         """Whether it may be evicted."""
         return self.state is State.READY and not self.claims
 
-    def ends_without(self, thread: threading.Thread) -> bool:
+    def ends_without(self, threads: Collection[threading.Thread]) -> bool:
         """Whether it can become idle or gone by what other threads do alone."""
         if self.state is State.READY:
-            return all(claim.thread is not thread for claim in self.claims)
+            return all(claim.thread not in threads for claim in self.claims)
         if self.state is State.CLOSING:
-            return self.closing_thread is not thread
-        return self.leader is None or self.leader.thread is not thread
+            return self.closing_thread not in threads
+        return self.leader is None or self.leader.thread not in threads
 
     @property
     def occupation(self) -> str:
