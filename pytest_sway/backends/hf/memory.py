@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -61,7 +63,7 @@ def find_leak(watches: Iterable[WeightsWatch]) -> Leak | None:
 
 
 def collect(device_type: str) -> None:
-    """Free what nobody refers to any more, and give the accelerator's unused memory back."""
+    """Free what nobody refers to any more, and give unused memory back, the accelerator's and the heap's."""
     import torch
 
     gc.collect()
@@ -69,3 +71,12 @@ def collect(device_type: str) -> None:
         torch.cuda.empty_cache()
     elif device_type == "mps":
         torch.mps.empty_cache()
+    _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Have glibc give freed memory back: of a base that was converted while loading, it keeps four fifths resident."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import functools
 import gc
+import resource
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_sway.errors import BackendClosedError
+from tests.tiny import make_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 KEEP: list[Any] = []
 
@@ -180,3 +182,19 @@ def test_sizes_are_what_the_tensors_take(build: Any, base: Path, adapter: Path) 
     base_bytes, adapter_bytes = backend.sizes().values()
     assert adapter_bytes == lora
     assert rest <= base_bytes <= rest + 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_a_converted_base_goes_back_to_the_system(build: Any, tmp_path: Path) -> None:
+    base = make_base(tmp_path, hidden=1024, layers=4, dtype="bfloat16")
+    build(base).close()
+    before = _resident()
+    backend = build(base)
+    nbytes = sum(backend.sizes().values())
+    backend.close()
+    assert nbytes > 100_000_000
+    assert _resident() - before < 0.1 * nbytes
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -13,6 +13,7 @@ from tests.tiny import TEXT, make_base, make_tokenizer
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 PROMPT, ANSWER = "the sun rises in the", " east and sets in the west ."
@@ -176,12 +177,13 @@ def test_a_tokenizer_without_padding_pads_with_its_end(build: Any, tmp_path: Pat
 def test_a_closed_view_says_so(build: Any, base: Path) -> None:
     with build(base).as_base() as view:
         pass
-    for use in (
+    uses: list[Callable[[], object]] = [
         lambda: view.logprob_of("a", "b"),
         lambda: view.model,
         lambda: view.tokenizer,
         lambda: view.generate("a", max_new_tokens=1),
-    ):
+    ]
+    for use in uses:
         with pytest.raises(ViewClosedError, match="the view 'base' was used after its `with` block"):
             use()
     view.close()
