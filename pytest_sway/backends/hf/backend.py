@@ -198,34 +198,35 @@ class HFBackend:
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
+        shares = loaded.shares
         try:
-            self._free(loaded)
+            self._take_off(loaded)
         except BaseException as error:
             forget_frames(error)
             raise
         finally:
-            del loaded
+            del loaded  # its sides refer to the model, which has to be gone when its base is closed
+            self._release(shares)
 
     def leak(self) -> Leak | None:
         """Return what its close should have freed and did not; ``None`` if all is gone, or before the close."""
         return find_leak(self._watches)
 
-    def _free(self, loaded: Loaded) -> None:
+    def _take_off(self, loaded: Loaded) -> None:
         for side in loaded.views.values():
             if side.state.overlay is not None:
-                side.base.switch.drop(side.state.overlay)
-        loaded.views.clear()
-        shares = loaded.shares
-        try:
-            if loaded.adapter is not None:
-                self._watches.append(WeightsWatch(loaded.adapter.parameters.values()))
-                take_off(shares[-1].value, loaded.adapter)
-        finally:
-            watches = [share.value.watch for share in shares]
-            bases = [share.value for share in shares]
-            while shares:
-                shares.pop().release()
-            self._watches += [watch for watch, base in zip(watches, bases, strict=True) if base.model is None]
+                with side.base.lock:
+                    side.base.switch.drop(side.state.overlay)
+        if loaded.adapter is not None:
+            self._watches.append(WeightsWatch(loaded.adapter.parameters.values()))
+            take_off(loaded.shares[-1].value, loaded.adapter)
+
+    def _release(self, shares: list[Share[LoadedBase]]) -> None:
+        bases = [share.value for share in shares]
+        watches = [base.watch for base in bases]
+        while shares:
+            shares.pop().release()
+        self._watches += [watch for watch, base in zip(watches, bases, strict=True) if base.closed]
 
     # --- for views ----------------------------------------------------------------------------------------------------
 

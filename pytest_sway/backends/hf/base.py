@@ -72,6 +72,11 @@ class LoadedBase:
         """The ``torch.device`` of the model."""
         return self.model.device
 
+    @property
+    def closed(self) -> bool:
+        """Whether its last user has left."""
+        return self.model is None
+
     def refresh(self) -> None:
         """Take note of adapters that came or went; to be called by whoever put them on or took them off."""
         added = list(self._peft_modules())
