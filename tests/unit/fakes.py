@@ -7,6 +7,7 @@ a thread that ended. Each wait has a deadline, after which the stacks of all thr
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 import threading
 from collections import Counter, defaultdict
@@ -25,7 +26,7 @@ from pytest_sway.spec import ModelSpec
 
 T = TypeVar("T")
 
-DEADLINE = 20.0
+DEADLINE = float(os.environ.get("SWAY_TEST_DEADLINE", "20"))
 """Seconds after which a wait that should end at once has failed."""
 
 

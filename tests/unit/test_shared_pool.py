@@ -232,15 +232,28 @@ def test_who_asks_during_a_close_waits_for_it_and_loads_anew(values: Values) -> 
     assert values.loads == {"a": 2}
 
 
-def test_who_asks_between_the_last_release_and_the_close_keeps_the_value(values: Values) -> None:
+def test_who_asks_between_the_last_release_and_the_close_keeps_the_value(
+    values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
     share = values.acquire("a")
     slot = values.pool._slots["a"]
     announced = _announced(values)
     announced["a"] = slot
+    departed = threading.Event()
+    usual: Callable[..., bool] = values.pool._depart
+
+    def depart(*args: object) -> bool:
+        was_last = usual(*args)
+        departed.set()
+        return was_last
+
+    monkeypatch.setattr(values.pool, "_depart", depart)
     with slot.guard:
+        releaser = Call(share.release)
+        assert departed.wait(DEADLINE)
         asker = Call(partial(values.acquire, "a"))
         announced.until_asked(1)
-        Call(share.release).result()
+    releaser.result()
     assert asker.result().value == "a1"
     assert values.closed == []
 

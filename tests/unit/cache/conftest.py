@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.fakes import FakeBuild, InformedFakeBuild
+from tests.unit.fakes import DEADLINE, FakeBuild, InformedFakeBuild
 
 
 @pytest.fixture
@@ -15,3 +15,9 @@ def build() -> FakeBuild:
 @pytest.fixture
 def sharing() -> InformedFakeBuild:
     return InformedFakeBuild()
+
+
+@pytest.fixture(autouse=True)
+def _nobody_glances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is not woken stays asleep, and its test fails."""
+    monkeypatch.setattr("pytest_sway.cache._GLANCE", 10 * DEADLINE)

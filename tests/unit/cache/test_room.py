@@ -45,6 +45,24 @@ def test_inv04_what_is_closing_counts(build: FakeBuild, max_size: int) -> None:
 
 
 @pytest.mark.parametrize("max_size", [1, 2])
+def test_inv04_what_another_thread_is_closing_counts(build: FakeBuild, max_size: int) -> None:
+    cache = BackendCache(max_size=max_size, build=build)
+    watched = Watched(cache)
+    others = [cache.acquire(spec(name)) for name in "xyz"[1:max_size]]
+    a = cache.get_or_load(spec("a"))
+    gate = build.close_gate("a")
+    retirer = Call(partial(cache.retire, a))
+    gate.wait()
+    newcomer = Call(partial(cache.acquire, spec("c")))
+    watched.until_waiting(1)
+    gate.open()
+    retirer.result()
+    assert newcomer.result().backend.use() == "c"
+    assert build.oracle.peak == max_size
+    assert len(others) == max_size - 1
+
+
+@pytest.mark.parametrize("max_size", [1, 2])
 def test_inv04_what_is_loading_counts(build: FakeBuild, max_size: int) -> None:
     cache = BackendCache(max_size=max_size, build=build)
     watched = Watched(cache)
@@ -178,15 +196,19 @@ def test_inv16_a_shared_base_counts_once(sharing: InformedFakeBuild) -> None:
 
 def test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all(build: FakeBuild) -> None:
     cache = BackendCache(max_size=2, build=build, lease_timeout=1000)
-    with cache.lease(spec("a+x"), holder="tests/test_a.py::test_it"), cache.lease(spec("b"), holder="a fixture"):
-        sentence = (
-            "there is no room to load dummy:org/c: the cache holds 2 of at most 2 backends, and all of it is in use by"
-            " the one who asks: dummy:org/a + nowhere/x (held by tests/test_a.py::test_it); dummy:org/b (held by a"
-            " fixture). Release one of them first, or raise the size of the cache."
-        )
-        with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
+    sentence = (
+        "there is no room to load dummy:org/c: the cache holds 2 of at most 2 backends, and all of it is in use by"
+        " the one who asks: dummy:org/a + nowhere/x (held by tests/test_a.py::test_it); dummy:org/b (held by a"
+        " fixture). Release one of them first, or raise the size of the cache."
+    )
+
+    def ask_for_more_than_there_is() -> None:
+        with cache.lease(spec("a+x"), holder="tests/test_a.py::test_it"), cache.lease(spec("b"), holder="a fixture"):
+            assert cache.get_or_load(spec("b")).backend.use() == "b"  # what is there is had all the same
             cache.acquire(spec("c"))
-        assert cache.acquire(spec("b")).backend.use() == "b"  # what is there is had all the same
+
+    with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
+        Call(ask_for_more_than_there_is).result()
     assert build.loads["c"] == 0
     assert cache.get_or_load(spec("c")).backend.use() == "c"
 
