@@ -31,12 +31,12 @@ def smollm2_folder(dtype: Literal["float32", "bfloat16", "float16"] = "float32")
     version = importlib.metadata.version(PACKAGE)
     # A tokenizer that one major version of transformers writes cannot be read by the one before.
     reader = importlib.metadata.version("transformers").split(".")[0]
-    name = f"SmolLM2-135M-Instruct-{version}-{dtype}-transformers{reader}"
+    name = f"{PACKAGE}-{version}-transformers-{reader}/SmolLM2-135M-Instruct/{dtype}"
     return made_once(name, lambda folder: _convert(gguf, folder, dtype))
 
 
 def made_once(name: str, make: Callable[[Path], object]) -> Path:
-    """Return the folder `name` in the user's cache, which `make(folder)` fills if it is not there yet.
+    """Return the folder `name` under the user's cache, which `make(folder)` fills if it is not there yet.
 
     It gets its name only when it is complete, so what was half written is never taken for the whole. Where two
     processes make it at once, the first one to finish is kept.

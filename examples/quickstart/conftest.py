@@ -17,4 +17,4 @@ def base() -> Path:
 
 @pytest.fixture(scope="session")
 def adapter(base: Path) -> Path:
-    return made_once(f"quickstart-{fingerprint(base)}", lambda folder: train(base, folder))
+    return made_once(f"quickstart/{fingerprint(base)}", lambda folder: train(base, folder))

@@ -76,7 +76,7 @@ def train(base: str | Path, output: str | Path) -> Path:
 
 def fingerprint(base: str | Path) -> str:
     """Return a digest of all that decides what `train` makes: this file, the base and the libraries."""
-    parts = [Path(__file__).read_text(encoding="utf-8"), Path(base).name]
+    parts = [Path(__file__).read_text(encoding="utf-8"), str(base)]
     parts += [version(library) for library in ("torch", "transformers", "peft")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
