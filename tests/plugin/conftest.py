@@ -83,18 +83,18 @@ class Suite:
         pytester.syspathinsert()
 
     def run(self, source: str, *args: str) -> pytest.RunResult:
-        self._write(source)
+        self.write(source)
         return self.pytester.runpytest_inprocess(*args)
 
     def run_apart(self, source: str, *args: str) -> pytest.RunResult:
-        self._write(source)
+        self.write(source)
         return self.pytester.runpytest_subprocess(*args, timeout=120)
 
     def events(self) -> list[str]:
         path = Path(self.pytester.path / "events.txt")
         return path.read_text().splitlines() if path.exists() else []
 
-    def _write(self, source: str) -> None:
+    def write(self, source: str) -> None:
         self.pytester.makepyfile(test_suite=f"import pytest\nfrom conftest import dummy, note\n{source}")
 
 
