@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 from pytest_sway.building import Build, Listener, informed
 from pytest_sway.errors import BackendLoadError, CacheClosedError, CacheDeadlockError, CacheFullError, SwayError
 from pytest_sway.forking import call_in_forked_child
-from pytest_sway.monitor import atomic
+from pytest_sway.monitor import Bell, atomic
 from pytest_sway.redaction import redact_error, redacted
 from pytest_sway.residency import (
     RESIDENT,
@@ -181,7 +181,7 @@ class BackendCache:
     def _start_empty(self) -> None:
         """Begin with nothing: as a new cache does, and as a forked child's must, whose locks nobody will free."""
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = Bell()
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._retired: list[Entry] = []
         self._waiting: dict[threading.Thread, Operation] = {}
@@ -298,7 +298,11 @@ class BackendCache:
             The holders of leases that were still open; their backends were closed all the same.
         """
         try:
-            return self._shut_down()
+            self._refuse_from_now_on()
+            deadline = time.monotonic() + self._lease_timeout
+            while time.monotonic() < deadline and (bell := self._under_way()) is not None:
+                self._wait(bell, _GLANCE)
+            return self._revoke_leases()
         finally:
             self._close_each(self._take_what_is_left)
 
@@ -311,6 +315,15 @@ class BackendCache:
         lease = self._claim(operation, spec, key)
         return lease if lease is not None else self._load(operation, spec)
 
+    def _claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | None:
+        try:
+            while isinstance(claimed := self._try_to_claim(operation, spec, key), Bell):
+                self._wait(claimed, _GLANCE)
+            return claimed
+        finally:
+            if operation.waits_for is not None:
+                self._stop_waiting(operation)
+
     def _load(self, operation: Operation, spec: ModelSpec) -> Lease:
         """Load what this operation leads; the lease is its own, those who waited have theirs."""
         try:
@@ -321,7 +334,7 @@ class BackendCache:
                 self._make_room(operation, estimate)
                 with self._listener.loading(spec):
                     started = time.perf_counter()
-                    operation.built.append(self._build(spec))
+                    operation.built.extend(map(self._build, [spec]))  # in C: nothing comes between build and record
                     seconds = time.perf_counter() - started
             lease = self._admit(operation, seconds, self._build.measure(operation.built[0]))
         except Exception as error:
@@ -346,8 +359,11 @@ class BackendCache:
 
     def _make_room(self, operation: Operation, estimate: Parts | None) -> None:
         deadline = time.monotonic() + self._lease_timeout
-        while self._reserve(operation, estimate, deadline):
-            self._close_victims(operation)
+        while (bell := self._reserve(operation, estimate, deadline)) is not None:
+            if operation.victims:
+                self._close_victims(operation)
+            else:
+                self._wait(bell, min(_GLANCE, max(0.0, deadline - time.monotonic())))
 
     def _close_victims(self, operation: Operation) -> None:
         while operation.victims:
@@ -389,64 +405,65 @@ class BackendCache:
     # --- the steps: each is atomic, and can be repeated ---------------------------------------------------------------
 
     @atomic
-    def _claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | None:
+    def _try_to_claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | Bell | None:
         """Lease what is ready, wait for what is loading, or (``None``) lead the load of what is neither."""
-        try:
-            while True:
-                self._collect_dropped()
-                if operation.lease is not None:
-                    return operation.lease
-                if operation.error is not None:
-                    raise operation.error
-                if self._shut:
-                    raise CacheClosedError(f"the cache was shut down; {spec} cannot be had from it any more.")
-                entry = self._entries.get(key)
-                if entry is None:
-                    operation.entry = self._entries[key] = Entry(key, spec, operation)
-                    return None
-                if entry.state is State.READY:
-                    self._entries.move_to_end(key)
-                    self.stats.backend(str(spec)).hits += 1
-                    return self._grant(entry, operation)
-                if entry.state is not State.CLOSING:
-                    self._join(operation, entry)
-                elif entry.closing_thread is operation.thread:
-                    raise CacheDeadlockError(f"the close of {spec} asks for {spec}; it would wait forever.")
-                self._changed.wait(_GLANCE)
-        finally:
-            self._waiting.pop(operation.thread, None)
-            operation.error = None
+        self._collect_dropped()
+        if operation.lease is not None:
+            return operation.lease
+        if operation.error is not None:
+            raise operation.error
+        if self._shut:
+            raise CacheClosedError(f"the cache was shut down; {spec} cannot be had from it any more.")
+        entry = self._entries.get(key)
+        if entry is None:
+            operation.entry = self._entries[key] = Entry(key, spec, operation)
+            return None
+        if entry.state is State.READY:
+            self._entries.move_to_end(key)
+            self.stats.backend(str(spec)).hits += 1
+            return self._grant(entry, operation)
+        if entry.state is not State.CLOSING:
+            self._join(operation, entry)
+        elif entry.closing_thread is operation.thread:
+            raise CacheDeadlockError(f"the close of {spec} asks for {spec}; it would wait forever.")
+        return self._changed
 
     @atomic
-    def _reserve(self, operation: Operation, estimate: Parts | None, deadline: float) -> bool:
-        """Take room for the operation's entry, which is LOADING from then on; or take victims to close (``True``)."""
+    def _stop_waiting(self, operation: Operation) -> None:
+        self._waiting.pop(operation.thread, None)
+        operation.error = None
+
+    @atomic
+    def _reserve(self, operation: Operation, estimate: Parts | None, deadline: float) -> Bell | None:
+        """Take room for the operation's entry, which is LOADING from then on; or, to come again, victims to close.
+
+        Returns:
+            ``None`` if there is room; else what to wait for, unless there are victims to close.
+        """
         newcomer = cast("Entry", operation.entry)
         newcomer.parts = estimate
-        while True:
-            self._collect_dropped()
-            if self._shut:
-                raise CacheClosedError(f"the cache was shut down before {newcomer.spec} was loaded.")
-            residents = self._residents()
-            victims = self._budget.victims(residents, newcomer)
-            if victims == []:
-                newcomer.state = State.LOADING
-                self._note_peaks()
-                return False
-            if victims is not None:
-                self._evict(operation, victims)
-                return True
-            if self._never_fits(newcomer, {operation.thread}):
-                raise self._full(newcomer, "all of it is in use by the one who asks")
-            queue = self._queue_behind(operation)
-            if self._never_fits(newcomer, {operation.thread, *(behind.thread for behind in queue)}):
-                error = self._full(newcomer, "all of it is in use by those who wait for it")
-                self._refuse((behind for behind in queue if self._never_all_ends(behind.thread)), error)
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                error = self._full(newcomer, f"none of it came free within {self._lease_timeout:g} s")
-                self._refuse(list(newcomer.waiters), error)
-                raise error
-            self._changed.wait(min(remaining, _GLANCE))
+        self._collect_dropped()
+        if self._shut:
+            raise CacheClosedError(f"the cache was shut down before {newcomer.spec} was loaded.")
+        victims = self._budget.victims(self._residents(), newcomer)
+        if victims == []:
+            newcomer.state = State.LOADING
+            self._note_peaks()
+            return None
+        if victims is not None:
+            self._evict(operation, victims)
+            return self._changed
+        if self._never_fits(newcomer, {operation.thread}):
+            raise self._full(newcomer, "all of it is in use by the one who asks")
+        queue = self._queue_behind(operation)
+        if self._never_fits(newcomer, {operation.thread, *(behind.thread for behind in queue)}):
+            error = self._full(newcomer, "all of it is in use by those who wait for it")
+            self._refuse((behind for behind in queue if self._never_all_ends(behind.thread)), error)
+        if time.monotonic() >= deadline:
+            error = self._full(newcomer, f"none of it came free within {self._lease_timeout:g} s")
+            self._refuse(list(newcomer.waiters), error)
+            raise error
+        return self._changed
 
     @atomic
     def _admit(self, operation: Operation, seconds: float, parts: Parts | None) -> Lease:
@@ -477,7 +494,7 @@ class BackendCache:
         stats.load_seconds += seconds
         self._note_peaks()
         self._evict(operation, self._budget.surplus(self._residents(), entry))
-        self._changed.notify_all()
+        self._announce()
         return operation.lease
 
     @atomic
@@ -497,14 +514,14 @@ class BackendCache:
         # In one assignment, which an interrupt cannot split.
         self._retired, self._entries = [*self._retired, *leaving], OrderedDict((entry.key, entry) for entry in staying)
         self._take(operation, [entry for entry in self._residents() if entry.idle and chosen(entry)])
-        self._changed.notify_all()
+        self._announce()
 
     @atomic
     def _unclaim(self, operation: Operation, entry: Entry, claim: Claim) -> None:
         self._collect_dropped()
         entry.claims.discard(claim)
         self._take(operation, [entry for entry in self._retired if entry.idle])
-        self._changed.notify_all()
+        self._announce()
 
     @atomic
     def _forget(self, operation: Operation, entry: Entry) -> CachedBackend | None:
@@ -512,24 +529,27 @@ class BackendCache:
         if entry.closers:  # an interrupt came before the close: the entry lives on
             return None
         self._detach(entry)
-        self._changed.notify_all()
+        self._announce()
         cached, entry.cached = entry.cached, None
         if entry in operation.victims:
             operation.victims.remove(entry)
         return cached
 
     @atomic
-    def _shut_down(self) -> list[str]:
-        """Refuse new requests, wait for what is under way, and revoke the leases that are left."""
+    def _refuse_from_now_on(self) -> None:
         self._shut = True
-        self._changed.notify_all()
-        deadline = time.monotonic() + self._lease_timeout
+        self._announce()
+
+    @atomic
+    def _under_way(self) -> Bell | None:
+        """What to wait for while other threads load or close."""
         me = threading.current_thread()
-        while deadline > time.monotonic() and any(
-            entry.state is not State.READY and entry.ends_without({me})
-            for entry in (*self._retired, *self._entries.values())
-        ):
-            self._changed.wait(_GLANCE)
+        entries = (*self._retired, *self._entries.values())
+        under_way = any(entry.state is not State.READY and entry.ends_without({me}) for entry in entries)
+        return self._changed if under_way else None
+
+    @atomic
+    def _revoke_leases(self) -> list[str]:
         self._collect_dropped()
         holders = [claim.holder for entry in self._residents() for claim in entry.claims]
         for entry in self._residents():
@@ -574,13 +594,21 @@ class BackendCache:
         operation.built.clear()
         operation.victims.clear()
         operation.lease = operation.error = operation.waits_for = None
-        self._changed.notify_all()
+        self._announce()
+
+    def _wait(self, bell: Bell, timeout: float) -> None:
+        bell.wait(timeout)
 
     # --- parts of steps, under the lock -------------------------------------------------------------------------------
 
     def _residents(self) -> list[Entry]:
         """What counts towards the cap, least recently used first; what is retired before all else."""
         return [entry for entry in (*self._retired, *self._entries.values()) if entry.state in RESIDENT]
+
+    def _announce(self) -> None:
+        """Wake all who wait, to look again."""
+        bell, self._changed = self._changed, Bell()
+        bell.ring()
 
     def _grant(self, entry: Entry, operation: Operation) -> Lease:
         claim = Claim(operation.holder, operation.thread)
@@ -601,7 +629,7 @@ class BackendCache:
         self._waiting[operation.thread] = operation
         entry.waiters.append(operation)
         if entry.state is State.QUEUED:
-            self._changed.notify_all()  # its leader may wait for room that we hold
+            self._announce()  # its leader may wait for room that we hold
 
     def _leaders(self, entry: Entry | None) -> Iterator[Operation]:
         """Who loads ``entry``, who loads what that one waits for, and so on."""
@@ -632,7 +660,7 @@ class BackendCache:
             self._waiting.pop(waiter.thread, None)
             if waiter.waits_for is not None and waiter in waiter.waits_for.waiters:
                 waiter.waits_for.waiters.remove(waiter)
-        self._changed.notify_all()
+        self._announce()
 
     def _dismiss_waiters(self, entry: Entry) -> None:
         for waiter in entry.waiters:

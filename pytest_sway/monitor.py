@@ -1,7 +1,8 @@
-"""What runs one at a time: `atomic` methods of an object, and calls made `holding` a lock.
+"""What runs one at a time: `atomic` methods of an object, calls made `holding` a lock, and how to wait between them.
 
 They are apart from their users so that locks are taken and given back in one place, by a ``with`` statement on a lock
-written in C, which an interrupt cannot split.
+written in C, which an interrupt cannot split. Nobody waits inside an atomic method: an interrupt in the wait of a
+`threading.Condition` can leave its lock to nobody, or take it from another thread.
 """
 
 from __future__ import annotations
@@ -41,3 +42,20 @@ def holding(lock: threading.Lock, step: Callable[[], R]) -> R:
     """Return what ``step`` returns, called under ``lock``."""
     with lock:
         return step()
+
+
+class Bell:
+    """Rung once, for all who wait for it."""
+
+    def __init__(self) -> None:
+        self._silence = threading.Lock()
+        self._silence.acquire()
+
+    def ring(self) -> None:
+        """Wake who waits, and let who waits later through at once."""
+        self._silence.release()
+
+    def wait(self, timeout: float) -> None:
+        """Wait until it rings, or for ``timeout`` seconds; returns early if another who waited was interrupted."""
+        if self._silence.acquire(timeout=timeout):
+            self._silence.release()  # for the next

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from pytest_sway.backends.shared import Share, SharedPool
 from pytest_sway.cache import BackendCache
 from pytest_sway.errors import BackendClosedError
+from pytest_sway.monitor import Bell
 from pytest_sway.residency import Parts
 from pytest_sway.spec import ModelSpec
 
@@ -254,21 +255,21 @@ class InformedFakeBuild(FakeBuild):
         self.base_closes[base.partition(" ")[0]] += 1
 
 
-class Watched(threading.Condition):
-    """The cache's condition, which tells the test how many threads wait on it."""
+class Watched:
+    """A cache's waits, which tell the test how many threads wait."""
 
     def __init__(self, cache: BackendCache) -> None:
-        super().__init__(cache._lock)
         self.waiting = 0
         self.on_wait: Callable[[], object] = lambda: None
         self._seen = threading.Condition()
-        cache._changed = self
+        self._usual = cache._wait
+        cache._wait = self._wait  # type: ignore[method-assign]
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def _wait(self, bell: Bell, timeout: float) -> None:
         self._count(+1)
         self.on_wait()
         try:
-            return super().wait(timeout)
+            self._usual(bell, timeout)
         finally:
             self._count(-1)
 

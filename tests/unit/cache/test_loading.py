@@ -207,13 +207,13 @@ def test_inv10_an_interrupt_while_waiting_leaves_the_load_to_the_others(
     leader = Call(partial(cache.acquire, spec("a")))
     gate.wait()
 
-    def interrupted(timeout: float | None = None) -> bool:
+    def interrupted() -> None:
         raise interrupt
 
-    watched.wait, usual = interrupted, watched.wait  # type: ignore[method-assign]
+    watched.on_wait = interrupted
     with pytest.raises(interrupt):
         cache.acquire(spec("a"))
-    watched.wait = usual  # type: ignore[method-assign]
+    watched.on_wait = lambda: None
     assert not cache._waiting
     gate.open()
     leader.result().release()
@@ -294,10 +294,10 @@ def test_inv14_who_was_granted_what_it_waited_for_no_longer_waits(
     a = Call(partial(cache.acquire, spec("a")))
     watched.until_waiting(1)
     with monkeypatch.context() as nobody_runs:
-        nobody_runs.setattr(watched, "notify_all", lambda: None)
+        nobody_runs.setattr(cache, "_announce", lambda: None)
         gate.open()
         watched.until_waiting(2)
     with cache._lock:
-        watched.notify_all()
+        cache._announce()
     assert b.result().backend.use() == "b"
     assert a.result().backend.use() == "a"

@@ -10,10 +10,12 @@ import faulthandler
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from pytest_sway.cache import BackendCache
+from pytest_sway.monitor import Bell
 from tests.unit.fakes import DEADLINE
 
 
@@ -82,27 +84,29 @@ class Board:
             return list(self.status.values()).count(status)
 
 
-class NotingCondition(threading.Condition):
-    """The cache's condition, which notes who waits; who was notified runs again, even before it does."""
+def note_waits(cache: BackendCache, board: Board) -> None:
+    """Have the board know who waits in the cache; who was woken runs again, even before it does."""
+    usual_wait, usual_announce = cache._wait, cache._announce
+    rung: weakref.WeakSet[Bell] = weakref.WeakSet()
 
-    def __init__(self, cache: BackendCache, board: Board) -> None:
-        super().__init__(cache._lock)
-        self._board = board
-        cache._changed = self
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._board.note(Status.WAITING)
+    def wait(bell: Bell, timeout: float) -> None:
+        with board.changed:
+            if bell not in rung:
+                board.note(Status.WAITING)
         try:
-            return super().wait(timeout)
+            usual_wait(bell, timeout)
         finally:
-            self._board.note(Status.RUNNING)
+            board.note(Status.RUNNING)
 
-    def notify_all(self) -> None:
-        with self._board.changed:
-            for thread, status in self._board.status.items():
+    def announce() -> None:
+        with board.changed:
+            rung.add(cache._changed)
+            for thread, status in board.status.items():
                 if status is Status.WAITING:
-                    self._board.status[thread] = Status.RUNNING
-        super().notify_all()
+                    board.status[thread] = Status.RUNNING
+            usual_announce()
+
+    cache._wait, cache._announce = wait, announce  # type: ignore[method-assign]
 
 
 class Worker:

@@ -79,19 +79,22 @@ MUTANTS = (
         "test_room.py::test_inv04_room_is_freed_before_the_load_begins",
         ("                self._make_room(operation, estimate)\n", ""),
         (
-            "operation.built.append(self._build(spec))",
-            "operation.built.append(self._build(spec)); self._make_room(operation, estimate)",
+            "operation.built.extend(map(self._build, [spec]))",
+            "operation.built.extend(map(self._build, [spec])); self._make_room(operation, estimate)",
         ),
     ),
     _in_cache(
         "the oldest goes, not the least recently used",
         "test_room.py::test_inv07_the_victim_is_the_least_recently_used",
-        ("                    self._entries.move_to_end(key)\n", ""),
+        ("            self._entries.move_to_end(key)\n", ""),
     ),
     _in_cache(
         "two load when a second asks during the load",
         "test_loading.py::test_inv01_all_who_wait_for_a_load_get_its_object",
-        ("if entry is None:\n", "if entry is None or entry.state is State.LOADING:\n"),
+        (
+            "if entry is None:\n            operation",
+            "if entry is None or entry.state is State.LOADING:\n            operation",
+        ),
     ),
     _in_cache(
         "who waited holds no lease when the entry becomes ready",
@@ -102,7 +105,7 @@ MUTANTS = (
         "who waits is not woken by the load",
         "test_loading.py::test_inv01_all_who_wait_for_a_load_get_its_object",
         (
-            "self._budget.surplus(self._residents(), entry))\n        self._changed.notify_all()",
+            "self._budget.surplus(self._residents(), entry))\n        self._announce()",
             "self._budget.surplus(self._residents(), entry))",
         ),
     ),
@@ -115,7 +118,7 @@ MUTANTS = (
         "who waits is not woken by a failure or an interrupt",
         "test_loading.py::test_inv10_an_interrupt_goes_up_where_it_struck_and_a_waiter_takes_over",
         (
-            "operation.lease = operation.error = operation.waits_for = None\n        self._changed.notify_all()",
+            "operation.lease = operation.error = operation.waits_for = None\n        self._announce()",
             "operation.lease = operation.error = operation.waits_for = None",
         ),
     ),
@@ -140,8 +143,8 @@ MUTANTS = (
         "what is closing is handed out",
         "test_closing.py::test_inv06_who_asks_for_what_is_closing_waits_and_gets_a_new_one",
         (
-            "if entry.state is State.READY:\n                    self._entries",
-            "if entry.state in (State.READY, State.CLOSING):\n                    self._entries",
+            "if entry.state is State.READY:\n            self._entries",
+            "if entry.state in (State.READY, State.CLOSING):\n            self._entries",
         ),
     ),
     _in_cache(

@@ -10,20 +10,23 @@ from hypothesis import HealthCheck, settings
 
 @dataclass(frozen=True)
 class Profile:
-    """Examples and steps for the two state machines; seeds, threads and seconds for the stress test."""
+    """Examples and steps for the two state machines; runs under signals; the stress test's seeds, threads, seconds."""
 
     model: tuple[int, int]
     threads: tuple[int, int]
     seeds: int
+    signals: int
     operations: int = 2_000
     stress_threads: int = 16
     stress_seconds: float = 0.0
 
 
 PROFILES = {
-    "quick": Profile(model=(40, 40), threads=(20, 30), seeds=2),
-    "ci": Profile(model=(500, 80), threads=(300, 50), seeds=20),
-    "soak": Profile(model=(20_000, 100), threads=(20_000, 100), seeds=20, stress_threads=64, stress_seconds=600.0),
+    "quick": Profile(model=(40, 40), threads=(20, 30), seeds=2, signals=100),
+    "ci": Profile(model=(500, 80), threads=(300, 50), seeds=20, signals=1_500),
+    "soak": Profile(
+        model=(20_000, 100), threads=(20_000, 100), seeds=20, signals=50_000, stress_threads=64, stress_seconds=600.0
+    ),
 }
 PROFILE = PROFILES[os.environ.get("SWAY_FIRE", "ci")]
 

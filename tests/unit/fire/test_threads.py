@@ -15,7 +15,7 @@ from pytest_sway import cache as cache_module
 from pytest_sway.cache import BackendCache, Lease
 from pytest_sway.errors import BackendLoadError, CacheFullError
 from tests.unit.fakes import DEADLINE, FakeBackend, Gate, InformedFakeBuild, spec
-from tests.unit.fire.board import Board, NotingCondition, Status, Worker
+from tests.unit.fire.board import Board, Status, Worker, note_waits
 from tests.unit.fire.profiles import PROFILE, machine_settings
 
 NAMES = ("a", "a+x", "a+y", "b")
@@ -73,7 +73,7 @@ class ThreadsMachine(RuleBasedStateMachine):
         self.board = Board()
         self.build = BoardBuild(self.board)
         self.cache = BackendCache(max_size, build=self.build, lease_timeout=1000.0)
-        NotingCondition(self.cache, self.board)
+        note_waits(self.cache, self.board)
         self.workers = [Worker(self.board, f"worker {number}") for number in range(WORKERS)]
         self.helper = Worker(self.board, "helper")
         self.leases: list[Lease] = []

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.errors import BackendClosedError
 from tests.tiny import quiet
 
 if TYPE_CHECKING:
@@ -219,7 +220,8 @@ def test_using_a_backend_changes_nothing(build: Any, base: Path, adapter: Path) 
     assert backend.changes() == []
 
 
-def test_a_closed_backend_has_nothing_to_compare(build: Any, base: Path) -> None:
+def test_a_closed_backend_is_no_longer_compared(build: Any, base: Path) -> None:
     backend = build(base)
     backend.close()
-    assert backend.changes() == []
+    with pytest.raises(BackendClosedError, match="was used after it was closed"):
+        backend.changes()
