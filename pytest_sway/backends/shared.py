@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 from pytest_sway.forking import call_in_forked_child
 from pytest_sway.monitor import atomic, holding
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 ROOT: Final = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.shared import Share
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 def load_own_base(spec: ModelSpec, files: AdapterFiles) -> LoadedBase:
     """Load a base for one adapter alone, with as many words as the adapter has embeddings for."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pytest_sway.scoring import TokenDist
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 _PREFLIGHT_PROMPT = "hello"
 _PREFLIGHT_TOP_K = 8
 
@@ -174,10 +176,11 @@ class HFBackend:
         """Return one line for each thing that is no longer as it was after the load; empty when nothing is.
 
         A shared base that was changed is handed out to nobody else.
+
+        Raises:
+            BackendClosedError: It was closed.
         """
-        loaded = self._loaded
-        if loaded is None:
-            return []
+        loaded = self._require()
         lines: list[str] = []
         own_tokenizer = loaded.tokenizer_record.changes()
         for share in loaded.shares:

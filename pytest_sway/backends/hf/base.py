@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.grafting import LayerPlan
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 class LoadedBase:
     """A base model in memory.

@@ -10,6 +10,8 @@ from pytest_sway.spec import is_path
 if TYPE_CHECKING:
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 def base_file(spec: ModelSpec, name: str) -> Path | None:
     """Return the path of a file of the base, or ``None`` if it is not on this machine; nothing is downloaded."""

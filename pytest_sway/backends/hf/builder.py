@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.shared import Share
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 class HFBuilder:
     """Builds backends of kind ``hf``; those whose specs agree on the base share it.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.headers import TensorEntry
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 # Types of models whose files name the tensors as the loaded model does; others are renamed, split or fused on loading.
 _NAMED_AS_LOADED: Final = frozenset(
     {"gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}

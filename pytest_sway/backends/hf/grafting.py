@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.base import LoadedBase
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 # Fields of a config that do not show in the layers that PEFT makes of it.
 _UNSEEN_FIELDS: Final = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision"}

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.adapter import Adapter
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 SAMPLES: Final = 32
 """Elements of each tensor that are compared: writes through ``.data`` move no version counter."""

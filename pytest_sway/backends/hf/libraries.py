@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 REQUIRED: Final = ("torch", "transformers", "peft", "safetensors")
 
 PROCESS_STATE: Final = threading.RLock()

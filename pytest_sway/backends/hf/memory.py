@@ -14,6 +14,8 @@ from pytest_sway.backends.hf.holders import holders_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 class WeightsWatch:
     """Weak references to the memory of some tensors, whichever Python objects refer to it.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pytest_sway.spec import Dtype, ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 def resolve_placement(spec: ModelSpec) -> ModelSpec:
     """Return ``spec`` with the device and dtype that ``auto`` stands for on this machine.

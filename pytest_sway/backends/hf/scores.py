@@ -17,6 +17,8 @@ from pytest_sway.scoring import RollingLogprob, TokenDist
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 CHUNK_POSITIONS: Final = 64
 """Positions whose logits are turned into float32 at once."""
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.base import LoadedBase
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 _ACTIVE: Final = "_active_adapter"
 _DISABLED: Final = "_disable_adapters"
 _WRAPPER_ATTRIBUTES: Final = ("active_adapter", "_adapters_disabled")

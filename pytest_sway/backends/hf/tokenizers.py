@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.base import LoadedBase
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 _CONFIG: Final = "tokenizer_config.json"
 _FILES: Final = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.spec import ModelSpec
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 # Loaded by other ways than the model's state dict, which reports them as unexpected.
 _LOADED_APART = ("prompt_embeddings",)
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.backend import HFBackend
     from pytest_sway.scoring import RollingLogprob, TokenDist
 
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
 
 class HFView:
     """One side of a backend; made by `HFBackend.as_base` and its like.
