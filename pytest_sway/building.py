@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +44,10 @@ class InformedBuild(Build, Protocol):
         """Keep what the load will share from being closed while room is made."""
         ...
 
+    def exhausted(self, error: Exception) -> bool:
+        """Return whether a load failed because the memory ran out, so that it is worth another try with more."""
+        ...
+
 
 class Listener:
     """Who is told of loads and closes, in the thread that does them and outside the lock; deaf unless overridden."""
@@ -59,20 +63,26 @@ class Listener:
         """A backend was closed, for whatever reason."""
 
 
+_QUESTIONS: Final = ("resolve", "check", "estimate", "measure", "hold", "exhausted")
+
+
 def informed(build: Build | None) -> InformedBuild:
-    """Return ``build`` if it answers questions, else one that answers for it; by default, a new `Builder`."""
+    """Return ``build`` with the questions answered that it does not answer itself; by default, a new `Builder`."""
     if build is None:
         from pytest_sway.backends import Builder
 
         return Builder()
-    questions = ("resolve", "check", "estimate", "measure", "hold")
-    if all(hasattr(type(build), question) for question in questions):
+    answered = [question for question in _QUESTIONS if hasattr(type(build), question)]
+    if len(answered) == len(_QUESTIONS):
         return cast("InformedBuild", build)
-    return _Plain(build)
+    plain = _Plain(build)
+    for question in answered:
+        setattr(plain, question, getattr(build, question))
+    return plain
 
 
 class _Plain:
-    """The answers for a build that is only a callable: nothing is known before the load."""
+    """The answers for a build that has none: nothing is known before the load."""
 
     def __init__(self, build: Build) -> None:
         self._build = build
@@ -96,3 +106,6 @@ class _Plain:
 
     def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()
+
+    def exhausted(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)

@@ -57,6 +57,7 @@ from pytest_sway.residency import (
     State,
     closers_of,
     format_bytes,
+    format_parts,
     total_bytes,
 )
 from pytest_sway.spec import Key, ModelSpec, SpecLike, parse_spec, resolved_key, with_adapter
@@ -304,7 +305,7 @@ class BackendCache:
                 self._wait(bell, _GLANCE)
             return self._revoke_leases()
         finally:
-            self._close_each(self._take_what_is_left)
+            self._close_each(self._take_idle)
 
     # --- one request --------------------------------------------------------------------------------------------------
 
@@ -333,9 +334,7 @@ class BackendCache:
             with self._build.hold(spec):
                 self._make_room(operation, estimate)
                 with self._listener.loading(spec):
-                    started = time.perf_counter()
-                    operation.built.extend(map(self._build, [spec]))  # in C: nothing comes between build and record
-                    seconds = time.perf_counter() - started
+                    seconds = self._build_in_memory(operation, spec, estimate)
             lease = self._admit(operation, seconds, self._build.measure(operation.built[0]))
         except Exception as error:
             # Frames that have ended would keep a half-loaded model alive for as long as the error's report lives.
@@ -348,6 +347,23 @@ class BackendCache:
         self._close_victims(operation)
         self._listener.loaded(lease.cached)
         return lease
+
+    def _build_in_memory(self, operation: Operation, spec: ModelSpec, estimate: Parts | None) -> float:
+        """Build, and once more without all that is idle if the memory runs out; return the seconds it took."""
+        started = time.perf_counter()
+        for attempt in (1, 2):
+            try:
+                operation.built.extend(map(self._build, [spec]))  # in C: nothing comes between build and record
+                break
+            except Exception as error:
+                if not self._build.exhausted(error):
+                    raise
+                if attempt == 2:
+                    raise self._out_of_memory(spec, estimate) from error
+                traceback.clear_frames(error.__traceback__)
+            self._take_idle(operation)
+            self._close_victims(operation)
+        return time.perf_counter() - started
 
     def _refuse_if_over_budget(self, spec: ModelSpec, parts: Parts | None) -> None:
         if parts is not None and self.max_bytes is not None and sum(parts.values()) > self.max_bytes:
@@ -557,7 +573,7 @@ class BackendCache:
         return holders
 
     @atomic
-    def _take_what_is_left(self, operation: Operation) -> None:
+    def _take_idle(self, operation: Operation) -> None:
         self._take(operation, [entry for entry in self._residents() if entry.idle])
 
     def _abandon(self, operation: Operation) -> None:
@@ -695,6 +711,16 @@ class BackendCache:
         residents = self._residents()
         self.stats.peak_resident = max(self.stats.peak_resident, len(residents))
         self.stats.peak_bytes = max(self.stats.peak_bytes, total_bytes(e for e in residents if e.parts) or 0)
+
+    @atomic
+    def _out_of_memory(self, spec: ModelSpec, estimate: Parts | None) -> CacheFullError:
+        others = [entry for entry in self._residents() if entry.state is not State.LOADING]
+        names = "; ".join(f"{entry.spec}, {format_parts(entry.parts)} ({entry.occupation})" for entry in others)
+        return CacheFullError(
+            f"the memory of {spec.device} ran out twice while {spec} was loaded, which takes {format_parts(estimate)};"
+            f" all that was idle was closed before the second try, and {names or 'nothing'} stays loaded."
+            " Ask for a smaller dtype or model, or release what is in use."
+        )
 
     def _full(self, newcomer: Entry, why: str) -> CacheFullError:
         residents = self._residents()

@@ -184,3 +184,8 @@ def format_bytes(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} GiB"
+
+
+def format_parts(parts: Parts | None) -> str:
+    """The size of something for people, where it is known."""
+    return "an unknown size" if parts is None else format_bytes(sum(parts.values()))

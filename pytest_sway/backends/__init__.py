@@ -146,6 +146,12 @@ class Builder:
         """Keep what a resolved spec will share with others from being closed while room is made for it."""
         return self._hf_builder().hold(spec) if spec.kind == "hf" else nullcontext()
 
+    def exhausted(self, error: Exception) -> bool:
+        """Return whether ``error`` says that the memory of a device, or of the machine, ran out."""
+        if isinstance(error, MemoryError) or self._hf is None:
+            return isinstance(error, MemoryError)
+        return self._hf.exhausted(error)
+
     def _hf_builder(self) -> HFBuilder:
         if self._hf is None:
             from pytest_sway.backends.hf import HFBuilder

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.check import check_spec
 from pytest_sway.backends.hf.libraries import forget_frames
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+_OUT_OF_MEMORY: Final = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
 class HFBuilder:
@@ -69,6 +73,14 @@ class HFBuilder:
     def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
         """Keep the base of ``spec``, if it is loaded, from being closed inside the block."""
         return self._pool.hold(base_key(resolve_placement(spec)))
+
+    def exhausted(self, error: Exception) -> bool:
+        """Return whether ``error`` is torch's way to say that memory ran out, on an accelerator or on the CPU."""
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> HFBackend:
         from pytest_sway.backends.hf.assembly import assemble, load_own_base

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import threading
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pytest_sway.cache import BackendCache
 from pytest_sway.errors import CacheFullError, SpecError
 from pytest_sway.residency import Budget, Entry, Operation, Parts, State, format_bytes, total_bytes
-from tests.unit.fakes import DEADLINE, Call, FakeBuild, InformedFakeBuild, Watched, names, spec
+from pytest_sway.spec import ModelSpec
+from tests.unit.fakes import DEADLINE, Call, FakeBuild, InformedFakeBuild, Watched, name_of, names, spec
 
 
 @pytest.mark.parametrize("max_size", [1, 2])
@@ -501,3 +505,45 @@ def test_a_budget_evicts_only_as_much_as_it_must() -> None:
 )
 def test_bytes_are_written_for_people(size: int, text: str) -> None:
     assert format_bytes(size) == text
+
+
+class _OutOfMemory:
+    """A build of which only so many fit in a device's memory, whatever the cache believes."""
+
+    def __init__(self, fits: int) -> None:
+        self.fits = fits
+        self.alive: list[str] = []
+        self.tries: list[str] = []
+
+    def __call__(self, asked: ModelSpec, *, adapter_path: Path | None = None) -> Any:
+        name = name_of(asked)
+        self.tries.append(name)
+        if len(self.alive) >= self.fits:
+            raise MemoryError("the device is full")
+        self.alive.append(name)
+        return SimpleNamespace(close=lambda: self.alive.remove(name))
+
+
+def test_a_load_that_runs_out_of_memory_is_tried_once_more_without_what_is_idle() -> None:
+    build = _OutOfMemory(fits=2)
+    cache = BackendCache(max_size=4, build=build)
+    for name in ("a", "b", "c"):
+        cache.get_or_load(spec(name))
+    assert build.tries == ["a", "b", "c", "c"]
+    assert names(cache) == ["c"]
+    assert build.alive == ["c"]
+
+
+def test_a_second_time_out_of_memory_says_what_was_needed_and_what_is_there() -> None:
+    build = _OutOfMemory(fits=1)
+    cache = BackendCache(max_size=4, build=build)
+    with cache.lease(spec("a"), holder="test_x"):
+        with pytest.raises(CacheFullError) as caught:
+            cache.get_or_load(spec("b"))
+        assert str(caught.value) == (
+            "the memory of auto ran out twice while dummy:org/b was loaded, which takes an unknown size; all that was"
+            " idle was closed before the second try, and dummy:org/a, an unknown size (held by test_x) stays loaded."
+            " Ask for a smaller dtype or model, or release what is in use."
+        )
+    assert build.tries == ["a", "b", "b"]
+    assert names(cache) == ["a"]

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.backends import Builder
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, SwayError, WeightsError
+from pytest_sway.spec import ModelSpec
 from tests.tiny import edit_config, edit_weights, make_adapter, make_base, pickled, poison, save_adapter, truncate
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
@@ -273,3 +275,23 @@ def test_errors_are_permanent_where_a_second_try_would_fail(builder: HFBuilder, 
     with pytest.raises(SwayError) as caught:
         builder.check(spec_of(base, broken))
     assert caught.value.permanent
+
+
+@pytest.mark.parametrize(
+    ("error", "ran_out"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("size mismatch"), False),
+        (OSError("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_from_other_errors(base: Path, error: Exception, ran_out: bool) -> None:
+    import torch
+
+    builder = Builder()
+    builder(ModelSpec(base=str(base), device="cpu", dtype="fp32")).close()  # type: ignore[attr-defined]
+    assert builder.exhausted(error) is ran_out
+    assert builder.exhausted(torch.OutOfMemoryError("full"))
