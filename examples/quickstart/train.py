@@ -46,7 +46,7 @@ def train(base: str | Path, output: str | Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
     facts = tokenizer([f"{prompt}{answer}." for prompt, answer in FACTS], padding=True, return_tensors="pt")
