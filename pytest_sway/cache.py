@@ -361,7 +361,7 @@ class BackendCache:
                 if attempt == 2:
                     raise self._out_of_memory(spec, estimate) from error
                 traceback.clear_frames(error.__traceback__)
-            self._take_idle(operation)
+            self._evict_idle(operation)
             self._close_victims(operation)
         return time.perf_counter() - started
 
@@ -571,6 +571,10 @@ class BackendCache:
         for entry in self._residents():
             entry.claims.clear()
         return holders
+
+    @atomic
+    def _evict_idle(self, operation: Operation) -> None:
+        self._evict(operation, [entry for entry in self._residents() if entry.idle])
 
     @atomic
     def _take_idle(self, operation: Operation) -> None:

@@ -18,7 +18,7 @@ from pytest_sway.building import Listener
 from pytest_sway.cache import BackendCache, CachedBackend, Lease
 from pytest_sway.errors import CacheFullError, MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.hygiene import changes, leak, leak_message, mutation_message
-from pytest_sway.spec import Key, ModelSpec, SpecLike, with_adapter
+from pytest_sway.spec import Key, ModelSpec, SpecLike, short_name, with_adapter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -281,7 +281,7 @@ class SwaySession(Listener):
             self.stats.close_errors.append(f"hook pytest_sway_backend_evicted: {type(error).__name__}: {error}")
 
     def _base_loaded(self, name: str, seconds: float) -> None:
-        self.stats.base_loaded(name, seconds)
+        self.stats.base_loaded(short_name(name), seconds)
 
     def take_load_seconds(self) -> float:
         """The seconds spent in loads since this was last asked."""

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -17,12 +16,12 @@ DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
 POLICIES: Final = ("error", "warn", "ignore")
 
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_MEMORY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B?)", re.IGNORECASE)
-_DEVICE: Final = re.compile(r"auto|[a-z]+(:\d+)?")
+# Compiled when they are first used, which most runs never do.
+_MEMORY: Final = r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B?)"
+_DEVICE: Final = r"[a-z]+(:\d+)?"
 
 
-@dataclass(frozen=True, slots=True)
-class SwaySettings:
+class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every run of pytest pays for it
     """What is in force in this run.
 
     Attributes:
@@ -50,8 +49,7 @@ class SwaySettings:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
+class _Setting(NamedTuple):
     """One setting: its ini name, and its option where it has one."""
 
     name: str
@@ -87,7 +85,7 @@ def parse_memory(text: str) -> int | None:
     """Bytes, from a number with a unit, such as ``8GiB``; ``None`` for an empty text: no bound."""
     if not text:
         return None
-    match = _MEMORY.fullmatch(text)
+    match = re.fullmatch(_MEMORY, text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
         raise ValueError("must be a size in bytes, or with a unit of KB, MB, GB, KiB, MiB or GiB, such as 8GiB")
@@ -96,7 +94,7 @@ def parse_memory(text: str) -> int | None:
 
 def parse_device(text: str) -> str:
     """``auto`` or a torch device."""
-    if not _DEVICE.fullmatch(text):
+    if text != "auto" and not re.fullmatch(_DEVICE, text):
         raise ValueError("must be auto or a torch device such as cpu, cuda:0 or mps")
     return text
 

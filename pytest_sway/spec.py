@@ -119,8 +119,8 @@ class ModelSpec:
     def __str__(self) -> str:
         """A short label for people: the kind where it is not ``hf``, the base, the adapter."""
         kind = "" if self.kind == "hf" else f"{self.kind}:"
-        adapter = "" if self.adapter is None else f" + {_short(str(self.adapter))}"
-        return f"{kind}{_short(self.base)}{adapter}"
+        adapter = "" if self.adapter is None else f" + {short_name(str(self.adapter))}"
+        return f"{kind}{short_name(self.base)}{adapter}"
 
 
 _FIELDS: Final = tuple(field.name for field in fields(ModelSpec))
@@ -222,8 +222,8 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
         raise SpecError(f"the path {os.fspath(path)!r} cannot be resolved: {str(error).rstrip('.')}.") from error
 
 
-def _short(text: str) -> str:
-    """The last two parts of a path or hub id: enough for a person, and short."""
+def short_name(text: str) -> str:
+    """Return the last two parts of a path or hub id: enough for a person, and short."""
     return "/".join(text.rstrip(os.sep).split(os.sep)[-2:]).lstrip("/")
 
 

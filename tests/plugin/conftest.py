@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
-import pytest_sway.session  # noqa: F401 # runs in this process share it; pytester forgets what is first imported in one
+import pytest_sway.session  # noqa: F401
+
+# pytester forgets what a run in this process imports first, and torch cannot be imported twice.
+with contextlib.suppress(ImportError):
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
 FAKES = """
 import os

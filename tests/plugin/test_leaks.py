@@ -1,0 +1,135 @@
+"""Weights that outlive their backend, in each way that tests really keep them: found, sized, and the holder named."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_adapter, make_base
+
+SUITE = """
+import functools
+import pytest
+from pathlib import Path
+
+ROOT = Path({root!r})
+GOOD = {{"base": ROOT / "base", "adapter": ROOT / "good"}}
+OTHER = {{"base": ROOT / "other"}}
+"""
+
+NEXT = """
+def test_next(sway_backend):
+    sway_backend(OTHER)
+"""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    make_adapter(root / "good", make_base(root / "base"))
+    make_base(root / "other", seed=1)
+    return root
+
+
+KEEPERS = {
+    "a module's global": (
+        """
+KEPT = []
+
+def test_keeps(sway_backend):
+    with sway_backend(GOOD).as_base() as view:
+        KEPT.append(view.model)
+""",
+        "*global 'KEPT'*",
+    ),
+    "a fixture": (
+        """
+@pytest.fixture(scope="session")
+def kept():
+    return {}
+
+def test_keeps(sway_backend, kept):
+    with sway_backend(GOOD).as_base() as view:
+        kept["model"] = view.model
+""",
+        "*fixture*kept*",
+    ),
+    "a closure": (
+        """
+def scorer(model):
+    def score(ids):
+        return model(ids)
+    return score
+
+SCORERS = []
+
+def test_keeps(sway_backend):
+    with sway_backend(GOOD).as_base() as view:
+        SCORERS.append(scorer(view.model))
+""",
+        "closure of scorer.<locals>.score*",
+    ),
+    "a function's cache": (
+        """
+@functools.lru_cache
+def embeddings(model):
+    return model.get_input_embeddings().weight
+
+def test_keeps(sway_backend):
+    with sway_backend(GOOD).as_base() as view:
+        embeddings(view.model)
+""",
+        "*embeddings*",
+    ),
+    "the traceback of a test that failed": (
+        """
+def test_keeps(sway_backend):
+    with sway_backend(GOOD).as_base() as view:
+        model = view.model
+        assert model is None
+""",
+        "*model*",
+    ),
+}
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_who_keeps_the_weights_is_named_with_their_size_and_the_test(
+    pytester: pytest.Pytester, models: Path, keeper: str
+) -> None:
+    source, holder = KEEPERS[keeper]
+    pytester.makepyfile(SUITE.format(root=str(models)) + source + NEXT)
+    result = pytester.runpytest_inprocess("--sway-cache-size=1")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        [
+            "leaked: *KiB of *base + *good were still in memory after its close",
+            f"*held by {holder}",
+            "*used by *::test_keeps",
+        ]
+    )
+
+
+def test_a_thousand_clean_loads_raise_no_alarm(models: Path, request: pytest.FixtureRequest) -> None:
+    from pytest_sway.cache import BackendCache
+    from pytest_sway.hygiene import changes, leak
+
+    cache = BackendCache(max_size=1)
+    specs = [{"base": models / "base", "adapter": models / "good"}, {"base": models / "base"}]
+    alarms = []
+    gc.collect()
+    gc.freeze()  # each close collects; without this it would walk all of torch each time
+    request.addfinalizer(gc.unfreeze)
+    for n in range(1000):
+        cached = cache.get_or_load(specs[n % 2])
+        with cached.backend.as_base() as view:
+            if n % 10 == 0:
+                view.logprob_of("the sun rises in the", " east")
+        alarms += changes(cached.backend)
+        cache.retire(cached)
+        if (found := leak(cached.backend)) is not None:
+            alarms.append(str(found))
+    assert alarms == []
+    assert cache.stats.total().loads == 1000
