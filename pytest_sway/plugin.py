@@ -106,7 +106,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
     """Compare what wider fixtures hold after each test, so that the test which changed it gets the error."""
     session = _used(item.config)
-    error = session.inspect_leased(item.nodeid) if session is not None else None
+    error: Exception | None = None
+    try:
+        error = session.inspect_leased(item.nodeid) if session is not None else None
+    except Exception as raised:  # nothing may keep the fixtures from being torn down
+        error = raised
     result = yield
     if error is not None:
         raise error

@@ -106,3 +106,22 @@ def test_a_leak_can_warn_or_be_ignored(suite: Suite, policy: str) -> None:
     result = suite.run(LEAKS, "--sway-cache-size=1")
     assert result.ret == pytest.ExitCode.OK
     assert ("leaked: 3.0 MiB of dummy:a" in result.stdout.str()) == (policy == "warn")
+
+
+def test_a_comparison_that_raises_is_the_test_s_error_and_every_fixture_still_ends(suite: Suite) -> None:
+    result = suite.run("""
+@pytest.fixture(scope="module")
+def backend(sway_cache):
+    with sway_cache.lease(dummy("wide")) as backend:
+        yield backend
+        note("fixture ends")
+
+def test_x(backend, sway_backend):
+    def changes():
+        raise RuntimeError("cannot compare")
+    backend.changes = changes
+    sway_backend(dummy("a"))
+""")
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["*RuntimeError: cannot compare"])
+    assert suite.events() == ["load wide", "load a", "fixture ends", "close wide", "close a"]
