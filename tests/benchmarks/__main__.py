@@ -1,11 +1,11 @@
-"""Measure every figure that the project promises: ``python -m tests.benchmarks [startup warm loading suite]``."""
+"""Measure every figure that the project promises: ``python -m tests.benchmarks [startup warm hygiene loading suite]``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-ALL = ("startup", "warm", "loading", "suite")
+ALL = ("startup", "warm", "hygiene", "loading", "suite")
 
 
 def main(names: list[str]) -> int:
