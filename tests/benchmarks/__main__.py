@@ -1,4 +1,4 @@
-"""Measure every figure that the project promises: ``python -m tests.benchmarks [startup warm hygiene loading suite]``."""
+"""Measure every figure that is promised: ``python -m tests.benchmarks [startup warm hygiene loading suite]``."""
 
 from __future__ import annotations
 
