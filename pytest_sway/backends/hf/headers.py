@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 MAX_HEADER_BYTES: Final = 2**24
-"""Room for over 100,000 tensors in a file. The format allows 100 MB, which would take seconds and a gigabyte to read."""
+"""Room for over 100,000 tensors in a file. The format allows 100 MB, which would take seconds and a gigabyte."""
 
 MAX_DIMENSIONS: Final = 64
 
