@@ -37,6 +37,7 @@ def put_on(base: LoadedBase, files: AdapterFiles) -> Adapter:
             _remove(base, name)
             if not base.adapters:
                 _unwrap(base)
+            base.model.requires_grad_(False)  # PEFT may have been stopped before it froze what it had made trainable
             base.refresh()
             raise
         base.adapters[name] = adapter

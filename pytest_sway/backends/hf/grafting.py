@@ -108,16 +108,14 @@ def _made_by_peft(base: LoadedBase, files: AdapterFiles, config: Any) -> list[La
     plans = []
     for key in keys:
         children, child = base.places[key]
-        before = children[child]
         parent = base.model.get_submodule(key.rpartition(".")[0])
-        base.peft_model.base_model._create_and_replace(bare, PLAN_NAME, before, child, parent, current_key=key)
+        base.peft_model.base_model._create_and_replace(bare, PLAN_NAME, children[child], child, parent, current_key=key)
         plans.append(_layer_plan(base, key, PLAN_NAME))
         layer = children[child]
         layer._active_adapter = []
         layer.delete_adapter(PLAN_NAME)
-        if layer is not before:
-            layer.eval()
-            layer.requires_grad_(False)
+        layer.eval()
+        layer.requires_grad_(False)  # of the adapters that were there too: some versions of PEFT make them trainable
     return plans
 
 

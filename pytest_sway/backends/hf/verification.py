@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-# Loaded by other ways than the model's state dict, which reports them as unexpected.
-_LOADED_APART = ("prompt_embeddings",)
+# Loaded by other ways than the model's state dict, which can report them as unexpected: prompts, and the projections
+# that all of VeRA's layers share.
+_LOADED_APART = ("prompt_embeddings", "base_model.vera_A", "base_model.vera_B")
 
 
 def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], unexpected: Sequence[str]) -> None:

@@ -114,7 +114,7 @@ def test_two_threads_that_build_on_one_base_load_it_once(
 
 
 def test_an_adapter_waits_for_the_forward_pass_on_its_base(
-    build: Any, base: Path, adapter: Path, other_adapter: Path, monkeypatch: pytest.MonkeyPatch
+    build: Any, base: Path, adapter: Path, other_adapter: Path
 ) -> None:
     backend = build(base, adapter)
     scoring, go_on = threading.Event(), threading.Event()
@@ -128,10 +128,10 @@ def test_an_adapter_waits_for_the_forward_pass_on_its_base(
 
     with backend.as_finetuned() as view, ThreadPoolExecutor(2) as pool:
         expected = view.logprob_of("the sun", " rises")
-        monkeypatch.setattr(loaded.model, "forward", slow)
+        loaded.model.forward = slow
         score = pool.submit(view.logprob_of, "the sun", " rises")
-        scoring.wait(30)
-        monkeypatch.undo()
+        assert scoring.wait(30)
+        del loaded.model.forward
         building = pool.submit(build, base, other_adapter)
         assert not building.done()
         assert len(loaded.adapters) == 1
