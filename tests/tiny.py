@@ -81,7 +81,9 @@ def make_tokenizer(folder: Path | str, *, extra: tuple[str, ...] = (), pad: bool
     vocab = {word: i for i, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys((*WORDS, *extra))))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
+    names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names |= {"pad_token": "<pad>"} if pad else {}
+    names |= {"model_input_names": ["input_ids", "attention_mask"]}  # as Llama's own tokenizer says
     with quiet():
         tokenizer_class(tokenizer_object=tokenizer, model_max_length=256, **names).save_pretrained(folder)
     return len(vocab)
