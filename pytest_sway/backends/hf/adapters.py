@@ -32,7 +32,7 @@ def put_on(base: LoadedBase, files: AdapterFiles) -> Adapter:
     with base.lock:
         try:
             adapter = _apply(base, files, name)
-            verify_values(base.spec, adapter)
+            verify_values(base, adapter)
         except BaseException:
             _remove(base, name)
             if not base.adapters:

@@ -264,6 +264,7 @@ class HFBackend:
     def _raw_model(self, view: HFView) -> Any:
         side = self._require().views[view]
         with side.base.lock:
+            self._require()  # it may have been closed while we waited
             side.base.switch.rest(side.state)
         return side.raw
 

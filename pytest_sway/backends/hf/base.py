@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.base_files import adapter_inside
 from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
 from pytest_sway.backends.hf.libraries import quiet_process, torch_dtype
 from pytest_sway.backends.hf.memory import WeightsWatch
@@ -65,7 +67,9 @@ class LoadedBase:
         """Take the base for what it is now: freshly loaded, or with its own adapter, which may have rewritten it."""
         others = frozenset() if adapter is None else frozenset(map(id, adapter.parameters.values()))
         tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in others]
-        self.record = BaseRecord(self.model, others)
+        self.record = BaseRecord(
+            self.model, others, frozenset() if adapter is None else frozenset(_rewritten(self.model))
+        )
         self.watch = WeightsWatch(tensors)
         self.nbytes = measured(tensors)
 
@@ -122,6 +126,7 @@ def load_base(spec: ModelSpec, *, shared: bool = True) -> LoadedBase:
 
     Raises:
         WeightsError: Its weights exist only as a pickle that the spec does not allow.
+        SpecError: It is an adapter, or contains one.
     """
     from transformers import AutoModelForCausalLM
 
@@ -137,6 +142,8 @@ def load_base(spec: ModelSpec, *, shared: bool = True) -> LoadedBase:
             )
         except OSError as error:
             raise _load_error(spec, error) from error
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise adapter_inside(spec)
         model = model.to(spec.device)
         model.eval()
         model.requires_grad_(False)
@@ -188,6 +195,14 @@ def _places(model: Any) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
         for key, child in module._modules.items():
             if child is not None:
                 yield (f"{name}.{key}" if name else key), (module._modules, key)
+
+
+def _rewritten(model: Any) -> Iterator[int]:
+    """Identities of the ``target_parameters`` of an adapter: PEFT takes them out and puts them back in each pass."""
+    layers: Any = import_module("peft.tuners.lora.layer")
+    for module in model.modules():
+        if isinstance(module, layers.ParamWrapper):
+            yield id(module.get_param())
 
 
 def _last_logits_argument(model: Any) -> str | None:

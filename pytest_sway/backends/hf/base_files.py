@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_sway.errors import SpecError
 from pytest_sway.spec import is_path
 
 if TYPE_CHECKING:
@@ -28,3 +29,12 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def adapter_inside(spec: ModelSpec) -> SpecError:
+    """Return the error for a base that is, or contains, an adapter: transformers would put it on without a word."""
+    return SpecError(
+        f"the base {spec.base!r} holds an adapter (adapter_config.json), which transformers would put on, so it is not"
+        " the base alone. Name the model that the adapter was trained on as 'base', and this as 'adapter'; or move"
+        " the adapter's files out of the model's folder."
+    )

@@ -83,24 +83,30 @@ class HFBuilder:
         return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> HFBackend:
+        import torch
+
         from pytest_sway.backends.hf.assembly import assemble, load_own_base
         from pytest_sway.backends.hf.base import load_base
 
-        if files is None or files.shareable or not files.restorable:
-            shares.append(self._clean_share(spec, load_base))
-        if files is not None and not files.shareable:
-            key = ("own base", next(self._numbers))
-            shares.append(self._pool.acquire(key, lambda: self._timed(spec, load_own_base, spec, files)))
-        return assemble(spec, files, shares, self._pool.withdraw)
+        with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
+            if files is None or files.shareable or not files.restorable:
+                self._add_clean_share(spec, load_base, shares)
+            if files is not None and not files.shareable:
+                key = ("own base", next(self._numbers))
+                shares.append(self._pool.acquire(key, lambda: self._timed(spec, load_own_base, spec, files)))
+            return assemble(spec, files, shares, self._pool.withdraw)
 
-    def _clean_share(self, spec: ModelSpec, load_base: Callable[..., LoadedBase]) -> Share[LoadedBase]:
+    def _add_clean_share(
+        self, spec: ModelSpec, load_base: Callable[..., LoadedBase], shares: list[Share[LoadedBase]]
+    ) -> None:
         """Claim the base of ``spec``; one that somebody has changed is left to its users, and loaded anew."""
         while True:
             share = self._pool.acquire(base_key(spec), lambda: self._timed(spec, load_base, spec))
+            shares.append(share)
             if share.fresh or not _changed(share.value):
-                return share
+                return
             self._pool.withdraw(share.value)
-            share.release()
+            shares.pop().release()
 
     def _timed(self, spec: ModelSpec, load: Callable[..., LoadedBase], *args: Any) -> LoadedBase:
         started = time.perf_counter()
@@ -113,7 +119,11 @@ class HFBuilder:
         """Release the shares of a build that failed; a base that it left changed goes to nobody else."""
         while shares:
             share = shares.pop()
-            if _changed(share.value):
+            try:
+                changed = _changed(share.value)
+            except Exception:  # after an error of the device, say: what cannot be looked at is not handed on
+                changed = True
+            if changed:
                 self._pool.withdraw(share.value)
             share.release()
 

@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.adapter_files import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.hf.adapter_files import read_adapter
-from pytest_sway.backends.hf.base_files import base_file
+from pytest_sway.backends.hf.base_files import adapter_inside, base_file
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.libraries import require_libraries
 from pytest_sway.backends.hf.sizes import base_entries
@@ -26,13 +27,15 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
 
     Raises:
-        SpecError: The base's or the adapter's folder is missing, or is no such folder.
+        SpecError: The base's or the adapter's folder is missing, or is no such folder; the base's holds an adapter.
         WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow.
         AdapterMismatchError: The adapter was made for another architecture.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
     if is_path(spec.base):
         _check_folder(spec)
+    if base_file(spec, ADAPTER_CONFIG) is not None:
+        raise adapter_inside(spec)
     config = _config(spec)
     files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
     entries = base_entries(spec)
@@ -48,7 +51,7 @@ def _check_folder(spec: ModelSpec) -> None:
         what = "is not a folder" if folder.exists() else "does not exist"
         raise SpecError(f"the base {spec.base!r} {what}. Name a hub id (org/name) or the folder of a model.")
     if not (folder / "config.json").is_file():
-        hint = " It holds an adapter; name it as 'adapter'." if (folder / "adapter_config.json").is_file() else ""
+        hint = " It holds an adapter; name it as 'adapter'." if (folder / ADAPTER_CONFIG).is_file() else ""
         raise SpecError(f"the base {spec.base!r} has no config.json, so it is not the folder of a model.{hint}")
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
         return

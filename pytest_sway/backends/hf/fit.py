@@ -39,7 +39,11 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
     if files.peft_type != "LORA" or files.entries is None or config.get("quantization_config"):
         return
     factors = list(_factors(files.entries))
-    if config.get("model_type") in _NAMED_AS_LOADED and any(name.startswith("model.layers.") for name in base):
+    if (
+        config.get("model_type") in _NAMED_AS_LOADED
+        and any(name.startswith("model.layers.") for name in base)
+        and not files.config.get("layer_replication")  # which numbers the layers anew
+    ):
         missing = sorted({m for m, _, _ in factors if f"{m}.weight" not in base and m != "lm_head"})
         if missing:
             raise AdapterMismatchError(

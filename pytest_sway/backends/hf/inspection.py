@@ -28,14 +28,23 @@ class TensorsRecord:
     Args:
         owned: For each name, the dictionary that holds the tensor, and its key there.
         kind: What a report calls them.
+        rewritten: Identities of tensors whose version moves whenever the model computes.
     """
 
-    def __init__(self, owned: Mapping[str, tuple[dict[str, Any], str]], kind: Mapping[str, str] | str) -> None:
+    def __init__(
+        self,
+        owned: Mapping[str, tuple[dict[str, Any], str]],
+        kind: Mapping[str, str] | str,
+        rewritten: frozenset[int] = frozenset(),
+    ) -> None:
         self._names = list(owned)
         self._kinds = kind
         self._owners = list(owned.values())
         self._tensors = [container[key] for container, key in self._owners]
-        self._facts = [_facts(tensor) for tensor in self._tensors]
+        self._versioned = [id(tensor) not in rewritten for tensor in self._tensors]
+        self._facts = [
+            _facts(tensor, versioned) for tensor, versioned in zip(self._tensors, self._versioned, strict=True)
+        ]
         self._samples = [_sample(tensor) for tensor in self._tensors]
         self._content = _content(self._samples)
 
@@ -46,7 +55,7 @@ class TensorsRecord:
             tensor = container.get(key)
             if tensor is not self._tensors[i]:
                 lines.append(self._line(i, "replaced" if tensor is not None else "removed"))
-            elif (facts := _facts(tensor)) != self._facts[i]:
+            elif (facts := _facts(tensor, self._versioned[i])) != self._facts[i]:
                 lines.append(self._line(i, _differing(self._facts[i], facts)))
         return lines or self._content_changes()
 
@@ -68,8 +77,8 @@ class TensorsRecord:
         return f"{kind} {self._names[i]}: {what}"
 
 
-def _facts(tensor: Any) -> tuple[Any, ...]:
-    return (tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.dtype, tensor.device)
+def _facts(tensor: Any, versioned: bool) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tensor._version if versioned else 0, tensor.requires_grad, tensor.dtype, tensor.device)
 
 
 def _differing(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
@@ -169,9 +178,12 @@ class BaseRecord:
     Args:
         model: The base model, just loaded.
         others: Identities of parameters in it that are not the base's.
+        rewritten: Identities of parameters whose version moves whenever the model computes.
     """
 
-    def __init__(self, model: Any, others: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, model: Any, others: frozenset[int] = frozenset(), rewritten: frozenset[int] = frozenset()
+    ) -> None:
         owned: dict[str, tuple[dict[str, Any], str]] = {}
         kinds: dict[str, str] = {}
         for prefix, module in model.named_modules():
@@ -180,7 +192,7 @@ class BaseRecord:
                     if tensor is not None and id(tensor) not in others:
                         name = f"{prefix}.{key}" if prefix else key
                         owned[name], kinds[name] = (members, key), kind
-        self._tensors = TensorsRecord(owned, kinds)
+        self._tensors = TensorsRecord(owned, kinds, rewritten)
         self._configs = [
             (name, config, copy.deepcopy(vars(config)))
             for name in ("config", "generation_config")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import public_name
 from pytest_sway.backends.hf.adapter_files import PROMPT_TYPES
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.base import LoadedBase
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -21,6 +22,14 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 # Loaded by other ways than the model's state dict, which can report them as unexpected: prompts, and the projections
 # that all of VeRA's layers share.
 _LOADED_APART = ("prompt_embeddings", "base_model.vera_A", "base_model.vera_B")
+# Types whose effect on a layer is a product, and what begins the names of its factors.
+_PRODUCT_MARKERS: Final = {"LOHA": ".hada_", "LOKR": ".lokr_"}
+_WHY: Final = {
+    "IA3": "its weights are all one",
+    **dict.fromkeys(_PRODUCT_MARKERS, "in each of its products, a factor is zero"),
+}
+# DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
+_ROUNDING: Final = 2.0**-7
 
 
 def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -49,13 +58,14 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
     )
 
 
-def verify_values(base: ModelSpec, adapter: Adapter) -> None:
+def verify_values(base: LoadedBase, adapter: Adapter) -> None:
     """Raise unless the adapter's weights are finite and can change anything.
 
     Raises:
         AdapterMismatchError: They are not, or cannot.
     """
-    largest = {name: _largest(parameter) for name, parameter in adapter.parameters.items()}
+    own = {name: _largest(parameter) for name, parameter in adapter.parameters.items()}
+    largest = own | {name: _largest(parameter) for name, parameter in _written_into(base, adapter)}
     folder = str(adapter.files.folder)
     broken = [name for name, value in largest.items() if not math.isfinite(value)]
     if broken:
@@ -64,9 +74,9 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
             f" ({_some(public_name(name, adapter.name) for name in broken)})."
             " Its training diverged, or the file is damaged."
         )
-    if adapter.files.restorable and _changes_nothing(adapter, largest):
+    if adapter.files.restorable and _changes_nothing(base, adapter, own):
         raise AdapterMismatchError(
-            f"the adapter {folder!r} changes nothing on the base {base.base!r}: {_why(adapter)}."
+            f"the adapter {folder!r} changes nothing on the base {base.spec.base!r}: {_why(adapter)}."
             " Was it saved before it was trained?"
         )
 
@@ -85,23 +95,70 @@ def _largest(parameter: Any) -> float:
     return float(torch.linalg.vector_norm(parameter.detach(), math.inf))
 
 
-def _changes_nothing(adapter: Adapter, largest: dict[str, float]) -> bool:
+def _written_into(base: LoadedBase, adapter: Adapter) -> Iterator[tuple[str, Any]]:
+    """The base's own parameters that the file had values for, such as biases and embeddings."""
+    if base.shared or adapter.files.entries is None:
+        return
+    brought = {name.replace(".base_layer.", ".") for name in adapter.files.entries}
+    for name, parameter in base.peft_model.named_parameters():
+        if name not in adapter.parameters and name.replace(".base_layer.", ".") in brought:
+            yield name, parameter
+
+
+def _changes_nothing(base: LoadedBase, adapter: Adapter, largest: dict[str, float]) -> bool:
     kind = adapter.files.peft_type
     if kind in PROMPT_TYPES:
         return False
     if kind == "IA3":
         return all(".ia3_l" in name and _all_ones(parameter) for name, parameter in adapter.parameters.items())
+    if kind in _PRODUCT_MARKERS:
+        return _all_products_zero(_PRODUCT_MARKERS[kind], largest)
     if kind != "LORA":
         return not any(largest.values())
+    if adapter.scalings and not any(scaling[adapter.name] for scaling in adapter.scalings):
+        largest = {name: 0.0 if _lora_factor(name)[1] else value for name, value in largest.items()}
     alive: dict[tuple[str, str], set[str]] = {}
     for name, value in largest.items():
         owner, matrix = _lora_factor(name)
-        if matrix is None:
-            if value:
-                return False
-        elif value:
+        if matrix is not None and value:
             alive.setdefault(owner, set()).add(matrix)
-    return not any(len(matrices) == 2 for matrices in alive.values())
+    if any(len(matrices) == 2 for matrices in alive.values()):
+        return False
+    others = [name for name, value in largest.items() if value and _lora_factor(name)[1] is None]
+    return all(_as_in_base(base, adapter, name) for name in others)
+
+
+def _all_products_zero(marker: str, largest: dict[str, float]) -> bool:
+    """Whether each of LoHa's or LoKr's products has a factor that is zero, and there is nothing else."""
+    products: dict[str, list[float]] = {}
+    for name, value in largest.items():
+        owner, found, _ = name.partition(marker)
+        if not found:
+            return False
+        products.setdefault(owner, []).append(value)
+    return all(0.0 in factors for factors in products.values())
+
+
+def _as_in_base(base: LoadedBase, adapter: Adapter, name: str) -> bool:
+    """Whether a parameter that stands in for something of the base's is equal to it, as far as that can be told."""
+    import torch
+
+    parameter = adapter.parameters[name].detach()
+    module, _, rest = name.partition(f".modules_to_save.{adapter.name}.")
+    if rest:
+        original = base.peft_model.get_submodule(module).original_module.get_parameter(rest).detach()
+        return parameter.shape == original.shape and torch.equal(parameter, original.to(parameter.dtype))
+    module, marker, _ = name.partition(".trainable_tokens_delta.")
+    if marker:
+        return torch.equal(parameter, base.peft_model.get_submodule(module).trainable_tokens_original[adapter.name])
+    module, marker, _ = name.partition(".lora_magnitude_vector.")
+    if marker:
+        weight = getattr(base.peft_model.get_submodule(module).get_base_layer(), "weight", None)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point() or len(weight) != parameter.numel():
+            return False
+        norm = torch.linalg.vector_norm(weight.detach().float(), dim=1)
+        return torch.allclose(parameter.float().flatten(), norm, rtol=_ROUNDING)
+    return False
 
 
 def _lora_factor(name: str) -> tuple[tuple[str, str], str | None]:
@@ -119,8 +176,8 @@ def _all_ones(parameter: Any) -> bool:
 
 def _why(adapter: Adapter) -> str:
     if adapter.files.peft_type == "LORA":
-        return "in each of its LoRA pairs, A or B is zero, so that every product is zero"
-    return "its weights are all one" if adapter.files.peft_type == "IA3" else "its weights are all zero"
+        return "in each of its LoRA pairs, A, B or the scaling is zero, so that every product is zero"
+    return _WHY.get(adapter.files.peft_type, "its weights are all zero")
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

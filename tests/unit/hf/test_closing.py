@@ -63,6 +63,26 @@ def test_an_adapter_is_freed_without_a_collection(build: Any, base: Path, adapte
         gc.enable()
 
 
+def test_a_model_asked_for_during_the_close_is_not_put_into_a_state_that_is_gone(
+    build: Any, base: Path, adapter: Path
+) -> None:
+    class ClosedWhileWeWait:
+        def __enter__(self) -> None:
+            loaded.lock = lock
+            backend.close()
+
+        def __exit__(self, *error: object) -> None: ...
+
+    backend, plain = build(base, adapter), build(base)
+    loaded = plain._loaded.shares[0].value
+    lock = loaded.lock
+    with backend.as_null_adapter(1) as null:
+        loaded.lock = ClosedWhileWeWait()
+        with pytest.raises(BackendClosedError):
+            _ = null.model
+    assert backend.leak() is None
+
+
 def test_only_the_last_to_close_answers_for_the_base(build: Any, base: Path, adapter: Path) -> None:
     first, second = build(base, adapter), build(base)
     with second.as_base() as view:

@@ -26,6 +26,8 @@ LORA = [
     ({"targets": ("embed_tokens", "q_proj")}, 2),
     ({"targets": ("lm_head", "q_proj")}, 2),
     ({"use_dora": True, "modules_to_save": ["lm_head"]}, 1),
+    ({"target_parameters": ["v_proj.weight"], "targets": ("q_proj",)}, 2),
+    ({"layer_replication": [[0, 2], [1, 2]]}, 2),
 ]
 
 

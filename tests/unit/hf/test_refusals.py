@@ -11,7 +11,17 @@ import pytest
 from pytest_sway.backends import Builder
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, SwayError, WeightsError
 from pytest_sway.spec import ModelSpec
-from tests.tiny import edit_config, edit_weights, make_adapter, make_base, pickled, poison, save_adapter, truncate
+from tests.tiny import (
+    edit_config,
+    edit_weights,
+    make_adapter,
+    make_base,
+    pickled,
+    poison,
+    quiet,
+    save_adapter,
+    truncate,
+)
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
 
@@ -184,7 +194,7 @@ LOADED = [
         "NaN or infinite values in 1 of its 8 tensors .model.layers.0.self_attn.q_proj.lora_A.weight",
         id="inf",
     ),
-    pytest.param(_zero_a, "changes nothing on the base .*A or B is zero", id="A zero"),
+    pytest.param(_zero_a, "changes nothing on the base .*A, B or the scaling is zero", id="A zero"),
     pytest.param(_narrow, "does not fit the base .*size mismatch", id="another rank than its config says"),
 ]
 
@@ -226,6 +236,87 @@ def test_an_embedding_adapter_that_was_never_trained_is_refused(build: Any, base
     edit_weights(adapter, lambda tensors: {n: t for n, t in tensors.items() if "lora_" in n})
     with pytest.raises(AdapterMismatchError, match=r"changes nothing"):
         build(base, adapter)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [5, 6]}}],
+    ids=str,
+)
+def test_what_starts_as_a_copy_of_the_base_does_not_count_as_trained(
+    build: Any, base: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    with quiet():
+        adapter = make_adapter(tmp_path, base, zero_b=True, **fields)
+    with pytest.raises(AdapterMismatchError, match=r"changes nothing .* Was it saved before it was trained"):
+        build(base, adapter)
+
+
+def test_dora_whose_magnitudes_alone_were_trained_is_accepted(build: Any, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path, base, zero_b=True, use_dora=True)
+    edit_weights(adapter, lambda tensors: {n: t * 2 if "magnitude" in n else t for n, t in tensors.items()})
+    with build(base, adapter).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, adapter)))
+
+
+def test_an_adapter_whose_scaling_is_zero_is_refused(build: Any, base: Path, broken: Path) -> None:
+    with pytest.raises(AdapterMismatchError, match=r"changes nothing .* scaling is zero"):
+        build(base, edit_config(broken, lora_alpha=0))
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+def test_products_with_a_factor_of_zero_are_refused(build: Any, base: Path, tmp_path: Path, kind: str) -> None:
+    import peft
+
+    config = getattr(peft, kind)(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(AdapterMismatchError, match=r"changes nothing .*a factor is zero"):
+        build(base, save_adapter(tmp_path, base, config, scale=0.0))
+
+
+def test_a_nan_that_is_written_into_the_base_is_named(build: Any, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", attention_bias=True)
+    with quiet():
+        adapter = make_adapter(tmp_path / "adapter", base, bias="all")
+
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[min(name for name in tensors if "q_proj" in name and "lora" not in name)].fill_(float("nan"))
+
+    edit_weights(adapter, change)
+    with pytest.raises(AdapterMismatchError, match=r"NaN or infinite values in 1 of .*q_proj\S*bias"):
+        build(base, adapter)
+
+
+def test_a_base_with_an_adapter_in_its_folder_is_refused(
+    build: Any, builder: HFBuilder, base: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pytest_sway.backends.hf import check
+
+    other = make_base(tmp_path / "other", seed=7)
+    both = shutil.copytree(base, tmp_path / "both")
+    shutil.copytree(make_adapter(tmp_path / "adapter", other), both, dirs_exist_ok=True)
+    with pytest.raises(SpecError, match=r"both' holds an adapter .* which transformers would put on"):
+        builder.check(spec_of(both))
+    monkeypatch.setattr(check, "base_file", lambda spec, name: None)  # as if it were on a hub
+    with pytest.raises(SpecError, match=r"both' holds an adapter .* which transformers would put on"):
+        build(both)
+    assert loads == []
+
+
+def test_a_base_that_cannot_be_looked_at_any_more_is_given_back(
+    build: Any, builder: HFBuilder, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(base)
+    loaded = first._loaded.shares[0].value
+
+    def fail() -> list[str]:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(loaded, "changes", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        build(base, adapter)
+    first.close()
+    assert loaded.closed
+    assert builder._pool.keys() == []
 
 
 def test_an_untrained_ia3_is_refused(build: Any, base: Path, tmp_path: Path) -> None:

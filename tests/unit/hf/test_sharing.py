@@ -164,3 +164,16 @@ def test_another_base_is_another_base(build: Any, base: Path, tmp_path: Path, lo
     build(base)
     build(make_base(tmp_path, seed=1))
     assert loads == [str(base), str(tmp_path)]
+
+
+def test_a_load_in_inference_mode_gives_the_same_as_any_other(
+    build: Any, base: Path, adapter: Path, other_adapter: Path
+) -> None:
+    import torch
+
+    with torch.inference_mode():
+        first = build(base, adapter)
+    second = build(base, other_adapter)
+    assert first.changes() == second.changes() == []
+    with first.as_finetuned() as view:
+        assert not any(parameter.is_inference() for parameter in view.model.parameters())
