@@ -101,7 +101,8 @@ class AdapterFiles:
     @property
     def vocabulary(self) -> int | None:
         """Rows of the input embeddings that it brings; ``None`` if it brings none."""
-        names = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "wte.weight", "word_embeddings.weight")
+        modules = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+        names = tuple(f"{module}{part}.weight" for module in modules for part in ("", ".base_layer"))
         for name, entry in (self.entries or {}).items():
             if name.endswith(names) and "lora_" not in name and len(entry.shape) == 2:
                 return entry.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -244,10 +245,11 @@ class HFBackend:
             view.close()
 
     def _run(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        handled = sys.exception()
         try:
             return self._bound_run(view, work, args)
         except BaseException as error:
-            forget_frames(error)  # the frames of a failed forward pass hold on to weights
+            forget_frames(error, handled)  # the frames of a failed forward pass hold on to weights
             raise
 
     def _bound_run(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:

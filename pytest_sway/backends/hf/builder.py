@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,10 +52,11 @@ class HFBuilder:
         spec = resolve_placement(spec)
         files = check_spec(spec)
         shares: list[Share[LoadedBase]] = []
+        handled = sys.exception()
         try:
             return self._assemble(spec, files, shares)
         except BaseException as error:
-            forget_frames(error)
+            forget_frames(error, handled)
             self._give_back(shares)
             raise
 

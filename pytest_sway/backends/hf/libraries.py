@@ -73,13 +73,17 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
-def forget_frames(error: BaseException) -> None:
+def forget_frames(error: BaseException, handled: BaseException | None = None) -> None:
     """Drop the local variables of the finished frames of ``error`` and of its causes.
 
     The frames of a failed load or forward pass refer to modules and weights, and pytest keeps the tracebacks of failed
     tests. Files and line numbers stay.
+
+    Args:
+        error: What was raised.
+        handled: What was being handled before; its frames are the caller's, and keep their variables.
     """
-    seen: set[int] = set()
+    seen: set[int] = {id(handled)}
     pending: list[BaseException | None] = [error]
     while pending:
         current = pending.pop()

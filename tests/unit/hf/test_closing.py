@@ -4,12 +4,13 @@ import functools
 import gc
 import resource
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.errors import BackendClosedError
+from pytest_sway.errors import BackendClosedError, ScoringError
 from tests.tiny import make_base
 
 if TYPE_CHECKING:
@@ -81,6 +82,23 @@ def test_a_model_asked_for_during_the_close_is_not_put_into_a_state_that_is_gone
         with pytest.raises(BackendClosedError):
             _ = null.model
     assert backend.leak() is None
+
+
+def test_an_error_leaves_the_variables_of_one_that_was_being_handled(build: Any, base: Path) -> None:
+    def failing_test() -> None:
+        mine = "kept"
+        raise ValueError(mine)
+
+    with build(base).as_base() as view:
+        try:
+            failing_test()
+        except ValueError:
+            with pytest.raises(ScoringError) as caught:
+                view.next_token_dist("the", top_k=0)
+    handled = caught.value.__context__
+    assert handled is not None
+    frames = [frame for frame, _ in traceback.walk_tb(handled.__traceback__)]
+    assert frames[-1].f_locals == {"mine": "kept"}
 
 
 def test_only_the_last_to_close_answers_for_the_base(build: Any, base: Path, adapter: Path) -> None:

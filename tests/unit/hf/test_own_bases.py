@@ -140,6 +140,25 @@ def test_an_adapter_with_more_words_than_its_base_gets_them(build: Any, tmp_path
         assert view_logits(plain).equal(logits(*fresh(base)))
 
 
+def test_gpt_neox_with_more_words_gets_them(build: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config: Any = GPTNeoXConfig(vocab_size=make_tokenizer(base), bos_token_id=1, eos_token_id=2, **sizes)  # type: ignore[arg-type]
+    words = make_tokenizer(folder, extra=("quark", "lepton"))
+    with quiet():
+        GPTNeoXForCausalLM(config).save_pretrained(base)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(base))
+        model.resize_token_embeddings(words, mean_resizing=False)
+        modules = ["embed_in", "embed_out"]
+        lora = LoraConfig(target_modules=["query_key_value"], modules_to_save=modules, task_type="CAUSAL_LM")
+        get_peft_model(model, lora).save_pretrained(str(folder))
+    with build(base, folder).as_finetuned() as tuned:
+        assert tuned.next_token_dist("quark lepton").vocab_size == words
+
+
 def test_plain_lora_beside_it_keeps_sharing(
     build: Any, base: Path, adapter: Path, tmp_path: Path, loads: list[str]
 ) -> None:
