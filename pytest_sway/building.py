@@ -56,6 +56,9 @@ class Listener:
         """A load begins; the block lasts as long as the load."""
         return nullcontext()
 
+    def leased(self, cached: CachedBackend) -> None:
+        """A lease was granted."""
+
     def loaded(self, cached: CachedBackend) -> None:
         """A load succeeded."""
 

@@ -43,7 +43,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
 from pytest_sway.building import Build, Listener, informed
-from pytest_sway.errors import BackendLoadError, CacheClosedError, CacheDeadlockError, CacheFullError, SwayError
+from pytest_sway.errors import (
+    BackendLoadError,
+    CacheClosedError,
+    CacheDeadlockError,
+    CacheFullError,
+    ModelTooLargeError,
+    SwayError,
+)
 from pytest_sway.forking import call_in_forked_child
 from pytest_sway.monitor import Bell, atomic
 from pytest_sway.redaction import redact_error, redacted
@@ -145,6 +152,7 @@ class BackendCache:
         named: Specs that may be asked for by name.
         listener: Who is told of loads and closes.
         who: Names whoever asks without a name of his own; by default by the calling thread.
+        remedy: What to do when there is no room, at the end of a sentence.
         lease_timeout: Seconds that a request waits for others to release what keeps it from being loaded.
 
     Attributes:
@@ -163,6 +171,7 @@ class BackendCache:
         named: Mapping[str, Any] = MappingProxyType({}),
         listener: Listener | None = None,
         who: Callable[[], str] = lambda: threading.current_thread().name,
+        remedy: str = "raise the size of the cache",
         lease_timeout: float = 300.0,
     ) -> None:
         if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1:
@@ -174,6 +183,7 @@ class BackendCache:
         self._named: Final = named
         self._listener: Final = listener or Listener()
         self._who: Final = who
+        self._remedy: Final = remedy
         self._lease_timeout: Final = lease_timeout
         self.stats: Final = SwayStats()
         self._start_empty()
@@ -201,9 +211,13 @@ class BackendCache:
         """The most bytes of weights that are resident at one time, or ``None``."""
         return self._budget.max_bytes
 
-    def key(self, spec: SpecLike, *, adapter_path: Path | None = None) -> Key:
-        """Return the key under which ``spec`` is cached here."""
-        return resolved_key(self._resolve(spec, adapter_path))
+    def resolve(self, spec: SpecLike, *, adapter_path: Path | None = None) -> ModelSpec:
+        """Return ``spec`` parsed, with the device and dtype that it is loaded with here.
+
+        Raises:
+            SpecError: It is malformed.
+        """
+        return self._resolve(spec, adapter_path)
 
     def get_or_load(self, spec: SpecLike, *, adapter_path: Path | None = None) -> CachedBackend:
         """Return the entry of ``spec``, loaded if need be. It is not pinned: a later load may evict it.
@@ -255,7 +269,9 @@ class BackendCache:
         operation = Operation(holder or self._who())
         try:
             try:
-                return self._serve(operation, resolved, resolved_key(resolved))
+                lease = self._serve(operation, resolved, resolved_key(resolved))
+                self._listener.leased(lease.cached)
+                return lease
             except BaseException:
                 self._abandon(operation)
                 raise
@@ -292,17 +308,21 @@ class BackendCache:
         """Close everything: what is idle now, what is leased after its last lease. Loads under way go on."""
         self._close_each(lambda operation: self._retire(operation, lambda entry: entry.state is State.READY))
 
-    def shutdown(self) -> list[str]:
+    def shutdown(self, timeout: float | None = None) -> list[str]:
         """Close everything for good, waiting for loads and closes under way; later requests get `CacheClosedError`.
+
+        Args:
+            timeout: Seconds to wait for them; by default as long as for leases. What is still loading then is closed
+                by its own thread when it is done.
 
         Returns:
             The holders of leases that were still open; their backends were closed all the same.
         """
         try:
             self._refuse_from_now_on()
-            deadline = time.monotonic() + self._lease_timeout
+            deadline = time.monotonic() + (self._lease_timeout if timeout is None else timeout)
             while time.monotonic() < deadline and (bell := self._under_way()) is not None:
-                self._wait(bell, _GLANCE)
+                self._wait(bell, min(_GLANCE, max(0.0, deadline - time.monotonic())))
             return self._revoke_leases()
         finally:
             self._close_each(self._take_idle)
@@ -367,7 +387,7 @@ class BackendCache:
 
     def _refuse_if_over_budget(self, spec: ModelSpec, parts: Parts | None) -> None:
         if parts is not None and self.max_bytes is not None and sum(parts.values()) > self.max_bytes:
-            raise CacheFullError(
+            raise ModelTooLargeError(
                 f"{spec} takes {format_bytes(sum(parts.values()))}, more than the whole budget of"
                 f" {format_bytes(self.max_bytes)}; nothing was evicted for it. Raise the budget, or ask for a smaller"
                 " dtype or model."
@@ -490,7 +510,7 @@ class BackendCache:
         entry.parts = parts if parts is not None else entry.parts
         size = total_bytes([entry])
         if size is not None and self.max_bytes is not None and size > self.max_bytes:
-            raise CacheFullError(
+            raise ModelTooLargeError(
                 f"{entry.spec} turned out to take {format_bytes(size)}, more than the whole budget of"
                 f" {format_bytes(self.max_bytes)}. Raise the budget, or ask for a smaller dtype or model."
             )
@@ -736,7 +756,7 @@ class BackendCache:
             bound += f" with {known} of at most {format_bytes(self.max_bytes)}"
         return CacheFullError(
             f"there is no room to load {newcomer.spec}: the cache holds {bound}, and {why}: {names}."
-            " Release one of them first, or raise the size of the cache."
+            f" Release one of them first, or {self._remedy}."
         )
 
 

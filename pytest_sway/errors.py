@@ -10,6 +10,7 @@ The tree::
     │       └── AdapterMismatchError      the adapter does not fit, or does nothing
     ├── CacheError
     │   ├── CacheFullError                nothing can be evicted for this load
+    │   │   └── ModelTooLargeError        the model alone is over the byte budget
     │   ├── CacheDeadlockError            a load waits, through others, for itself
     │   └── CacheClosedError              the cache was shut down
     ├── BackendUseError
@@ -17,8 +18,7 @@ The tree::
     │   ├── ViewClosedError               a view was used after its ``with`` block
     │   └── NoAdapterError                the fine-tuned side of a spec without adapter
     ├── ScoringError (ValueError)         there is nothing to score in what was passed
-    ├── MutationError                     a test left a shared model changed
-    └── LeakError                         weights outlived their backend
+    └── MutationError                     a test left a shared model changed
 
 Each takes one argument, the message, so that an error can be raised again in another test with a word about the
 first. The message says what was asked, what was found and what to do.
@@ -71,7 +71,13 @@ class CacheError(SwayError):
 
 
 class CacheFullError(CacheError):
-    """No room can be made: what is resident is leased, or the model alone is over the byte budget."""
+    """No room can be made: what is resident is leased, or the memory of the device ran out."""
+
+
+class ModelTooLargeError(CacheFullError):
+    """A model that is over the whole byte budget by itself."""
+
+    permanent = True
 
 
 class CacheDeadlockError(CacheError):
@@ -104,10 +110,6 @@ class ScoringError(SwayError, ValueError):
 
 class MutationError(SwayError):
     """A test left a shared model, adapter or tokenizer other than it found it."""
-
-
-class LeakError(SwayError):
-    """Weights are still in memory after their backend was closed."""
 
 
 class SwayWarning(UserWarning):

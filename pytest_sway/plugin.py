@@ -90,6 +90,7 @@ def sway_cache(request: pytest.FixtureRequest) -> BackendCache:
 # --- a test's life ----------------------------------------------------------------------------------------------------
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Name the test to the cache, and refuse a marker that says nothing."""
     item.config.stash[_running] = item.nodeid
@@ -102,19 +103,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             )
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Compare what wider fixtures hold after each test, so that the test which changed it gets the error."""
-    session = _used(item.config)
-    error: Exception | None = None
+    """Compare what a test and its fixtures have used, once they have ended, so that the right test gets the error."""
     try:
-        error = session.inspect_leased(item.nodeid) if session is not None else None
-    except Exception as raised:  # nothing may keep the fixtures from being torn down
-        error = raised
-    result = yield
-    if error is not None:
-        raise error
-    return result
+        return (yield)
+    finally:
+        session = _used(item.config)
+        error = session.end_test(item.nodeid) if session is not None else None
+        if error is not None:
+            raise error
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Refuse a test whose wider fixture holds a backend that an earlier test has changed."""
+    session = _used(item.config)
+    if session is not None:
+        session.check_fixtures(getattr(item, "funcargs", {}))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -158,6 +164,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("sway")
         for line in lines:
             terminalreporter.write_line(line)
+    if session.failed():
+        terminalreporter.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
 
 
 # --- the run's state --------------------------------------------------------------------------------------------------

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pytest_sway.backends import Builder, require_differential
 from pytest_sway.building import Listener
 from pytest_sway.cache import BackendCache, CachedBackend, Lease
-from pytest_sway.errors import CacheFullError, MutationError, SpecError, SwayError, SwayWarning
-from pytest_sway.hygiene import changes, leak, leak_message, mutation_message
-from pytest_sway.spec import Key, ModelSpec, SpecLike, short_name, with_adapter
+from pytest_sway.errors import BackendUseError, MutationError, SpecError, SwayError, SwayWarning
+from pytest_sway.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
+from pytest_sway.spec import Key, ModelSpec, SpecLike, resolved_key, short_name, with_adapter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from pytest_sway.stats import SwayStats
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+_PATIENCE_AT_END: Final = 5.0
+"""Seconds that the end of a session waits for threads that still load; pytest-xdist kills a worker after ten."""
 
 
 class SwayBackend(Protocol):
@@ -124,9 +128,11 @@ class SwaySession(Listener):
         self._settings = settings
         self._hooks = hooks
         self._progress = progress
-        self._failures: dict[Key, _Failure] = {}
-        self._users: dict[Key, deque[str]] = {}
-        self._pins: list[dict[Key, Lease]] = []
+        self._who = who
+        self._failures: dict[Hashable, _Failure] = {}
+        self._touched: list[CachedBackend] = []
+        self._spoilt: list[tuple[CachedBackend, str]] = []
+        self._users: dict[int, deque[str]] = {}
         self._unreported_seconds = 0.0
         builder = HookedBuilder(
             hooks,
@@ -141,6 +147,7 @@ class SwaySession(Listener):
             named=named,
             listener=self,
             who=who,
+            remedy=f"raise --sway-cache-size (now {settings.cache_size}) or --sway-cache-memory",
         )
 
     @property
@@ -152,93 +159,90 @@ class SwaySession(Listener):
 
     @contextmanager
     def backends_for(self, test: str, marked: Sequence[SpecLike]) -> Iterator[SwayBackend]:
-        """Give what hands a test its backends and pins them; the block's end compares and releases them.
+        """Give what hands a test its backends and pins them until the block's end.
 
         Args:
             test: The test's node id.
             marked: The specs of its marker.
-
-        Raises:
-            MutationError: The test left one of them changed.
         """
         pins: dict[Key, Lease] = {}
-        self._pins.append(pins)
+        over = False
 
         def sway_backend(spec: SpecLike | None = None, *, adapter_path: Path | None = None) -> DifferentialBackend:
-            asked = _marked_spec(marked) if spec is None else spec
-            key = self._key(asked, adapter_path, test)
+            if over:
+                raise BackendUseError(
+                    f"the sway_backend of {test} was called after that test had ended. Ask for the fixture in the test"
+                    " that needs it, or lease from sway_cache."
+                )
+            resolved = self._resolve(_marked_spec(marked) if spec is None else spec, adapter_path, test)
+            key = resolved_key(resolved)
             lease = pins.get(key)
             if lease is None:
-                lease = pins[key] = self._acquire(key, asked, adapter_path, test)
+                lease = pins[key] = self._acquire((key, resolved.trust_remote_code), resolved, test)
             backend: DifferentialBackend = lease.backend
             return backend
 
         try:
             yield sway_backend
         finally:
-            self._pins.remove(pins)
-            try:
-                changed = self.inspect(test, [lease.cached for lease in pins.values()])
-            finally:
-                while pins:
-                    pins.popitem()[1].release()
-            if changed is not None:
-                raise changed
+            over = True
+            while pins:
+                pins.popitem()[1].release()
 
-    def _key(self, spec: SpecLike, adapter_path: Path | None, test: str) -> Key:
+    def _resolve(self, spec: SpecLike, adapter_path: Path | None, test: str) -> ModelSpec:
         try:
-            return self.cache.key(spec, adapter_path=adapter_path)
+            return self.cache.resolve(spec, adapter_path=adapter_path)
         except SpecError as error:
-            unparsed = ("unparsed", repr(spec))
-            self._raise_if_failed(unparsed)
-            self._remember(unparsed, error, test)
+            if isinstance(spec, Mapping | str):  # of other objects, the same words can mean different things
+                self._fail_once(("malformed", repr(spec), repr(adapter_path)), error, test)
             raise
 
-    def _acquire(self, key: Key, spec: SpecLike, adapter_path: Path | None, test: str) -> Lease:
-        self._raise_if_failed(key)
-        try:
-            lease = self.cache.acquire(spec, adapter_path=adapter_path, holder=test)
-        except CacheFullError as error:
-            size = self._settings.cache_size
-            raise CacheFullError(
-                f"{error} The options are --sway-cache-size={size + 1} and --sway-cache-memory."
-            ) from None
-        except SwayError as error:
-            self._remember(key, error, test)
-            raise
-        self._users.setdefault(key, deque(maxlen=3)).append(test)
-        return lease
-
-    def _raise_if_failed(self, key: Key) -> None:
-        failure = self._failures.get(key)
+    def _acquire(self, request: Hashable, spec: ModelSpec, test: str) -> Lease:
+        failure = self._failures.get(request)
         if failure is not None:
             raise failure.again()
+        try:
+            return self.cache.acquire(spec, holder=test)
+        except SwayError as error:
+            self._fail_once(request, error, test)
+            raise
 
-    def _remember(self, key: Key, error: SwayError, test: str) -> None:
+    def _fail_once(self, request: Hashable, error: SwayError, test: str) -> None:
+        """Remember a failure for good, or raise the one that is remembered."""
+        if request in self._failures:
+            raise self._failures[request].again()
         if error.permanent:
-            self._failures[key] = _Failure(type(error), str(error), test)
+            self._failures[request] = _Failure(type(error), str(error), test)
 
     # --- hygiene ------------------------------------------------------------------------------------------------------
 
-    def inspect(self, test: str, used: Sequence[CachedBackend]) -> MutationError | None:
-        """Compare what a test has used with what it was given, and retire what is changed.
+    def leased(self, cached: CachedBackend) -> None:
+        """Note that the running test has, or its fixtures have, laid hands on a backend."""
+        self._touched.append(cached)
+        users = self._users.setdefault(id(cached), deque(maxlen=3))
+        if (user := self._who()) not in users:
+            users.append(user)
+
+    def end_test(self, test: str) -> MutationError | None:
+        """Compare all that was leased during a test, or is, with what it was; retire what is changed.
+
+        To be called when the test and its own fixtures have ended, so that what they put back counts as put back.
 
         Returns:
             The error for the test, where changes are errors.
         """
+        touched, self._touched = self._touched, []
         if self._settings.on_mutation == "ignore":
             return None
+        used = {id(cached): cached for cached in (*touched, *self.cache.leased())}
         ready = self.cache.ready()  # what is retired was reported when that was done
-        changed = [
-            (cached, lines)
-            for cached in used
-            if any(cached is other for other in ready) and (lines := changes(cached.backend))
-        ]
+        changed = [(cached, lines) for cached in ready if id(cached) in used and (lines := changes(cached.backend))]
         if not changed:
             return None
-        for other in ready:  # what shares a changed base is changed too, and nobody else is to blame
-            if changes(other.backend):
-                self.cache.retire(other)
+        for cached in ready:  # what shares a changed base is changed too, and nobody else is to blame
+            if changes(cached.backend):
+                self._spoilt.append((cached, test))
+                self.cache.retire(cached)
         message = mutation_message(test, [(cached.model_spec, lines) for cached, lines in changed])
         self.stats.mutations.append(message)
         if self._settings.on_mutation == "warn":
@@ -246,10 +250,19 @@ class SwaySession(Listener):
             return None
         return MutationError(message)
 
-    def inspect_leased(self, test: str) -> MutationError | None:
-        """Compare what wider fixtures hold, after the body of ``test``; what tests hold is compared at its release."""
-        pinned = {id(lease.cached) for pins in self._pins for lease in pins.values()}
-        return self.inspect(test, [cached for cached in self.cache.leased() if id(cached) not in pinned])
+    def check_fixtures(self, values: Mapping[str, Any]) -> None:
+        """Refuse a test whose fixtures hold a backend that an earlier test has changed.
+
+        Args:
+            values: The values of its fixtures, by name.
+
+        Raises:
+            MutationError: One of them is such a backend.
+        """
+        for cached, culprit in self._spoilt:
+            for name, value in values.items():
+                if value is cached.backend:
+                    raise MutationError(spoilt_message(name, cached.model_spec, culprit))
 
     def failed(self) -> bool:
         """Whether something was found that fails the run although every test passed."""
@@ -270,15 +283,13 @@ class SwaySession(Listener):
 
     def evicted(self, cached: CachedBackend) -> None:
         """Look for what outlived its close, and tell the user's hook."""
-        users = tuple(self._users.pop(cached.key, ()))
-        if self._settings.on_leak != "ignore":
-            found = leak(cached.backend)
-            if found is not None:
+        users = tuple(self._users.pop(id(cached), ()))
+        try:  # nothing here may fail the request that the eviction was for
+            if self._settings.on_leak != "ignore" and (found := leak(cached.backend)) is not None:
                 self.stats.leaks.append(leak_message(cached.model_spec, found, users))
-        try:
             self._hooks.evicted(cached.model_spec)
-        except Exception as error:  # it must not fail the request that the eviction was for
-            self.stats.close_errors.append(f"hook pytest_sway_backend_evicted: {type(error).__name__}: {error}")
+        except Exception as error:
+            self.stats.close_errors.append(f"after the close of {cached.model_spec}: {type(error).__name__}: {error}")
 
     def _base_loaded(self, name: str, seconds: float) -> None:
         self.stats.base_loaded(short_name(name), seconds)
@@ -289,8 +300,8 @@ class SwaySession(Listener):
         return seconds
 
     def close(self) -> None:
-        """Close everything for good."""
-        self.stats.unreleased += self.cache.shutdown()
+        """Close everything for good; a thread that still loads then closes what it loads itself."""
+        self.stats.unreleased += self.cache.shutdown(timeout=_PATIENCE_AT_END)
 
 
 def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:

@@ -172,13 +172,12 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
 def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
     """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
 
-    A path through ``~`` or a link can be led elsewhere at any time.
+    A path through ``~`` or a link can be led elsewhere at any time, and a hub id can become the name of a folder.
     """
     values = dict(items)
     spec = ModelSpec(**values)
-    return spec, _leads_nowhere_else(values["base"], spec.base) and _leads_nowhere_else(
-        values.get("adapter"), spec.adapter
-    )
+    steady = os.path.isabs(spec.base) and _leads_nowhere_else(values["base"], spec.base)
+    return spec, steady and _leads_nowhere_else(values.get("adapter"), spec.adapter)
 
 
 def _leads_nowhere_else(given: Any, resolved: Path | str | None) -> bool:
@@ -271,7 +270,7 @@ def base_key(spec: ModelSpec) -> Key:
 
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
     """Return ``spec`` with ``adapter_path`` in its adapter's place, or as it is where that is ``None``."""
-    return spec if adapter_path is None else replace(spec, adapter=Path(adapter_path))
+    return spec if adapter_path is None else replace(spec, adapter=adapter_path)  # type: ignore[arg-type] # checked
 
 
 _Signature: TypeAlias = tuple[tuple[int, int, int, int], ...]

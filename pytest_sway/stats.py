@@ -83,14 +83,24 @@ class SwayStats:
         Each hit would have been a load of its base and its adapter, and each load that found its base there would
         have loaded that base too, at the mean cost of the loads that were measured.
         """
-        base_loads = sum(base.loads for base in self.bases.values())
-        base_seconds = sum(base.load_seconds for base in self.bases.values())
-        per_base = base_seconds / base_loads if base_loads else 0.0
-        total = self.total()
-        if not total.loads:
-            return 0.0
-        per_backend = (total.load_seconds - base_seconds) / total.loads + per_base
-        return max(0.0, total.hits * per_backend + max(0, total.loads - base_loads) * per_base)
+        saved = 0.0
+        for label, backend in self.backends.items():
+            if not self._base_of(label):
+                saved += backend.hits * backend.seconds_per_load
+        for name, base in self.bases.items():
+            users = BackendStats()
+            for label, backend in self.backends.items():
+                if self._base_of(label) == name:
+                    users.add(backend)
+            adapters = max(0.0, users.load_seconds - base.load_seconds)
+            per_adapter = adapters / users.loads if users.loads else 0.0
+            reuses = max(0, users.loads - base.loads)
+            saved += users.hits * (per_adapter + base.seconds_per_load) + reuses * base.seconds_per_load
+        return saved
+
+    def _base_of(self, label: str) -> str | None:
+        """The shared base of a backend, by the labels of both."""
+        return next((name for name in self.bases if label == name or label.startswith(f"{name} + ")), None)
 
     def merge(self, other: SwayStats) -> None:
         """Add what happened in another process; peaks are per process, so the larger one stays."""

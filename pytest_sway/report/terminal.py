@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ class LoadProgress:
         self._write(f"\nsway: loading {what} ... ")
 
     def _write(self, text: str) -> None:
-        if self._terminal is not None and not self._terminal.closed:
-            self._terminal.write(text)
-            self._terminal.flush()
+        if self._terminal is not None:
+            with contextlib.suppress(OSError, ValueError):  # a terminal that went away fails no load
+                self._terminal.write(text)
+                self._terminal.flush()

@@ -80,3 +80,49 @@ def test_x(sway_backend):
 """)
     assert "in sway_backend" not in result.stdout.str()
     assert "_serve" not in result.stdout.str()
+
+
+def test_leave_to_run_code_is_another_request(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        trusts="""
+import pytest
+from pytest_sway.errors import SpecError
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sway_build_backend(spec):
+    if not spec.trust_remote_code:
+        raise SpecError("it brings its own code.")
+"""
+    )
+    result = suite.run(
+        """
+def test_refused(sway_backend):
+    sway_backend(dummy("a"))
+
+def test_allowed(sway_backend):
+    sway_backend({**dummy("a"), "trust_remote_code": True})
+""",
+        "-p",
+        "trusts",
+    )
+    result.assert_outcomes(failed=1, passed=1)
+
+
+def test_a_model_over_the_whole_budget_is_loaded_once_not_for_each_test(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        large="""
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sway_build_backend(spec):
+    from conftest import FakeBackend, note
+    note(f"load {spec.base}")
+    backend = FakeBackend(spec)
+    backend.sizes = lambda: {"it": 2 * 2**20}
+    return backend
+"""
+    )
+    result = suite.run(MANY.format(spec='dummy("large")'), "-p", "large", "--sway-cache-memory=1MiB")
+    result.assert_outcomes(failed=5)
+    assert suite.events().count("load large") == 1
+    result.stdout.fnmatch_lines(["*ModelTooLargeError: dummy:large turned out to take 2.0 MiB, more than the whole*"])

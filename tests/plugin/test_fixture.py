@@ -49,7 +49,8 @@ def test_unharmed(sway_backend):
         [
             "*CacheFullError: there is no room to load dummy:c: the cache holds 2 of at most 2 backends, and all of it"
             " is in use by the one who asks: dummy:a (held by test_suite.py::test_greedy); dummy:b (held by"
-            " test_suite.py::test_greedy). Release one of them first*--sway-cache-size=3*"
+            " test_suite.py::test_greedy). Release one of them first, or raise"
+            " --sway-cache-size (now 2) or --sway-cache-memory."
         ]
     )
 
@@ -151,3 +152,20 @@ def test_next(sway_backend):
 """)
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(["*the backend was closed, which is the cache's to do*"])
+
+
+def test_the_fixture_of_a_test_that_ended_hands_out_nothing(suite: Suite) -> None:
+    result = suite.run("""
+KEPT = []
+
+def test_keeps(sway_backend):
+    KEPT.append(sway_backend)
+
+def test_late():
+    KEPT[0](dummy("a"))
+""")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        ["*BackendUseError: the sway_backend of test_suite.py::test_keeps was called after that test had ended.*"]
+    )
+    assert suite.events() == []

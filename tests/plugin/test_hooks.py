@@ -33,7 +33,7 @@ def pytest_sway_backend_evicted(spec):
     )
     result = suite.run('def test_x(sway_backend): sway_backend(dummy("a"))', "-p", "listens")
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["failed to close: hook pytest_sway_backend_evicted: RuntimeError: oops"])
+    result.stdout.fnmatch_lines(["failed to close: after the close of dummy:a: RuntimeError: oops"])
 
 
 def test_a_hook_that_builds_no_differential_backend_is_told_what_lacks(suite: Suite) -> None:

@@ -64,10 +64,16 @@ def test_clean(backend):
 def test_dirty(backend):
     backend.dirty.append("module h: training mode on")
 
-def test_after(sway_backend, backend):
-    assert sway_backend(dummy("wide")) is not backend
+def test_after(backend):
+    note("never runs")
+
+def test_others_go_on(sway_backend):
+    assert sway_backend(dummy("wide")).dirty == []
 """)
-    result.assert_outcomes(passed=3, errors=1)
+    result.assert_outcomes(passed=3, failed=1, errors=1)
+    result.stdout.fnmatch_lines(
+        ["*MutationError: the fixture 'backend' holds dummy:wide, which test_suite.py::test_dirty left changed; what*"]
+    )
     result.stdout.fnmatch_lines(["*ERROR at teardown of test_dirty*"])
     assert suite.events().count("load wide") == 2
     assert suite.events().count("close wide") == 2
@@ -95,7 +101,7 @@ def test_a_leak_is_reported_with_holder_and_user_and_fails_the_run(suite: Suite)
         [
             "leaked: 3.0 MiB of dummy:a were still in memory after its close",
             "*held by module test_x: global KEEP",
-            "*used by test_suite.py::test_leaks",
+            "*last used by test_suite.py::test_leaks",
         ]
     )
 
@@ -123,5 +129,84 @@ def test_x(backend, sway_backend):
     sway_backend(dummy("a"))
 """)
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["*RuntimeError: cannot compare"])
+    result.stdout.fnmatch_lines(["*it cannot be compared with what it was: RuntimeError: cannot compare"])
     assert suite.events() == ["load wide", "load a", "fixture ends", "close wide", "close a"]
+
+
+def test_a_lease_that_ended_in_the_test_is_compared_too(suite: Suite) -> None:
+    result = suite.run("""
+def test_dirty(sway_cache):
+    with sway_cache.lease(dummy("a")) as backend:
+        backend.dirty.append("parameter w: contents changed")
+
+def test_next(sway_backend):
+    assert sway_backend(dummy("a")).dirty == []
+""")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_dirty*"])
+
+
+@pytest.mark.parametrize("fixtures", ["sway_backend, undoes", "undoes, sway_backend"])
+def test_what_a_fixture_puts_back_is_no_change(suite: Suite, fixtures: str) -> None:
+    result = suite.run(f"""
+@pytest.fixture
+def undoes():
+    dirty = []
+    yield dirty
+    for lines in dirty:
+        lines.clear()
+
+def test_x({fixtures}):
+    backend = sway_backend(dummy("a"))
+    backend.dirty.append("parameter w: contents changed")
+    undoes.append(backend.dirty)
+""")
+    result.assert_outcomes(passed=1)
+    assert suite.events() == ["load a", "close a"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("raise KeyboardInterrupt", 2), ("pytest.exit('enough', returncode=7)", 7)]
+)
+def test_an_interrupted_test_that_changed_a_model_ends_the_run_cleanly(suite: Suite, ending: str, code: int) -> None:
+    result = suite.run_apart(f"""
+def test_x(sway_backend):
+    sway_backend(dummy("a")).dirty.append("module h: training mode on")
+    {ending}
+""")
+    assert result.ret == code
+    assert suite.events() == ["load a", "close a"]
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_a_leak_check_that_raises_fails_nobody_and_is_reported(suite: Suite) -> None:
+    result = suite.run(
+        """
+def test_one(sway_backend):
+    def leak():
+        raise RuntimeError("cannot look")
+    sway_backend(dummy("a")).leak = leak
+
+def test_two(sway_backend):
+    sway_backend(dummy("b"))
+""",
+        "--sway-cache-size=1",
+    )
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["failed to close: after the close of dummy:a: RuntimeError: cannot look"])
+
+
+def test_a_mock_for_a_backend_leaks_nothing(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        mocks="""
+import unittest.mock
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sway_build_backend(spec):
+    return unittest.mock.MagicMock()
+"""
+    )
+    result = suite.run('def test_x(sway_backend): sway_backend(dummy("a"))', "-p", "mocks")
+    result.assert_outcomes(passed=1)
+    assert result.ret == 0

@@ -52,6 +52,7 @@ def test_what_would_fail_again_is_permanent() -> None:
         "BackendNotAvailableError",
         "WeightsError",
         "AdapterMismatchError",
+        "ModelTooLargeError",
     }
 
 

@@ -42,8 +42,16 @@ def test_seconds_per_load_are_of_the_loads_that_succeeded() -> None:
 
 
 def test_saved_seconds_are_the_loads_that_hits_and_shared_bases_spared() -> None:
-    """Three loads in 5.0 s, of which two bases took 3.0: an adapter costs 2/3 s and a base 1.5 s."""
-    assert _stats().saved_seconds() == pytest.approx(6 * (2.0 / 3 + 1.5) + 1 * 1.5)
+    """On a, two loads took 3.0 s and their base 1.5 s: an adapter costs 0.75 s; on b, by the same count, 0.5 s."""
+    assert _stats().saved_seconds() == pytest.approx(5 * (0.75 + 1.5) + 1 * 1.5 + 1 * (0.5 + 1.5))
+
+
+def test_a_kind_without_shared_bases_saves_nothing_by_them() -> None:
+    stats = SwayStats()
+    stats.backend("base + one").add(BackendStats(loads=1, load_seconds=11.0))
+    stats.base_loaded("base", 10.0)
+    stats.backend("custom:other").add(BackendStats(loads=5, load_seconds=0.5))
+    assert stats.saved_seconds() == 0.0
 
 
 def test_without_shared_bases_a_hit_saves_one_mean_load() -> None:
