@@ -217,7 +217,7 @@ class HFBackend:
         return find_leak(self._watches)
 
     def _take_off(self, loaded: Loaded) -> None:
-        for side in loaded.views.values():
+        for side in list(loaded.views.values()):  # another thread may open one meanwhile
             if side.state.overlay is not None:
                 with side.base.lock:
                     side.base.switch.drop(side.state.overlay)
@@ -255,8 +255,7 @@ class HFBackend:
     def _bound_run(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         import torch
 
-        loaded = self._require()
-        side = loaded.views[view]
+        loaded, side = self._side(view)
         with side.base.lock:
             self._require()  # it may have been closed while we waited
             quiet = no_warnings() if side.runner is side.base.peft_model else nullcontext()
@@ -264,11 +263,18 @@ class HFBackend:
                 return work(side.runner, loaded.tokenizer, side.base.last_logits, *args)
 
     def _raw_model(self, view: HFView) -> Any:
-        side = self._require().views[view]
+        _, side = self._side(view)
         with side.base.lock:
             self._require()  # it may have been closed while we waited
             side.base.switch.rest(side.state)
         return side.raw
+
+    def _side(self, view: HFView) -> tuple[Loaded, Side]:
+        loaded = self._require()
+        side = loaded.views.get(view)
+        if side is None:  # it was closed between the call and here
+            raise view._closed_error()
+        return loaded, side
 
     def _tokenizer(self) -> Any:
         return self._require().tokenizer

@@ -12,6 +12,7 @@ from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import adapter_inside, base_file
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.libraries import require_libraries
+from pytest_sway.backends.hf.placement import require_device
 from pytest_sway.backends.hf.sizes import base_entries
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec import is_path
@@ -27,7 +28,8 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
 
     Raises:
-        SpecError: The base's or the adapter's folder is missing, or is no such folder; the base's holds an adapter.
+        SpecError: The base's or the adapter's folder is missing, or is no such folder; the base's holds an
+            adapter; or the device is not there.
         WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow.
         AdapterMismatchError: The adapter was made for another architecture.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
@@ -42,6 +44,7 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     if files is not None and entries is not None:
         check_fit(spec, files, entries, config)
     require_libraries(spec)
+    require_device(spec)
     return files
 
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from pytest_sway.errors import SpecError
+
 if TYPE_CHECKING:
     from pytest_sway.spec import Dtype, ModelSpec
 
@@ -28,6 +30,25 @@ def resolve_placement(spec: ModelSpec) -> ModelSpec:
         return _resolved(spec)
     except ImportError:
         return spec
+
+
+def require_device(spec: ModelSpec) -> None:
+    """Make sure that the device of a resolved spec is there.
+
+    Raises:
+        SpecError: It is not.
+    """
+    if spec.device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=spec.device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise SpecError(
+            f"the device {spec.device!r} cannot be used here: {why}. Ask for 'auto' (the best there is) or 'cpu'."
+        ) from None
 
 
 @lru_cache(maxsize=256)

@@ -111,7 +111,10 @@ class HFView:
 
     def _open(self) -> HFBackend:
         if self._backend is None:
-            raise ViewClosedError(
-                f"the view {self.id!r} was used after its `with` block. Keep what it returned, or open another view."
-            )
+            raise self._closed_error()
         return self._backend
+
+    def _closed_error(self) -> ViewClosedError:
+        return ViewClosedError(
+            f"the view {self.id!r} was used after its `with` block. Keep what it returned, or open another view."
+        )

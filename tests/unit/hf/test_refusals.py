@@ -390,3 +390,12 @@ def test_memory_that_ran_out_is_known_from_other_errors(base: Path, error: Excep
     builder(ModelSpec(base=str(base), device="cpu", dtype="fp32")).close()  # type: ignore[attr-defined]
     assert builder.exhausted(error) is ran_out
     assert builder.exhausted(torch.OutOfMemoryError("full"))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "xla:7"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
+    builder: HFBuilder, base: Path, loads: list[str], device: str
+) -> None:
+    with pytest.raises(SpecError, match=rf"the device '{device}' cannot be used here: .*\. Ask for 'auto'"):
+        builder.check(ModelSpec(base=str(base), device=device, dtype="fp32"))
+    assert loads == []
