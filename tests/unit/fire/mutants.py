@@ -131,8 +131,8 @@ MUTANTS = (
         "an interrupted load keeps its reservation",
         "test_loading.py::test_inv10_an_interrupt_goes_up_where_it_struck_and_a_waiter_takes_over",
         (
-            "resolved_key(resolved))\n            except BaseException:",
-            "resolved_key(resolved))\n            except Exception:",
+            "return lease\n            except BaseException:",
+            "return lease\n            except Exception:",
         ),
         (
             "        except BaseException:\n            self._abandon(operation)  # an interrupt may",
