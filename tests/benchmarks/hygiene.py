@@ -19,7 +19,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 def figures() -> Iterator[Figure]:
-    for count, targets in ((1, ("q_proj", "v_proj")), (2, ALL_LINEAR)):
+    for count, targets in ((1, ("q_proj", "v_proj")), (1, ALL_LINEAR), (2, ALL_LINEAR)):
         with tempfile.TemporaryDirectory() as name:
             base = smollm2_folder()
             cache = BackendCache(max_size=count)
