@@ -762,7 +762,8 @@ class BackendCache:
 
 def _wrapped(error: Exception, spec: ModelSpec) -> BackendLoadError:
     adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
+    finetuned = "" if spec.finetuned is None else f" with fine-tuned model {spec.finetuned!r}"
     return BackendLoadError(
-        f"loading the {spec.kind} backend of base {spec.base!r}{adapter} failed:"
+        f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned} failed:"
         f" {type(error).__name__}: {redacted(str(error))}"
     )

@@ -57,13 +57,14 @@ SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """An immutable description of a base model and an optional adapter; checked when it is made.
+    """An immutable description of a base model and what it was tuned to; checked when it is made.
 
     Field names and meanings are dlm-sway's where it has them.
 
     Attributes:
         kind: Which backend serves it: ``hf``, ``mlx``, ``api``, ``dummy`` or ``custom``.
-        base: A hub id (``org/name``) or the folder of a model; folders are made absolute.
+        base: A hub id (``org/name``) or the folder of a model; folders are made absolute. For ``kind="api"``, the name
+            of the model on its server.
         adapter: The folder of a PEFT adapter, made absolute; ``None`` for the base alone.
         dtype: ``auto``, ``fp16``, ``bf16`` or ``fp32``; torch's names (``bfloat16``) are understood.
         device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
@@ -72,6 +73,7 @@ class ModelSpec:
         entry_point: ``package.module:Class``, for ``kind="custom"``.
         endpoint: The server's address, for ``kind="api"``.
         allow_pickle: Read weights that exist only in pickle files, which can run code when they are read.
+        finetuned: A whole fine-tuned model in an adapter's place, named as ``base`` is; ``None`` where there is none.
 
     Raises:
         SpecError: A field's value is not one that the field takes.
@@ -87,6 +89,7 @@ class ModelSpec:
     entry_point: str | None = None
     endpoint: str | None = None
     allow_pickle: bool = False
+    finetuned: str | None = None
 
     def __post_init__(self) -> None:
         self._set("kind", _one_of("kind", self.kind, KINDS))
@@ -103,8 +106,16 @@ class ModelSpec:
             raise SpecError(
                 f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {self.device!r}."
             )
-        self._set("base", _base(self.base))
+        self._set("base", _model("base", self.base, self.kind))
         self._set("adapter", _adapter(self.adapter))
+        if self.finetuned is not None:
+            self._set("finetuned", _model("finetuned", self.finetuned, self.kind))
+            if self.adapter is not None:
+                raise SpecError(
+                    "a spec has either an adapter or a whole fine-tuned model, not both; found adapter"
+                    f" {str(self.adapter)!r} and finetuned {self.finetuned!r}. To test an adapter on a fine-tuned"
+                    " model, name that model as 'base'."
+                )
         if self.kind == "custom" and not _ENTRY_POINT.fullmatch(self.entry_point or ""):
             raise SpecError(
                 "a spec of kind 'custom' needs entry_point='package.module:Class', the class to build;"
@@ -117,10 +128,11 @@ class ModelSpec:
         object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
-        """A short label for people: the kind where it is not ``hf``, the base, the adapter."""
+        """A short label for people: the kind where it is not ``hf``, the base, the adapter or the fine-tuned model."""
         kind = "" if self.kind == "hf" else f"{self.kind}:"
         adapter = "" if self.adapter is None else f" + {short_name(str(self.adapter))}"
-        return f"{kind}{short_name(self.base)}{adapter}"
+        finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}"
+        return f"{kind}{short_name(self.base)}{adapter}{finetuned}"
 
 
 _FIELDS: Final = tuple(field.name for field in fields(ModelSpec))
@@ -176,12 +188,15 @@ def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec,
     """
     values = dict(items)
     spec = ModelSpec(**values)
-    steady = os.path.isabs(spec.base) and _leads_nowhere_else(values["base"], spec.base)
-    return spec, steady and _leads_nowhere_else(values.get("adapter"), spec.adapter)
+    steady = all(
+        resolved is None or (os.path.isabs(resolved) and _leads_nowhere_else(values[name], resolved))
+        for name, resolved in (("base", spec.base), ("adapter", spec.adapter), ("finetuned", spec.finetuned))
+    )
+    return spec, steady
 
 
-def _leads_nowhere_else(given: Any, resolved: Path | str | None) -> bool:
-    return resolved is None or str(resolved) in (given, os.path.abspath(given))
+def _leads_nowhere_else(given: Any, resolved: Path | str) -> bool:
+    return str(resolved) in (given, os.path.abspath(given))
 
 
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
@@ -191,11 +206,14 @@ def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
     return str(value)
 
 
-def _base(value: object) -> str:
+def _model(field: str, value: object, kind: Kind) -> str:
     if isinstance(value, os.PathLike):
         return str(_resolved(value))
     if not isinstance(value, str) or not value.strip():
-        raise SpecError(f"a spec needs 'base', a hub id or the folder of a model; found {value!r}.")
+        needs = "a spec needs 'base'," if field == "base" else f"spec field {field!r} must be"
+        raise SpecError(f"{needs} a hub id or the folder of a model; found {value!r}.")
+    if kind == "api":  # a name on a server, whatever it looks like
+        return value
     if is_path(value) or Path(value).is_dir():
         return str(_resolved(value))
     return value
@@ -258,14 +276,29 @@ def resolved_key(spec: ModelSpec) -> Key:
         spec.entry_point,
         spec.endpoint,
         spec.allow_pickle,
-        _base_signature(spec.base) if os.path.isabs(spec.base) else None,
+        spec.finetuned,
+        _model_signature(spec.base),
+        None if spec.finetuned is None else _model_signature(spec.finetuned),
         None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
     )
 
 
 def base_key(spec: ModelSpec) -> Key:
     """Return the identity of the base of a resolved spec: equal for all adapters that can share it."""
-    return resolved_key(replace(spec, adapter=None))
+    return resolved_key(base_spec(spec))
+
+
+def base_spec(spec: ModelSpec) -> ModelSpec:
+    """Return the spec of the base alone."""
+    return spec if spec.adapter is None and spec.finetuned is None else replace(spec, adapter=None, finetuned=None)
+
+
+def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
+    """Return the spec of the fine-tuned model as a base of its own; ``None`` where there is none.
+
+    The revision is the base's, and so is not the fine-tuned model's.
+    """
+    return None if spec.finetuned is None else replace(spec, base=spec.finetuned, finetuned=None, revision=None)
 
 
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
@@ -281,9 +314,9 @@ _IDENTITY_FILES: Final = re.compile(
 """Files that decide what an adapter's folder loads; a checkpoint's optimizer state and README do not."""
 
 
-def _base_signature(folder: str) -> _Signature:
-    """The state of a model's config.json, which every save of the model writes anew; the weights are too many."""
-    return _stats((f"{folder}/config.json",))
+def _model_signature(model: str) -> _Signature | None:
+    """The state of a local model's config.json, which every save of the model writes anew; its weights are too many."""
+    return _stats((f"{model}/config.json",)) if os.path.isabs(model) else None
 
 
 def _adapter_signature(folder: str) -> _Signature:

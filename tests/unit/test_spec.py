@@ -15,7 +15,7 @@ import pytest
 
 from pytest_sway import ModelSpec, cache_key_for
 from pytest_sway.errors import SpecError
-from pytest_sway.spec import Key, base_key, is_path, parse_spec, resolved_key, with_adapter
+from pytest_sway.spec import Key, base_key, finetuned_spec, is_path, parse_spec, resolved_key, with_adapter
 
 PLACED: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
 
@@ -125,6 +125,7 @@ def test_a_spec_is_frozen_hashable_and_compares_by_value() -> None:
         (ModelSpec(base="/models/deep/down/base", adapter=Path("/runs/v3/adapter")), "down/base + v3/adapter"),
         (ModelSpec(kind="dummy", base="gpt2"), "dummy:gpt2"),
         (ModelSpec(base="/base"), "base"),
+        (ModelSpec(base="org/base", finetuned="/models/deep/down/tuned"), "org/base -> down/tuned"),
     ],
 )
 def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
@@ -189,16 +190,25 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
             "a spec of kind 'custom' needs entry_point='package.module:Class', the class to build; found"
             " 'package.module.Class'.",
         ),
+        (
+            {"base": "b", "adapter": "/x", "finetuned": "org/tuned"},
+            "a spec has either an adapter or a whole fine-tuned model, not both; found adapter '/x' and finetuned"
+            " 'org/tuned'. To test an adapter on a fine-tuned model, name that model as 'base'.",
+        ),
+        (
+            {"base": "b", "finetuned": " "},
+            "spec field 'finetuned' must be a hub id or the folder of a model; found ' '.",
+        ),
         ({"base": "b", "kind": "api"}, "a spec of kind 'api' needs endpoint=, the address of the server."),
         (
             {"base": "b", "adaptor": "/x"},
             "a spec has no field 'adaptor'; its fields are kind, base, adapter, dtype, device, trust_remote_code,"
-            " revision, entry_point, endpoint, allow_pickle. Did you mean 'adapter'?",
+            " revision, entry_point, endpoint, allow_pickle, finetuned. Did you mean 'adapter'?",
         ),
         (
             {"base": "b", 3: "/x"},
             "a spec has no field 3; its fields are kind, base, adapter, dtype, device, trust_remote_code, revision,"
-            " entry_point, endpoint, allow_pickle.",
+            " entry_point, endpoint, allow_pickle, finetuned.",
         ),
         ({"base": "b", "adapter": "/a\0b"}, "the path '/a\\x00b' cannot be resolved: embedded null byte."),
         (
@@ -356,6 +366,7 @@ def test_auto_is_what_it_stands_for() -> None:
         {"entry_point": "a:B"},
         {"endpoint": "http://localhost"},
         {"allow_pickle": True},
+        {"adapter": None, "finetuned": "org/tuned"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -464,6 +475,40 @@ def test_a_base_that_is_saved_again_has_another_key(base: Path) -> None:
     before = _key(base=base)
     _write(base / "config.json", "{}")
     assert _key(base=base) != before
+
+
+def test_a_fine_tuned_model_is_named_and_resolved_as_a_base_is(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parent)
+    named = parse_spec({"base": "org/base", "finetuned": f"./{base.name}"})
+    assert named.finetuned == str(base)
+    assert parse_spec({"base": "org/base", "finetuned": base}) == named
+    assert parse_spec({"base": "org/base", "finetuned": "org/tuned"}).finetuned == "org/tuned"
+
+
+def test_names_of_models_on_a_server_are_left_as_they_are(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parent)
+    spec = ModelSpec(kind="api", endpoint="http://localhost", base=base.name, finetuned="smol:latest/../x")
+    assert (spec.base, spec.finetuned) == (base.name, "smol:latest/../x")
+
+
+def test_a_fine_tuned_model_that_is_saved_again_has_another_key(base: Path) -> None:
+    before = _key(finetuned=base)
+    _write(base / "config.json", "{}")
+    assert _key(finetuned=base) != before
+
+
+def test_a_fine_tuned_model_has_the_key_that_it_would_have_as_a_base(base: Path) -> None:
+    spec = ModelSpec(base="org/base", finetuned=str(base), revision="v1", **PLACED)
+    tuned = finetuned_spec(spec)
+    assert tuned is not None
+    assert base_key(tuned) == _key(base=base)
+    assert base_key(spec) == _key(revision="v1")
+    assert finetuned_spec(replace(spec, finetuned=None)) is None
+
+
+def test_a_fine_tuned_model_takes_no_adapter_passed_apart(adapter: Path) -> None:
+    with pytest.raises(SpecError, match=r"^a spec has either an adapter or a whole fine-tuned model, not both; "):
+        cache_key_for(ModelSpec(base="org/base", finetuned="org/tuned", **PLACED), adapter_path=adapter)
 
 
 def test_an_unreadable_file_does_not_stop_a_key(adapter: Path) -> None:
