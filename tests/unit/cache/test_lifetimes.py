@@ -96,7 +96,13 @@ def _is_gone(weak: list[weakref.ref[object]]) -> bool:
 
 
 def _nothing_is_left(cache: BackendCache) -> bool:
-    return not (cache._waiting or cache._dropped or cache._retired or cache._entries or cache._lock.locked())
+    return not (
+        cache._ledger._waiting
+        or cache._ledger.dropped
+        or cache._ledger._retired
+        or cache._ledger._entries
+        or cache._ledger._lock.locked()
+    )
 
 
 def _watch_built(build: FakeBuild, weak: list[weakref.ref[object]]) -> None:
@@ -303,7 +309,7 @@ class TestFork:
         held, done = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with cache._lock:
+            with cache._ledger._lock:
                 held.set()
                 done.wait(DEADLINE)
 

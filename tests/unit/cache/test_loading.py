@@ -90,7 +90,7 @@ def test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready(bui
 
     class Count(Listener):
         def loaded(self, cached: CachedBackend) -> None:
-            claims.extend(len(entry.claims) for entry in cache._entries.values())
+            claims.extend(len(entry.claims) for entry in cache._ledger._entries.values())
 
     cache = BackendCache(build=build, listener=Count())
     watched = Watched(cache)
@@ -214,7 +214,7 @@ def test_inv10_an_interrupt_while_waiting_leaves_the_load_to_the_others(
     with pytest.raises(interrupt):
         cache.acquire(spec("a"))
     watched.on_wait = lambda: None
-    assert not cache._waiting
+    assert not cache._ledger._waiting
     gate.open()
     leader.result().release()
     assert not cache.leased()
@@ -294,10 +294,10 @@ def test_inv14_who_was_granted_what_it_waited_for_no_longer_waits(
     a = Call(partial(cache.acquire, spec("a")))
     watched.until_waiting(1)
     with monkeypatch.context() as nobody_runs:
-        nobody_runs.setattr(cache, "_announce", lambda: None)
+        nobody_runs.setattr(cache._ledger, "_announce", lambda: None)
         gate.open()
         watched.until_waiting(2)
-    with cache._lock:
-        cache._announce()
+    with cache._ledger._lock:
+        cache._ledger._announce()
     assert b.result().backend.use() == "b"
     assert a.result().backend.use() == "a"

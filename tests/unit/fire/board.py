@@ -86,7 +86,7 @@ class Board:
 
 def note_waits(cache: BackendCache, board: Board) -> None:
     """Have the board know who waits in the cache; who was woken runs again, even before it does."""
-    usual_wait, usual_announce = cache._wait, cache._announce
+    usual_wait, usual_announce = cache._wait, cache._ledger._announce
     rung: weakref.WeakSet[Bell] = weakref.WeakSet()
 
     def wait(bell: Bell, timeout: float) -> None:
@@ -100,13 +100,13 @@ def note_waits(cache: BackendCache, board: Board) -> None:
 
     def announce() -> None:
         with board.changed:
-            rung.add(cache._changed)
+            rung.add(cache._ledger._changed)
             for thread, status in board.status.items():
                 if status is Status.WAITING:
                     board.status[thread] = Status.RUNNING
             usual_announce()
 
-    cache._wait, cache._announce = wait, announce  # type: ignore[method-assign]
+    cache._wait, cache._ledger._announce = wait, announce  # type: ignore[method-assign]
 
 
 class Worker:

@@ -43,6 +43,10 @@ def _in_cache(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
     return Mutant(bug, "pytest_sway.cache", changes, f"tests/unit/cache/{killer}")
 
 
+def _in_ledger(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
+    return Mutant(bug, "pytest_sway.ledger", changes, f"tests/unit/cache/{killer}")
+
+
 def _in_residency(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
     return Mutant(bug, "pytest_sway.residency", changes, f"tests/unit/cache/{killer}")
 
@@ -83,12 +87,12 @@ MUTANTS = (
             "operation.built.extend(map(self._build, [spec])); self._make_room(operation, estimate)",
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "the oldest goes, not the least recently used",
         "test_room.py::test_inv07_the_victim_is_the_least_recently_used",
         ("            self._entries.move_to_end(key)\n", ""),
     ),
-    _in_cache(
+    _in_ledger(
         "two load when a second asks during the load",
         "test_loading.py::test_inv01_all_who_wait_for_a_load_get_its_object",
         (
@@ -96,12 +100,12 @@ MUTANTS = (
             "if entry is None or entry.state is State.LOADING:\n            operation",
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "who waited holds no lease when the entry becomes ready",
         "test_loading.py::test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready",
         ("waiter.lease = self._grant(entry, waiter)", "pass"),
     ),
-    _in_cache(
+    _in_ledger(
         "who waits is not woken by the load",
         "test_loading.py::test_inv01_all_who_wait_for_a_load_get_its_object",
         (
@@ -109,12 +113,12 @@ MUTANTS = (
             "self._budget.surplus(self._residents(), entry))",
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "who waits is not told of the failure",
         "test_loading.py::test_inv09_leader_and_waiters_get_the_error_of_one_load_and_the_next_call_tries_again",
         ("            waiter.error = error\n", ""),
     ),
-    _in_cache(
+    _in_ledger(
         "who waits is not woken by a failure or an interrupt",
         "test_loading.py::test_inv10_an_interrupt_goes_up_where_it_struck_and_a_waiter_takes_over",
         (
@@ -122,7 +126,7 @@ MUTANTS = (
             "operation.lease = operation.error = operation.waits_for = None",
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "a failed load stays in the cache",
         "test_loading.py::test_inv09_a_failed_load_leaves_its_room_to_others",
         ("if entry.state in (State.QUEUED, State.LOADING):", "if entry.state is State.QUEUED:"),
@@ -139,7 +143,7 @@ MUTANTS = (
             "        except Exception:\n            self._abandon(operation)  # an interrupt may",
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "what is closing is handed out",
         "test_closing.py::test_inv06_who_asks_for_what_is_closing_waits_and_gets_a_new_one",
         (
@@ -147,7 +151,7 @@ MUTANTS = (
             "if entry.state in (State.READY, State.CLOSING):\n            self._entries",
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "a stale release hits the next generation",
         "test_lifetimes.py::test_inv08_a_late_release_does_not_touch_the_next_generation",
         (
@@ -155,7 +159,7 @@ MUTANTS = (
             "self._entries.get(entry.key, entry).claims.clear()\n        self._take(",
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "a second release takes another's lease",
         "test_lifetimes.py::test_inv15_releasing_twice_is_harmless",
         (
@@ -163,7 +167,7 @@ MUTANTS = (
             "entry.claims and entry.claims.pop()\n        self._take(",
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "evicting all closes what is leased",
         "test_closing.py::test_inv02_what_is_leased_is_closed_after_its_last_lease",
         ("if entry.idle and chosen(entry)]", "if chosen(entry)]"),
@@ -176,7 +180,7 @@ MUTANTS = (
             'self._note_close_error(f"closing {entry.spec} failed", raised)\n            raise\n',
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "a load that ends after the shutdown is kept",
         "test_closing.py::test_inv03_a_load_that_ends_after_the_shutdown_gave_up_on_it_is_closed",
         (
@@ -184,12 +188,12 @@ MUTANTS = (
             '        entry = cast("Entry", operation.entry)\n        if not self:',
         ),
     ),
-    _in_cache(
+    _in_ledger(
         "a load that asks for itself waits forever",
         "test_loading.py::test_inv14_a_load_that_asks_for_itself_is_told_so",
         ("if any(leader.thread is operation.thread for leader in self._leaders(entry)):", "if not self:"),
     ),
-    _in_cache(
+    _in_ledger(
         "who holds all the room waits for itself",
         "test_room.py::test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all",
         ("if self._never_fits(newcomer, {operation.thread}):", "if not self:"),
@@ -229,7 +233,7 @@ MUTANTS = (
         "test_room.py::test_inv18_an_unknown_size_counts_as_the_whole_budget",
         ("if entry.parts is None:\n            return None", "if entry.parts is None:\n            continue"),
     ),
-    _in_cache(
+    _in_ledger(
         "a larger size than estimated is not charged",
         "test_room.py::test_inv18_what_turns_out_larger_is_charged_at_once",
         ("entry.parts = parts if parts is not None else entry.parts", "pass"),
@@ -239,7 +243,7 @@ MUTANTS = (
         "test_room.py::test_inv18_what_is_over_the_whole_budget_is_refused_before_anything_is_evicted",
         ("            self._refuse_if_over_budget(spec, estimate)\n", ""),
     ),
-    _in_cache(
+    _in_ledger(
         "a forked child has what its parent loaded",
         "test_lifetimes.py::TestFork::test_inv19_the_child_starts_empty_and_closes_nothing",
         ("        call_in_forked_child(self._start_empty)\n", ""),

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from pytest_sway import cache as cache_module
-from pytest_sway import residency
+from pytest_sway import leases, ledger, residency
 from pytest_sway.backends import shared
 from pytest_sway.cache import BackendCache, Lease
 from pytest_sway.errors import SwayError
 from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
 
-CACHE_FILES = frozenset({cache_module.__file__, residency.__file__})
+CACHE_FILES = frozenset({module.__file__ for module in (cache_module, ledger, leases, residency)})
 POOL_FILES = frozenset({shared.__file__})
 
 
@@ -97,7 +97,7 @@ class Scenario:
         del self.calls, self.held
         gc.collect()
         assert not self.cache.leased(), "a lease is left"
-        if not self.cache._shut:
+        if not self.cache._ledger._shut:
             self.build.load_errors.clear()
             self.build.measure_errors.clear()
             Call[None](self.use_all).result()
@@ -108,9 +108,14 @@ class Scenario:
         assert self.build.oracle.peak <= self.max_size, "more resident than the cap"
         assert self.build.base_loads == self.build.base_closes
         assert not self.build.pool.keys()
-        left = [self.cache._entries, self.cache._retired, self.cache._waiting, self.cache._dropped]
+        left = [
+            self.cache._ledger._entries,
+            self.cache._ledger._retired,
+            self.cache._ledger._waiting,
+            self.cache._ledger.dropped,
+        ]
         assert not any(left)
-        assert not self.cache._lock.locked()
+        assert not self.cache._ledger._lock.locked()
 
 
 class ColdLoad(Scenario):

@@ -112,7 +112,12 @@ class Stress:
         assert self.build.oracle.live == 0
         assert all(backend.closes == 1 for backend in self.build.built)
         assert self.build.base_loads == self.build.base_closes
-        left = [self.cache._entries, self.cache._retired, self.cache._waiting, self.build.pool.keys()]
+        left = [
+            self.cache._ledger._entries,
+            self.cache._ledger._retired,
+            self.cache._ledger._waiting,
+            self.build.pool.keys(),
+        ]
         assert not any(left)
         total = self.cache.stats.total()
         assert total.loads <= len(self.build.built)
