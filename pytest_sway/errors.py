@@ -63,7 +63,7 @@ class WeightsError(BackendLoadError):
 
 
 class AdapterMismatchError(WeightsError):
-    """An adapter that does not fit its base, was not applied in full, holds NaN or changes nothing."""
+    """An adapter or fine-tuned model that does not fit its base, was not applied in full, holds NaN or does nothing."""
 
 
 class CacheError(SwayError):

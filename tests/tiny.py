@@ -135,11 +135,16 @@ def save_adapter(folder: Path | str, base: Path | str, config: Any, *, seed: int
     return Path(folder)
 
 
-def edit_weights(adapter: Path | str, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
-    """Rewrite an adapter's weights with what ``change`` makes of them, in place or as a new mapping."""
+def edit_weights(
+    adapter: Path | str,
+    change: Callable[[dict[str, Any]], dict[str, Any] | None],
+    *,
+    file: str = "adapter_model.safetensors",
+) -> Path:
+    """Rewrite the weights of an adapter, or of a model, with what ``change`` makes of them, in place or anew."""
     from safetensors.torch import load_file, save_file
 
-    path = Path(adapter) / "adapter_model.safetensors"
+    path = Path(adapter) / file
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     changed = change(tensors)
     save_file(tensors if changed is None else changed, path, metadata={"format": "pt"})
@@ -153,13 +158,13 @@ def edit_config(adapter: Path | str, **fields: Any) -> Path:
     return Path(adapter)
 
 
-def poison(adapter: Path | str) -> Path:
-    """Put a NaN into an adapter's first tensor."""
+def poison(adapter: Path | str, *, file: str = "adapter_model.safetensors") -> Path:
+    """Put a NaN into the first tensor of an adapter, or of a model."""
 
     def change(tensors: dict[str, Any]) -> None:
         tensors[min(tensors)].view(-1)[0] = float("nan")
 
-    return edit_weights(adapter, change)
+    return edit_weights(adapter, change, file=file)
 
 
 def truncate(adapter: Path | str) -> Path:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from pytest_sway.backends.hf.adapters import put_on
 from pytest_sway.backends.hf.backend import HFBackend, Loaded
 from pytest_sway.backends.hf.base import load_base, resize_vocabulary
+from pytest_sway.backends.hf.finetuned import verify_finetuned
 from pytest_sway.backends.hf.inspection import AdapterRecord
-from pytest_sway.backends.hf.sides import base_side, tuned_side
+from pytest_sway.backends.hf.sides import base_side, plain_side, tuned_side
 from pytest_sway.backends.hf.tokenizers import adapter_tokenizer
 
 if TYPE_CHECKING:
@@ -37,26 +38,32 @@ def assemble(
     shares: list[Share[LoadedBase]],
     withdraw: Callable[[LoadedBase], None],
 ) -> HFBackend:
-    """Put the adapter on, verify it, and make the backend.
+    """Put the adapter on, or look at the fine-tuned model, verify it, and make the backend.
 
     Args:
         spec: The resolved spec.
         files: Its adapter, if it has one.
-        shares: The bases: the shared one, the adapter's own one, or both in this order.
+        shares: The bases: the shared one, the adapter's own one, or both in this order; or the base and the fine-tuned
+            model.
         withdraw: What a backend calls with a base that was changed.
 
     Raises:
-        AdapterMismatchError: The adapter does not fit, or does nothing.
+        AdapterMismatchError: The adapter, or the fine-tuned model, does not fit, or does nothing.
     """
     first, last = shares[0].value, shares[-1].value
-    if files is None:
-        tokenizer, record = first.tokenizer, first.tokenizer_record
-        return HFBackend(
-            spec, Loaded(list(shares), None, None, tokenizer, record, base_side(first, None), None), withdraw
-        )
-    tokenizer, record = adapter_tokenizer(last, files)
+    if files is not None:
+        return HFBackend(spec, _with_adapter(files, list(shares)), withdraw)
+    tuned = None
+    if first is not last:
+        verify_finetuned(first, last)
+        tuned = plain_side(last)
+    return HFBackend(spec, Loaded(list(shares), plain_side(first), tuned), withdraw)
+
+
+def _with_adapter(files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded:
+    first, last = shares[0].value, shares[-1].value
+    tokenizer, tokenizer_record = adapter_tokenizer(last, files)
     adapter = put_on(last, files)
-    adapter_record = AdapterRecord(adapter)
-    base = base_side(first, adapter if first is last else None)
-    loaded = Loaded(list(shares), adapter, adapter_record, tokenizer, record, base, tuned_side(last, adapter))
-    return HFBackend(spec, loaded, withdraw)
+    base = base_side(first, adapter, tokenizer) if first is last else plain_side(first, tokenizer)
+    tuned = tuned_side(last, adapter, tokenizer)
+    return Loaded(shares, base, tuned, adapter, AdapterRecord(adapter), tokenizer_record)

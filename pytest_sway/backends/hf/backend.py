@@ -19,7 +19,7 @@ from pytest_sway.backends.hf.sides import Side
 from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.state import BASE_STATE
 from pytest_sway.backends.hf.views import HFView
-from pytest_sway.errors import BackendClosedError, NoAdapterError
+from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
 from pytest_sway.spec import base_key, resolved_key
 
 if TYPE_CHECKING:
@@ -43,28 +43,26 @@ class Loaded:
     """All that a backend has in memory; what is left of a closed backend does not refer to it.
 
     Attributes:
-        shares: The claims on the bases that it uses; an adapter sits on the last.
+        shares: The claims on the bases that it uses; an adapter sits on the last, and a fine-tuned model is the last.
+        base: The base's side.
+        tuned: The tuned side, if there is one.
         adapter: The adapter, if there is one.
         adapter_record: What the adapter's weights were like.
-        tokenizer: The tokenizer of both views.
-        tokenizer_record: What its settings were.
-        base: The base's side.
-        tuned: The tuned side, if there is an adapter.
+        tokenizer_record: What the settings of an adapter's tokenizer were.
         views: The sides of the open views that have one of their own.
     """
 
     shares: list[Share[LoadedBase]]
-    adapter: Adapter | None
-    adapter_record: AdapterRecord | None
-    tokenizer: Any
-    tokenizer_record: TokenizerRecord
     base: Side
     tuned: Side | None
+    adapter: Adapter | None = None
+    adapter_record: AdapterRecord | None = None
+    tokenizer_record: TokenizerRecord | None = None
     views: dict[HFView, Side] = field(default_factory=dict)
 
 
 class HFBackend:
-    """A Hugging Face model with a PEFT adapter; made by `HFBuilder.build`.
+    """A Hugging Face model with a PEFT adapter, or beside what it was fine-tuned to; made by `HFBuilder.build`.
 
     Any number of views may be open at once, in any number of threads: each call binds its view's state.
 
@@ -100,10 +98,10 @@ class HFBackend:
 
     @contextmanager
     def as_finetuned(self) -> Iterator[HFView]:
-        """Open a view on the base with its adapter.
+        """Open a view on the base with its adapter, or on the fine-tuned model.
 
         Raises:
-            NoAdapterError: The spec has no adapter.
+            NoAdapterError: The spec has neither.
         """
         with self._view("ft", self._tuned("as_finetuned")) as view:
             yield view
@@ -116,10 +114,10 @@ class HFBackend:
 
         Raises:
             NoAdapterError: The spec has no adapter.
-            BackendUseError: The adapter is not a LoRA adapter, or changes the base's own weights.
+            BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
         """
-        side = self._tuned("as_scaled_adapter")
-        overlay = sides.scaled(self._adapter(), lam)
+        side, adapter = self._tuned("as_scaled_adapter"), self._adapter("as_scaled_adapter")
+        overlay = sides.scaled(adapter, lam)
         with self._view(f"scaled_{lam:.2f}", side.with_overlay(overlay)) as view:
             yield view
 
@@ -135,10 +133,10 @@ class HFBackend:
         Raises:
             ValueError: ``rank_scale`` is not positive and finite.
             NoAdapterError: The spec has no adapter.
-            BackendUseError: The adapter is not a LoRA adapter, or changes the base's own weights.
+            BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
         """
-        side = self._tuned("as_null_adapter")
-        overlay = sides.null(self._adapter(), seed, init_scale, rank_scale)
+        side, adapter = self._tuned("as_null_adapter"), self._adapter("as_null_adapter")
+        overlay = sides.null(adapter, seed, init_scale, rank_scale)
         view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
         with self._view(view_id, side.with_overlay(overlay)) as view:
             yield view
@@ -146,15 +144,15 @@ class HFBackend:
     # --- for the cache, the hygiene and dlm-sway ----------------------------------------------------------------------
 
     def cache_identity(self) -> str:
-        """Return what dlm-sway's own backend returns for this base and adapter."""
-        return f"hf:{self._spec.base}:{self._spec.adapter}"
+        """Return what dlm-sway's own backend returns for this base and adapter, or fine-tuned model."""
+        return f"hf:{self._spec.base}:{self._spec.finetuned or self._spec.adapter}"
 
     def preflight_finite_check(self) -> tuple[bool, str]:
         """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
         try:
             with self.as_base() as base:
                 found = {"base": base.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)}
-            if self._spec.adapter is not None:
+            if self._require().tuned is not None:
                 with self.as_finetuned() as tuned:
                     found["ft"] = tuned.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)
         except Exception as error:  # the check reports whatever went wrong
@@ -167,8 +165,9 @@ class HFBackend:
         loaded = self._require()
         sizes: dict[Hashable, int] = {}
         for share in loaded.shares:
-            key = base_key(self._spec) if share.value.shared else ("own base", *resolved_key(self._spec))
-            sizes[key] = share.value.nbytes
+            base = share.value
+            key = base_key(base.spec) if base.shared else ("own base", *resolved_key(self._spec))
+            sizes[key] = base.nbytes
         if loaded.adapter is not None:
             sizes["adapter", *resolved_key(self._spec)] = measured(loaded.adapter.parameters.values())
         return sizes
@@ -182,20 +181,21 @@ class HFBackend:
             BackendClosedError: It was closed.
         """
         loaded = self._require()
-        lines: list[str] = []
-        own_tokenizer = loaded.tokenizer_record.changes()
-        for share in loaded.shares:
+        brought = [] if loaded.tokenizer_record is None else loaded.tokenizer_record.changes()
+        lines = brought
+        for i, share in enumerate(loaded.shares):
             base = share.value
             with base.lock:
-                base_lines = base.changes()
-            lines += [line for line in base_lines if line not in own_tokenizer]
-            if base_lines or own_tokenizer:
+                found = base.changes()
+            if found or brought:
                 self._withdraw(base)
+            whose = "fine-tuned model: " if i and self._spec.finetuned else ""
+            lines = [*lines, *(whose + line for line in found if line not in lines)]
         if loaded.adapter_record is not None:
             base = loaded.shares[-1].value
             with base.lock, base.switch.bound(BASE_STATE):
                 lines += loaded.adapter_record.changes()
-        return summarised(own_tokenizer + lines)
+        return summarised(lines)
 
     def close(self) -> None:
         """Take the adapter off and give the base back; the last to use it frees it. Closing twice is harmless."""
@@ -255,29 +255,28 @@ class HFBackend:
     def _bound_run(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         import torch
 
-        loaded, side = self._side(view)
+        side = self._side(view)
         with side.base.lock:
             self._require()  # it may have been closed while we waited
             quiet = no_warnings() if side.runner is side.base.peft_model else nullcontext()
             with quiet, side.base.switch.bound(side.state), torch.inference_mode():
-                return work(side.runner, loaded.tokenizer, side.base.last_logits, *args)
+                return work(side.runner, side.tokenizer, side.base.last_logits, *args)
 
     def _raw_model(self, view: HFView) -> Any:
-        _, side = self._side(view)
+        side = self._side(view)
         with side.base.lock:
             self._require()  # it may have been closed while we waited
             side.base.switch.rest(side.state)
         return side.raw
 
-    def _side(self, view: HFView) -> tuple[Loaded, Side]:
-        loaded = self._require()
-        side = loaded.views.get(view)
+    def _tokenizer(self, view: HFView) -> Any:
+        return self._side(view).tokenizer
+
+    def _side(self, view: HFView) -> Side:
+        side = self._require().views.get(view)
         if side is None:  # it was closed between the call and here
             raise view._closed_error()
-        return loaded, side
-
-    def _tokenizer(self) -> Any:
-        return self._require().tokenizer
+        return side
 
     def _view_closed(self, view: HFView) -> None:
         side = None if self._loaded is None else self._loaded.views.pop(view, None)
@@ -302,9 +301,13 @@ class HFBackend:
             )
         return side
 
-    def _adapter(self) -> Adapter:
+    def _adapter(self, what: str) -> Adapter:
         adapter = self._require().adapter
-        assert adapter is not None
+        if adapter is None:
+            raise BackendUseError(
+                f"{what} needs a LoRA adapter that only adds to its base; {self._spec.finetuned!r} is a whole model,"
+                " with no adapter to scale or to replace. Use as_finetuned()."
+            )
         return adapter
 
 

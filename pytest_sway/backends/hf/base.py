@@ -89,6 +89,16 @@ class LoadedBase:
         self.switch.refresh(self.peft_model, [module for _, module in added])
         self.record.refresh(self.peft_model, self.adapters, added)
 
+    def tensors(self) -> dict[str, Any]:
+        """The base's own parameters and buffers by name, whatever adapters are on it."""
+        return {
+            f"{name}.{key}": tensor.detach()
+            for name, module in self._modules.items()
+            for members in (module._parameters, module._buffers)
+            for key, tensor in members.items()
+            if tensor is not None
+        }
+
     def changes(self) -> list[str]:
         """One line for each thing of the base that is no longer as it was; to be called under its lock."""
         with self.switch.bound(BASE_STATE):

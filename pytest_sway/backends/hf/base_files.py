@@ -31,8 +31,13 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def adapter_inside(spec: ModelSpec) -> SpecError:
-    """Return the error for a base that is, or contains, an adapter: transformers would put it on without a word."""
+def adapter_inside(spec: ModelSpec, role: str = "base") -> SpecError:
+    """Return the error for a model that is, or contains, an adapter: transformers would put it on without a word."""
+    if role != "base":
+        return SpecError(
+            f"the {role} {spec.base!r} holds an adapter (adapter_config.json), so it is not a whole model. Name it as"
+            " 'adapter'; or, if the model is there too, move the adapter's files out of its folder."
+        )
     return SpecError(
         f"the base {spec.base!r} holds an adapter (adapter_config.json), which transformers would put on, so it is not"
         " the base alone. Name the model that the adapter was trained on as 'base', and this as 'adapter'; or move"

@@ -6,6 +6,7 @@ import itertools
 import re
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.check import check_spec
@@ -13,11 +14,10 @@ from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.hf.placement import resolve_placement
 from pytest_sway.backends.hf.sizes import estimated
 from pytest_sway.backends.shared import SharedPool
-from pytest_sway.spec import base_key
+from pytest_sway.spec import base_key, base_spec, finetuned_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.backend import HFBackend
@@ -72,9 +72,16 @@ class HFBuilder:
         """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""
         return estimated(resolve_placement(spec))
 
-    def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
-        """Keep the base of ``spec``, if it is loaded, from being closed inside the block."""
-        return self._pool.hold(base_key(resolve_placement(spec)))
+    @contextmanager
+    def hold(self, spec: ModelSpec) -> Iterator[None]:
+        """Keep the bases of ``spec``, if they are loaded, from being closed inside the block."""
+        spec = resolve_placement(spec)
+        tuned = finetuned_spec(spec)
+        with (
+            self._pool.hold(base_key(spec)),
+            nullcontext() if tuned is None else self._pool.hold(base_key(tuned)),
+        ):
+            yield
 
     def exhausted(self, error: Exception) -> bool:
         """Return whether ``error`` is torch's way to say that memory ran out, on an accelerator or on the CPU."""
@@ -92,7 +99,10 @@ class HFBuilder:
 
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
             if files is None or files.shareable or not files.restorable:
-                self._add_clean_share(spec, load_base, shares)
+                self._add_clean_share(base_spec(spec), load_base, shares)
+            tuned = finetuned_spec(spec)
+            if tuned is not None:
+                self._add_clean_share(tuned, load_base, shares)
             if files is not None and not files.shareable:
                 key = ("own base", next(self._numbers))
                 shares.append(self._pool.acquire(key, lambda: self._timed(spec, load_own_base, spec, files)))

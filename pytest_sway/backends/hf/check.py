@@ -15,7 +15,7 @@ from pytest_sway.backends.hf.libraries import require_libraries
 from pytest_sway.backends.hf.placement import require_device
 from pytest_sway.backends.hf.sizes import base_entries
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec import is_path
+from pytest_sway.spec import finetuned_spec, is_path
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
@@ -28,17 +28,21 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
 
     Raises:
-        SpecError: The base's or the adapter's folder is missing, or is no such folder; the base's holds an
-            adapter; or the device is not there.
+        SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; a
+            model's holds an adapter; the fine-tuned model is the base; or the device is not there.
         WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow.
         AdapterMismatchError: The adapter was made for another architecture.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
-    if is_path(spec.base):
-        _check_folder(spec)
-    if base_file(spec, ADAPTER_CONFIG) is not None:
-        raise adapter_inside(spec)
-    config = _config(spec)
+    config = _check_model(spec, "base")
+    tuned = finetuned_spec(spec)
+    if tuned is not None:
+        if tuned.base == spec.base and (is_path(spec.base) or spec.revision is None):
+            raise SpecError(
+                f"the fine-tuned model {tuned.base!r} is the base itself, so a test of it would test nothing. Name the"
+                " model that it was fine-tuned from as 'base'."
+            )
+        _check_model(tuned, "fine-tuned model")
     files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
     entries = base_entries(spec)
     if files is not None and entries is not None:
@@ -48,27 +52,36 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     return files
 
 
-def _check_folder(spec: ModelSpec) -> None:
+def _check_model(spec: ModelSpec, role: str) -> dict[str, Any]:
+    """Check the files of a spec's base, whatever role the model has in the test, and return its config."""
+    if is_path(spec.base):
+        _check_folder(spec, role)
+    if base_file(spec, ADAPTER_CONFIG) is not None:
+        raise adapter_inside(spec, role)
+    return _config(spec, role)
+
+
+def _check_folder(spec: ModelSpec, role: str) -> None:
     folder = Path(spec.base)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise SpecError(f"the base {spec.base!r} {what}. Name a hub id (org/name) or the folder of a model.")
+        raise SpecError(f"the {role} {spec.base!r} {what}. Name a hub id (org/name) or the folder of a model.")
     if not (folder / "config.json").is_file():
         hint = " It holds an adapter; name it as 'adapter'." if (folder / ADAPTER_CONFIG).is_file() else ""
-        raise SpecError(f"the base {spec.base!r} has no config.json, so it is not the folder of a model.{hint}")
+        raise SpecError(f"the {role} {spec.base!r} has no config.json, so it is not the folder of a model.{hint}")
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
         return
     if not any(folder.glob("pytorch_model*.bin*")):
-        raise WeightsError(f"the base {spec.base!r} has no weights: expected model.safetensors in it.")
+        raise WeightsError(f"the {role} {spec.base!r} has no weights: expected model.safetensors in it.")
     if not spec.allow_pickle:
         raise WeightsError(
-            f"the base {spec.base!r} has its weights only as a pickle (pytorch_model.bin), which can run code when it"
+            f"the {role} {spec.base!r} has its weights only as a pickle (pytorch_model.bin), which can run code when it"
             " is read. Convert it to safetensors, or set allow_pickle=True in the spec if you trust it."
         )
 
 
-def _config(spec: ModelSpec) -> dict[str, Any]:
-    """The base's config, which asks for nothing that the spec does not allow; empty if it is not on this machine."""
+def _config(spec: ModelSpec, role: str) -> dict[str, Any]:
+    """The model's config, which asks for nothing that the spec does not allow; empty if it is not on this machine."""
     path = base_file(spec, "config.json")
     if path is None:
         return {}
@@ -80,7 +93,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
         raise SpecError(f"{str(path)!r} is not a JSON object. Save the model again.")
     if config.get("auto_map") and not spec.trust_remote_code and not _known(config):
         raise SpecError(
-            f"the base {spec.base!r} brings its own code (auto_map in its config.json), which is not run unless the"
+            f"the {role} {spec.base!r} brings its own code (auto_map in its config.json), which is not run unless the"
             " spec says trust_remote_code=True. Read that code first."
         )
     return config

@@ -24,12 +24,14 @@ class Side:
     Attributes:
         base: The loaded base that it is.
         state: The state to bind.
+        tokenizer: What turns its texts into tokens.
         runner: What computes: the model inside, where that does the same as the ``PeftModel`` around it.
         raw: What is given to other libraries.
     """
 
     base: LoadedBase
     state: State
+    tokenizer: Any
     runner: Any
     raw: Any
 
@@ -38,17 +40,22 @@ class Side:
         return replace(self, state=replace(self.state, overlay=overlay))
 
 
-def base_side(base: LoadedBase, adapter: Adapter | None) -> Side:
-    """The base as it is, on a model that may have an adapter on it."""
-    if adapter is None or adapter.files.peft_type in PROMPT_TYPES:
-        return Side(base, BASE_STATE, base.model, base.model)
-    return Side(base, State(adapter.name), base.model, base.peft_model)
+def plain_side(base: LoadedBase, tokenizer: Any = None) -> Side:
+    """A base as it is; the tokenizer is its own, unless another is given."""
+    return Side(base, BASE_STATE, tokenizer or base.tokenizer, base.model, base.model)
 
 
-def tuned_side(base: LoadedBase, adapter: Adapter) -> Side:
+def base_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
+    """The base as it is, on a model that has an adapter on it."""
+    if adapter.files.peft_type in PROMPT_TYPES:
+        return plain_side(base, tokenizer)
+    return Side(base, State(adapter.name), tokenizer, base.model, base.peft_model)
+
+
+def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
     """The base with an adapter."""
     runner = base.model if adapter.files.through_inner_model else base.peft_model
-    return Side(base, State(adapter.name, enabled=True), runner, base.peft_model)
+    return Side(base, State(adapter.name, enabled=True), tokenizer, runner, base.peft_model)
 
 
 def scaled(adapter: Adapter, lam: float) -> Overlay:

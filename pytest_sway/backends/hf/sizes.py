@@ -9,7 +9,7 @@ from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.headers import read_any
 from pytest_sway.errors import SwayError
-from pytest_sway.spec import base_key, resolved_key
+from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
@@ -26,6 +26,10 @@ _FLOAT32_BYTES: Final = 4
 
 def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
     """Return the bytes that each part of a resolved spec will take; ``None`` where that cannot be known."""
+    tuned = finetuned_spec(spec)
+    if tuned is not None:
+        both = [estimated(base_spec(spec)), estimated(tuned)]
+        return None if None in both else {key: size for parts in both for key, size in (parts or {}).items()}
     try:
         entries = base_entries(spec)
         files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)

@@ -41,7 +41,7 @@ class HFView:
     @property
     def tokenizer(self) -> Any:
         """The raw tokenizer. It is shared: change nothing of it."""
-        return self._open()._tokenizer()
+        return self._open()._tokenizer(self)
 
     def logprob_of(self, prompt: str, completion: str) -> float:
         """Return the sum of the log-probabilities of the completion's tokens given the prompt, in nats.

@@ -1,0 +1,71 @@
+"""Whether a whole fine-tuned model and its base can be compared, and differ."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.hf.base import LoadedBase
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
+    """Raise unless a test of the two models can tell something.
+
+    Their architectures may differ: what is compared is what they say of tokens, so a token has to be the same in both.
+    The fine-tuned model may have more of them.
+
+    Raises:
+        AdapterMismatchError: Tokens of the base are others in the fine-tuned model, which is equal to its base, or not
+            finite.
+    """
+    _require_same_tokens(base, tuned)
+    if _equal(base, tuned):
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.spec.base!r} is equal to its base {base.spec.base!r}, bit by bit, so a test"
+            " of it would test nothing. Was it saved before it was trained?"
+        )
+    _require_finite(tuned)
+
+
+def _require_same_tokens(base: LoadedBase, tuned: LoadedBase) -> None:
+    ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
+    moved = sorted((i, token) for token, i in ours.items() if theirs.get(token) != i)
+    if moved:
+        i, token = moved[0]
+        there = f"number {theirs[token]}" if token in theirs else "none"
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.spec.base!r} cannot be compared with the base {base.spec.base!r}:"
+            f" {len(moved):,} of the base's {len(ours):,} tokens are others in it ({token!r} is number {i} in the"
+            f" base, {there} in it). Name the base that it was fine-tuned from."
+        )
+
+
+def _equal(base: LoadedBase, tuned: LoadedBase) -> bool:
+    import torch
+
+    ours, theirs = base.tensors(), tuned.tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _require_finite(tuned: LoadedBase) -> None:
+    tensors = tuned.tensors()
+    broken = sorted(name for name, tensor in tensors.items() if not _finite(tensor))
+    if broken:
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.spec.base!r} has NaN or infinite values in {len(broken)} of its"
+            f" {len(tensors)} tensors ({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''})."
+            " Its training diverged, or the file is damaged."
+        )
+
+
+def _finite(tensor: Any) -> bool:
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return math.isfinite(torch.linalg.vector_norm(tensor, math.inf))
