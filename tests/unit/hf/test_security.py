@@ -93,17 +93,17 @@ def test_an_absurd_header_is_an_error_at_once_and_takes_no_memory(
     spec = spec_of(base, folder)
     builder.check(spec_of(base, adapter))  # imports are no part of it
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()
     try:
         with pytest.raises(WeightsError, match="truncated or corrupt"):
             builder.check(spec)
-        seconds = time.perf_counter() - started
+        seconds = time.thread_time() - started
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert builder.estimate(spec) is None
     assert peak < 64 * 2**20
-    assert seconds < 5  # under a second; the slack is for a machine that does something else
+    assert seconds < 1  # of this thread's own work, whatever else the machine does
 
 
 @pytest.mark.parametrize("form", ["with spaces and ünïcode", "a link", "dots"])
