@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable
+from types import MethodType
+from typing import Any, Final, cast
+from weakref import WeakKeyDictionary
+
+_methods: Final[WeakKeyDictionary[Any, Callable[[Any], None]]] = WeakKeyDictionary()
+"""What a child calls, by object; one for the process, as are the handlers of `os`, which can't be taken back."""
 
 
 def call_in_forked_child(method: Callable[[], None]) -> None:
-    """Have every child that is forked from now on call a bound ``method``, as long as its object lives."""
-    if not hasattr(os, "register_at_fork"):  # Windows does not fork
-        return
-    weak = weakref.WeakMethod(method)
+    """Have every child that is forked from now on call a bound ``method``, one for each object, while that lives."""
+    bound = cast("MethodType", method)
+    _methods[bound.__self__] = bound.__func__
 
-    def in_child() -> None:
-        alive = weak()
-        if alive is not None:
-            alive()
 
-    os.register_at_fork(after_in_child=in_child)
+def _in_child() -> None:
+    for owner, method in list(_methods.items()):
+        method(owner)
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_in_child)
