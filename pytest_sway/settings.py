@@ -185,9 +185,11 @@ def named_specs(rootpath: Path) -> dict[str, dict[str, Any]]:
 
 def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
     rooted = dict(spec)
-    if isinstance(spec.get("adapter"), str):
-        rooted["adapter"] = str(rootpath / Path(spec["adapter"]).expanduser())
-    base = spec.get("base")
-    if isinstance(base, str) and (base.startswith((".", "~")) or (rootpath / base).is_dir()):
-        rooted["base"] = str(rootpath / Path(base).expanduser())
+    for name in ("adapter", "answers"):
+        if isinstance(spec.get(name), str):
+            rooted[name] = str(rootpath / Path(spec[name]).expanduser())
+    for name in ("base", "finetuned") if spec.get("kind", "hf") not in ("api", "dummy") else ():
+        model = spec.get(name)
+        if isinstance(model, str) and (model.startswith((".", "~")) or (rootpath / model).is_dir()):
+            rooted[name] = str(rootpath / Path(model).expanduser())
     return rooted

@@ -74,6 +74,8 @@ class ModelSpec:
         endpoint: The server's address, for ``kind="api"``.
         allow_pickle: Read weights that exist only in pickle files, which can run code when they are read.
         finetuned: A whole fine-tuned model in an adapter's place, named as ``base`` is; ``None`` where there is none.
+        answers: For ``kind="dummy"``, what it answers (see `pytest_sway.answers`): a mapping, which is kept as JSON
+            text, or the path of a JSON or TOML file.
 
     Raises:
         SpecError: A field's value is not one that the field takes.
@@ -90,6 +92,7 @@ class ModelSpec:
     endpoint: str | None = None
     allow_pickle: bool = False
     finetuned: str | None = None
+    answers: Mapping[str, Any] | str | Path | None = None
 
     def __post_init__(self) -> None:
         self._set("kind", _one_of("kind", self.kind, KINDS))
@@ -116,6 +119,7 @@ class ModelSpec:
                     f" {str(self.adapter)!r} and finetuned {self.finetuned!r}. To test an adapter on a fine-tuned"
                     " model, name that model as 'base'."
                 )
+        self._set("answers", _answers(self.answers, self.kind))
         if self.kind == "custom" and not _ENTRY_POINT.fullmatch(self.entry_point or ""):
             raise SpecError(
                 "a spec of kind 'custom' needs entry_point='package.module:Class', the class to build;"
@@ -188,15 +192,12 @@ def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec,
     """
     values = dict(items)
     spec = ModelSpec(**values)
-    steady = all(
-        resolved is None or (os.path.isabs(resolved) and _leads_nowhere_else(values[name], resolved))
-        for name, resolved in (("base", spec.base), ("adapter", spec.adapter), ("finetuned", spec.finetuned))
-    )
-    return spec, steady
+    paths = {name: getattr(spec, name) for name in ("base", "adapter", "finetuned", "answers")}
+    return spec, all(_leads_nowhere_else(values[name], path) for name, path in paths.items() if path is not None)
 
 
-def _leads_nowhere_else(given: Any, resolved: Path | str) -> bool:
-    return str(resolved) in (given, os.path.abspath(given))
+def _leads_nowhere_else(given: Any, path: Path | str) -> bool:
+    return os.path.isabs(path) and str(path) in (given, os.path.abspath(given))
 
 
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
@@ -212,7 +213,7 @@ def _model(field: str, value: object, kind: Kind) -> str:
     if not isinstance(value, str) or not value.strip():
         needs = "a spec needs 'base'," if field == "base" else f"spec field {field!r} must be"
         raise SpecError(f"{needs} a hub id or the folder of a model; found {value!r}.")
-    if kind == "api":  # a name on a server, whatever it looks like
+    if kind in ("api", "dummy"):  # a name, whatever it looks like
         return value
     if is_path(value) or Path(value).is_dir():
         return str(_resolved(value))
@@ -224,6 +225,22 @@ def _adapter(value: object) -> Path | None:
         return None
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
         raise SpecError(f"spec field 'adapter' must be the folder of a PEFT adapter or None; found {value!r}.")
+    return _resolved(value)
+
+
+def _answers(value: object, kind: Kind) -> str | Path | None:
+    if value is None:
+        return None
+    if kind != "dummy":
+        raise SpecError(f"spec field 'answers' is for kind='dummy', which has no model; found it with kind={kind!r}.")
+    from pytest_sway.answers import canonical
+
+    if isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith("{")):
+        return canonical(value)
+    if not isinstance(value, str | os.PathLike) or not str(value).strip():
+        raise SpecError(
+            f"spec field 'answers' must be a mapping, or the path of a JSON or TOML file of one; found {value!r}."
+        )
     return _resolved(value)
 
 
@@ -277,6 +294,7 @@ def resolved_key(spec: ModelSpec) -> Key:
         spec.endpoint,
         spec.allow_pickle,
         spec.finetuned,
+        _answers_identity(spec.answers),
         _model_signature(spec.base),
         None if spec.finetuned is None else _model_signature(spec.finetuned),
         None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
@@ -304,6 +322,12 @@ def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
     """Return ``spec`` with ``adapter_path`` in its adapter's place, or as it is where that is ``None``."""
     return spec if adapter_path is None else replace(spec, adapter=adapter_path)  # type: ignore[arg-type] # checked
+
+
+def _answers_identity(answers: Mapping[str, Any] | str | Path | None) -> Hashable:
+    if not isinstance(answers, Path):
+        return answers if answers is None else str(answers)
+    return (str(answers), _file_digest(str(answers), _stats((str(answers),))))
 
 
 _Signature: TypeAlias = tuple[tuple[int, int, int, int], ...]
@@ -349,6 +373,16 @@ def _identity_files(folder: str, _mtime_ns: int, _inode: int) -> tuple[str, ...]
 
 
 @lru_cache(maxsize=256)
+def _file_digest(path: str, _signature: _Signature) -> str:
+    """A digest of a file's content, which is read again only when its signature has changed."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return "unreadable"
+
+
+@lru_cache(maxsize=256)
 def _adapter_digest(folder: str, signature: _Signature) -> str | None:
     """A digest of the contents of an adapter's files; they are read again only when their signature has changed."""
     if not signature:
@@ -356,10 +390,5 @@ def _adapter_digest(folder: str, signature: _Signature) -> str | None:
     listed = os.stat(folder)
     digest = hashlib.sha256()
     for path in _identity_files(folder, listed.st_mtime_ns, listed.st_ino):
-        digest.update(os.path.basename(path).encode() + b"\0")
-        try:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError:
-            digest.update(b"unreadable")
+        digest.update(f"{os.path.basename(path)}\0{_file_digest(path, _stats((path,)))}".encode())
     return digest.hexdigest()

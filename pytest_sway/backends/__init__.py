@@ -109,6 +109,10 @@ class Builder:
             from pytest_sway.backends.custom import build_custom
 
             return build_custom(spec)
+        if spec.kind == "dummy":
+            from pytest_sway.backends.dummy import build_dummy
+
+            return build_dummy(spec)
         raise self._unavailable(spec)
 
     def resolve(self, spec: ModelSpec) -> ModelSpec:
@@ -127,6 +131,10 @@ class Builder:
             from pytest_sway.backends.custom import import_class
 
             import_class(spec)
+        elif spec.kind == "dummy":
+            from pytest_sway.backends.dummy import build_dummy
+
+            build_dummy(spec)  # which is as quick as a check
         else:
             raise self._unavailable(spec)
 
@@ -135,7 +143,9 @@ class Builder:
 
         Parts that several backends share, such as a base, have equal keys, and count once.
         """
-        return self._hf_builder().estimate(spec) if spec.kind == "hf" else None
+        if spec.kind == "hf":
+            return self._hf_builder().estimate(spec)
+        return {} if spec.kind == "dummy" else None  # no model, no weights
 
     def measure(self, backend: Any) -> Mapping[Hashable, int] | None:
         """Return the bytes that each part of a loaded backend takes, keyed as in `estimate`."""
@@ -162,6 +172,6 @@ class Builder:
     @staticmethod
     def _unavailable(spec: ModelSpec) -> BackendNotAvailableError:
         return BackendNotAvailableError(
-            f"pytest-sway does not build backends of kind {spec.kind!r} itself; it builds 'hf' and 'custom'. Implement"
-            f" the hook pytest_sway_build_backend(spec) in a conftest.py to build {spec.kind!r}."
+            f"pytest-sway does not build backends of kind {spec.kind!r} itself; it builds 'hf', 'custom' and"
+            f" 'dummy'. Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build {spec.kind!r}."
         )

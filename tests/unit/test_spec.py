@@ -203,12 +203,12 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         (
             {"base": "b", "adaptor": "/x"},
             "a spec has no field 'adaptor'; its fields are kind, base, adapter, dtype, device, trust_remote_code,"
-            " revision, entry_point, endpoint, allow_pickle, finetuned. Did you mean 'adapter'?",
+            " revision, entry_point, endpoint, allow_pickle, finetuned, answers. Did you mean 'adapter'?",
         ),
         (
             {"base": "b", 3: "/x"},
             "a spec has no field 3; its fields are kind, base, adapter, dtype, device, trust_remote_code, revision,"
-            " entry_point, endpoint, allow_pickle, finetuned.",
+            " entry_point, endpoint, allow_pickle, finetuned, answers.",
         ),
         ({"base": "b", "adapter": "/a\0b"}, "the path '/a\\x00b' cannot be resolved: embedded null byte."),
         (
