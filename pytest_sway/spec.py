@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import os
 import re
 from collections.abc import Hashable, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
+from pytest_sway.endpoints import normal_endpoint
 from pytest_sway.errors import SpecError
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ _DTYPE_ALIASES: Final = {
 }
 _DEVICE: Final = re.compile(r"(auto|[a-z]+(:\d+)?)")
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_ENDPOINTS: Final = ("endpoint", "finetuned_endpoint")
 _ENTRY_POINT: Final = re.compile(r"[^\d\W][\w.]*:[^\d\W][\w.]*")
 
 Key: TypeAlias = tuple[Hashable, ...]
@@ -76,6 +80,9 @@ class ModelSpec:
         finetuned: A whole fine-tuned model in an adapter's place, named as ``base`` is; ``None`` where there is none.
         answers: For ``kind="dummy"``, what it answers (see `pytest_sway.answers`): a mapping, which is kept as JSON
             text, or the path of a JSON or TOML file.
+        finetuned_endpoint: For ``kind="api"``, the address of the server of ``finetuned``; ``None`` for the base's.
+        api_key_env: For ``kind="api"``, the name of the environment variable that holds the key; never the key itself.
+        timeout: For ``kind="api"``, the seconds that the server may take for one answer.
 
     Raises:
         SpecError: A field's value is not one that the field takes.
@@ -93,6 +100,9 @@ class ModelSpec:
     allow_pickle: bool = False
     finetuned: str | None = None
     answers: Mapping[str, Any] | str | Path | None = None
+    finetuned_endpoint: str | None = None
+    api_key_env: str | None = None
+    timeout: float = 120.0
 
     def __post_init__(self) -> None:
         self._set("kind", _one_of("kind", self.kind, KINDS))
@@ -101,10 +111,18 @@ class ModelSpec:
         for name in ("trust_remote_code", "allow_pickle"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"spec field {name!r} must be true or false, not {getattr(self, name)!r}.")
-        for name in ("revision", "entry_point", "endpoint"):
+        for name in ("revision", "entry_point", *_ENDPOINTS):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise SpecError(f"spec field {name!r} must be a non-empty string or None, not {value!r}.")
+            if value is not None and name in _ENDPOINTS:
+                self._set(name, normal_endpoint(name, value))
+        if self.api_key_env is not None and not _is_variable(self.api_key_env):  # it may be the key: not shown
+            raise SpecError(
+                "spec field 'api_key_env' must be the name of an environment variable, such as 'SWAY_API_KEY', or None;"
+                " the key itself belongs into that variable."
+            )
+        self._set("timeout", _seconds("timeout", self.timeout))
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise SpecError(
                 f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {self.device!r}."
@@ -127,6 +145,8 @@ class ModelSpec:
             )
         if self.kind == "api" and self.endpoint is None:
             raise SpecError("a spec of kind 'api' needs endpoint=, the address of the server.")
+        if self.finetuned_endpoint is not None and self.finetuned is None:
+            raise SpecError("a spec with 'finetuned_endpoint' needs 'finetuned', the model's name on that server.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -205,6 +225,17 @@ def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
     if value not in valid:
         raise SpecError(f"spec field {name!r} must be one of {', '.join(valid)}; found {value!r}.")
     return str(value)
+
+
+def _is_variable(value: object) -> bool:
+    """Whether it looks like a variable's name, and unlike a key that somebody put in its place."""
+    return isinstance(value, str) and bool(_VARIABLE.fullmatch(value)) and (value.isupper() or value in os.environ)
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SpecError(f"spec field {name!r} must be a number of seconds above 0; found {value!r}.")
+    return float(value)
 
 
 def _model(field: str, value: object, kind: Kind) -> str:
@@ -295,6 +326,9 @@ def resolved_key(spec: ModelSpec) -> Key:
         spec.allow_pickle,
         spec.finetuned,
         _answers_identity(spec.answers),
+        spec.finetuned_endpoint,
+        spec.api_key_env,
+        spec.timeout,
         _model_signature(spec.base),
         None if spec.finetuned is None else _model_signature(spec.finetuned),
         None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
@@ -308,7 +342,9 @@ def base_key(spec: ModelSpec) -> Key:
 
 def base_spec(spec: ModelSpec) -> ModelSpec:
     """Return the spec of the base alone."""
-    return spec if spec.adapter is None and spec.finetuned is None else replace(spec, adapter=None, finetuned=None)
+    if spec.adapter is None and spec.finetuned is None:
+        return spec
+    return replace(spec, adapter=None, finetuned=None, finetuned_endpoint=None)
 
 
 def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:

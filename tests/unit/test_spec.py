@@ -201,14 +201,26 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         ),
         ({"base": "b", "kind": "api"}, "a spec of kind 'api' needs endpoint=, the address of the server."),
         (
+            {"base": "b", "finetuned_endpoint": "http://localhost"},
+            "a spec with 'finetuned_endpoint' needs 'finetuned', the model's name on that server.",
+        ),
+        *[
+            (
+                {"base": "b", "timeout": seconds},
+                f"spec field 'timeout' must be a number of seconds above 0; found {seconds!r}.",
+            )
+            for seconds in (0, -1, True, "5", float("inf"), float("nan"))
+        ],
+        (
             {"base": "b", "adaptor": "/x"},
             "a spec has no field 'adaptor'; its fields are kind, base, adapter, dtype, device, trust_remote_code,"
-            " revision, entry_point, endpoint, allow_pickle, finetuned, answers. Did you mean 'adapter'?",
+            " revision, entry_point, endpoint, allow_pickle, finetuned, answers, finetuned_endpoint, api_key_env,"
+            " timeout. Did you mean 'adapter'?",
         ),
         (
             {"base": "b", 3: "/x"},
             "a spec has no field 3; its fields are kind, base, adapter, dtype, device, trust_remote_code, revision,"
-            " entry_point, endpoint, allow_pickle, finetuned, answers.",
+            " entry_point, endpoint, allow_pickle, finetuned, answers, finetuned_endpoint, api_key_env, timeout.",
         ),
         ({"base": "b", "adapter": "/a\0b"}, "the path '/a\\x00b' cannot be resolved: embedded null byte."),
         (
@@ -343,7 +355,7 @@ def test_a_key_is_hashable_and_of_built_in_types(adapter: Path, base: Path) -> N
     def leaves(value: object) -> set[type]:
         return set().union(*map(leaves, value)) if isinstance(value, tuple) else {type(value)}
 
-    assert leaves(key) <= {str, int, bool, type(None)}
+    assert leaves(key) <= {str, int, float, bool, type(None)}
 
 
 def test_auto_is_what_it_stands_for() -> None:
@@ -367,8 +379,11 @@ def test_auto_is_what_it_stands_for() -> None:
         {"endpoint": "http://localhost"},
         {"allow_pickle": True},
         {"adapter": None, "finetuned": "org/tuned"},
+        {"adapter": None, "finetuned": "org/tuned", "finetuned_endpoint": "http://localhost"},
+        {"api_key_env": "MY_KEY"},
+        {"timeout": 5},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=lambda change: next(reversed(change)),
 )
 def test_what_changes_what_is_loaded_changes_the_key(change: dict[str, Any]) -> None:
     spec = ModelSpec(base="org/base", adapter=Path("/adapters/x"), **PLACED)
