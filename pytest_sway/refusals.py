@@ -27,8 +27,9 @@ def load_failed(error: Exception, spec: ModelSpec) -> BackendLoadError:
     """A build raised something that is no `SwayError`."""
     adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
     finetuned = "" if spec.finetuned is None else f" with fine-tuned model {spec.finetuned!r}"
+    by = f" by {spec.entry_point!r}" if spec.kind == "custom" else ""
     return BackendLoadError(
-        f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned} failed:"
+        f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned}{by} failed:"
         f" {type(error).__name__}: {redacted(str(error))}"
     )
 

@@ -2,47 +2,88 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends import require_differential
-from pytest_sway.errors import SpecError
+from pytest_sway.errors import BackendLoadError, SpecError
+from pytest_sway.redaction import redacted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_sway.scoring import DifferentialBackend
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def import_class(spec: ModelSpec) -> Any:
-    """Return what the spec's ``entry_point`` names.
+def import_class(spec: ModelSpec) -> Callable[..., Any]:
+    """Return what the spec's ``entry_point`` names: a class, or a function that makes a backend.
 
     Raises:
-        SpecError: The module cannot be found, or has no such attribute.
+        SpecError: The module cannot be found, has no such attribute, or has something there that cannot be called as
+            `build_custom` does.
+        BackendLoadError: The module is there, and raised an error of its own.
     """
     module_name, _, path = (spec.entry_point or "").partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SpecError(
-            f"entry_point {spec.entry_point!r}: the module {module_name!r} cannot be imported ({error})."
-            " Check its name, and that it can be imported where pytest runs."
-        ) from error
+    found: Any = _module(spec, module_name)
     for name in path.split("."):
         try:
             found = getattr(found, name)
         except AttributeError as error:
-            raise SpecError(f"entry_point {spec.entry_point!r}: {module_name!r} has no {path!r}.") from error
-    return found
+            close = difflib.get_close_matches(name, dir(found), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise SpecError(f"entry_point {spec.entry_point!r}: {module_name!r} has no {path!r}.{hint}") from error
+    if not callable(found):
+        raise SpecError(
+            f"entry_point {spec.entry_point!r} is no class, but an object of type {type(found).__name__}."
+            " Name the class, or a function, that makes the backend."
+        )
+    _require_signature(spec, found)
+    return found  # type: ignore[no-any-return] # getattr's value, which is callable
 
 
 def build_custom(spec: ModelSpec) -> DifferentialBackend:
     """Call the spec's class as ``Class(base_spec=spec, adapter_path=spec.adapter)``, as dlm-sway does.
 
+    Only what is needed to open a view is asked for: a view that lacks a method shows when that is called, since opening
+    one may cost as much as the class likes.
+
     Raises:
-        SpecError: The class cannot be imported.
+        SpecError: The class cannot be imported, or takes other arguments.
         BackendLoadError: What it makes is no differential backend.
     """
     backend = import_class(spec)(base_spec=spec, adapter_path=spec.adapter)
     return require_differential(backend, f"entry_point {spec.entry_point!r}")
+
+
+def _module(spec: ModelSpec, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SpecError(
+            f"entry_point {spec.entry_point!r}: the module {name!r} cannot be imported ({error})."
+            " Check its name, and that it can be imported where pytest runs."
+        ) from error
+    except Exception as error:
+        raise BackendLoadError(
+            f"entry_point {spec.entry_point!r}: the import of {name!r} failed: {type(error).__name__}:"
+            f" {redacted(str(error))}"
+        ) from error
+
+
+def _require_signature(spec: ModelSpec, found: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # of what is not written in Python, nothing is known
+        return
+    try:
+        signature.bind(base_spec=spec, adapter_path=spec.adapter)
+    except TypeError as error:
+        raise SpecError(
+            f"entry_point {spec.entry_point!r} is called with base_spec=<the spec> and adapter_path=<a folder or None>,"
+            f" and takes ({', '.join(signature.parameters)}): {error}."
+        ) from None

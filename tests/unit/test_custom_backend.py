@@ -42,6 +42,26 @@ class Holder:
     Nested = Mine
 
 
+class SetsItsMethods:
+    """What is needed is on the object, and not on its class."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.as_base = self.as_finetuned = nullcontext
+
+
+class TakesOthers(Mine):
+    def __init__(self, base_spec: ModelSpec, adapter: Path | None) -> None:
+        raise AssertionError("it cannot be called")
+
+
+class NoSides:
+    def __init__(self, **kwargs: Any) -> None: ...
+
+
+def make(*, base_spec: ModelSpec, adapter_path: Path | None) -> Mine:
+    return Mine(base_spec, adapter_path)
+
+
 class Broken(Mine):
     def __init__(self, **kwargs: Any) -> None:
         raise ZeroDivisionError("in the user's code")
@@ -50,7 +70,9 @@ class Broken(Mine):
 @pytest.fixture(autouse=True)
 def _module(monkeypatch: pytest.MonkeyPatch) -> None:
     made = ModuleType("my_backends")
-    made.Mine, made.OneSided, made.Holder, made.Broken = Mine, OneSided, Holder, Broken  # type: ignore[attr-defined]
+    for found in (Mine, OneSided, Holder, Broken, SetsItsMethods, TakesOthers, NoSides, make):
+        setattr(made, found.__name__, found)
+    made.ready_made = Mine(_spec("my_backends:Mine"), None)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_backends", made)
     monkeypatch.setattr(Mine, "closes", 0)
 
@@ -85,7 +107,20 @@ def test_a_nested_class_is_found() -> None:
             " named 'no_such_module_here'). Check its name, and that it can be imported where pytest runs.",
         ),
         ("my_backends:Yours", "entry_point 'my_backends:Yours': 'my_backends' has no 'Yours'."),
-        ("my_backends:Holder.Yours", "entry_point 'my_backends:Holder.Yours': 'my_backends' has no 'Holder.Yours'."),
+        (
+            "my_backends:Holder.Nestd",
+            "entry_point 'my_backends:Holder.Nestd': 'my_backends' has no 'Holder.Nestd'. Did you mean 'Nested'?",
+        ),
+        (
+            "my_backends:ready_made",
+            "entry_point 'my_backends:ready_made' is no class, but an object of type Mine. Name the class, or a"
+            " function, that makes the backend.",
+        ),
+        (
+            "my_backends:TakesOthers",
+            "entry_point 'my_backends:TakesOthers' is called with base_spec=<the spec> and adapter_path=<a folder or"
+            " None>, and takes (base_spec, adapter): missing a required argument: 'adapter'.",
+        ),
     ],
 )
 def test_what_cannot_be_found_is_said_so_before_anything_is_evicted(entry_point: str, sentence: str) -> None:
@@ -94,11 +129,50 @@ def test_what_cannot_be_found_is_said_so_before_anything_is_evicted(entry_point:
             refuse(_spec(entry_point))
 
 
-def test_what_is_no_differential_backend_is_refused() -> None:
-    sentence = (
-        "entry_point 'my_backends:OneSided' made a OneSided, which is no differential backend: it lacks as_finetuned."
-    )
+@pytest.mark.parametrize("entry_point", ["my_backends:SetsItsMethods", "my_backends:make"])
+def test_an_object_with_the_methods_is_enough_whatever_made_it(entry_point: str) -> None:
+    backend = build(_spec(entry_point))
+    assert callable(backend.as_base)
+    assert callable(backend.as_finetuned)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "sentence"),
+    [
+        (
+            "1 / 0",
+            BackendLoadError,
+            "entry_point 'failing_module:Mine': the import of 'failing_module' failed: ZeroDivisionError: division by"
+            " zero",
+        ),
+        (
+            "import no_such_dependency",
+            SpecError,
+            "entry_point 'failing_module:Mine': the module 'failing_module' cannot be imported (No module named"
+            " 'no_such_dependency'). Check its name, and that it can be imported where pytest runs.",
+        ),
+    ],
+)
+def test_an_error_in_the_users_module_is_told_with_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception], sentence: str
+) -> None:
+    (tmp_path / "failing_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for refuse in (build, Builder().check):
+        with pytest.raises(error, match=f"^{re.escape(sentence)}$") as raised:
+            refuse(_spec("failing_module:Mine"))
+        assert isinstance(raised.value.__cause__, ZeroDivisionError | ImportError)
+
+
+@pytest.mark.parametrize(("name", "missing"), [("OneSided", "as_finetuned"), ("NoSides", "as_base and as_finetuned")])
+def test_what_is_no_differential_backend_is_refused(name: str, missing: str) -> None:
+    sentence = f"entry_point 'my_backends:{name}' made a {name}, which is no differential backend: it lacks {missing}."
     with pytest.raises(BackendLoadError, match=f"^{re.escape(sentence)}$"):
+        build_custom(_spec(f"my_backends:{name}"))
+
+
+def test_what_is_refused_is_closed() -> None:
+    with pytest.raises(BackendLoadError):
         build_custom(_spec("my_backends:OneSided"))
     assert Mine.closes == 1  # what was made and cannot be handed out is closed
 
@@ -113,7 +187,10 @@ def test_the_cache_serves_it_and_closes_it() -> None:
 
 
 def test_an_error_in_the_users_class_is_wrapped_with_its_cause() -> None:
-    sentence = "loading the custom backend of base 'org/a' failed: ZeroDivisionError: in the user's code"
+    sentence = (
+        "loading the custom backend of base 'org/a' by 'my_backends:Broken' failed: ZeroDivisionError: in the user's"
+        " code"
+    )
     with pytest.raises(BackendLoadError, match=f"^{re.escape(sentence)}$") as raised:
         BackendCache().acquire(_spec("my_backends:Broken"))
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
