@@ -1,62 +1,93 @@
-"""What pytest's items say of the models that they need; their order, and what xdist is told about them.
+"""Hooks that put the collected tests into the order of fewest loads, and tell xdist which belong together.
 
-Imported only once a test names a spec where it can be read before the test runs.
+Imported in every run of pytest, so what it needs itself is imported once a test names a spec before it runs.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_sway.scheduling import Needs, base_loads, dealt, needs_of, ordered
-from pytest_sway.spec import ModelSpec, parse_spec, short_name
+from pytest_sway.settings import SwaySettings, named_specs
 
 if TYPE_CHECKING:
-    from pytest_sway.settings import SwaySettings
+    from pytest_sway.scheduling import Needs
 
-GROUP: Final = "@pytest-sway-"
+_GROUP: Final = "@pytest-sway-"
 """What stands between a test's node id and the number of its group, on the way to xdist's scheduler."""
 
-_needs = pytest.StashKey[Needs]()
+_needs = pytest.StashKey["Needs"]()
 
 
-def reorder(items: list[pytest.Item], settings: SwaySettings, named: Mapping[str, Any]) -> None:
-    """Put the tests into the order in which the fewest models are loaded, and remember what each needs.
+class Collection:
+    """The hooks of one run.
 
-    Args:
-        items: Changed in place.
-        settings: What is in force.
-        named: The specs that have names.
+    To be registered after those of all installed plugins, so that these run first and a plugin that shuffles wins.
     """
-    for item in items:
-        needs = _read(item, settings, named)
-        if needs is not None:
-            item.stash[_needs] = needs
-    items[:] = [items[position] for position in ordered(_known(items))]
+
+    def __init__(self, settings: SwaySettings) -> None:
+        self._settings = settings
+        self._known = False
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> Generator[None, object, object]:
+        """Put tests of equal models together."""
+        specs = [_spec_values(item) for item in items]
+        self._known = any(specs)
+        if self._known:
+            self._reorder(config, items, specs)
+        return (yield)
+
+    def _reorder(self, config: pytest.Config, items: list[pytest.Item], specs: Sequence[Sequence[Any]]) -> None:
+        from pytest_sway.scheduling import needs_of, ordered
+        from pytest_sway.spec import parse_spec
+
+        try:
+            named = named_specs(config.rootpath)
+        except Exception:  # the first test that uses a backend says what is wrong with the file
+            named = {}
+        for item, values in zip(items, specs, strict=True):
+            try:
+                parsed = [parse_spec(value, named=named) for value in values]
+                needs = needs_of(parsed, device=self._settings.device, dtype=self._settings.dtype)
+            except Exception:  # the test itself says what is wrong with its spec
+                needs = None
+            if needs is not None:
+                item.stash[_needs] = needs
+        items[:] = [items[position] for position in ordered(_known(items))]
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Under ``--dist loadgroup``, send xdist the groups; by now all is deselected that will be."""
+        if not self._known or not getattr(session.config.option, "loadgroup", False):
+            return (yield)
+        with _groups_sent(session):
+            return (yield)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, report: pytest.TestReport) -> None:
+        """Take the group out of the report that xdist makes for a test that killed its worker."""
+        if _GROUP in report.nodeid:
+            nodeid = report.nodeid.partition(_GROUP)[0]
+            report.longrepr = str(report.longrepr).replace(report.nodeid, nodeid)
+            report.nodeid = nodeid
 
 
-def spec_values(item: pytest.Item) -> list[Any]:
-    """Return what a test says about its specs before it runs: its marker's arguments and `ModelSpec` parameters."""
-    marker = item.get_closest_marker("sway_spec")
+def _spec_values(item: pytest.Item) -> list[Any]:
+    """What a test says about its specs before it runs: its marker's arguments, and parameters that are specs."""
+    marker = item.get_closest_marker("sway_spec") if "sway_spec" in item.keywords else None
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    return [*(() if marker is None else marker.args), *filter(is_spec, parameters.values())]
+    return [*(() if marker is None else marker.args), *(value for value in parameters.values() if _is_spec(value))]
 
 
-def is_spec(value: object) -> bool:
-    """Whether a parameter is a ``ModelSpec``, ours or dlm-sway's; asked of every parameter, so nothing is imported."""
+def _is_spec(value: object) -> bool:
+    """Whether a parameter is a ``ModelSpec``, ours or dlm-sway's; all are asked, so nothing is imported for it."""
     return any(cls.__name__ == "ModelSpec" for cls in type(value).__mro__)
-
-
-def _read(item: pytest.Item, settings: SwaySettings, named: Mapping[str, Any]) -> Needs | None:
-    try:
-        specs = [parse_spec(value, named=named) for value in spec_values(item)]
-        return needs_of(specs, device=settings.device, dtype=settings.dtype)
-    except Exception:  # the test itself will say what is wrong with its spec
-        return None
 
 
 def _known(items: Sequence[pytest.Item]) -> list[Needs | None]:
@@ -66,59 +97,44 @@ def _known(items: Sequence[pytest.Item]) -> list[Needs | None]:
 # --- xdist ------------------------------------------------------------------------------------------------------------
 
 
-def fewest_base_loads(items: Sequence[pytest.Item], workers: int) -> Counter[str]:
-    """Return how often each base would be loaded under ``--dist loadgroup``, by its label in the statistics."""
-    needs = _known(items)
-    loads: Counter[str] = Counter()
-    for base, count in base_loads(needs, dealt(needs, workers)).items():
-        assert isinstance(base, ModelSpec)
-        loads[short_name(base.base)] += count
-    return loads
-
-
 @contextmanager
-def groups_told(session: pytest.Session, workers: int) -> Iterator[None]:
-    """While this lasts, what xdist's worker tells its controller of the collected tests has their groups in it.
+def _groups_sent(session: pytest.Session) -> Iterator[None]:
+    """While this lasts, what xdist's worker sends its controller about the collected tests has their groups in it.
 
     xdist's scheduler reads a test's group from the end of its node id. Its own way to put it there, the mark
-    ``xdist_group``, changes the node id itself, and with it what ``--lf`` stores and what reports show; it has no effect
-    at all from pytest 9.2 on. So the groups are put into the message alone, and the tests keep their node ids.
+    ``xdist_group``, changes the node id itself, and with it what ``--lf`` stores and what reports show; with pytest 9.2
+    it has no effect at all. So the groups are put into the message alone, and the tests keep their node ids.
     """
-    interactor: Any = next((p for p in session.config.pluginmanager.get_plugins() if hasattr(p, "sendevent")), None)
-    if interactor is None:
-        yield
-        return
-    send = interactor.sendevent
+    config: Any = session.config
+    worker = next(plugin for plugin in config.pluginmanager.get_plugins() if hasattr(plugin, "sendevent"))
+    send = worker.sendevent
 
     def sendevent(name: str, **values: Any) -> None:
         if name == "collectionfinish":
-            values["ids"] = grouped_ids(session.items, workers)
+            values["ids"] = _grouped_ids(session.items, config.workerinput["workercount"])
         send(name, **values)
 
-    interactor.sendevent = sendevent
+    worker.sendevent = sendevent
     try:
         yield
     finally:
-        del interactor.sendevent
+        del worker.sendevent
 
 
-def grouped_ids(items: Sequence[pytest.Item], workers: int) -> list[str]:
-    """Return the tests' node ids, with the groups that they are in.
+def _grouped_ids(items: Sequence[pytest.Item], workers: int) -> list[str]:
+    """The tests' node ids, each with its group, if it has one; one that the user gave is kept."""
+    from pytest_sway.scheduling import dealt
 
-    A test that the user has put into a group with ``xdist_group`` stays in that.
-    """
     own = [_own_group(item) for item in items]
     needs = [None if group else known for group, known in zip(own, _known(items), strict=True)]
     ids = []
     for item, group, number in zip(items, own, dealt(needs, workers), strict=True):
-        suffix = f"@{group}" if group else "" if number is None else f"{GROUP}{number}"
+        suffix = f"@{group}" if group else "" if number is None else f"{_GROUP}{number}"
         ids.append(item.nodeid if item.nodeid.endswith(suffix) else item.nodeid + suffix)
     return ids
 
 
 def _own_group(item: pytest.Item) -> str:
     """The name that xdist gives to the group in which the user has put a test."""
-    names = (
-        mark.args[0] if mark.args else mark.kwargs.get("name", "default") for mark in item.iter_markers("xdist_group")
-    )
-    return "_".join(sorted({str(name) for name in names}))
+    marks = item.iter_markers("xdist_group")
+    return "_".join(sorted({str(mark.args[0] if mark.args else mark.kwargs.get("name", "default")) for mark in marks}))

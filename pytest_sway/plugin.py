@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.collection import Collection
 from pytest_sway.settings import SwaySettings, add_options, named_specs, resolve_settings
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "sway_spec(*specs): the model specs that a test uses; with exactly one, sway_backend() needs no argument.",
     )
-    config.stash[_settings] = resolve_settings(config)
+    config.stash[_settings] = settings = resolve_settings(config)
+    if settings.reorder:
+        config.pluginmanager.register(Collection(settings), "pytest_sway_collection")
     if not hasattr(config, "workerinput"):
         config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
 

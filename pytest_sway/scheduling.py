@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain, repeat
 from typing import Any, Final, NamedTuple
 
 from pytest_sway.spec import ModelSpec, base_spec, finetuned_spec
@@ -66,7 +67,7 @@ def ordered(tests: Sequence[Needs | None]) -> list[int]:
     beyond that, and among tests whose needs are not known, the order stays.
     """
     first: dict[Hashable, int] = {}
-    places = []
+    places: list[tuple[int, ...]] = []
     for position, needs in enumerate(tests):
         if needs is None:
             places.append((position,))
@@ -89,20 +90,12 @@ def dealt(tests: Sequence[Needs | None], workers: int) -> list[int | None]:
         workers: How many workers there are, at least 1.
     """
     sizes = Counter(needs.bases[0] for needs in tests if needs is not None)
-    bases = sorted(sizes, key=sizes.__getitem__, reverse=True)
-    shares = {base: iter(pieces) for base, pieces in zip(bases, _packed([sizes[b] for b in bases], workers), strict=True)}
-    left: dict[Hashable, list[int]] = {}
-    groups: list[int | None] = []
-    for needs in tests:
-        if needs is None:
-            groups.append(None)
-            continue
-        base = needs.bases[0]
-        if not left.get(base):
-            group, count = next(shares[base])
-            left[base] = [group] * count
-        groups.append(left[base].pop())
-    return groups
+    packed = _packed(list(sizes.values()), workers)
+    turns = {
+        base: chain.from_iterable(repeat(group, count) for group, count in pieces)
+        for base, pieces in zip(sizes, packed, strict=True)
+    }
+    return [None if needs is None else next(turns[needs.bases[0]]) for needs in tests]
 
 
 def base_loads(tests: Sequence[Needs | None], groups: Sequence[Hashable | None]) -> Counter[Hashable]:
@@ -112,7 +105,7 @@ def base_loads(tests: Sequence[Needs | None], groups: Sequence[Hashable | None])
 
 
 def _packed(sizes: Sequence[int], workers: int) -> list[list[tuple[int, int]]]:
-    """Return for each size, largest first, the pieces that it is cut into: the group and the size of each.
+    """Return for each size the pieces that it is cut into: the group and the size of each.
 
     How full a group may get decides how often bases are cut; of the bounds from the mean to 1.2 times the mean, the
     one with the fewest pieces is taken, and of those the one with the smallest largest group.

@@ -31,6 +31,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
         dtype: What ``auto`` means for dtypes.
         on_mutation: What a test gets that leaves a backend changed.
         on_leak: What the run gets when weights outlive their backend.
+        reorder: Whether tests of equal models are put together.
     """
 
     cache_size: int
@@ -39,21 +40,22 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
     dtype: str
     on_mutation: str
     on_leak: str
+    reorder: bool
 
     def header(self) -> str:
         """One line for pytest's header."""
         memory = "no memory bound" if self.cache_memory is None else f"at most {self.cache_memory / 2**30:.4g} GiB"
         return (
             f"sway: cache of {self.cache_size}, {memory}, device {self.device}, dtype {self.dtype},"
-            f" on mutation {self.on_mutation}, on leak {self.on_leak}"
+            f" on mutation {self.on_mutation}, on leak {self.on_leak}{'' if self.reorder else ', tests not reordered'}"
         )
 
 
 class _Setting(NamedTuple):
-    """One setting: its ini name, and its option where it has one."""
+    """One setting: its ini name, and its option where it has one; a flag's default is a bool."""
 
     name: str
-    default: str
+    default: str | bool
     parse: Callable[[str], Any]
     help: str
     metavar: str | None = None
@@ -67,9 +69,13 @@ class _Setting(NamedTuple):
         text = config.getoption(self.name) if self.metavar is not None else None
         origin = self.option
         if text is None:
-            text, origin = config.getini(self.name), f"ini value {self.name}"
+            origin = f"ini value {self.name}"
+            try:
+                text = config.getini(self.name)
+            except (ValueError, pytest.UsageError) as error:  # pytest's own, for a flag
+                raise pytest.UsageError(f"{origin}: must be true or false; {error}.") from None
         try:
-            return self.parse(str(text).strip())
+            return text if isinstance(text, bool) else self.parse(str(text).strip())
         except ValueError as error:
             raise pytest.UsageError(f"{origin}: {error}; found {text!r}.") from None
 
@@ -145,6 +151,12 @@ _SETTINGS: Final = (
         one_of(*POLICIES),
         f"what the run gets when weights outlive their backend: {', '.join(POLICIES)} (default: error)",
     ),
+    _Setting(
+        "sway_reorder",
+        True,
+        bool,
+        "put tests together that use equal models, and under --dist loadgroup on equal workers (default: true)",
+    ),
 )
 
 
@@ -154,7 +166,8 @@ def add_options(parser: pytest.Parser) -> None:
     for setting in _SETTINGS:
         if setting.metavar is not None:
             group.addoption(setting.option, dest=setting.name, default=None, metavar=setting.metavar, help=setting.help)
-        parser.addini(setting.name, setting.help, default=setting.default)
+        flag: Any = "bool" if isinstance(setting.default, bool) else None
+        parser.addini(setting.name, setting.help, type=flag, default=setting.default)
 
 
 def resolve_settings(config: pytest.Config) -> SwaySettings:

@@ -1,0 +1,158 @@
+"""Runs under ``-n 2 --dist loadgroup``: what is loaded where, and that tests keep their node ids."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.plugin.conftest import Suite
+
+pytest.importorskip("xdist")
+
+LOADGROUP = ("-n2", "--dist=loadgroup", "--sway-cache-size=1")
+
+WORST_ORDER = """
+import os
+
+@pytest.fixture
+def uses(sway_backend, request):
+    note(f"run {os.environ.get('PYTEST_XDIST_WORKER')} {sway_backend().spec.base}")
+
+def spec(base):
+    return pytest.mark.sway_spec(dummy(base))
+
+EACH = pytest.mark.parametrize("base", [pytest.param(base, marks=spec(base)) for base in "abcd" * 3])
+
+@EACH
+def test_x(base, uses):
+    assert base != "b"
+"""
+
+
+def loads(suite: Suite) -> Counter[str]:
+    return Counter(event.removeprefix("load ") for event in suite.events() if event.startswith("load "))
+
+
+def ran(suite: Suite) -> dict[str, str]:
+    """What each worker ran: the bases of its tests, in their order."""
+    workers: dict[str, str] = defaultdict(str)
+    for event in suite.events():
+        if event.startswith("run "):
+            _, worker, base = event.split()
+            workers[worker] += base
+    return dict(workers)
+
+
+def last_failed(suite: Suite) -> set[str]:
+    return set(json.loads((suite.pytester.path / ".pytest_cache/v/cache/lastfailed").read_text()))
+
+
+FAILED = {f"test_suite.py::test_x[b{number}]" for number in range(3)}
+
+
+def test_each_base_is_loaded_once_and_the_workers_share_the_tests(suite: Suite) -> None:
+    result = suite.run_apart(WORST_ORDER, *LOADGROUP)
+    result.assert_outcomes(passed=9, failed=3)
+    assert loads(suite) == Counter("abcd")
+    assert sorted(ran(suite).values(), key=min) == ["aaabbb", "cccddd"]
+
+
+def test_groups_are_cut_over_what_is_left_when_all_is_deselected(suite: Suite) -> None:
+    suite.run_apart(WORST_ORDER, *LOADGROUP, "-k", "a0 or a1 or b0 or b1").assert_outcomes(passed=2, failed=2)
+    assert sorted(ran(suite).values()) == ["aa", "bb"]
+
+
+def test_groups_of_the_user_are_kept(suite: Suite) -> None:
+    result = suite.run_apart(
+        WORST_ORDER
+        + """
+@pytest.mark.xdist_group("mine")
+@EACH
+def test_mine(base, uses): pass
+
+@pytest.mark.xdist_group(name="mine")
+def test_without_spec(sway_backend):
+    note(f"run {os.environ['PYTEST_XDIST_WORKER']} mine")
+""",
+        *LOADGROUP,
+        "-k",
+        "mine or without",
+    )
+    result.assert_outcomes(passed=13)
+    assert list(ran(suite).values()) == ["aaabbbcccdddmine"]
+
+
+def test_no_groups_are_made_when_switched_off(suite: Suite) -> None:
+    suite.pytester.makeini("[pytest]\nsway_reorder = false\n")
+    suite.run_apart(WORST_ORDER, *LOADGROUP).assert_outcomes(passed=9, failed=3)
+    assert loads(suite).total() > 4
+
+
+def test_failed_tests_are_remembered_by_their_node_ids(suite: Suite) -> None:
+    result = suite.run_apart(WORST_ORDER, *LOADGROUP, "-v")
+    assert last_failed(suite) == FAILED
+    result.stdout.no_fnmatch_line("*pytest-sway-*")
+    suite.run(WORST_ORDER, "--lf").assert_outcomes(failed=3)
+
+
+def test_last_failed_runs_alone_under_workers(suite: Suite) -> None:
+    suite.run(WORST_ORDER)
+    suite.run_apart(WORST_ORDER, *LOADGROUP, "--lf").assert_outcomes(failed=3)
+    suite.run_apart(WORST_ORDER.replace('"b"', '"z"'), *LOADGROUP, "--lf").assert_outcomes(passed=3)
+    assert last_failed(suite) == set()
+
+
+def test_failed_first_is_first_on_each_worker(suite: Suite) -> None:
+    suite.run(WORST_ORDER)
+    (suite.pytester.path / "events.txt").unlink()
+    suite.run_apart(WORST_ORDER, *LOADGROUP, "--ff").assert_outcomes(passed=9, failed=3)
+    assert sorted(ran(suite).values(), key=min) == ["bbbaaa", "cccddd"]
+
+
+def test_stepwise_goes_on_where_it_stopped(suite: Suite) -> None:
+    suite.run_apart(WORST_ORDER, *LOADGROUP, "--sw")
+    (suite.pytester.path / "events.txt").unlink()
+    suite.run(WORST_ORDER.replace('"b"', '"z"'), "--sw").assert_outcomes(passed=9, deselected=3)
+
+
+def test_junit_names_are_those_of_a_run_without_workers(suite: Suite) -> None:
+    def names(*args: str) -> set[tuple[str | None, str | None]]:
+        suite.run_apart(WORST_ORDER, *args, "--junitxml=report.xml")
+        cases = ElementTree.parse(suite.pytester.path / "report.xml").iter("testcase")
+        return {(case.get("classname"), case.get("name")) for case in cases}
+
+    assert names(*LOADGROUP) == names()
+
+
+def test_a_test_that_kills_its_worker_is_reported_by_its_node_id(suite: Suite) -> None:
+    result = suite.run_apart(
+        WORST_ORDER
+        + """
+@spec("a")
+def test_dies(uses):
+    os._exit(1)
+""",
+        *LOADGROUP,
+        "--max-worker-restart=0",
+    )
+    result.stdout.fnmatch_lines(["worker 'gw?' crashed while running 'test_suite.py::test_dies'"])
+    result.stdout.no_fnmatch_line("*pytest-sway-*")
+    assert "test_suite.py::test_dies" in last_failed(suite)
+
+
+def test_a_plugin_that_shuffles_wins_under_workers_too(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        shuffler="""
+import random
+
+def pytest_collection_modifyitems(items):
+    random.Random(3).shuffle(items)
+"""
+    )
+    suite.run_apart(WORST_ORDER, *LOADGROUP, "-p", "shuffler").assert_outcomes(passed=9, failed=3)
+    shares = list(ran(suite).values())
+    assert [(len(share), len(set(share))) for share in shares] == [(6, 2), (6, 2)]
+    assert any(share != "".join(sorted(share)) for share in shares)
