@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def load_own_base(spec: ModelSpec, files: AdapterFiles) -> LoadedBase:
+def load_own_base(spec: ModelSpec, files: AdapterFiles, load_base: Callable[..., LoadedBase] = load_base) -> LoadedBase:
     """Load a base for one adapter alone, with as many words as the adapter has embeddings for."""
     base = load_base(spec, shared=False)
     rows = files.vocabulary

@@ -6,16 +6,15 @@ import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.base_files import adapter_inside
 from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
-from pytest_sway.backends.hf.libraries import quiet_process, torch_dtype
+from pytest_sway.backends.hf.libraries import quiet_process
 from pytest_sway.backends.hf.memory import WeightsWatch
+from pytest_sway.backends.hf.models import load_model
 from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.state import BASE_STATE, Switch
-from pytest_sway.errors import WeightsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.grafting import LayerPlan
@@ -131,34 +130,22 @@ class LoadedBase:
             self.adapters, self.tokenizers, self.plans, self.places, self._modules = {}, {}, {}, {}, {}
 
 
-def load_base(spec: ModelSpec, *, shared: bool = True) -> LoadedBase:
+def load_base(
+    spec: ModelSpec, *, shared: bool = True, load_model: Callable[[ModelSpec], Any] = load_model
+) -> LoadedBase:
     """Load the base of a resolved spec, in evaluation mode, frozen, on its device.
+
+    Args:
+        spec: What to load.
+        shared: Whether it will serve several adapters.
+        load_model: What loads the model itself.
 
     Raises:
         WeightsError: Its weights exist only as a pickle that the spec does not allow.
         SpecError: It is an adapter, or contains one.
     """
-    from transformers import AutoModelForCausalLM
-
-    with quiet_process():
-        tokenizer = load_tokenizer(spec, spec.base)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                spec.base,
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code,
-                use_safetensors=None if spec.allow_pickle else True,
-                dtype=torch_dtype(spec.dtype),
-            )
-        except OSError as error:
-            raise _load_error(spec, error) from error
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise adapter_inside(spec)
-        model = model.to(spec.device)
-        model.eval()
-        model.requires_grad_(False)
-        if hasattr(model.config, "pretraining_tp"):
-            model.config.pretraining_tp = 1  # as PEFT sets it; so the base computes the same with and without adapters
+    tokenizer = load_tokenizer(spec, spec.base)
+    model = load_model(spec)
     return LoadedBase(spec, model, tokenizer, shared=shared)
 
 
@@ -188,16 +175,6 @@ def load_tokenizer(spec: ModelSpec, source: str) -> Any:
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _load_error(spec: ModelSpec, error: OSError) -> Exception:
-    text = str(error)
-    if not spec.allow_pickle and (("safetensors" in text and "pytorch_model.bin" in text) or "use_safetensors" in text):
-        return WeightsError(
-            f"the base {spec.base!r} has no weights in safetensors, and pickles can run code when they are read."
-            " Convert it, or set allow_pickle=True in the spec if you trust it."
-        )
-    return error
 
 
 def _places(model: Any) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:

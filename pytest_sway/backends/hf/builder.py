@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.check import check_spec
@@ -18,10 +19,12 @@ from pytest_sway.spec import base_key, base_spec, finetuned_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
+    from pathlib import Path
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.backend import HFBackend
     from pytest_sway.backends.hf.base import LoadedBase
+    from pytest_sway.backends.hf.staging import SharedWeights
     from pytest_sway.backends.shared import Share
     from pytest_sway.spec import ModelSpec
 
@@ -36,10 +39,19 @@ class HFBuilder:
 
     Args:
         on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
+        share_weights: A folder through which this process and others on this host hold one copy of converted weights;
+            ``None`` for a copy of its own.
     """
 
-    def __init__(self, on_base_load: Callable[[str, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_base_load: Callable[[str, float], None] | None = None,
+        *,
+        share_weights: Path | None = None,
+    ) -> None:
         self._on_base_load = on_base_load
+        self._share_weights = share_weights
+        self._shared_weights: SharedWeights | None = None
         self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
         self._numbers = itertools.count()
 
@@ -95,8 +107,8 @@ class HFBuilder:
         import torch
 
         from pytest_sway.backends.hf.assembly import assemble, load_own_base
-        from pytest_sway.backends.hf.base import load_base
 
+        load_base = self._base_loader()
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
             if files is None or files.shareable or not files.restorable:
                 self._add_clean_share(base_spec(spec), load_base, shares)
@@ -105,7 +117,7 @@ class HFBuilder:
                 self._add_clean_share(tuned, load_base, shares)
             if files is not None and not files.shareable:
                 key = ("own base", next(self._numbers))
-                shares.append(self._pool.acquire(key, lambda: self._timed(spec, load_own_base, spec, files)))
+                shares.append(self._pool.acquire(key, lambda: self._timed(spec, load_own_base, spec, files, load_base)))
             return assemble(spec, files, shares, self._pool.withdraw)
 
     def _add_clean_share(
@@ -119,6 +131,18 @@ class HFBuilder:
                 return
             self._pool.withdraw(share.value)
             shares.pop().release()
+
+    def _base_loader(self) -> Callable[..., LoadedBase]:
+        """What loads a base, with its weights from where this run has them."""
+        from pytest_sway.backends.hf.base import load_base
+
+        if self._share_weights is None:
+            return load_base
+        if self._shared_weights is None:
+            from pytest_sway.backends.hf.staging import SharedWeights
+
+            self._shared_weights = SharedWeights(self._share_weights)
+        return partial(load_base, load_model=self._shared_weights.load_model)
 
     def _timed(self, spec: ModelSpec, load: Callable[..., LoadedBase], *args: Any) -> LoadedBase:
         started = time.perf_counter()
