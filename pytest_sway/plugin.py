@@ -47,10 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
         "sway_spec(*specs): the model specs that a test uses; with exactly one, sway_backend() needs no argument.",
     )
     config.stash[_settings] = settings = resolve_settings(config)
+    config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
     if settings.reorder:
         config.pluginmanager.register(Collection(settings), "pytest_sway_collection")
-    if not hasattr(config, "workerinput"):
-        config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
+    if getattr(config.option, "tx", None):  # pytest-xdist's workers
+        from pytest_sway.distribution import Controller, distributes
+
+        if distributes(config):
+            config.pluginmanager.register(Controller(settings), "pytest_sway_controller")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -146,29 +150,23 @@ def pytest_runtest_makereport(
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Close every backend; session fixtures have ended by now, however the run ended."""
-    sway = _used(session.config)
-    if sway is None:
-        return
-    session.config.stash[_running] = "the session's end"
-    sway.close()
-    if sway.failed() and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    config = session.config
+    if (sway := _used(config)) is not None:
+        from pytest_sway.distribution import publish
+
+        config.stash[_running] = "the session's end"
+        sway.close()
+        publish(config, sway.stats)
+        if config.stash[_settings].fails_run(sway.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print what happened, if a test used a backend."""
-    session = _used(config)
-    if session is None:
-        return
-    from pytest_sway.report.terminal import summary_lines
+    if (sway := _used(config)) is not None:
+        from pytest_sway.report.terminal import write_summary
 
-    lines = list(summary_lines(session.stats))
-    if lines:
-        terminalreporter.section("sway")
-        for line in lines:
-            terminalreporter.write_line(line)
-    if session.failed():
-        terminalreporter.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
+        write_summary(terminalreporter, sway.stats, config.stash[_settings])
 
 
 # --- the run's state --------------------------------------------------------------------------------------------------

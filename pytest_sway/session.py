@@ -264,10 +264,6 @@ class SwaySession(Listener):
                 if value is cached.backend:
                     raise MutationError(spoilt_message(name, cached.model_spec, culprit))
 
-    def failed(self) -> bool:
-        """Whether something was found that fails the run although every test passed."""
-        return bool(self.stats.leaks) and self._settings.on_leak == "error"
-
     # --- loads and closes ---------------------------------------------------------------------------------------------
 
     @contextmanager

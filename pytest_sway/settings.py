@@ -6,7 +6,7 @@ An option given on the command line wins over its ini value, and that over the d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -41,6 +41,10 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
     on_mutation: str
     on_leak: str
     reorder: bool
+
+    def fails_run(self, leaks: Sequence[str]) -> bool:
+        """Whether ``leaks`` fail a run in which every test passed."""
+        return bool(leaks) and self.on_leak == "error"
 
     def header(self) -> str:
         """One line for pytest's header."""

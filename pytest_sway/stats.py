@@ -102,17 +102,25 @@ class SwayStats:
         """The shared base of a backend, by the labels of both."""
         return next((name for name in self.bases if label == name or label.startswith(f"{name} + ")), None)
 
-    def merge(self, other: SwayStats) -> None:
-        """Add what happened in another process; peaks are per process, so the larger one stays."""
+    def merge(self, other: SwayStats, *, origin: str | None = None) -> None:
+        """Add what happened in another process; peaks are per process, so the larger one stays.
+
+        Args:
+            other: What happened there.
+            origin: The other process's name, put before each of its lines.
+        """
         for mine, theirs in ((self.backends, other.backends), (self.bases, other.bases)):
             for label, stats in theirs.items():
                 mine.setdefault(label, BackendStats()).add(stats)
         self.peak_resident = max(self.peak_resident, other.peak_resident)
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
-        self.close_errors += other.close_errors
-        self.mutations += other.mutations
-        self.leaks += other.leaks
-        self.unreleased += other.unreleased
+        for ours, lines in (
+            (self.close_errors, other.close_errors),
+            (self.mutations, other.mutations),
+            (self.leaks, other.leaks),
+            (self.unreleased, other.unreleased),
+        ):
+            ours.extend(lines if origin is None else (f"{origin}: {line}" for line in lines))
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, strings and numbers."""

@@ -5,20 +5,42 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from pytest_sway.residency import format_bytes
 
 if TYPE_CHECKING:
+    import pytest
+
+    from pytest_sway.distribution import WorkerReport
+    from pytest_sway.settings import SwaySettings
     from pytest_sway.stats import BackendStats, SwayStats
 
 _COLUMNS = ("backend", "loads", "hits", "seconds", "evicted", "failed")
 
 
-def summary_lines(stats: SwayStats) -> Iterator[str]:
-    """The lines of the summary; none where no test asked for a backend."""
+def write_summary(
+    terminal: pytest.TerminalReporter, stats: SwayStats, settings: SwaySettings, workers: Sequence[WorkerReport] = ()
+) -> None:
+    """Write the summary's section, if a test asked for a backend, and whether what was found fails the run."""
+    lines = list(summary_lines(stats, workers))
+    if lines:
+        terminal.section("sway")
+        for line in lines:
+            terminal.write_line(line)
+    if settings.fails_run(stats.leaks):
+        terminal.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
+
+
+def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Iterator[str]:
+    """The lines of the summary; none where no test asked for a backend.
+
+    Args:
+        stats: What happened, over all workers where there are some.
+        workers: What happened in each worker.
+    """
     if not stats.backends:
         return
     rows = [_COLUMNS, *(_row(label, backend) for label, backend in stats.backends.items())]
@@ -30,10 +52,15 @@ def summary_lines(stats: SwayStats) -> Iterator[str]:
         yield "  ".join([label.ljust(widths[0]), *cells])
     for name, base in stats.bases.items():
         yield f"base {name}: {_times(base.loads, 'load')}, {base.load_seconds:.2f} s"
-    peak = f"peak: {_times(stats.peak_resident, 'backend')}"
-    if stats.peak_bytes:
-        peak += f", {format_bytes(stats.peak_bytes)} of weights"
-    yield f"{peak}; saved about {stats.saved_seconds():.1f} s of loading"
+    saved = f"saved about {stats.saved_seconds():.1f} s of loading"
+    yield f"{saved}, over all workers" if workers else f"{_peak(stats)}; {saved}"
+    for worker in workers:
+        if worker.error is not None:
+            yield f"{worker.name}: crashed ({worker.error}); what it did is not counted"
+        elif worker.stats is not None:
+            total = worker.stats.total()
+            counts = f"{_times(total.loads, 'load')}, {_times(total.hits, 'hit')}, {total.load_seconds:.2f} s"
+            yield f"{worker.name}: {counts}; {_peak(worker.stats)}"
     for title, found in (
         ("left changed", stats.mutations),
         ("leaked", stats.leaks),
@@ -47,6 +74,11 @@ def summary_lines(stats: SwayStats) -> Iterator[str]:
 def _row(label: str, stats: BackendStats) -> tuple[str, ...]:
     numbers = (stats.loads, stats.hits, f"{stats.load_seconds:.2f}", stats.evictions, stats.failures)
     return (label, *(str(number) for number in numbers))
+
+
+def _peak(stats: SwayStats) -> str:
+    peak = f"peak: {_times(stats.peak_resident, 'backend')}"
+    return f"{peak}, {format_bytes(stats.peak_bytes)} of weights" if stats.peak_bytes else peak
 
 
 def _times(count: int, noun: str) -> str:

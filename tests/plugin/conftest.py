@@ -16,6 +16,7 @@ with contextlib.suppress(ImportError):
 
 FAKES = """
 import os
+import signal
 from pathlib import Path
 from contextlib import contextmanager
 
@@ -69,6 +70,8 @@ def pytest_sway_build_backend(spec):
         raise OSError("disk on fire")
     if spec.base == "ctrl-c":
         raise KeyboardInterrupt
+    if spec.base == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if spec.base == "mismatch":
         from pytest_sway.errors import AdapterMismatchError
         raise AdapterMismatchError("the adapter does not fit.")
@@ -81,20 +84,26 @@ def dummy(name):
 
 
 class Suite:
-    """Runs test files against the fakes and tells what happened to the backends."""
+    """Runs test files against the fakes and tells what happened to the backends.
 
-    def __init__(self, pytester: pytest.Pytester) -> None:
+    Args:
+        pytester: Where they run.
+        args: Options of every run.
+    """
+
+    def __init__(self, pytester: pytest.Pytester, *args: str) -> None:
         self.pytester = pytester
+        self.args = args
         pytester.makeconftest(FAKES)
         pytester.syspathinsert()
 
     def run(self, source: str, *args: str) -> pytest.RunResult:
         self.write(source)
-        return self.pytester.runpytest_inprocess(*args)
+        return self.pytester.runpytest_inprocess(*self.args, *args)
 
     def run_apart(self, source: str, *args: str) -> pytest.RunResult:
         self.write(source)
-        return self.pytester.runpytest_subprocess(*args, timeout=120)
+        return self.pytester.runpytest_subprocess(*self.args, *args, timeout=120)
 
     def events(self) -> list[str]:
         path = Path(self.pytester.path / "events.txt")
@@ -107,3 +116,9 @@ class Suite:
 @pytest.fixture
 def suite(pytester: pytest.Pytester) -> Suite:
     return Suite(pytester)
+
+
+@pytest.fixture(params=[("-p", "no:xdist"), ("-n", "0"), ("-n", "2")], ids=" ".join)
+def any_suite(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> Suite:
+    """A suite that runs without pytest-xdist, with it in one process, and in two workers."""
+    return Suite(pytester, *request.param)

@@ -1,0 +1,144 @@
+"""pytest-xdist: what the controller tells its workers, and what it hears from them.
+
+The controller loads no model. It hands each worker plain data as ``workerinput["pytest_sway"]``; each worker that used
+a backend hands back its stats as ``workeroutput["pytest_sway"]`` when its session ends. A worker that crashed hands
+back nothing, and is named.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import pytest
+
+from pytest_sway.report.terminal import write_summary
+from pytest_sway.stats import SwayStats
+
+if TYPE_CHECKING:
+    from pytest_sway.settings import SwaySettings
+
+_KEY: Final = "pytest_sway"
+
+
+def distributes(config: pytest.Config) -> bool:
+    """Return whether this process is the controller of a run whose tests go to workers."""
+    return (
+        hasattr(config.hook, "pytest_configure_node")
+        and not hasattr(config, "workerinput")
+        and not config.getoption("collectonly")
+        and config.getoption("dist", "no") != "no"
+        and bool(config.getoption("tx", None))
+    )
+
+
+def worker_data(config: pytest.Config) -> Mapping[str, Any]:
+    """Return what the controller told this worker; empty where there is no controller.
+
+    ``folder``, a path as text, is the run's folder for what the workers of the controller's machine share; workers
+    elsewhere have none. The controller removes it when the run ends.
+    """
+    data: Mapping[str, Any] = getattr(config, "workerinput", {}).get(_KEY, {})
+    return data
+
+
+def publish(config: pytest.Config, stats: SwayStats) -> None:
+    """Leave a worker's stats for the controller; called before the worker's session has ended."""
+    if hasattr(config, "workeroutput"):
+        config.workeroutput[_KEY] = json.dumps(stats.as_dict())  # JSON takes any text, also undecodable file names
+
+
+class Node(Protocol):
+    """A worker as the controller sees it: what is used here of ``xdist.workermanage.WorkerController``."""
+
+    gateway: Any
+    workerinput: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What one worker handed back.
+
+    Attributes:
+        name: The worker's, such as ``gw0``.
+        stats: What happened in it, or ``None`` where it used no backend or did not live to say so.
+        error: Why it ended before its time, or ``None``.
+    """
+
+    name: str
+    stats: SwayStats | None
+    error: str | None
+
+
+class Controller:
+    """The controller's side, a plugin that is registered while tests are distributed."""
+
+    def __init__(self, settings: SwaySettings) -> None:
+        self._settings = settings
+        self._nodes: list[Node] = []
+        self._errors: dict[str, str] = {}
+        self._folder: Path | None = None
+
+    @pytest.hookimpl
+    def pytest_configure_node(self, node: Node) -> None:
+        """Tell a worker what it should know before it starts; a worker that replaces another comes here too."""
+        self._nodes.append(node)
+        spec = node.gateway.spec
+        here = spec.popen and not spec.via
+        node.workerinput[_KEY] = {"folder": str(self._shared_folder()) if here else None}
+
+    @pytest.hookimpl
+    def pytest_testnodedown(self, node: Node, error: object | None) -> None:
+        """Remember why a worker ended before its time."""
+        if error:
+            self._errors[node.gateway.id] = str(error)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Fail the run for what a worker alone would fail it for; the workers have ended by now."""
+        if self._settings.fails_run(self.stats().leaks) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print one summary over all workers, if a test used a backend."""
+        write_summary(terminalreporter, self.stats(), self._settings, self.reports())
+
+    @pytest.hookimpl
+    def pytest_unconfigure(self) -> None:
+        """Remove what the workers shared."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def reports(self) -> list[WorkerReport]:
+        """What the workers handed back, in the order in which they were started.
+
+        After an interrupt pytest-xdist tells of no worker's end any more, but what they sent has arrived.
+        """
+        return [self._report(node) for node in self._nodes]
+
+    def stats(self) -> SwayStats:
+        """All workers' stats as one; each line about what went wrong starts with the worker's name."""
+        total = SwayStats()
+        for report in self.reports():
+            if report.stats is not None:
+                total.merge(report.stats, origin=report.name)
+        return total
+
+    def _report(self, node: Node) -> WorkerReport:
+        name = node.gateway.id
+        output = getattr(node, "workeroutput", None)
+        if output is None:
+            return WorkerReport(name, None, self._errors.get(name, "no report came"))
+        sent = output.get(_KEY)
+        return WorkerReport(name, None if sent is None else SwayStats.from_dict(json.loads(sent)), None)
+
+    def _shared_folder(self) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="pytest-sway-"))
+        return self._folder
