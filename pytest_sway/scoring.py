@@ -7,8 +7,9 @@ serves both. Unlike there, any number of views may be open at once.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+Message: TypeAlias = Mapping[str, Any]
+"""One turn of a conversation, such as ``{"role": "user", "content": "Hello"}``."""
+
+Prompt: TypeAlias = str | Sequence[Message]
+"""What is to be continued: a text, or messages, which the tokenizer's chat template makes a text of."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RollingLogprob:
     """The log-probability of each token of a text, given the tokens before it.
 
     Attributes:
-        token_ids: int64, shape ``(N,)``: the text's tokens.
+        token_ids: int64, shape ``(N,)``: the text's tokens, behind the prefix token if there is one.
         logprobs: float32, shape ``(max(N - 1, 0),)``, in nats: ``log p(token[i] | token[:i])`` for ``i >= 1``.
         num_tokens: ``N``.
         total_logprob: Sum of ``logprobs``, in nats.
@@ -105,6 +113,39 @@ class ScoringBackend(Protocol):
 @runtime_checkable
 class View(Model, ScoringBackend, Protocol):
     """One side of a backend: generation and scoring in one state of the model."""
+
+
+@runtime_checkable
+class BatchView(View, Protocol):
+    """A view that answers many questions in few forward passes; answers come in the order of the questions."""
+
+    def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
+        """`logprob_of` for each pair of a prompt and a completion."""
+        ...
+
+    def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
+        """`rolling_logprob` for each text."""
+        ...
+
+    def next_token_dists(self, prompts: Iterable[Prompt], *, top_k: int = 256) -> list[TokenDist]:
+        """`next_token_dist` for each prompt."""
+        ...
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+    ) -> list[str]:
+        """`generate` for each prompt."""
+        ...
+
+    def render(self, messages: Iterable[Message]) -> str:
+        """Return what the tokenizer's chat template makes of a conversation."""
+        ...
 
 
 @runtime_checkable

@@ -73,7 +73,8 @@ def test_scores_agree_with_dlm_sway(cache: BackendCache, base: Path, adapters: l
 
 def _compare(ours: Any, theirs: Any, prompt: str, completion: str) -> None:
     assert ours.logprob_of(prompt, completion) == pytest.approx(theirs.logprob_of(prompt, completion), rel=1e-4)
-    our_text, their_text = ours.rolling_logprob(prompt + completion), theirs.rolling_logprob(prompt + completion)
+    text = prompt + completion
+    our_text, their_text = ours.rolling_logprob(text, prefix=False), theirs.rolling_logprob(text)
     assert np.array_equal(our_text.token_ids, their_text.token_ids)
     assert np.allclose(our_text.logprobs, their_text.logprobs, atol=1e-4)
     assert our_text.total_logprob == pytest.approx(their_text.total_logprob, rel=1e-4)

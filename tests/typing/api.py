@@ -24,7 +24,14 @@ from pytest_sway import (
     cache_key_for,
 )
 from pytest_sway.errors import AdapterMismatchError, MutationError
-from pytest_sway.scoring import NullCalibratedBackend, PreflightCheckable, RawView, ScalableDifferentialBackend
+from pytest_sway.scoring import (
+    BatchView,
+    NullCalibratedBackend,
+    PreflightCheckable,
+    Prompt,
+    RawView,
+    ScalableDifferentialBackend,
+)
 
 SPEC = ModelSpec(base="org/name", adapter=Path("runs/v3"), dtype="bf16")
 
@@ -43,6 +50,14 @@ def test_with_the_fixture(sway_backend: SwayBackend) -> None:
         assert_type(tuned.rolling_logprob("text").perplexity, float)
         assert_type(tuned.next_token_dist("prompt", top_k=8), TokenDist)
         assert_type(tuned.generate("prompt", max_new_tokens=8, temperature=0.5, top_p=0.9, seed=1), str)
+        if isinstance(tuned, BatchView):
+            messages = [{"role": "user", "content": "hello"}]
+            prompt: Prompt = messages
+            assert_type(tuned.render(messages), str)
+            assert_type(tuned.logprobs_of([("prompt", " completion"), (prompt, " completion")]), list[float])
+            assert_type(tuned.rolling_logprobs(["text"], prefix=False), list[RollingLogprob])
+            assert_type(tuned.next_token_dists(["prompt", prompt], top_k=8), list[TokenDist])
+            assert_type(tuned.generate_many(["prompt", prompt], max_new_tokens=8, seed=[1, 2]), list[str])
         if isinstance(tuned, RawView):
             tuned.model(tuned.tokenizer("text"))
     if isinstance(backend, ScalableDifferentialBackend):

@@ -15,6 +15,7 @@ from pytest_sway.backends.hf.adapters import take_off
 from pytest_sway.backends.hf.inspection import summarised
 from pytest_sway.backends.hf.libraries import forget_frames, no_warnings
 from pytest_sway.backends.hf.memory import Leak, WeightsWatch, find_leak
+from pytest_sway.backends.hf.scores import Engine
 from pytest_sway.backends.hf.sides import Side
 from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.state import BASE_STATE
@@ -260,7 +261,7 @@ class HFBackend:
             self._require()  # it may have been closed while we waited
             quiet = no_warnings() if side.runner is side.base.peft_model else nullcontext()
             with quiet, side.base.switch.bound(side.state), torch.inference_mode():
-                return work(side.runner, side.tokenizer, side.base.last_logits, *args)
+                return work(Engine(side.runner, side.tokenizer, side.base.forward), *args)
 
     def _raw_model(self, view: HFView) -> Any:
         side = self._side(view)

@@ -6,6 +6,7 @@ import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.forward import Forward
 from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
 from pytest_sway.backends.hf.libraries import quiet_process
 from pytest_sway.backends.hf.memory import WeightsWatch
@@ -42,7 +43,7 @@ class LoadedBase:
         places: By module name, where each module of the model stands: its parent's children and its key there.
         tokenizer_record: What the tokenizer's settings were.
         tokenizers: Tokenizers that adapters brought, and their records, by the identity of their files.
-        last_logits: Name of the argument by which the model computes only the last logits; ``None`` if it has none.
+        forward: Its forward passes.
     """
 
     def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, *, shared: bool = True) -> None:
@@ -56,7 +57,7 @@ class LoadedBase:
         self.adapters: dict[str, Adapter] = {}
         self.tokenizer_record = TokenizerRecord(tokenizer)
         self.tokenizers: dict[str, tuple[Any, TokenizerRecord]] = {}
-        self.last_logits = _last_logits_argument(model)
+        self.forward = Forward(model)
         self.plans: dict[str, list[LayerPlan]] = {}
         self.places = dict(_places(model))
         self._modules = {name: children[key] for name, (children, key) in self.places.items()}
@@ -126,7 +127,7 @@ class LoadedBase:
             _remove_hooks(self.model)
             self.model = self.tokenizer = self.peft_model = None
             self.switch = Switch()
-            self.record = None  # type: ignore[assignment] # nobody uses a closed base
+            self.record = self.forward = None  # type: ignore[assignment] # nobody uses a closed base
             self.adapters, self.tokenizers, self.plans, self.places, self._modules = {}, {}, {}, {}, {}
 
 
@@ -190,13 +191,6 @@ def _rewritten(model: Any) -> Iterator[int]:
     for module in model.modules():
         if isinstance(module, layers.ParamWrapper):
             yield id(module.get_param())
-
-
-def _last_logits_argument(model: Any) -> str | None:
-    import inspect
-
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in ("logits_to_keep", "num_logits_to_keep") if name in parameters), None)
 
 
 def _remove_hooks(model: Any) -> None:

@@ -1,168 +1,242 @@
-"""From texts to numbers: tokenisation, one forward pass, log-probabilities.
+"""From texts to log-probabilities: tokenised, planned, passed through the model batch by batch, put in order again.
 
-Nothing here knows of adapters: the model that is passed is in the state that is meant.
+Nothing here knows of adapters or locks. A view's ``run(work, *args)`` returns ``work(engine, *args)`` with the model in
+the state that is meant, and keeps everybody else off it meanwhile; it is called once for each batch, so that others
+get their turn between two.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pytest_sway.backends.hf.libraries import PROCESS_STATE
-from pytest_sway.errors import ScoringError
+from pytest_sway.backends.hf import batches, tokenisation
+from pytest_sway.backends.hf.chat import prompt_text, shortened
+from pytest_sway.backends.hf.halving import in_parts
+from pytest_sway.backends.hf.tokenisation import Window
+from pytest_sway.errors import ScoringError, SwayWarning
 from pytest_sway.scoring import RollingLogprob, TokenDist
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from pytest_sway.backends.hf.forward import Forward
+    from pytest_sway.scoring import Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-CHUNK_POSITIONS: Final = 64
-"""Positions whose logits are turned into float32 at once."""
+Run = Callable[..., Any]
+Ids = tuple[int, ...]
+
+_SLICE_BYTES: Final = 2 * 2**20
+"""Logits that are normalised at once on a CPU: what stays in a core's cache."""
 
 _SMALLEST_TAIL: Final = 1e-12
 
 
-def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    """Return the token ids of ``text``, with the special tokens that the tokenizer adds unless told otherwise."""
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+@dataclass(frozen=True, slots=True, eq=False)
+class Engine:
+    """What computes a view's answers, while its model is in the view's state.
 
-
-def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
-    """Tokenise a pair as lm-evaluation-harness does in ``TemplateLM._encode_pair``.
-
-    The prompt's trailing whitespace goes to the completion, and the text is tokenised as one. An empty prompt is stood
-    for by the token that begins a text.
-
-    Returns:
-        The ids of the whole, and how many of them are the completion's.
-
-    Raises:
-        ScoringError: The completion has no tokens, or the prompt is empty and nothing can stand for it.
+    Attributes:
+        model: The model, or the ``PeftModel`` around it.
+        tokenizer: The view's tokenizer.
+        forward: The passes of the base.
     """
-    stripped = prompt.rstrip()
-    completion, context = prompt[len(stripped) :] + completion, stripped
-    prefix = encode(tokenizer, context) if context else []
-    if prefix:
-        whole = encode(tokenizer, context + completion)
-    else:
-        prefix = [_first_token(tokenizer)]
-        whole = prefix + encode(tokenizer, completion, special=False)
-    scored = len(whole) - len(prefix)
-    if scored <= 0:
-        raise ScoringError(
-            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r}; there is nothing to score."
-        )
-    return whole, scored
+
+    model: Any
+    tokenizer: Any
+    forward: Forward
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the model reads at once."""
+        return tokenisation.max_length_of(self.forward.config, self.tokenizer)
+
+    def require_known(self, ids: Ids) -> None:
+        """Raise `ScoringError` for a token that the model has no embedding for."""
+        tokenisation.require_known(self.tokenizer, ids, self.forward.embedded)
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the ids of a prompt; an empty one is stood for by the token that begins a text.
-
-    Raises:
-        ScoringError: It is empty, and the tokenizer has no such token.
-    """
-    return encode(tokenizer, prompt) or [_first_token(tokenizer)]
-
-
-def _first_token(tokenizer: Any) -> int:
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ScoringError("the prompt is empty, and the tokenizer has no BOS or EOS token that could stand for it.")
+def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
+    """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
+    encoded, max_length = run(_encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
+    windows = [tokenisation.cut_left(window, max_length) for window in encoded]
+    warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
+    found = _scored(run, windows)
+    return [float(found[window].sum()) for window in windows]
 
 
-def last_logits(model: Any, ids: Sequence[int], count: int, argument: str | None) -> Any:
-    """Compute the logits at the last ``count`` positions.
-
-    Args:
-        model: The model.
-        ids: Token ids.
-        count: How many positions are needed.
-        argument: The argument of the model's forward that leaves out the others; ``None`` if it has none.
-
-    Returns:
-        A tensor of shape ``(count, vocabulary)`` in the model's dtype.
-    """
-    import torch
-
-    inputs = torch.tensor([ids], device=model.device)
-    only = {} if argument is None else {argument: count}
-    return model(input_ids=inputs, **only).logits[0, -count:]
+def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[RollingLogprob]:
+    """Log-probability of each token of each text given those before it, in the texts' order."""
+    encoded, max_length = run(_encoded_texts, listed(texts, "texts"), prefix)
+    rolled = [(ids, list(tokenisation.rolling_windows(ids, max_length))) for ids in encoded]
+    found = _scored(run, [window for _, windows in rolled for window in windows])
+    return [_rolling(ids, [found[window] for window in windows]) for ids, windows in rolled]
 
 
-def token_logprobs(logits: Any, targets: Sequence[int]) -> Any:
-    """Return the log-probability of each target, in nats: float32, shape ``(len(targets),)``, on the CPU.
-
-    The normaliser is a log-sum-exp over a few positions at a time, so that no float32 copy of all logits is made.
-    """
-    import torch
-
-    wanted: Any = torch.tensor(targets, device=logits.device).unsqueeze(-1)
-    parts = []
-    for rows, columns in zip(logits.split(CHUNK_POSITIONS), wanted.split(CHUNK_POSITIONS), strict=True):
-        chunk = rows.float()
-        parts.append(chunk.gather(-1, columns).squeeze(-1) - chunk.logsumexp(-1))
-    return torch.cat(parts).cpu()
-
-
-def logprob_of(model: Any, tokenizer: Any, argument: str | None, prompt: str, completion: str) -> float:
-    """Sum of the log-probabilities of the completion's tokens given the prompt, in nats."""
-    ids, scored = encode_pair(tokenizer, prompt, completion)
-    logits = last_logits(model, ids[:-1], scored, argument)
-    return float(token_logprobs(logits, ids[-scored:]).sum())
-
-
-def rolling_logprob(model: Any, tokenizer: Any, argument: str | None, text: str) -> RollingLogprob:
-    """Log-probability of each token of ``text`` given those before it."""
-    ids = encode(tokenizer, text)
-    if len(ids) < 2:
-        return RollingLogprob(np.array(ids, dtype=np.int64), np.array([], dtype=np.float32), len(ids), 0.0)
-    logprobs = token_logprobs(last_logits(model, ids[:-1], len(ids) - 1, argument), ids[1:])
-    return RollingLogprob(np.array(ids, dtype=np.int64), logprobs.numpy(), len(ids), float(logprobs.sum()))
-
-
-def next_token_dist(model: Any, tokenizer: Any, argument: str | None, prompt: str, top_k: int) -> TokenDist:
-    """Distribution of the token after ``prompt``, cut to the ``top_k`` most probable."""
-    import torch
-
+def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[TokenDist]:
+    """Distribution of the token after each prompt, cut to the ``top_k`` most probable, in the prompts' order."""
     if top_k < 1:
         raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-    logits = last_logits(model, encode_prompt(tokenizer, prompt), 1, argument)[0]
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    vocabulary = int(logprobs.shape[0])
-    top = torch.topk(logprobs, k=min(top_k, vocabulary))
-    tail: float | None = None
-    if top_k < vocabulary:
-        mass = float(1.0 - torch.exp(top.values).sum())
-        tail = math.log(mass) if mass > _SMALLEST_TAIL else (0.0 if math.isfinite(mass) else mass)
-    return TokenDist(top.indices.cpu().numpy(), top.values.cpu().numpy(), vocabulary, tail)
+    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    read: list[Ids] = [ids[-max_length:] for ids in encoded]
+    warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
+    found: dict[Ids, TokenDist] = {}
+    for batch in run(_planned_prompts, list(dict.fromkeys(read))):
+        found |= zip(batch, in_parts(run, _dists, batch, top_k), strict=True)
+    return [found[ids] for ids in read]
 
 
-def generate(
-    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> str:
-    """Continue ``prompt``: greedily at temperature 0, else sampled from ``seed``; the global random state stays."""
+def listed(items: Iterable[Any], what: str) -> list[Any]:
+    """Return items as a list.
+
+    Raises:
+        ScoringError: They are one text, or nothing to iterate over.
+    """
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise ScoringError(
+            f"expected a list of {what}, and {shortened(items)} is none. For a single one, put it in []."
+        )
+    return list(items)
+
+
+def warn_of_cuts(count: int, max_length: int) -> None:
+    """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
+    if count:
+        warnings.warn(
+            f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
+            " were dropped from their beginning, as lm-evaluation-harness does.",
+            SwayWarning,
+            stacklevel=4,
+        )
+
+
+def encoded_prompts(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Ids], int]:
+    """Return the token ids of prompts, and how many of them the model reads at once."""
+    encoded = []
+    for prompt in prompts:
+        text, rendered = prompt_text(engine.tokenizer, prompt)
+        encoded.append(tokenisation.encode_prompt(engine.tokenizer, text, rendered=rendered))
+        engine.require_known(encoded[-1])
+    return encoded, engine.max_length
+
+
+# --- what runs with the engine --------------------------------------------------------------------------------------
+
+
+def _encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
+    windows = []
+    for pair in pairs:
+        if isinstance(pair, str | bytes | Mapping) or len(pair) != 2 or not isinstance(pair[1], str):
+            raise ScoringError(f"a pair is a prompt and a completion, and {shortened(pair)} is none.")
+        text, rendered = prompt_text(engine.tokenizer, pair[0])
+        windows.append(tokenisation.encode_pair(engine.tokenizer, text, pair[1], rendered=rendered))
+        engine.require_known(windows[-1].context + windows[-1].scored)
+    return windows, engine.max_length
+
+
+def _encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
+    encoded = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise ScoringError(f"expected a text to score, and {shortened(text)} is none.")
+        encoded.append(tokenisation.encode_text(engine.tokenizer, text, prefix=prefix))
+        engine.require_known(encoded[-1])
+    return encoded, engine.max_length
+
+
+def _planned_prompts(engine: Engine, prompts: Sequence[Ids]) -> list[list[Ids]]:
+    return _planned(engine, prompts, [len(ids) for ids in prompts])
+
+
+def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Window]]:
+    """Batches of windows: those that share a context by themselves, all others by length."""
+    sharing, others = [], []
+    for group in batches.by_context(windows):
+        if engine.forward.shares(engine.model, group):
+            sharing.append(group)
+        else:
+            others += group
+    return sharing + _planned(engine, others, [len(window.inputs) for window in others])
+
+
+def _planned(engine: Engine, items: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    if not items:
+        return []
+    forward = engine.forward
+    planned = batches.in_batches(lengths, tokens=forward.tokens(engine.model), overhead=forward.limits.overhead)
+    return [[items[i] for i in batch] for batch in planned]
+
+
+def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[np.float32]]:
+    if engine.forward.shares(engine.model, windows):
+        logits = engine.forward.shared_logits(engine.model, windows)
+    else:
+        logits = engine.forward.logits(engine.model, [(window.inputs, len(window.scored)) for window in windows])
+    flat = _logprobs(logits, [token for window in windows for token in window.scored])
+    ends = np.cumsum([len(window.scored) for window in windows])[:-1]
+    return np.split(flat, ends)
+
+
+def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist]:
     import torch
 
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
-        "attention_mask": torch.ones_like(ids),
-    }
-    if temperature > 0.0:
-        settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        with PROCESS_STATE, torch.random.fork_rng(devices=_cuda_devices(ids.device)):
-            torch.manual_seed(seed)
-            output = model.generate(input_ids=ids, **settings)
-    else:
-        settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        output = model.generate(input_ids=ids, **settings)
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    dists = []
+    for logits in engine.forward.logits(engine.model, [(ids, 1) for ids in prompts]):
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        vocabulary = int(logprobs.shape[-1])
+        top = torch.topk(logprobs, k=min(top_k, vocabulary))
+        masses = (1.0 - torch.exp(top.values).sum(-1)).tolist()
+        for ids, values, rest in zip(top.indices.cpu().numpy(), top.values.cpu().numpy(), masses, strict=True):
+            tail = None if top_k >= vocabulary else _log_of_tail(rest)
+            dists.append(TokenDist(ids.copy(), values.copy(), vocabulary, tail))
+    return dists
 
 
-def _cuda_devices(device: Any) -> list[Any]:
-    return [device] if device.type == "cuda" else []
+# --- from logits to answers -----------------------------------------------------------------------------------------
+
+
+def _scored(run: Run, windows: Iterable[Window]) -> dict[Window, NDArray[np.float32]]:
+    found: dict[Window, NDArray[np.float32]] = {}
+    for batch in run(_planned_windows, list(dict.fromkeys(windows))):
+        found |= zip(batch, in_parts(run, _window_logprobs, batch), strict=True)
+    return found
+
+
+def _logprobs(logits: Iterator[Any], targets: Sequence[int]) -> NDArray[np.float32]:
+    """Log-probability of each target, in nats, given the logits of its position; overwrites the logits.
+
+    On a CPU a few rows are normalised at a time, while they are in its cache.
+    """
+    import torch
+
+    parts, start = [], 0
+    for chunk in logits:
+        ours: Any = torch.tensor(targets[start : start + len(chunk)], device=chunk.device).unsqueeze(-1)
+        start += len(chunk)
+        rows = max(1, _SLICE_BYTES // (4 * chunk.shape[-1])) if chunk.device.type == "cpu" else len(chunk)
+        for some, tokens in zip(chunk.split(rows), ours.split(rows), strict=True):
+            numbers = some.float()
+            chosen, highest = numbers.gather(-1, tokens), numbers.amax(-1, keepdim=True)
+            parts.append(chosen - highest - numbers.sub_(highest).exp_().sum(-1, keepdim=True).log_())
+    answers: NDArray[np.float32] = torch.cat(parts).flatten().cpu().numpy()
+    return answers
+
+
+def _rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob:
+    joined = np.concatenate([np.array([], dtype=np.float32), *logprobs])
+    return RollingLogprob(np.array(ids, dtype=np.int64), joined, len(ids), float(joined.sum()))
+
+
+def _log_of_tail(mass: float) -> float:
+    if math.isnan(mass):
+        return mass
+    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0

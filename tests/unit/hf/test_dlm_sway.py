@@ -45,14 +45,13 @@ def test_numbers_agree_with_dlm_sways(build: Any, base: Path, adapter: Path, rec
         with getattr(ours, method)(*arguments) as a, getattr(theirs, method)(*arguments) as b:
             assert a.id == b.id
             assert a.logprob_of(prompt, answer) == pytest.approx(b.logprob_of(prompt, answer), abs=1e-4)
-            assert a.rolling_logprob(prompt).logprobs == pytest.approx(b.rolling_logprob(prompt).logprobs, abs=1e-4)
+            rolling = a.rolling_logprob(prompt, prefix=False)
+            assert rolling.logprobs == pytest.approx(b.rolling_logprob(prompt).logprobs, abs=1e-4)
             x, y = a.next_token_dist(prompt, top_k=8), b.next_token_dist(prompt, top_k=8)
             assert x.token_ids.tolist() == y.token_ids.tolist()
             assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
             assert x.tail_logprob == pytest.approx(y.tail_logprob, abs=1e-4)
             assert a.generate(prompt, max_new_tokens=6) == b.generate(prompt, max_new_tokens=6)
-            sampled = {"max_new_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": 4}
-            assert a.generate(prompt, **sampled) == b.generate(prompt, **sampled)
     theirs.close()
 
 

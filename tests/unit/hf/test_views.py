@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pytest_sway.backends.hf.scores import encode_pair, encode_prompt
+from pytest_sway.backends.hf.tokenisation import encode_pair, encode_prompt
 from pytest_sway.errors import NoAdapterError, ScoringError, ViewClosedError
 from pytest_sway.scoring import RawView
 from tests.tiny import TEXT, make_base, make_tokenizer
@@ -69,25 +69,23 @@ def test_a_completion_of_no_tokens_has_no_logprob(build: Any, base: Path) -> Non
 
 def test_the_parts_of_a_text_add_up(build: Any, base: Path, adapter: Path) -> None:
     with build(base, adapter).as_finetuned() as view:
-        rolling = view.rolling_logprob(TEXT)
+        whole, without_first = view.rolling_logprob(TEXT), view.rolling_logprob(TEXT, prefix=False)
         first = TEXT.split()[0]
-        assert rolling.total_logprob == pytest.approx(view.logprob_of(first, TEXT.removeprefix(first)), abs=1e-4)
-        assert rolling.num_tokens == len(rolling.token_ids) == len(rolling.logprobs) + 1
-        assert (rolling.token_ids.dtype, rolling.logprobs.dtype) == (np.int64, np.float32)
+        assert whole.total_logprob == pytest.approx(view.logprob_of("", TEXT), abs=1e-4)
+        assert without_first.total_logprob == pytest.approx(view.logprob_of(first, TEXT.removeprefix(first)), abs=1e-4)
+        for rolling in (whole, without_first):
+            assert rolling.num_tokens == len(rolling.token_ids) == len(rolling.logprobs) + 1
+            assert (rolling.token_ids.dtype, rolling.logprobs.dtype) == (np.int64, np.float32)
+        np.testing.assert_array_equal(whole.token_ids, [view.tokenizer.bos_token_id, *without_first.token_ids])
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("", 0), ("sun", 1)])
-def test_a_text_too_short_to_score_has_no_logprobs(build: Any, base: Path, text: str, tokens: int) -> None:
+@pytest.mark.parametrize(("text", "prefix", "tokens"), [("", False, 0), ("sun", False, 1), ("", True, 1)])
+def test_a_text_too_short_to_score_has_no_logprobs(
+    build: Any, base: Path, text: str, prefix: bool, tokens: int
+) -> None:
     with build(base).as_base() as view:
-        rolling = view.rolling_logprob(text)
+        rolling = view.rolling_logprob(text, prefix=prefix)
         assert (rolling.num_tokens, rolling.logprobs.size, rolling.total_logprob) == (tokens, 0, 0.0)
-
-
-def test_chunks_of_positions_make_no_difference(build: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with build(base).as_base() as view:
-        whole = view.rolling_logprob(TEXT).logprobs
-        monkeypatch.setattr("pytest_sway.backends.hf.scores.CHUNK_POSITIONS", 3)
-        np.testing.assert_allclose(view.rolling_logprob(TEXT).logprobs, whole, atol=1e-6)
 
 
 def test_the_next_tokens_come_most_probable_first_with_the_mass_of_the_rest(build: Any, base: Path) -> None:
@@ -154,16 +152,6 @@ def test_a_load_leaves_the_random_state_alone(build: Any, base: Path, adapter: P
     build(base, adapter)
     build(base, other_adapter)
     assert torch.rand(1).equal(expected)
-
-
-def test_a_model_that_cannot_leave_out_logits_gives_the_same_numbers(
-    build: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with build(base, adapter).as_finetuned() as view:
-        expected = view.logprob_of(PROMPT, ANSWER)
-    monkeypatch.setattr("pytest_sway.backends.hf.base._last_logits_argument", lambda model: None)
-    with build(base, adapter, dtype="fp32", allow_pickle=True).as_finetuned() as view:
-        assert view.logprob_of(PROMPT, ANSWER) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(build: Any, tmp_path: Path) -> None:

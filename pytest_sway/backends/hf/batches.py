@@ -1,0 +1,80 @@
+"""Which sequences go through the model together. Pure arithmetic on lengths; nothing here is measured or loaded.
+
+A pass costs as many token positions as its longest sequence has, times its rows, and besides that about as much as
+some tens of positions more on a CPU (hundreds on an accelerator), since all weights are read whatever the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_sway.backends.hf.tokenisation import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one pass may hold, on one device.
+
+    Attributes:
+        tokens: The most token positions, with padding, unless one sequence alone has more.
+        overhead: What a pass costs besides its positions, as a number of positions.
+        logits_bytes: About as many bytes of logits exist at once.
+        cached_tokens: The most token positions that key-value caches may hold, unless one sequence alone has more.
+    """
+
+    tokens: int
+    overhead: int
+    logits_bytes: int
+    cached_tokens: int
+
+
+CPU: Final = Limits(tokens=1024, overhead=48, logits_bytes=32 * 2**20, cached_tokens=2048)
+ACCELERATOR: Final = Limits(tokens=16384, overhead=512, logits_bytes=256 * 2**20, cached_tokens=32768)
+
+
+def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int) -> list[list[int]]:
+    """Divide sequences into batches such that the whole costs least.
+
+    Sorted by length, neighbours share a batch; where to cut is found by dynamic programming over the cost that this
+    module's docstring states.
+
+    Args:
+        lengths: Length of each sequence, in tokens.
+        tokens: The most positions, with padding, that a batch may have; a sequence longer than that stands alone.
+        overhead: What a batch costs besides its positions.
+
+    Returns:
+        For each batch the indices of its sequences, longest batch first, so that what does not fit shows at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    cost = [0] * (len(order) + 1)
+    start = [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        longest = max(1, lengths[order[end - 1]])
+        first = max(0, end - max(1, tokens // longest))
+        cost[end], start[end] = min(
+            (cost[begin] + overhead + (end - begin) * longest, begin) for begin in range(first, end)
+        )
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[start[end] : end][::-1])
+        end = start[end]
+    return batches
+
+
+def by_context(windows: Sequence[Window]) -> list[list[Window]]:
+    """Group windows by their context, in the order in which each first came."""
+    groups: dict[tuple[int, ...], list[Window]] = {}
+    for window in windows:
+        groups.setdefault(window.context, []).append(window)
+    return list(groups.values())
+
+
+def worth_sharing(windows: Sequence[Window], limits: Limits) -> bool:
+    """Whether windows should have their context computed once: they all have the same, and it saves a pass's cost."""
+    context = windows[0].context
+    return (len(windows) - 1) * len(context) > 2 * limits.overhead and all(w.context == context for w in windows)

@@ -1,0 +1,267 @@
+"""Forward passes that compute the logits of chosen positions, and no others.
+
+A causal language model is a body, which makes a hidden state for each position, and a head, which makes logits of
+it. The head's answer is the large one: 2,048 positions of a vocabulary of 262,144 are 2 GiB in float32. So the body
+runs once, and the head on a few of its rows at a time.
+
+What comes between the two differs from model to model: scalings, soft caps. Therefore the head is never rebuilt here:
+the model's own ``forward`` runs, with hidden states standing in for what its body would return. That this gives the
+model's own logits is tried on a few tokens before it is used; where it does not, the model runs as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf import batches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pytest_sway.backends.hf.batches import Limits
+    from pytest_sway.backends.hf.tokenisation import Window
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_FEWEST_ROWS: Final = 64
+"""The head reads all of its weights for any number of rows; for fewer than these, that takes most of its time."""
+
+_TRIAL: Final = (0, 1, 2, 3)
+"""Token ids that are tried; every vocabulary has them."""
+
+
+class SplitModel:
+    """A model whose body and head can run apart.
+
+    Args:
+        model: The whole model.
+        body: The part of it that computes hidden states.
+        output: What the body returned; hidden states are handed to the model in an object of its class.
+    """
+
+    def __init__(self, model: Any, body: Any, output: Any) -> None:
+        self._model = model
+        self._body = body
+        self._output_class = type(output)
+        self._caches: bool | None = None
+
+    def hidden(self, inputs: Sequence[Sequence[int]]) -> Any:
+        """Return the hidden states of right-padded sequences: shape ``(sequences, longest, hidden size)``."""
+        return self._body(input_ids=_padded(inputs, self._model.device), use_cache=False).last_hidden_state
+
+    def logits(self, rows: Any) -> Any:
+        """Return the logits of hidden states: from ``(rows, hidden size)``, ``(rows, vocabulary)``."""
+        output = self._output_class(last_hidden_state=rows.unsqueeze(0))
+        with _standing_in(self._body, output):
+            return self._model(input_ids=rows.new_zeros((1, len(rows)), dtype=int), use_cache=False).logits[0]
+
+    def hidden_after(self, context: Sequence[int], tails: Sequence[Sequence[int]], cached_tokens: int) -> list[Any]:
+        """Return hidden states of several continuations of one context, which is computed once.
+
+        Args:
+            context: Token ids.
+            tails: Token ids that follow it, for each continuation; may be empty.
+            cached_tokens: The most positions that copies of the context's key-value cache may hold at once.
+
+        Returns:
+            For each continuation a tensor of shape ``(1 + length, hidden size)``: the state at the context's last
+            position, then those of the continuation.
+        """
+        output = self._body(input_ids=_padded([context], self._model.device), use_cache=True)
+        last, cache = output.last_hidden_state[0, -1:], output.past_key_values
+        states = [last] * len(tails)
+        longer = sorted((i for i, tail in enumerate(tails) if tail), key=lambda i: len(tails[i]))
+        while longer:
+            rows = max(1, cached_tokens // (len(context) + len(tails[longer[-1]])))
+            now, longer = longer[-rows:], longer[:-rows]
+            ours = copy.deepcopy(cache) if longer else cache
+            for i, hidden in zip(now, self._continued(ours, [tails[i] for i in now]), strict=True):
+                states[i] = _joined([last, hidden[: len(tails[i])]])
+        return states
+
+    @property
+    def caches(self) -> bool:
+        """Whether continuing from a cache gives what one pass over everything gives; tried when first asked."""
+        if self._caches is None:
+            whole = self.hidden([_TRIAL])[0]
+            try:
+                other = self.hidden_after(_TRIAL[:-1], [_TRIAL[-1:], _TRIAL[:2]], 64)[0]
+            except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
+                self._caches = False
+            else:
+                self._caches = agree(other, whole[-2:])
+        return self._caches
+
+    def _continued(self, cache: Any, tails: Sequence[Sequence[int]]) -> Any:
+        inputs = _padded(tails, self._model.device)
+        if len(tails) > 1:
+            cache.reorder_cache(inputs.new_zeros(len(tails)))
+        return self._body(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+class Forward:
+    """The forward passes of one loaded base.
+
+    Args:
+        model: The Hugging Face model.
+
+    Attributes:
+        model: The model.
+        config: Its configuration.
+        limits: What one pass may hold.
+        pads_left: Whether prompts padded on the left go on as they do alone; ``None`` until that was tried.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config
+        self._argument = _last_logits_argument(model)
+        self._split: SplitModel | None = None
+        self._tried = False
+        self.pads_left: bool | None = None
+        self.limits: Limits = batches.CPU if model.device.type == "cpu" else batches.ACCELERATOR
+
+    @property
+    def embedded(self) -> int | None:
+        """How many tokens the model has embeddings for; ``None`` if that cannot be told."""
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        return None if weight is None else int(weight.shape[0])
+
+    def split(self, runner: Any) -> SplitModel | None:
+        """Return the model in two parts; ``None`` where ``runner`` is not the model itself, or cannot be divided."""
+        if runner is not self.model:
+            return None
+        if not self._tried:
+            self._split, self._tried = _split(self.model), True
+        return self._split
+
+    def tokens(self, runner: Any) -> int:
+        """Return how many token positions a pass may have: fewer where it makes logits for each of them."""
+        if self.split(runner) is not None:
+            return self.limits.tokens
+        return min(self.limits.tokens, max(1, 4 * self.limits.logits_bytes // (4 * self._vocabulary())))
+
+    def logits(self, runner: Any, sequences: Sequence[tuple[Sequence[int], int]]) -> Iterator[Any]:
+        """Compute the logits of the last positions of several sequences in one pass.
+
+        The sequences are padded on the right, and no attention mask is passed: what comes later is hidden from a
+        causal model by its own mask.
+
+        Args:
+            runner: The model, or the ``PeftModel`` around it.
+            sequences: Token ids, and how many of their last positions are wanted.
+
+        Yields:
+            Tensors of shape ``(positions, vocabulary)`` in the model's dtype, which are the caller's to overwrite: all
+            wanted positions of the first sequence, of the second, and so on, a few at a time.
+        """
+        split = self.split(runner)
+        inputs = [ids for ids, _ in sequences]
+        longest = max(len(ids) for ids in inputs)
+        if split is not None:
+            states = split.hidden(inputs).flatten(0, 1)
+            wanted = [p for i, (ids, n) in enumerate(sequences) for p in _last(i * longest + len(ids), n)]
+            yield from self._heads(split, _rows(states, wanted))
+            return
+        kept = longest - min(len(ids) - n for ids, n in sequences)
+        only = {} if self._argument is None else {self._argument: kept}
+        logits = runner(input_ids=_padded(inputs, self.model.device), **only).logits
+        width = logits.shape[1]  # with virtual tokens in front, more than were passed
+        wanted = [p for i, (ids, n) in enumerate(sequences) for p in _last((i + 1) * width - longest + len(ids), n)]
+        for start in range(0, len(wanted), self._chunk()):
+            yield _rows(logits.flatten(0, 1), wanted[start : start + self._chunk()])
+
+    def shares(self, runner: Any, windows: Sequence[Window]) -> bool:
+        """Whether windows of one context will have it computed once."""
+        split = self.split(runner)
+        return split is not None and batches.worth_sharing(windows, self.limits) and split.caches
+
+    def shared_logits(self, runner: Any, windows: Sequence[Window]) -> Iterator[Any]:
+        """Compute what `logits` does for windows for which `shares` is true."""
+        split = self.split(runner)
+        assert split is not None
+        states = split.hidden_after(windows[0].context, [w.scored[:-1] for w in windows], self.limits.cached_tokens)
+        yield from self._heads(split, _joined(states))
+
+    def _heads(self, split: SplitModel, rows: Any) -> Iterator[Any]:
+        for some in rows.split(self._chunk()):
+            yield split.logits(some)
+
+    def _chunk(self) -> int:
+        return max(_FEWEST_ROWS, self.limits.logits_bytes // (4 * self._vocabulary()))
+
+    def _vocabulary(self) -> int:
+        return int(getattr(self.config.get_text_config(), "vocab_size", 0) or self.embedded or 1)
+
+
+def _split(model: Any) -> SplitModel | None:
+    import torch
+
+    trial = torch.tensor([_TRIAL], device=model.device)
+    whole = model(input_ids=trial, use_cache=False).logits[0]
+    bodies = [body for body in dict.fromkeys((model.get_decoder(), model.base_model)) if body not in (None, model)]
+    return next((split for body in bodies if (split := _split_at(model, body, trial, whole)) is not None), None)
+
+
+def _split_at(model: Any, body: Any, trial: Any, whole: Any) -> SplitModel | None:
+    try:
+        output = body(input_ids=trial, use_cache=False)
+        split = SplitModel(model, body, output)
+        parts = split.logits(output.last_hidden_state[0])
+    except Exception:  # a model of an unforeseen shape can fail in any way; it still runs as a whole
+        return None
+    return split if agree(parts, whole) else None
+
+
+@contextmanager
+def _standing_in(body: Any, output: Any) -> Iterator[None]:
+    """Have ``body`` return ``output``, whatever it is called with."""
+    attributes = body.__dict__
+    before = attributes.get("forward")
+    attributes["forward"] = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = before
+
+
+def agree(one: Any, other: Any) -> bool:
+    """Whether two ways to compute a tensor come to the same, but for rounding."""
+    tolerance = {4: 1e-4, 8: 1e-4}.get(one.element_size(), 5e-2)
+    scale = float(other.abs().max())
+    return one.shape == other.shape and bool(((one - other).abs() <= tolerance * max(scale, 1e-6)).all())
+
+
+def _padded(sequences: Sequence[Sequence[int]], device: Any) -> Any:
+    import torch
+
+    longest = max(map(len, sequences))
+    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences], device=device)
+
+
+def _last(end: int, count: int) -> range:
+    return range(end - count, end)
+
+
+def _rows(table: Any, wanted: Sequence[int]) -> Any:
+    import torch
+
+    return table.index_select(0, torch.tensor(wanted, device=table.device))
+
+
+def _joined(tensors: Sequence[Any]) -> Any:
+    import torch
+
+    return torch.cat(list(tensors))
+
+
+def _last_logits_argument(model: Any) -> str | None:
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("logits_to_keep", "num_logits_to_keep") if name in parameters), None)

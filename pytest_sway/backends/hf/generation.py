@@ -1,0 +1,196 @@
+"""New text: greedy or sampled, for one prompt or many, and nothing of it from the base's generation settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_sway.backends.hf import batches
+from pytest_sway.backends.hf.forward import agree
+from pytest_sway.backends.hf.halving import in_parts
+from pytest_sway.backends.hf.scores import Engine, encoded_prompts, listed, warn_of_cuts
+from pytest_sway.errors import ScoringError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_sway.backends.hf.scores import Run
+    from pytest_sway.scoring import Prompt
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_TRIAL = ((1, 2), (0, 1, 2))
+
+
+class Settings(NamedTuple):
+    """How new text is made.
+
+    Attributes:
+        max_new_tokens: The most tokens to add.
+        temperature: 0 for the most probable token each time; above, logits are divided by it and sampled from.
+        top_p: Sample from the smallest set of tokens with this mass.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+    def check(self) -> None:
+        """Raise `ScoringError` for a value that has no meaning."""
+        if self.max_new_tokens < 1:
+            raise ScoringError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if not self.temperature >= 0.0:
+            raise ScoringError(f"temperature must be 0 or more, not {self.temperature}.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ScoringError(f"top_p must be over 0 and at most 1, not {self.top_p}.")
+
+
+class Request(NamedTuple):
+    """A prompt's token ids, and where its sampling starts; greedy requests have no seed."""
+
+    ids: tuple[int, ...]
+    seed: int | None
+
+
+def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed: int | Sequence[int]) -> list[str]:
+    """Continue each prompt; see `HFView.generate_many`."""
+    settings.check()
+    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    room = max_length - settings.max_new_tokens
+    if room < 1 and encoded:
+        raise ScoringError(
+            f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt: the model reads at most"
+            f" {max_length} tokens at once."
+        )
+    warn_of_cuts(sum(len(ids) > room for ids in encoded), room)
+    requests = [
+        Request(ids[-room:], one if settings.temperature > 0.0 else None)
+        for ids, one in zip(encoded, _seeds(seed, len(encoded)), strict=True)
+    ]
+    found: dict[Request, str] = {}
+    for batch in run(_planned, list(dict.fromkeys(requests)), settings):
+        found |= zip(batch, in_parts(run, _generated, batch, settings), strict=True)
+    return [found[request] for request in requests]
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if not isinstance(seed, Sequence):
+        return [seed] * count
+    if len(seed) != count:
+        raise ScoringError(f"there are {count} prompts and {len(seed)} seeds; pass one seed, or one for each prompt.")
+    return list(seed)
+
+
+def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) -> list[list[Request]]:
+    groups: dict[int, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(len(request.ids), []).append(request)
+    if len(groups) > 1 and _pads_left(engine):
+        groups = {0: list(requests)}
+    planned = []
+    for group in groups.values():
+        lengths = [len(request.ids) + settings.max_new_tokens for request in group]
+        limits = engine.forward.limits
+        overhead = limits.overhead * settings.max_new_tokens  # each new token is a pass
+        for batch in batches.in_batches(lengths, tokens=limits.cached_tokens, overhead=overhead):
+            planned.append([group[i] for i in batch])
+    return planned
+
+
+def _generated(engine: Engine, requests: Sequence[Request], settings: Settings) -> list[str]:
+    model, tokenizer, ends = engine.model, engine.tokenizer, _ends(engine)
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    arguments = _left_padded(engine, [request.ids for request in requests], pad)
+    if settings.temperature > 0.0:
+        arguments["logits_processor"] = _sampling(settings, [request.seed for request in requests])
+    fields = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
+    with _plain_settings(engine, **fields) as plain:
+        output = model.generate(generation_config=plain, **arguments)
+    texts = []
+    for new in output[:, arguments["input_ids"].shape[1] :].tolist():
+        end = next((i for i, token in enumerate(new) if token in ends), len(new))
+        texts.append(str(tokenizer.decode(new[: end + 1], skip_special_tokens=True)))
+    return texts
+
+
+def _left_padded(engine: Engine, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+    import torch
+
+    missing = [max(map(len, prompts)) - len(ids) for ids in prompts]
+    rows = [[*[pad] * n, *ids] for n, ids in zip(missing, prompts, strict=True)]
+    mask = [[*[0] * n, *[1] * len(ids)] for n, ids in zip(missing, prompts, strict=True)]
+    device = engine.model.device
+    return {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _sampling(settings: Settings, seeds: Sequence[int | None]) -> Any:
+    """Turn greedy decoding into sampling, row by row.
+
+    The token whose logit plus Gumbel noise is the highest is a sample from the softmax. The noise of a row comes from a
+    generator of its own, on the CPU: so a row is sampled alike alone and in a batch, on any device, and the random
+    state of the process takes no part.
+    """
+    import torch
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    generators = [torch.Generator(device="cpu").manual_seed(int(seed or 0)) for seed in seeds]
+
+    def add_noise(_ids: Any, scores: Any) -> Any:
+        noise = [torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in generators]
+        return scores - torch.stack(noise).log_().to(scores.device)
+
+    steps: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]
+    if settings.top_p < 1.0:
+        steps.append(TopPLogitsWarper(settings.top_p))
+    return LogitsProcessorList([*steps, add_noise])
+
+
+@contextmanager
+def _plain_settings(engine: Engine, **fields: Any) -> Iterator[Any]:
+    """Have the model forget its generation settings meanwhile: they fill in whatever a call leaves open."""
+    import transformers
+
+    config_class: Any = transformers.GenerationConfig
+    plain = config_class(**fields, do_sample=False, use_cache=True)
+    owner = engine.forward.model
+    before, owner.generation_config = owner.generation_config, plain
+    try:
+        yield plain
+    finally:
+        owner.generation_config = before
+
+
+def _ends(engine: Engine) -> list[int]:
+    """Return the tokens that end a text: what the base's generation settings say, else the tokenizer's EOS."""
+    configured = getattr(engine.forward.model.generation_config, "eos_token_id", None)
+    ends = engine.tokenizer.eos_token_id if configured is None else configured
+    if ends is None:
+        return []
+    return [int(end) for end in (ends if isinstance(ends, Iterable) else [ends])]
+
+
+def _pads_left(engine: Engine) -> bool:
+    """Whether a prompt padded on the left goes on as it does alone; tried once, on a few tokens.
+
+    Not so where a model has a recurrent state that knows no mask, or virtual tokens stand in front of the padding.
+    """
+    forward = engine.forward
+    if engine.model is not forward.model:
+        return False
+    if forward.pads_left is None:
+        short, long = _TRIAL
+        alone = _first_logits(engine, [short])
+        try:
+            padded = _first_logits(engine, [short, long])
+        except Exception:  # a model that takes no mask can fail in any way
+            forward.pads_left = False
+        else:
+            forward.pads_left = agree(padded[:1], alone)
+    return forward.pads_left
+
+
+def _first_logits(engine: Engine, prompts: Sequence[Sequence[int]]) -> Any:
+    fields = {"max_new_tokens": 1, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    with _plain_settings(engine, **fields) as plain:
+        return engine.model.generate(generation_config=plain, **_left_padded(engine, prompts, 0)).logits[0]

@@ -1,0 +1,204 @@
+"""From texts to token ids, as lm-evaluation-harness makes them; neither torch nor a model is needed.
+
+What a model is asked to score is always a `Window`: some tokens, given those before them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pytest_sway.errors import ScoringError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+DEFAULT_MAX_LENGTH: Final = 2048
+"""What lm-evaluation-harness takes for a model that names no length."""
+
+_LENGTH_FIELDS: Final = ("n_positions", "max_position_embeddings", "n_ctx")
+_UNSET_LENGTH: Final = 10**29  # tokenizers say "no limit" with int(1e30)
+
+
+class Window(NamedTuple):
+    """Tokens to score, and what they are conditioned on.
+
+    Attributes:
+        context: Token ids, at least one.
+        scored: Token ids whose log-probabilities are wanted, at least one.
+    """
+
+    context: tuple[int, ...]
+    scored: tuple[int, ...]
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """What the model reads: all tokens but the last, which is only predicted."""
+        return self.context + self.scored[:-1]
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """Return the token ids of ``text``, with the special tokens that the tokenizer adds unless told otherwise."""
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def prefix_token(tokenizer: Any, what: str = "the prompt is empty, and") -> int:
+    """Return the token that begins a text: BOS, or where there is none, EOS.
+
+    Args:
+        tokenizer: The tokenizer.
+        what: Begins the error's sentence.
+
+    Raises:
+        ScoringError: It has neither.
+    """
+    token = _bos_or_eos(tokenizer)
+    if token is None:
+        raise ScoringError(f"{what} the tokenizer has no BOS or EOS token that could stand for it.")
+    return token
+
+
+def encode_pair(tokenizer: Any, prompt: str, completion: str, *, rendered: bool = False) -> Window:
+    """Tokenise a pair as lm-evaluation-harness does in ``TemplateLM.loglikelihood`` and ``_encode_pair``.
+
+    The prompt's trailing whitespace goes to the completion; both are tokenised as one text, and what comes after the
+    prompt's own tokens is the completion's. An empty prompt is stood for by the token that begins a text, unless the
+    completion begins with that token itself. A prompt that begins with it gets no second one from the tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: The prompt.
+        completion: The completion.
+        rendered: The prompt came out of a chat template, which has put in all special tokens.
+
+    Raises:
+        ScoringError: The completion has no tokens, or the prompt is empty and nothing can stand for it.
+    """
+    context_text = prompt.rstrip()
+    completion_text = prompt[len(context_text) :] + completion
+    context: list[int] = []
+    if context_text:
+        special = _wants_special(tokenizer, context_text, rendered)
+        context = encode(tokenizer, context_text, special=special)
+    if context:
+        scored = encode(tokenizer, context_text + completion_text, special=special)[len(context) :]
+    else:
+        context, scored = [prefix_token(tokenizer)], encode(tokenizer, completion_text, special=False)
+        if scored[:1] == context:
+            del scored[0]
+    if not scored:
+        raise ScoringError(
+            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r}; there is nothing to score."
+        )
+    return Window(tuple(context), tuple(scored))
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, rendered: bool = False) -> tuple[int, ...]:
+    """Return the ids of a prompt; an empty one is stood for by the token that begins a text.
+
+    Raises:
+        ScoringError: It is empty, and the tokenizer has no such token.
+    """
+    ids = encode(tokenizer, prompt, special=_wants_special(tokenizer, prompt, rendered))
+    return tuple(ids or [prefix_token(tokenizer)])
+
+
+def encode_text(tokenizer: Any, text: str, *, prefix: bool) -> tuple[int, ...]:
+    """Return the ids of a text whose every token after the first is to be scored.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        prefix: Begin with the token that begins a text, and leave out what the tokenizer would add of its own accord;
+            otherwise take the tokenizer's ids as they are.
+
+    Raises:
+        ScoringError: A prefix is wanted, and the tokenizer has no token for it.
+    """
+    if not prefix:
+        return tuple(encode(tokenizer, text))
+    first = prefix_token(tokenizer, "a text is scored behind a prefix token, and")
+    return (first, *encode(tokenizer, text, special=False))
+
+
+def rolling_windows(ids: Sequence[int], max_length: int) -> Iterator[Window]:
+    """Cut a text into windows that together score each of its tokens after the first once.
+
+    As lm-evaluation-harness's ``loglikelihood_rolling`` does with ``context_len=1``: the first window begins with
+    the first token; each later one is conditioned on at least the last token of the one before, and the last, which
+    may be short, on as many as fit.
+
+    Args:
+        ids: Token ids; the first is conditioned on, not scored.
+        max_length: The most tokens that the model reads at once.
+    """
+    end = min(max_length + 1, len(ids))
+    if end > 1:
+        yield Window(tuple(ids[:1]), tuple(ids[1:end]))
+    while end < len(ids):
+        start, end = end, min(end + max_length, len(ids))
+        yield Window(tuple(ids[end - max_length - 1 : start]), tuple(ids[start:end]))
+
+
+def cut_left(window: Window, max_length: int) -> Window:
+    """Drop tokens from the left of the context until the model can read the window, as lm-evaluation-harness does.
+
+    Raises:
+        ScoringError: The scored tokens alone are too many.
+    """
+    if len(window.scored) > max_length:
+        raise ScoringError(
+            f"the completion has {len(window.scored)} tokens, and the model reads at most {max_length} at once. Score"
+            " it with rolling_logprob, which cuts a text into windows."
+        )
+    surplus = len(window.inputs) - max_length
+    return Window(window.context[surplus:], window.scored) if surplus > 0 else window
+
+
+def max_length_of(config: Any, tokenizer: Any) -> int:
+    """Return the most tokens that a model reads at once, found as lm-evaluation-harness's ``HFLM`` does.
+
+    Args:
+        config: The model's configuration.
+        tokenizer: Asked where the configuration names no length.
+    """
+    config = getattr(config, "text_config", None) or config
+    lengths = [getattr(config, name, None) for name in _LENGTH_FIELDS]
+    found = next((length for length in lengths if length is not None), None)
+    if found is None:
+        limit = getattr(tokenizer, "model_max_length", None)
+        found = limit if limit is not None and limit < _UNSET_LENGTH else DEFAULT_MAX_LENGTH
+    return int(found)
+
+
+def require_known(tokenizer: Any, ids: Iterable[int], rows: int | None) -> None:
+    """Make sure that the model has an embedding for each token.
+
+    Args:
+        tokenizer: The tokenizer that the ids are from.
+        ids: Token ids.
+        rows: How many tokens the model has embeddings for; ``None`` if that is unknown.
+
+    Raises:
+        ScoringError: It has none for a token.
+    """
+    highest = max(ids, default=0)
+    if rows is not None and highest >= rows:
+        raise ScoringError(
+            f"the tokenizer gives token {highest}, {tokenizer.convert_ids_to_tokens(highest)!r}, and the model has"
+            f" embeddings for {rows} tokens only. The tokenizer is another model's, or tokens were added to it and the"
+            " embeddings were not resized and saved with the adapter."
+        )
+
+
+def _bos_or_eos(tokenizer: Any) -> int | None:
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return None if token is None else int(token)
+
+
+def _wants_special(tokenizer: Any, text: str, rendered: bool) -> bool:
+    if rendered:
+        return False
+    token = _bos_or_eos(tokenizer)
+    return token is None or not text.startswith(tokenizer.decode([token]))

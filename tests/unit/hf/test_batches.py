@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_sway.backends.hf.batches import by_context, in_batches
+from pytest_sway.backends.hf.tokenisation import Window
+
+LENGTHS = st.lists(st.integers(1, 40), max_size=9)
+
+
+def _cost(lengths: list[int], batches: list[list[int]], overhead: int) -> int:
+    return sum(overhead + len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+
+@given(LENGTHS, st.integers(1, 100), st.integers(0, 60))
+def test_each_sequence_is_in_one_batch_and_no_batch_is_over_the_budget(
+    lengths: list[int], tokens: int, overhead: int
+) -> None:
+    batches = in_batches(lengths, tokens=tokens, overhead=overhead)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens for batch in batches)
+
+
+@given(LENGTHS, st.integers(0, 60))
+def test_no_other_way_to_cut_the_sorted_lengths_costs_less(lengths: list[int], overhead: int) -> None:
+    found = _cost(lengths, in_batches(lengths, tokens=10_000, overhead=overhead), overhead)
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for cuts in range(len(order)):
+        for places in combinations(range(1, len(order)), cuts):
+            edges = [0, *places, len(order)]
+            others = [order[a:b] for a, b in pairwise(edges)]
+            assert found <= _cost(lengths, others, overhead)
+
+
+def test_the_longest_come_first_so_that_what_does_not_fit_shows_at_once() -> None:
+    assert in_batches([3, 90, 4, 80], tokens=100, overhead=10) == [[1], [3], [2, 0]]
+
+
+def test_windows_are_grouped_by_what_they_are_conditioned_on() -> None:
+    a, b, c = Window((1,), (2,)), Window((2,), (2,)), Window((1,), (3, 4))
+    assert by_context([a, b, c]) == [[a, c], [b]]

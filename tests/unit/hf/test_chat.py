@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sway.errors import ScoringError
+from tests.tiny import make_base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ m.role == 'user' and 'he' or 'she' }} said : {{ m.content }} . {% endfor %}"
+    "{% if add_generation_prompt %}she said :{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+RENDERED = "<s>he said : hello . she said : world . she said :"
+
+
+@pytest.fixture(scope="module")
+def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has a chat template, and begins each text with BOS of its own accord."""
+    folder = make_base(tmp_path_factory.mktemp("chat"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_messages_are_rendered_by_the_template_up_to_the_answer(build: Any, chat_base: Path) -> None:
+    with build(chat_base).as_base() as view:
+        assert view.render(MESSAGES) == view.render(iter(MESSAGES)) == RENDERED
+
+
+def test_messages_stand_for_the_prompt_that_they_render_to(build: Any, chat_base: Path) -> None:
+    with build(chat_base).as_base() as view:
+        assert view.logprob_of(MESSAGES, " hello") == view.logprob_of(RENDERED, " hello")
+        assert view.logprobs_of([(MESSAGES, " hello")]) == [view.logprob_of(RENDERED, " hello")]
+        assert view.generate(MESSAGES, max_new_tokens=5) == view.generate(RENDERED, max_new_tokens=5)
+        dists = [view.next_token_dist(prompt).logprobs.tolist() for prompt in (MESSAGES, RENDERED)]
+        assert dists[0] == dists[1]
+
+
+def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:
+    with build(chat_base).as_base() as view:
+        read: list[list[int]] = []
+        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.extend(args[0].tolist()))
+        view.next_token_dist(MESSAGES)
+        view.next_token_dist(RENDERED)
+        view.next_token_dist("hello")
+        assert [row.count(1) for row in read[-3:]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([], "the list of messages is empty"),
+        ({"role": "user", "content": "a"}, "a prompt is a text or a list of messages .* is neither"),
+        ([{"role": "user"}], r"a message is a mapping with 'role' and 'content', and \{'role': 'user'\} is not"),
+        (["hello"], "a message is a mapping .* and 'hello' is not"),
+        ([{"role": "system", "content": "a"}], "template refuses messages with the roles system: no system role"),
+    ],
+)
+def test_malformed_messages_are_refused(build: Any, chat_base: Path, messages: Any, text: str) -> None:
+    with build(chat_base).as_base() as view:
+        with pytest.raises(ScoringError, match=text):
+            view.render(messages)
+        with pytest.raises(ScoringError, match=text):
+            view.next_token_dist(messages)
+
+
+def test_a_tokenizer_without_a_template_says_so(build: Any, base: Path) -> None:
+    with build(base).as_base() as view, pytest.raises(ScoringError, match="the tokenizer has no chat template"):
+        view.render(MESSAGES)

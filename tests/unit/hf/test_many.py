@@ -1,0 +1,117 @@
+"""Many questions at once: the same answers as one by one, in the same order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pytest_sway.errors import ScoringError
+from pytest_sway.scoring import BatchView
+from tests.tiny import TEXT, WORDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+TEXTS = [" ".join(WORDS[i : i + n]) for i, n in enumerate([3, 40, 1, 17, 5, 40, 2, 29, 60, 11])]
+PAIRS = [(TEXTS[i], " " + TEXTS[-1 - i]) for i in range(len(TEXTS))]
+CHOICES = [(TEXTS[8], f" {word} {WORDS[n]}"[: None if n else len(word) + 1]) for n, word in enumerate(WORDS[:5])]
+
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(params=["base", "ft"])
+def view(request: pytest.FixtureRequest, build: Any, base: Path, adapter: Path) -> Iterator[Any]:
+    backend = build(base, adapter)
+    with backend.as_base() if request.param == "base" else backend.as_finetuned() as view:
+        yield view
+
+
+@pytest.fixture
+def passes(view: Any) -> list[tuple[int, int]]:
+    """The shapes of the inputs that the model embeds, in order."""
+    shapes: list[tuple[int, int]] = []
+    model = view.model.get_base_model() if hasattr(view.model, "get_base_model") else view.model
+    view.next_token_dist(TEXT)  # what is tried once has been tried
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    return shapes
+
+
+def test_a_view_satisfies_the_protocol(view: Any) -> None:
+    assert isinstance(view, BatchView)
+
+
+def test_logprobs_of_pairs_are_those_of_each_alone(view: Any) -> None:
+    alone = [view.logprob_of(*pair) for pair in PAIRS]
+    assert view.logprobs_of(PAIRS) == pytest.approx(alone, abs=TOLERANCE)
+
+
+def test_completions_of_one_prompt_share_its_pass_and_have_the_same_logprobs(
+    view: Any, passes: list[tuple[int, int]]
+) -> None:
+    alone = [view.logprob_of(*pair) for pair in CHOICES]
+    passes.clear()
+    together = view.logprobs_of(CHOICES)
+    assert together == pytest.approx(alone, abs=TOLERANCE)
+    read = [rows * length for rows, length in passes if length >= 60]
+    assert len(read) == 1, "the prompt was read once"
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_rolling_logprobs_are_those_of_each_alone(view: Any, prefix: bool) -> None:
+    together = view.rolling_logprobs(TEXTS, prefix=prefix)
+    for text, rolling in zip(TEXTS, together, strict=True):
+        alone = view.rolling_logprob(text, prefix=prefix)
+        np.testing.assert_array_equal(rolling.token_ids, alone.token_ids)
+        np.testing.assert_allclose(rolling.logprobs, alone.logprobs, atol=TOLERANCE)
+        assert rolling.total_logprob == pytest.approx(float(rolling.logprobs.sum()), abs=1e-5)
+
+
+def test_next_token_dists_are_those_of_each_alone(view: Any) -> None:
+    for text, dist in zip(TEXTS, view.next_token_dists(TEXTS, top_k=20), strict=True):
+        alone = view.next_token_dist(text, top_k=20)
+        np.testing.assert_allclose(dist.logprobs, alone.logprobs, atol=TOLERANCE)
+        assert dist.tail_logprob == pytest.approx(alone.tail_logprob, abs=1e-4)
+        assert (dist.token_ids.dtype, dist.logprobs.dtype) == (np.int64, np.float32)
+
+
+def test_the_same_questions_get_the_same_bits(view: Any) -> None:
+    assert view.logprobs_of(PAIRS + CHOICES) == view.logprobs_of(PAIRS + CHOICES)
+    for a, b in zip(view.rolling_logprobs(TEXTS), view.rolling_logprobs(TEXTS), strict=True):
+        assert a.logprobs.tobytes() == b.logprobs.tobytes()
+
+
+def test_short_texts_go_through_the_model_together_and_equal_ones_once(
+    view: Any, passes: list[tuple[int, int]]
+) -> None:
+    view.rolling_logprobs([TEXTS[0], TEXTS[2], TEXTS[4], TEXTS[0]])
+    assert passes == [(3, 5)]
+
+
+def test_any_iterable_will_do_and_nothing_gives_nothing(view: Any) -> None:
+    assert view.logprobs_of(iter(PAIRS[:2])) == view.logprobs_of(tuple(PAIRS[:2]))
+    assert view.logprobs_of([]) == view.rolling_logprobs(()) == view.next_token_dists([]) == []
+    assert view.generate_many([], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("use", "text"),
+    [
+        (
+            lambda view: view.logprobs_of("ab"),
+            "expected a list of pairs of a prompt and a completion, and 'ab' is none",
+        ),
+        (lambda view: view.logprobs_of(["ab"]), "a pair is a prompt and a completion, and 'ab' is none"),
+        (lambda view: view.logprobs_of([("a", "b", "c")]), r"a pair is .* and \('a', 'b', 'c'\) is none"),
+        (lambda view: view.rolling_logprobs(TEXT), "expected a list of texts, and 'the sun .* is none"),
+        (lambda view: view.rolling_logprobs([1]), "expected a text to score, and 1 is none"),
+        (lambda view: view.next_token_dists(None), "expected a list of prompts, and None is none"),
+        (lambda view: view.next_token_dists([3]), "a prompt is a text or a list of messages .* and 3 is neither"),
+        (lambda view: view.generate_many("a", max_new_tokens=1), "expected a list of prompts"),
+    ],
+)
+def test_what_is_no_list_of_questions_is_refused(view: Any, use: Callable[[Any], object], text: str) -> None:
+    with pytest.raises(ScoringError, match=text):
+        use(view)
