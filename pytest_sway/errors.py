@@ -17,7 +17,8 @@ The tree::
     │   ├── BackendClosedError            the backend was used after its close
     │   ├── ViewClosedError               a view was used after its ``with`` block
     │   └── NoAdapterError                the fine-tuned side of a spec without adapter
-    ├── ScoringError (ValueError)         there is nothing to score in what was passed
+    ├── ScoringError (ValueError)         what was passed cannot be scored, or not by this model's server
+    ├── ServerError                       a server refused, failed, or did not answer
     └── MutationError                     a test left a shared model changed
 
 Each takes one argument, the message, so that an error can be raised again in another test with a word about the
@@ -105,7 +106,11 @@ class NoAdapterError(BackendUseError):
 
 
 class ScoringError(SwayError, ValueError):
-    """The text passed leaves nothing to score, such as a completion of no tokens."""
+    """What was passed leaves nothing to score, such as a completion of no tokens, or a server cannot score it."""
+
+
+class ServerError(SwayError):
+    """A server that a backend asks refused, failed, took too long, or answered something else."""
 
 
 class MutationError(SwayError):

@@ -59,7 +59,7 @@ class TokenDist:
     Attributes:
         token_ids: int64, shape ``(k,)``, most probable first.
         logprobs: float32, shape ``(k,)``, in nats, normalised over the whole vocabulary.
-        vocab_size: Size of the vocabulary that the logits cover.
+        vocab_size: Size of the vocabulary that the logits cover; 0 where a server does not tell it.
         tail_logprob: Log of the mass outside the ``k`` tokens; ``None`` where they are the whole vocabulary, and 0.0
             where the mass is too small to be told from none (dlm-sway's convention: both mean no tail).
     """

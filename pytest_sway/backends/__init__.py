@@ -113,6 +113,10 @@ class Builder:
             from pytest_sway.backends.dummy import build_dummy
 
             return build_dummy(spec)
+        if spec.kind == "api":
+            from pytest_sway.backends.api import build_api
+
+            return build_api(spec)
         raise self._unavailable(spec)
 
     def resolve(self, spec: ModelSpec) -> ModelSpec:
@@ -135,6 +139,10 @@ class Builder:
             from pytest_sway.backends.dummy import build_dummy
 
             build_dummy(spec)  # which is as quick as a check
+        elif spec.kind == "api":
+            from pytest_sway.backends.api import check_api
+
+            check_api(spec)
         else:
             raise self._unavailable(spec)
 
@@ -145,7 +153,7 @@ class Builder:
         """
         if spec.kind == "hf":
             return self._hf_builder().estimate(spec)
-        return {} if spec.kind == "dummy" else None  # no model, no weights
+        return {} if spec.kind in ("dummy", "api") else None  # no model here, no weights
 
     def measure(self, backend: Any) -> Mapping[Hashable, int] | None:
         """Return the bytes that each part of a loaded backend takes, keyed as in `estimate`."""
@@ -172,6 +180,7 @@ class Builder:
     @staticmethod
     def _unavailable(spec: ModelSpec) -> BackendNotAvailableError:
         return BackendNotAvailableError(
-            f"pytest-sway does not build backends of kind {spec.kind!r} itself; it builds 'hf', 'custom' and"
-            f" 'dummy'. Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build {spec.kind!r}."
+            f"pytest-sway does not build backends of kind {spec.kind!r} itself; it builds 'hf', 'api',"
+            f" 'custom' and 'dummy'. Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build"
+            f" {spec.kind!r}."
         )

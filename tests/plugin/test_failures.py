@@ -67,8 +67,9 @@ def test_x(sway_backend):
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "*BackendNotAvailableError: pytest-sway does not build backends of kind 'mlx' itself; it builds 'hf' and"
-            " 'custom'. Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build 'mlx'."
+            "*BackendNotAvailableError: pytest-sway does not build backends of kind 'mlx' itself; it builds 'hf',"
+            " 'api', 'custom' and 'dummy'. Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build"
+            " 'mlx'."
         ]
     )
 

@@ -199,8 +199,8 @@ def test_an_error_in_the_users_class_is_wrapped_with_its_cause() -> None:
 def test_a_kind_that_nobody_builds_is_refused_with_the_hook_that_would() -> None:
     spec = ModelSpec(kind="mlx", base="org/a")
     sentence = (
-        "pytest-sway does not build backends of kind 'mlx' itself; it builds 'hf', 'custom' and 'dummy'. Implement the"
-        " hook pytest_sway_build_backend(spec) in a conftest.py to build 'mlx'."
+        "pytest-sway does not build backends of kind 'mlx' itself; it builds 'hf', 'api', 'custom' and 'dummy'."
+        " Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build 'mlx'."
     )
     for refuse in (build, Builder().check, BackendCache().acquire):
         with pytest.raises(BackendNotAvailableError, match=f"^{re.escape(sentence)}$"):

@@ -8,7 +8,18 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "peft", "safetensors", "numpy", "xdist", "dlm_sway", "hypothesis", "pydantic")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "xdist",
+    "dlm_sway",
+    "hypothesis",
+    "pydantic",
+    "httpx",
+)
 
 
 def _imported_by(code: str) -> set[str]:

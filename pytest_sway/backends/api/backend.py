@@ -1,0 +1,120 @@
+"""`ApiBackend`: a base and its tuned self, as two models on servers."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pytest_sway.backends.api.event_loop import LoopClosedError
+from pytest_sway.backends.api.views import ApiView
+from pytest_sway.backends.preflight import preflight
+from pytest_sway.errors import BackendClosedError, NoAdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Hashable, Iterator, Mapping
+
+    from pytest_sway.backends.api.connection import Connection
+    from pytest_sway.backends.api.event_loop import EventLoopThread
+    from pytest_sway.backends.api.served import ServedModel
+    from pytest_sway.spec import ModelSpec
+
+T = TypeVar("T")
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+class ApiBackend:
+    """Two models on OpenAI-compatible servers; made by `build_api`.
+
+    Any number of views may be open at once, in any number of threads; their requests share the connections.
+
+    Args:
+        spec: The spec that it was built from.
+        loop: Where requests run.
+        connection: The connections.
+        base: The base.
+        tuned: The tuned model, if the spec names one.
+    """
+
+    safe_for_concurrent_views = True
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        loop: EventLoopThread,
+        connection: Connection,
+        base: ServedModel,
+        tuned: ServedModel | None,
+    ) -> None:
+        self._spec = spec
+        self._loop = loop
+        self._connection = connection
+        self._base = base
+        self._tuned = tuned
+
+    def __repr__(self) -> str:
+        return f"<ApiBackend {self._spec}{', closed' if self._loop.closed else ''}>"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The spec that it was built from."""
+        return self._spec
+
+    @contextmanager
+    def as_base(self) -> Iterator[ApiView]:
+        """Open a view on the base."""
+        with self._view("base", self._base) as view:
+            yield view
+
+    @contextmanager
+    def as_finetuned(self) -> Iterator[ApiView]:
+        """Open a view on the tuned model.
+
+        Raises:
+            NoAdapterError: The spec names none.
+        """
+        if self._tuned is None:
+            raise NoAdapterError(
+                f"as_finetuned() was asked of {self._spec}, whose spec names no fine-tuned model. Add"
+                " 'finetuned': <its name on the server> to the spec, or use as_base()."
+            )
+        with self._view("ft", self._tuned) as view:
+            yield view
+
+    def cache_identity(self) -> str:
+        """Return what tells this pair of models from others, for caches of what they answer."""
+        return f"api:{self._base}:{self._tuned}"
+
+    def preflight_finite_check(self) -> tuple[bool, str]:
+        """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
+        return preflight({"base": self.as_base} | ({} if self._tuned is None else {"ft": self.as_finetuned}))
+
+    def sizes(self) -> Mapping[Hashable, int]:
+        """Return the bytes that each part takes in this machine's memory: there is none."""
+        return {}
+
+    def close(self) -> None:
+        """Close the connections; requests under way fail with `BackendClosedError`. Closing twice is harmless."""
+        self._loop.close(self._connection.close())
+
+    @contextmanager
+    def _view(self, view_id: str, model: ServedModel) -> Iterator[ApiView]:
+        if self._loop.closed:
+            raise self._closed_error()
+        view = ApiView(view_id, self, model)
+        try:
+            yield view
+        finally:
+            view.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._loop.run(work)
+        except LoopClosedError:
+            raise self._closed_error() from None
+
+    def _closed_error(self) -> BackendClosedError:
+        return BackendClosedError(
+            f"the backend of {self._spec} was used after it was closed, by eviction or at the end of the session."
+            " Ask for it again with sway_backend(spec)."
+        )

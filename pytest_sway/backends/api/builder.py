@@ -1,0 +1,77 @@
+"""From a spec to a backend: what can be refused at once, and what has to be asked of the servers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from pytest_sway.backends.api.backend import ApiBackend
+    from pytest_sway.spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+REQUIRED: Final = ("httpx", "tenacity")
+
+
+def check_api(spec: ModelSpec) -> None:
+    """Find what is wrong with ``spec`` without asking a server.
+
+    Raises:
+        BackendNotAvailableError: Something is not installed.
+        SpecError: It names what no server has, or a variable without a key.
+        AdapterMismatchError: Both of its models are the same.
+    """
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        raise BackendNotAvailableError(
+            f"using {spec} needs {', '.join(missing)}, which this environment lacks."
+            " Install them with: pip install 'pytest-sway[api]'"
+        )
+    if spec.adapter is not None:
+        raise SpecError(
+            f"a spec of kind 'api' names models that a server has, and no folder; found adapter {str(spec.adapter)!r}."
+            " Serve the adapter (vLLM: --enable-lora --lora-modules NAME=FOLDER), and put its name into 'finetuned'."
+        )
+    if spec.finetuned == spec.base and spec.finetuned_endpoint in (None, spec.endpoint):
+        raise AdapterMismatchError(
+            f"the spec's fine-tuned model is its base, {spec.base!r} on {spec.endpoint}, so a test of it would test"
+            " nothing. Name the fine-tuned model in 'finetuned', or its server in 'finetuned_endpoint'."
+        )
+    from pytest_sway.backends.api.keys import Key
+
+    Key(spec.api_key_env).require()
+
+
+def build_api(spec: ModelSpec, *, sleep: Callable[[float], Awaitable[Any]] | None = None) -> ApiBackend:
+    """Make sure that the servers have what ``spec`` names, and return the backend that asks them.
+
+    Args:
+        spec: A spec of kind ``api``.
+        sleep: How to wait before a request is tried again; ``asyncio.sleep`` by default.
+
+    Raises:
+        SpecError: A server does not have a model of that name.
+        AdapterMismatchError: Both models give the same answers.
+        ServerError: A server does not answer, or refuses.
+        SwayError: As `check_api`.
+    """
+    check_api(spec)
+    from pytest_sway.backends.api.backend import ApiBackend
+    from pytest_sway.backends.api.connection import Connection
+    from pytest_sway.backends.api.event_loop import EventLoopThread
+    from pytest_sway.backends.api.keys import Key
+    from pytest_sway.backends.api.opening import open_models
+
+    connection = Connection(timeout=spec.timeout, key=Key(spec.api_key_env), sleep=sleep)
+    loop = EventLoopThread(f"pytest-sway {spec}")
+    try:
+        base, tuned = loop.run(open_models(connection, spec))
+    except BaseException:
+        loop.close(connection.close())
+        raise
+    return ApiBackend(spec, loop, connection, base, tuned)

@@ -1,0 +1,171 @@
+"""What an answer of ``/v1/completions`` says, in either of the shapes that servers give log-probabilities.
+
+OpenAI, vLLM and llama-cpp-python give parallel lists (``tokens``, ``token_logprobs``, ``top_logprobs``); llama.cpp's
+own server and mlx_lm give the list ``content`` of OpenAI's chat answers, with the ids of the tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final, TypeVar
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_TOKEN_ID: Final = re.compile(r"token_id:(\d+)")
+"""How vLLM spells a token with ``return_tokens_as_token_ids``."""
+
+_ROUNDING: Final = 1e-3
+"""How far above 0 rounding may put the log-probability of what is certain."""
+
+T = TypeVar("T")
+
+
+class MalformedError(ValueError):
+    """An answer that does not have the shape of a completion; the text says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer.
+
+    Attributes:
+        text: How the server spells it.
+        token_id: Its number in the vocabulary where the server tells it; otherwise `stand_in` of its spelling.
+        logprob: In nats; ``None`` where the server gives none, as for the first token of a text.
+        top: The most probable tokens in its place, most probable first, as pairs of an id and nats.
+    """
+
+    text: str
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+        text: The new text; with ``echo``, the prompt and the new text.
+        tokens: Its tokens; ``None`` where the server gave no log-probabilities.
+        generated: How many tokens are new; ``None`` where the server does not count them.
+    """
+
+    text: str
+    tokens: tuple[Token, ...] | None
+    generated: int | None
+
+
+def stand_in(text: str) -> int:
+    """Return a number for a token that is known by its spelling alone.
+
+    It is a digest, the same in every process and for every model, and negative, so that no vocabulary has it.
+    """
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return -1 - (int.from_bytes(digest, "big") >> 1)
+
+
+def read_completion(answer: Any) -> Completion:
+    """Return what an answer says.
+
+    Raises:
+        MalformedError: It is not of the shape of a completion.
+    """
+    choices = _item(_typed(answer, dict, "the answer"), "choices", list)
+    if not choices:
+        raise MalformedError("'choices' is empty")
+    choice = _typed(choices[0], dict, "the first of 'choices'")
+    usage = answer.get("usage")
+    generated = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return Completion(
+        text=_item(choice, "text", str),
+        tokens=_tokens(choice.get("logprobs")),
+        generated=generated if isinstance(generated, int) and generated >= 0 else None,
+    )
+
+
+def _tokens(logprobs: Any) -> tuple[Token, ...] | None:
+    if logprobs is None:
+        return None
+    logprobs = _typed(logprobs, dict, "'logprobs'")
+    if logprobs.get("content") is not None:
+        return tuple(_from_entry(entry) for entry in _item(logprobs, "content", list))
+    if logprobs.get("token_logprobs") is None:
+        return None
+    texts, values = _item(logprobs, "tokens", list), _item(logprobs, "token_logprobs", list)
+    tops = _typed(logprobs.get("top_logprobs") or [None] * len(texts), list, "'top_logprobs'")
+    if not len(texts) == len(values) == len(tops):
+        raise MalformedError(
+            f"there are {len(texts)} 'tokens', {len(values)} 'token_logprobs' and {len(tops)} 'top_logprobs'"
+        )
+    return tuple(_from_lists(*each) for each in zip(texts, values, tops, strict=True))
+
+
+def _from_lists(text: Any, logprob: Any, top: Any) -> Token:
+    text = _typed(text, str, "one of 'tokens'")
+    candidates = [
+        (_number_of(spelling), _nats(value, "one of 'top_logprobs'"))
+        for spelling, value in _typed(top or {}, dict, "one of 'top_logprobs'").items()
+    ]
+    return Token(
+        text=text,
+        token_id=_number_of(text),
+        logprob=None if logprob is None else _nats(logprob, "one of 'token_logprobs'"),
+        top=_descending(candidates),
+    )
+
+
+def _from_entry(entry: Any) -> Token:
+    token_id, logprob = _identified(entry)
+    top = _typed(entry.get("top_logprobs") or [], list, "'top_logprobs'")
+    text = entry.get("token")
+    return Token(
+        text=text if isinstance(text, str) else "",
+        token_id=token_id,
+        logprob=logprob,
+        top=_descending([_identified(candidate) for candidate in top]),
+    )
+
+
+def _identified(entry: Any) -> tuple[int, float]:
+    entry = _typed(entry, dict, "one of 'content'")
+    logprob = _nats(entry.get("logprob"), "one of 'logprob'")
+    if isinstance(entry.get("id"), int) and not isinstance(entry["id"], bool):
+        return entry["id"], logprob
+    return _number_of(_item(entry, "token", str)), logprob
+
+
+def _number_of(text: str) -> int:
+    given = _TOKEN_ID.fullmatch(text)
+    return int(given[1]) if given else stand_in(text)
+
+
+def _descending(candidates: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted(candidates, key=lambda candidate: (-candidate[1], candidate[0])))
+
+
+def _nats(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MalformedError(f"{where} is {_shown(value)}, and no number")
+    if value > _ROUNDING:
+        raise MalformedError(f"{where} is {value:g}, which is the logarithm of no probability")
+    return min(float(value), 0.0)  # NaN stays NaN: it stands for a broken model, which the caller tells of
+
+
+def _item(mapping: dict[str, Any], name: str, kind: type[T]) -> T:
+    if name not in mapping:
+        raise MalformedError(f"it has no {name!r}")
+    return _typed(mapping[name], kind, repr(name))
+
+
+def _typed(value: Any, kind: type[T], where: str) -> T:
+    if not isinstance(value, kind):
+        raise MalformedError(f"{where} is {_shown(value)}, and no {kind.__name__}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -1,0 +1,216 @@
+"""Requests and their failures: what is tried again, for how long, and in which words the rest is told.
+
+Retries are tenacity's: unlike stamina, which is built on it, it lets the wait depend on the answer (``Retry-After``)
+and takes the clock as an argument, so that tests wait for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+
+from pytest_sway.errors import ServerError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tenacity import RetryCallState
+
+    from pytest_sway.backends.api.keys import Key
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+CONCURRENT_REQUESTS: Final = 8
+"""Requests that one backend has under way at one time."""
+
+ATTEMPTS: Final = 5
+LONGEST_RETRY_AFTER: Final = 60.0
+"""Seconds; a server that wants to be left alone for longer is not waited for."""
+
+_CONNECT_SECONDS: Final = 10.0
+_BACKOFF: Final = wait_exponential(multiplier=0.5, max=8.0) + wait_random(0.0, 0.5)
+_QUOTED: Final = 300
+"""Characters of a server's own words that an error repeats."""
+
+
+class RefusedError(ServerError):
+    """The server understood a request and does not serve it: a status from 400 to 499, or 501.
+
+    Attributes:
+        status: Which.
+    """
+
+    status: int = 0
+
+
+class _PassingError(Exception):
+    """A failure that may pass."""
+
+    def __init__(self, text: str, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class Connection:
+    """The connections of one backend to its servers; used in one event loop.
+
+    Args:
+        timeout: Seconds that one answer may take, once its turn has come.
+        key: The servers' key.
+        sleep: How to wait before another attempt.
+    """
+
+    def __init__(self, *, timeout: float, key: Key, sleep: Callable[[float], Awaitable[Any]] | None = None) -> None:
+        self._timeout = timeout
+        self._key = key
+        self._sleep = sleep or asyncio.sleep
+        self._turns = asyncio.Semaphore(CONCURRENT_REQUESTS)
+        self._client = httpx.AsyncClient(auth=key, timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS))
+
+    async def get(self, url: str) -> Any:
+        """Return the JSON at ``url``; see `post`."""
+        return await self._persistently("GET", url, None)
+
+    async def post(self, url: str, body: dict[str, Any]) -> Any:
+        """Send ``body`` as JSON and return the answer's JSON.
+
+        What may pass is tried again: a connection that fails or breaks off, and the statuses 429 and 5xx.
+
+        Raises:
+            RefusedError: The server does not serve it.
+            ServerError: It failed, took too long, or answered something else than JSON.
+        """
+        return await self._persistently("POST", url, body)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _persistently(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
+        attempts = AsyncRetrying(
+            sleep=self._sleep,
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=_wait,
+            retry=retry_if_exception_type(_PassingError),
+            reraise=True,
+        )
+        try:
+            response: httpx.Response = await attempts(self._once, method, url, body)
+        except _PassingError as error:
+            raise ServerError(f"{error} (tried {ATTEMPTS} times)") from None
+        try:
+            return response.json()
+        except ValueError:
+            raise ServerError(
+                f"{url} answered with something that is no JSON: {self.quoted(response.text)!r}. Is an"
+                " OpenAI-compatible server behind that address?"
+            ) from None
+
+    async def _once(self, method: str, url: str, body: dict[str, Any] | None) -> httpx.Response:
+        """One attempt. Errors of httpx go no further, since their frames hold the header with the key."""
+        async with self._turns:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    response = await self._client.request(method, url, json=body)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise _PassingError(
+                    f"{url} cannot be reached ({self._told(error)}). Is the server running, and is that its address?"
+                ) from None
+            except (httpx.TimeoutException, TimeoutError):
+                raise ServerError(
+                    f"{url} gave no answer within {self._timeout:g} seconds. If the server is only slow, give the spec"
+                    " a longer 'timeout'."
+                ) from None
+            except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+                raise _PassingError(f"{url} broke off its answer ({self._told(error)}).") from None
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise ServerError(f"the request to {url} failed ({self._told(error)}).") from None
+        self._require_success(response, url)
+        return response
+
+    def _require_success(self, response: httpx.Response, url: str) -> None:
+        status = response.status_code
+        if response.is_success:
+            return
+        said = f"{url} answered {status} {_phrase(status)}"
+        if response.is_redirect:
+            raise ServerError(
+                f"{said}, which is not followed, since it could take the key elsewhere. Name the address that it leads"
+                " to as the endpoint."
+            )
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):  # whose text may quote parts of the key
+            raise _refused(
+                status,
+                f"{said}: it wants a key, or another one. Put it into the environment variable {self._key.variable},"
+                " or another whose name the spec has as 'api_key_env'.",
+            )
+        told = f"{said}: {self.quoted(_message(response)).rstrip('.')}."
+        if status == HTTPStatus.TOO_MANY_REQUESTS or (
+            response.is_server_error and status != HTTPStatus.NOT_IMPLEMENTED
+        ):
+            wait = _retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+            if wait is not None and wait > LONGEST_RETRY_AFTER:
+                raise ServerError(
+                    f"{told} It asks to be left alone for {wait:g} seconds, more than the {LONGEST_RETRY_AFTER:g} that"
+                    " a test waits."
+                )
+            raise _PassingError(told, wait)
+        raise _refused(status, told)
+
+    def quoted(self, text: str) -> str:
+        """Return a server's own words as an error repeats them: short, on one line, without secrets."""
+        text = " ".join(self._key.redacted(text).split())
+        return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+
+    def _told(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {self.quoted(str(error)) or 'no reason given'}"
+
+
+def _refused(status: int, text: str) -> RefusedError:
+    error = RefusedError(text)
+    error.status = status
+    return error
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "(a status that is not standard)"
+
+
+def _message(response: httpx.Response) -> str:
+    """The reason in an error's body: as OpenAI and llama.cpp give it, as vLLM and FastAPI do, or the body itself."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text or "without a word"
+    for name in ("error", "message", "detail"):
+        if isinstance(body, dict) and body.get(name):
+            body = body[name]
+    return str(body)
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    after = error.retry_after if isinstance(error, _PassingError) else None
+    return _BACKOFF(state) if after is None else after
+
+
+def _retry_after(header: str | None, now: datetime) -> float | None:
+    """Seconds to wait by a header ``Retry-After``, which has a number of seconds or a date; ``None`` without one."""
+    if header is None:
+        return None
+    try:
+        if header.strip().isdecimal():
+            return float(header)
+        date = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    return max(0.0, ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds())
