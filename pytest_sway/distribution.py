@@ -8,15 +8,19 @@ back nothing, and is named.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TextIO
 
 import pytest
 
+from pytest_sway.machine import WORKER_SLOT, threads_for
+from pytest_sway.report.progress import LoadProgress, noted_loads
 from pytest_sway.report.terminal import write_summary
 from pytest_sway.stats import SwayStats
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from pytest_sway.settings import SwaySettings
 
 _KEY: Final = "pytest_sway"
+_HERE: Final = "here"
 
 
 def distributes(config: pytest.Config) -> bool:
@@ -60,6 +65,13 @@ class Node(Protocol):
     workerinput: dict[str, Any]
 
 
+def load_progress(config: pytest.Config, terminal: TextIO | None) -> LoadProgress:
+    """Return what shows the loads of this process, and in a worker leaves a note for the controller."""
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    folder = worker_data(config).get("folder")
+    return LoadProgress(terminal, worker=worker, note=_note(folder, worker) if folder and worker else None)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
     """What one worker handed back.
@@ -67,29 +79,52 @@ class WorkerReport:
     Attributes:
         name: The worker's, such as ``gw0``.
         stats: What happened in it, or ``None`` where it used no backend or did not live to say so.
-        error: Why it ended before its time, or ``None``.
+        error: How it ended without handing back anything, or ``None``.
+        loading: What it was loading then.
     """
 
     name: str
     stats: SwayStats | None
-    error: str | None
+    error: str | None = None
+    loading: tuple[str, ...] = ()
 
 
 class Controller:
     """The controller's side, a plugin that is registered while tests are distributed."""
 
-    def __init__(self, settings: SwaySettings) -> None:
+    def __init__(self, config: pytest.Config, settings: SwaySettings) -> None:
         self._settings = settings
+        self._workers_here = max(1, sum(_machine(spec) == _HERE for spec in _expanded(config.getoption("tx"))))
         self._nodes: list[Node] = []
         self._errors: dict[str, str] = {}
         self._folder: Path | None = None
 
     @pytest.hookimpl
+    def pytest_report_header(self) -> str | None:
+        """Show how many threads each worker gets, where the user has not chosen."""
+        threads = threads_for(self._workers_here, os.environ).get("OMP_NUM_THREADS")
+        return f"sway: OMP_NUM_THREADS={threads} in each of {self._workers_here} workers" if threads else None
+
+    @pytest.hookimpl
+    def pytest_xdist_setupnodes(self, specs: Sequence[Any]) -> None:
+        """Give the workers their environment, which they have before they start; replacements of them have it too.
+
+        Workers on other machines keep their own threads: how many processors there are is not known here.
+        """
+        seen: Counter[str] = Counter()
+        for spec in specs:
+            machine = _machine(str(spec))
+            variables = {WORKER_SLOT: str(seen[machine])}
+            if machine == _HERE:
+                variables |= threads_for(self._workers_here, {**os.environ, **spec.env})
+            spec.env = {**variables, **spec.env}
+            seen[machine] += 1
+
+    @pytest.hookimpl
     def pytest_configure_node(self, node: Node) -> None:
         """Tell a worker what it should know before it starts; a worker that replaces another comes here too."""
         self._nodes.append(node)
-        spec = node.gateway.spec
-        here = spec.popen and not spec.via
+        here = _machine(str(node.gateway.spec)) == _HERE
         node.workerinput[_KEY] = {"folder": str(self._shared_folder()) if here else None}
 
     @pytest.hookimpl
@@ -133,12 +168,35 @@ class Controller:
     def _report(self, node: Node) -> WorkerReport:
         name = node.gateway.id
         output = getattr(node, "workeroutput", None)
-        if output is None:
-            return WorkerReport(name, None, self._errors.get(name, "no report came"))
-        sent = output.get(_KEY)
-        return WorkerReport(name, None if sent is None else SwayStats.from_dict(json.loads(sent)), None)
+        if output is not None:
+            sent = output.get(_KEY)
+            return WorkerReport(name, None if sent is None else SwayStats.from_dict(json.loads(sent)))
+        folder = node.workerinput[_KEY]["folder"]
+        loading = () if folder is None else noted_loads(_note(folder, name))
+        error = f"crashed ({self._errors[name]})" if name in self._errors else "ended without a report"
+        return WorkerReport(name, None, error, loading)
 
     def _shared_folder(self) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="pytest-sway-"))
         return self._folder
+
+
+def _note(folder: str, worker: str) -> Path:
+    return Path(folder, f"{worker}.loading")
+
+
+def _expanded(specs: Sequence[str]) -> Iterator[str]:
+    """The execution specs of ``--tx``, with ``3*popen`` written out."""
+    for spec in specs:
+        times, star, rest = spec.partition("*")
+        yield from [rest] * int(times) if star and times.isdecimal() else [spec]
+
+
+def _machine(spec: str) -> str:
+    """Where the worker of an execution spec runs; equal for workers on one machine."""
+    keys = dict(part.partition("=")[::2] for part in spec.split("//"))
+    if "via" not in keys and "popen" in keys:
+        return _HERE
+    where = "via" if "via" in keys else next((key for key in ("ssh", "vagrant_ssh", "socket") if key in keys), "")
+    return f"{where}={keys.get(where, '').partition(':')[0]}"

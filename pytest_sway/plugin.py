@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.collection import Collection
-from pytest_sway.settings import SwaySettings, add_options, named_specs, resolve_settings
+from pytest_sway.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
 
 if TYPE_CHECKING:
     from pytest_sway.cache import BackendCache, CachedBackend
@@ -40,6 +40,15 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.add_hookspecs(hookspecs)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Go offline before a conftest.py imports anything heavy."""
+    if asks_for_offline(early_config):
+        from pytest_sway.offline import go_offline
+
+        early_config.add_cleanup(go_offline())
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Resolve the settings; a bad value ends the run here, before collection."""
     config.addinivalue_line(
@@ -54,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_sway.distribution import Controller, distributes
 
         if distributes(config):
-            config.pluginmanager.register(Controller(settings), "pytest_sway_controller")
+            config.pluginmanager.register(Controller(config, settings), "pytest_sway_controller")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -199,14 +208,14 @@ def _used(config: pytest.Config) -> SwaySession | None:
 def _sway(config: pytest.Config) -> SwaySession:
     """The session, made on first use."""
     if _session not in config.stash:
-        from pytest_sway.report.terminal import LoadProgress
+        from pytest_sway.distribution import load_progress
         from pytest_sway.session import SwaySession
 
         config.stash[_session] = SwaySession(
             config.stash[_settings],
             _Hooks(config),
             named_specs(config.rootpath),
-            LoadProgress(_terminal(config)),
+            load_progress(config, _terminal(config)),
             who=lambda: config.stash.get(_running, "the session"),
         )
     return config.stash[_session]

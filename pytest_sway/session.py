@@ -23,7 +23,7 @@ from pytest_sway.spec import Key, ModelSpec, SpecLike, resolved_key, short_name,
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_sway.report.terminal import LoadProgress
+    from pytest_sway.report.progress import LoadProgress
     from pytest_sway.scoring import DifferentialBackend
     from pytest_sway.settings import SwaySettings
     from pytest_sway.stats import SwayStats

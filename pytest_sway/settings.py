@@ -32,6 +32,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
         on_mutation: What a test gets that leaves a backend changed.
         on_leak: What the run gets when weights outlive their backend.
         reorder: Whether tests of equal models are put together.
+        offline: Whether nothing is asked of a hub.
     """
 
     cache_size: int
@@ -41,6 +42,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
     on_mutation: str
     on_leak: str
     reorder: bool
+    offline: bool
 
     def fails_run(self, leaks: Sequence[str]) -> bool:
         """Whether ``leaks`` fail a run in which every test passed."""
@@ -52,11 +54,12 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
         return (
             f"sway: cache of {self.cache_size}, {memory}, device {self.device}, dtype {self.dtype},"
             f" on mutation {self.on_mutation}, on leak {self.on_leak}{'' if self.reorder else ', tests not reordered'}"
+            f"{', offline' if self.offline else ''}"
         )
 
 
 class _Setting(NamedTuple):
-    """One setting: its ini name, and its option where it has one; a flag's default is a bool."""
+    """One setting: its ini name, and its option where it has one; a flag's default is a bool, its metavar empty."""
 
     name: str
     default: str | bool
@@ -70,7 +73,7 @@ class _Setting(NamedTuple):
 
     def resolve(self, config: pytest.Config) -> Any:
         """The value in force: the option's, else the ini file's, else the default."""
-        text = config.getoption(self.name) if self.metavar is not None else None
+        text = None if self.metavar is None else config.getoption(self.name)
         origin = self.option
         if text is None:
             origin = f"ini value {self.name}"
@@ -161,6 +164,7 @@ _SETTINGS: Final = (
         bool,
         "put tests together that use equal models, and under --dist loadgroup on equal workers (default: true)",
     ),
+    _Setting("sway_offline", False, bool, "ask nothing of a hub: use what is on this machine (default: false)", ""),
 )
 
 
@@ -169,7 +173,8 @@ def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup("sway", "pytest-sway: fine-tuned models")
     for setting in _SETTINGS:
         if setting.metavar is not None:
-            group.addoption(setting.option, dest=setting.name, default=None, metavar=setting.metavar, help=setting.help)
+            form: dict[str, Any] = {"metavar": setting.metavar} if setting.metavar else {"action": "store_true"}
+            group.addoption(setting.option, dest=setting.name, default=None, help=setting.help, **form)
         flag: Any = "bool" if isinstance(setting.default, bool) else None
         parser.addini(setting.name, setting.help, type=flag, default=setting.default)
 
@@ -181,6 +186,16 @@ def resolve_settings(config: pytest.Config) -> SwaySettings:
         pytest.UsageError: A value is not one that its setting takes.
     """
     return SwaySettings(**{setting.name.removeprefix("sway_"): setting.resolve(config) for setting in _SETTINGS})
+
+
+def asks_for_offline(early_config: pytest.Config) -> bool:
+    """Return whether a run is to be offline, before its options are resolved; a bad value is reported then."""
+    if early_config.known_args_namespace.sway_offline:
+        return True
+    try:
+        return bool(early_config.getini("sway_offline"))
+    except (ValueError, pytest.UsageError):
+        return False
 
 
 def named_specs(rootpath: Path) -> dict[str, dict[str, Any]]:

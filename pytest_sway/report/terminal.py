@@ -1,13 +1,9 @@
-"""The summary that stands at the end of a run, and the line that shows while a load takes long."""
+"""The summary that stands at the end of a run."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from pytest_sway.residency import format_bytes
 
@@ -41,26 +37,16 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Ite
         stats: What happened, over all workers where there are some.
         workers: What happened in each worker.
     """
-    if not stats.backends:
+    if stats.backends:
+        yield from _table(stats)
+    elif not any(worker.loading for worker in workers):
         return
-    rows = [_COLUMNS, *(_row(label, backend) for label, backend in stats.backends.items())]
-    if len(stats.backends) > 1:
-        rows.append(_row("total", stats.total()))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for label, *numbers in rows:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        yield "  ".join([label.ljust(widths[0]), *cells])
     for name, base in stats.bases.items():
         yield f"base {name}: {_times(base.loads, 'load')}, {base.load_seconds:.2f} s"
     saved = f"saved about {stats.saved_seconds():.1f} s of loading"
     yield f"{saved}, over all workers" if workers else f"{_peak(stats)}; {saved}"
     for worker in workers:
-        if worker.error is not None:
-            yield f"{worker.name}: crashed ({worker.error}); what it did is not counted"
-        elif worker.stats is not None:
-            total = worker.stats.total()
-            counts = f"{_times(total.loads, 'load')}, {_times(total.hits, 'hit')}, {total.load_seconds:.2f} s"
-            yield f"{worker.name}: {counts}; {_peak(worker.stats)}"
+        yield from _worker_line(worker)
     for title, found in (
         ("left changed", stats.mutations),
         ("leaked", stats.leaks),
@@ -71,9 +57,29 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Ite
             yield f"{title}: {text}"
 
 
+def _table(stats: SwayStats) -> Iterator[str]:
+    rows = [_COLUMNS, *(_row(label, backend) for label, backend in stats.backends.items())]
+    if len(stats.backends) > 1:
+        rows.append(_row("total", stats.total()))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    for label, *numbers in rows:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        yield "  ".join([label.ljust(widths[0]), *cells])
+
+
 def _row(label: str, stats: BackendStats) -> tuple[str, ...]:
     numbers = (stats.loads, stats.hits, f"{stats.load_seconds:.2f}", stats.evictions, stats.failures)
     return (label, *(str(number) for number in numbers))
+
+
+def _worker_line(worker: WorkerReport) -> Iterator[str]:
+    if worker.error is not None:
+        loading = f" while it loaded {', '.join(worker.loading)}" if worker.loading else ""
+        yield f"{worker.name}: {worker.error}{loading}; what it did is not counted"
+    elif worker.stats is not None:
+        total = worker.stats.total()
+        counts = f"{_times(total.loads, 'load')}, {_times(total.hits, 'hit')}, {total.load_seconds:.2f} s"
+        yield f"{worker.name}: {counts}; {_peak(worker.stats)}"
 
 
 def _peak(stats: SwayStats) -> str:
@@ -83,44 +89,3 @@ def _peak(stats: SwayStats) -> str:
 
 def _times(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-class LoadProgress:
-    """Says on a terminal what is being loaded, once that has taken a while.
-
-    Args:
-        terminal: Where to write, past pytest's capture; ``None`` to say nothing.
-        patience: Seconds after which a load is worth a line.
-    """
-
-    def __init__(self, terminal: TextIO | None, *, patience: float = 2.0) -> None:
-        self._terminal = terminal
-        self._patience = patience
-
-    @contextmanager
-    def loading(self, what: str) -> Iterator[None]:
-        """Watch one load, which lasts as long as the block."""
-        if self._terminal is None:
-            yield
-            return
-        announced = threading.Event()
-        timer = threading.Timer(self._patience, self._announce, (what, announced))
-        timer.daemon = True
-        timer.start()
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            if announced.is_set():
-                self._write(f"{time.perf_counter() - started:.1f} s\n")
-
-    def _announce(self, what: str, announced: threading.Event) -> None:
-        announced.set()
-        self._write(f"\nsway: loading {what} ... ")
-
-    def _write(self, text: str) -> None:
-        if self._terminal is not None:
-            with contextlib.suppress(OSError, ValueError):  # a terminal that went away fails no load
-                self._terminal.write(text)
-                self._terminal.flush()

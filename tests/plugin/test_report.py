@@ -6,7 +6,8 @@ import io
 import re
 import threading
 
-from pytest_sway.report.terminal import LoadProgress, summary_lines
+from pytest_sway.report.progress import LoadProgress
+from pytest_sway.report.terminal import summary_lines
 from pytest_sway.stats import BackendStats, SwayStats
 from tests.plugin.conftest import Suite
 

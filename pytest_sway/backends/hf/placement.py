@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pytest_sway.errors import SpecError
+from pytest_sway.machine import worker_slot
 
 if TYPE_CHECKING:
     from pytest_sway.spec import Dtype, ModelSpec
@@ -17,9 +18,10 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 def resolve_placement(spec: ModelSpec) -> ModelSpec:
     """Return ``spec`` with the device and dtype that ``auto`` stands for on this machine.
 
-    The device is the current CUDA device, else MPS, else the CPU. The dtype is dlm-sway's choice for it: bf16 where a
-    CUDA device computes in it, fp16 on MPS, fp32 otherwise. Without torch the spec is returned as it is, and loading it
-    will say what is missing.
+    The device is the current CUDA device, else MPS, else the CPU. Where several workers share a machine with several
+    CUDA devices, each takes its turn among those that are visible, unless code has chosen a current device. The dtype
+    is dlm-sway's choice for the device: bf16 where a CUDA device computes in it, fp16 on MPS, fp32 otherwise. Without
+    torch the spec is returned as it is, and loading it will say what is missing.
 
     Args:
         spec: Any spec of kind ``hf``. One that has nothing to resolve is returned without importing torch.
@@ -64,7 +66,7 @@ def _device(asked: str) -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"cuda:{torch.cuda.current_device()}"
+        return f"cuda:{torch.cuda.current_device() or worker_slot() % max(1, torch.cuda.device_count())}"
     if asked == "cuda":
         return asked
     return "mps" if torch.backends.mps.is_available() else "cpu"

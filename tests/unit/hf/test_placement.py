@@ -7,6 +7,7 @@ import pytest
 
 from pytest_sway.backends.hf import placement
 from pytest_sway.backends.hf.placement import resolve_placement
+from pytest_sway.machine import WORKER_SLOT
 from pytest_sway.spec import ModelSpec
 
 
@@ -62,4 +63,22 @@ def test_cuda_is_the_current_device_in_bf16_where_it_can(
     for asked in ("auto", "cuda"):
         spec = resolve_placement(ModelSpec(base="org/name", device=asked))
         assert (spec.device, spec.dtype) == ("cuda:1", dtype)
+    placement._resolved.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("current", "slot", "device"),
+    [(0, "0", "cuda:0"), (0, "1", "cuda:1"), (0, "2", "cuda:2"), (0, "3", "cuda:0"), (2, "1", "cuda:2")],
+)
+def test_workers_take_turns_among_the_visible_devices_unless_code_has_chosen_one(
+    monkeypatch: pytest.MonkeyPatch, current: int, slot: str, device: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv(WORKER_SLOT, slot)
+    placement._resolved.cache_clear()
+    assert resolve_placement(ModelSpec(base="org/name", dtype="fp32")).device == device
     placement._resolved.cache_clear()
