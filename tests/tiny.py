@@ -89,6 +89,84 @@ def make_tokenizer(folder: Path | str, *, extra: tuple[str, ...] = (), pad: bool
     return len(vocab)
 
 
+def make_gguf(file: Path | str, base: Path | str, *, kind: str = "F32", **metadata: Any) -> Path:
+    """Write the Llama in ``base`` as a GGUF file, with a tokenizer of letters.
+
+    Args:
+        file: Where it goes.
+        base: The folder of the model.
+        kind: How weights are stored, by ggml's name; all but ``F32`` are rounded.
+        metadata: Further numbers of its metadata, with ``__`` for ``.``.
+    """
+    import gguf
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    config = json.loads((Path(base) / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    for name, value in metadata.items():
+        writer.add_uint32(name.replace("__", "."), value)
+    letters = [*"abcdefghijklmnopqrstuvwxyz.,?!:;", "\u0120"]  # the last one stands for a space
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *letters, "th", "the"]
+    tokens += [f"<{n}>" for n in range(config["vocab_size"] - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_token_types([3 if token.startswith("<") else 1 for token in tokens])
+    for name, token in (("bos", 1), ("eos", 2), ("unk", 3), ("pad", 0)):
+        getattr(writer, f"add_{name}_token_id")(token)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    stored = gguf.GGMLQuantizationType[kind]
+    for name, tensor in load_file(Path(base) / "model.safetensors").items():
+        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
+            if part in name:  # GGUF has the two halves of a head's rows in turns
+                rows = tensor.reshape(count, 2, -1, tensor.shape[1])
+                tensor = rows.swapaxes(1, 2).reshape(tensor.shape)  # noqa: PLW2901
+        target = str(names.get_name(name, try_suffixes=(".weight",)))
+        if kind == "F32" or tensor.ndim == 1:
+            writer.add_tensor(target, np.ascontiguousarray(tensor))
+        else:
+            writer.add_tensor(target, gguf.quantize(np.ascontiguousarray(tensor), stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(file)
+
+
+def sharded(model: Path | str, *, pickle: bool = False) -> Path:
+    """Spread the weights of a saved model over two files, in safetensors or as pickles."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(model)
+    stem, ending = ("pytorch_model", "bin") if pickle else ("model", "safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"{stem}-{number:05}-of-00002.{ending}"
+        held = {name: tensors[name] for name in part}
+        if pickle:
+            torch.save(held, folder / file)
+        else:
+            save_file(held, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    return folder
+
+
 def make_adapter(
     folder: Path | str,
     base: Path | str,
@@ -174,15 +252,16 @@ def truncate(adapter: Path | str) -> Path:
     return Path(adapter)
 
 
-def pickled(adapter: Path | str) -> Path:
-    """Replace an adapter's safetensors by a pickle."""
+def pickled(folder: Path | str, *, file: str = "adapter_model.safetensors") -> Path:
+    """Replace the safetensors of an adapter, or of a model, by a pickle."""
     import torch
     from safetensors.torch import load_file
 
-    path = Path(adapter) / "adapter_model.safetensors"
-    torch.save(load_file(path), path.with_name("adapter_model.bin"))
+    path = Path(folder) / file
+    name = {"model.safetensors": "pytorch_model.bin"}.get(file, "adapter_model.bin")
+    torch.save(load_file(path), path.with_name(name))
     path.unlink()
-    return Path(adapter)
+    return Path(folder)
 
 
 @contextlib.contextmanager

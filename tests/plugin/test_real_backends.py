@@ -45,7 +45,7 @@ BAD = {
     "unknown field": ({"base": "base", "adaptor": "good"}, "a spec has no field 'adaptor'*Did you mean 'adapter'?"),
     "unknown kind": ({"kind": "onnx", "base": "base"}, "spec field 'kind' must be one of hf, mlx, api,*found 'onnx'."),
     "unknown dtype": ({"base": "base", "dtype": "int3"}, "spec field 'dtype' must be one of auto, fp16,*found 'int3'."),
-    "no base": ({"base": "nowhere"}, "the base '*nowhere' does not exist. Name a hub id (org/name) or the folder*"),
+    "no base": ({"base": "nowhere"}, "the base '*nowhere' does not exist. Name a hub id (org/name), the folder*"),
     "no adapter": ({"base": "base", "adapter": "nowhere"}, "*adapter '*nowhere' does not exist*"),
     "no config": ({"base": "base", "adapter": "unconfigured"}, "*'*unconfigured' has no adapter_config.json*"),
     "truncated": ({"base": "base", "adapter": "truncated"}, "*truncated*"),

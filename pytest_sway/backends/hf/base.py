@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.forward import Forward
+from pytest_sway.backends.hf.gguf import load_gguf_tokenizer
+from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
 from pytest_sway.backends.hf.libraries import quiet_process
 from pytest_sway.backends.hf.memory import WeightsWatch
@@ -167,12 +169,16 @@ def load_tokenizer(spec: ModelSpec, source: str) -> Any:
     """Load a tokenizer from a folder or a hub id; one without a padding token pads with its end token."""
     from transformers import AutoTokenizer
 
+    gguf = gguf_file(spec) if source == spec.base else None
     with quiet_process():
-        tokenizer = AutoTokenizer.from_pretrained(
-            source,
-            revision=spec.revision if source == spec.base else None,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        if gguf is not None:
+            tokenizer: Any = load_gguf_tokenizer(spec, gguf)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source,
+                revision=spec.revision if source == spec.base else None,
+                trust_remote_code=spec.trust_remote_code,
+            )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pytest_sway.errors import SpecError
+from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec import is_path
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -29,6 +31,25 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def require_complete(spec: ModelSpec, info: Mapping[str, Any]) -> None:
+    """Raise unless a load found all of a model's weights: transformers makes up, from noise, what is missing.
+
+    Args:
+        spec: What was loaded.
+        info: What ``from_pretrained`` returns for ``output_loading_info``.
+
+    Raises:
+        WeightsError: Some are missing.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise WeightsError(
+            f"the files of {spec.base!r} lack {len(missing)} of the model's weights ({names}), which would be noise."
+            " Copy or save the model again."
+        )
 
 
 def adapter_inside(spec: ModelSpec, role: str = "base") -> SpecError:

@@ -11,6 +11,7 @@ from pytest_sway.backends.hf.adapter_files import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import adapter_inside, base_file
 from pytest_sway.backends.hf.fit import check_fit
+from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.libraries import require_libraries
 from pytest_sway.backends.hf.placement import require_device
 from pytest_sway.backends.hf.sizes import base_entries
@@ -47,14 +48,17 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     entries = base_entries(spec)
     if files is not None and entries is not None:
         check_fit(spec, files, entries, config)
-    require_libraries(spec)
+    require_libraries(spec, gguf=any(gguf_file(model) is not None for model in (spec, tuned) if model is not None))
     require_device(spec)
     return files
 
 
 def _check_model(spec: ModelSpec, role: str) -> dict[str, Any]:
     """Check the files of a spec's base, whatever role the model has in the test, and return its config."""
-    if is_path(spec.base):
+    gguf = gguf_file(spec)
+    if gguf is not None:
+        read_gguf(gguf)
+    elif is_path(spec.base):
         _check_folder(spec, role)
     if base_file(spec, ADAPTER_CONFIG) is not None:
         raise adapter_inside(spec, role)
@@ -65,7 +69,9 @@ def _check_folder(spec: ModelSpec, role: str) -> None:
     folder = Path(spec.base)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise SpecError(f"the {role} {spec.base!r} {what}. Name a hub id (org/name) or the folder of a model.")
+        raise SpecError(
+            f"the {role} {spec.base!r} {what}. Name a hub id (org/name), the folder of a model, or a .gguf file."
+        )
     if not (folder / "config.json").is_file():
         hint = " It holds an adapter; name it as 'adapter'." if (folder / ADAPTER_CONFIG).is_file() else ""
         raise SpecError(f"the {role} {spec.base!r} has no config.json, so it is not the folder of a model.{hint}")

@@ -26,17 +26,22 @@ PROCESS_STATE: Final = threading.RLock()
 `from_pretrained` sets while it runs. Whoever needs a base's lock as well takes that one first."""
 
 
-def require_libraries(spec: ModelSpec) -> None:
+def require_libraries(spec: ModelSpec, *, gguf: bool = False) -> None:
     """Raise unless everything that the ``hf`` kind needs is installed; import nothing.
+
+    Args:
+        spec: What is to be loaded.
+        gguf: Whether it is read from a GGUF file.
 
     Raises:
         BackendNotAvailableError: Something is missing; the message has the line that installs it.
     """
-    missing = [name for name in REQUIRED if find_spec(name) is None]
+    needed = (*REQUIRED, "gguf") if gguf else REQUIRED
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise BackendNotAvailableError(
             f"loading {spec} needs {', '.join(missing)}, which this environment lacks."
-            " Install them with: pip install 'pytest-sway[hf]'"
+            f" Install them with: pip install 'pytest-sway[{'hf,gguf' if gguf else 'hf'}]'"
         )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.base_files import adapter_inside
+from pytest_sway.backends.hf.base_files import adapter_inside, require_complete
+from pytest_sway.backends.hf.gguf import load_gguf_model
+from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.libraries import quiet_process, torch_dtype
 from pytest_sway.errors import WeightsError
 
@@ -24,12 +26,16 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
         converted: A folder with the base's weights in the spec's dtype; the base's own where it is ``None``.
 
     Raises:
-        WeightsError: Its weights exist only as a pickle that the spec does not allow.
+        WeightsError: Its weights exist only as a pickle that the spec does not allow, or are not all there.
         SpecError: It is an adapter, or contains one.
     """
+    gguf = gguf_file(spec)
     with quiet_process():
         try:
-            model = _own(spec) if converted is None else _from(converted, spec)
+            if converted is not None:
+                model = _from(converted, spec, gguf)
+            else:
+                model = _own(spec) if gguf is None else load_gguf_model(spec, gguf)
         except OSError as error:
             raise _load_error(spec, error) from error
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -45,20 +51,28 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
 def _own(spec: ModelSpec) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         spec.base,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
         use_safetensors=None if spec.allow_pickle else True,
         dtype=torch_dtype(spec.dtype),
+        output_loading_info=True,
     )
+    model, info = loaded
+    require_complete(spec, info)
+    return model
 
 
-def _from(folder: Path, spec: ModelSpec) -> Any:
-    """The weights are the folder's, which from_pretrained maps; config, code and name are the base's."""
+def _from(folder: Path, spec: ModelSpec, gguf: Path | None) -> Any:
+    """The weights are the folder's, which from_pretrained maps; config, code and name are the base's.
+
+    Of a GGUF file, the config was written to the folder too.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(spec.base, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    source = spec.base if gguf is None else str(folder)
+    config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder),
         config=config,

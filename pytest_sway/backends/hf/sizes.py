@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import base_file
+from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.headers import read_any
 from pytest_sway.errors import SwayError
 from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
@@ -31,13 +32,12 @@ def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
         both = [estimated(base_spec(spec)), estimated(tuned)]
         return None if None in both else {key: size for parts in both for key, size in (parts or {}).items()}
     try:
-        entries = base_entries(spec)
+        base_bytes = _base_bytes(spec)
         files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
     except SwayError:
         return None
-    if entries is None:
+    if base_bytes is None:
         return None
-    base_bytes = _base_bytes(spec, entries)
     if files is None:
         return {base_key(spec): base_bytes}
     if files.entries is None:
@@ -72,8 +72,14 @@ def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:
     return None
 
 
-def _base_bytes(spec: ModelSpec, entries: Mapping[str, TensorEntry]) -> int:
+def _base_bytes(spec: ModelSpec) -> int | None:
     item_bytes = _ITEM_BYTES[spec.dtype]
+    gguf = gguf_file(spec)
+    if gguf is not None:
+        return read_gguf(gguf).numel * item_bytes  # what is in blocks is unpacked
+    entries = base_entries(spec)
+    if entries is None:
+        return None
     tied = _ties_embeddings(spec)
     return sum(
         entry.numel * item_bytes if entry.floating else entry.nbytes

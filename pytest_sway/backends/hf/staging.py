@@ -19,6 +19,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.base_files import base_file
+from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.memory import collect
 from pytest_sway.backends.hf.models import load_model
 from pytest_sway.backends.hf.sizes import base_entries
@@ -140,6 +141,9 @@ def _convert(spec: ModelSpec, place: Path) -> Any:
 
 def _source(spec: ModelSpec) -> Path | None:
     """The folder of the base's files; ``None`` if they are not on this machine yet."""
+    gguf = gguf_file(spec)
+    if gguf is not None:
+        return gguf.parent
     config = base_file(spec, "config.json")
     return None if config is None else config.parent
 
@@ -151,6 +155,8 @@ def _name(spec: ModelSpec) -> str:
 
 
 def _needs_conversion(spec: ModelSpec) -> bool:
+    if gguf_file(spec) is not None:
+        return True
     config = base_file(spec, "config.json")
     try:
         if config is None or json.loads(config.read_bytes()).get("quantization_config"):
@@ -177,6 +183,17 @@ def _identity(spec: ModelSpec) -> str:
 def _write(spec: ModelSpec, model: Any, folder: Path) -> None:
     """Write a model's weights as they are in memory, beside the files of its base that say how to use them."""
     folder.mkdir(parents=True)
+    if gguf_file(spec) is None:
+        _copy_settings(spec, folder)
+    else:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+    distinct = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(model.state_dict().items())}
+    tensors = model.state_dict()
+    write_tensors(folder / "model.safetensors", {name: tensors[name] for name in distinct.values()})
+
+
+def _copy_settings(spec: ModelSpec, folder: Path) -> None:
     source = _source(spec)
     assert source is not None
     code = source.rglob("*.py") if spec.trust_remote_code else ()
@@ -185,9 +202,6 @@ def _write(spec: ModelSpec, model: Any, folder: Path) -> None:
             target = folder / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-    distinct = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(model.state_dict().items())}
-    tensors = model.state_dict()
-    write_tensors(folder / "model.safetensors", {name: tensors[name] for name in distinct.values()})
 
 
 def _difference(model: Any, copy: Any) -> str | None:

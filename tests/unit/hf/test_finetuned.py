@@ -211,7 +211,7 @@ def _as_adapter(folder: Path) -> None:
         pytest.param(
             shutil.rmtree,
             SpecError,
-            "does not exist. Name a hub id (org/name) or the folder of a model.",
+            "does not exist. Name a hub id (org/name), the folder of a model, or a .gguf file.",
             id="no folder",
         ),
         pytest.param(
