@@ -17,11 +17,11 @@ from pytest_sway.backends.dummy import DummyBackend
 from pytest_sway.cache import BackendCache
 from pytest_sway.errors import BackendClosedError, BackendUseError, ScoringError, SpecError, ViewClosedError
 from pytest_sway.scoring import (
+    BatchView,
     DifferentialBackend,
     NullCalibratedBackend,
     PreflightCheckable,
     ScalableDifferentialBackend,
-    View,
 )
 from pytest_sway.spec import ModelSpec
 
@@ -53,7 +53,7 @@ def test_it_satisfies_every_protocol_of_a_real_backend(canned: DummyBackend) -> 
     for protocol in (DifferentialBackend, ScalableDifferentialBackend, NullCalibratedBackend, PreflightCheckable):
         assert isinstance(canned, protocol)
     with canned.as_base() as base:
-        assert isinstance(base, View)
+        assert isinstance(base, BatchView)
 
 
 def test_each_side_answers_what_is_canned_for_it(canned: DummyBackend) -> None:
@@ -84,6 +84,15 @@ def test_many_at_once_is_each_by_itself(canned: DummyBackend) -> None:
         assert [r.total_logprob for r in base.rolling_logprobs(["the sun rises"] * 2)] == [-4.0, -4.0]
         assert [d.token_ids.size for d in base.next_token_dists(["the sun"] * 2, top_k=1)] == [1, 1]
         assert base.generate_many(["the sun"], max_new_tokens=3) == [" sets in the west ."]
+
+
+def test_a_conversation_is_found_by_the_text_that_is_made_of_it() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    text = "system: Be brief.\nuser: Hello\nassistant:"
+    with DummyBackend({"base": {"generations": {text: " Hi."}, "logprobs": {(text, " Hi."): -1.0}}}).as_base() as base:
+        assert base.render(messages) == text
+        assert base.generate(messages, max_new_tokens=2) == " Hi."
+        assert base.logprobs_of([(messages, " Hi."), (text, " Hi.")]) == [-1.0, -1.0]
 
 
 @pytest.mark.parametrize(
@@ -144,10 +153,12 @@ def test_without_tables_the_fine_tuned_side_finds_everything_more_probable() -> 
 
 def test_what_is_made_up_fits_together() -> None:
     with DummyBackend().as_base() as base:
-        rolling = base.rolling_logprob("the sun rises in the east")
-        assert rolling.num_tokens == rolling.token_ids.size == rolling.logprobs.size + 1 == 6
-        assert rolling.total_logprob == pytest.approx(base.logprob_of("the", " sun rises in the east"))
-        assert base.rolling_logprob("").num_tokens == 0
+        whole, rest = (base.rolling_logprob("the sun rises", prefix=prefix) for prefix in (True, False))
+        assert whole.num_tokens == whole.token_ids.size == whole.logprobs.size + 1 == 4
+        assert whole.total_logprob == pytest.approx(base.logprob_of("", "the sun rises"))
+        assert rest.token_ids.tolist() == whole.token_ids[1:].tolist()
+        assert rest.total_logprob == pytest.approx(base.logprob_of("the", " sun rises"))
+        assert base.rolling_logprob("", prefix=False).num_tokens == 0
         dist = base.next_token_dist("the sun")
         assert dist.tail_logprob is not None
         assert np.exp(dist.logprobs).sum() + math.exp(dist.tail_logprob) == pytest.approx(1.0)

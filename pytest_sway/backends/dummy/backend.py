@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.answers import SIDES, canonical, read_answers, tail
 from pytest_sway.backends.dummy.sides import Between, Canned, Noisy, Side
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
-from pytest_sway.scoring import RollingLogprob, TokenDist
+from pytest_sway.scoring import Message, Prompt, RollingLogprob, TokenDist
 
 if TYPE_CHECKING:
     from pytest_sway.spec import ModelSpec
@@ -130,33 +130,44 @@ class DummyView:
     def __repr__(self) -> str:
         return f"<DummyView {self.id!r}{', closed' if self._closed else ''}>"
 
-    def logprob_of(self, prompt: str, completion: str) -> float:
+    def render(self, messages: Iterable[Message]) -> str:
+        """Return ``role: content`` in a line for each message, and ``assistant:``; answers are canned for this text."""
+        self._side()
+        return "".join(f"{message.get('role')}: {message.get('content')}\n" for message in messages) + "assistant:"
+
+    def logprob_of(self, prompt: Prompt, completion: str) -> float:
         """Return the log-probability of the completion given the prompt, in nats.
 
         Raises:
             ScoringError: The completion is empty.
+            BackendUseError: Answers are canned, and this one is not there; so in all that follows.
         """
         if not completion:
-            raise ScoringError(f"the completion is empty after the prompt {prompt[-80:]!r}; there is nothing to score.")
-        return self._side().logprob(prompt, completion)
+            raise ScoringError(f"the completion is empty after the prompt {prompt!r}; there is nothing to score.")
+        return self._side().logprob(self._text(prompt), completion)
 
-    def logprobs_of(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
         """Return `logprob_of` for each pair of a prompt and a completion."""
         return [self.logprob_of(prompt, completion) for prompt, completion in pairs]
 
-    def rolling_logprob(self, text: str) -> RollingLogprob:
-        """Return the log-probability of each token of ``text`` but the first, in nats; a token is a word."""
+    def rolling_logprob(self, text: str, *, prefix: bool = True) -> RollingLogprob:
+        """Return the canned log-probabilities of the tokens of ``text``, in nats.
+
+        Args:
+            text: The text.
+            prefix: Where they are made up, a token is a word; score also the first one, behind a token 0.
+        """
         import numpy as np
 
-        ids, logprobs = self._side().rolling(text)
+        ids, logprobs = self._side().rolling(text, prefix)
         scored = np.array(logprobs, dtype=np.float32)
         return RollingLogprob(np.array(ids, dtype=np.int64), scored, len(ids), float(sum(logprobs)))
 
-    def rolling_logprobs(self, texts: Sequence[str]) -> list[RollingLogprob]:
+    def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
         """Return `rolling_logprob` for each text."""
-        return [self.rolling_logprob(text) for text in texts]
+        return [self.rolling_logprob(text, prefix=prefix) for text in texts]
 
-    def next_token_dist(self, prompt: str, *, top_k: int = 256) -> TokenDist:
+    def next_token_dist(self, prompt: Prompt, *, top_k: int = 256) -> TokenDist:
         """Return the distribution of the token after ``prompt``, cut to at most ``top_k`` tokens.
 
         Raises:
@@ -166,18 +177,18 @@ class DummyView:
 
         if top_k < 1:
             raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-        dist = self._side().dist(prompt)
+        dist = self._side().dist(self._text(prompt))
         left = dist.tail_logprob if top_k >= len(dist.logprobs) else tail(dist.logprobs[:top_k], dist.vocab_size)
         ids, logprobs = np.array(dist.token_ids[:top_k]), np.array(dist.logprobs[:top_k])
         return TokenDist(ids.astype(np.int64), logprobs.astype(np.float32), dist.vocab_size, left)
 
-    def next_token_dists(self, prompts: Sequence[str], *, top_k: int = 256) -> list[TokenDist]:
+    def next_token_dists(self, prompts: Iterable[Prompt], *, top_k: int = 256) -> list[TokenDist]:
         """Return `next_token_dist` for each prompt."""
         return [self.next_token_dist(prompt, top_k=top_k) for prompt in prompts]
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,  # noqa: ARG002 # a canned answer is the same at any temperature
@@ -185,24 +196,26 @@ class DummyView:
         seed: int = 0,  # noqa: ARG002
     ) -> str:
         """Return the canned continuation of ``prompt``, whole; one that is made up has ``max_new_tokens`` words."""
-        return self._side().generation(prompt, max_new_tokens)
+        return self._side().generation(self._text(prompt), max_new_tokens)
 
     def generate_many(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[Prompt],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        temperature: float = 0.0,  # noqa: ARG002
+        top_p: float = 1.0,  # noqa: ARG002
+        seed: int | Sequence[int] = 0,  # noqa: ARG002
     ) -> list[str]:
         """Return `generate` for each prompt."""
-        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        return [self.generate(prompt, max_new_tokens=max_new_tokens, **settings) for prompt in prompts]
+        return [self.generate(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
 
     def close(self) -> None:
         """Close the view; its backend stays open. Closing twice is harmless."""
         self._closed = True
+
+    def _text(self, prompt: Prompt) -> str:
+        return prompt if isinstance(prompt, str) else self.render(prompt)
 
     def _side(self) -> Side:
         if self._closed:

@@ -28,7 +28,7 @@ class Dist(NamedTuple):
 
 
 class Rolling(NamedTuple):
-    """A text's tokens, and the log-probabilities of all but the first, in nats."""
+    """Tokens, and the log-probabilities of all but the first, in nats."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -41,8 +41,8 @@ class Side(Protocol):
         """The completion's log-probability, in nats."""
         ...
 
-    def rolling(self, text: str) -> Rolling:
-        """The log-probabilities of a text's words but the first, in nats."""
+    def rolling(self, text: str, prefix: bool) -> Rolling:
+        """The log-probabilities of a text's tokens, in nats."""
         ...
 
     def dist(self, prompt: str) -> Dist:
@@ -75,13 +75,14 @@ class Canned:
         completions = self._found("logprobs", table, prompt, "prompt")
         return float(self._found("logprobs", completions, completion, f"completion of {prompt!r}"))
 
-    def rolling(self, text: str) -> Rolling:
+    def rolling(self, text: str, prefix: bool) -> Rolling:
         """From the table, or made up of the words' numbers."""
         table = self._tables.get("rolling")
         if table is not None:
             return Rolling(**self._found("rolling", table, text, "text"))
         words = text.split()
-        return Rolling([_number_of(word) % VOCABULARY for word in words], self._made_up(words[1:]))
+        ids = [_number_of(word) % VOCABULARY for word in words]
+        return Rolling([0, *ids], self._made_up(words)) if prefix else Rolling(ids, self._made_up(words[1:]))
 
     def dist(self, prompt: str) -> Dist:
         """From the table, or made up."""
@@ -138,9 +139,9 @@ class Between:
         """On the line between the two sides'."""
         return self._mixed(*(side.logprob(prompt, completion) for side in self._sides))
 
-    def rolling(self, text: str) -> Rolling:
+    def rolling(self, text: str, prefix: bool) -> Rolling:
         """On the line between the two sides'; the tokens have to be as many."""
-        base, tuned = (side.rolling(text) for side in self._sides)
+        base, tuned = (side.rolling(text, prefix) for side in self._sides)
         if len(base.logprobs) != len(tuned.logprobs):
             raise self._apart("rolling log-probabilities", text)
         return Rolling(base.token_ids, list(map(self._mixed, base.logprobs, tuned.logprobs)))
@@ -181,9 +182,9 @@ class Noisy:
         """The side's, with noise."""
         return self._noisy([self._side.logprob(prompt, completion)], prompt + "\0" + completion)[0]
 
-    def rolling(self, text: str) -> Rolling:
+    def rolling(self, text: str, prefix: bool) -> Rolling:
         """The side's, with noise on each."""
-        ids, logprobs = self._side.rolling(text)
+        ids, logprobs = self._side.rolling(text, prefix)
         return Rolling(ids, self._noisy(logprobs, text))
 
     def dist(self, prompt: str) -> Dist:
