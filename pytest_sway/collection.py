@@ -16,10 +16,13 @@ from pytest_sway.settings import SwaySettings, named_specs
 if TYPE_CHECKING:
     from pytest_sway.scheduling import Needs
 
-_GROUP: Final = "@pytest-sway-"
-"""What stands between a test's node id and the number of its group, on the way to xdist's scheduler."""
+_GROUP: Final = "pytest-sway-"
+"""What the names of groups begin with; they exist only between xdist's workers and its scheduler."""
 
 _needs = pytest.StashKey["Needs"]()
+
+fewest_base_loads = pytest.StashKey[dict[str, int]]()
+"""In a worker without ``--dist loadgroup``: how often each base would be loaded with it, by its name in the summary."""
 
 
 class Collection:
@@ -64,7 +67,11 @@ class Collection:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
         """Under ``--dist loadgroup``, send xdist the groups; by now all is deselected that will be."""
-        if not self._known or not getattr(session.config.option, "loadgroup", False):
+        config = session.config
+        if not self._known or not hasattr(config, "workerinput"):
+            return (yield)
+        if not config.getoption("loadgroup", False):
+            config.stash[fewest_base_loads] = _fewest_base_loads(session.items, config.workerinput["workercount"])
             return (yield)
         with _groups_sent(session):
             return (yield)
@@ -72,8 +79,8 @@ class Collection:
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, report: pytest.TestReport) -> None:
         """Take the group out of the report that xdist makes for a test that killed its worker."""
-        if _GROUP in report.nodeid:
-            nodeid = report.nodeid.partition(_GROUP)[0]
+        nodeid, at, _ = report.nodeid.rpartition(f"@{_GROUP}")
+        if at:
             report.longrepr = str(report.longrepr).replace(report.nodeid, nodeid)
             report.nodeid = nodeid
 
@@ -122,19 +129,40 @@ def _groups_sent(session: pytest.Session) -> Iterator[None]:
 
 
 def _grouped_ids(items: Sequence[pytest.Item], workers: int) -> list[str]:
-    """The tests' node ids, each with its group, if it has one; one that the user gave is kept."""
+    """The tests' node ids, each with the group that it is in, if it is in one."""
+    suffixes = ["" if group is None else f"@{group}" for group in _groups(items, workers)]
+    # xdist itself has put the user's groups there, where it can.
+    return [
+        item.nodeid if item.nodeid.endswith(suffix) else item.nodeid + suffix
+        for item, suffix in zip(items, suffixes, strict=True)
+    ]
+
+
+def _groups(items: Sequence[pytest.Item], workers: int) -> list[str | None]:
+    """The group of each test: the user's where there is one, ours where its needs are known, or ``None``."""
     from pytest_sway.scheduling import dealt
 
     own = [_own_group(item) for item in items]
     needs = [None if group else known for group, known in zip(own, _known(items), strict=True)]
-    ids = []
-    for item, group, number in zip(items, own, dealt(needs, workers), strict=True):
-        suffix = f"@{group}" if group else "" if number is None else f"{_GROUP}{number}"
-        ids.append(item.nodeid if item.nodeid.endswith(suffix) else item.nodeid + suffix)
-    return ids
+    ours = (None if number is None else f"{_GROUP}{number}" for number in dealt(needs, workers))
+    return [group or number for group, number in zip(own, ours, strict=True)]
 
 
-def _own_group(item: pytest.Item) -> str:
+def _own_group(item: pytest.Item) -> str | None:
     """The name that xdist gives to the group in which the user has put a test."""
     marks = item.iter_markers("xdist_group")
-    return "_".join(sorted({str(mark.args[0] if mark.args else mark.kwargs.get("name", "default")) for mark in marks}))
+    names = {str(mark.args[0] if mark.args else mark.kwargs.get("name", "default")) for mark in marks}
+    return "_".join(sorted(names)) or None
+
+
+def _fewest_base_loads(items: Sequence[pytest.Item], workers: int) -> dict[str, int]:
+    """How often each base would be loaded with those groups, by its name in the summary."""
+    from pytest_sway.scheduling import base_loads
+    from pytest_sway.spec import ModelSpec, short_name
+
+    loads: dict[str, int] = {}
+    for base, count in base_loads(_known(items), _groups(items, workers)).items():
+        assert isinstance(base, ModelSpec)
+        name = short_name(base.base)
+        loads[name] = loads.get(name, 0) + count
+    return loads

@@ -51,6 +51,8 @@ class SwayStats:
         mutations: One line for each test that left a backend changed.
         leaks: One line for each close after which weights were still in memory.
         unreleased: The holders of leases that were open when the cache was shut down.
+        fewest_base_loads: How often each base that is known before the tests run would be loaded under ``--dist
+            loadgroup``, by its name; empty in a run without workers, and in one with that option.
     """
 
     backends: dict[str, BackendStats] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class SwayStats:
     mutations: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     unreleased: list[str] = field(default_factory=list)
+    fewest_base_loads: dict[str, int] = field(default_factory=dict)
 
     def backend(self, label: str) -> BackendStats:
         """The counts of one backend, made on first use."""
@@ -98,6 +101,14 @@ class SwayStats:
             saved += users.hits * (per_adapter + base.seconds_per_load) + reuses * base.seconds_per_load
         return saved
 
+    def avoidable(self) -> BackendStats:
+        """The loads of bases that ``--dist loadgroup`` would have saved, each at the mean of what was measured."""
+        known = BackendStats()
+        for name in self.fewest_base_loads:
+            known.add(self.bases.get(name, BackendStats()))
+        loads = max(0, known.loads - sum(self.fewest_base_loads.values()))
+        return BackendStats(loads=loads, load_seconds=loads * known.seconds_per_load)
+
     def _base_of(self, label: str) -> str | None:
         """The shared base of a backend, by the labels of both."""
         return next((name for name in self.bases if label == name or label.startswith(f"{name} + ")), None)
@@ -114,6 +125,8 @@ class SwayStats:
                 mine.setdefault(label, BackendStats()).add(stats)
         self.peak_resident = max(self.peak_resident, other.peak_resident)
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        for name, loads in other.fewest_base_loads.items():  # what is planned for the whole run, by each worker
+            self.fewest_base_loads[name] = max(self.fewest_base_loads.get(name, 0), loads)
         for ours, lines in (
             (self.close_errors, other.close_errors),
             (self.mutations, other.mutations),

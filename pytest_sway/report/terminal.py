@@ -45,6 +45,10 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Ite
         yield f"base {name}: {_times(base.loads, 'load')}, {base.load_seconds:.2f} s"
     saved = f"saved about {stats.saved_seconds():.1f} s of loading"
     yield f"{saved}, over all workers" if workers else f"{_peak(stats)}; {saved}"
+    if (avoidable := stats.avoidable()).loads:
+        least = sum(stats.fewest_base_loads.values())
+        seconds = f"about {avoidable.load_seconds:.1f} s less"
+        yield f"base loads: {least + avoidable.loads}; with --dist loadgroup {least}, {seconds} of loading"
     for worker in workers:
         yield from _worker_line(worker)
     for title, found in (

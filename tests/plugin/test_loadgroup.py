@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.plugin.conftest import Suite
+from tests.tiny import make_base
 
 pytest.importorskip("xdist")
 
@@ -156,3 +157,27 @@ def pytest_collection_modifyitems(items):
     shares = list(ran(suite).values())
     assert [(len(share), len(set(share))) for share in shares] == [(6, 2), (6, 2)]
     assert any(share != "".join(sorted(share)) for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("dist", "saves"),
+    [("loadfile", "base loads: 4; with --dist loadgroup 2, about *.* s less of loading"), ("each", "")],
+)
+def test_without_groups_the_summary_says_what_they_would_have_saved(
+    pytester: pytest.Pytester, dist: str, saves: str
+) -> None:
+    bases = [str(make_base(pytester.path / name)) for name in ("one", "two")]
+    test = f"""
+import pytest
+from pytest_sway import ModelSpec
+
+@pytest.mark.parametrize("spec", [ModelSpec(base=base) for base in {bases!r}])
+def test_x(sway_backend, spec):
+    sway_backend(spec)
+"""
+    pytester.makepyfile(test_1=test, test_2=test)
+    result = pytester.runpytest_subprocess("-n2", f"--dist={dist}", timeout=300)
+    if saves:
+        result.stdout.fnmatch_lines([saves])
+    else:
+        result.stdout.no_fnmatch_line("*--dist loadgroup*")

@@ -106,3 +106,23 @@ def test_they_survive_json() -> None:
     sent = json.loads(json.dumps(_stats().as_dict()))
     assert SwayStats.from_dict(sent) == _stats()
     assert SwayStats.from_dict(SwayStats().as_dict()) == SwayStats()
+
+
+def test_what_loadgroup_would_have_saved_counts_the_bases_that_were_known_at_their_mean_cost() -> None:
+    stats = SwayStats(fewest_base_loads={"a": 2, "b": 1, "never loaded": 1})
+    for name, loads in (("a", 6), ("b", 2), ("not known", 5)):
+        for _ in range(loads):
+            stats.base_loaded(name, 0.5)
+    assert stats.avoidable() == BackendStats(loads=4, load_seconds=2.0)
+
+
+def test_loadgroup_saves_nothing_where_fewer_bases_were_loaded_than_planned() -> None:
+    stats = SwayStats(fewest_base_loads={"a": 2})
+    stats.base_loaded("a", 0.5)
+    assert stats.avoidable() == BackendStats()
+
+
+def test_a_plan_for_the_whole_run_is_not_summed_over_its_workers() -> None:
+    stats = SwayStats(fewest_base_loads={"a": 2})
+    stats.merge(SwayStats(fewest_base_loads={"a": 2, "b": 1}))
+    assert stats.fewest_base_loads == {"a": 2, "b": 1}
