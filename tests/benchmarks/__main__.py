@@ -1,11 +1,11 @@
-"""Measure every figure that is promised: ``python -m tests.benchmarks [startup warm hygiene loading suite]``."""
+"""Measure every figure that is promised: ``python -m tests.benchmarks [NAME ...]``, with the names that `ALL` has."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-ALL = ("startup", "warm", "hygiene", "loading", "suite")
+ALL = ("startup", "warm", "hygiene", "loading", "suite", "workers", "threads")
 
 
 def main(names: list[str]) -> int:

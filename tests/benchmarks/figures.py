@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,20 @@ class Run:
     output: str
 
 
-def run(arguments: Sequence[str], folder: Path) -> Run:
-    """Run ``python arguments`` in ``folder`` and measure its wall time and its peak resident memory."""
+def run(arguments: Sequence[str], folder: Path, variables: Mapping[str, str | None] = MappingProxyType({})) -> Run:
+    """Run ``python arguments`` in ``folder`` and measure its wall time and its peak resident memory.
+
+    Args:
+        arguments: What python is given.
+        folder: The working directory.
+        variables: What is changed in the environment; ``None`` takes a variable out of it.
+    """
+    environment = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
     started = time.perf_counter()
     with open(folder / "output.txt", "w+", encoding="utf-8") as output:
-        child = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=output, stderr=output)
+        child = subprocess.Popen(
+            [sys.executable, *arguments], cwd=folder, env=environment, stdout=output, stderr=output
+        )
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
