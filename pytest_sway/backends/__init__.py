@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_sway.errors import BackendLoadError, BackendNotAvailableError
+from pytest_sway.errors import BackendLoadError
 from pytest_sway.residency import closers_of
 from pytest_sway.spec import ModelSpec, with_adapter
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
     from pathlib import Path
 
-    from pytest_sway.backends.hf import HFBuilder
     from pytest_sway.scoring import DifferentialBackend
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -53,6 +52,10 @@ def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> Mo
         from pytest_sway.backends.hf.placement import resolve_placement
 
         return resolve_placement(spec)
+    if spec.kind == "mlx":
+        from pytest_sway.backends.mlx.placement import resolve_placement as resolve_mlx_placement
+
+        return resolve_mlx_placement(spec)
     return spec
 
 
@@ -79,6 +82,30 @@ def require_differential(backend: Any, made_by: str) -> DifferentialBackend:
     return checked
 
 
+class PooledBuilder(Protocol):
+    """Builds backends of one kind, which share what is loaded for them; see `Builder` for what each does."""
+
+    def build(self, spec: ModelSpec) -> DifferentialBackend:
+        """Load what a spec asks for and is not loaded yet."""
+        ...
+
+    def check(self, spec: ModelSpec) -> Any:
+        """Find what can be found wrong with a spec without loading it."""
+        ...
+
+    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
+        """Return the bytes that each part of a spec will take."""
+        ...
+
+    def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
+        """Keep what a spec shares with others from being closed."""
+        ...
+
+    def exhausted(self, error: Exception) -> bool:
+        """Return whether an error says that memory ran out."""
+        ...
+
+
 class Builder:
     """Builds backends of every kind and keeps what they share.
 
@@ -98,17 +125,14 @@ class Builder:
         self._device = device
         self._dtype = dtype
         self._on_base_load = on_base_load
-        self._hf: HFBuilder | None = None
+        self._pooled: dict[str, PooledBuilder] = {}
 
     def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
         """Build the backend of ``spec``."""
         spec = self.resolve(with_adapter(spec, adapter_path))
-        if spec.kind == "hf":
-            return self._hf_builder().build(spec)
-        if spec.kind == "custom":
-            from pytest_sway.backends.custom import build_custom
-
-            return build_custom(spec)
+        pooled = self._pooled_builder(spec)
+        if pooled is not None:
+            return pooled.build(spec)
         if spec.kind == "dummy":
             from pytest_sway.backends.dummy import build_dummy
 
@@ -117,7 +141,9 @@ class Builder:
             from pytest_sway.backends.api import build_api
 
             return build_api(spec)
-        raise self._unavailable(spec)
+        from pytest_sway.backends.custom import build_custom
+
+        return build_custom(spec)
 
     def resolve(self, spec: ModelSpec) -> ModelSpec:
         """Return ``spec`` with the device and dtype that it will be loaded with."""
@@ -129,12 +155,9 @@ class Builder:
         Raises:
             SwayError: Loading it would fail.
         """
-        if spec.kind == "hf":
-            self._hf_builder().check(spec)
-        elif spec.kind == "custom":
-            from pytest_sway.backends.custom import import_class
-
-            import_class(spec)
+        pooled = self._pooled_builder(spec)
+        if pooled is not None:
+            pooled.check(spec)
         elif spec.kind == "dummy":
             from pytest_sway.backends.dummy import build_dummy
 
@@ -144,15 +167,18 @@ class Builder:
 
             check_api(spec)
         else:
-            raise self._unavailable(spec)
+            from pytest_sway.backends.custom import import_class
+
+            import_class(spec)
 
     def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
         """Return the bytes that each part of a resolved spec will take, or ``None`` if that cannot be known.
 
         Parts that several backends share, such as a base, have equal keys, and count once.
         """
-        if spec.kind == "hf":
-            return self._hf_builder().estimate(spec)
+        pooled = self._pooled_builder(spec)
+        if pooled is not None:
+            return pooled.estimate(spec)
         return {} if spec.kind in ("dummy", "api") else None  # no model here, no weights
 
     def measure(self, backend: Any) -> Mapping[Hashable, int] | None:
@@ -162,25 +188,21 @@ class Builder:
 
     def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
         """Keep what a resolved spec will share with others from being closed while room is made for it."""
-        return self._hf_builder().hold(spec) if spec.kind == "hf" else nullcontext()
+        pooled = self._pooled_builder(spec)
+        return nullcontext() if pooled is None else pooled.hold(spec)
 
     def exhausted(self, error: Exception) -> bool:
         """Return whether ``error`` says that the memory of a device, or of the machine, ran out."""
-        if isinstance(error, MemoryError) or self._hf is None:
-            return isinstance(error, MemoryError)
-        return self._hf.exhausted(error)
+        return isinstance(error, MemoryError) or any(pooled.exhausted(error) for pooled in self._pooled.values())
 
-    def _hf_builder(self) -> HFBuilder:
-        if self._hf is None:
+    def _pooled_builder(self, spec: ModelSpec) -> PooledBuilder | None:
+        """What builds the kinds whose backends share their bases; ``None`` for the other kinds."""
+        if spec.kind == "hf" and "hf" not in self._pooled:
             from pytest_sway.backends.hf import HFBuilder
 
-            self._hf = HFBuilder(on_base_load=self._on_base_load)
-        return self._hf
+            self._pooled["hf"] = HFBuilder(on_base_load=self._on_base_load)
+        elif spec.kind == "mlx" and "mlx" not in self._pooled:
+            from pytest_sway.backends.mlx import MLXBuilder
 
-    @staticmethod
-    def _unavailable(spec: ModelSpec) -> BackendNotAvailableError:
-        return BackendNotAvailableError(
-            f"pytest-sway does not build backends of kind {spec.kind!r} itself; it builds 'hf', 'api',"
-            f" 'custom' and 'dummy'. Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build"
-            f" {spec.kind!r}."
-        )
+            self._pooled["mlx"] = MLXBuilder(on_base_load=self._on_base_load)
+        return self._pooled.get(spec.kind)

@@ -59,21 +59,6 @@ def test_x(sway_backend, tmp_path):
     assert suite.events() == ["load mismatch", "load mismatch"]
 
 
-def test_a_kind_that_nobody_builds_is_said_to_need_the_hook(suite: Suite) -> None:
-    result = suite.run("""
-def test_x(sway_backend):
-    sway_backend({"kind": "mlx", "base": "a"})
-""")
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(
-        [
-            "*BackendNotAvailableError: pytest-sway does not build backends of kind 'mlx' itself; it builds 'hf',"
-            " 'api', 'custom' and 'dummy'. Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build"
-            " 'mlx'."
-        ]
-    )
-
-
 def test_a_failing_test_shows_its_own_lines_not_ours(suite: Suite) -> None:
     result = suite.run("""
 def test_x(sway_backend):

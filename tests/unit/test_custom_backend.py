@@ -15,7 +15,7 @@ from pytest_sway import ModelSpec
 from pytest_sway.backends import Builder, build
 from pytest_sway.backends.custom import build_custom, import_class
 from pytest_sway.cache import BackendCache
-from pytest_sway.errors import BackendLoadError, BackendNotAvailableError, SpecError
+from pytest_sway.errors import BackendLoadError, SpecError
 
 
 class Mine:
@@ -194,14 +194,3 @@ def test_an_error_in_the_users_class_is_wrapped_with_its_cause() -> None:
     with pytest.raises(BackendLoadError, match=f"^{re.escape(sentence)}$") as raised:
         BackendCache().acquire(_spec("my_backends:Broken"))
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
-
-
-def test_a_kind_that_nobody_builds_is_refused_with_the_hook_that_would() -> None:
-    spec = ModelSpec(kind="mlx", base="org/a")
-    sentence = (
-        "pytest-sway does not build backends of kind 'mlx' itself; it builds 'hf', 'api', 'custom' and 'dummy'."
-        " Implement the hook pytest_sway_build_backend(spec) in a conftest.py to build 'mlx'."
-    )
-    for refuse in (build, Builder().check, BackendCache().acquire):
-        with pytest.raises(BackendNotAvailableError, match=f"^{re.escape(sentence)}$"):
-            refuse(spec)

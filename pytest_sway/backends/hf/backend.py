@@ -158,7 +158,7 @@ class HFBackend:
                     found["ft"] = tuned.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)
         except Exception as error:  # the check reports whatever went wrong
             return False, f"preflight forward pass raised {type(error).__name__}: {error}"
-        reasons = [reason for label, dist in found.items() if (reason := _not_finite(label, dist))]
+        reasons = [reason for label, dist in found.items() if (reason := not_finite(label, dist))]
         return not reasons, "; ".join(reasons)
 
     def sizes(self) -> Mapping[Hashable, int]:
@@ -312,7 +312,8 @@ class HFBackend:
         return adapter
 
 
-def _not_finite(label: str, dist: TokenDist) -> str:
+def not_finite(label: str, dist: TokenDist) -> str:
+    """Return what is not finite in a view's distribution, in words; nothing if all is."""
     bad = int((~np.isfinite(dist.logprobs)).sum())
     if bad:
         return f"the {label} view gave {bad} of {dist.logprobs.size} non-finite log-probabilities"

@@ -9,6 +9,7 @@ from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.base import LoadedBase
+    from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -23,7 +24,7 @@ def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
         AdapterMismatchError: Tokens of the base are others in the fine-tuned model, which is equal to its base, or not
             finite.
     """
-    _require_same_tokens(base, tuned)
+    require_same_tokens(base.spec, base.tokenizer, tuned.spec, tuned.tokenizer)
     if _equal(base, tuned):
         raise AdapterMismatchError(
             f"the fine-tuned model {tuned.spec.base!r} is equal to its base {base.spec.base!r}, bit by bit, so a test"
@@ -32,15 +33,26 @@ def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
     _require_finite(tuned)
 
 
-def _require_same_tokens(base: LoadedBase, tuned: LoadedBase) -> None:
-    ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
-    moved = sorted((i, token) for token, i in ours.items() if theirs.get(token) != i)
+def require_same_tokens(base: ModelSpec, ours: Any, tuned: ModelSpec, theirs: Any) -> None:
+    """Raise unless every token of the base is the same one in the fine-tuned model.
+
+    Args:
+        base: What names the base.
+        ours: The base's tokenizer.
+        tuned: What names the fine-tuned model.
+        theirs: Its tokenizer.
+
+    Raises:
+        AdapterMismatchError: Some are others.
+    """
+    numbers, others = ours.get_vocab(), theirs.get_vocab()
+    moved = sorted((i, token) for token, i in numbers.items() if others.get(token) != i)
     if moved:
         i, token = moved[0]
-        there = f"number {theirs[token]}" if token in theirs else "none"
+        there = f"number {others[token]}" if token in others else "none"
         raise AdapterMismatchError(
-            f"the fine-tuned model {tuned.spec.base!r} cannot be compared with the base {base.spec.base!r}:"
-            f" {len(moved):,} of the base's {len(ours):,} tokens are others in it ({token!r} is number {i} in the"
+            f"the fine-tuned model {tuned.base!r} cannot be compared with the base {base.base!r}:"
+            f" {len(moved):,} of the base's {len(numbers):,} tokens are others in it ({token!r} is number {i} in the"
             f" base, {there} in it). Name the base that it was fine-tuned from."
         )
 

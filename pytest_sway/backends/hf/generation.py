@@ -45,6 +45,20 @@ class Settings(NamedTuple):
         if not 0.0 < self.top_p <= 1.0:
             raise ScoringError(f"top_p must be over 0 and at most 1, not {self.top_p}.")
 
+    def room(self, max_length: int) -> int:
+        """Return how many tokens a prompt may have, for a model that reads ``max_length`` at once.
+
+        Raises:
+            ScoringError: None.
+        """
+        room = max_length - self.max_new_tokens
+        if room < 1:
+            raise ScoringError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt: the model reads at most"
+                f" {max_length} tokens at once."
+            )
+        return room
+
 
 class Request(NamedTuple):
     """A prompt's token ids, and where its sampling starts; greedy requests have no seed."""
@@ -57,16 +71,11 @@ def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed:
     """Continue each prompt; see `HFView.generate_many`."""
     settings.check()
     encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
-    room = max_length - settings.max_new_tokens
-    if room < 1 and encoded:
-        raise ScoringError(
-            f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt: the model reads at most"
-            f" {max_length} tokens at once."
-        )
+    room = settings.room(max_length)
     warn_of_cuts(sum(len(ids) > room for ids in encoded), room)
     requests = [
         Request(ids[-room:], one if settings.temperature > 0.0 else None)
-        for ids, one in zip(encoded, _seeds(seed, len(encoded)), strict=True)
+        for ids, one in zip(encoded, seeds(seed, len(encoded)), strict=True)
     ]
     found: dict[Request, str] = {}
     for batch in run(_planned, list(dict.fromkeys(requests)), settings):
@@ -74,7 +83,12 @@ def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed:
     return [found[request] for request in requests]
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+def seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """Return one seed for each of ``count`` prompts.
+
+    Raises:
+        ScoringError: Seeds were given, and not one for each prompt.
+    """
     if not isinstance(seed, Sequence):
         return [seed] * count
     if len(seed) != count:

@@ -53,9 +53,16 @@ def quiet_process() -> Iterator[None]:
     """
     import torch
 
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        yield
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Run code of transformers that warns, logs or draws progress bars, without a trace of it; torch is not needed."""
     transformers: Any = import_module("transformers.utils.logging")
     hub: Any = import_module("huggingface_hub.utils")
-    with PROCESS_STATE, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with PROCESS_STATE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         verbosity, shows_bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
         hub_shows_bars = not hub.are_progress_bars_disabled()

@@ -67,7 +67,7 @@ class Engine:
 
 def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
     """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
-    encoded, max_length = run(_encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
+    encoded, max_length = run(encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
     windows = [tokenisation.cut_left(window, max_length) for window in encoded]
     warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
     found = _scored(run, windows)
@@ -76,10 +76,10 @@ def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
 
 def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[RollingLogprob]:
     """Log-probability of each token of each text given those before it, in the texts' order."""
-    encoded, max_length = run(_encoded_texts, listed(texts, "texts"), prefix)
+    encoded, max_length = run(encoded_texts, listed(texts, "texts"), prefix)
     rolled = [(ids, list(tokenisation.rolling_windows(ids, max_length))) for ids in encoded]
     found = _scored(run, [window for _, windows in rolled for window in windows])
-    return [_rolling(ids, [found[window] for window in windows]) for ids, windows in rolled]
+    return [rolling(ids, [found[window] for window in windows]) for ids, windows in rolled]
 
 
 def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[TokenDist]:
@@ -129,10 +129,8 @@ def encoded_prompts(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Ids
     return encoded, engine.max_length
 
 
-# --- what runs with the engine --------------------------------------------------------------------------------------
-
-
-def _encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
+def encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
+    """Return pairs as windows, and how many tokens of each the model reads at once."""
     windows = []
     for pair in pairs:
         if isinstance(pair, str | bytes | Mapping) or len(pair) != 2 or not isinstance(pair[1], str):
@@ -143,7 +141,8 @@ def _encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple
     return windows, engine.max_length
 
 
-def _encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
+def encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
+    """Return the token ids of texts, and how many of them the model reads at once."""
     encoded = []
     for text in texts:
         if not isinstance(text, str):
@@ -151,6 +150,15 @@ def _encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[
         encoded.append(tokenisation.encode_text(engine.tokenizer, text, prefix=prefix))
         engine.require_known(encoded[-1])
     return encoded, engine.max_length
+
+
+def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob:
+    """Put the log-probabilities of a text's windows together."""
+    joined = np.concatenate([np.array([], dtype=np.float32), *logprobs])
+    return RollingLogprob(np.array(ids, dtype=np.int64), joined, len(ids), float(joined.sum()))
+
+
+# --- what runs with the engine --------------------------------------------------------------------------------------
 
 
 def _planned_prompts(engine: Engine, prompts: Sequence[Ids]) -> list[list[Ids]]:
@@ -196,7 +204,7 @@ def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist
         top = torch.topk(logprobs, k=min(top_k, vocabulary))
         masses = (1.0 - torch.exp(top.values).sum(-1)).tolist()
         for ids, values, rest in zip(top.indices.cpu().numpy(), top.values.cpu().numpy(), masses, strict=True):
-            tail = None if top_k >= vocabulary else _log_of_tail(rest)
+            tail = None if top_k >= vocabulary else log_of_tail(rest)
             dists.append(TokenDist(ids.copy(), values.copy(), vocabulary, tail))
     return dists
 
@@ -231,12 +239,8 @@ def _logprobs(logits: Iterator[Any], targets: Sequence[int]) -> NDArray[np.float
     return answers
 
 
-def _rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob:
-    joined = np.concatenate([np.array([], dtype=np.float32), *logprobs])
-    return RollingLogprob(np.array(ids, dtype=np.int64), joined, len(ids), float(joined.sum()))
-
-
-def _log_of_tail(mass: float) -> float:
+def log_of_tail(mass: float) -> float:
+    """Return the log of the mass outside of a distribution's tokens, as `TokenDist` has it."""
     if math.isnan(mass):
         return mass
     return math.log(mass) if mass > _SMALLEST_TAIL else 0.0

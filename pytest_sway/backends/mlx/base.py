@@ -1,0 +1,201 @@
+"""A loaded base: one MLX model and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.inspection import TokenizerRecord
+from pytest_sway.backends.mlx.inspection import ArraysRecord
+from pytest_sway.backends.mlx.libraries import mlx_lm_module, quiet_process
+from pytest_sway.backends.mlx.modules import Switch, arrays_of, places_of
+from pytest_sway.backends.mlx.placement import mlx_device, mlx_dtype
+from pytest_sway.errors import BackendLoadError
+from pytest_sway.spec import is_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_sway.backends.mlx.modules import Place
+    from pytest_sway.spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_LAYER_TYPES: Final = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+
+
+class LoadedBase:
+    """A base model in memory.
+
+    Attributes:
+        spec: The resolved spec that it was loaded from.
+        model: The model, in evaluation mode.
+        tokenizer: mlx-lm's wrapper around the tokenizer.
+        encoder: The Hugging Face tokenizer inside.
+        config: The model's configuration, as attributes.
+        device: What computes it.
+        lock: Held while the model computes or is changed.
+        switch: What puts the model into a view's state.
+        places: Where its modules and arrays stand, by name.
+        embedded: How many tokens it has embeddings for; ``None`` if that is unknown.
+        nbytes: What its arrays take.
+    """
+
+    def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
+        self.spec = spec
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = tokenizer._tokenizer
+        self.config = as_attributes(config)
+        self.device = mlx_device(spec)
+        self.lock = threading.RLock()
+        self.switch = Switch()
+        self.places = places_of(model)
+        self.embedded = _embedded(self.places)
+        self._record = ArraysRecord("base weight", self.arrays())
+        self._tokenizer_record = TokenizerRecord(self.encoder)
+        self.nbytes = sum({id(array): array.nbytes for array in self.arrays().values()}.values())
+
+    @property
+    def closed(self) -> bool:
+        """Whether its last user has left."""
+        return self.model is None
+
+    def arrays(self) -> dict[str, Any]:
+        """The base's own arrays by name; to be called while no adapter is bound."""
+        return arrays_of(self.model)
+
+    def changes(self) -> list[str]:
+        """One line for each thing of the base that is no longer as it was; to be called under its lock."""
+        with self.switch.bound(()):
+            training = ["the model is in training mode"] if self.model.training else []
+            return [*training, *self._record.changes(self.arrays()), *self._tokenizer_record.changes()]
+
+    def close(self) -> None:
+        """Let go of the model, and give its memory back."""
+        import gc
+
+        import mlx.core as mx
+
+        with self.lock:
+            self.switch.rest(())
+            self.model = self.tokenizer = self.encoder = self._record = None  # type: ignore[assignment] # it is closed
+            self.places = {}
+        gc.collect()
+        mx.clear_cache()
+
+
+def load_base(spec: ModelSpec) -> LoadedBase:
+    """Load the base of a resolved spec, in evaluation mode, in its dtype.
+
+    Raises:
+        BackendLoadError: mlx-lm cannot load it, or does not understand its configuration.
+    """
+    import mlx.core as mx
+
+    utils, tokenizer_utils = mlx_lm_module("utils"), mlx_lm_module("tokenizer_utils")
+    with quiet_process(), mx.stream(mlx_device(spec)):
+        folder = _folder(spec)
+        settings = legacy_rope(json.loads((folder / "config.json").read_bytes()))
+        try:
+            model, config = utils.load_model(
+                folder, lazy=True, model_config=settings, trust_remote_code=spec.trust_remote_code
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise BackendLoadError(f"mlx-lm cannot load the base {spec.base!r}: {error}") from error
+        _require_rope(spec, model, config)
+        _set_dtype(model, mlx_dtype(spec))
+        model.eval()
+        mx.eval(model.parameters())
+        trust = {"trust_remote_code": True} if spec.trust_remote_code else None
+        tokenizer = tokenizer_utils.load(folder, trust, eos_token_ids=config.get("eos_token_id"))
+    return LoadedBase(spec, model, tokenizer, config)
+
+
+def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration by which models of mlx-lm know their rotary embeddings.
+
+    transformers 5 writes them as ``rope_parameters``. Most of mlx-lm's models know only the fields of transformers 4,
+    and take their own default, without a word, where these are missing.
+    """
+    fields: dict[str, Any] = {}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        nested = {name: value for name, value in rope.items() if isinstance(value, dict)}
+        fields = _legacy_fields(rope) if not nested else {}
+        for layer_type, field in _LAYER_TYPES.items():
+            if "rope_theta" in nested.get(layer_type, {}):
+                fields[field] = nested[layer_type]["rope_theta"]
+        if "full_attention" in nested:
+            fields |= _legacy_fields(nested["full_attention"])
+        fields = {name: value for name, value in fields.items() if config.get(name) is None}
+    if isinstance(config.get("text_config"), dict):
+        text_fields = legacy_rope(config["text_config"])
+        if text_fields:
+            fields["text_config"] = config["text_config"] | text_fields
+    return fields
+
+
+def _require_rope(spec: ModelSpec, model: Any, config: Mapping[str, Any]) -> None:
+    """Raise if the model's rotary embeddings are described in a way that `legacy_rope` cannot put for it."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or hasattr(model.args, "rope_parameters"):
+        return
+    nested = {name: value for name, value in rope.items() if isinstance(value, dict)}
+    unknown = sorted(nested.keys() - _LAYER_TYPES.keys())
+    if unknown or nested.get("sliding_attention", {}).get("rope_type", "default") != "default":
+        raise BackendLoadError(
+            f"mlx-lm's {config.get('model_type')} does not understand the rope_parameters of the base {spec.base!r}"
+            f" ({', '.join(nested)}), and would compute with other ones. Convert the base with mlx_lm.convert, or use"
+            " kind='hf'."
+        )
+
+
+def _folder(spec: ModelSpec) -> Path:
+    """Return the base's folder, downloaded if it is on a hub and not here yet."""
+    if is_path(spec.base):
+        return Path(spec.base)
+    from huggingface_hub import snapshot_download
+
+    patterns = mlx_lm_module("utils").DEFAULT_ALLOW_PATTERNS
+    return Path(snapshot_download(spec.base, revision=spec.revision, allow_patterns=patterns))
+
+
+def _embedded(places: Mapping[str, Place]) -> int | None:
+    """The rows of the first embedding of a model, which is that of its tokens."""
+    from mlx import nn
+
+    modules = (place.value for place in places.values())
+    first = next((m for m in modules if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)), None)
+    return None if first is None else int(first.weight.shape[0])
+
+
+def _set_dtype(model: Any, dtype: Any) -> None:
+    """Convert a model's floating-point arrays, but those that it needs in float32, as mlx_lm.convert does."""
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+
+    coarse = getattr(model, "cast_predicate", lambda _name: True)
+
+    def converted(name: str, array: Any) -> Any:
+        wanted = mx.issubdtype(array.dtype, mx.floating) and (dtype == mx.float32 or coarse(name))
+        return array.astype(dtype) if wanted else array
+
+    model.update(tree_map_with_path(converted, model.parameters()))
+
+
+def _legacy_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = dict(rope)
+    return fields
+
+
+def as_attributes(config: Any) -> Any:
+    """Return a configuration with its fields as attributes, as transformers has it."""
+    if not isinstance(config, dict):
+        return config
+    return SimpleNamespace(**{str(name): as_attributes(value) for name, value in config.items()})

@@ -1,0 +1,149 @@
+"""`MLXBuilder`: from specs to backends that share their bases."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Final
+
+from pytest_sway.backends.hf.libraries import forget_frames
+from pytest_sway.backends.hf.sizes import estimated
+from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
+from pytest_sway.backends.mlx.check import check_spec
+from pytest_sway.backends.mlx.placement import resolve_placement
+from pytest_sway.backends.shared import SharedPool
+from pytest_sway.errors import SwayError
+from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Mapping
+
+    from pytest_sway.backends.mlx.adapter_files import AdapterFiles
+    from pytest_sway.backends.mlx.backend import MLXBackend
+    from pytest_sway.backends.mlx.base import LoadedBase
+    from pytest_sway.backends.shared import Share
+    from pytest_sway.spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_OUT_OF_MEMORY: Final = re.compile(r"out of memory|unable to allocate|attempting to allocate", re.IGNORECASE)
+_FLOAT32_BYTES: Final = 4
+
+
+class MLXBuilder:
+    """Builds backends of kind ``mlx``; those whose specs agree on the base share it.
+
+    Args:
+        on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
+    """
+
+    def __init__(self, on_base_load: Callable[[str, float], None] | None = None) -> None:
+        self._on_base_load = on_base_load
+        self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
+
+    def build(self, spec: ModelSpec) -> MLXBackend:
+        """Load what ``spec`` asks for and is not loaded yet.
+
+        Raises:
+            SwayError: It cannot be loaded; the message says why and what to do.
+        """
+        spec = resolve_placement(spec)
+        files = check_spec(spec)
+        shares: list[Share[LoadedBase]] = []
+        handled = sys.exception()
+        try:
+            return self._assemble(spec, files, shares)
+        except BaseException as error:
+            forget_frames(error, handled)
+            while shares:
+                shares.pop().release()
+            raise
+
+    def check(self, spec: ModelSpec) -> None:
+        """Find what can be found wrong with ``spec`` without loading it.
+
+        Raises:
+            SwayError: Loading it would fail.
+        """
+        check_spec(resolve_placement(spec))
+
+    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
+        """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""
+        spec = resolve_placement(spec)
+        tuned = finetuned_spec(spec)
+        found = [estimated(base_spec(spec)), {} if tuned is None else estimated(tuned), _adapter_bytes(spec)]
+        return None if None in found else {key: size for parts in found for key, size in (parts or {}).items()}
+
+    @contextmanager
+    def hold(self, spec: ModelSpec) -> Iterator[None]:
+        """Keep the bases of ``spec``, if they are loaded, from being closed inside the block."""
+        spec = resolve_placement(spec)
+        tuned = finetuned_spec(spec)
+        with (
+            self._pool.hold(base_key(spec)),
+            nullcontext() if tuned is None else self._pool.hold(base_key(tuned)),
+        ):
+            yield
+
+    def exhausted(self, error: Exception) -> bool:
+        """Return whether ``error`` is MLX's way to say that memory ran out."""
+        return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+    def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> MLXBackend:
+        from pytest_sway.backends.mlx.adapters import load_adapter
+        from pytest_sway.backends.mlx.backend import Loaded, MLXBackend
+        from pytest_sway.backends.mlx.finetuned import verify_finetuned
+        from pytest_sway.backends.mlx.sides import Side
+
+        base = self._clean_base(base_spec(spec), shares)
+        tuned_spec = finetuned_spec(spec)
+        adapter, tuned = None, None
+        if tuned_spec is not None:
+            tuned = Side(self._clean_base(tuned_spec, shares))
+            verify_finetuned(base, tuned.base)
+        elif files is not None:
+            with base.lock:
+                adapter = load_adapter(base, files)
+            tuned = Side(base, (adapter.overlay,))
+        return MLXBackend(spec, Loaded(list(shares), Side(base), tuned, adapter), self._pool.withdraw)
+
+    def _clean_base(self, spec: ModelSpec, shares: list[Share[LoadedBase]]) -> LoadedBase:
+        """Claim the base of ``spec``; one that somebody has changed is left to its users, and loaded anew."""
+        while True:
+            share = self._pool.acquire(base_key(spec), lambda: self._timed(spec))
+            shares.append(share)
+            base = share.value
+            if share.fresh:
+                return base
+            with base.lock:
+                if not base.changes():
+                    return base
+            self._pool.withdraw(base)
+            shares.pop().release()
+
+    def _timed(self, spec: ModelSpec) -> LoadedBase:
+        from pytest_sway.backends.mlx.base import load_base
+
+        started = time.perf_counter()
+        base = load_base(spec)
+        if self._on_base_load is not None:
+            self._on_base_load(spec.base, time.perf_counter() - started)
+        return base
+
+
+def _adapter_bytes(spec: ModelSpec) -> Mapping[Hashable, int] | None:
+    """What an adapter takes: as much as its file, or what PEFT's takes in float32."""
+    if spec.adapter is None:
+        return {}
+    try:
+        files = read_mlx_adapter(spec.adapter)
+    except SwayError:
+        return None
+    item_bytes = {True: lambda entry: entry.numel * _FLOAT32_BYTES, False: lambda entry: entry.nbytes}[files.peft]
+    return {("adapter", *resolved_key(spec)): sum(map(item_bytes, files.entries.values()))}
+
+
+def _close_base(base: LoadedBase) -> None:
+    base.close()

@@ -1,0 +1,77 @@
+"""What can be found wrong with a spec before anything is loaded, or evicted to make room for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.base_files import base_file
+from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
+from pytest_sway.backends.mlx.libraries import require_libraries
+from pytest_sway.backends.mlx.placement import require_device
+from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.spec import finetuned_spec, is_path
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.mlx.adapter_files import AdapterFiles
+    from pytest_sway.spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def check_spec(spec: ModelSpec) -> AdapterFiles | None:
+    """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
+
+    Raises:
+        SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; the
+            fine-tuned model is the base; or the device is not there.
+        WeightsError: Weights are missing, broken, or only there as a pickle.
+        AdapterMismatchError: The adapter is one of PEFT that cannot be converted exactly.
+        BackendNotAvailableError: mlx or mlx-lm is not installed.
+    """
+    _check_model(spec, "base")
+    tuned = finetuned_spec(spec)
+    if tuned is not None:
+        if tuned.base == spec.base and (is_path(spec.base) or spec.revision is None):
+            raise SpecError(
+                f"the fine-tuned model {tuned.base!r} is the base itself, so a test of it would test nothing. Name the"
+                " model that it was fine-tuned from as 'base'."
+            )
+        _check_model(tuned, "fine-tuned model")
+    files = None if spec.adapter is None else read_mlx_adapter(spec.adapter)
+    require_libraries(spec)
+    require_device(spec)
+    return files
+
+
+def _check_model(spec: ModelSpec, role: str) -> None:
+    folder = Path(spec.base)
+    if is_path(spec.base):
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise SpecError(f"the {role} {spec.base!r} {what}. Name a hub id (org/name) or the folder of a model.")
+        if not (folder / "config.json").is_file():
+            raise SpecError(f"the {role} {spec.base!r} has no config.json, so it is not the folder of a model.")
+        if not any(folder.glob("model*.safetensors")):
+            raise WeightsError(
+                f"the {role} {spec.base!r} has no weights that MLX reads: expected model.safetensors in it, or"
+                " model-*.safetensors. Pickles are not read; save it as safetensors."
+            )
+    path = base_file(spec, "config.json")
+    config = {} if path is None else _read(path)
+    if config.get("model_file") and not spec.trust_remote_code:
+        raise SpecError(
+            f"the {role} {spec.base!r} brings its own code (model_file in its config.json), which is not run unless"
+            " the spec says trust_remote_code=True. Read that code first."
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
+    if not isinstance(config, dict):
+        raise SpecError(f"{str(path)!r} is not a JSON object. Save the model again.")
+    return config

@@ -1,0 +1,43 @@
+"""Whether a whole fine-tuned model and its base can be compared, and differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.finetuned import require_same_tokens
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.mlx.base import LoadedBase
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
+    """Raise unless a test of the two models can tell something.
+
+    Raises:
+        AdapterMismatchError: Tokens of the base are others in the fine-tuned model, which is equal to its base, or not
+            finite.
+    """
+    import mlx.core as mx
+
+    require_same_tokens(base.spec, base.encoder, tuned.spec, tuned.encoder)
+    ours, theirs = _arrays(base), _arrays(tuned)
+    if ours.keys() == theirs.keys() and all(mx.array_equal(ours[name], theirs[name]).item() for name in ours):
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.spec.base!r} is equal to its base {base.spec.base!r}, bit by bit, so a test"
+            " of it would test nothing. Was it saved before it was trained?"
+        )
+    broken = sorted(name for name, array in theirs.items() if not mx.isfinite(array).all().item())
+    if broken:
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.spec.base!r} has NaN or infinite values in {len(broken)} of its"
+            f" {len(theirs)} tensors ({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''})."
+            " Its training diverged, or the file is damaged."
+        )
+
+
+def _arrays(base: LoadedBase) -> dict[str, Any]:
+    with base.lock, base.switch.bound(()):
+        return base.arrays()

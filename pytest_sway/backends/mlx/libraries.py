@@ -1,0 +1,76 @@
+"""The boundary to mlx and mlx-lm: their import, and what they change beyond their own affairs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.libraries import PROCESS_STATE, quiet_libraries
+from pytest_sway.errors import BackendNotAvailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_sway.spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+REQUIRED: Final = ("mlx", "mlx_lm")
+
+_SET_BY_IMPORT: Final = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+
+
+def require_libraries(spec: ModelSpec) -> None:
+    """Raise unless everything that the ``mlx`` kind needs is installed; import nothing.
+
+    Raises:
+        BackendNotAvailableError: Something is missing; the message has the line that installs it.
+    """
+    missing = [name.replace("_", "-") for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        raise BackendNotAvailableError(
+            f"loading {spec} needs {' and '.join(missing)}, which this environment lacks."
+            " Install them with: pip install 'pytest-sway[mlx]'"
+        )
+
+
+def mlx_lm_module(name: str) -> Any:
+    """Return ``mlx_lm.<name>``, imported without what importing mlx-lm does to the process.
+
+    That lowers the limits of open files, the hard one too, which cannot be raised again; and sets a variable in the
+    environment, which child processes inherit.
+    """
+    with PROCESS_STATE:
+        if "mlx_lm" not in sys.modules:
+            _import_mlx_lm()
+        return import_module(f"mlx_lm.{name}")
+
+
+def _import_mlx_lm() -> None:
+    import resource
+
+    set_limits, variable = resource.setrlimit, os.environ.get(_SET_BY_IMPORT)
+    resource.setrlimit = lambda *_: None
+    try:
+        import_module("mlx_lm")
+    finally:
+        resource.setrlimit = set_limits
+        if variable is None:
+            os.environ.pop(_SET_BY_IMPORT, None)
+
+
+@contextmanager
+def quiet_process() -> Iterator[None]:
+    """Run code of libraries that warns, logs, draws progress bars or uses MLX's random state, without a trace of it."""
+    import mlx.core as mx
+
+    with quiet_libraries():
+        high, low = mx.random.state[0].tolist()
+        try:
+            yield
+        finally:
+            mx.random.seed((high << 32) | low)  # whose key is that state again

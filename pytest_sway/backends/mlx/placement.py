@@ -1,0 +1,71 @@
+"""What device and dtype ``auto`` stands for with MLX, and what MLX calls them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.errors import SpecError
+
+if TYPE_CHECKING:
+    from pytest_sway.spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_GPU_NAMES: Final = ("gpu", "mps", "cuda")
+"""For MLX a GPU is a GPU, whichever its make; torch's names for it are understood."""
+
+
+def resolve_placement(spec: ModelSpec) -> ModelSpec:
+    """Return ``spec`` with the device and dtype that ``auto`` stands for on this machine.
+
+    The device is the GPU if MLX has one, else the CPU. The dtype is fp32 on a CPU and bf16 on a GPU. Without mlx the
+    spec is returned as it is, and loading it will say what is missing.
+    """
+    name, _, number = spec.device.partition(":")
+    device = f"gpu:{number or 0}" if name in _GPU_NAMES else spec.device
+    try:
+        device = _best_device() if device == "auto" else device
+    except ImportError:
+        return spec
+    dtype = spec.dtype if spec.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
+    return spec if (device, dtype) == (spec.device, spec.dtype) else replace(spec, device=device, dtype=dtype)
+
+
+def require_device(spec: ModelSpec) -> None:
+    """Make sure that the device of a resolved spec is there.
+
+    Raises:
+        SpecError: It is not.
+    """
+    import mlx.core as mx
+
+    there = ["cpu", *(f"gpu:{i}" for i in range(mx.device_count(mx.gpu)))]
+    if spec.device not in there:
+        raise SpecError(
+            f"MLX has no device {spec.device!r} here; it has {', '.join(there)}. Ask for 'auto' (the best there is) or"
+            " 'cpu'."
+        )
+
+
+def mlx_device(spec: ModelSpec) -> Any:
+    """Return MLX's device of a resolved spec."""
+    import mlx.core as mx
+
+    name, _, number = spec.device.partition(":")
+    return mx.Device(mx.gpu if name == "gpu" else mx.cpu, int(number or 0))
+
+
+def mlx_dtype(spec: ModelSpec) -> Any:
+    """Return MLX's dtype of a resolved spec."""
+    import mlx.core as mx
+
+    return {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}[spec.dtype]
+
+
+@lru_cache(maxsize=1)
+def _best_device() -> str:
+    import mlx.core as mx
+
+    return "gpu:0" if mx.is_available(mx.gpu) else "cpu"

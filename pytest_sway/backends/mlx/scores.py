@@ -1,0 +1,75 @@
+"""From texts to answers, one pass after the other, in the order in which they were asked.
+
+Texts are tokenised, cut and put into windows as kind ``hf`` does it, so that the two kinds agree. A view's
+``run(work, *args)`` returns ``work(engine, *args)`` with the model in the state that is meant, and keeps everybody else
+off it meanwhile; it is called once for each question, so that others get their turn between two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf import tokenisation
+from pytest_sway.backends.hf.generation import Settings, seeds
+from pytest_sway.backends.hf.scores import (
+    encoded_pairs,
+    encoded_prompts,
+    encoded_texts,
+    listed,
+    rolling,
+    warn_of_cuts,
+)
+from pytest_sway.backends.mlx.engine import Engine
+from pytest_sway.errors import ScoringError
+from pytest_sway.scoring import RollingLogprob, TokenDist
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from pytest_sway.scoring import Prompt
+
+    Run = Callable[..., Any]
+    Ids = tuple[int, ...]
+
+__all__ = ["Settings", "generate_many", "logprobs_of", "next_token_dists", "rolling_logprobs"]
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
+    """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
+    encoded, max_length = run(encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
+    windows = [tokenisation.cut_left(window, max_length) for window in encoded]
+    warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
+    found = {window: run(Engine.logprobs, window) for window in dict.fromkeys(windows)}
+    return [float(found[window].sum()) for window in windows]
+
+
+def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[RollingLogprob]:
+    """Log-probability of each token of each text given those before it, in the texts' order."""
+    encoded, max_length = run(encoded_texts, listed(texts, "texts"), prefix)
+    answers = []
+    for ids in encoded:
+        windows = list(tokenisation.rolling_windows(ids, max_length))
+        answers.append(rolling(ids, [run(Engine.logprobs, window) for window in windows]))
+    return answers
+
+
+def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[TokenDist]:
+    """Distribution of the token after each prompt, cut to the ``top_k`` most probable, in the prompts' order."""
+    if top_k < 1:
+        raise ScoringError(f"top_k must be at least 1, not {top_k}.")
+    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
+    return [run(Engine.dist, ids[-max_length:], top_k) for ids in encoded]
+
+
+def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed: int | Sequence[int]) -> list[str]:
+    """Continue each prompt; see `MLXView.generate_many`."""
+    settings.check()
+    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    room = settings.room(max_length)
+    warn_of_cuts(sum(len(ids) > room for ids in encoded), room)
+    return [
+        run(Engine.continued, ids[-room:], settings, one)
+        for ids, one in zip(encoded, seeds(seed, len(encoded)), strict=True)
+    ]

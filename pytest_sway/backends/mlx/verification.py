@@ -1,0 +1,125 @@
+"""Is the adapter that was asked for really on the model, and does it do anything?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from pytest_sway.backends.mlx.adapter_files import AdapterFiles
+    from pytest_sway.backends.mlx.adapters import Adapter
+    from pytest_sway.backends.mlx.base import LoadedBase
+    from pytest_sway.spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+# DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
+_ROUNDING: Final = 2.0**-7
+
+
+def verify_names(
+    base: ModelSpec, files: AdapterFiles, *, unexpected: Collection[str], missing: Collection[str]
+) -> None:
+    """Raise unless every tensor of the file found its place, and every place its tensor.
+
+    Args:
+        base: What it is put on.
+        files: The adapter.
+        unexpected: Names in the file that the model has no place for.
+        missing: Names in the model that the file has no tensor for.
+
+    Raises:
+        AdapterMismatchError: Some did not match.
+    """
+    found = []
+    if unexpected:
+        found.append(f"{len(unexpected)} of its tensors have no place in the base ({_some(unexpected)})")
+    if missing:
+        found.append(f"{len(missing)} places in the base have no tensor in it ({_some(missing)})")
+    if found:
+        raise _mismatch(base, files, " and ".join(found))
+
+
+def verify_shapes(base: ModelSpec, files: AdapterFiles, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise unless every tensor is as large as its place.
+
+    Raises:
+        AdapterMismatchError: Some are not.
+    """
+    wrong = [
+        f"{name} is {_shape(array)}, its place {_shape(wanted[name])}"
+        for name, array in found.items()
+        if array.shape != wanted[name].shape
+    ]
+    if wrong:
+        raise _mismatch(base, files, f"{len(wrong)} of its tensors have other sizes ({_some(wrong)})")
+
+
+def verify_values(base: LoadedBase, adapter: Adapter) -> None:
+    """Raise unless the adapter's arrays are finite and can change anything; the base is bound.
+
+    Raises:
+        AdapterMismatchError: They are not, or cannot.
+    """
+    import mlx.core as mx
+
+    arrays, folder = adapter.arrays(), str(adapter.files.folder)
+    broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    if broken:
+        raise AdapterMismatchError(
+            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(arrays)} tensors"
+            f" ({_some(broken)}). Its training diverged, or the file is damaged."
+        )
+    if all(_changes_nothing(layer) for layer in adapter.layers.values()) and _equal_in_base(base, adapter):
+        why = (
+            "its tensors are the base's own"
+            if adapter.files.fine_tune_type == "full"
+            else "in each of its LoRA pairs, A, B or the scale is zero, so that every product is zero"
+        )
+        raise AdapterMismatchError(
+            f"the adapter {folder!r} changes nothing on the base {base.spec.base!r}: {why}."
+            " Was it saved before it was trained?"
+        )
+
+
+def _changes_nothing(layer: Any) -> bool:
+    """Whether a layer of LoRA or DoRA computes what the module inside it does."""
+    import mlx.core as mx
+
+    if layer.scale and all(mx.any(layer[leaf] != 0).item() for leaf in ("lora_a", "lora_b")):
+        return False
+    if "m" not in layer:
+        return True
+    inner = layer.linear if "linear" in layer else layer.embedding
+    if "scales" in inner:  # its norms are those of what it stands for, which only mlx-lm's own layer knows
+        return False
+    norms = mx.linalg.norm(inner.weight.astype(mx.float32), axis=1)
+    return bool(mx.allclose(layer.m.astype(mx.float32), norms, rtol=_ROUNDING).item())
+
+
+def _equal_in_base(base: LoadedBase, adapter: Adapter) -> bool:
+    """Whether a full fine-tune's arrays are the base's; so they are where there is none."""
+    import mlx.core as mx
+
+    if adapter.layers:
+        return True
+    return all(mx.array_equal(array, base.places[name].value).item() for name, array in adapter.arrays().items())
+
+
+def _mismatch(base: ModelSpec, files: AdapterFiles, what: str) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {what}."
+        " Name the base that it was trained on."
+    )
+
+
+def _shape(array: Any) -> str:
+    return " x ".join(map(str, array.shape))
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

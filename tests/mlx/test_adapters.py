@@ -1,0 +1,210 @@
+"""Which adapters are put on, and why others are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from tests.mlx.native import LORA, edit_native, fresh_logits, make_native, view_logits
+from tests.tiny import edit_config, edit_weights, make_adapter, make_base, pickled, poison, save_adapter, truncate
+
+Build = Callable[..., Any]
+
+NATIVE: dict[str, dict[str, Any]] = {
+    "all layers": {},
+    "the last layer": {"layers": 1},
+    "all layers, asked for with -1": {"layers": -1},
+    "some modules": {"keys": ["self_attn.q_proj", "mlp.down_proj"]},
+    "the output layer": {"keys": ["lm_head"]},
+    "the embeddings": {"keys": ["model.embed_tokens"]},
+    "DoRA": {"kind": "dora"},
+    "DoRA on the embeddings": {"kind": "dora", "keys": ["model.embed_tokens"]},
+    "a full fine-tune of one layer": {"kind": "full", "layers": 1},
+}
+
+
+@pytest.mark.parametrize("settings", NATIVE.values(), ids=NATIVE)
+def test_an_adapter_of_mlx_lm_gives_what_mlx_lm_gives_to_the_bit(
+    build: Build, base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = make_native(tmp_path / "adapter", base, **settings)
+    backend = build(base, adapter)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        for _ in range(2):
+            assert np.array_equal(view_logits(tuned), fresh_logits(base, adapter))
+            assert np.array_equal(view_logits(plain), fresh_logits(base))
+    assert not np.allclose(fresh_logits(base), fresh_logits(base, adapter), atol=1e-2)
+    assert backend.changes() == []
+
+
+def test_putting_on_an_adapter_uses_no_random_number(build: Build, base: Path, adapter: Path, tmp_path: Path) -> None:
+    native = make_native(tmp_path / "adapter", base)
+    mx.random.seed(4)
+    before = mx.random.state[0].tolist()
+    build(base, adapter)
+    build(base, native)
+    assert mx.random.state[0].tolist() == before
+
+
+def test_an_adapter_of_a_tied_embedding_is_refused(build: Build, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    adapter = make_adapter(tmp_path / "adapter", base, targets=("embed_tokens",))
+    with pytest.raises(AdapterMismatchError, match="the base's embeddings are its output layer too, and MLX would"):
+        build(base, adapter)
+
+
+def test_embeddings_that_the_adapter_has_changed_are_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base, targets=("lm_head",))
+
+    def change(tensors: dict[str, Any]) -> None:
+        next(tensor for name, tensor in tensors.items() if "base_layer" in name)[0, 0] += 1
+
+    with pytest.raises(AdapterMismatchError, match=r"it brings other values than the base's for lm_head\.weight"):
+        build(base, edit_weights(adapter, change))
+
+
+def test_dora_on_an_embedding_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base, targets=("embed_tokens", "q_proj"), use_dora=True)
+    with pytest.raises(AdapterMismatchError, match="DoRA on an embedding, which mlx-lm computes in another way"):
+        build(base, adapter)
+
+
+def test_another_type_of_peft_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    from peft import IA3Config
+
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    adapter = save_adapter(tmp_path / "adapter", base, config)
+    with pytest.raises(AdapterMismatchError, match=r"mlx-lm has no layers for the type IA3\. Use kind='hf' for it\."):
+        build(base, adapter)
+
+
+def test_an_adapter_that_was_never_trained_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    for adapter in (
+        make_adapter(tmp_path / "peft", base, zero_b=True),
+        make_adapter(tmp_path / "dora", base, zero_b=True, use_dora=True),
+        make_native(tmp_path / "native", base, scale=0.0),
+        make_native(tmp_path / "native_dora", base, kind="dora", scale=0.0),
+        make_native(tmp_path / "full", base, kind="full", scale=0.0),
+    ):
+        with pytest.raises(AdapterMismatchError, match=r"changes nothing on the base .* Was it saved before it was"):
+            build(base, adapter)
+
+
+def test_an_adapter_with_a_nan_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Any]) -> None:
+        first = min(tensors)
+        tensors[first] = tensors[first] * float("nan")
+
+    for adapter in (
+        poison(make_adapter(tmp_path / "peft", base)),
+        edit_native(make_native(tmp_path / "native", base), spoil),
+    ):
+        with pytest.raises(AdapterMismatchError, match=r"has NaN or infinite values in 1 of its \d+ tensors"):
+            build(base, adapter)
+
+
+def test_an_adapter_of_another_base_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other", hidden=64, layers=3)
+    for adapter, what in (
+        (make_adapter(tmp_path / "sizes", other, layers_to_transform=[0]), "4 of its tensors have other sizes"),
+        (make_adapter(tmp_path / "layers", other), "4 of its tensors have no place in the base"),
+        (make_native(tmp_path / "native_sizes", other, layers=1), "of its tensors have"),
+        (make_native(tmp_path / "native_layers", other, layers=3), "of its tensors have no place in the base"),
+    ):
+        with pytest.raises(AdapterMismatchError, match=f"does not fit the base .*{what}.*Name the base that it was"):
+            build(base, adapter)
+
+
+def test_an_adapter_in_parts_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    def drop(tensors: dict[str, Any]) -> None:
+        del tensors[min(tensors)]
+
+    for adapter in (
+        edit_weights(make_adapter(tmp_path / "peft", base), drop),
+        edit_native(make_native(tmp_path / "native", base), drop),
+    ):
+        with pytest.raises(AdapterMismatchError, match="1 places in the base have no tensor in it"):
+            build(base, adapter)
+
+
+def test_a_refused_adapter_leaves_the_base_as_it_was(
+    build: Build, base: Path, adapter: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    backend = build(base)
+    for broken in (
+        poison(make_adapter(tmp_path / "peft", base)),
+        make_native(tmp_path / "native", base, scale=0.0),
+        edit_config(make_native(tmp_path / "keys", base), lora_parameters=LORA | {"rank": "many"}),
+    ):
+        with pytest.raises(AdapterMismatchError):
+            build(base, broken)
+    with backend.as_base() as plain:
+        assert np.array_equal(view_logits(plain), fresh_logits(base))
+    build(base, adapter)
+    assert loads == [str(base)]
+
+
+def test_what_mlx_does_not_read_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=re.escape("adapter_model.bin, a pickle")):
+        build(base, pickled(make_adapter(tmp_path / "pickled", base)))
+    with pytest.raises(WeightsError, match=re.escape("adapter_model.bin, a pickle")):
+        build(base, tmp_path / "pickled", allow_pickle=True)
+    with pytest.raises(WeightsError, match="truncated or corrupt"):
+        build(base, truncate(make_adapter(tmp_path / "cut", base)))
+    native = make_native(tmp_path / "native", base)
+    (native / "adapters.safetensors").rename(native / "adapters.npz")
+    with pytest.raises(WeightsError, match=r"expected adapters\.safetensors.*the format of the first versions"):
+        build(base, native)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fine_tune_type": "qlora"}, "has the fine_tune_type 'qlora', and those known are lora, dora, full"),
+        ({"num_layers": None}, "does not say which layers mlx-lm is to change"),
+        ({"lora_parameters": {"rank": 4, "alpha": 8}}, "it needs num_layers, and lora_parameters with rank and scale"),
+    ],
+)
+def test_a_configuration_that_mlx_lm_would_not_understand_is_refused(
+    build: Build, base: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    adapter = edit_config(make_native(tmp_path / "adapter", base), **change)
+    with pytest.raises(SpecError, match=message):
+        build(base, adapter)
+
+
+def test_a_folder_of_no_adapter_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="does not exist"):
+        build(base, tmp_path / "nowhere")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"rank": 8}))
+    with pytest.raises(SpecError, match="names no peft_type, so it describes no adapter"):
+        build(base, tmp_path)
+
+
+def test_an_adapter_in_the_dtype_of_its_base_is_computed_as_mlx_lm_computes_it(build: Build, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", dtype="bfloat16")
+    adapter = make_native(tmp_path / "adapter", base)
+    with build(base, adapter, dtype="bf16").as_finetuned() as tuned:
+        assert np.array_equal(view_logits(tuned), fresh_logits(base, adapter))
+
+
+def test_an_adapter_trained_anew_in_the_same_folder_is_another_one(base: Path, adapter: Path, tmp_path: Path) -> None:
+    from pytest_sway.cache import BackendCache
+
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    spec = {"kind": "mlx", "base": base, "adapter": folder}
+    cache = BackendCache(max_size=2)
+    first = cache.get_or_load(spec)
+    assert cache.get_or_load(spec).backend is first.backend
+    edit_weights(folder, lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
+    assert cache.get_or_load(spec).backend is not first.backend
+    cache.shutdown()

@@ -1,0 +1,128 @@
+"""The same spec on both kinds gives the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import TEXT, make_adapter, make_base
+
+PAIRS = [("the sun rises in the", " east and sets in the west ."), ("", "the cat"), ("the cat sat ", "on the mat .")]
+PROMPTS = ["the sun rises in the", "paris", ""]
+CLOSE = 1e-3
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "two targets": {},
+    "all linear layers": {"targets": "all-linear"},
+    "the output layer": {"targets": ("lm_head", "q_proj")},
+    "an untied embedding": {"targets": ("embed_tokens", "v_proj")},
+    "rank-stabilised": {"use_rslora": True},
+    "patterns of ranks and alphas": {
+        "targets": ("q_proj", "v_proj", "down_proj"),
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8},
+        "alpha_pattern": {r"0\.self_attn\.v_proj": 3, "q_proj": 5},
+    },
+    "rank-stabilised patterns": {"rank_pattern": {"v_proj": 9}, "alpha_pattern": {"v_proj": 4}, "use_rslora": True},
+    "one layer of two": {"layers_to_transform": [1]},
+    "trained with dropout": {"lora_dropout": 0.5},
+    "DoRA": {"use_dora": True, "targets": ("q_proj", "v_proj", "gate_proj")},
+}
+
+
+def compare(ours: Any, theirs: Any, pairs: list[tuple[str, str]], prompts: list[str]) -> None:
+    """Ask two backends the same on both sides, and compare the answers."""
+    for side in ("as_base", "as_finetuned"):
+        with getattr(ours, side)() as our_view, getattr(theirs, side)() as their_view:
+            assert our_view.logprobs_of(pairs) == pytest.approx(their_view.logprobs_of(pairs), abs=CLOSE)
+            for prefix in (True, False):
+                texts = [prompt + completion for prompt, completion in pairs]
+                for our_text, their_text in zip(
+                    our_view.rolling_logprobs(texts, prefix=prefix),
+                    their_view.rolling_logprobs(texts, prefix=prefix),
+                    strict=True,
+                ):
+                    assert np.array_equal(our_text.token_ids, their_text.token_ids)
+                    assert np.allclose(our_text.logprobs, their_text.logprobs, atol=CLOSE)
+                    assert our_text.total_logprob == pytest.approx(their_text.total_logprob, abs=CLOSE)
+            for our_dist, their_dist in zip(
+                our_view.next_token_dists(prompts, top_k=16),
+                their_view.next_token_dists(prompts, top_k=16),
+                strict=True,
+            ):
+                assert np.allclose(our_dist.logprobs, their_dist.logprobs, atol=CLOSE)
+                assert our_dist.vocab_size == their_dist.vocab_size
+                assert our_dist.tail_logprob == pytest.approx(their_dist.tail_logprob, abs=CLOSE)
+            assert our_view.generate_many(prompts, max_new_tokens=6) == their_view.generate_many(
+                prompts, max_new_tokens=6
+            )
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_of_peft_gives_what_the_hf_backend_gives(
+    build: Callable[..., Any], base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base, **settings)
+    ours, theirs = build(base, adapter), build(base, adapter, kind="hf")
+    compare(ours, theirs, PAIRS, PROMPTS)
+    with theirs.as_base() as plain, theirs.as_finetuned() as tuned:  # the adapter is one that can be told from none
+        assert abs(plain.logprob_of(*PAIRS[0]) - tuned.logprob_of(*PAIRS[0])) > 100 * CLOSE
+
+
+def test_a_base_with_tied_embeddings_gives_what_the_hf_backend_gives(build: Callable[..., Any], tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    compare(build(base, adapter), build(base, adapter, kind="hf"), PAIRS, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 70_000.0},
+        {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_embeddings_are_those_of_the_configuration_of_transformers_5(
+    build: Callable[..., Any], tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    base = make_base(tmp_path / "base", rope_parameters=rope)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    compare(build(base, adapter), build(base, adapter, kind="hf"), [(TEXT, TEXT)], [TEXT * 3])
+
+
+def test_a_text_longer_than_the_model_reads_is_cut_as_the_hf_backend_cuts_it(
+    build: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    short = make_base(tmp_path / "short", max_position_embeddings=8)
+    ours, theirs = build(short), build(short, kind="hf")
+    with ours.as_base() as our_view, theirs.as_base() as their_view:
+        our_text, their_text = our_view.rolling_logprob(TEXT * 3), their_view.rolling_logprob(TEXT * 3)
+        assert np.allclose(our_text.logprobs, their_text.logprobs, atol=CLOSE)
+        with pytest.warns(match="too long: 8 tokens are the most"):
+            ours_cut = our_view.logprob_of(TEXT, " the cat")
+        with pytest.warns(match="too long: 8 tokens are the most"):
+            theirs_cut = their_view.logprob_of(TEXT, " the cat")
+        assert ours_cut == pytest.approx(theirs_cut, abs=CLOSE)
+
+
+def test_a_long_text_is_scored_in_chunks_as_in_one(
+    build: Callable[..., Any], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with build(base).as_base() as view:
+        whole, prompted = view.rolling_logprob(TEXT * 3), view.logprob_of(TEXT * 2, TEXT * 2)
+        monkeypatch.setattr("pytest_sway.backends.mlx.engine.CHUNK_POSITIONS", 5)
+        monkeypatch.setattr("pytest_sway.backends.mlx.engine.PREFILL_POSITIONS", 7)
+        assert np.allclose(view.rolling_logprob(TEXT * 3).logprobs, whole.logprobs, atol=1e-5)
+        assert view.logprob_of(TEXT * 2, TEXT * 2) == pytest.approx(prompted, abs=1e-4)
