@@ -241,3 +241,35 @@ def pytest_unconfigure():
     assert done.returncode == 0, done.stdout
     modules = set(json.loads((pytester.path / "modules.json").read_text()))
     assert not modules & {"torch", "transformers", "peft", "numpy", "xdist", "safetensors"}
+
+
+def test_a_fine_tuned_model_is_a_base_among_others(pytester: pytest.Pytester, models: Path) -> None:
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + """
+WHOLE = {"base": ROOT / "base", "finetuned": ROOT / "larger"}
+
+def test_whole(sway_backend):
+    backend = sway_backend(WHOLE)
+    with backend.as_base() as base, backend.as_finetuned() as tuned:
+        assert base.logprob_of(PROMPT, ANSWER) != tuned.logprob_of(PROMPT, ANSWER)
+
+def test_changes_it(sway_backend):
+    with sway_backend(WHOLE).as_finetuned() as tuned:
+        tuned.model.lm_head.weight.data.zero_()
+
+def test_others(sway_backend):
+    sway_backend({"base": ROOT / "larger"})
+    sway_backend(GOOD)
+"""
+    )
+    result = pytester.runpytest_inprocess()
+    result.assert_outcomes(passed=3, errors=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*MutationError: *test_changes_it left a shared model changed:",
+            "*base -> *larger:",
+            "*fine-tuned model: parameter lm_head.weight: contents changed",
+            "base *larger: 2 loads, *",
+        ]
+    )

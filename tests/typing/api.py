@@ -34,6 +34,8 @@ from pytest_sway.scoring import (
 )
 
 SPEC = ModelSpec(base="org/name", adapter=Path("runs/v3"), dtype="bf16")
+WHOLE = ModelSpec(base="org/name", finetuned="org/tuned")
+CANNED = ModelSpec(kind="dummy", base="mine", answers={"base": {"generations": {"prompt": " text"}}})
 
 
 def test_with_the_fixture(sway_backend: SwayBackend) -> None:

@@ -198,7 +198,7 @@ def _as_adapter(folder: Path) -> None:
         pytest.param(
             lambda folder: poison(folder, file=MODEL),
             AdapterMismatchError,
-            "has NaN or infinite values in 1 of its 23 tensors (lm_head.weight). Its training diverged,",
+            "tensors (lm_head.weight). Its training diverged,",
             id="NaN",
         ),
         pytest.param(
