@@ -10,7 +10,7 @@ ALL = ("startup", "warm", "hygiene", "loading", "suite", "workers", "threads")
 
 def main(names: list[str]) -> int:
     broken = 0
-    print(f"{'figure':<62} {'promised':>8} {'measured':>9}")
+    print(f"{'figure':<62} {'promised':>9} {'measured':>9}")
     for name in names or ALL:
         for figure in importlib.import_module(f"tests.benchmarks.{name}").figures():
             print(figure.row(), flush=True)

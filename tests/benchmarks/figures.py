@@ -6,28 +6,39 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One promise and its measurement, both in the same unit; smaller is better."""
+    """One promise and its measurement, both in the same unit.
+
+    Attributes:
+        name: What was measured.
+        promised: The bound.
+        measured: What was found.
+        detail: What it was made of.
+        at_least: Whether the bound is from below; usually it is from above.
+    """
 
     name: str
     promised: float
     measured: float
     detail: str = ""
+    at_least: bool = False
 
     @property
     def kept(self) -> bool:
-        return self.measured <= self.promised
+        return self.measured >= self.promised if self.at_least else self.measured <= self.promised
 
     def row(self) -> str:
         verdict = "kept" if self.kept else "BROKEN"
-        return f"{self.name:<62} {self.promised:>8.4g} {self.measured:>9.4g}  {verdict:<7} {self.detail}"
+        bound = f"{'>=' if self.at_least else '<='} {self.promised:.4g}"
+        return f"{self.name:<62} {bound:>9} {self.measured:>9.4g}  {verdict:<7} {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -61,3 +72,14 @@ def run(arguments: Sequence[str], folder: Path, variables: Mapping[str, str | No
     if child.returncode:
         raise RuntimeError(f"{' '.join(arguments)} ended with {child.returncode}:\n{text}")
     return Run(seconds, usage.ru_maxrss * 1024, text)
+
+
+def medians(rounds: int, **sides: Callable[[], object]) -> dict[str, float]:
+    """Return each side's median seconds; the sides take turns, so that all meet the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: median(taken) for name, taken in seconds.items()}

@@ -1,0 +1,215 @@
+"""Scoring, beside lm-evaluation-harness and dlm-sway, on SmolLM2 with one adapter, in one process."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from examples.smollm2 import smollm2_folder
+from pytest_sway.cache import BackendCache
+from tests.benchmarks.figures import Figure, medians, run
+from tests.neighbours import harness
+from tests.texts import lengths, texts
+from tests.tiny import make_adapter
+
+ROUNDS = 5
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+COMPLETIONS = (" yes", " no, not at all", " perhaps it is so", " nobody knows why")
+
+
+def figures() -> Iterator[Figure]:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        base = smollm2_folder()
+        adapter = make_adapter(Path(name) / "adapter", base, seed=1, r=8, scale=0.02)
+        cache = BackendCache(max_size=1)
+        stack.callback(cache.shutdown)
+        ours = stack.enter_context(stack.enter_context(cache.lease({"base": base, "adapter": adapter})).as_finetuned())
+        theirs = stack.enter_context(_dlm_sway(stack, base, adapter).as_finetuned())
+        peers = Peers(ours, theirs)
+        yield from peers.rolling_short()
+        yield from peers.rolling_long()
+        yield peers.distributions()
+        yield peers.multiple_choice()
+        yield from peers.overhead()
+        yield _peak_memory(Path(name), base, adapter)
+
+
+def _dlm_sway(stack: ExitStack, base: Path, adapter: Path) -> Any:
+    from dlm_sway.backends import build
+    from dlm_sway.core.model import ModelSpec
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it uses names that transformers has deprecated
+        backend: Any = build(ModelSpec(base=str(base), adapter=adapter, dtype="fp32", device="cpu"))
+    stack.callback(backend.close)
+    return backend
+
+
+class Peers:
+    """The same work done by all.
+
+    Args:
+        ours: A view of pytest-sway's.
+        theirs: dlm-sway's view of the same side.
+    """
+
+    def __init__(self, ours: Any, theirs: Any) -> None:
+        self._ours = ours
+        self._theirs = theirs
+        self._tokenizer = ours.tokenizer
+
+    def rolling_short(self) -> Iterator[Figure]:
+        scored = texts(self._tokenizer, lengths(64, 5, 60))
+        batch_size, seconds = self._rolling(scored)
+        what = f"64 texts of 5 to 60 tokens; HFLM's best batch size {batch_size}"
+        yield _faster("rolling_logprobs, short texts, times HFLM", 1.5, seconds, "hflm", what)
+        yield _faster("rolling_logprobs, short texts, times dlm-sway", 1.8, seconds, "dlm_sway", what)
+
+    def rolling_long(self) -> Iterator[Figure]:
+        scored = texts(self._tokenizer, lengths(32, 50, 400))
+        batch_size, seconds = self._rolling(scored)
+        faster = min(("hflm", "dlm_sway"), key=lambda name: seconds[name])
+        what = f"32 texts of 50 to 400 tokens; HFLM's best batch size {batch_size}"
+        yield _faster("rolling_logprobs, long texts, times the faster peer", 1.1, seconds, faster, what)
+        yield Figure(
+            "rolling_logprobs, long texts / the bare forward passes",
+            1.3,
+            seconds["ours"] / seconds["bare"],
+            f"bare: the model's forward on each text, {seconds['bare']:.2f} s",
+        )
+
+    def distributions(self) -> Figure:
+        prompts = texts(self._tokenizer, lengths(16, 380, 420))
+        seconds = medians(
+            ROUNDS,
+            ours=lambda: self._ours.next_token_dists(prompts, top_k=32),
+            dlm_sway=lambda: [_fresh(self._theirs).next_token_dist(prompt, top_k=32) for prompt in prompts],
+        )
+        return _faster("next_token_dists, 400 tokens, times dlm-sway", 1.8, seconds, "dlm_sway", "16 prompts")
+
+    def multiple_choice(self) -> Figure:
+        prompts = texts(self._tokenizer, lengths(50, 90, 110))
+        pairs = [(prompt, completion) for prompt in prompts for completion in COMPLETIONS]
+        batch_size = self._best_batch_size(lambda lm: harness.of_pairs(lm, pairs))
+        lm = self._hflm(batch_size)
+        seconds = medians(ROUNDS, ours=lambda: self._ours.logprobs_of(pairs), hflm=lambda: harness.of_pairs(lm, pairs))
+        what = f"50 prompts, 4 completions each; HFLM's best batch size {batch_size}"
+        return _faster("logprobs_of, multiple choice, times HFLM", 1.5, seconds, "hflm", what)
+
+    def overhead(self) -> Iterator[Figure]:
+        import torch
+
+        model, tokenizer = self._ours.model, self._tokenizer
+        (prompt,) = texts(tokenizer, [100])
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+
+        def bare() -> None:
+            with torch.inference_mode():
+                model(input_ids=ids, logits_to_keep=1)
+
+        seconds = medians(20 * ROUNDS, ours=lambda: self._ours.next_token_dist(prompt, top_k=32), bare=bare)
+        yield Figure(
+            "next_token_dist / the bare forward pass of the same tokens",
+            1.03,
+            seconds["ours"] / seconds["bare"],
+            f"{seconds['ours'] * 1e3:.2f} ms, {seconds['bare'] * 1e3:.2f} ms, {ids.shape[1]} tokens",
+        )
+
+    def _rolling(self, scored: Sequence[str]) -> tuple[int, dict[str, float]]:
+        import torch
+
+        model = self._ours.model
+        ids = [torch.tensor([self._tokenizer(text)["input_ids"]]) for text in scored]
+        batch_size = self._best_batch_size(lambda lm: harness.rolling(lm, scored))
+        lm = self._hflm(batch_size)
+
+        def bare() -> None:
+            with torch.inference_mode():
+                for each in ids:
+                    model(input_ids=each)
+
+        return batch_size, medians(
+            ROUNDS,
+            ours=lambda: self._ours.rolling_logprobs(scored),
+            hflm=lambda: harness.rolling(lm, scored),
+            dlm_sway=lambda: [_fresh(self._theirs).rolling_logprob(text) for text in scored],
+            bare=bare,
+        )
+
+    def _best_batch_size(self, work: Any) -> int:
+        models = {str(size): self._hflm(size) for size in BATCH_SIZES}
+        tried = medians(2, **{size: partial(work, lm) for size, lm in models.items()})
+        return int(min(tried, key=lambda size: tried[size]))
+
+    def _hflm(self, batch_size: int) -> Any:
+        return harness.hflm(self._ours.model, self._tokenizer, batch_size)
+
+
+def _fresh(view: Any) -> Any:
+    """A view of dlm-sway's that computes, and does not remember what it has computed."""
+    view._inst.cache.clear()
+    return view
+
+
+def _faster(name: str, promised: float, seconds: dict[str, float], peer: str, what: str) -> Figure:
+    took = ", ".join(f"{side} {taken:.2f} s" for side, taken in seconds.items())
+    return Figure(name, promised, seconds[peer] / seconds["ours"], f"{took}; {what}", at_least=True)
+
+
+# --- memory, in a process for each ------------------------------------------------------------------------------------
+
+PEAK = """
+import json, sys
+from tests.benchmarks.scoring import peak_of
+print(json.dumps(peak_of(sys.argv[1], sys.argv[2], sys.argv[3])))
+"""
+
+
+def peak_of(side: str, base: str, adapter: str) -> int:
+    """Return the bytes by which the peak of the resident set is over what the loaded weights leave it at."""
+    with ExitStack() as stack:
+        if side == "ours":
+            cache = BackendCache(max_size=1)
+            view = stack.enter_context(
+                stack.enter_context(cache.lease({"base": base, "adapter": adapter})).as_finetuned()
+            )
+        else:
+            view = stack.enter_context(_dlm_sway(stack, Path(base), Path(adapter)).as_finetuned())
+        tokenizer = view.tokenizer if side == "ours" else view._tokenizer
+        scored = texts(tokenizer, lengths(32, 50, 400))
+        # One short pass of each kind maps all weights and makes what is made once.
+        view.rolling_logprob(scored[0][:20])
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+        if side == "ours":
+            view.rolling_logprobs(scored)
+        else:
+            for text in scored:
+                view.rolling_logprob(text)
+        return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _peak_memory(folder: Path, base: Path, adapter: Path) -> Figure:
+    root = Path(__file__).parents[2]
+    peaks = {}
+    for side in ("ours", "dlm_sway"):
+        script = f"import sys; sys.path.insert(0, {str(root)!r})\n{PEAK}"
+        output = run(["-W", "ignore", "-c", script, side, str(base), str(adapter)], folder).output
+        peaks[side] = int(json.loads(output.strip().splitlines()[-1]))
+    return Figure(
+        "peak memory above the weights, long texts / dlm-sway's",
+        0.25,
+        peaks["ours"] / peaks["dlm_sway"],
+        f"{peaks['ours'] / 2**20:.0f} MiB, {peaks['dlm_sway'] / 2**20:.0f} MiB",
+    )

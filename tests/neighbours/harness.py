@@ -1,0 +1,31 @@
+"""lm-evaluation-harness as a peer: its own `HFLM` around a model that is loaded already."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+
+def hflm(model: Any, tokenizer: Any, batch_size: int = 8) -> Any:
+    """Return the harness's own Hugging Face model around ``model``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports what others have deprecated
+        models: Any = import_module("lm_eval.models.huggingface")
+        return models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
+
+
+def rolling(lm: Any, texts: Sequence[str]) -> list[float]:
+    """Return the log-likelihood of each text, in nats."""
+    return list(lm.loglikelihood_rolling(_requests("loglikelihood_rolling", [(text,) for text in texts]), True))
+
+
+def of_pairs(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Return the log-likelihood of each continuation after its context, in nats."""
+    return [score for score, _ in lm.loglikelihood(_requests("loglikelihood", pairs), True)]
+
+
+def _requests(kind: Any, arguments: Sequence[tuple[str, ...]]) -> list[Any]:
+    instance: Any = import_module("lm_eval.api.instance")
+    return [instance.Instance(kind, {}, each, n) for n, each in enumerate(arguments)]
