@@ -12,18 +12,32 @@ from pytest_sway.cache import BackendCache
 from tests.neighbours import harness
 from tests.texts import lengths, texts
 
-SIDES = ["as_base", "as_finetuned"]
+
+@pytest.fixture(scope="module")
+def backend(base: Path, adapters: list[Path]) -> Any:
+    cache = BackendCache(max_size=1)
+    with cache.lease({"base": base, "adapter": adapters[0]}) as backend:
+        yield backend
+    cache.shutdown()
 
 
-@pytest.fixture(params=SIDES)
-def view(request: pytest.FixtureRequest, cache: BackendCache, base: Path, adapters: list[Path]) -> Any:
-    with cache.lease({"base": base, "adapter": adapters[0]}) as backend, getattr(backend, request.param)() as view:
+@pytest.fixture
+def view(backend: Any) -> Any:
+    with backend.as_finetuned() as view:
         yield view
 
 
 @pytest.fixture
 def lm(view: Any) -> Any:
     return harness.hflm(view.model, view.tokenizer)
+
+
+def test_the_base_agrees_too(backend: Any) -> None:
+    with backend.as_base() as view:
+        lm = harness.hflm(view.model, view.tokenizer)
+        scored = texts(view.tokenizer, [5, 17, 40])
+        expected = harness.rolling(lm, scored)
+        assert [r.total_logprob for r in view.rolling_logprobs(scored)] == pytest.approx(expected, rel=1e-4)
 
 
 def test_rolling_logprobs_agree_on_texts_of_5_to_400_tokens(view: Any, lm: Any) -> None:

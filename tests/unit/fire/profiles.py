@@ -25,7 +25,7 @@ PROFILES = {
     "quick": Profile(model=(40, 40), threads=(20, 30), seeds=2, signals=100),
     "ci": Profile(model=(500, 80), threads=(300, 50), seeds=20, signals=1_500),
     "soak": Profile(
-        model=(20_000, 100), threads=(20_000, 100), seeds=20, signals=50_000, stress_threads=64, stress_seconds=600.0
+        model=(20_000, 100), threads=(3_000, 100), seeds=20, signals=50_000, stress_threads=64, stress_seconds=600.0
     ),
 }
 PROFILE = PROFILES[os.environ.get("SWAY_FIRE", "ci")]
