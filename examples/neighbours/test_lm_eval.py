@@ -1,0 +1,37 @@
+"""lm-evaluation-harness: a task of one's own, scored by its own HFLM, on both sides of one set of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what the harness and its data sets import has been deprecated
+
+
+@pytest.fixture(scope="module")
+def task() -> Any:
+    from lm_eval.tasks import ConfigurableTask
+    from lm_eval.utils import load_yaml_config
+
+    config = load_yaml_config(HERE / "town.yaml")
+    return ConfigurableTask(config={**config, "dataset_kwargs": {"data_files": {"test": str(HERE / "town.jsonl")}}})
+
+
+def accuracy(view: Any, task: Any) -> float:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=view.model, tokenizer=view.tokenizer, batch_size=4, device="cpu")
+    results = evaluate(lm, {"town": task}, bootstrap_iters=0)
+    return float(results["results"]["town"]["acc,none"])
+
+
+def test_the_adapter_knows_the_town(sway_backend: Any, spec: Any, task: Any) -> None:
+    backend = sway_backend(spec)
+    with backend.as_base() as base, backend.as_finetuned() as tuned:
+        assert accuracy(tuned, task) == 1.0
+        assert accuracy(base, task) < 0.8
