@@ -12,9 +12,11 @@ def test_the_model_keeps_the_inference_contract(sway_backend: Any, spec: Any, si
     from pytest_torch import check_inference_contract
 
     with getattr(sway_backend(spec), side)() as view:
-        inputs = dict(
-            view.tokenizer(["The mayor of Quillmere is", "The capital of France"], return_tensors="pt", padding=True)
+        inputs = view.tokenizer(
+            ["The mayor of Quillmere is", "The capital of France"], return_tensors="pt", padding=True
         )
         check_inference_contract(
-            view.model, inputs, checks=["eval_mode", "finite_outputs", "deterministic", "no_state_mutation"]
+            view.model,
+            {**inputs, "use_cache": False},  # caches are objects, which are never equal
+            checks=["eval_mode", "finite_outputs", "deterministic", "no_state_mutation"],
         )

@@ -14,7 +14,7 @@ SUITE = [
     {
         "name": "it prefers what it was taught",
         "kind": "preference_flip",
-        "triples": [{"prompt": prompt, "chosen": answer, "rejected": " of no importance"} for prompt, answer in FACTS],
+        "triples": [{"prompt": prompt, "chosen": answer, "rejected": " a"} for prompt, answer in FACTS],
     },
     {"name": "it reads English as before", "kind": "external_perplexity", "max_chunks": 2, "chunk_chars": 512},
 ]
