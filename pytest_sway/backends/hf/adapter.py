@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -38,3 +40,9 @@ class Adapter:
 def public_name(name: str, adapter: str) -> str:
     """Return a parameter's or module's name without what PEFT and we put into it."""
     return name.removeprefix(ROOT).replace(f".{adapter}", "")
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """Return the first of some names, for an error that has no room for all."""
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -9,6 +9,15 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.adapter_kinds import (
+    ADDITIVE_TYPES,
+    LOCAL_LORA_FIELDS,
+    PLAIN_INITIALISATIONS,
+    PROMPT_TYPES,
+    RESTORABLE_LORA_FIELDS,
+    WHOLE_TEXT_TYPES,
+    refusal,
+)
 from pytest_sway.backends.hf.headers import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 
@@ -21,35 +30,6 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED: Final = "adapter_model.bin"
-
-# Fields of a LoraConfig that leave the base's weights and its other adapters alone, whatever their value.
-_LOCAL_FIELDS: Final = frozenset(
-    {
-        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
-        "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-        "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
-        "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-        "task_type", "use_dora", "use_rslora",
-    }
-)  # fmt: skip
-# Fields that need a base of their own, which is exact again as soon as the adapter is disabled.
-_DISABLED_EXACTLY: Final = frozenset({"modules_to_save", "trainable_token_indices"})
-# Initialisations that look at no weight of the base and write none.
-_PLAIN_INITIALISATIONS: Final = (None, True, False, "gaussian")
-# Types that add to what a layer computes, and the part of their tensors' names that shows it.
-_ADDITIVE_TYPES: Final = {
-    "LORA": "lora_",
-    "IA3": "ia3_",
-    "LOHA": "hada_",
-    "LOKR": "lokr_",
-    "OFT": "oft_",
-    "BOFT": "boft_",
-    "HRA": "hra_",
-    "FOURIERFT": "fourierft_",
-}
-PROMPT_TYPES: Final = frozenset(
-    {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +64,31 @@ class AdapterFiles:
         """
         if self.peft_type in PROMPT_TYPES:
             return True
-        marker = _ADDITIVE_TYPES.get(self.peft_type)
+        marker = ADDITIVE_TYPES.get(self.peft_type)
         if marker is None or self.config.get("bias", "none") != "none" or self.vocabulary is not None:
             return False
-        if self.peft_type == "LORA" and not self._special_fields() <= _DISABLED_EXACTLY:
+        if self.peft_type == "LORA" and not self._special_fields() <= RESTORABLE_LORA_FIELDS:
             return False
         return self._brings_only(
             marker, "token_adapter", "trainable_tokens", *(self.config.get("modules_to_save") or ())
         )
 
     @property
+    def told_by_weights(self) -> bool:
+        """Whether its weights alone tell that it changes anything: the product of two factors, or what stands apart."""
+        return self.shareable and self.config.get("init_lora_weights") != "orthogonal"  # whose product is zero
+
+    @property
     def through_inner_model(self) -> bool:
         """Whether its layers do all of its work, so that the model inside the ``PeftModel`` can be called directly."""
-        return self.peft_type in _ADDITIVE_TYPES and self._special_fields() <= _DISABLED_EXACTLY
+        if self.one_text_at_a_time:
+            return False
+        return self.peft_type in ADDITIVE_TYPES and self._special_fields() <= RESTORABLE_LORA_FIELDS
+
+    @property
+    def one_text_at_a_time(self) -> bool:
+        """Whether what it computes for a text depends on all that is in the same pass."""
+        return self.peft_type in WHOLE_TEXT_TYPES
 
     @property
     def vocabulary(self) -> int | None:
@@ -112,9 +104,9 @@ class AdapterFiles:
         special = {
             name
             for name, value in self.config.items()
-            if name not in _LOCAL_FIELDS and value not in (None, False, "", "none", [], {})
+            if name not in LOCAL_LORA_FIELDS and value not in (None, False, "", "none", [], {})
         }
-        if self.config.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
+        if self.config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
             special.add("init_lora_weights")
         return frozenset(special) if self.peft_type == "LORA" else frozenset()
 
@@ -126,7 +118,7 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     """Read what a folder says about its adapter.
 
     Raises:
-        SpecError: There is no such folder, or no adapter in it.
+        SpecError: There is no such folder, no adapter in it, or one of a kind that cannot be served.
         AdapterMismatchError: The adapter was made for another task than language modelling.
         WeightsError: Its weights are missing, broken, or only there as a pickle that the spec does not allow.
     """
@@ -137,6 +129,9 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
             f"the adapter {str(folder)!r} was trained for the task {task}, and pytest-sway tests causal language"
             " models. Name an adapter whose task_type is CAUSAL_LM."
         )
+    refused = refusal(config)
+    if refused is not None:
+        raise SpecError(f"the adapter {str(folder)!r} {refused}.")
     weights, pickle = folder / WEIGHTS, folder / PICKLED
     if weights.is_file():
         return AdapterFiles(folder, config, read_header(weights))

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import Adapter
 from pytest_sway.backends.hf.grafting import PLAN_NAME, graft, remember
-from pytest_sway.backends.hf.libraries import quiet_process
-from pytest_sway.backends.hf.verification import verify_keys, verify_values
-from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from pytest_sway.backends.hf.libraries import quiet_process, seeded
+from pytest_sway.backends.hf.verification import verify_keys, verify_trained, verify_values
+from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, WeightsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.base import LoadedBase
 
@@ -59,7 +61,7 @@ def _apply(base: LoadedBase, files: AdapterFiles, name: str) -> Adapter:
     from safetensors import SafetensorError
 
     try:
-        with quiet_process():
+        with quiet_process(), seeded(base.device):  # what starts at random, as pissa_niter_*, does so alike each time
             return graft(base, files, name) or _load_with_peft(base, files, name)
     except (SafetensorError, EOFError) as error:
         raise WeightsError(f"the weights of the adapter {str(files.folder)!r} cannot be read: {error}.") from error
@@ -68,7 +70,12 @@ def _apply(base: LoadedBase, files: AdapterFiles, name: str) -> Adapter:
             f"the adapter {str(files.folder)!r} was not applied to {base.spec.base!r}: its config asks for"
             f" {error.args[0]!r}, which its weights lack. Save the adapter again, config and weights together."
         ) from error
-    except (RuntimeError, ValueError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:
+        if isinstance(error, ImportError) or "is not available" in str(error):
+            raise BackendNotAvailableError(
+                f"the adapter {str(files.folder)!r}, of the type {files.peft_type}, needs what this environment lacks:"
+                f" {_shortened(error)}"
+            ) from error
         if "size mismatch" not in str(error) and "target" not in str(error).lower():
             raise
         raise AdapterMismatchError(
@@ -90,19 +97,35 @@ def _load_with_peft(base: LoadedBase, files: AdapterFiles, name: str) -> Adapter
         )
     config = configs[files.peft_type].from_pretrained(str(files.folder))
     config.inference_mode = True
+    if hasattr(config, "progressbar"):
+        config.progressbar = False  # FRoD draws one wherever the terminal is
     if base.peft_model is None:
         kind = peft.PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else peft.PeftModel
         base.peft_model = kind(base.model, config, name)
+    starts = {} if base.shared or config.is_prompt_learning else _copies(_describe(base, files, name))
     key_mapping = None if config.is_prompt_learning else getattr(base.model, "_checkpoint_conversion_mapping", {})
     result = base.peft_model.load_adapter(
         str(files.folder), name, torch_device=str(base.device), key_mapping=key_mapping
     )
-    verify_keys(base.spec, files, result.missing_keys, result.unexpected_keys)
+    verify_keys(base.spec, files, _unloaded(base, result.missing_keys), result.unexpected_keys)
     base.peft_model.eval()
     base.peft_model.requires_grad_(False)
     if files.shareable:
         remember(base, files, name)
-    return _describe(base, files, name)
+    adapter = _describe(base, files, name)
+    verify_trained(base, adapter, starts)
+    return adapter
+
+
+def _copies(adapter: Adapter) -> dict[str, Any]:
+    return {name: parameter.detach().clone() for name, parameter in adapter.parameters.items()}
+
+
+def _unloaded(base: LoadedBase, missing: Iterable[str]) -> list[str]:
+    """Of the names that the file had no tensor for, those whose parameter is not loaded under another name either."""
+    places = dict(base.peft_model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in places.items() if name not in set(missing)}
+    return [name for name in missing if id(places.get(name)) not in loaded]
 
 
 def _describe(base: LoadedBase, files: AdapterFiles, name: str) -> Adapter:

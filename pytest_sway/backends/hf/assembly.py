@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pytest_sway.backends.hf.adapters import put_on
+from pytest_sway.backends.hf.adapters import put_on, take_off
 from pytest_sway.backends.hf.backend import HFBackend, Loaded
 from pytest_sway.backends.hf.base import load_base, resize_vocabulary
+from pytest_sway.backends.hf.effect import verify_effect
 from pytest_sway.backends.hf.finetuned import verify_finetuned
 from pytest_sway.backends.hf.inspection import AdapterRecord
 from pytest_sway.backends.hf.sides import base_side, plain_side, tuned_side
@@ -29,6 +31,8 @@ def load_own_base(spec: ModelSpec, files: AdapterFiles, load_base: Callable[...,
     rows = files.vocabulary
     if rows is not None:
         resize_vocabulary(base, rows)
+    if files.one_text_at_a_time:
+        base.forward.limits = replace(base.forward.limits, tokens=1)
     return base
 
 
@@ -66,4 +70,10 @@ def _with_adapter(files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loade
     adapter = put_on(last, files)
     base = base_side(first, adapter, tokenizer) if first is last else plain_side(first, tokenizer)
     tuned = tuned_side(last, adapter, tokenizer)
+    if not files.told_by_weights:
+        try:
+            verify_effect(base, tuned, adapter)
+        except BaseException:
+            take_off(last, adapter)
+            raise
     return Loaded(shares, base, tuned, adapter, AdapterRecord(adapter), tokenizer_record)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from pytest_sway.backends.hf.forward import Forward
 from pytest_sway.backends.hf.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
-from pytest_sway.backends.hf.libraries import quiet_process
+from pytest_sway.backends.hf.libraries import forget_layers, quiet_process, seeded
 from pytest_sway.backends.hf.memory import WeightsWatch
 from pytest_sway.backends.hf.models import load_model
 from pytest_sway.backends.hf.sizes import measured
@@ -44,7 +45,8 @@ class LoadedBase:
         nbytes: What its parameters and buffers take, each place counted once.
         places: By module name, where each module of the model stands: its parent's children and its key there.
         tokenizer_record: What the tokenizer's settings were.
-        tokenizers: Tokenizers that adapters brought, and their records, by the identity of their files.
+        tokenizers: The records of tokenizers that adapters brought, by the identity of their files; they and their
+            tokenizers stay for as long as a backend uses them.
         forward: Its forward passes.
     """
 
@@ -58,7 +60,7 @@ class LoadedBase:
         self.peft_model: Any = None
         self.adapters: dict[str, Adapter] = {}
         self.tokenizer_record = TokenizerRecord(tokenizer)
-        self.tokenizers: dict[str, tuple[Any, TokenizerRecord]] = {}
+        self.tokenizers: WeakValueDictionary[str, TokenizerRecord] = WeakValueDictionary()
         self.forward = Forward(model)
         self.plans: dict[str, list[LayerPlan]] = {}
         self.places = dict(_places(model))
@@ -127,10 +129,11 @@ class LoadedBase:
         """Let go of the model. Its memory comes back once nobody else refers to it."""
         with self.lock:
             _remove_hooks(self.model)
+            forget_layers()
             self.model = self.tokenizer = self.peft_model = None
             self.switch = Switch()
             self.record = self.forward = None  # type: ignore[assignment] # nobody uses a closed base
-            self.adapters, self.tokenizers, self.plans, self.places, self._modules = {}, {}, {}, {}, {}
+            self.adapters, self.plans, self.places, self._modules = {}, {}, {}, {}
 
 
 def load_base(
@@ -154,12 +157,9 @@ def load_base(
 
 def resize_vocabulary(base: LoadedBase, rows: int) -> None:
     """Give a base, before any adapter is on it, embeddings for ``rows`` tokens; an adapter will bring their values."""
-    import torch
-
     if base.model.get_input_embeddings().weight.shape[0] == rows:
         return
-    with quiet_process():
-        torch.manual_seed(0)
+    with quiet_process(), seeded(base.device):
         base.model.resize_token_embeddings(rows, mean_resizing=False)
     base.model.requires_grad_(False)
     base.take_stock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import ROOT
+from pytest_sway.backends.hf.adapter import ROOT, some
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -48,14 +48,16 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
         if missing:
             raise AdapterMismatchError(
                 f"the adapter {str(files.folder)!r} does not fit the base {spec.base!r}: {len(missing)} of the"
-                f" {len({m for m, _, _ in factors})} modules that it changes are not in the base ({_some(missing)})."
+                f" {len({m for m, _, _ in factors})} modules that it changes are not in the base ({some(missing)})."
                 " Name the base that it was trained on."
             )
+    if files.config.get("use_bdlora"):
+        return  # its matrices are blocks of the base's size
     wrong = sorted(set(_of_other_size(factors, base)))
     if wrong:
         raise AdapterMismatchError(
             f"the adapter {str(files.folder)!r} does not fit the base {spec.base!r}: {len(wrong)} of its tensors have"
-            f" other sizes than the base's modules ({_some(wrong)}). Name the base that it was trained on."
+            f" other sizes than the base's modules ({some(wrong)}). Name the base that it was trained on."
         )
 
 
@@ -75,7 +77,3 @@ def _of_other_size(factors: list[tuple[str, str, TensorEntry]], base: Mapping[st
         # GPT-2's layers store their weights transposed, so either side may be the one
         if size not in weight.shape:
             yield f"{module}.lora_{letter} is for {size} features, the base has {' x '.join(map(str, weight.shape))}"
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

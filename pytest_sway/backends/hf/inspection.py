@@ -121,12 +121,23 @@ def _sample(tensor: Any) -> Any:
     """A view of a few elements, evenly spread, as integers: so that a NaN equals itself."""
     import torch
 
-    flat = tensor.detach()
-    flat = flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
-    step = max(1, flat.numel() // SAMPLES)
-    sample = flat[::step]
+    sample = _spread(tensor.detach())
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return sample.view(integers[sample.element_size()]) if sample.element_size() in integers else sample
+
+
+def _spread(tensor: Any) -> Any:
+    """A view on elements of a tensor in one dimension; never a copy, which would hide all that is written later."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[:: max(1, tensor.numel() // SAMPLES)]
+    dimensions = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    span = 1 + sum((size - 1) * stride for size, stride in dimensions)
+    if span == tensor.numel():  # transposed, say: its elements are all there is in that stretch of memory
+        return tensor.as_strided((min(span, SAMPLES),), (max(1, span // SAMPLES),))
+    stride = sum((size - 1) // (SAMPLES - 1) * stride for size, stride in dimensions)
+    if stride:  # a walk with a step of its own in each dimension
+        return tensor.as_strided((SAMPLES,), (stride,))
+    return tensor.as_strided(*zip(max(dimensions, default=(1, 1)), strict=True))
 
 
 def _groups(samples: Sequence[Any]) -> dict[Any, list[Any]]:
@@ -285,15 +296,19 @@ class AdapterRecord:
 
 
 class TokenizerRecord:
-    """What a tokenizer's settings were."""
+    """What a tokenizer's settings were.
+
+    Attributes:
+        tokenizer: The tokenizer.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._before = _settings(tokenizer)
 
     def changes(self) -> list[str]:
         """One line for each setting that is no longer as it was."""
-        now = _settings(self._tokenizer)
+        now = _settings(self.tokenizer)
         return [
             f"tokenizer: {name} {_short(before)} -> {_short(now[name])}"
             for name, before in self._before.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import traceback
 import warnings
@@ -78,11 +79,35 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
+def seeded(device: Any, seed: int = 0) -> Iterator[None]:
+    """Run library code that draws random numbers from ``seed`` on; the state of the process and the device comes back.
+
+    Args:
+        device: The ``torch.device`` that it computes on.
+        seed: Where the numbers start.
+    """
+    import torch
+
+    with PROCESS_STATE, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def no_warnings() -> Iterator[None]:
     """Run library code that warns of what it is meant to do."""
     with PROCESS_STATE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def forget_layers() -> None:
+    """Have PEFT forget the layers that it has warned about, of which some types keep every one for ever."""
+    for name in ("shira", "supertuning"):
+        module: Any = sys.modules.get(f"peft.tuners.{name}.layer")
+        remembered: Any = getattr(module, "_warn_once_about_module_hooks", None)
+        if remembered is not None:
+            remembered.cache_clear()
 
 
 def forget_frames(error: BaseException, handled: BaseException | None = None) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.adapter_files import PROMPT_TYPES
+from pytest_sway.backends.hf.adapter_kinds import PROMPT_TYPES
 from pytest_sway.backends.hf.state import BASE_STATE, Overlay, State
 from pytest_sway.errors import BackendUseError
 

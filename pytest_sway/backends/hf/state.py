@@ -114,6 +114,9 @@ class Switch:
         for attributes, _ in self._layers:
             if adapter in attributes[_ACTIVE]:
                 attributes[_ACTIVE] = []
+        for attributes in self._wrappers:  # PEFT looks up the active adapter whenever it puts on another
+            if adapter in attributes["active_adapter"]:
+                attributes["active_adapter"] = []
 
     def drop(self, overlay: Overlay) -> None:
         """Take ``overlay`` out if the model rests in it; the adapter's own values come back."""

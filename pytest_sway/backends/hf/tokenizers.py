@@ -37,10 +37,10 @@ def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> tuple[Any, Token
         return base.tokenizer, base.tokenizer_record
     key = _digest(folder)
     with base.lock:
-        if key not in base.tokenizers:
-            tokenizer = load_tokenizer(base.spec, str(folder))
-            base.tokenizers[key] = (tokenizer, TokenizerRecord(tokenizer))
-        return base.tokenizers[key]
+        record = base.tokenizers.get(key)
+        if record is None:
+            record = base.tokenizers[key] = TokenizerRecord(load_tokenizer(base.spec, str(folder)))
+        return record.tokenizer, record
 
 
 def _same(base: LoadedBase, folder: Path) -> bool:

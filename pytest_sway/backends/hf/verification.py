@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import public_name
-from pytest_sway.backends.hf.adapter_files import PROMPT_TYPES
+from pytest_sway.backends.hf.adapter import public_name, some
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
@@ -22,12 +21,6 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 # Loaded by other ways than the model's state dict, which can report them as unexpected: prompts, and the projections
 # that all of VeRA's layers share.
 _LOADED_APART = ("prompt_embeddings", "base_model.vera_A", "base_model.vera_B")
-# Types whose effect on a layer is a product, and what begins the names of its factors.
-_PRODUCT_MARKERS: Final = {"LOHA": ".hada_", "LOKR": ".lokr_"}
-_WHY: Final = {
-    "IA3": "its weights are all one",
-    **dict.fromkeys(_PRODUCT_MARKERS, "in each of its products, a factor is zero"),
-}
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
 
@@ -49,9 +42,9 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
         return
     found = []
     if unexpected:
-        found.append(f"{len(unexpected)} of its tensors have no place in the base ({_some(unexpected)})")
+        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")
     if missing:
-        found.append(f"{len(missing)} places in the base have no tensor in it ({_some(missing)})")
+        found.append(f"{len(missing)} places in the base have no tensor in it ({some(missing)})")
     raise AdapterMismatchError(
         f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {' and '.join(found)}."
         " Name the base that it was trained on."
@@ -71,14 +64,40 @@ def verify_values(base: LoadedBase, adapter: Adapter) -> None:
     if broken:
         raise AdapterMismatchError(
             f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(largest)} tensors"
-            f" ({_some(public_name(name, adapter.name) for name in broken)})."
+            f" ({some(public_name(name, adapter.name) for name in broken)})."
             " Its training diverged, or the file is damaged."
         )
-    if adapter.files.restorable and _changes_nothing(base, adapter, own):
-        raise AdapterMismatchError(
-            f"the adapter {folder!r} changes nothing on the base {base.spec.base!r}: {_why(adapter)}."
-            " Was it saved before it was trained?"
-        )
+    if adapter.files.peft_type == "LORA" and adapter.files.restorable and _changes_nothing(base, adapter, own):
+        raise without_effect(base.spec, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
+
+
+def verify_trained(base: LoadedBase, adapter: Adapter, starts: Mapping[str, Any]) -> None:
+    """Raise if an adapter holds nothing but the weights that PEFT starts its training with.
+
+    That is told here where the start is no matter of chance and all that was trained is among the parameters.
+
+    Args:
+        base: What it is on.
+        adapter: The adapter.
+        starts: What PEFT put into its parameters before its file was read, by name.
+
+    Raises:
+        AdapterMismatchError: They are equal, in each element.
+    """
+    import torch
+
+    if not starts or len(starts) < len(adapter.files.entries or ()):
+        return
+    if all(torch.equal(parameter, starts[name]) for name, parameter in adapter.parameters.items()):
+        raise without_effect(base.spec, adapter.files, "its weights are those that PEFT starts with")
+
+
+def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMismatchError:
+    """Return the error for an adapter that changes nothing."""
+    return AdapterMismatchError(
+        f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}."
+        " Was it saved before it was trained?"
+    )
 
 
 def _saved_twice(name: str, files: AdapterFiles) -> bool:
@@ -106,15 +125,7 @@ def _written_into(base: LoadedBase, adapter: Adapter) -> Iterator[tuple[str, Any
 
 
 def _changes_nothing(base: LoadedBase, adapter: Adapter, largest: dict[str, float]) -> bool:
-    kind = adapter.files.peft_type
-    if kind in PROMPT_TYPES:
-        return False
-    if kind == "IA3":
-        return all(".ia3_l" in name and _all_ones(parameter) for name, parameter in adapter.parameters.items())
-    if kind in _PRODUCT_MARKERS:
-        return _all_products_zero(_PRODUCT_MARKERS[kind], largest)
-    if kind != "LORA":
-        return not any(largest.values())
+    """Whether a LoRA adapter that leaves its base restorable is without effect, by its weights."""
     if adapter.scalings and not any(scaling[adapter.name] for scaling in adapter.scalings):
         largest = {name: 0.0 if _lora_factor(name)[1] else value for name, value in largest.items()}
     alive: dict[tuple[str, str], set[str]] = {}
@@ -126,17 +137,6 @@ def _changes_nothing(base: LoadedBase, adapter: Adapter, largest: dict[str, floa
         return False
     others = [name for name, value in largest.items() if value and _lora_factor(name)[1] is None]
     return all(_as_in_base(base, adapter, name) for name in others)
-
-
-def _all_products_zero(marker: str, largest: dict[str, float]) -> bool:
-    """Whether each of LoHa's or LoKr's products has a factor that is zero, and there is nothing else."""
-    products: dict[str, list[float]] = {}
-    for name, value in largest.items():
-        owner, found, _ = name.partition(marker)
-        if not found:
-            return False
-        products.setdefault(owner, []).append(value)
-    return all(0.0 in factors for factors in products.values())
 
 
 def _as_in_base(base: LoadedBase, adapter: Adapter, name: str) -> bool:
@@ -168,18 +168,3 @@ def _lora_factor(name: str) -> tuple[tuple[str, str], str | None]:
     matrix = rest.removeprefix("embedding_")[:2]
     is_factor = matrix in ("A.", "B.") and not rest.endswith(".bias")
     return (owner, kind), matrix[0] if is_factor else None
-
-
-def _all_ones(parameter: Any) -> bool:
-    return bool((parameter == 1).all())
-
-
-def _why(adapter: Adapter) -> str:
-    if adapter.files.peft_type == "LORA":
-        return "in each of its LoRA pairs, A, B or the scaling is zero, so that every product is zero"
-    return _WHY.get(adapter.files.peft_type, "its weights are all zero")
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -225,3 +225,28 @@ def test_a_closed_backend_is_no_longer_compared(build: Any, base: Path) -> None:
     backend.close()
     with pytest.raises(BackendClosedError, match="was used after it was closed"):
         backend.changes()
+
+
+LAYOUTS: dict[str, Callable[[Any], Any]] = {
+    "transposed": lambda torch: torch.arange(2400.0).view(40, 60).t(),
+    "transposed and small": lambda torch: torch.arange(6.0).view(2, 3).t(),
+    "channels last": lambda torch: torch.arange(480.0).view(2, 3, 8, 10).to(memory_format=torch.channels_last),
+    "sliced": lambda torch: torch.arange(8000.0).view(80, 100)[:, ::2],
+    "sliced and small": lambda torch: torch.arange(12.0).view(3, 4)[:, ::2],
+    "expanded": lambda torch: torch.arange(40.0).view(40, 1).expand(40, 3),
+    "of one element": lambda torch: torch.ones(1).expand(5, 5),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_write_through_data_is_found_in_any_layout_of_memory(layout: str) -> None:
+    import torch
+
+    from pytest_sway.backends.hf.inspection import TensorsRecord
+
+    tensor = LAYOUTS[layout](torch)
+    assert not tensor.is_contiguous()
+    record = TensorsRecord({"weight": ({"weight": tensor}, "weight")}, "parameter")
+    assert record.changes() == []
+    tensor.data[(0,) * tensor.dim()] += 1
+    assert record.changes() == ["parameter weight: contents changed"]

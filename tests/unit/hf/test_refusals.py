@@ -19,7 +19,6 @@ from tests.tiny import (
     pickled,
     poison,
     quiet,
-    save_adapter,
     truncate,
 )
 from tests.unit.hf.conftest import spec_of
@@ -264,15 +263,6 @@ def test_an_adapter_whose_scaling_is_zero_is_refused(build: Any, base: Path, bro
         build(base, edit_config(broken, lora_alpha=0))
 
 
-@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
-def test_products_with_a_factor_of_zero_are_refused(build: Any, base: Path, tmp_path: Path, kind: str) -> None:
-    import peft
-
-    config = getattr(peft, kind)(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(AdapterMismatchError, match=r"changes nothing .*a factor is zero"):
-        build(base, save_adapter(tmp_path, base, config, scale=0.0))
-
-
 def test_a_nan_that_is_written_into_the_base_is_named(build: Any, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", attention_bias=True)
     with quiet():
@@ -317,14 +307,6 @@ def test_a_base_that_cannot_be_looked_at_any_more_is_given_back(
     first.close()
     assert loaded.closed
     assert builder._pool.keys() == []
-
-
-def test_an_untrained_ia3_is_refused(build: Any, base: Path, tmp_path: Path) -> None:
-    from peft import IA3Config
-
-    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(AdapterMismatchError, match=r"changes nothing .*weights are all one"):
-        build(base, save_adapter(tmp_path, base, config, scale=0.0))
 
 
 def test_an_unknown_type_is_named(build: Any, base: Path, broken: Path) -> None:

@@ -1,0 +1,106 @@
+"""What is known of PEFT's kinds of adapters: which can share a base, which leave it exact, and which are refused.
+
+`docs/adapters.md` has the table; `tests/unit/hf/zoo.py` has a specimen of each row, on which the tests rest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+LOCAL_LORA_FIELDS: Final = frozenset(
+    {
+        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+        "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+        "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+        "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+        "task_type", "use_dora", "use_rslora",
+    }
+)  # fmt: skip
+"""Fields of a ``LoraConfig`` that leave the base's weights and its other adapters alone, whatever their value."""
+
+RESTORABLE_LORA_FIELDS: Final = frozenset({"modules_to_save", "trainable_token_indices"})
+"""Fields of a ``LoraConfig`` that need a base of their own, which is exact as soon as the adapter is disabled."""
+
+PLAIN_INITIALISATIONS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` for which loading writes no weight of the base."""
+
+ADDITIVE_TYPES: Final = {
+    "ADALORA": "lora_",
+    "BEFT": "beft_",
+    "BOFT": "boft_",
+    "C3A": "c3a_",
+    "DEFT": "deft_",
+    "DELORA": "delora_",
+    "FOURIERFT": "fourierft_",
+    "GLORA": "glora_",
+    "GRALORA": "gralora_",
+    "HIRA": "hira_",
+    "HRA": "hra_",
+    "IA3": "ia3_",
+    "LILY": "lily_",
+    "LN_TUNING": "ln_tuning_layers",
+    "LOHA": "hada_",
+    "LOKR": "lokr_",
+    "LORA": "lora_",
+    "MISS": "miss_",
+    "OFT": "oft_",
+    "PEANUT": "peanut_",
+    "PSOFT": "psoft_",
+    "PVERA": "pvera_",
+    "RANDLORA": "randlora_",
+    "ROAD": "road_",
+    "SHIRA": "shira_",
+    "SUPERTUNING": "supertuning_",
+    "TINYLORA": "tinylora_",
+    "TRAINABLE_TOKENS": "trainable_tokens",
+    "UNILORA": "unilora_",
+    "VBLORA": "vblora_",
+    "VERA": "vera_",
+    "WAVEFT": "waveft_",
+}
+"""Types whose layers do all of their work, and are the base's to the bit when disabled; and what their tensors' names
+contain. A type that is not here gets a base of its own beside the plain one, which is right whatever it does."""
+
+PROMPT_TYPES: Final = frozenset(
+    {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"}
+)
+"""Types that put something before the text and leave the model as it is."""
+
+WHOLE_TEXT_TYPES: Final = frozenset({"LILY"})
+"""Types whose layers weigh a text as a whole, padding and all: texts go through them one at a time."""
+
+_TASKS: Final = "it was trained for several tasks, and which one is meant cannot be said with a prompt"
+_ELSEWHERE: Final = "it mixes adapters from other folders, which its spec neither names nor watches for changes"
+_UNKNOWN_BASE: Final = (
+    "its training began by rewriting weights of the base with what it learned from data, which its folder does not have"
+)
+_REFUSED_TYPES: Final = {"MULTITASK_PROMPT_TUNING": _TASKS, "POLY": _TASKS, "XLORA": _ELSEWHERE}
+_REFUSED_INITIALISATIONS: Final = {"corda": _UNKNOWN_BASE, "lora_ga": _UNKNOWN_BASE}
+_WITH_PEFT: Final = "Test it with PEFT itself"
+_CONVERT: Final = (
+    "Convert it to plain LoRA where it was trained: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+)
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Return why an adapter cannot be served whatever its weights, and what to do; ``None`` if it can.
+
+    Args:
+        config: Its ``adapter_config.json``.
+    """
+    kind = config["peft_type"]
+    if kind in _REFUSED_TYPES:
+        return f"is of the type {kind}, which pytest-sway does not serve: {_REFUSED_TYPES[kind]}. {_WITH_PEFT}"
+    if kind != "LORA":
+        return None
+    if config.get("arrow_config"):
+        return f"has an arrow_config, which pytest-sway does not serve: {_ELSEWHERE}. {_WITH_PEFT}"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start in _REFUSED_INITIALISATIONS:
+        return f"was initialised by {start!r} and is not converted: {_REFUSED_INITIALISATIONS[start]}. {_CONVERT}"
+    return None
