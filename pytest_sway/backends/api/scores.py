@@ -28,6 +28,8 @@ async def logprob_of(model: ServedModel, prompt: Prompt, completion: str) -> flo
 
     The parts are told apart as lm-evaluation-harness does: the prompt's trailing whitespace goes to the completion,
     the text is tokenised as one, and the completion has the tokens that come after as many as the prompt alone has.
+    Where a token straddles the boundary, those are scored in the text as it is, which is all that a server is given;
+    the harness, with the model at hand, puts the prompt's own tokens before them.
     """
     prompt = _text(model, prompt)
     context, text = prompt.rstrip(), prompt + completion

@@ -23,6 +23,9 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 _LIMITS: Final = (20, 10, 5, 1)
 """How many log-probabilities servers give at most: vLLM, mlx_lm, OpenAI; tried in turn when one refuses."""
 
+_NEUTRAL: Final = {"repeat_penalty": 1.0, "repetition_penalty": 1.0, "min_p": 0.0}
+"""What keeps servers from changing a model's answers by defaults of their own: llama-cpp-python punishes repetition."""
+
 _PROBE: Final = "1, 2, 3, 4, 5,"
 _PROBE_TOKENS: Final = 4
 _TOLERANCE: Final = 1.0
@@ -52,6 +55,7 @@ class ServedModel:
         self.vocabulary = size if isinstance(size, int) and size > 0 else 0
         self.tells_ids = card.get("owned_by") == "vllm"
         self._most = math.inf  # log-probabilities that the server gives
+        self._strict = False  # whether it refuses what OpenAI's own server does not know
         self._boolean = False  # whether 'logprobs' is a switch there, as in mlx_lm, and no number
         self._echo_lock = asyncio.Lock()
         self._echo_fault: str | None = None  # why the server's echo cannot be used; empty once it is known to be right
@@ -105,9 +109,14 @@ class ServedModel:
         Raises:
             ServerError: The server does not answer, refuses, or answers something else.
         """
-        answer = await self._connection.post(
-            f"{self._endpoint}/v1/completions", {"model": self._name, "temperature": 0.0, **request}
-        )
+        body = {"model": self._name, "temperature": 0.0, **({} if self._strict else _NEUTRAL), **request}
+        try:
+            answer = await self._connection.post(f"{self._endpoint}/v1/completions", body)
+        except RefusedError as refused:
+            if self._strict or not any(name in str(refused) for name in _NEUTRAL):
+                raise
+            self._strict = True
+            return await self.complete(**request)
         try:
             return read_completion(answer)
         except MalformedError as error:

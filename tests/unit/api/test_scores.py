@@ -11,7 +11,7 @@ import pytest
 from pytest_sway.errors import ScoringError
 from pytest_sway.scoring import BatchView, View
 from tests.unit.api.conftest import Build
-from tests.unit.api.toy import VOCABULARY, Toy, distribution, number, text_nats, tokenize
+from tests.unit.api.toy import VOCABULARY, Toy, distribution, number, reply, text_nats, tokenize
 
 PROMPT, ANSWER = "the sun rises in the", " east and west"
 ECHOING = pytest.mark.parametrize("toy", ["openai", "vllm"], indirect=True)
@@ -179,7 +179,16 @@ def test_generation_passes_its_settings_on(build: Build, toy: Toy) -> None:
     after = distribution("tuned", tokenize(PROMPT))
     assert text == max(after, key=lambda token: after[token])
     sent = {"model": "tuned", "prompt": PROMPT, "max_tokens": 1, "temperature": 0.5, "top_p": 0.9, "seed": 7}
-    assert toy.requests[-1] == sent
+    assert toy.requests[-1] == {**sent, "repeat_penalty": 1.0, "repetition_penalty": 1.0, "min_p": 0.0}
+
+
+def test_a_server_that_knows_openais_settings_alone_gets_no_others(build: Build, toy: Toy) -> None:
+    toy.canned += [reply({"error": {"message": "Unrecognized request argument supplied: repeat_penalty"}}, 400)]
+    with build().as_base() as view:
+        view.generate(PROMPT, max_new_tokens=1)
+    settings = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed"}
+    assert toy.requests[0].keys() > toy.requests[1].keys()
+    assert toy.requests[-1].keys() == settings
 
 
 def test_many_at_once_come_in_their_order(build: Build, toy: Toy) -> None:
