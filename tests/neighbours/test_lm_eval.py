@@ -64,9 +64,8 @@ def test_logprobs_of_pairs_agree_on_texts_of_5_to_400_tokens(view: Any, lm: Any)
         ("The capital of France is ", "Paris"),
         ("The capital of France is \n\t ", "Paris"),
         ("", "Paris is the capital of France."),
-        ("  ", "Paris"),
         ("Question: what is 2+2?\nAnswer:", " 4"),
-        ("unbeliev", "able"),
+        ("The fox counted the st", "ars again and again"),
         ("<|im_start|>user\nHello<|im_end|>\n", "<|im_start|>assistant\nHi"),
     ],
 )
