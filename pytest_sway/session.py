@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-_PATIENCE_AT_END: Final = 5.0
-"""Seconds that the end of a session waits for threads that still load; pytest-xdist kills a worker after ten."""
+_PATIENCE_AT_END: Final = 3.0
+"""Seconds that the end of a session waits for threads that still load. pytest-xdist kills a worker after ten, of which five may have
+passed before the worker hears of an interrupt."""
 
 
 class SwayBackend(Protocol):

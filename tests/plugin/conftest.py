@@ -72,6 +72,8 @@ def pytest_sway_build_backend(spec):
         raise KeyboardInterrupt
     if spec.base == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if spec.base == "waits":
+        Path("go").read_text()
     if spec.base == "mismatch":
         from pytest_sway.errors import AdapterMismatchError
         raise AdapterMismatchError("the adapter does not fit.")

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import select
+import subprocess
+import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 
-from pytest_sway.report.progress import LoadProgress
+import pytest
+
+from pytest_sway.report.progress import LoadProgress, noted_loads
 from pytest_sway.report.terminal import summary_lines
 from pytest_sway.stats import BackendStats, SwayStats
 from tests.plugin.conftest import Suite
@@ -95,3 +103,57 @@ def test_a_quick_load_is_not_shown() -> None:
     with LoadProgress(terminal, patience=600.0).loading("base + adapter"):
         pass
     assert terminal.getvalue() == ""
+
+
+def test_of_several_processes_each_says_what_it_loads_in_whole_lines() -> None:
+    terminal = _Terminal()
+    with LoadProgress(terminal, worker="gw1", patience=0.0).loading("base"):
+        assert terminal.written.wait(30)
+    text = r"\n\[gw1\] sway: loading base \.\.\.\n\n\[gw1\] sway: loaded base in \d+\.\d s\n"
+    assert re.fullmatch(text, terminal.getvalue())
+
+
+def test_a_note_holds_what_is_being_loaded_for_as_long_as_it_is(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    progress = LoadProgress(None, note=note)
+    assert noted_loads(note) == ()
+    with progress.loading("base + one"):
+        with progress.loading("base + two"):
+            assert noted_loads(note) == ("base + one", "base + two")
+        assert noted_loads(note) == ("base + one",)
+    assert noted_loads(note) == ()
+
+
+def test_a_note_that_cannot_be_written_fails_no_load(tmp_path: Path) -> None:
+    note = tmp_path / "gone" / "note"
+    with LoadProgress(None, note=note).loading("base"):
+        assert noted_loads(note) == ()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="the test needs a terminal")
+@pytest.mark.parametrize("args", [(), ("-n1",)], ids=["alone", "in a worker"])
+def test_a_long_load_is_shown_on_a_real_terminal_past_the_capture(suite: Suite, args: tuple[str, ...]) -> None:
+    suite.write("""
+def test_x(sway_backend):
+    sway_backend(dummy("waits"))
+""")
+    os.mkfifo("go")
+    shown, terminal = os.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    text, told = b"", False
+    with suppress(OSError):  # what reading a terminal ends with on Linux
+        while select.select([shown], [], [], 60)[0] and (chunk := os.read(shown, 4096)):
+            text += chunk
+            if b"sway: loading dummy:waits" in text and not told:
+                Path("go").write_text("go")
+                told = True
+    os.close(shown)
+    assert told, text.decode()
+    assert child.wait(60) == 0, text.decode()

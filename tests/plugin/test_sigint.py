@@ -70,22 +70,47 @@ def test_third(sway_backend):
     ids=["load", "close", "test"],
 )
 def test_everything_is_closed(suite: Suite, body: str, events: list[str]) -> None:
+    output = interrupted(suite, TESTS.format(body=body), signal_group=False)
+    assert suite.events() == events, output
+
+
+@pytest.mark.parametrize(
+    ("body", "loaded"),
+    [('sway_backend(dummy("blocks-in-load"))', []), ('sway_backend(dummy("b")); block()', ["b"])],
+    ids=["load", "test"],
+)
+@pytest.mark.parametrize("signal_group", [True, False], ids=["all processes", "the controller"])
+def test_workers_close_everything_and_their_summary_is_printed(
+    suite: Suite, body: str, loaded: list[str], signal_group: bool
+) -> None:
+    output = interrupted(suite, TESTS.format(body=body), "-n1", signal_group=signal_group)
+    closed = [event for event in suite.events() if event.startswith("close")]
+    assert closed == [f"close {base}" for base in ("a", *loaded)]
+    assert "= sway =" in output
+    assert f"gw0: {1 + len(loaded)} load" in output
+    assert not list(suite.pytester.path.glob("pytest-sway-*"))
+
+
+def interrupted(suite: Suite, tests: str, *args: str, signal_group: bool) -> str:
+    """Run the tests apart, press Ctrl-C at the moment that they tell, and return what was printed."""
     suite.pytester.makepyfile(blocks=BLOCKS, plugin=PLUGIN)
-    suite.write(TESTS.format(body=body))
+    suite.write(tests)
     os.mkfifo("moment")
     pipe = os.open("moment", os.O_RDONLY | os.O_NONBLOCK)
     child = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(suite.pytester.path)},
     )
     try:
         reached, _, _ = select.select([pipe], [], [], 60)
         assert reached, "the child never got there"
     finally:
         os.close(pipe)
-    child.send_signal(signal.SIGINT)
+    (os.killpg if signal_group else os.kill)(child.pid, signal.SIGINT)
     output, _ = child.communicate(timeout=60)
     assert child.returncode == pytest.ExitCode.INTERRUPTED, output
-    assert suite.events() == events
+    return output
