@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, cast, final
 
 from pytest_sway import refusals
+from pytest_sway.errors import CacheError
 from pytest_sway.forking import call_in_forked_child
 from pytest_sway.leases import CachedBackend, Lease
 from pytest_sway.monitor import Bell, atomic
@@ -184,10 +185,11 @@ class Ledger:
     def fail(self, operation: Operation, error: SwayError) -> None:
         """Give those who waited for a load its error; who waited for one that never began may try it themselves."""
         entry = cast("Entry", operation.entry)
-        if entry.state is not State.LOADING:
-            return
-        self._refuse(list(entry.waiters), error)
-        self._stats.backend(str(entry.spec)).failures += 1
+        began = entry.state is State.LOADING
+        if began:
+            self._refuse(list(entry.waiters), error)
+        if began or not isinstance(error, CacheError):  # a refusal for want of room is no failed load
+            self._stats.backend(str(entry.spec)).failures += 1
 
     @atomic
     def retire(self, operation: Operation, chosen: Callable[[Entry], bool]) -> None:

@@ -18,6 +18,7 @@ from pytest_sway.building import Listener
 from pytest_sway.cache import BackendCache, CachedBackend, Lease
 from pytest_sway.errors import BackendUseError, MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
+from pytest_sway.redaction import redacted
 from pytest_sway.spec import Key, ModelSpec, SpecLike, resolved_key, short_name, with_adapter
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 
 _PATIENCE_AT_END: Final = 3.0
-"""Seconds that the end of a session waits for threads that still load. pytest-xdist kills a worker after ten, of which five may have
-passed before the worker hears of an interrupt."""
+"""Seconds that the end of a session waits for threads that still load. pytest-xdist kills a worker after ten, of which
+five may have passed before the worker hears of an interrupt."""
 
 
 class SwayBackend(Protocol):
@@ -276,17 +277,26 @@ class SwaySession(Listener):
     def loaded(self, cached: CachedBackend) -> None:
         """Count the seconds of a load apart from the test, and tell the user's hook."""
         self._unreported_seconds += cached.load_seconds
-        self._hooks.loaded(cached)
+        with self._noted("pytest_sway_backend_loaded", cached):
+            self._hooks.loaded(cached)
 
     def evicted(self, cached: CachedBackend) -> None:
         """Look for what outlived its close, and tell the user's hook."""
         users = tuple(self._users.pop(id(cached), ()))
-        try:  # nothing here may fail the request that the eviction was for
+        with self._noted("looking for leaks", cached):
             if self._settings.on_leak != "ignore" and (found := leak(cached.backend)) is not None:
                 self.stats.leaks.append(leak_message(cached.model_spec, found, users))
+        with self._noted("pytest_sway_backend_evicted", cached):
             self._hooks.evicted(cached.model_spec)
+
+    @contextmanager
+    def _noted(self, what: str, cached: CachedBackend) -> Iterator[None]:
+        """Keep an error for the summary: a request fails for no listener's sake."""
+        try:
+            yield
         except Exception as error:
-            self.stats.close_errors.append(f"after the close of {cached.model_spec}: {type(error).__name__}: {error}")
+            text = f"{what}, {cached.model_spec}: {type(error).__name__}: {redacted(str(error))}"
+            self.stats.hook_errors.append(text)
 
     def _base_loaded(self, name: str, seconds: float) -> None:
         self.stats.base_loaded(short_name(name), seconds)

@@ -202,16 +202,24 @@ def named_specs(rootpath: Path) -> dict[str, dict[str, Any]]:
     """The specs under ``[tool.pytest-sway.specs]`` of the root's pyproject.toml; relative folders start at the root.
 
     Raises:
-        pytest.UsageError: The table is not one of tables.
+        SpecError: The table is not one of tables.
     """
     path = rootpath / "pyproject.toml"
     if not path.is_file():
         return {}
     import tomllib
 
-    specs = tomllib.loads(path.read_text("utf-8")).get("tool", {}).get("pytest-sway", {}).get("specs", {})
-    if not isinstance(specs, dict) or not all(isinstance(spec, dict) for spec in specs.values()):
-        raise pytest.UsageError("pyproject.toml: [tool.pytest-sway.specs] must hold one table of fields for each name.")
+    table = tomllib.loads(path.read_text("utf-8")).get("tool", {}).get("pytest-sway", {})
+    specs = table.get("specs", {}) if isinstance(table, dict) else table
+    fields = specs.values() if isinstance(specs, dict) else [specs]
+    wrong = next((value for value in fields if not isinstance(value, dict)), None)
+    if wrong is not None:
+        from pytest_sway.errors import SpecError
+
+        raise SpecError(
+            f"{path}: [tool.pytest-sway.specs] must hold one table of fields for each name, such as"
+            f" v3 = {{ base = ..., adapter = ... }}; found {wrong!r}."
+        )
     return {name: _rooted(spec, rootpath) for name, spec in specs.items()}
 
 

@@ -50,6 +50,7 @@ class SwayStats:
         close_errors: One line for each ``close()`` that raised.
         mutations: One line for each test that left a backend changed.
         leaks: One line for each close after which weights were still in memory.
+        hook_errors: One line for each hook, and each look for leaks, that raised.
         unreleased: The holders of leases that were open when the cache was shut down.
         fewest_base_loads: How often each base that is known before the tests run would be loaded under ``--dist
             loadgroup``, by its name; empty in a run without workers, and in one with that option.
@@ -62,6 +63,7 @@ class SwayStats:
     close_errors: list[str] = field(default_factory=list)
     mutations: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    hook_errors: list[str] = field(default_factory=list)
     unreleased: list[str] = field(default_factory=list)
     fewest_base_loads: dict[str, int] = field(default_factory=dict)
 
@@ -131,6 +133,7 @@ class SwayStats:
             (self.close_errors, other.close_errors),
             (self.mutations, other.mutations),
             (self.leaks, other.leaks),
+            (self.hook_errors, other.hook_errors),
             (self.unreleased, other.unreleased),
         ):
             ours.extend(lines if origin is None else (f"{origin}: {line}" for line in lines))

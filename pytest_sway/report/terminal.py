@@ -55,6 +55,7 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Ite
         ("left changed", stats.mutations),
         ("leaked", stats.leaks),
         ("failed to close", stats.close_errors),
+        ("raised", stats.hook_errors),
         ("never released", stats.unreleased),
     ):
         for text in found:

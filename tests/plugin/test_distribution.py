@@ -28,30 +28,6 @@ def test_one_summary_counts_what_all_workers_did(suite: Suite) -> None:
     assert sorted(suite.events()) == 2 * ["close a"] + 2 * ["load a"]
 
 
-def test_nothing_is_printed_when_no_test_used_a_backend(any_suite: Suite) -> None:
-    result = any_suite.run("""
-def test_x(): pass
-def test_y(sway_backend): pass
-""")
-    result.assert_outcomes(passed=2)
-    assert "= sway =" not in result.stdout.str()
-
-
-def test_a_leak_fails_the_run(any_suite: Suite) -> None:
-    result = any_suite.run("""
-def test_x(sway_backend):
-    sway_backend(dummy("a")).leaky = True
-""")
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(
-        [
-            "leaked:*3.0 MiB of dummy:a were still in memory after its close",
-            "the run fails because weights leaked (sway_on_leak = error)",
-        ]
-    )
-
-
 @pytest.mark.parametrize("restarts", ["0", "1"])
 @pytest.mark.parametrize(
     ("death", "loading"),

@@ -97,8 +97,8 @@ def test_one(backend, sway_backend):
     result.stdout.fnmatch_lines(["*dummy:wide (held by test_suite.py::test_one)*"])
 
 
-def test_specs_come_as_mappings_names_objects_and_model_specs(suite: Suite) -> None:
-    suite.pytester.makepyprojecttoml("""
+def test_specs_come_as_mappings_names_objects_and_model_specs(any_suite: Suite) -> None:
+    any_suite.pytester.makepyprojecttoml("""
 [tool.pytest.ini_options]
 minversion = "8.0"
 
@@ -107,7 +107,7 @@ kind = "dummy"
 base = "named"
 adapter = "runs/v3"
 """)
-    result = suite.run("""
+    result = any_suite.run("""
 from pathlib import Path
 from types import SimpleNamespace
 from pytest_sway import ModelSpec
@@ -128,8 +128,8 @@ def test_unknown(sway_backend):
     result.stdout.fnmatch_lines(["*SpecError: no spec is named 'v4' (named specs: v3). Pass a mapping such as*"])
 
 
-def test_an_adapter_that_is_retrained_in_place_is_loaded_anew(suite: Suite) -> None:
-    result = suite.run("""
+def test_an_adapter_that_is_retrained_in_place_is_loaded_anew(any_suite: Suite) -> None:
+    result = any_suite.run("""
 def test_retrained(sway_backend, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     spec = {"kind": "dummy", "base": "a", "adapter": tmp_path}
@@ -139,7 +139,7 @@ def test_retrained(sway_backend, tmp_path):
     assert sway_backend(spec) is not before
 """)
     result.assert_outcomes(passed=1)
-    assert suite.events().count("load a") == 2
+    assert any_suite.events().count("load a") == 2
 
 
 def test_a_user_who_closes_a_shared_backend_is_told_and_harms_nobody(suite: Suite) -> None:

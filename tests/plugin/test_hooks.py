@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.plugin.conftest import Suite
 
 
@@ -24,16 +26,15 @@ def pytest_sway_backend_evicted(spec):
     assert suite.events() == ["load a", "loaded dummy:a a", "close a", "evicted dummy:a"]
 
 
-def test_a_hook_that_raises_at_an_eviction_fails_nobody(suite: Suite) -> None:
-    suite.pytester.makepyfile(
-        listens="""
-def pytest_sway_backend_evicted(spec):
-    raise RuntimeError("oops")
-"""
-    )
+@pytest.mark.parametrize(
+    ("hook", "argument"), [("pytest_sway_backend_loaded", "cached"), ("pytest_sway_backend_evicted", "spec")]
+)
+def test_a_hook_that_raises_is_reported_and_fails_nobody(suite: Suite, hook: str, argument: str) -> None:
+    suite.pytester.makepyfile(listens=f"def {hook}({argument}): raise RuntimeError('oops')")
     result = suite.run('def test_x(sway_backend): sway_backend(dummy("a"))', "-p", "listens")
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["failed to close: after the close of dummy:a: RuntimeError: oops"])
+    result.stdout.fnmatch_lines([f"raised: {hook}, dummy:a: RuntimeError: oops"])
+    assert suite.events() == ["load a", "close a"]
 
 
 def test_a_hook_that_builds_no_differential_backend_is_told_what_lacks(suite: Suite) -> None:

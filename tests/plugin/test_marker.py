@@ -7,8 +7,8 @@ import pytest
 from tests.plugin.conftest import Suite
 
 
-def test_one_marked_spec_needs_no_argument(suite: Suite) -> None:
-    result = suite.run("""
+def test_one_marked_spec_needs_no_argument(any_suite: Suite) -> None:
+    result = any_suite.run("""
 @pytest.mark.sway_spec(dummy("a"))
 def test_marked(sway_backend):
     assert sway_backend().spec.base == "a"

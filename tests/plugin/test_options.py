@@ -81,9 +81,14 @@ def test_x(sway_backend):
     result.assert_outcomes(passed=1)
 
 
-def test_malformed_named_specs_are_a_usage_error_of_the_test_that_asks(suite: Suite) -> None:
-    suite.pytester.makepyprojecttoml('[tool.pytest-sway]\nspecs = "v3"\n')
-    result = suite.run("def test_x(sway_backend): pass")
-    result.stdout.fnmatch_lines(
-        ["*UsageError: pyproject.toml: ?tool.pytest-sway.specs? must hold one table of fields*"]
+@pytest.mark.parametrize("table", ['specs = "v3"', 'specs.v3 = "v3"'])
+def test_malformed_named_specs_are_an_error_of_each_test_that_uses_a_backend(suite: Suite, table: str) -> None:
+    suite.pytester.makepyprojecttoml(f"[tool.pytest-sway]\n{table}\n")
+    result = suite.run("def test_x(sway_backend): pass\n\ndef test_y(sway_cache): pass\n\ndef test_z(): pass")
+    result.assert_outcomes(errors=2, passed=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*SpecError: *pyproject.toml: ?tool.pytest-sway.specs? must hold one table of fields for each name, such as"
+            " v3 = { base = ..., adapter = ... }; found 'v3'."
+        ]
     )

@@ -134,6 +134,21 @@ def test_inv09_an_error_of_another_type_is_wrapped_with_its_cause(build: FakeBui
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
+def test_inv09_what_a_check_finds_wrong_counts_as_a_failed_load(sharing: InformedFakeBuild) -> None:
+    cache = BackendCache(build=sharing)
+    sharing.check_errors["a"] = [SpecError("no such base")]
+    with pytest.raises(SpecError):
+        cache.acquire(spec("a"))
+    assert cache.stats.backend(str(spec("a"))).failures == 1
+
+
+def test_inv09_a_refusal_for_want_of_room_counts_as_no_failed_load(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=1, build=build)
+    with cache.lease(spec("a")), pytest.raises(CacheFullError):
+        cache.acquire(spec("b"))
+    assert cache.stats.total().failures == 0
+
+
 def test_inv09_a_failed_load_leaves_its_room_to_others(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     build.load_errors["a"] = [RuntimeError("broken")]

@@ -56,6 +56,7 @@ class Reference:
                 self.counts["hits"] += 1
                 return item
         if self._fault("check", name):
+            self.counts["failures"] += 1
             raise Failed
         estimate = self.estimates[name]
         if estimate is not None and self.max_bytes is not None and sum(estimate.values()) > self.max_bytes:
