@@ -17,7 +17,7 @@ def pytest_sway_build_backend(spec: ModelSpec, config: pytest.Config) -> Differe
     """Build the backend of ``spec``, or return ``None`` to leave it to others and at last to pytest-sway.
 
     Called once for each load, in the thread that asked. An error that is no `pytest_sway.SwayError` is wrapped in one.
-    What it returns has ``as_base()`` and ``as_finetuned()``, is leased and evicted like any other backend, and may have:
+    What it returns has ``as_base()`` and ``as_finetuned()``, is leased and evicted like any other, and may have:
 
     * ``close()``, called once, when it is evicted or the session ends;
     * ``changes()``, the lines that say what about it is not as it was when it was loaded; asked after each test;

@@ -33,6 +33,24 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def require_cached(spec: ModelSpec, role: str = "base") -> None:
+    """Raise if a model of a hub is not on this machine in a process that asks no hub for anything.
+
+    Raises:
+        WeightsError: Loading it would fail, with a word about the connection.
+    """
+    if is_path(spec.base) or base_file(spec, "config.json") is not None:
+        return
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        revision = "" if spec.revision is None else f" in revision {spec.revision!r}"
+        raise WeightsError(
+            f"the {role} {spec.base!r} is not in this machine's cache of the hub{revision}, and this run is offline"
+            " (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once online, or name the folder of a model."
+        )
+
+
 def require_complete(spec: ModelSpec, info: Mapping[str, Any]) -> None:
     """Raise unless a load found all of a model's weights: transformers makes up, from noise, what is missing.
 

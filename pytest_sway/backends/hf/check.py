@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.adapter_files import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.hf.adapter_files import read_adapter
-from pytest_sway.backends.hf.base_files import adapter_inside, base_file
+from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_cached
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.libraries import require_libraries
@@ -31,7 +31,8 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     Raises:
         SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; a
             model's holds an adapter; the fine-tuned model is the base; or the device is not there.
-        WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow.
+        WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow; or a model
+            would have to be fetched, and the process is offline.
         AdapterMismatchError: The adapter was made for another architecture.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
@@ -50,6 +51,9 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
         check_fit(spec, files, entries, config)
     require_libraries(spec, gguf=any(gguf_file(model) is not None for model in (spec, tuned) if model is not None))
     require_device(spec)
+    require_cached(spec)
+    if tuned is not None:
+        require_cached(tuned, "fine-tuned model")
     return files
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -81,6 +82,38 @@ def test_what_the_files_show_is_found_before_anything_is_loaded(
 def test_a_base_that_does_not_exist(builder: HFBuilder, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"the base '.*nowhere' does not exist. Name a hub id"):
         builder.check(spec_of(tmp_path / "nowhere"))
+
+
+def _offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    monkeypatch.setattr(import_module("huggingface_hub.constants"), "HF_HUB_OFFLINE", offline)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (ModelSpec(base="org/nowhere", device="cpu", dtype="fp32"), "the base 'org/nowhere' is not in this machine's"),
+        (
+            ModelSpec(base="org/nowhere", revision="v2", device="cpu", dtype="fp32"),
+            "cache of the hub in revision 'v2', and this run is offline",
+        ),
+    ],
+)
+def test_offline_a_base_that_would_have_to_be_fetched_is_refused(
+    builder: HFBuilder, monkeypatch: pytest.MonkeyPatch, spec: ModelSpec, sentence: str
+) -> None:
+    _offline(monkeypatch, True)
+    with pytest.raises(WeightsError, match=sentence):
+        builder.check(spec)
+    _offline(monkeypatch, False)
+    builder.check(spec)
+
+
+def test_offline_a_fine_tuned_model_that_would_have_to_be_fetched_is_refused(
+    builder: HFBuilder, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _offline(monkeypatch, True)
+    with pytest.raises(WeightsError, match="the fine-tuned model 'org/nowhere' is not in this machine's cache"):
+        builder.check(ModelSpec(base=str(base), finetuned="org/nowhere", device="cpu", dtype="fp32"))
 
 
 def test_a_base_that_is_an_adapter(builder: HFBuilder, adapter: Path) -> None:
