@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.errors import ScoringError
-from pytest_sway.scoring import BatchView, View
+from pytest_sway.scoring import BatchView, TokenDist, View
 from tests.unit.api.conftest import Build
 from tests.unit.api.toy import VOCABULARY, Toy, distribution, number, reply, text_nats, tokenize
 
@@ -135,6 +135,21 @@ def test_servers_that_tell_the_ids_of_tokens_are_believed(build: Build, toy: Toy
         dist = view.next_token_dist(PROMPT, top_k=3)
     assert [VOCABULARY[token] for token in dist.token_ids] == sorted(after, key=lambda token: -after[token])[:3]
     np.testing.assert_allclose(dist.logprobs, sorted(after.values(), reverse=True)[:3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("toy", ["openai", "vllm"], indirect=True)
+def test_numbers_of_ours_serve_the_divergence_of_dlm_sway_as_ids_do(build: Build, toy: Toy) -> None:
+    divergences = pytest.importorskip("dlm_sway.probes._divergence", reason="dlm-sway is not installed")
+    backend = build()
+    with backend.as_base() as base, backend.as_finetuned() as tuned:
+        found = divergences.divergence(base.next_token_dist(PROMPT, top_k=5), tuned.next_token_dist(PROMPT, top_k=5))
+    sides = []
+    for name in ("base", "tuned"):
+        after = distribution(name, [*(["<s>"] if _bos(toy) else []), *tokenize(PROMPT)])
+        top = sorted(after, key=lambda token: -after[token])[:5]
+        logprobs = np.array([after[token] for token in top], np.float32)
+        sides.append(TokenDist(np.array([number(token) for token in top]), logprobs, len(VOCABULARY)))
+    assert found == pytest.approx(divergences.divergence(*sides), abs=1e-6)
 
 
 @pytest.mark.parametrize(

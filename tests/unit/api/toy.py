@@ -77,6 +77,7 @@ class Toy:
         requests: The bodies of the requests for completions.
         headers: The headers of all requests.
         canned: What it answers the next requests for completions with, before it goes on as itself.
+        faults: What it answers requests with that ask for that number of tokens.
         models_answer: What it answers the request for its list of models with, in the list's place.
     """
 
@@ -88,6 +89,7 @@ class Toy:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.canned: deque[Canned] = deque()
+        self.faults: dict[int, Canned] = {}
         self.models_answer: Canned | None = None
         self._lock = threading.Lock()
         server.expect_request("/v1/models").respond_with_handler(self._models)
@@ -109,7 +111,7 @@ class Toy:
         with self._lock:
             self.requests.append(body)
             self.headers.append(dict(request.headers))
-            canned = self.canned.popleft() if self.canned else None
+            canned = self.canned.popleft() if self.canned else self.faults.get(body["max_tokens"])
         if canned is not None:
             return canned if isinstance(canned, Response) else canned(request)
         refusal = self._refusal(body)
