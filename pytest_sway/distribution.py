@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import pytest
 from pytest_sway.machine import WORKER_SLOT, threads_for
 from pytest_sway.report.progress import LoadProgress, noted_loads
 from pytest_sway.report.terminal import write_summary
+from pytest_sway.run_folder import RunFolder
 from pytest_sway.stats import SwayStats
 
 if TYPE_CHECKING:
@@ -46,10 +45,16 @@ def worker_data(config: pytest.Config) -> Mapping[str, Any]:
     """Return what the controller told this worker; empty where there is no controller.
 
     ``folder``, a path as text, is the run's folder for what the workers of the controller's machine share; workers
-    elsewhere have none. The controller removes it when the run ends.
+    elsewhere have none. The controller removes it when the run ends. ``shares_weights``: whether weights are among it.
     """
     data: Mapping[str, Any] = getattr(config, "workerinput", {}).get(_KEY, {})
     return data
+
+
+def weights_folder(config: pytest.Config) -> Path | None:
+    """Return the folder through which the workers of a machine share weights; ``None`` where each has its own."""
+    data = worker_data(config)
+    return Path(data["folder"]) if data.get("shares_weights") else None
 
 
 def publish(config: pytest.Config, stats: SwayStats) -> None:
@@ -97,7 +102,7 @@ class Controller:
         self._workers_here = max(1, sum(_machine(spec) == _HERE for spec in _expanded(config.getoption("tx"))))
         self._nodes: list[Node] = []
         self._errors: dict[str, str] = {}
-        self._folder: Path | None = None
+        self._folder: RunFolder | None = None
 
     @pytest.hookimpl
     def pytest_report_header(self) -> str | None:
@@ -125,7 +130,8 @@ class Controller:
         """Tell a worker what it should know before it starts; a worker that replaces another comes here too."""
         self._nodes.append(node)
         here = _machine(str(node.gateway.spec)) == _HERE
-        node.workerinput[_KEY] = {"folder": str(self._shared_folder()) if here else None}
+        shares = here and self._workers_here > 1 and self._settings.share_weights == "auto"
+        node.workerinput[_KEY] = {"folder": str(self._shared_folder()) if here else None, "shares_weights": shares}
 
     @pytest.hookimpl
     def pytest_testnodedown(self, node: Node, error: object | None) -> None:
@@ -151,7 +157,7 @@ class Controller:
     def pytest_unconfigure(self) -> None:
         """Remove what the workers shared."""
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     def reports(self) -> list[WorkerReport]:
         """What the workers handed back, in the order in which they were started.
@@ -181,8 +187,8 @@ class Controller:
 
     def _shared_folder(self) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="pytest-sway-"))
-        return self._folder
+            self._folder = RunFolder()
+        return self._folder.path
 
 
 def _note(folder: str, worker: str) -> Path:

@@ -209,7 +209,7 @@ def _used(config: pytest.Config) -> SwaySession | None:
 def _sway(config: pytest.Config) -> SwaySession:
     """The session, made on first use."""
     if _session not in config.stash:
-        from pytest_sway.distribution import load_progress
+        from pytest_sway.distribution import load_progress, weights_folder
         from pytest_sway.session import SwaySession
 
         config.stash[_session] = SwaySession(
@@ -218,6 +218,7 @@ def _sway(config: pytest.Config) -> SwaySession:
             named_specs(config.rootpath),
             load_progress(config, _terminal(config)),
             who=lambda: config.stash.get(_running, "the session"),
+            share_weights=weights_folder(config),
         )
     return config.stash[_session]
 

@@ -117,6 +117,7 @@ class SwaySession(Listener):
         named: Specs by name.
         progress: Shows loads that take long.
         who: Names whoever runs now, for leases that no fixture ``sway_backend`` took.
+        share_weights: A folder through which the workers of this host hold one copy of converted weights.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class SwaySession(Listener):
         named: Mapping[str, Any],
         progress: LoadProgress,
         who: Callable[[], str],
+        share_weights: Path | None = None,
     ) -> None:
         self._settings = settings
         self._hooks = hooks
@@ -141,6 +143,7 @@ class SwaySession(Listener):
             device=settings.device,
             dtype=settings.dtype,
             on_base_load=self._base_loaded,
+            share_weights=share_weights,
         )
         self.cache = BackendCache(
             settings.cache_size,

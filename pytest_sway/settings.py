@@ -33,6 +33,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
         on_leak: What the run gets when weights outlive their backend.
         reorder: Whether tests of equal models are put together.
         offline: Whether nothing is asked of a hub.
+        share_weights: ``auto`` if the workers of a host hold one copy of converted weights, else ``off``.
     """
 
     cache_size: int
@@ -43,6 +44,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
     on_leak: str
     reorder: bool
     offline: bool
+    share_weights: str
 
     def fails_run(self, leaks: Sequence[str]) -> bool:
         """Whether ``leaks`` fail a run in which every test passed."""
@@ -55,6 +57,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
             f"sway: cache of {self.cache_size}, {memory}, device {self.device}, dtype {self.dtype},"
             f" on mutation {self.on_mutation}, on leak {self.on_leak}{'' if self.reorder else ', tests not reordered'}"
             f"{', offline' if self.offline else ''}"
+            f"{'' if self.share_weights == 'auto' else ', weights not shared between workers'}"
         )
 
 
@@ -165,6 +168,12 @@ _SETTINGS: Final = (
         "put tests together that use equal models, and under --dist loadgroup on equal workers (default: true)",
     ),
     _Setting("sway_offline", False, bool, "ask nothing of a hub: use what is on this machine (default: false)", ""),
+    _Setting(
+        "sway_share_weights",
+        "auto",
+        one_of("auto", "off"),
+        "one copy of converted weights for all pytest-xdist workers of a host: auto, off (default: auto)",
+    ),
 )
 
 

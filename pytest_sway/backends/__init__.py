@@ -113,6 +113,8 @@ class Builder:
         device: What ``auto`` means for devices in this run.
         dtype: What ``auto`` means for dtypes in this run.
         on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
+        share_weights: A folder through which this process and others on this host hold one copy of converted weights;
+            ``None`` for a copy of its own.
     """
 
     def __init__(
@@ -121,10 +123,12 @@ class Builder:
         device: str = "auto",
         dtype: str = "auto",
         on_base_load: Callable[[str, float], None] | None = None,
+        share_weights: Path | None = None,
     ) -> None:
         self._device = device
         self._dtype = dtype
         self._on_base_load = on_base_load
+        self._share_weights = share_weights
         self._pooled: dict[str, PooledBuilder] = {}
 
     def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
@@ -200,7 +204,7 @@ class Builder:
         if spec.kind == "hf" and "hf" not in self._pooled:
             from pytest_sway.backends.hf import HFBuilder
 
-            self._pooled["hf"] = HFBuilder(on_base_load=self._on_base_load)
+            self._pooled["hf"] = HFBuilder(on_base_load=self._on_base_load, share_weights=self._share_weights)
         elif spec.kind == "mlx" and "mlx" not in self._pooled:
             from pytest_sway.backends.mlx import MLXBuilder
 

@@ -56,6 +56,7 @@ def test_a_bad_memory_size_ends_the_run_before_it_starts(suite: Suite, value: st
         ("sway_dtype = int3", "sway_dtype: must be one of auto, fp16, bf16, fp32; found 'int3'."),
         ("sway_device = G!", "sway_device: must be auto or a torch device such as cpu, cuda:0 or mps; found 'G!'."),
         ("sway_on_leak = shout", "sway_on_leak: must be one of error, warn, ignore; found 'shout'."),
+        ("sway_share_weights = on", "sway_share_weights: must be one of auto, off; found 'on'."),
         ("sway_on_mutation = shout", "sway_on_mutation: must be one of error, warn, ignore; found 'shout'."),
     ],
 )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.gguf_files import gguf_file
+from pytest_sway.backends.hf.libraries import PROCESS_STATE
 from pytest_sway.backends.hf.memory import collect
 from pytest_sway.backends.hf.models import load_model
 from pytest_sway.backends.hf.sizes import base_entries
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
+_ONE_THREAD: Final = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers 5, which reads it for each load; 4 has no threads
 _STORED: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _SOURCES: Final = frozenset({".json", ".safetensors", ".bin", ".py"})
 """Suffixes of the files that a model is loaded from."""
@@ -113,7 +115,8 @@ def _convert(spec: ModelSpec, place: Path) -> Any:
     Raises:
         _NotSharedError: It could not be written, or is not the same when it is read back; nobody is to try again.
     """
-    model = load_model(spec)
+    with _in_this_thread():
+        model = load_model(spec)
     if place.name != _identity(spec):  # somebody saves into its folder just now: nobody knows what was loaded
         return model
     unfinished = place.with_suffix(".unfinished")
@@ -178,6 +181,21 @@ def _identity(spec: ModelSpec) -> str:
 
 
 # --- the copy ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _in_this_thread() -> Iterator[None]:
+    """Have transformers convert in this thread: of what other threads free, glibc keeps up to a tenth of a model."""
+    with PROCESS_STATE:
+        before = os.environ.get(_ONE_THREAD)
+        os.environ[_ONE_THREAD] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_ONE_THREAD]
+            else:
+                os.environ[_ONE_THREAD] = before
 
 
 def _write(spec: ModelSpec, model: Any, folder: Path) -> None:

@@ -401,6 +401,18 @@ def _digest(run_folder: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("before", [{}, {"HF_DEACTIVATE_ASYNC_LOAD": "0"}], ids=str)
+def test_the_environment_stays_what_it_was(
+    worker: Callable[[], SharedWeights], half: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, str]
+) -> None:
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
+    worker().load_model(spec_of(half))
+    assert dict(os.environ) == environment
+
+
 # --- what can go wrong ------------------------------------------------------------------------------------------------
 
 

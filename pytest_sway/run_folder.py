@@ -1,0 +1,66 @@
+"""A folder of one run in the temporary directory, for what its processes share on this machine.
+
+It goes when the run ends. What a run leaves that was killed, the next run removes: a lock that the system lets go with
+its process tells which are left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing of others is removed
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX: Final = "pytest-sway-"
+_ALIVE: Final = "alive"
+
+
+class RunFolder:
+    """A new folder that only this user can read.
+
+    Attributes:
+        path: Where it is.
+
+    Raises:
+        OSError: None can be made.
+    """
+
+    def __init__(self) -> None:
+        _remove_abandoned(Path(tempfile.gettempdir()))
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        new = self.path / f"{_ALIVE}.new"
+        self._lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                new.rename(self.path / _ALIVE)  # only now: who sees it under this name sees it locked
+
+    def remove(self) -> None:
+        """Remove the folder and all that is in it; what processes have mapped stays theirs."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove the folders of runs that are no more."""
+    if fcntl is None:
+        return
+    for folder in directory.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another user's, another program's, or gone by now
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+                continue
+            lock = os.open(folder / _ALIVE, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
