@@ -28,8 +28,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 _FEWEST_ROWS: Final = 64
 """The head reads all of its weights for any number of rows; for fewer than these, that takes most of its time."""
 
-_TRIAL: Final = (0, 1, 2, 3)
-"""Token ids that are tried; every vocabulary has them."""
+_TRIAL_LENGTH: Final = 4
 
 
 class SplitModel:
@@ -85,9 +84,10 @@ class SplitModel:
     def caches(self) -> bool:
         """Whether continuing from a cache gives what one pass over everything gives; tried when first asked."""
         if self._caches is None:
-            whole = self.hidden([_TRIAL])[0]
+            trial = _trial(self._model)
+            whole = self.hidden([trial])[0]
             try:
-                other = self.hidden_after(_TRIAL[:-1], [_TRIAL[-1:], _TRIAL[:2]], 64)[0]
+                other = self.hidden_after(trial[:-1], [trial[-1:], trial[:2]], 64)[0]
             except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
                 self._caches = False
             else:
@@ -199,7 +199,7 @@ class Forward:
 def _split(model: Any) -> SplitModel | None:
     import torch
 
-    trial = torch.tensor([_TRIAL], device=model.device)
+    trial = torch.tensor([_trial(model)], device=model.device)
     whole = model(input_ids=trial, use_cache=False).logits[0]
     bodies = [body for body in dict.fromkeys((model.get_decoder(), model.base_model)) if body not in (None, model)]
     return next((split for body in bodies if (split := _split_at(model, body, trial, whole)) is not None), None)
@@ -238,10 +238,17 @@ def agree(one: Any, other: Any) -> bool:
 
 
 def _padded(sequences: Sequence[Sequence[int]], device: Any) -> Any:
+    """Sequences of equal length: each one's last token goes on, since models warn of padding tokens without a mask."""
     import torch
 
     longest = max(map(len, sequences))
-    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences], device=device)
+    return torch.tensor([[*ids, *ids[-1:] * (longest - len(ids))] for ids in sequences], device=device)
+
+
+def _trial(model: Any) -> tuple[int, ...]:
+    """Token ids that every vocabulary has, and that are no padding."""
+    padding = getattr(model.config, "pad_token_id", None)
+    return tuple(token for token in range(_TRIAL_LENGTH + 1) if token != padding)[:_TRIAL_LENGTH]
 
 
 def _last(end: int, count: int) -> range:

@@ -35,7 +35,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 Run = Callable[..., Any]
 Ids = tuple[int, ...]
 
-_SLICE_BYTES: Final = 2 * 2**20
+_SLICE_BYTES: Final = 2**20
 """Logits that are normalised at once on a CPU: what stays in a core's cache."""
 
 _SMALLEST_TAIL: Final = 1e-12

@@ -1,0 +1,97 @@
+"""Texts that are longer than the model reads at once, tokens that it does not know, and vocabularies that are large."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pytest_sway.errors import ScoringError, SwayWarning
+from tests.tiny import TEXT, WORDS, make_base, make_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LONG = " ".join((WORDS * 20)[:700])  # the model reads 256
+
+
+def test_a_long_text_rolls_through_windows(build: Any, base: Path) -> None:
+    with build(base).as_base() as view:
+        whole = view.rolling_logprob(LONG)
+        assert whole.num_tokens == len(whole.token_ids) == 701
+        ids = view.tokenizer(LONG)["input_ids"]
+        parts = [
+            view.logprob_of("", view.tokenizer.decode(ids[:256])),
+            view.logprob_of(view.tokenizer.decode(ids[255:256]), " " + view.tokenizer.decode(ids[256:512])),
+            view.logprob_of(view.tokenizer.decode(ids[443:512]), " " + view.tokenizer.decode(ids[512:])),
+        ]
+    assert whole.total_logprob == pytest.approx(sum(parts), rel=1e-5)
+    sums = [float(part.sum()) for part in np.split(whole.logprobs, [256, 512])]
+    assert sums == pytest.approx(parts, rel=1e-5)
+
+
+def test_a_long_text_rolls_without_a_prefix_too(build: Any, base: Path) -> None:
+    with build(base).as_base() as view:
+        whole = view.rolling_logprob(LONG, prefix=False)
+        head = view.rolling_logprob(" ".join(LONG.split()[:257]), prefix=False)
+    assert whole.logprobs.shape == (699,)
+    np.testing.assert_allclose(whole.logprobs[:256], head.logprobs, atol=2e-4)
+
+
+def test_a_long_prompt_loses_its_beginning_and_the_test_is_told(build: Any, base: Path) -> None:
+    words = LONG.split()
+    with build(base).as_base() as view:
+        with pytest.warns(SwayWarning, match="2 of the prompts are too long: 256 tokens") as caught:
+            scores = view.logprobs_of([(LONG, " east"), (LONG, " west"), ("the sun", " east")])
+        assert caught[0].filename == __file__
+        assert scores[0] == pytest.approx(view.logprob_of(" ".join(words[-256:]), " east"), abs=2e-4)
+        with pytest.warns(SwayWarning, match="1 of the prompts are too long"):
+            dist = view.next_token_dist(LONG, top_k=3)
+        np.testing.assert_array_equal(dist.token_ids, view.next_token_dist(" ".join(words[-256:]), top_k=3).token_ids)
+
+
+def test_a_completion_longer_than_the_model_reads_is_an_error(build: Any, base: Path) -> None:
+    with (
+        build(base).as_base() as view,
+        pytest.raises(ScoringError, match="the completion has 700 tokens, and the model reads at most 256 at once"),
+    ):
+        view.logprob_of("the", " " + LONG)
+
+
+def test_a_token_without_an_embedding_is_named(build: Any, tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    make_tokenizer(base, extra=("poseidon",))
+    with build(base).as_base() as view:
+        for use in (
+            lambda: view.rolling_logprob("the poseidon"),
+            lambda: view.logprob_of("the", " poseidon"),
+            lambda: view.next_token_dist("the poseidon"),
+            lambda: view.generate("the poseidon", max_new_tokens=1),
+        ):
+            with pytest.raises(ScoringError, match=r"the tokenizer gives token .*, 'poseidon', and the model has embed"):
+                use()
+        assert view.rolling_logprob(TEXT).num_tokens
+
+
+_PEAK = """
+import resource, sys
+from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.spec import ModelSpec
+
+with HFBuilder().build(ModelSpec(base=sys.argv[1], device="cpu", dtype="fp32")).as_base() as view:
+    view.rolling_logprob("the sun rises")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = view.rolling_logprob(" ".join(["the"] * 2047)).num_tokens
+    assert found == 2048, found
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_a_text_of_2048_tokens_needs_little_memory_at_a_vocabulary_of_262144(tmp_path: Path) -> None:
+    base = make_base(tmp_path, vocab_size=262_144, layers=1, max_position_embeddings=4096, tie_word_embeddings=True)
+    run = subprocess.run([sys.executable, "-c", _PEAK, str(base)], capture_output=True, text=True, check=True)
+    assert int(run.stdout) * 1024 < 400 * 10**6
