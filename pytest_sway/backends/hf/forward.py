@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pytest_sway.backends.hf import batches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pytest_sway.backends.hf.batches import Limits
     from pytest_sway.backends.hf.tokenisation import Window
@@ -29,6 +29,8 @@ _FEWEST_ROWS: Final = 64
 """The head reads all of its weights for any number of rows; for fewer than these, that takes most of its time."""
 
 _TRIAL_LENGTH: Final = 4
+
+_T = TypeVar("_T")
 
 
 class SplitModel:
@@ -143,8 +145,10 @@ class Forward:
             return self.limits.tokens
         return min(self.limits.tokens, max(1, 4 * self.limits.logits_bytes // (4 * self._vocabulary())))
 
-    def logits(self, runner: Any, sequences: Sequence[tuple[Sequence[int], int]]) -> Iterator[Any]:
-        """Compute the logits of the last positions of several sequences in one pass.
+    def logits(
+        self, runner: Any, sequences: Sequence[tuple[Sequence[int], int]], reduce: Callable[[Any, int], _T]
+    ) -> list[_T]:
+        """Compute the logits of the last positions of several sequences in one pass, and reduce them at once.
 
         The sequences are padded on the right, and no attention mask is passed: what comes later is hidden from a
         causal model by its own mask.
@@ -152,10 +156,13 @@ class Forward:
         Args:
             runner: The model, or the ``PeftModel`` around it.
             sequences: Token ids, and how many of their last positions are wanted.
+            reduce: Called with logits of a few positions, and the number of positions that came before. In order
+                these are all wanted positions of the first sequence, of the second, and so on. The logits, of shape
+                ``(positions, vocabulary)`` and in the model's dtype, are its to overwrite, and freed after it unless
+                it returns them.
 
-        Yields:
-            Tensors of shape ``(positions, vocabulary)`` in the model's dtype, which are the caller's to overwrite: all
-            wanted positions of the first sequence, of the second, and so on, a few at a time.
+        Returns:
+            What ``reduce`` returned.
         """
         split = self.split(runner)
         inputs = [ids for ids, _ in sequences]
@@ -163,31 +170,30 @@ class Forward:
         if split is not None:
             states = split.hidden(inputs).flatten(0, 1)
             wanted = [p for i, (ids, n) in enumerate(sequences) for p in _last(i * longest + len(ids), n)]
-            yield from self._heads(split, _rows(states, wanted))
-            return
+            return self._heads(split, _rows(states, wanted), reduce)
         kept = longest - min(len(ids) - n for ids, n in sequences)
         only = {} if self._argument is None else {self._argument: kept}
         logits = runner(input_ids=_padded(inputs, self.model.device), **only).logits
         width = logits.shape[1]  # with virtual tokens in front, more than were passed
         wanted = [p for i, (ids, n) in enumerate(sequences) for p in _last((i + 1) * width - longest + len(ids), n)]
-        for start in range(0, len(wanted), self._chunk()):
-            yield _rows(logits.flatten(0, 1), wanted[start : start + self._chunk()])
+        rows, chunk = logits.flatten(0, 1), self._chunk()
+        return [reduce(_rows(rows, wanted[at : at + chunk]), at) for at in range(0, len(wanted), chunk)]
 
     def shares(self, runner: Any, windows: Sequence[Window]) -> bool:
         """Whether windows of one context will have it computed once."""
         split = self.split(runner)
         return split is not None and batches.worth_sharing(windows, self.limits) and split.caches
 
-    def shared_logits(self, runner: Any, windows: Sequence[Window]) -> Iterator[Any]:
+    def shared_logits(self, runner: Any, windows: Sequence[Window], reduce: Callable[[Any, int], _T]) -> list[_T]:
         """Compute what `logits` does for windows for which `shares` is true."""
         split = self.split(runner)
         assert split is not None
         states = split.hidden_after(windows[0].context, [w.scored[:-1] for w in windows], self.limits.cached_tokens)
-        yield from self._heads(split, _joined(states))
+        return self._heads(split, _joined(states), reduce)
 
-    def _heads(self, split: SplitModel, rows: Any) -> Iterator[Any]:
-        for some in rows.split(self._chunk()):
-            yield split.logits(some)
+    def _heads(self, split: SplitModel, rows: Any, reduce: Callable[[Any, int], _T]) -> list[_T]:
+        chunk = self._chunk()
+        return [reduce(split.logits(some), i * chunk) for i, some in enumerate(rows.split(chunk))]
 
     def _chunk(self) -> int:
         return max(_FEWEST_ROWS, self.limits.logits_bytes // (4 * self._vocabulary()))
@@ -242,7 +248,7 @@ def _padded(sequences: Sequence[Sequence[int]], device: Any) -> Any:
     import torch
 
     longest = max(map(len, sequences))
-    return torch.tensor([[*ids, *ids[-1:] * (longest - len(ids))] for ids in sequences], device=device)
+    return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in sequences], device=device)
 
 
 def _trial(model: Any) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from pytest_sway.errors import ScoringError, SwayWarning
 from pytest_sway.scoring import RollingLogprob, TokenDist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -185,28 +185,28 @@ def _planned(engine: Engine, items: Sequence[Any], lengths: Sequence[int]) -> li
 
 
 def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[np.float32]]:
+    import torch
+
+    targets = [token for window in windows for token in window.scored]
+
+    def reduce(logits: Any, start: int) -> Any:
+        return _chosen_logprobs(logits, targets[start : start + len(logits)])
+
     if engine.forward.shares(engine.model, windows):
-        logits = engine.forward.shared_logits(engine.model, windows)
+        parts = engine.forward.shared_logits(engine.model, windows, reduce)
     else:
-        logits = engine.forward.logits(engine.model, [(window.inputs, len(window.scored)) for window in windows])
-    flat = _logprobs(logits, [token for window in windows for token in window.scored])
-    ends = np.cumsum([len(window.scored) for window in windows])[:-1]
-    return np.split(flat, ends)
+        sequences = [(window.inputs, len(window.scored)) for window in windows]
+        parts = engine.forward.logits(engine.model, sequences, reduce)
+    flat: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+    return np.split(flat, np.cumsum([len(window.scored) for window in windows])[:-1])
 
 
 def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist]:
-    import torch
+    def reduce(logits: Any, _: int) -> list[TokenDist]:
+        return _most_probable(logits, top_k)
 
-    dists = []
-    for logits in engine.forward.logits(engine.model, [(ids, 1) for ids in prompts]):
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        vocabulary = int(logprobs.shape[-1])
-        top = torch.topk(logprobs, k=min(top_k, vocabulary))
-        masses = (1.0 - torch.exp(top.values).sum(-1)).tolist()
-        for ids, values, rest in zip(top.indices.cpu().numpy(), top.values.cpu().numpy(), masses, strict=True):
-            tail = None if top_k >= vocabulary else log_of_tail(rest)
-            dists.append(TokenDist(ids.copy(), values.copy(), vocabulary, tail))
-    return dists
+    parts = engine.forward.logits(engine.model, [(ids, 1) for ids in prompts], reduce)
+    return [dist for part in parts for dist in part]
 
 
 # --- from logits to answers -----------------------------------------------------------------------------------------
@@ -219,24 +219,34 @@ def _scored(run: Run, windows: Iterable[Window]) -> dict[Window, NDArray[np.floa
     return found
 
 
-def _logprobs(logits: Iterator[Any], targets: Sequence[int]) -> NDArray[np.float32]:
-    """Log-probability of each target, in nats, given the logits of its position; overwrites the logits.
+def _chosen_logprobs(logits: Any, targets: Sequence[int]) -> Any:
+    """Log-probability of a target at each position, in nats: float32, shape ``(positions,)``; overwrites the logits.
 
     On a CPU a few rows are normalised at a time, while they are in its cache.
     """
     import torch
 
-    parts, start = [], 0
-    for chunk in logits:
-        ours: Any = torch.tensor(targets[start : start + len(chunk)], device=chunk.device).unsqueeze(-1)
-        start += len(chunk)
-        rows = max(1, _SLICE_BYTES // (4 * chunk.shape[-1])) if chunk.device.type == "cpu" else len(chunk)
-        for some, tokens in zip(chunk.split(rows), ours.split(rows), strict=True):
-            numbers = some.float()
-            chosen, highest = numbers.gather(-1, tokens), numbers.amax(-1, keepdim=True)
-            parts.append(chosen - highest - numbers.sub_(highest).exp_().sum(-1, keepdim=True).log_())
-    answers: NDArray[np.float32] = torch.cat(parts).flatten().cpu().numpy()
-    return answers
+    wanted: Any = torch.tensor(targets, device=logits.device).unsqueeze(-1)
+    rows = max(1, _SLICE_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+    parts = []
+    for some, tokens in zip(logits.split(rows), wanted.split(rows), strict=True):
+        numbers = some.float()
+        chosen, highest = numbers.gather(-1, tokens), numbers.amax(-1, keepdim=True)
+        parts.append(chosen - highest - numbers.sub_(highest).exp_().sum(-1, keepdim=True).log_())
+    return torch.cat(parts).flatten()
+
+
+def _most_probable(logits: Any, top_k: int) -> list[TokenDist]:
+    import torch
+
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    vocabulary = int(logprobs.shape[-1])
+    top = torch.topk(logprobs, k=min(top_k, vocabulary))
+    rests = (1.0 - torch.exp(top.values).sum(-1)).tolist()
+    return [
+        TokenDist(ids.copy(), values.copy(), vocabulary, None if top_k >= vocabulary else log_of_tail(rest))
+        for ids, values, rest in zip(top.indices.cpu().numpy(), top.values.cpu().numpy(), rests, strict=True)
+    ]
 
 
 def log_of_tail(mass: float) -> float:

@@ -42,7 +42,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(request.param, **tokens, **_FAMILIES[request.param])
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        model_class: Any = AutoModelForCausalLM
+        model_class.from_config(config).save_pretrained(folder)
     return folder
 
 
