@@ -33,6 +33,8 @@ CHUNK_POSITIONS: Final = 128
 PREFILL_POSITIONS: Final = 2048
 """Positions that go through the model at once where no logits are wanted."""
 
+_BLOCK: Final = 256
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Engine:
@@ -79,7 +81,7 @@ class Engine:
             end = min(start + CHUNK_POSITIONS, len(window.scored))
             logits = self.model(mx.array([ids[start:end]]), cache=cache)[0].astype(mx.float32)
             chosen = mx.take_along_axis(logits, mx.array(ids[start + 1 : end + 1])[:, None], axis=-1)
-            part = chosen[:, 0] - mx.logsumexp(logits, axis=-1)
+            part = chosen[:, 0] - _log_normaliser(logits)
             mx.eval(part)
             parts.append(np.array(part))
         return np.concatenate(parts)
@@ -89,7 +91,7 @@ class Engine:
         import mlx.core as mx
 
         logits = self._last_logits(ids, self._prefilled(ids[:-1]))
-        logprobs = logits - mx.logsumexp(logits)
+        logprobs = logits - _log_normaliser(logits)
         vocabulary = int(logprobs.shape[-1])
         k = min(top_k, vocabulary)
         order = mx.argsort(-logprobs)[:k]
@@ -121,6 +123,20 @@ class Engine:
         import mlx.core as mx
 
         return self.model(mx.array([ids[-1:]]), cache=cache)[0, -1].astype(mx.float32)
+
+
+def _log_normaliser(logits: Any) -> Any:
+    """Return the log-sum-exp over the last axis, in two steps.
+
+    On a CPU, MLX adds up a row of float32 one number after the other. Over a vocabulary of 49,152 that loses 1e-4 nats,
+    always to the same side, which a sum over many tokens does not forgive; in blocks it loses 2e-6.
+    """
+    import mlx.core as mx
+
+    missing = -logits.shape[-1] % _BLOCK
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+    blocks = mx.pad(logits, padding, constant_values=-mx.inf).reshape(*logits.shape[:-1], -1, _BLOCK)
+    return mx.logsumexp(mx.logsumexp(blocks, axis=-1), axis=-1)
 
 
 def _greedy(logits: Any) -> Any:
