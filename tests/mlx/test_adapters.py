@@ -15,7 +15,17 @@ import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from tests.mlx.native import LORA, edit_native, fresh_logits, make_native, view_logits
-from tests.tiny import edit_config, edit_weights, make_adapter, make_base, pickled, poison, save_adapter, truncate
+from tests.tiny import (
+    edit_config,
+    edit_weights,
+    make_adapter,
+    make_base,
+    make_tokenizer,
+    pickled,
+    poison,
+    save_adapter,
+    truncate,
+)
 
 Build = Callable[..., Any]
 
@@ -208,3 +218,23 @@ def test_an_adapter_trained_anew_in_the_same_folder_is_another_one(base: Path, a
     edit_weights(folder, lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
     assert cache.get_or_load(spec).backend is not first.backend
     cache.shutdown()
+
+
+def test_a_tokenizer_that_the_adapter_brings_is_used_on_both_sides(
+    build: Build, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    make_tokenizer(folder, extra=("zebra",))
+    backend, other = build(base, folder), build(base, adapter)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned, other.as_base() as without:
+        for view in (plain, tuned):
+            assert view.tokenizer.convert_tokens_to_ids("zebra") == len(view.tokenizer.vocab) - 1
+            assert view.tokenizer is plain.tokenizer
+        assert without.tokenizer.convert_tokens_to_ids("zebra") == without.tokenizer.unk_token_id
+
+
+def test_a_tokenizer_that_is_the_bases_is_the_bases(build: Build, base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    make_tokenizer(folder)
+    with build(base, folder).as_base() as one, build(base, adapter).as_base() as other:
+        assert one.tokenizer is other.tokenizer

@@ -179,9 +179,9 @@ def test_writes_training_mode_and_the_tokenizers_settings_are_found(build: Build
         view.model.train()
         view.tokenizer._tokenizer.padding_side = "left"
     assert backend.changes() == [
+        "tokenizer: padding_side 'right' -> 'left'",
         "the model is in training mode",
         "base weight model.norm.weight: contents changed",
-        "tokenizer: padding_side 'right' -> 'left'",
     ]
 
 
@@ -253,3 +253,46 @@ with BackendCache().lease({{"kind": "mlx", "base": {str(base)!r}, "adapter": {st
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[0]) < 0
+
+
+KEEP: list[Any] = []
+
+
+def test_weights_that_outlive_their_backend_are_reported_with_their_holder(
+    build: Build, base: Path, adapter: Path
+) -> None:
+    backend = build(base, adapter)
+    with backend.as_finetuned() as view:
+        KEEP.append(view.model.model.norm.weight)
+    backend.close()
+    found = backend.leak()
+    assert found is not None
+    assert found.nbytes == KEEP[0].nbytes
+    assert any("global 'KEEP'" in holder for holder in found.holders)
+    KEEP.clear()
+    del found
+    assert backend.leak() is None
+
+
+def test_a_model_that_outlives_its_backend_is_reported_as_such(build: Build, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    nbytes = sum(backend.sizes().values())
+    with backend.as_base() as view:
+        KEEP.append(view.model)
+    assert backend.leak() is None
+    backend.close()
+    found = backend.leak()
+    KEEP.clear()
+    assert found is not None
+    assert 0.9 * nbytes < found.nbytes <= nbytes
+    assert any("global 'KEEP'" in holder and holder.endswith("Model") for holder in found.holders)
+
+
+def test_the_base_is_not_leaked_while_another_backend_uses_it(
+    build: Build, base: Path, adapter: Path, other_adapter: Path
+) -> None:
+    one, two = build(base, adapter), build(base, other_adapter)
+    one.close()
+    assert one.leak() is None
+    two.close()
+    assert two.leak() is None

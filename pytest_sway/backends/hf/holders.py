@@ -29,7 +29,16 @@ def holders_of(storages: Iterable[int], limit: int = 5) -> list[str]:
     Returns:
         Chains such as ``module tests.test_x global 'KEEP' -> list -> PeftModel``.
     """
-    roots = _outermost_holders(set(storages))
+    return chains_to(_outermost_holders(set(storages)), limit)
+
+
+def chains_to(roots: list[Any], limit: int = 5) -> list[str]:
+    """Describe by what chains of references some objects are held.
+
+    Args:
+        roots: The objects.
+        limit: The most chains to return.
+    """
     search = _Search(roots)
     del roots
     found = search.chains(limit)

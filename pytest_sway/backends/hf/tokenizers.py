@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.base import LoadedBase
+    from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -33,7 +34,7 @@ def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> tuple[Any, Token
     the base's is shared: loading one takes seconds where the vocabulary is large.
     """
     folder = files.folder
-    if not (folder / _CONFIG).is_file() or _same(base, folder):
+    if not brings_tokenizer(base.spec, folder):
         return base.tokenizer, base.tokenizer_record
     key = _digest(folder)
     with base.lock:
@@ -43,12 +44,17 @@ def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> tuple[Any, Token
         return record.tokenizer, record
 
 
-def _same(base: LoadedBase, folder: Path) -> bool:
-    theirs = base_file(base.spec, _CONFIG)
+def brings_tokenizer(base: ModelSpec, folder: Path) -> bool:
+    """Whether an adapter's folder has a tokenizer that is another one than its base's."""
+    return (folder / _CONFIG).is_file() and not _same(base, folder)
+
+
+def _same(base: ModelSpec, folder: Path) -> bool:
+    theirs = base_file(base, _CONFIG)
     if theirs is None or _settings(theirs) != _settings(folder / _CONFIG):
         return False
     for name in _FILES:
-        own, other = folder / name, base_file(base.spec, name)
+        own, other = folder / name, base_file(base, name)
         if own.is_file() != (other is not None):
             return False
         if other is not None and own.read_bytes() != other.read_bytes():

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.tokenizers import brings_tokenizer
+from pytest_sway.backends.mlx.base import load_tokenizer
 from pytest_sway.backends.mlx.conversion import as_mlx, copied_from_base, inexact, pairs_of
 from pytest_sway.backends.mlx.libraries import mlx_lm_module, quiet_process
-from pytest_sway.backends.mlx.modules import Overlay, Place, arrays_of
+from pytest_sway.backends.mlx.modules import Overlay, Place, arrays_of, places_of
 from pytest_sway.backends.mlx.verification import verify_names, verify_shapes, verify_values
 from pytest_sway.errors import AdapterMismatchError
 
@@ -62,6 +64,13 @@ def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
             adapter = _filled(base, files, layers, _by_place(files, tensors))
         verify_values(base, adapter)
     return adapter
+
+
+def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
+    """Return the tokenizer for an adapter on a base: the base's, unless its folder brings another one."""
+    if not brings_tokenizer(base.spec, files.folder):
+        return base.tokenizer
+    return load_tokenizer(base.spec, files.folder, vars(base.config))
 
 
 def _own_layers(base: LoadedBase, files: AdapterFiles) -> dict[str, Any]:
@@ -166,8 +175,6 @@ def _filled(base: LoadedBase, files: AdapterFiles, layers: dict[str, Any], array
 
 
 def _adapter_places(layer: Any) -> dict[str, Place]:
-    from pytest_sway.backends.mlx.modules import places_of
-
     return {name: place for name, place in places_of(layer).items() if name.rpartition(".")[2] in LEAVES}
 
 

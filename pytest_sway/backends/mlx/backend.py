@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.backend import not_finite
-from pytest_sway.backends.hf.inspection import summarised
+from pytest_sway.backends.hf.inspection import TokenizerRecord, summarised
 from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.mlx import sides
+from pytest_sway.backends.mlx.base import encoder_of
 from pytest_sway.backends.mlx.inspection import ArraysRecord
+from pytest_sway.backends.mlx.memory import WeightsWatch, find_leak
 from pytest_sway.backends.mlx.views import MLXView
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
 from pytest_sway.spec import base_key, resolved_key
@@ -19,6 +21,7 @@ from pytest_sway.spec import base_key, resolved_key
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
 
+    from pytest_sway.backends.hf.memory import Leak
     from pytest_sway.backends.mlx.adapters import Adapter
     from pytest_sway.backends.mlx.base import LoadedBase
     from pytest_sway.backends.mlx.sides import Side
@@ -69,6 +72,8 @@ class MLXBackend:
         self._withdraw = withdraw
         adapter = loaded.adapter
         self._record = None if adapter is None else ArraysRecord("adapter weight", adapter.arrays())
+        self._tokenizer_record = TokenizerRecord(encoder_of(loaded.base.tokenizer))
+        self._watches: list[WeightsWatch] = []
 
     def __repr__(self) -> str:
         return f"<MLXBackend {self._spec}{'' if self._loaded else ', closed'}>"
@@ -168,7 +173,7 @@ class MLXBackend:
             BackendClosedError: It was closed.
         """
         loaded = self._require()
-        lines: list[str] = []
+        lines = self._tokenizer_record.changes()
         for i, share in enumerate(loaded.shares):
             base = share.value
             with base.lock:
@@ -178,23 +183,37 @@ class MLXBackend:
                         lines += self._record.changes(loaded.adapter.arrays())
             if found:
                 self._withdraw(base)
-            lines += [("fine-tuned model: " if i else "") + line for line in found]
+            lines += [("fine-tuned model: " if i else "") + line for line in found if line not in lines]
         return summarised(lines)
 
     def close(self) -> None:
         """Let go of the adapter and give the base back; the last to use it frees it. Closing twice is harmless."""
         loaded, self._loaded = self._loaded, None
-        self._record = None
         if loaded is None:
             return
+        self._record = None
         shares = loaded.shares
         try:
-            for side in (loaded.tuned, *loaded.views.values()):
-                self._leave(side)
+            self._take_off(loaded)
         finally:
             del loaded  # its sides refer to the model, which has to be gone when its base is closed
-            while shares:
-                shares.pop().release()
+            self._release(shares)
+
+    def leak(self) -> Leak | None:
+        """Return what its close should have freed and did not; ``None`` if all is gone, or before the close."""
+        return find_leak(self._watches)
+
+    def _take_off(self, loaded: Loaded) -> None:
+        for side in (loaded.tuned, *loaded.views.values()):
+            self._leave(side)
+        if loaded.adapter is not None:
+            self._watches.append(WeightsWatch(loaded.adapter.layers.values(), loaded.adapter.arrays().values()))
+
+    def _release(self, shares: list[Share[LoadedBase]]) -> None:
+        bases = [share.value for share in shares]
+        while shares:
+            shares.pop().release()
+        self._watches += [base.watch for base in bases if base.closed]
 
     # --- for views ----------------------------------------------------------------------------------------------------
 
@@ -233,7 +252,7 @@ class MLXBackend:
             return side.base.model
 
     def _tokenizer(self, view: MLXView) -> Any:
-        return self._side(view).base.tokenizer
+        return self._side(view).tokenizer
 
     def _side(self, view: MLXView) -> Side:
         side = self._require().views.get(view)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.hf.inspection import TokenizerRecord
 from pytest_sway.backends.mlx.inspection import ArraysRecord
 from pytest_sway.backends.mlx.libraries import mlx_lm_module, quiet_process
+from pytest_sway.backends.mlx.memory import WeightsWatch
 from pytest_sway.backends.mlx.modules import Switch, arrays_of, places_of
 from pytest_sway.backends.mlx.placement import mlx_device, mlx_dtype
 from pytest_sway.errors import BackendLoadError
@@ -42,13 +43,14 @@ class LoadedBase:
         places: Where its modules and arrays stand, by name.
         embedded: How many tokens it has embeddings for; ``None`` if that is unknown.
         nbytes: What its arrays take.
+        watch: Tells whether they are still in memory.
     """
 
     def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
         self.spec = spec
         self.model = model
         self.tokenizer = tokenizer
-        self.encoder = tokenizer._tokenizer
+        self.encoder = encoder_of(tokenizer)
         self.config = as_attributes(config)
         self.device = mlx_device(spec)
         self.lock = threading.RLock()
@@ -57,7 +59,9 @@ class LoadedBase:
         self.embedded = _embedded(self.places)
         self._record = ArraysRecord("base weight", self.arrays())
         self._tokenizer_record = TokenizerRecord(self.encoder)
-        self.nbytes = sum({id(array): array.nbytes for array in self.arrays().values()}.values())
+        arrays = {id(array): array for array in self.arrays().values()}.values()
+        self.nbytes = sum(array.nbytes for array in arrays)
+        self.watch = WeightsWatch([model], arrays)
 
     @property
     def closed(self) -> bool:
@@ -96,7 +100,7 @@ def load_base(spec: ModelSpec) -> LoadedBase:
     """
     import mlx.core as mx
 
-    utils, tokenizer_utils = mlx_lm_module("utils"), mlx_lm_module("tokenizer_utils")
+    utils = mlx_lm_module("utils")
     with quiet_process(), mx.stream(mlx_device(spec)):
         folder = _folder(spec)
         settings = legacy_rope(json.loads((folder / "config.json").read_bytes()))
@@ -110,9 +114,26 @@ def load_base(spec: ModelSpec) -> LoadedBase:
         _set_dtype(model, mlx_dtype(spec))
         model.eval()
         mx.eval(model.parameters())
-        trust = {"trust_remote_code": True} if spec.trust_remote_code else None
-        tokenizer = tokenizer_utils.load(folder, trust, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_tokenizer(spec, folder, config)
     return LoadedBase(spec, model, tokenizer, config)
+
+
+def load_tokenizer(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> Any:
+    """Load mlx-lm's wrapper around the tokenizer in a folder.
+
+    Args:
+        spec: Says whether code that comes with it may run.
+        folder: The folder.
+        config: The configuration of the model that it is for.
+    """
+    trust = {"trust_remote_code": True} if spec.trust_remote_code else None
+    with quiet_process():
+        return mlx_lm_module("tokenizer_utils").load(folder, trust, eos_token_ids=config.get("eos_token_id"))
+
+
+def encoder_of(tokenizer: Any) -> Any:
+    """Return the Hugging Face tokenizer inside of mlx-lm's wrapper, which cannot be called itself."""
+    return tokenizer._tokenizer
 
 
 def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:

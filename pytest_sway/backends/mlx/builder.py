@@ -92,22 +92,27 @@ class MLXBuilder:
         return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> MLXBackend:
-        from pytest_sway.backends.mlx.adapters import load_adapter
+        from pytest_sway.backends.mlx.adapters import adapter_tokenizer, load_adapter
         from pytest_sway.backends.mlx.backend import Loaded, MLXBackend
         from pytest_sway.backends.mlx.finetuned import verify_finetuned
         from pytest_sway.backends.mlx.sides import Side
 
         base = self._clean_base(base_spec(spec), shares)
         tuned_spec = finetuned_spec(spec)
-        adapter, tuned = None, None
         if tuned_spec is not None:
-            tuned = Side(self._clean_base(tuned_spec, shares))
-            verify_finetuned(base, tuned.base)
+            tuned = self._clean_base(tuned_spec, shares)
+            verify_finetuned(base, tuned)
+            sides = Side(base, (), base.tokenizer), Side(tuned, (), tuned.tokenizer)
+            loaded = Loaded(list(shares), *sides)
         elif files is not None:
             with base.lock:
                 adapter = load_adapter(base, files)
-            tuned = Side(base, (adapter.overlay,))
-        return MLXBackend(spec, Loaded(list(shares), Side(base), tuned, adapter), self._pool.withdraw)
+            tokenizer = adapter_tokenizer(base, files)
+            sides = Side(base, (), tokenizer), Side(base, (adapter.overlay,), tokenizer)
+            loaded = Loaded(list(shares), *sides, adapter)
+        else:
+            loaded = Loaded(list(shares), Side(base, (), base.tokenizer), None)
+        return MLXBackend(spec, loaded, self._pool.withdraw)
 
     def _clean_base(self, spec: ModelSpec, shares: list[Share[LoadedBase]]) -> LoadedBase:
         """Claim the base of ``spec``; one that somebody has changed is left to its users, and loaded anew."""

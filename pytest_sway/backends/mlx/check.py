@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.base_files import base_file
+from pytest_sway.backends.hf.base_files import base_file, require_cached
 from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
 from pytest_sway.backends.mlx.libraries import require_libraries
 from pytest_sway.backends.mlx.placement import require_device
@@ -26,7 +26,7 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     Raises:
         SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; the
             fine-tuned model is the base; or the device is not there.
-        WeightsError: Weights are missing, broken, or only there as a pickle.
+        WeightsError: Weights are missing, broken, only there as a pickle, or would have to be fetched, offline.
         AdapterMismatchError: The adapter is one of PEFT that cannot be converted exactly.
         BackendNotAvailableError: mlx or mlx-lm is not installed.
     """
@@ -58,6 +58,7 @@ def _check_model(spec: ModelSpec, role: str) -> None:
                 f"the {role} {spec.base!r} has no weights that MLX reads: expected model.safetensors in it, or"
                 " model-*.safetensors. Pickles are not read; save it as safetensors."
             )
+    require_cached(spec, role)
     path = base_file(spec, "config.json")
     config = {} if path is None else _read(path)
     if config.get("model_file") and not spec.trust_remote_code:

@@ -6,6 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from pytest_sway.backends.hf.adapter_kinds import PLAIN_INITIALISATIONS
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ _CONVERTED: Final = frozenset(
     }
 )  # fmt: skip
 _SAYING_NOTHING: Final[tuple[Any, ...]] = (None, False, "", "none", [], {})
-# Initialisations that write nothing into the base, so that the base that is there is the one that was trained on.
-_PLAIN_INITIALISATIONS: Final = (None, True, False, "gaussian")
 
 _FACTOR: Final = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _COPY: Final = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
@@ -81,7 +80,7 @@ def copied_from_base(name: str) -> str | None:
 def _why_inexact(config: Mapping[str, Any]) -> str | None:
     if config["peft_type"] != "LORA":
         return f"mlx-lm has no layers for the type {config['peft_type']}"
-    if config.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
+    if config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
         return f"its initialisation {config['init_lora_weights']!r} rewrites the base's own weights"
     if config.get("bias", "none") != "none":
         return f"it brings biases (bias={config['bias']!r})"

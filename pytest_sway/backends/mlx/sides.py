@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.mlx.base import encoder_of
 from pytest_sway.backends.mlx.engine import Engine
 from pytest_sway.backends.mlx.modules import Overlay, Place, State
 from pytest_sway.errors import BackendUseError
@@ -24,10 +25,12 @@ class Side:
     Attributes:
         base: The loaded base that it is.
         state: The state to bind.
+        tokenizer: What turns its texts into tokens, in mlx-lm's wrapper.
     """
 
     base: LoadedBase
-    state: State = ()
+    state: State
+    tokenizer: Any
 
     def with_overlay(self, overlay: Overlay) -> Side:
         """The same side with values of the adapter replaced."""
@@ -36,7 +39,7 @@ class Side:
     def engine(self) -> Engine:
         """Return what computes its answers, while the state is bound."""
         base = self.base
-        return Engine(base.model, base.encoder, base.config, base.embedded)
+        return Engine(base.model, encoder_of(self.tokenizer), base.config, base.embedded)
 
 
 def scaled(adapter: Adapter, lam: float) -> Overlay:
