@@ -28,13 +28,14 @@ def preflight(sides: Mapping[str, Callable[[], AbstractContextManager[View]]]) -
     try:
         for label, opened in sides.items():
             with opened() as view:
-                reasons.append(_not_finite(label, view.next_token_dist(_PROMPT, top_k=_TOP_K)))
+                reasons.append(not_finite(label, view.next_token_dist(_PROMPT, top_k=_TOP_K)))
     except Exception as error:  # the check reports whatever went wrong
         return False, f"preflight forward pass raised {type(error).__name__}: {error}"
     return not any(reasons), "; ".join(filter(None, reasons))
 
 
-def _not_finite(label: str, dist: TokenDist) -> str:
+def not_finite(label: str, dist: TokenDist) -> str:
+    """Return what is not finite in a view's distribution, in words; nothing if all is."""
     bad = sum(not math.isfinite(logprob) for logprob in dist.logprobs)
     if bad:
         return f"the {label} view gave {bad} of {dist.logprobs.size} non-finite log-probabilities"

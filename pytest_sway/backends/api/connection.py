@@ -49,6 +49,10 @@ class RefusedError(ServerError):
     status: int = 0
 
 
+class NoJsonError(ServerError):
+    """The server answered with success, and something else than JSON."""
+
+
 class _PassingError(Exception):
     """A failure that may pass."""
 
@@ -84,7 +88,8 @@ class Connection:
 
         Raises:
             RefusedError: The server does not serve it.
-            ServerError: It failed, took too long, or answered something else than JSON.
+            NoJsonError: It answered something else.
+            ServerError: It failed, or took too long.
         """
         return await self._persistently("POST", url, body)
 
@@ -107,7 +112,7 @@ class Connection:
         try:
             return response.json()
         except ValueError:
-            raise ServerError(
+            raise NoJsonError(
                 f"{url} answered with something that is no JSON: {self.quoted(response.text)!r}. Is an"
                 " OpenAI-compatible server behind that address?"
             ) from None

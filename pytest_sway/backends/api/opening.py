@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_sway.backends.api.connection import RefusedError
+from pytest_sway.backends.api.connection import NoJsonError, RefusedError
 from pytest_sway.backends.api.served import ServedModel
 from pytest_sway.errors import AdapterMismatchError, ScoringError, SpecError
 
@@ -48,6 +48,8 @@ async def _open(connection: Connection, endpoint: str, name: str) -> ServedModel
     except RefusedError as refused:
         if refused.status not in (404, 405, 501):
             raise
+        answer = None
+    except NoJsonError:  # so does mlx_lm where there is no cache of a hub
         answer = None
     listed = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(listed, list):

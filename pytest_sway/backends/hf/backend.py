@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from pytest_sway.backends.hf import sides
 from pytest_sway.backends.hf.adapters import take_off
@@ -20,6 +17,7 @@ from pytest_sway.backends.hf.sides import Side
 from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.state import BASE_STATE
 from pytest_sway.backends.hf.views import HFView
+from pytest_sway.backends.preflight import preflight
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
 from pytest_sway.spec import base_key, resolved_key
 
@@ -30,13 +28,9 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.base import LoadedBase
     from pytest_sway.backends.hf.inspection import AdapterRecord, TokenizerRecord
     from pytest_sway.backends.shared import Share
-    from pytest_sway.scoring import TokenDist
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-_PREFLIGHT_PROMPT = "hello"
-_PREFLIGHT_TOP_K = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -150,16 +144,8 @@ class HFBackend:
 
     def preflight_finite_check(self) -> tuple[bool, str]:
         """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
-        try:
-            with self.as_base() as base:
-                found = {"base": base.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)}
-            if self._require().tuned is not None:
-                with self.as_finetuned() as tuned:
-                    found["ft"] = tuned.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)
-        except Exception as error:  # the check reports whatever went wrong
-            return False, f"preflight forward pass raised {type(error).__name__}: {error}"
-        reasons = [reason for label, dist in found.items() if (reason := not_finite(label, dist))]
-        return not reasons, "; ".join(reasons)
+        alone = self._spec.adapter is None and self._spec.finetuned is None
+        return preflight({"base": self.as_base} | ({} if alone else {"ft": self.as_finetuned}))
 
     def sizes(self) -> Mapping[Hashable, int]:
         """Return the bytes that each part takes in memory, keyed as in `HFBuilder.estimate`."""
@@ -310,13 +296,3 @@ class HFBackend:
                 " with no adapter to scale or to replace. Use as_finetuned()."
             )
         return adapter
-
-
-def not_finite(label: str, dist: TokenDist) -> str:
-    """Return what is not finite in a view's distribution, in words; nothing if all is."""
-    bad = int((~np.isfinite(dist.logprobs)).sum())
-    if bad:
-        return f"the {label} view gave {bad} of {dist.logprobs.size} non-finite log-probabilities"
-    if dist.tail_logprob is not None and not math.isfinite(dist.tail_logprob):
-        return f"the {label} view gave a non-finite tail_logprob, {dist.tail_logprob}"
-    return ""

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.backend import not_finite
 from pytest_sway.backends.hf.inspection import TokenizerRecord, summarised
 from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.mlx import sides
@@ -15,6 +14,7 @@ from pytest_sway.backends.mlx.base import encoder_of
 from pytest_sway.backends.mlx.inspection import ArraysRecord
 from pytest_sway.backends.mlx.memory import WeightsWatch, find_leak
 from pytest_sway.backends.mlx.views import MLXView
+from pytest_sway.backends.preflight import not_finite
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
 from pytest_sway.spec import base_key, resolved_key
 

@@ -88,8 +88,8 @@ def test_a_name_without_its_tag_is_found(build: Build, toy: Toy) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [Response("", 404), Response("", 405), Response("", 501), reply([]), reply({"models": ["a"]}), reply("hello")],
-    ids=["404", "405", "501", "list", "other", "text"],
+    [*(Response("", status) for status in (200, 404, 405, 501)), reply([]), reply({"models": ["a"]}), reply("hello")],
+    ids=["nothing", "404", "405", "501", "list", "other", "text"],
 )
 def test_a_server_that_does_not_list_its_models_is_taken_at_its_word(build: Build, toy: Toy, answer: Response) -> None:
     toy.models_answer = answer
