@@ -205,7 +205,7 @@ def save_adapter(folder: Path | str, base: Path | str, config: Any, *, seed: int
 
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(str(base)), config)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(str(base), dtype="auto"), config)
         for parameter in model.parameters():
             if parameter.requires_grad and scale:
                 parameter.add_(torch.randn_like(parameter) * scale)

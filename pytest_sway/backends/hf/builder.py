@@ -107,8 +107,10 @@ class HFBuilder:
         import torch
 
         from pytest_sway.backends.hf.assembly import assemble, load_own_base
+        from pytest_sway.backends.hf.pickles import with_entries
 
         load_base = self._base_loader()
+        files = None if files is None else with_entries(files)
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
             if files is None or files.shareable or not files.restorable:
                 self._add_clean_share(base_spec(spec), load_base, shares)

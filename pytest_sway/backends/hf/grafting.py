@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import ROOT, Adapter
 from pytest_sway.backends.hf.adapter_files import WEIGHTS
+from pytest_sway.backends.hf.pickles import read_pickle
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
@@ -197,4 +198,5 @@ def _is_linear(base: LoadedBase, key: str) -> bool:
 def _read_tensors(files: AdapterFiles, device: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    return dict(load_file(str(files.folder / WEIGHTS), device=device))
+    path = files.folder / WEIGHTS
+    return dict(load_file(str(path), device=device)) if path.is_file() else read_pickle(files, device)

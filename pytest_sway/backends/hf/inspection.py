@@ -8,17 +8,15 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import public_name
+from pytest_sway.backends.hf.sampling import by_dtype, sample_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from pytest_sway.backends.hf.adapter import Adapter
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-
-SAMPLES: Final = 32
-"""Elements of each tensor that are compared: writes through ``.data`` move no version counter."""
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -47,8 +45,8 @@ class TensorsRecord:
             _facts(tensor, versioned) for tensor, versioned in zip(self._tensors, self._versioned, strict=True)
         ]
         self._summary = self._summarise()
-        self._samples = [_sample(tensor) for tensor in self._tensors]
-        self._groups = _groups(self._samples)
+        self._samples = [sample_of(tensor) for tensor in self._tensors]
+        self._groups = by_dtype(self._samples)
         self._content = self._contents()
 
     def changes(self) -> list[str]:
@@ -115,36 +113,6 @@ def _differing(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
     if before[1] != now[1]:
         return "contents changed"
     return f"requires_grad {before[2]} -> {now[2]}"
-
-
-def _sample(tensor: Any) -> Any:
-    """A view of a few elements, evenly spread, as integers: so that a NaN equals itself."""
-    import torch
-
-    sample = _spread(tensor.detach())
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return sample.view(integers[sample.element_size()]) if sample.element_size() in integers else sample
-
-
-def _spread(tensor: Any) -> Any:
-    """A view on elements of a tensor in one dimension; never a copy, which would hide all that is written later."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)[:: max(1, tensor.numel() // SAMPLES)]
-    dimensions = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
-    span = 1 + sum((size - 1) * stride for size, stride in dimensions)
-    if span == tensor.numel():  # transposed, say: its elements are all there is in that stretch of memory
-        return tensor.as_strided((min(span, SAMPLES),), (max(1, span // SAMPLES),))
-    stride = sum((size - 1) // (SAMPLES - 1) * stride for size, stride in dimensions)
-    if stride:  # a walk with a step of its own in each dimension
-        return tensor.as_strided((SAMPLES,), (stride,))
-    return tensor.as_strided(*zip(max(dimensions, default=(1, 1)), strict=True))
-
-
-def _groups(samples: Sequence[Any]) -> dict[Any, list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for sample in samples:
-        groups.setdefault(sample.dtype, []).append(sample)
-    return groups
 
 
 class ModulesRecord:

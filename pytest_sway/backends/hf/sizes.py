@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.adapter import ROOT
 from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
@@ -23,6 +24,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 _ITEM_BYTES: Final = {"fp16": 2, "bf16": 2, "fp32": 4}
 _FLOAT32_BYTES: Final = 4
+_TIED: Final = "lm_head.weight"  # which a model with tied embeddings does not have, if a file of it may
 
 
 def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
@@ -32,7 +34,8 @@ def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
         both = [estimated(base_spec(spec)), estimated(tuned)]
         return None if None in both else {key: size for parts in both for key, size in (parts or {}).items()}
     try:
-        base_bytes = _base_bytes(spec)
+        entries = base_entries(spec)
+        base_bytes = _base_bytes(spec, entries)
         files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
     except SwayError:
         return None
@@ -42,9 +45,10 @@ def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
         return {base_key(spec): base_bytes}
     if files.entries is None:
         return None
-    parts: dict[Hashable, int] = {("adapter", *resolved_key(spec)): _adapter_bytes(files)}
+    adapter_bytes, growth = _adapter_bytes(files, entries or {}, _ITEM_BYTES[spec.dtype])
+    parts: dict[Hashable, int] = {("adapter", *resolved_key(spec)): adapter_bytes}
     if not files.shareable:
-        parts["own base", *resolved_key(spec)] = base_bytes
+        parts["own base", *resolved_key(spec)] = base_bytes + growth
     if files.shareable or not files.restorable:
         parts[base_key(spec)] = base_bytes
     return parts
@@ -72,19 +76,18 @@ def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:
     return None
 
 
-def _base_bytes(spec: ModelSpec) -> int | None:
+def _base_bytes(spec: ModelSpec, entries: Mapping[str, TensorEntry] | None) -> int | None:
     item_bytes = _ITEM_BYTES[spec.dtype]
     gguf = gguf_file(spec)
     if gguf is not None:
         return read_gguf(gguf).numel * item_bytes  # what is in blocks is unpacked
-    entries = base_entries(spec)
     if entries is None:
         return None
     tied = _ties_embeddings(spec)
     return sum(
         entry.numel * item_bytes if entry.floating else entry.nbytes
         for name, entry in entries.items()
-        if not (tied and name == "lm_head.weight")
+        if not (tied and name == _TIED)
     )
 
 
@@ -96,7 +99,42 @@ def _ties_embeddings(spec: ModelSpec) -> bool:
         return False
 
 
-def _adapter_bytes(files: AdapterFiles) -> int:
-    """PEFT keeps the weights of adapters in float32."""
+def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_bytes: int) -> tuple[int, int]:
+    """Return what an adapter takes for itself, and by how much it makes its base larger.
+
+    PEFT keeps an adapter's own weights in float32, and whole modules, which stand beside the base's or are written into
+    it, in the base's dtype.
+
+    Args:
+        files: The adapter.
+        base: The tensors of the base's files, by name.
+        item_bytes: The size of an element of the base.
+    """
     assert files.entries is not None
-    return sum(entry.numel * _FLOAT32_BYTES if entry.floating else entry.nbytes for entry in files.entries.values())
+    saved = tuple(f".{module}." for module in files.config.get("modules_to_save") or ())
+    own = growth = 0
+    for name, entry in files.entries.items():
+        place = name.removeprefix(ROOT).replace(".base_layer.", ".")
+        before = base.get(place)
+        whole = any(module in f".{place}" for module in saved)
+        if _saved_again(name, files) or (before is None and place == _TIED and (not whole or _keeps_tied(files))):
+            continue
+        if before is not None:
+            growth += max(0, entry.numel - before.numel) * item_bytes
+        if not entry.floating:
+            own += entry.nbytes
+        elif whole:
+            own += entry.numel * item_bytes
+        elif before is None:
+            own += entry.numel * _FLOAT32_BYTES
+    return own, growth
+
+
+def _saved_again(name: str, files: AdapterFiles) -> bool:
+    """Whether PEFT saved a tensor, or the base's own, under this name besides another, as with resized embeddings."""
+    parts = [part for part in name.split(".") if part not in ("modules_to_save", "original_module")]
+    return ".".join(parts) != name and ".".join(parts) in (files.entries or ())
+
+
+def _keeps_tied(files: AdapterFiles) -> bool:
+    return bool(files.config.get("ensure_weight_tying"))

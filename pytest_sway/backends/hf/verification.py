@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 # Loaded by other ways than the model's state dict, which can report them as unexpected: prompts, and the projections
-# that all of VeRA's layers share.
-_LOADED_APART = ("prompt_embeddings", "base_model.vera_A", "base_model.vera_B")
+# that all of VeRA's and PVeRA's layers share, which some versions of PEFT draw from their seed anew.
+_PROJECTIONS: Final = ("vera_A", "vera_B", "pvera_A", "pvera_B")
+_LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in _PROJECTIONS))
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
 

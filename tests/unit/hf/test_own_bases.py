@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.tiny import make_adapter, make_base, make_tokenizer, quiet, save_adapter
+from tests.tiny import make_adapter, make_base, make_tokenizer, pickled, quiet, save_adapter
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
 
@@ -72,7 +72,8 @@ def test_a_converted_pissa_adapter_is_plain_lora(build: Any, base: Path, tmp_pat
         assert view_logits(tuned).equal(logits(*fresh(base, tmp_path / "out")))
 
 
-def test_an_adapter_with_more_words_than_its_base_gets_them(build: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pickle", [False, True], ids=["safetensors", "pickle"])
+def test_an_adapter_with_more_words_than_its_base_gets_them(build: Any, tmp_path: Path, pickle: bool) -> None:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -94,7 +95,7 @@ def test_an_adapter_with_more_words_than_its_base_gets_them(build: Any, tmp_path
         reference: Any = AutoModelForCausalLM.from_pretrained(str(base))
         reference.resize_token_embeddings(words, mean_resizing=False)
         reference = PeftModel.from_pretrained(reference, str(folder)).eval()
-    backend = build(base, folder)
+    backend = build(base, pickled(folder) if pickle else folder, allow_pickle=pickle)
     with backend.as_base() as plain, backend.as_finetuned() as tuned:
         assert tuned.next_token_dist("quark lepton").vocab_size == words
         assert view_logits(tuned, "quark lepton").equal(logits(reference, tuned.tokenizer, "quark lepton"))

@@ -154,6 +154,28 @@ def test_a_pickled_adapter_is_read_on_request(build: Any, base: Path, broken: Pa
         assert view_logits(view).equal(logits(*fresh(base, adapter)))
 
 
+def test_a_pickled_adapter_shares_its_base(
+    build: Any, base: Path, broken: Path, other_adapter: Path, loads: list[str]
+) -> None:
+    backends = [build(base, folder, allow_pickle=True) for folder in (other_adapter, pickled(broken))]
+    assert len(loads) == len({id(backend._loaded.shares[0].value) for backend in backends}) == 1
+
+
+def test_a_pickle_that_cannot_be_read_is_named(build: Any, base: Path, broken: Path, loads: list[str]) -> None:
+    (pickled(broken) / "adapter_model.bin").write_bytes(b"not a pickle")
+    with pytest.raises(WeightsError, match=r"adapter_model.bin' cannot be read as tensors: .* as safetensors"):
+        build(base, broken, allow_pickle=True)
+    assert loads == []
+
+
+def test_a_pickle_of_other_things_than_tensors_is_refused(build: Any, base: Path, broken: Path) -> None:
+    import torch
+
+    torch.save({"step": 3}, pickled(broken) / "adapter_model.bin")
+    with pytest.raises(WeightsError, match=r"adapter_model.bin' holds other things than tensors by name"):
+        build(base, broken, allow_pickle=True)
+
+
 def test_a_base_that_brings_code_needs_leave_to_run_it(builder: HFBuilder, tmp_path: Path) -> None:
     path = make_base(tmp_path) / "config.json"
     config = json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "homemade"}

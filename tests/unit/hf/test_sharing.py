@@ -177,3 +177,14 @@ def test_a_load_in_inference_mode_gives_the_same_as_any_other(
     assert first.changes() == second.changes() == []
     with first.as_finetuned() as view:
         assert not any(parameter.is_inference() for parameter in view.model.parameters())
+
+
+def test_an_adapter_that_peft_itself_puts_on_follows_one_that_left(
+    build: Any, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    plain, first = build(base), build(base, adapter)
+    first.close()
+    folder = make_adapter(tmp_path, base, use_dora=True)
+    with build(base, folder).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, folder)))
+    assert plain.changes() == []

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,3 +43,19 @@ def test_adapters_with_equal_tokenizers_share_them(build: Any, base: Path, copie
     with build(base, copied).as_finetuned() as a, build(base, twin).as_finetuned() as b:
         assert a.tokenizer is b.tokenizer
         assert len(a.tokenizer) == 92
+
+
+def test_an_adapters_tokenizer_goes_with_the_last_backend_that_uses_it(
+    build: Any, base: Path, copied: Path, tmp_path: Path
+) -> None:
+    make_tokenizer(copied, extra=("quark",))
+    twin = shutil.copytree(copied, tmp_path / "twin")
+    plain, first, second = build(base), build(base, copied), build(base, twin)
+    with first.as_base() as view:
+        tokenizer = weakref.ref(view.tokenizer)
+    first.close()
+    assert tokenizer() is not None
+    second.close()
+    gc.collect()
+    assert tokenizer() is None
+    assert plain.changes() == []

@@ -205,6 +205,19 @@ def test_untrained_it_changes_what_the_base_computes(
         assert not text_logits(view_logits(view)).equal(enclosure.alone.logits)
 
 
+@pytest.mark.parametrize("specimen", [s for s in SPECIMENS if s.kind == "LORA" and s.place != Place.SHARED], ids=str)
+def test_in_half_precision_it_is_as_large_as_estimated(
+    builder: HFBuilder, enclosures: Any, trained: Any, specimen: Specimen
+) -> None:
+    spec = spec_of(enclosures(specimen).base, trained(specimen)[0], dtype="bf16")
+    backend = builder.build(spec)
+    estimate, measured = builder.estimate(spec), backend.sizes()
+    backend.close()
+    assert estimate is not None
+    assert estimate.keys() == measured.keys()
+    assert sum(estimate.values()) == pytest.approx(sum(measured.values()), rel=0.02)
+
+
 @pytest.mark.parametrize("refusal", REFUSALS, ids=str)
 def test_it_is_refused_with_a_reason(
     builder: HFBuilder, base: Path, adapter: Path, tmp_path: Path, refusal: Refusal
@@ -236,13 +249,18 @@ def test_names_in_the_table_are_unique() -> None:
 
 
 def test_a_start_from_random_numbers_is_the_same_each_time(keeper: Any, enclosures: Any, trained: Any) -> None:
+    import torch
+
     specimen = next(s for s in SPECIMENS if not s.reproducible)
     enclosure = enclosures(specimen)
     folder, _ = trained(specimen)
     seen = []
     for _ in range(2):
+        state = torch.get_rng_state()
         backend = keeper(enclosure, folder)
+        assert torch.get_rng_state().equal(state)
         with backend.as_finetuned() as view:
             seen.append(view_logits(view))
         backend.close()
+        torch.rand(1)
     assert seen[0].equal(seen[1])
