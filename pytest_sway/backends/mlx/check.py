@@ -42,6 +42,9 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     files = None if spec.adapter is None else read_mlx_adapter(spec.adapter)
     require_libraries(spec)
     require_device(spec)
+    require_cached(spec, "base")
+    if tuned is not None:
+        require_cached(tuned, "fine-tuned model")
     return files
 
 
@@ -58,7 +61,6 @@ def _check_model(spec: ModelSpec, role: str) -> None:
                 f"the {role} {spec.base!r} has no weights that MLX reads: expected model.safetensors in it, or"
                 " model-*.safetensors. Pickles are not read; save it as safetensors."
             )
-    require_cached(spec, role)
     path = base_file(spec, "config.json")
     config = {} if path is None else _read(path)
     if config.get("model_file") and not spec.trust_remote_code:
