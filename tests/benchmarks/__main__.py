@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("startup", "warm", "hygiene", "loading", "sharing", "suite", "workers", "threads")
+ALL = ("startup", "warm", "hygiene", "loading", "sharing", "suite", "workers", "threads", "scoring")
 
 
 def main(names: list[str]) -> int:
