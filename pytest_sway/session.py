@@ -144,6 +144,8 @@ class SwaySession(Listener):
             dtype=settings.dtype,
             on_base_load=self._base_loaded,
             share_weights=share_weights,
+            score_cache=settings.score_cache,
+            on_recall=self._recalled,
         )
         self.cache = BackendCache(
             settings.cache_size,
@@ -303,6 +305,9 @@ class SwaySession(Listener):
 
     def _base_loaded(self, name: str, seconds: float) -> None:
         self.stats.base_loaded(short_name(name), seconds)
+
+    def _recalled(self, name: str, answers: int, seconds: float) -> None:
+        self.stats.base_recalled(short_name(name), answers, seconds)
 
     def take_load_seconds(self) -> float:
         """The seconds spent in loads since this was last asked."""

@@ -34,6 +34,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
         reorder: Whether tests of equal models are put together.
         offline: Whether nothing is asked of a hub.
         share_weights: ``auto`` if the workers of a host hold one copy of converted weights, else ``off``.
+        score_cache: The most bytes of answers that each base remembers; 0 for none.
     """
 
     cache_size: int
@@ -45,6 +46,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
     reorder: bool
     offline: bool
     share_weights: str
+    score_cache: int
 
     def fails_run(self, leaks: Sequence[str]) -> bool:
         """Whether ``leaks`` fail a run in which every test passed."""
@@ -58,6 +60,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
             f" on mutation {self.on_mutation}, on leak {self.on_leak}{'' if self.reorder else ', tests not reordered'}"
             f"{', offline' if self.offline else ''}"
             f"{'' if self.share_weights == 'auto' else ', weights not shared between workers'}"
+            f"{'' if self.score_cache else ', answers not remembered'}"
         )
 
 
@@ -105,6 +108,19 @@ def parse_memory(text: str) -> int | None:
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
         raise ValueError("must be a size in bytes, or with a unit of KB, MB, GB, KiB, MiB or GiB, such as 8GiB")
+    return size
+
+
+def parse_score_cache(text: str) -> int:
+    """Bytes, as in `parse_memory`; 0 for ``off``."""
+    if text == "off":
+        return 0
+    try:
+        size = parse_memory(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or off") from None
+    if size is None:
+        raise ValueError("must be a size such as 64MiB, or off")
     return size
 
 
@@ -173,6 +189,12 @@ _SETTINGS: Final = (
         "auto",
         one_of("auto", "off"),
         "one copy of converted weights for all pytest-xdist workers of a host: auto, off (default: auto)",
+    ),
+    _Setting(
+        "sway_score_cache",
+        "64MiB",
+        parse_score_cache,
+        "the most memory for what each base model has answered, which all its adapters share; off (default: 64MiB)",
     ),
 )
 

@@ -39,12 +39,31 @@ class BackendStats:
 
 
 @dataclass(slots=True)
+class RecallStats:
+    """What one base answered from memory.
+
+    Attributes:
+        answers: How many answers.
+        seconds: What they took when they were computed.
+    """
+
+    answers: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: RecallStats) -> None:
+        """Add another's counts to these."""
+        self.answers += other.answers
+        self.seconds += other.seconds
+
+
+@dataclass(slots=True)
 class SwayStats:
     """What happened in one process, or in several after `merge`.
 
     Attributes:
         backends: By the spec's label.
         bases: The loads of shared bases, by the base's name; they are part of the backends' load seconds.
+        recalled: What bases answered from memory, by the base's name.
         peak_resident: The most backends that were loading, ready or closing at one time.
         peak_bytes: The most bytes of weights that were resident at one time, as far as their sizes are known.
         close_errors: One line for each ``close()`` that raised.
@@ -58,6 +77,7 @@ class SwayStats:
 
     backends: dict[str, BackendStats] = field(default_factory=dict)
     bases: dict[str, BackendStats] = field(default_factory=dict)
+    recalled: dict[str, RecallStats] = field(default_factory=dict)
     peak_resident: int = 0
     peak_bytes: int = 0
     close_errors: list[str] = field(default_factory=list)
@@ -74,6 +94,10 @@ class SwayStats:
     def base_loaded(self, name: str, seconds: float) -> None:
         """Count one load of a shared base."""
         self.bases.setdefault(name, BackendStats()).add(BackendStats(loads=1, load_seconds=seconds))
+
+    def base_recalled(self, name: str, answers: int, seconds: float) -> None:
+        """Count answers that a base gave from memory."""
+        self.recalled.setdefault(name, RecallStats()).add(RecallStats(answers, seconds))
 
     def total(self) -> BackendStats:
         """The sum over all backends."""
@@ -125,6 +149,8 @@ class SwayStats:
         for mine, theirs in ((self.backends, other.backends), (self.bases, other.bases)):
             for label, stats in theirs.items():
                 mine.setdefault(label, BackendStats()).add(stats)
+        for name, recalled in other.recalled.items():
+            self.recalled.setdefault(name, RecallStats()).add(recalled)
         self.peak_resident = max(self.peak_resident, other.peak_resident)
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
         for name, loads in other.fewest_base_loads.items():  # what is planned for the whole run, by each worker
@@ -150,5 +176,6 @@ class SwayStats:
                 **values,
                 "backends": {label: BackendStats(**stats) for label, stats in values["backends"].items()},
                 "bases": {label: BackendStats(**stats) for label, stats in values["bases"].items()},
+                "recalled": {name: RecallStats(**stats) for name, stats in values["recalled"].items()},
             }
         )

@@ -115,6 +115,8 @@ class Builder:
         on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
         share_weights: A folder through which this process and others on this host hold one copy of converted weights;
             ``None`` for a copy of its own.
+        score_cache: The most bytes of answers that each base of kind ``hf`` remembers; 0 for none.
+        on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
     """
 
     def __init__(
@@ -124,11 +126,15 @@ class Builder:
         dtype: str = "auto",
         on_base_load: Callable[[str, float], None] | None = None,
         share_weights: Path | None = None,
+        score_cache: int = 64 * 2**20,
+        on_recall: Callable[[str, int, float], None] | None = None,
     ) -> None:
         self._device = device
         self._dtype = dtype
         self._on_base_load = on_base_load
         self._share_weights = share_weights
+        self._score_cache = score_cache
+        self._on_recall = on_recall
         self._pooled: dict[str, PooledBuilder] = {}
 
     def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
@@ -204,7 +210,12 @@ class Builder:
         if spec.kind == "hf" and "hf" not in self._pooled:
             from pytest_sway.backends.hf import HFBuilder
 
-            self._pooled["hf"] = HFBuilder(on_base_load=self._on_base_load, share_weights=self._share_weights)
+            self._pooled["hf"] = HFBuilder(
+                on_base_load=self._on_base_load,
+                share_weights=self._share_weights,
+                score_cache=self._score_cache,
+                on_recall=self._on_recall,
+            )
         elif spec.kind == "mlx" and "mlx" not in self._pooled:
             from pytest_sway.backends.mlx import MLXBuilder
 

@@ -42,7 +42,10 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Ite
     elif not any(worker.loading for worker in workers):
         return
     for name, base in stats.bases.items():
-        yield f"base {name}: {_times(base.loads, 'load')}, {base.load_seconds:.2f} s"
+        line = f"base {name}: {_times(base.loads, 'load')}, {base.load_seconds:.2f} s"
+        if (recalled := stats.recalled.get(name)) is not None:
+            line += f"; {_times(recalled.answers, 'answer')} from memory saved {recalled.seconds:.1f} s"
+        yield line
     saved = f"saved about {stats.saved_seconds():.1f} s of loading"
     yield f"{saved}, over all workers" if workers else f"{_peak(stats)}; {saved}"
     if (avoidable := stats.avoidable()).loads:

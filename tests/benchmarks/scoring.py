@@ -1,17 +1,21 @@
-"""Scoring, beside lm-evaluation-harness and dlm-sway, on SmolLM2 with one adapter, in one process."""
+"""Scoring, beside lm-evaluation-harness and dlm-sway, on SmolLM2 with LoRA adapters, in one process."""
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from examples.smollm2 import smollm2_folder
+from pytest_sway.backends import Builder
 from pytest_sway.cache import BackendCache
 from tests.benchmarks.figures import Figure, medians, run
 from tests.neighbours import harness
@@ -19,24 +23,32 @@ from tests.texts import lengths, texts
 from tests.tiny import make_adapter
 
 ROUNDS = 5
+ADAPTERS = 6
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 COMPLETIONS = (" yes", " no, not at all", " perhaps it is so", " nobody knows why")
 
 
 def figures() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        stack.enter_context(redirect_stderr(io.StringIO()))  # the peers' progress bars
         base = smollm2_folder()
-        adapter = make_adapter(Path(name) / "adapter", base, seed=1, r=8, scale=0.02)
+        adapters = [
+            make_adapter(Path(name) / f"adapter{n}", base, seed=n, r=8, scale=0.02) for n in range(1, 1 + ADAPTERS)
+        ]
+        adapter = adapters[0]
+        yield _six_adapters(base, adapters)
         cache = BackendCache(max_size=1)
         stack.callback(cache.shutdown)
-        ours = stack.enter_context(stack.enter_context(cache.lease({"base": base, "adapter": adapter})).as_finetuned())
+        backend = stack.enter_context(cache.lease({"base": base, "adapter": adapter}))
+        ours = stack.enter_context(backend.as_finetuned())
         theirs = stack.enter_context(_dlm_sway(stack, base, adapter).as_finetuned())
         peers = Peers(ours, theirs)
         yield from peers.rolling_short()
         yield from peers.rolling_long()
         yield peers.distributions()
         yield peers.multiple_choice()
-        yield from peers.overhead()
+        yield _overhead("the tuned side", ours)
+        yield _overhead("the base, with its memory", stack.enter_context(backend.as_base()))
         yield _peak_memory(Path(name), base, adapter)
 
 
@@ -102,25 +114,6 @@ class Peers:
         what = f"50 prompts, 4 completions each; HFLM's best batch size {batch_size}"
         return _faster("logprobs_of, multiple choice, times HFLM", 1.5, seconds, "hflm", what)
 
-    def overhead(self) -> Iterator[Figure]:
-        import torch
-
-        model, tokenizer = self._ours.model, self._tokenizer
-        (prompt,) = texts(tokenizer, [100])
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-
-        def bare() -> None:
-            with torch.inference_mode():
-                model(input_ids=ids, logits_to_keep=1)
-
-        seconds = medians(20 * ROUNDS, ours=lambda: self._ours.next_token_dist(prompt, top_k=32), bare=bare)
-        yield Figure(
-            "next_token_dist / the bare forward pass of the same tokens",
-            1.03,
-            seconds["ours"] / seconds["bare"],
-            f"{seconds['ours'] * 1e3:.2f} ms, {seconds['bare'] * 1e3:.2f} ms, {ids.shape[1]} tokens",
-        )
-
     def _rolling(self, scored: Sequence[str]) -> tuple[int, dict[str, float]]:
         import torch
 
@@ -149,6 +142,56 @@ class Peers:
 
     def _hflm(self, batch_size: int) -> Any:
         return harness.hflm(self._ours.model, self._tokenizer, batch_size)
+
+
+def _overhead(side: str, view: Any) -> Figure:
+    """One call, against the bare pass of the same tokens; each prompt is asked once, so that none is remembered."""
+    import torch
+
+    prompts = texts(view.tokenizer, [100] * 20 * ROUNDS)
+    ids = [torch.tensor([view.tokenizer(prompt)["input_ids"]]) for prompt in prompts]
+    model, ours, bare = view.model, iter(prompts), iter(ids)
+
+    def bare_pass() -> None:
+        with torch.inference_mode():
+            model(input_ids=next(bare), logits_to_keep=1)
+
+    view.next_token_dist("what is made once", top_k=32)
+    seconds = medians(len(prompts), ours=lambda: view.next_token_dist(next(ours), top_k=32), bare=bare_pass)
+    return Figure(
+        f"next_token_dist / the bare forward pass, {side}",
+        1.03,
+        seconds["ours"] / seconds["bare"],
+        f"{seconds['ours'] * 1e3:.2f} ms, {seconds['bare'] * 1e3:.2f} ms, 100 tokens",
+    )
+
+
+def _six_adapters(base: Path, adapters: Sequence[Path]) -> Figure:
+    """Base and tuned scores of the same texts for each adapter, with a new base each time, memory on or off."""
+    sides: dict[str, list[float]] = {"off": [], "on": []}
+    for _ in range(ROUNDS):
+        for side, taken in sides.items():
+            with ExitStack() as stack:
+                builder = Builder() if side == "on" else Builder(score_cache=0)
+                cache = BackendCache(max_size=len(adapters), build=builder)
+                stack.callback(cache.shutdown)
+                leases = [cache.lease({"base": base, "adapter": adapter}) for adapter in adapters]
+                backends = [stack.enter_context(lease) for lease in leases]
+                views = [stack.enter_context(opened) for b in backends for opened in (b.as_base(), b.as_finetuned())]
+                scored = texts(views[0].tokenizer, lengths(64, 5, 60))
+                views[-1].rolling_logprob("what is made once")
+                started = time.perf_counter()
+                for view in views:
+                    view.rolling_logprobs(scored)
+                taken.append(time.perf_counter() - started)
+    off, on = median(sides["off"]), median(sides["on"])
+    return Figure(
+        "base and tuned scores for six adapters, times memory off",
+        1.6,
+        off / on,
+        f"medians of {ROUNDS}: {on:.2f} s, {off:.2f} s with sway_score_cache = off; 64 texts of 5 to 60 tokens",
+        at_least=True,
+    )
 
 
 def _fresh(view: Any) -> Any:

@@ -56,6 +56,9 @@ def test_a_bad_memory_size_ends_the_run_before_it_starts(suite: Suite, value: st
         ("sway_dtype = int3", "sway_dtype: must be one of auto, fp16, bf16, fp32; found 'int3'."),
         ("sway_device = G!", "sway_device: must be auto or a torch device such as cpu, cuda:0 or mps; found 'G!'."),
         ("sway_on_leak = shout", "sway_on_leak: must be one of error, warn, ignore; found 'shout'."),
+        ("sway_score_cache = on", "sway_score_cache: must be a size in bytes, or with a unit of KB, MB, GB, KiB, MiB or"
+         " GiB, such as 8GiB, or off; found 'on'."),
+        ("sway_score_cache =", "sway_score_cache: must be a size such as 64MiB, or off; found ''."),
         ("sway_share_weights = on", "sway_share_weights: must be one of auto, off; found 'on'."),
         ("sway_on_mutation = shout", "sway_on_mutation: must be one of error, warn, ignore; found 'shout'."),
     ],
@@ -65,6 +68,11 @@ def test_a_bad_ini_value_is_named_as_such(suite: Suite, ini: str, message: str) 
     result = suite.run(PASSES)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: ini value {message}" in result.stderr.str()
+
+
+def test_the_header_says_so_when_answers_are_not_remembered(suite: Suite) -> None:
+    suite.pytester.makeini("[pytest]\nsway_score_cache = off\n")
+    suite.run(PASSES).stdout.fnmatch_lines(["sway: cache of 2, *, answers not remembered"])
 
 
 def test_auto_means_what_the_options_say(suite: Suite) -> None:

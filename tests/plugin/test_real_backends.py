@@ -273,3 +273,22 @@ def test_others(sway_backend):
             "base *larger: 2 loads, *",
         ]
     )
+
+
+@pytest.mark.parametrize("score_cache", ["64MiB", "off"])
+def test_what_a_base_answered_before_is_counted_in_the_summary(
+    pytester: pytest.Pytester, models: Path, score_cache: str
+) -> None:
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + """
+@pytest.mark.parametrize("adapter", ["good", "second"])
+def test_adapter(sway_backend, adapter):
+    with sway_backend({**GOOD, "adapter": ROOT / adapter}).as_base() as base:
+        assert len(base.next_token_dists([PROMPT, "the moon"])) == 2
+"""
+    )
+    result = pytester.runpytest_inprocess("-o", f"sway_score_cache={score_cache}")
+    result.assert_outcomes(passed=2)
+    (line,) = [line for line in result.outlines if line.startswith("base ")]
+    assert ("; 2 answers from memory saved " in line) == (score_cache != "off")

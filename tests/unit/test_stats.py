@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pytest_sway.stats import BackendStats, SwayStats
+from pytest_sway.stats import BackendStats, RecallStats, SwayStats
 
 
 def _stats() -> SwayStats:
@@ -15,6 +15,7 @@ def _stats() -> SwayStats:
     stats.backend("b").add(BackendStats(loads=1, hits=1, load_seconds=2.0))
     stats.base_loaded("a", 1.5)
     stats.base_loaded("b", 1.5)
+    stats.base_recalled("b", 3, 0.25)
     return stats
 
 
@@ -28,6 +29,12 @@ def test_a_base_is_counted_with_each_of_its_loads() -> None:
     stats = _stats()
     stats.base_loaded("a", 0.5)
     assert stats.bases["a"] == BackendStats(loads=2, load_seconds=2.0)
+
+
+def test_answers_from_memory_are_counted_with_the_seconds_that_they_saved() -> None:
+    stats = _stats()
+    stats.base_recalled("b", 2, 0.5)
+    assert stats.recalled == {"b": RecallStats(answers=5, seconds=0.75)}
 
 
 def test_the_total_is_over_all_backends_and_changes_none() -> None:
@@ -77,6 +84,8 @@ def test_merging_adds_counts_and_lines_and_keeps_the_larger_peak() -> None:
     other.backend("b").add(BackendStats(loads=1, hits=2, load_seconds=1.0))
     other.backend("c").add(BackendStats(loads=1, load_seconds=1.0))
     other.base_loaded("b", 1.0)
+    other.base_recalled("b", 1, 0.5)
+    other.base_recalled("c", 2, 1.0)
     stats.merge(other)
     assert stats.backends == {
         "a + x": BackendStats(loads=2, hits=5, failures=1, evictions=1, load_seconds=3.0),
@@ -84,6 +93,7 @@ def test_merging_adds_counts_and_lines_and_keeps_the_larger_peak() -> None:
         "c": BackendStats(loads=1, load_seconds=1.0),
     }
     assert stats.bases == {"a": BackendStats(loads=1, load_seconds=1.5), "b": BackendStats(loads=2, load_seconds=2.5)}
+    assert stats.recalled == {"b": RecallStats(4, 0.75), "c": RecallStats(2, 1.0)}
     assert (stats.peak_resident, stats.peak_bytes) == (2, 400)
     assert (stats.close_errors, stats.mutations, stats.leaks) == (["c", "c2"], ["m"], ["l", "l2"])
 

@@ -247,7 +247,7 @@ class HFBackend:
             self._require()  # it may have been closed while we waited
             quiet = no_warnings() if side.runner is side.base.peft_model else nullcontext()
             with quiet, side.base.switch.bound(side.state), torch.inference_mode():
-                return work(Engine(side.runner, side.tokenizer, side.base.forward), *args)
+                return work(Engine(side.runner, side.tokenizer, side.base.forward, side.recall), *args)
 
     def _raw_model(self, view: HFView) -> Any:
         side = self._side(view)

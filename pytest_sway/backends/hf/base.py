@@ -14,6 +14,7 @@ from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
 from pytest_sway.backends.hf.libraries import forget_layers, quiet_process, seeded
 from pytest_sway.backends.hf.memory import WeightsWatch
 from pytest_sway.backends.hf.models import load_model
+from pytest_sway.backends.hf.recall import AnswerMemory, circumstances
 from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.state import BASE_STATE, Switch
 
@@ -48,6 +49,7 @@ class LoadedBase:
         tokenizers: The records of tokenizers that adapters brought, by the identity of their files; they and their
             tokenizers stay for as long as a backend uses them.
         forward: Its forward passes.
+        memory: What it has answered before; ``None`` to remember nothing.
     """
 
     def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, *, shared: bool = True) -> None:
@@ -62,6 +64,7 @@ class LoadedBase:
         self.tokenizer_record = TokenizerRecord(tokenizer)
         self.tokenizers: WeakValueDictionary[str, TokenizerRecord] = WeakValueDictionary()
         self.forward = Forward(model)
+        self.memory: AnswerMemory | None = None
         self.plans: dict[str, list[LayerPlan]] = {}
         self.places = dict(_places(model))
         self._modules = {name: children[key] for name, (children, key) in self.places.items()}
@@ -108,6 +111,19 @@ class LoadedBase:
         with self.switch.bound(BASE_STATE):
             return [*self.record.note(), *self.tokenizer_record.changes()]
 
+    def recall(self, question: tuple[Any, ...], compute: Callable[[], list[Any]]) -> list[Any]:
+        """Return the answers to ``question`` from memory, or from ``compute()``; to be called under its lock.
+
+        A base that somebody has changed answers nothing from memory, and what it computes is not remembered.
+        """
+        memory, here = self.memory, circumstances(self.device.type)
+        if memory is None or here is None:
+            return compute()
+        if not self.record.intact():
+            memory.forget()
+            return compute()
+        return memory.answers((*question, here), compute)
+
     def _peft_modules(self) -> Iterator[tuple[str, Any]]:
         """What PEFT has put around and into the model.
 
@@ -132,7 +148,7 @@ class LoadedBase:
             forget_layers()
             self.model = self.tokenizer = self.peft_model = None
             self.switch = Switch()
-            self.record = self.forward = None  # type: ignore[assignment] # nobody uses a closed base
+            self.record = self.forward = self.memory = None  # type: ignore[assignment] # nobody uses a closed base
             self.adapters, self.plans, self.places, self._modules = {}, {}, {}, {}
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.hf.check import check_spec
 from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.hf.placement import resolve_placement
+from pytest_sway.backends.hf.recall import DEFAULT_BYTES, AnswerMemory
 from pytest_sway.backends.hf.sizes import estimated
 from pytest_sway.backends.shared import SharedPool
 from pytest_sway.spec import base_key, base_spec, finetuned_spec
@@ -41,6 +42,8 @@ class HFBuilder:
         on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
         share_weights: A folder through which this process and others on this host hold one copy of converted weights;
             ``None`` for a copy of its own.
+        score_cache: The most bytes of answers that each base remembers; 0 for none.
+        on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
     """
 
     def __init__(
@@ -48,8 +51,12 @@ class HFBuilder:
         on_base_load: Callable[[str, float], None] | None = None,
         *,
         share_weights: Path | None = None,
+        score_cache: int = DEFAULT_BYTES,
+        on_recall: Callable[[str, int, float], None] | None = None,
     ) -> None:
         self._on_base_load = on_base_load
+        self._score_cache = score_cache
+        self._on_recall = on_recall
         self._share_weights = share_weights
         self._shared_weights: SharedWeights | None = None
         self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
@@ -149,9 +156,15 @@ class HFBuilder:
     def _timed(self, spec: ModelSpec, load: Callable[..., LoadedBase], *args: Any) -> LoadedBase:
         started = time.perf_counter()
         base = load(*args)
+        if self._score_cache:
+            base.memory = AnswerMemory(self._score_cache, partial(self._recalled, spec.base))
         if self._on_base_load is not None:
             self._on_base_load(spec.base, time.perf_counter() - started)
         return base
+
+    def _recalled(self, name: str, answers: int, seconds: float) -> None:
+        if self._on_recall is not None:
+            self._on_recall(name, answers, seconds)
 
     def _give_back(self, shares: list[Share[LoadedBase]]) -> None:
         """Release the shares of a build that failed; a base that it left changed goes to nobody else."""

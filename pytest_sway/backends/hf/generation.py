@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_sway.backends.hf import batches
 from pytest_sway.backends.hf.forward import agree
 from pytest_sway.backends.hf.halving import in_parts
+from pytest_sway.backends.hf.recall import recalling
 from pytest_sway.backends.hf.scores import Engine, encoded_prompts, listed, warn_of_cuts
 from pytest_sway.errors import ScoringError
 
@@ -60,6 +61,13 @@ class Settings(NamedTuple):
         return room
 
 
+class Stops(NamedTuple):
+    """The tokens that end a text, and the one that fills up shorter texts of a batch."""
+
+    ends: tuple[int, ...]
+    pad: int
+
+
 class Request(NamedTuple):
     """A prompt's token ids, and where its sampling starts; greedy requests have no seed."""
 
@@ -77,10 +85,12 @@ def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed:
         Request(ids[-room:], one if settings.temperature > 0.0 else None)
         for ids, one in zip(encoded, seeds(seed, len(encoded)), strict=True)
     ]
-    found: dict[Request, str] = {}
+    stops: Stops = run(_stops)
+    found: dict[Request, tuple[int, ...]] = {}
     for batch in run(_planned, list(dict.fromkeys(requests)), settings):
-        found |= zip(batch, in_parts(run, _generated, batch, settings), strict=True)
-    return [found[request] for request in requests]
+        found |= zip(batch, in_parts(run, _continued, batch, settings, stops), strict=True)
+    texts: list[str] = run(_decoded, [found[request] for request in requests])
+    return texts
 
 
 def seeds(seed: int | Sequence[int], count: int) -> list[int]:
@@ -112,20 +122,25 @@ def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) ->
     return planned
 
 
-def _generated(engine: Engine, requests: Sequence[Request], settings: Settings) -> list[str]:
-    model, tokenizer, ends = engine.model, engine.tokenizer, _ends(engine)
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    arguments = _left_padded(engine, [request.ids for request in requests], pad)
+@recalling
+def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
+    """The new tokens after each prompt, with the one that ends them."""
+    arguments = _left_padded(engine, [request.ids for request in requests], stops.pad)
     if settings.temperature > 0.0:
         arguments["logits_processor"] = _sampling(settings, [request.seed for request in requests])
-    fields = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
+    ends = list(stops.ends) or None
+    fields = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": ends, "pad_token_id": stops.pad}
     with _plain_settings(engine, **fields) as plain:
-        output = model.generate(generation_config=plain, **arguments)
-    texts = []
+        output = engine.model.generate(generation_config=plain, **arguments)
+    found = []
     for new in output[:, arguments["input_ids"].shape[1] :].tolist():
-        end = next((i for i, token in enumerate(new) if token in ends), len(new))
-        texts.append(str(tokenizer.decode(new[: end + 1], skip_special_tokens=True)))
-    return texts
+        end = next((i for i, token in enumerate(new) if token in stops.ends), len(new))
+        found.append(tuple(new[: end + 1]))
+    return found
+
+
+def _decoded(engine: Engine, found: Sequence[tuple[int, ...]]) -> list[str]:
+    return [str(engine.tokenizer.decode(list(new), skip_special_tokens=True)) for new in found]
 
 
 def _left_padded(engine: Engine, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
@@ -173,6 +188,12 @@ def _plain_settings(engine: Engine, **fields: Any) -> Iterator[Any]:
         yield plain
     finally:
         owner.generation_config = before
+
+
+def _stops(engine: Engine) -> Stops:
+    ends = _ends(engine)
+    pad = next((token for token in (engine.tokenizer.pad_token_id, *ends) if token is not None), 0)
+    return Stops(tuple(ends), pad)
 
 
 def _ends(engine: Engine) -> list[int]:

@@ -197,6 +197,7 @@ class BaseRecord:
         ]
         self._skeleton = list(model.named_modules())
         self._modules = ModulesRecord(self._skeleton)
+        self._forwards: dict[Any, Any] = {type(module): type(module).forward for _, module in self._skeleton}
         self._added: list[tuple[str, Any]] = []
         self._peft_model: Any = None
         self._adapters: frozenset[str] = frozenset()
@@ -222,6 +223,15 @@ class BaseRecord:
             self._found = [*self._adapter_changes(), *self._modules.changes(), *self._tensors.changes()]
             self._found += self._config_changes()
         return self._found
+
+    def intact(self) -> bool:
+        """Whether all is as it was; unlike `note`, it remembers nothing of what a test may yet put back."""
+        return (
+            not self._found
+            and all(kind.forward is forward for kind, forward in self._forwards.items())
+            and not (self._adapter_changes() or self._modules.changes())
+            and not (self._tensors.changes() or self._config_changes())
+        )
 
     def _config_changes(self) -> list[str]:
         lines = []

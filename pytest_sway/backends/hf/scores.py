@@ -18,6 +18,7 @@ import numpy as np
 from pytest_sway.backends.hf import batches, tokenisation
 from pytest_sway.backends.hf.chat import prompt_text, shortened
 from pytest_sway.backends.hf.halving import in_parts
+from pytest_sway.backends.hf.recall import recalling
 from pytest_sway.backends.hf.tokenisation import Window
 from pytest_sway.errors import ScoringError, SwayWarning
 from pytest_sway.scoring import RollingLogprob, TokenDist
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pytest_sway.backends.hf.forward import Forward
+    from pytest_sway.backends.hf.recall import Recall
     from pytest_sway.scoring import Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -49,11 +51,13 @@ class Engine:
         model: The model, or the ``PeftModel`` around it.
         tokenizer: The view's tokenizer.
         forward: The passes of the base.
+        recall: What the base has answered before; ``None`` where the model is not a base as it is.
     """
 
     model: Any
     tokenizer: Any
     forward: Forward
+    recall: Recall | None = None
 
     @property
     def max_length(self) -> int:
@@ -184,6 +188,7 @@ def _planned(engine: Engine, items: Sequence[Any], lengths: Sequence[int]) -> li
     return [[items[i] for i in batch] for batch in planned]
 
 
+@recalling
 def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[np.float32]]:
     import torch
 
@@ -201,6 +206,7 @@ def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[
     return np.split(flat, np.cumsum([len(window.scored) for window in windows])[:-1])
 
 
+@recalling
 def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist]:
     def reduce(logits: Any, _: int) -> list[TokenDist]:
         return _most_probable(logits, top_k)

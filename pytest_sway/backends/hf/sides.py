@@ -13,6 +13,7 @@ from pytest_sway.errors import BackendUseError
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.base import LoadedBase
+    from pytest_sway.backends.hf.recall import Recall
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -34,6 +35,11 @@ class Side:
     tokenizer: Any
     runner: Any
     raw: Any
+
+    @property
+    def recall(self) -> Recall | None:
+        """What the base has answered before, where this side is the base as it is."""
+        return None if self.state.enabled else self.base.recall
 
     def with_overlay(self, overlay: Overlay) -> Side:
         """The same side with values of the adapter replaced."""
