@@ -36,7 +36,7 @@ CPU: Final = Limits(tokens=1024, overhead=48, logits_bytes=32 * 2**20, cached_to
 ACCELERATOR: Final = Limits(tokens=16384, overhead=512, logits_bytes=256 * 2**20, cached_tokens=32768)
 
 
-def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int) -> list[list[int]]:
+def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int, padded: bool = True) -> list[list[int]]:
     """Divide sequences into batches such that the whole costs least.
 
     Sorted by length, neighbours share a batch; where to cut is found by dynamic programming over the cost that this
@@ -46,11 +46,14 @@ def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int) -> list[li
         lengths: Length of each sequence, in tokens.
         tokens: The most positions, with padding, that a batch may have; a sequence longer than that stands alone.
         overhead: What a batch costs besides its positions.
+        padded: Whether sequences are padded to the longest of their batch.
 
     Returns:
         For each batch the indices of its sequences, longest batch first, so that what does not fit shows at once.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    if not padded:
+        return _filled(order[::-1], lengths, tokens)
     cost = [0] * (len(order) + 1)
     start = [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
@@ -63,6 +66,19 @@ def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int) -> list[li
     while end:
         batches.append(order[start[end] : end][::-1])
         end = start[end]
+    return batches
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """As few batches as hold all, one after the other."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in order:
+        if lengths[i] > room or not batches:
+            batches.append([])
+            room = tokens
+        batches[-1].append(i)
+        room -= lengths[i]
     return batches
 
 

@@ -15,7 +15,7 @@ import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from pytest_sway.backends.hf import batches
+from pytest_sway.backends.hf import batches, packing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,10 +47,45 @@ class SplitModel:
         self._body = body
         self._output_class = type(output)
         self._caches: bool | None = None
+        self._longest_packed: int | None = None
 
-    def hidden(self, inputs: Sequence[Sequence[int]]) -> Any:
-        """Return the hidden states of right-padded sequences: shape ``(sequences, longest, hidden size)``."""
-        return self._body(input_ids=_padded(inputs, self._model.device), use_cache=False).last_hidden_state
+    def hidden(self, inputs: Sequence[Sequence[int]]) -> tuple[Any, list[int]]:
+        """Return the hidden states of sequences: shape ``(positions, hidden size)``, and where each one's begin.
+
+        They go through the model in one row where `packs` allows that, else padded on the right.
+        """
+        longest = max(map(len, inputs))
+        if len(inputs) > 1 and self.packs(longest):
+            return self._in_a_row(inputs)
+        states = self._body(input_ids=_padded(inputs, self._model.device), use_cache=False).last_hidden_state
+        return states.flatten(0, 1), [i * longest for i in range(len(inputs))]
+
+    def packs(self, longest: int) -> bool:
+        """Whether sequences of up to ``longest`` tokens can go through the model in one row."""
+        if self._longest_packed is None:
+            self._longest_packed = packing.longest_packed(self._body.config) if self._keeps_apart() else 0
+        return longest <= self._longest_packed
+
+    def _in_a_row(self, inputs: Sequence[Sequence[int]]) -> tuple[Any, list[int]]:
+        row = packing.Row(inputs, self._model.device)
+        with packing.attending_apart(self._body.config, row):
+            output = self._body(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
+        return output.last_hidden_state[0], row.starts
+
+    def _keeps_apart(self) -> bool:
+        """Whether a sequence in a row comes to what it comes to alone; tried on a few tokens."""
+        if not packing.longest_packed(self._body.config):
+            return False
+        trial = _trial(self._model)
+        inputs = [trial, trial[::-1], trial[1:], trial[:1]]
+        try:
+            states, starts = self._in_a_row(inputs)
+        except Exception:  # a model of an unforeseen shape can fail in any way; it still runs padded
+            return False
+        return all(
+            agree(states[start : start + len(ids)], self.hidden([ids])[0])
+            for start, ids in zip(starts, inputs, strict=True)
+        )
 
     def logits(self, rows: Any) -> Any:
         """Return the logits of hidden states: from ``(rows, hidden size)``, ``(rows, vocabulary)``."""
@@ -71,14 +106,15 @@ class SplitModel:
             position, then those of the continuation.
         """
         output = self._body(input_ids=_padded([context], self._model.device), use_cache=True)
-        last, cache = output.last_hidden_state[0, -1:], output.past_key_values
+        field = "cache" if "cache" in output else "past_key_values"  # the name before transformers 5.24
+        last, cache = output.last_hidden_state[0, -1:], output[field]
         states = [last] * len(tails)
         longer = sorted((i for i, tail in enumerate(tails) if tail), key=lambda i: len(tails[i]))
         while longer:
             rows = max(1, cached_tokens // (len(context) + len(tails[longer[-1]])))
             now, longer = longer[-rows:], longer[:-rows]
             ours = copy.deepcopy(cache) if longer else cache
-            for i, hidden in zip(now, self._continued(ours, [tails[i] for i in now]), strict=True):
+            for i, hidden in zip(now, self._continued(field, ours, [tails[i] for i in now]), strict=True):
                 states[i] = _joined([last, hidden[: len(tails[i])]])
         return states
 
@@ -87,7 +123,7 @@ class SplitModel:
         """Whether continuing from a cache gives what one pass over everything gives; tried when first asked."""
         if self._caches is None:
             trial = _trial(self._model)
-            whole = self.hidden([trial])[0]
+            whole, _ = self.hidden([trial])
             try:
                 other = self.hidden_after(trial[:-1], [trial[-1:], trial[:2]], 64)[0]
             except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
@@ -96,11 +132,11 @@ class SplitModel:
                 self._caches = agree(other, whole[-2:])
         return self._caches
 
-    def _continued(self, cache: Any, tails: Sequence[Sequence[int]]) -> Any:
+    def _continued(self, field: str, cache: Any, tails: Sequence[Sequence[int]]) -> Any:
         inputs = _padded(tails, self._model.device)
         if len(tails) > 1:
             cache.reorder_cache(inputs.new_zeros(len(tails)))
-        return self._body(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        return self._body(input_ids=inputs, **{field: cache}, use_cache=True).last_hidden_state
 
 
 class Forward:
@@ -139,6 +175,11 @@ class Forward:
             self._split, self._tried = _split(self.model), True
         return self._split
 
+    def packs(self, runner: Any, longest: int) -> bool:
+        """Whether sequences of up to ``longest`` tokens are passed without padding."""
+        split = self.split(runner)
+        return split is not None and split.packs(longest)
+
     def tokens(self, runner: Any) -> int:
         """Return how many token positions a pass may have: fewer where it makes logits for each of them."""
         if self.split(runner) is not None:
@@ -150,8 +191,8 @@ class Forward:
     ) -> list[_T]:
         """Compute the logits of the last positions of several sequences in one pass, and reduce them at once.
 
-        The sequences are padded on the right, and no attention mask is passed: what comes later is hidden from a
-        causal model by its own mask.
+        Sequences that are padded are so on the right, and no attention mask is passed: what comes later is hidden from
+        a causal model by its own mask.
 
         Args:
             runner: The model, or the ``PeftModel`` around it.
@@ -166,11 +207,11 @@ class Forward:
         """
         split = self.split(runner)
         inputs = [ids for ids, _ in sequences]
-        longest = max(len(ids) for ids in inputs)
         if split is not None:
-            states = split.hidden(inputs).flatten(0, 1)
-            wanted = [p for i, (ids, n) in enumerate(sequences) for p in _last(i * longest + len(ids), n)]
+            states, starts = split.hidden(inputs)
+            wanted = [p for start, (ids, n) in zip(starts, sequences, strict=True) for p in _last(start + len(ids), n)]
             return self._heads(split, _rows(states, wanted), reduce)
+        longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
         only = {} if self._argument is None else {self._argument: kept}
         logits = runner(input_ids=_padded(inputs, self.model.device), **only).logits

@@ -184,7 +184,12 @@ def _planned(engine: Engine, items: Sequence[Any], lengths: Sequence[int]) -> li
     if not items:
         return []
     forward = engine.forward
-    planned = batches.in_batches(lengths, tokens=forward.tokens(engine.model), overhead=forward.limits.overhead)
+    planned = batches.in_batches(
+        lengths,
+        tokens=forward.tokens(engine.model),
+        overhead=forward.limits.overhead,
+        padded=not forward.packs(engine.model, max(lengths)),
+    )
     return [[items[i] for i in batch] for batch in planned]
 
 

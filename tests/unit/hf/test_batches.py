@@ -35,6 +35,16 @@ def test_no_other_way_to_cut_the_sorted_lengths_costs_less(lengths: list[int], o
             assert found <= _cost(lengths, others, overhead)
 
 
+@given(LENGTHS, st.integers(1, 100))
+def test_sequences_that_are_not_padded_fill_each_batch_up(lengths: list[int], tokens: int) -> None:
+    batches = in_batches(lengths, tokens=tokens, overhead=5, padded=False)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in batch) for batch in batches]
+    assert all(len(batch) == 1 or total <= tokens for batch, total in zip(batches, sums, strict=True))
+    for total, following in zip(sums, batches[1:], strict=False):
+        assert total + lengths[following[0]] > tokens
+
+
 def test_the_longest_come_first_so_that_what_does_not_fit_shows_at_once() -> None:
     assert in_batches([3, 90, 4, 80], tokens=100, overhead=10) == [[1], [3], [2, 0]]
 

@@ -1,0 +1,98 @@
+"""Texts of any lengths in one row without padding: which models do it, and that each text stays by itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sway.backends.hf.packing import Row, attending_apart, longest_packed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SEQUENCES = [[5, 6, 7], [1] * 90, [9], [3, 3, 3], list(range(40)), [2, 4]]
+
+
+def _forward(backend: Any) -> Any:
+    return backend._loaded.base.base.forward
+
+
+def test_a_row_holds_each_sequence_with_its_own_positions() -> None:
+    row = Row(SEQUENCES, "cpu")
+    tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
+    assert len(tokens) == sum(map(len, SEQUENCES))
+    for start, ids in zip(row.starts, SEQUENCES, strict=True):
+        assert tokens[start : start + len(ids)] == ids
+        assert positions[start : start + len(ids)] == list(range(len(ids)))
+
+
+@pytest.mark.parametrize("sequences", [SEQUENCES, [[1, 2]] * 5, [[1]], [[1] * n for n in (300, 2, 299, 1)]])
+def test_attention_in_a_row_is_that_of_each_sequence_alone(sequences: list[list[int]]) -> None:
+    import torch
+    from transformers.integrations import sdpa_attention
+
+    attend: Any = sdpa_attention.sdpa_attention_forward
+    row, count = Row(sequences, "cpu"), sum(map(len, sequences))
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 4, count, 8, generator=generator) for _ in range(3)]
+    module = torch.nn.Module()
+    found = row.attention(attend, module, tensors, scaling=0.3)
+    assert found.shape == (1, count, 4, 8)
+    for start, ids in zip(row.starts, sequences, strict=True):
+        mine = [tensor[:, :, start : start + len(ids)] for tensor in tensors]
+        expected = attend(module, *mine, None, scaling=0.3)[0]
+        torch.testing.assert_close(found[:, start : start + len(ids)], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_model_goes_back_to_its_own_attention_whatever_happens(build: Any, base: Path) -> None:
+    backend = build(base)
+    with backend.as_base() as view:
+        config = view.model.config
+        before = dict(vars(config))
+        view.rolling_logprobs(["the sun rises", "a fox"])
+        with pytest.raises(RuntimeError, match="in between"), attending_apart(config, Row([[1]], "cpu")):
+            raise RuntimeError("in between")
+        assert vars(config) == before
+        assert backend.changes() == []
+
+
+def test_a_text_beyond_a_models_window_is_padded(build: Any, base: Path) -> None:
+    backend = build(base)
+    with backend.as_base() as view:
+        view.model.config.sliding_window = 6
+        assert longest_packed(view.model.config) == 6
+        forward = _forward(backend)
+        assert forward.packs(view.model, 6)
+        assert not forward.packs(view.model, 7)
+        del view.model.config.sliding_window
+
+
+def test_attention_that_cannot_be_taken_over_stays_as_it_is(build: Any, base: Path) -> None:
+    backend = build(base)
+    with backend.as_base() as view:
+        view.model.set_attn_implementation("eager")
+        assert not _forward(backend).packs(view.model, 1)
+        view.model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda self, attend, module, tensors, **kwargs: attend(module, *tensors, None, **kwargs)[0],
+        lambda *args, **kwargs: 1 / 0,
+    ],
+    ids=["mixes its texts", "fails"],
+)
+def test_a_model_that_does_not_keep_texts_apart_is_given_them_padded(
+    build: Any, base: Path, monkeypatch: pytest.MonkeyPatch, attend: Any
+) -> None:
+    with build(base).as_base() as view:
+        expected = view.rolling_logprobs(["the sun rises in the east", "a fox"])
+    monkeypatch.setattr(Row, "attention", attend)
+    backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
+    with backend.as_base() as view:
+        found = view.rolling_logprobs(["the sun rises in the east", "a fox"])
+        assert not _forward(backend).packs(view.model, 1)
+    for a, b in zip(found, expected, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
