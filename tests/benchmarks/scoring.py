@@ -23,6 +23,7 @@ from tests.texts import lengths, texts
 from tests.tiny import make_adapter
 
 ROUNDS = 5
+FEWER_ROUNDS = 3
 ADAPTERS = 6
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 COMPLETIONS = (" yes", " no, not at all", " perhaps it is so", " nobody knows why")
@@ -137,7 +138,7 @@ class Peers:
 
     def _best_batch_size(self, work: Any) -> int:
         models = {str(size): self._hflm(size) for size in BATCH_SIZES}
-        tried = medians(2, **{size: partial(work, lm) for size, lm in models.items()})
+        tried = medians(1, **{size: partial(work, lm) for size, lm in models.items()})
         return int(min(tried, key=lambda size: tried[size]))
 
     def _hflm(self, batch_size: int) -> Any:
@@ -169,7 +170,7 @@ def _overhead(side: str, view: Any) -> Figure:
 def _six_adapters(base: Path, adapters: Sequence[Path]) -> Figure:
     """Base and tuned scores of the same texts for each adapter, with a new base each time, memory on or off."""
     sides: dict[str, list[float]] = {"off": [], "on": []}
-    for _ in range(ROUNDS):
+    for _ in range(FEWER_ROUNDS):
         for side, taken in sides.items():
             with ExitStack() as stack:
                 builder = Builder() if side == "on" else Builder(score_cache=0)
@@ -189,7 +190,7 @@ def _six_adapters(base: Path, adapters: Sequence[Path]) -> Figure:
         "base and tuned scores for six adapters, times memory off",
         1.6,
         off / on,
-        f"medians of {ROUNDS}: {on:.2f} s, {off:.2f} s with sway_score_cache = off; 64 texts of 5 to 60 tokens",
+        f"medians of {FEWER_ROUNDS}: {on:.2f} s, {off:.2f} s with sway_score_cache = off; 64 texts of 5 to 60 tokens",
         at_least=True,
     )
 

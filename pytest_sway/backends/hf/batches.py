@@ -1,7 +1,8 @@
 """Which sequences go through the model together. Pure arithmetic on lengths; nothing here is measured or loaded.
 
-A pass costs as many token positions as its longest sequence has, times its rows, and besides that about as much as
-some tens of positions more on a CPU (hundreds on an accelerator), since all weights are read whatever the rows.
+A pass costs as many token positions as its longest sequence has, times its rows, or where sequences are not padded, as
+they have in all; and besides that about as much as some tens of positions more on a CPU (hundreds on an accelerator),
+since all weights are read whatever the rows.
 """
 
 from __future__ import annotations
@@ -23,17 +24,23 @@ class Limits:
         tokens: The most token positions, with padding, unless one sequence alone has more.
         overhead: What a pass costs besides its positions, as a number of positions.
         logits_bytes: About as many bytes of logits exist at once.
+        worth_trimming: From how many positions on the heap gives memory back before the body and before the head. It is
+            about a hundredth of such a pass, and what body and head need does not add up.
         cached_tokens: The most token positions that key-value caches may hold, unless one sequence alone has more.
     """
 
     tokens: int
     overhead: int
     logits_bytes: int
+    worth_trimming: int
     cached_tokens: int
 
 
-CPU: Final = Limits(tokens=1024, overhead=48, logits_bytes=32 * 2**20, cached_tokens=2048)
-ACCELERATOR: Final = Limits(tokens=16384, overhead=512, logits_bytes=256 * 2**20, cached_tokens=32768)
+# Blocks of 32 MiB and more are mapped anew by glibc each time, and cleared.
+CPU: Final = Limits(tokens=1024, overhead=48, logits_bytes=31 * 2**20, worth_trimming=384, cached_tokens=2048)
+ACCELERATOR: Final = Limits(
+    tokens=16384, overhead=512, logits_bytes=256 * 2**20, worth_trimming=2**31, cached_tokens=32768
+)
 
 
 def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int, padded: bool = True) -> list[list[int]]:

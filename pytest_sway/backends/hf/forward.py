@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pytest_sway.backends.hf import batches, packing
+from pytest_sway.backends.hf.memory import trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -208,9 +209,16 @@ class Forward:
         split = self.split(runner)
         inputs = [ids for ids, _ in sequences]
         if split is not None:
+            many = sum(map(len, inputs)) >= self.limits.worth_trimming
+            if many:
+                trim_heap()
             states, starts = split.hidden(inputs)
             wanted = [p for start, (ids, n) in zip(starts, sequences, strict=True) for p in _last(start + len(ids), n)]
-            return self._heads(split, _rows(states, wanted), reduce)
+            rows = _rows(states, wanted)
+            del states
+            if many:
+                trim_heap()
+            return self._heads(split, rows, reduce)
         longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
         only = {} if self._argument is None else {self._argument: kept}

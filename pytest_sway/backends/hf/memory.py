@@ -6,6 +6,7 @@ import ctypes
 import gc
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -73,12 +74,20 @@ def collect(device_type: str) -> None:
         torch.cuda.empty_cache()
     elif device_type == "mps":
         torch.mps.empty_cache()
-    _trim_heap()
+    trim_heap()
 
 
-def _trim_heap() -> None:
-    """Have glibc give freed memory back: of a base that was converted while loading, it keeps four fifths resident."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+def trim_heap() -> None:
+    """Have glibc give freed memory back.
+
+    Of a base that was converted while loading, it keeps four fifths resident otherwise; of what a forward pass used,
+    small results that lie in between keep the rest from being used for anything large.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
