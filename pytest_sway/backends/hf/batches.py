@@ -22,6 +22,7 @@ class Limits:
 
     Attributes:
         tokens: The most token positions, with padding, unless one sequence alone has more.
+        last_tokens: The same where each sequence's last logits alone are wanted, which leaves memory for more.
         overhead: What a pass costs besides its positions, as a number of positions.
         logits_bytes: About as many bytes of logits exist at once.
         worth_trimming: From how many positions on the heap gives memory back before the body and before the head. It is
@@ -30,16 +31,23 @@ class Limits:
     """
 
     tokens: int
+    last_tokens: int
     overhead: int
     logits_bytes: int
     worth_trimming: int
     cached_tokens: int
 
 
-# Blocks of 32 MiB and more are mapped anew by glibc each time, and cleared.
-CPU: Final = Limits(tokens=1024, overhead=48, logits_bytes=31 * 2**20, worth_trimming=384, cached_tokens=2048)
+CPU: Final = Limits(
+    tokens=768, last_tokens=1536, overhead=48, logits_bytes=24 * 2**20, worth_trimming=384, cached_tokens=2048
+)
 ACCELERATOR: Final = Limits(
-    tokens=16384, overhead=512, logits_bytes=256 * 2**20, worth_trimming=2**31, cached_tokens=32768
+    tokens=16384,
+    last_tokens=16384,
+    overhead=512,
+    logits_bytes=256 * 2**20,
+    worth_trimming=2**31,
+    cached_tokens=32768,
 )
 
 

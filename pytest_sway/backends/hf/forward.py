@@ -181,10 +181,15 @@ class Forward:
         split = self.split(runner)
         return split is not None and split.packs(longest)
 
-    def tokens(self, runner: Any) -> int:
-        """Return how many token positions a pass may have: fewer where it makes logits for each of them."""
+    def tokens(self, runner: Any, *, last_only: bool = False) -> int:
+        """Return how many token positions a pass may have: fewer where it makes logits for each of them.
+
+        Args:
+            runner: The model, or the ``PeftModel`` around it.
+            last_only: The logits of each sequence's last position alone are wanted.
+        """
         if self.split(runner) is not None:
-            return self.limits.tokens
+            return self.limits.last_tokens if last_only else self.limits.tokens
         return min(self.limits.tokens, max(1, 4 * self.limits.logits_bytes // (4 * self._vocabulary())))
 
     def logits(

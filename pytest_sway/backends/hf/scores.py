@@ -166,7 +166,7 @@ def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob
 
 
 def _planned_prompts(engine: Engine, prompts: Sequence[Ids]) -> list[list[Ids]]:
-    return _planned(engine, prompts, [len(ids) for ids in prompts])
+    return _planned(engine, prompts, [len(ids) for ids in prompts], last_only=True)
 
 
 def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Window]]:
@@ -180,13 +180,15 @@ def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Win
     return sharing + _planned(engine, others, [len(window.inputs) for window in others])
 
 
-def _planned(engine: Engine, items: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+def _planned(
+    engine: Engine, items: Sequence[Any], lengths: Sequence[int], *, last_only: bool = False
+) -> list[list[Any]]:
     if not items:
         return []
     forward = engine.forward
     planned = batches.in_batches(
         lengths,
-        tokens=forward.tokens(engine.model),
+        tokens=forward.tokens(engine.model, last_only=last_only),
         overhead=forward.limits.overhead,
         padded=not forward.packs(engine.model, max(lengths)),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_sway.backends.hf.packing import Row, attending_apart, longest_packed
+from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +57,19 @@ def test_a_model_goes_back_to_its_own_attention_whatever_happens(build: Any, bas
             raise RuntimeError("in between")
         assert vars(config) == before
         assert backend.changes() == []
+
+
+def test_the_raw_model_is_not_called_while_a_view_scores_in_another_thread(build: Any, base: Path) -> None:
+    import torch
+
+    with build(base).as_base() as view, ThreadPoolExecutor(1) as pool:
+        model = view.model
+        ids = torch.tensor([[1, 2, 3]])
+        with attending_apart(model.config, Row([[1]], "cpu")):
+            called = pool.submit(lambda: model(input_ids=ids))
+            with pytest.raises(BackendUseError, match="Let them take turns"):
+                called.result()
+        assert model(input_ids=ids).logits.shape[1] == 3
 
 
 def test_a_text_beyond_a_models_window_is_padded(build: Any, base: Path) -> None:
