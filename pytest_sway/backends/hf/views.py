@@ -36,8 +36,8 @@ class HFView:
     def model(self) -> Any:
         """The raw model, put into this view's state: the ``PeftModel``, or without an adapter the Hugging Face model.
 
-        It stays in this state until another view's ``model`` is asked for; scoring through views does not change it. While
-        a view on the same base scores, in another thread, the model is that view's: do not call it then.
+        It stays in this state until another view's ``model`` is asked for; scoring through views does not change it.
+        While a view on the same base scores, in another thread, the model is that view's: do not call it then.
         """
         return self._open()._raw_model(self)
 
