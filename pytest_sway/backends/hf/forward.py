@@ -57,7 +57,10 @@ class SplitModel:
         """
         longest = max(map(len, inputs))
         if len(inputs) > 1 and self.packs(longest):
-            return self._in_a_row(inputs)
+            try:
+                return self._in_a_row(inputs)
+            except packing.MaskedError:  # not in the trial, but in longer texts
+                self._longest_packed = 0
         states = self._body(input_ids=_padded(inputs, self._model.device), use_cache=False).last_hidden_state
         return states.flatten(0, 1), [i * longest for i in range(len(inputs))]
 

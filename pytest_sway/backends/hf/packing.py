@@ -29,6 +29,10 @@ _CALL_POSITIONS: Final = 256
 """What one call of attention costs besides its positions, as a number of positions."""
 
 
+class MaskedError(Exception):
+    """A model has a mask of its own for what it was given in a row; nobody outside of the scoring sees this."""
+
+
 class _Group(NamedTuple):
     """Neighbours in a row that attend side by side.
 
@@ -152,7 +156,7 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
             " take turns, or score through views only, which any number of threads may do."
         )
     if attention_mask is not None:
-        raise ValueError("this model masks more than what comes later")
+        raise MaskedError("this model masks more than what comes later")
     attend = _interface()()[_STOOD_IN_FOR]
     return row.attention(attend, module, (query, key, value), **kwargs), None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf.packing import Row, attending_apart, longest_packed
+from pytest_sway.backends.hf.packing import MaskedError, Row, attending_apart, longest_packed
 from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
@@ -89,6 +89,26 @@ def test_attention_that_cannot_be_taken_over_stays_as_it_is(build: Any, base: Pa
         view.model.set_attn_implementation("eager")
         assert not _forward(backend).packs(view.model, 1)
         view.model.set_attn_implementation("sdpa")
+
+
+def test_a_model_that_turns_out_to_mask_more_is_given_its_texts_padded_from_then_on(
+    build: Any, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the sun rises in the east", "a fox"]
+    with build(base).as_base() as view:
+        expected = view.rolling_logprobs(texts)
+    backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
+    with backend.as_base() as view:
+        assert _forward(backend).packs(view.model, 1)
+
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            raise MaskedError("masked")
+
+        monkeypatch.setattr(Row, "attention", masked)
+        found = view.rolling_logprobs(texts)
+        assert not _forward(backend).packs(view.model, 1)
+    for a, b in zip(found, expected, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
 
 
 @pytest.mark.parametrize(
