@@ -32,7 +32,7 @@ def load_own_base(spec: ModelSpec, files: AdapterFiles, load_base: Callable[...,
     if rows is not None:
         resize_vocabulary(base, rows)
     if files.one_text_at_a_time:
-        base.forward.limits = replace(base.forward.limits, tokens=1, last_tokens=1)
+        base.forward.limits = replace(base.forward.limits, tokens=1, few_logits_tokens=1)
     return base
 
 

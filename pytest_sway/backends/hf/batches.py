@@ -8,12 +8,16 @@ since all weights are read whatever the rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_sway.backends.hf.tokenisation import Window
+
+_PAIRS: Final = 2048
+"""About how many pairs of positions attention has to look at to take as long as one position takes elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class Limits:
 
     Attributes:
         tokens: The most token positions, with padding, unless one sequence alone has more.
-        last_tokens: The same where each sequence's last logits alone are wanted, which leaves memory for more.
+        few_logits_tokens: The same where the logits of less than half of them are wanted, which leaves memory for more.
         overhead: What a pass costs besides its positions, as a number of positions.
         logits_bytes: About as many bytes of logits exist at once.
         worth_trimming: From how many positions on the heap gives memory back before the body and before the head. It is
@@ -31,7 +35,7 @@ class Limits:
     """
 
     tokens: int
-    last_tokens: int
+    few_logits_tokens: int
     overhead: int
     logits_bytes: int
     worth_trimming: int
@@ -39,11 +43,11 @@ class Limits:
 
 
 CPU: Final = Limits(
-    tokens=768, last_tokens=1536, overhead=48, logits_bytes=24 * 2**20, worth_trimming=384, cached_tokens=2048
+    tokens=768, few_logits_tokens=1536, overhead=48, logits_bytes=24 * 2**20, worth_trimming=384, cached_tokens=2048
 )
 ACCELERATOR: Final = Limits(
     tokens=16384,
-    last_tokens=16384,
+    few_logits_tokens=16384,
     overhead=512,
     logits_bytes=256 * 2**20,
     worth_trimming=2**31,
@@ -105,7 +109,40 @@ def by_context(windows: Sequence[Window]) -> list[list[Window]]:
     return list(groups.values())
 
 
-def worth_sharing(windows: Sequence[Window], limits: Limits) -> bool:
-    """Whether windows should have their context computed once: they all have the same, and it saves a pass's cost."""
-    context = windows[0].context
-    return (len(windows) - 1) * len(context) > 2 * limits.overhead and all(w.context == context for w in windows)
+def worth_sharing(windows: Sequence[Window], overhead: int) -> bool:
+    """Whether windows of one context should have it computed once.
+
+    What that saves is the context's positions for each window but one. What it costs, besides ``overhead`` positions,
+    is attention: all continuations are put side by side for it, though each heeds itself and the context alone.
+    """
+    saved = (len(windows) - 1) * len(windows[0].context)
+    continued = sum(len(window.scored) - 1 for window in windows)
+    return saved > overhead + continued**2 // _PAIRS
+
+
+def families(windows: Sequence[Window], overhead: int) -> list[list[Window]]:
+    """Divide windows, in their order, into neighbours that are worth to share a context, and single ones."""
+    found: list[list[Window]] = []
+    for _, group in groupby(windows, key=lambda window: window.context):
+        neighbours = list(group)
+        found += [neighbours] if worth_sharing(neighbours, overhead) else [[window] for window in neighbours]
+    return found
+
+
+def positions(family: Sequence[Window]) -> int:
+    """Return how many token positions windows of one context have that is computed once."""
+    return len(family[0].context) + sum(len(window.scored) - 1 for window in family)
+
+
+def parted(family: Sequence[Window], tokens: int) -> list[list[Window]]:
+    """Divide windows of one context such that each part has ``tokens`` positions at most.
+
+    Where the context leaves less than half of these to what follows it, that may have half.
+    """
+    most = max(tokens, len(family[0].context) + tokens // 2)
+    parts: list[list[Window]] = []
+    for window in family:
+        if not parts or positions([*parts[-1], window]) > most:
+            parts.append([])
+        parts[-1].append(window)
+    return parts

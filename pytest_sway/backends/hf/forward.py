@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pytest_sway.backends.hf import batches, packing
-from pytest_sway.backends.hf.memory import trim_heap
+from pytest_sway.backends.hf.memory import reuse_freed_memory, trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -57,10 +57,10 @@ class SplitModel:
         """
         longest = max(map(len, inputs))
         if len(inputs) > 1 and self.packs(longest):
-            try:
-                return self._in_a_row(inputs)
-            except packing.MaskedError:  # not in the trial, but in longer texts
-                self._longest_packed = 0
+            row = packing.Row(inputs, self._model.device)
+            states = self.hidden_in(row)
+            if states is not None:
+                return states, row.starts
         states = self._body(input_ids=_padded(inputs, self._model.device), use_cache=False).last_hidden_state
         return states.flatten(0, 1), [i * longest for i in range(len(inputs))]
 
@@ -70,11 +70,18 @@ class SplitModel:
             self._longest_packed = packing.longest_packed(self._body.config) if self._keeps_apart() else 0
         return longest <= self._longest_packed
 
-    def _in_a_row(self, inputs: Sequence[Sequence[int]]) -> tuple[Any, list[int]]:
-        row = packing.Row(inputs, self._model.device)
+    def hidden_in(self, row: packing.Row) -> Any | None:
+        """Return the hidden states of a row, shape ``(positions, hidden size)``; ``None`` if the model masks more."""
+        try:
+            return self._in_a_row(row)
+        except packing.MaskedError:  # not in the trial, but in longer texts
+            self._longest_packed = 0
+            return None
+
+    def _in_a_row(self, row: packing.Row) -> Any:
         with packing.attending_apart(self._body.config, row):
             output = self._body(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
-        return output.last_hidden_state[0], row.starts
+        return output.last_hidden_state[0]
 
     def _keeps_apart(self) -> bool:
         """Whether a sequence in a row comes to what it comes to alone; tried on a few tokens."""
@@ -82,14 +89,19 @@ class SplitModel:
             return False
         trial = _trial(self._model)
         inputs = [trial, trial[::-1], trial[1:], trial[:1]]
+        tails = [trial[:1], (), trial[2:0:-1]]
+        row = packing.Row(inputs, self._model.device, {0: tails, 3: tails[:1]})
         try:
-            states, starts = self._in_a_row(inputs)
+            states = self._in_a_row(row)
         except Exception:  # a model of an unforeseen shape can fail in any way; it still runs padded
             return False
-        return all(
-            agree(states[start : start + len(ids)], self.hidden([ids])[0])
-            for start, ids in zip(starts, inputs, strict=True)
-        )
+        alone = [(row.starts[i], ids, len(ids)) for i, ids in enumerate(inputs)]
+        alone += [
+            (start, inputs[i] + tail, len(tail))
+            for i, starts in row.continued.items()
+            for start, tail in zip(starts, tails, strict=False)
+        ]
+        return all(agree(states[start : start + n], self.hidden([ids])[0][-n:]) for start, ids, n in alone if n)
 
     def logits(self, rows: Any) -> Any:
         """Return the logits of hidden states: from ``(rows, hidden size)``, ``(rows, vocabulary)``."""
@@ -164,6 +176,7 @@ class Forward:
         self._tried = False
         self.pads_left: bool | None = None
         self.limits: Limits = batches.CPU if model.device.type == "cpu" else batches.ACCELERATOR
+        reuse_freed_memory()
 
     @property
     def embedded(self) -> int | None:
@@ -184,15 +197,15 @@ class Forward:
         split = self.split(runner)
         return split is not None and split.packs(longest)
 
-    def tokens(self, runner: Any, *, last_only: bool = False) -> int:
+    def tokens(self, runner: Any, *, few_logits: bool = False) -> int:
         """Return how many token positions a pass may have: fewer where it makes logits for each of them.
 
         Args:
             runner: The model, or the ``PeftModel`` around it.
-            last_only: The logits of each sequence's last position alone are wanted.
+            few_logits: The logits of less than half of the positions are wanted.
         """
         if self.split(runner) is not None:
-            return self.limits.last_tokens if last_only else self.limits.tokens
+            return self.limits.few_logits_tokens if few_logits else self.limits.tokens
         return min(self.limits.tokens, max(1, 4 * self.limits.logits_bytes // (4 * self._vocabulary())))
 
     def logits(
@@ -217,15 +230,8 @@ class Forward:
         split = self.split(runner)
         inputs = [ids for ids, _ in sequences]
         if split is not None:
-            many = sum(map(len, inputs)) >= self.limits.worth_trimming
-            if many:
-                trim_heap()
-            states, starts = split.hidden(inputs)
-            wanted = [p for start, (ids, n) in zip(starts, sequences, strict=True) for p in _last(start + len(ids), n)]
-            rows = _rows(states, wanted)
-            del states
-            if many:
-                trim_heap()
+            with self._trimmed(sum(map(len, inputs))):
+                rows = self._rows_of(split, sequences)
             return self._heads(split, rows, reduce)
         longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
@@ -237,16 +243,60 @@ class Forward:
         return [reduce(_rows(rows, wanted[at : at + chunk]), at) for at in range(0, len(wanted), chunk)]
 
     def shares(self, runner: Any, windows: Sequence[Window]) -> bool:
-        """Whether windows of one context will have it computed once."""
+        """Whether windows of one context, which are not packed, will have it computed once, and kept in a cache."""
         split = self.split(runner)
-        return split is not None and batches.worth_sharing(windows, self.limits) and split.caches
+        return split is not None and batches.worth_sharing(windows, 2 * self.limits.overhead) and split.caches
 
-    def shared_logits(self, runner: Any, windows: Sequence[Window], reduce: Callable[[Any, int], _T]) -> list[_T]:
-        """Compute what `logits` does for windows for which `shares` is true."""
+    def window_logits(self, runner: Any, windows: Sequence[Window], reduce: Callable[[Any, int], _T]) -> list[_T]:
+        """Do what `logits` does for windows; neighbours of one context have it computed once, where that pays."""
         split = self.split(runner)
-        assert split is not None
-        states = split.hidden_after(windows[0].context, [w.scored[:-1] for w in windows], self.limits.cached_tokens)
-        return self._heads(split, _joined(states), reduce)
+        families = batches.families(windows, self.limits.overhead)
+        if split is not None and len(families) < len(windows):
+            if split.packs(max(len(window.inputs) for window in windows)):
+                with self._trimmed(sum(map(batches.positions, families))):
+                    rows = self._rows_of_families(split, families)
+                if rows is not None:
+                    return self._heads(split, rows, reduce)
+            if len(families) == 1 and self.shares(runner, windows):
+                tails = [window.scored[:-1] for window in windows]
+                states = split.hidden_after(windows[0].context, tails, self.limits.cached_tokens)
+                return self._heads(split, _joined(states), reduce)
+        return self.logits(runner, [(window.inputs, len(window.scored)) for window in windows], reduce)
+
+    def _rows_of(self, split: SplitModel, sequences: Sequence[tuple[Sequence[int], int]]) -> Any:
+        states, starts = split.hidden([ids for ids, _ in sequences])
+        wanted = [p for start, (ids, n) in zip(starts, sequences, strict=True) for p in _last(start + len(ids), n)]
+        return _rows(states, wanted)
+
+    def _rows_of_families(self, split: SplitModel, families: Sequence[Sequence[Window]]) -> Any | None:
+        shared = {i: family for i, family in enumerate(families) if len(family) > 1}
+        row = packing.Row(
+            [family[0].context if i in shared else family[0].inputs for i, family in enumerate(families)],
+            self.model.device,
+            {i: [window.scored[:-1] for window in family] for i, family in shared.items()},
+        )
+        states = split.hidden_in(row)
+        if states is None:
+            return None
+        wanted: list[int] = []
+        for i, family in enumerate(families):
+            if i not in shared:
+                wanted += _last(row.starts[i] + len(family[0].inputs), len(family[0].scored))
+                continue
+            context_end = row.starts[i] + len(family[0].context)
+            for start, window in zip(row.continued[i], family, strict=True):
+                wanted += [context_end - 1, *range(start, start + len(window.scored) - 1)]
+        return _rows(states, wanted)
+
+    @contextmanager
+    def _trimmed(self, positions: int) -> Iterator[None]:
+        """Have the heap give back what was in use before a body's pass, and after it what only that needed."""
+        many = positions >= self.limits.worth_trimming
+        if many:
+            trim_heap()
+        yield
+        if many:
+            trim_heap()
 
     def _heads(self, split: SplitModel, rows: Any, reduce: Callable[[Any, int], _T]) -> list[_T]:
         chunk = self._chunk()

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.holders import holders_of
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+_LARGEST_KEPT: Final = 31 * 2**20
 
 
 class WeightsWatch:
@@ -75,6 +78,19 @@ def collect(device_type: str) -> None:
     elif device_type == "mps":
         torch.mps.empty_cache()
     trim_heap()
+
+
+@cache
+def reuse_freed_memory() -> None:
+    """Have glibc keep what one operation frees for the next, of any size that an operation of a pass has.
+
+    It maps whatever is over a threshold anew each time, and gives back what is free beyond twice as much: then all
+    pages of every result are faulted in again. The threshold rises to the size of what was mapped and is freed, up to
+    32 MiB (mallopt(3), M_MMAP_THRESHOLD). So memory that nobody touches is asked for and freed, once in a process.
+    """
+    import torch
+
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def trim_heap() -> None:

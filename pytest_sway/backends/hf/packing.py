@@ -1,8 +1,9 @@
-"""Sequences of any lengths in one row, without padding: each attends to itself alone.
+"""Sequences of any lengths in one row, without padding: each attends to itself alone, or to one that it continues.
 
 All that a transformer computes token by token, which is nearly all of it, does not care which sequence a token is
 from. Only attention does, so it is taken over while such a row goes through the model: transformers lets a model's
 attention be exchanged by name. Sequences of similar length are put side by side for it, by transformers' own function.
+What several sequences have in common at their beginning can stand in a row once, and their continuations at its end.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.backends.hf import batches
 from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -51,20 +53,41 @@ class _Group(NamedTuple):
     valid: Any
 
 
+class _Continuations(NamedTuple):
+    """What continues one sequence of a row.
+
+    Attributes:
+        before: Where the sequence begins and ends in the row.
+        own: Where the first continuation begins and the last ends.
+        mask: Which positions of both each position of the latter heeds, shape ``(1, 1, latter, both)``.
+    """
+
+    before: slice
+    own: slice
+    mask: Any
+
+
 class Row:
     """Several sequences as one.
 
     Args:
         sequences: Token ids of each.
         device: Where its tensors go.
+        continuations: Token ids of what continues a sequence, by its index; any number for each, some maybe empty.
 
     Attributes:
         input_ids: All tokens, shape ``(1, positions)``.
         position_ids: The position of each in its own sequence, of the same shape.
         starts: Where each sequence begins in the row.
+        continued: Where each sequence's continuations begin, by the same index.
     """
 
-    def __init__(self, sequences: Sequence[Sequence[int]], device: Any) -> None:
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        device: Any,
+        continuations: Mapping[int, Sequence[Sequence[int]]] = MappingProxyType({}),
+    ) -> None:
         import torch
 
         lengths = [len(ids) for ids in sequences]
@@ -74,15 +97,30 @@ class Row:
         self.starts = [0] * len(sequences)
         for i, end in zip(order, ends, strict=True):
             self.starts[i] = end - lengths[i]
-        self.input_ids = torch.tensor([[token for i in order for token in sequences[i]]], device=device)
-        self.position_ids = torch.tensor([[p for i in order for p in range(lengths[i])]], device=device)
+        tokens = [token for i in order for token in sequences[i]]
+        positions = [p for i in order for p in range(lengths[i])]
         self._groups = [self._group([(self.starts[i], lengths[i]) for i in group], device) for group in side_by_side]
+        self._continuations: list[_Continuations] = []
+        self.continued: dict[int, list[int]] = {}
+        for i, tails in continuations.items():
+            start = len(tokens)
+            self.continued[i] = [start + before for before in accumulate(map(len, tails[:-1]), initial=0)]
+            tokens += [token for tail in tails for token in tail]
+            positions += [lengths[i] + p for tail in tails for p in range(len(tail))]
+            if len(tokens) > start:
+                mask = _continuing(lengths[i], list(map(len, tails)), device)
+                before = slice(self.starts[i], self.starts[i] + lengths[i])
+                self._continuations.append(_Continuations(before, slice(start, len(tokens)), mask))
+        self.input_ids = torch.tensor([tokens], device=device)
+        self.position_ids = torch.tensor([positions], device=device)
 
     def attention(self, attend: Any, module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
-        """Return what ``attend`` gives for each sequence by itself: shape ``(1, positions, heads, head size)``.
+        """Return what ``attend`` gives for each sequence by itself, or after the one that it continues.
+
+        Its shape is ``(1, positions, heads, head size)``.
 
         Args:
-            attend: transformers' attention, causal without a mask.
+            attend: transformers' attention, causal unless there is a mask.
             module: The attention module.
             tensors: Queries, keys and values of the row, each ``(1, heads, positions, head size)``.
             **kwargs: What else the module passes.
@@ -97,6 +135,10 @@ class Row:
                 continue
             output = attend(module, *(_side_by_side(tensor, group) for tensor in mine), None, **kwargs)[0].flatten(0, 1)
             parts.append((output if group.valid is None else output.index_select(0, group.valid)).unsqueeze(0))
+        for before, own, mask in self._continuations:
+            query, *others = tensors
+            heeded = (torch.cat([tensor[:, :, before], tensor[:, :, own]], dim=2) for tensor in others)
+            parts.append(attend(module, query[:, :, own], *heeded, mask, **kwargs)[0])
         return torch.cat(parts, dim=1)
 
     def _group(self, places: Sequence[tuple[int, int]], device: Any) -> _Group:
@@ -140,6 +182,16 @@ def longest_packed(config: Any) -> int:
     if vars(config).get(_CHOICE) != _STOOD_IN_FOR:
         return 0
     return min([2**31, *(int(window) for name in _WINDOWS if (window := getattr(config, name, None)))])
+
+
+def _continuing(length: int, tails: Sequence[int], device: Any) -> Any:
+    """The mask of continuations with these lengths, of a sequence of ``length``: each heeds that, and itself so far."""
+    import torch
+
+    tail = torch.repeat_interleave(torch.tensor(tails, device=device))
+    earlier = torch.ones(len(tail), len(tail), dtype=torch.bool, device=device).tril()
+    own = earlier & (tail.unsqueeze(0) == tail.unsqueeze(1))
+    return torch.cat([own.new_ones(len(tail), length), own], dim=1)[None, None]
 
 
 def _side_by_side(tensor: Any, group: _Group) -> Any:

@@ -166,32 +166,39 @@ def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob
 
 
 def _planned_prompts(engine: Engine, prompts: Sequence[Ids]) -> list[list[Ids]]:
-    return _planned(engine, prompts, [len(ids) for ids in prompts], last_only=True)
+    lengths = list(map(len, prompts))
+    packs = bool(prompts) and engine.forward.packs(engine.model, max(lengths))
+    return _planned(engine, prompts, lengths, packs=packs, few_logits=True)
 
 
 def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Window]]:
-    """Batches of windows: those that share a context by themselves, all others by length."""
-    sharing, others = [], []
-    for group in batches.by_context(windows):
-        if engine.forward.shares(engine.model, group):
-            sharing.append(group)
-        else:
-            others += group
-    return sharing + _planned(engine, others, [len(window.inputs) for window in others])
+    """Batches of windows, in which those that share a context are neighbours."""
+    if not windows:
+        return []
+    forward, groups = engine.forward, batches.by_context(windows)
+    if not forward.packs(engine.model, max(len(window.inputs) for window in windows)):
+        sharing, others = [], []
+        for group in groups:
+            if forward.shares(engine.model, group):
+                sharing.append(group)
+            else:
+                others += group
+        return sharing + _planned(engine, others, [len(window.inputs) for window in others], packs=False)
+    families = batches.families([window for group in groups for window in group], forward.limits.overhead)
+    wanted = sum(len(window.scored) for window in windows)
+    few_logits = 2 * wanted < sum(map(batches.positions, families))
+    tokens = forward.tokens(engine.model, few_logits=few_logits)
+    parts = [part for family in families for part in batches.parted(family, tokens)]
+    planned = _planned(engine, parts, list(map(batches.positions, parts)), packs=True, few_logits=few_logits)
+    return [[window for part in batch for window in part] for batch in planned]
 
 
 def _planned(
-    engine: Engine, items: Sequence[Any], lengths: Sequence[int], *, last_only: bool = False
+    engine: Engine, items: Sequence[Any], lengths: Sequence[int], *, packs: bool, few_logits: bool = False
 ) -> list[list[Any]]:
-    if not items:
-        return []
-    forward = engine.forward
-    planned = batches.in_batches(
-        lengths,
-        tokens=forward.tokens(engine.model, last_only=last_only),
-        overhead=forward.limits.overhead,
-        padded=not forward.packs(engine.model, max(lengths)),
-    )
+    tokens = engine.forward.tokens(engine.model, few_logits=few_logits)
+    overhead = engine.forward.limits.overhead
+    planned = batches.in_batches(lengths, tokens=tokens, overhead=overhead, padded=not packs)
     return [[items[i] for i in batch] for batch in planned]
 
 
@@ -204,11 +211,7 @@ def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[
     def reduce(logits: Any, start: int) -> Any:
         return _chosen_logprobs(logits, targets[start : start + len(logits)])
 
-    if engine.forward.shares(engine.model, windows):
-        parts = engine.forward.shared_logits(engine.model, windows, reduce)
-    else:
-        sequences = [(window.inputs, len(window.scored)) for window in windows]
-        parts = engine.forward.logits(engine.model, sequences, reduce)
+    parts = engine.forward.window_logits(engine.model, windows, reduce)
     flat: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
     return np.split(flat, np.cumsum([len(window.scored) for window in windows])[:-1])
 

@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.backends.hf.batches import by_context, in_batches
+from pytest_sway.backends.hf.batches import by_context, families, in_batches, parted, positions, worth_sharing
 from pytest_sway.backends.hf.tokenisation import Window
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=9)
@@ -52,3 +52,31 @@ def test_the_longest_come_first_so_that_what_does_not_fit_shows_at_once() -> Non
 def test_windows_are_grouped_by_what_they_are_conditioned_on() -> None:
     a, b, c = Window((1,), (2,)), Window((2,), (2,)), Window((1,), (3, 4))
     assert by_context([a, b, c]) == [[a, c], [b]]
+
+
+def _windows(context: int, *scored: int) -> list[Window]:
+    return [Window((1,) * context, (n,) * length) for n, length in enumerate(scored)]
+
+
+def test_a_context_is_shared_where_it_is_long_for_what_follows_it() -> None:
+    assert worth_sharing(_windows(100, 3, 3), overhead=48)
+    assert not worth_sharing(_windows(100, 3), overhead=48), "a single one shares with nobody"
+    assert not worth_sharing(_windows(10, 3, 3), overhead=48), "it saves less than it costs"
+    assert worth_sharing(_windows(1, *[1] * 100), overhead=48)
+    assert not worth_sharing(_windows(1, *[30] * 100), overhead=48), "texts that begin with BOS have no more in common"
+
+
+def test_neighbours_of_one_context_are_a_family_in_the_windows_order() -> None:
+    a, b, c = _windows(100, 2, 3), _windows(99, 1), _windows(5, 2, 2)
+    assert families([*a, *b, *c], overhead=48) == [a, b, [c[0]], [c[1]]]
+    assert families([a[0], *b, a[1]], overhead=48) == [[a[0]], b, [a[1]]]
+
+
+@given(st.integers(1, 60), st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 80))
+def test_a_large_family_is_parted_within_the_budget_in_order(context: int, scored: list[int], tokens: int) -> None:
+    windows = _windows(context, *scored)
+    parts = parted(windows, tokens)
+    assert [window for part in parts for window in part] == windows
+    assert all(len(part) == 1 or positions(part) <= max(tokens, context + tokens // 2) for part in parts)
+    for part, following in pairwise(parts):
+        assert positions([*part, following[0]]) > tokens, "no part is smaller than it has to be"

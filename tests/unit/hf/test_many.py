@@ -59,6 +59,22 @@ def test_completions_of_one_prompt_share_its_pass_and_have_the_same_logprobs(
     assert len(read) == 1, "the prompt was read once"
 
 
+def test_completions_of_many_prompts_go_through_the_model_together_each_prompt_once(
+    view: Any, passes: list[tuple[int, int]]
+) -> None:
+    endings = ["", " and", f" {WORDS[3]} {WORDS[4]}", f" {' '.join(WORDS[:9])}"]
+    prompts = [TEXTS[8], TEXTS[1], TEXTS[7], TEXTS[0], TEXTS[2]]
+    pairs = [(prompt, f" {WORDS[n]}{ending}") for prompt in prompts for n, ending in enumerate(endings)]
+    pairs = pairs[::2] + pairs[1::2]
+    alone = [view.logprob_of(*pair) for pair in pairs]
+    passes.clear()
+    assert view.logprobs_of(pairs) == pytest.approx(alone, abs=TOLERANCE)
+    assert len(passes) == 1
+    read = passes[0][0] * passes[0][1]
+    each_alone = sum(len(view.tokenizer(prompt + ending)["input_ids"]) for prompt, ending in pairs)
+    assert read < each_alone / 2
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_rolling_logprobs_are_those_of_each_alone(view: Any, prefix: bool) -> None:
     together = view.rolling_logprobs(TEXTS, prefix=prefix)

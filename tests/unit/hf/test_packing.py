@@ -47,6 +47,41 @@ def test_attention_in_a_row_is_that_of_each_sequence_alone(sequences: list[list[
         torch.testing.assert_close(found[:, start : start + len(ids)], expected, atol=1e-6, rtol=1e-6)
 
 
+CONTINUATIONS: dict[int, list[list[int]]] = {0: [[7, 8], [], [9]], 4: [[1, 2, 3]], 2: [[], []]}
+
+
+def test_continuations_stand_behind_all_sequences_with_the_positions_that_follow_theirs() -> None:
+    row = Row(SEQUENCES, "cpu", CONTINUATIONS)
+    tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
+    assert len(tokens) == sum(map(len, SEQUENCES)) + 6
+    assert row.continued.keys() == CONTINUATIONS.keys()
+    for i, starts in row.continued.items():
+        for start, ids in zip(starts, CONTINUATIONS[i], strict=True):
+            assert start >= sum(map(len, SEQUENCES))
+            assert tokens[start : start + len(ids)] == ids
+            first = len(SEQUENCES[i])
+            assert positions[start : start + len(ids)] == list(range(first, first + len(ids)))
+
+
+def test_attention_of_a_continuation_is_that_after_its_own_sequence_alone() -> None:
+    import torch
+    from transformers.integrations import sdpa_attention
+
+    attend: Any = sdpa_attention.sdpa_attention_forward
+    row = Row(SEQUENCES, "cpu", CONTINUATIONS)
+    generator, module = torch.Generator().manual_seed(0), torch.nn.Module()
+    tensors = [torch.randn(1, 4, row.input_ids.shape[1], 8, generator=generator) for _ in range(3)]
+    found = row.attention(attend, module, tensors, scaling=0.3)
+    assert found.shape == (1, row.input_ids.shape[1], 4, 8)
+    for i, starts in row.continued.items():
+        stem = slice(row.starts[i], row.starts[i] + len(SEQUENCES[i]))
+        for start, ids in zip(starts, CONTINUATIONS[i], strict=True):
+            own = slice(start, start + len(ids))
+            mine = [torch.cat([tensor[:, :, stem], tensor[:, :, own]], dim=2) for tensor in tensors]
+            expected = attend(module, *mine, None, scaling=0.3)[0][:, len(SEQUENCES[i]) :]
+            torch.testing.assert_close(found[:, own], expected, atol=1e-6, rtol=1e-6)
+
+
 def test_a_model_goes_back_to_its_own_attention_whatever_happens(build: Any, base: Path) -> None:
     backend = build(base)
     with backend.as_base() as view:
