@@ -1,4 +1,4 @@
-"""Scoring, beside lm-evaluation-harness and dlm-sway, on SmolLM2 with LoRA adapters, in one process."""
+"""Scoring, beside lm-evaluation-harness and dlm-sway, on SmolLM2 with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import io
 import json
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stderr
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,75 +18,64 @@ from examples.smollm2 import smollm2_folder
 from pytest_sway.backends import Builder
 from pytest_sway.cache import BackendCache
 from tests.benchmarks.figures import Figure, medians, run
-from tests.neighbours import harness
+from tests.benchmarks.peers import DlmSway, Ours, Plain, apart, dlm_sway
 from tests.texts import lengths, texts
 from tests.tiny import make_adapter
 
 ROUNDS = 5
 FEWER_ROUNDS = 3
 ADAPTERS = 6
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+BATCH_SIZES = (1, 4, 8, 16, 32)
 COMPLETIONS = (" yes", " no, not at all", " perhaps it is so", " nobody knows why")
 
 
 def figures() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        stack.enter_context(redirect_stderr(io.StringIO()))  # the peers' progress bars
+        stack.enter_context(redirect_stderr(io.StringIO()))  # progress bars
         base = smollm2_folder()
         adapters = [
             make_adapter(Path(name) / f"adapter{n}", base, seed=n, r=8, scale=0.02) for n in range(1, 1 + ADAPTERS)
         ]
         adapter = adapters[0]
+        yield from _beside_peers(base, adapter)
+        yield _peak_memory(Path(name), base, adapter)
         yield _six_adapters(base, adapters)
         cache = BackendCache(max_size=1)
         stack.callback(cache.shutdown)
         backend = stack.enter_context(cache.lease({"base": base, "adapter": adapter}))
-        ours = stack.enter_context(backend.as_finetuned())
-        theirs = stack.enter_context(_dlm_sway(stack, base, adapter).as_finetuned())
-        peers = Peers(ours, theirs)
-        yield from peers.rolling_short()
-        yield from peers.rolling_long()
-        yield peers.distributions()
-        yield peers.multiple_choice()
-        yield _overhead("the tuned side", ours)
+        yield _overhead("the tuned side", stack.enter_context(backend.as_finetuned()))
         yield _overhead("the base, with its memory", stack.enter_context(backend.as_base()))
-        yield _peak_memory(Path(name), base, adapter)
 
 
-def _dlm_sway(stack: ExitStack, base: Path, adapter: Path) -> Any:
-    from dlm_sway.backends import build
-    from dlm_sway.core.model import ModelSpec
+def _beside_peers(base: Path, adapter: Path) -> Iterator[Figure]:
+    from transformers import AutoTokenizer
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it uses names that transformers has deprecated
-        backend: Any = build(ModelSpec(base=str(base), adapter=adapter, dtype="fp32", device="cpu"))
-    stack.callback(backend.close)
-    return backend
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    with apart(Ours, base, adapter) as ours, apart(DlmSway, base, adapter) as dlm, apart(Plain, base, adapter) as plain:
+        sides = Sides(ours, dlm, plain, tokenizer)
+        yield from sides.rolling_short()
+        yield from sides.rolling_long()
+        yield sides.distributions()
+        yield sides.multiple_choice()
 
 
-class Peers:
-    """The same work done by all.
+@dataclass(frozen=True)
+class Sides:
+    """The same work done by all, on the same adapter; each is in a process of its own, and they take turns."""
 
-    Args:
-        ours: A view of pytest-sway's.
-        theirs: dlm-sway's view of the same side.
-    """
-
-    def __init__(self, ours: Any, theirs: Any) -> None:
-        self._ours = ours
-        self._theirs = theirs
-        self._tokenizer = ours.tokenizer
+    ours: Any
+    dlm_sway: Any
+    plain: Any
+    tokenizer: Any
 
     def rolling_short(self) -> Iterator[Figure]:
-        scored = texts(self._tokenizer, lengths(64, 5, 60))
-        batch_size, seconds = self._rolling(scored)
+        batch_size, seconds = self._rolling(texts(self.tokenizer, lengths(64, 5, 60)))
         what = f"64 texts of 5 to 60 tokens; HFLM's best batch size {batch_size}"
         yield _faster("rolling_logprobs, short texts, times HFLM", 1.5, seconds, "hflm", what)
         yield _faster("rolling_logprobs, short texts, times dlm-sway", 1.8, seconds, "dlm_sway", what)
 
     def rolling_long(self) -> Iterator[Figure]:
-        scored = texts(self._tokenizer, lengths(32, 50, 400))
-        batch_size, seconds = self._rolling(scored)
+        batch_size, seconds = self._rolling(texts(self.tokenizer, lengths(32, 50, 400)))
         faster = min(("hflm", "dlm_sway"), key=lambda name: seconds[name])
         what = f"32 texts of 50 to 400 tokens; HFLM's best batch size {batch_size}"
         yield _faster("rolling_logprobs, long texts, times the faster peer", 1.1, seconds, faster, what)
@@ -98,51 +87,40 @@ class Peers:
         )
 
     def distributions(self) -> Figure:
-        prompts = texts(self._tokenizer, lengths(16, 380, 420))
+        prompts = texts(self.tokenizer, lengths(16, 380, 420))
         seconds = medians(
             ROUNDS,
-            ours=lambda: self._ours.next_token_dists(prompts, top_k=32),
-            dlm_sway=lambda: [_fresh(self._theirs).next_token_dist(prompt, top_k=32) for prompt in prompts],
+            ours=lambda: self.ours.distributions(prompts),
+            dlm_sway=lambda: self.dlm_sway.distributions(prompts),
         )
         return _faster("next_token_dists, 400 tokens, times dlm-sway", 1.8, seconds, "dlm_sway", "16 prompts")
 
     def multiple_choice(self) -> Figure:
-        prompts = texts(self._tokenizer, lengths(50, 90, 110))
+        prompts = texts(self.tokenizer, lengths(50, 90, 110))
         pairs = [(prompt, completion) for prompt in prompts for completion in COMPLETIONS]
-        batch_size = self._best_batch_size(lambda lm: harness.of_pairs(lm, pairs))
-        lm = self._hflm(batch_size)
-        seconds = medians(ROUNDS, ours=lambda: self._ours.logprobs_of(pairs), hflm=lambda: harness.of_pairs(lm, pairs))
+        batch_size = _best_batch_size(partial(self.plain.pairs, pairs))
+        seconds = medians(
+            FEWER_ROUNDS,
+            ours=lambda: self.ours.pairs(pairs),
+            hflm=lambda: self.plain.pairs(pairs, batch_size),
+        )
         what = f"50 prompts, 4 completions each; HFLM's best batch size {batch_size}"
         return _faster("logprobs_of, multiple choice, times HFLM", 1.5, seconds, "hflm", what)
 
     def _rolling(self, scored: Sequence[str]) -> tuple[int, dict[str, float]]:
-        import torch
-
-        model = self._ours.model
-        ids = [torch.tensor([self._tokenizer(text)["input_ids"]]) for text in scored]
-        batch_size = self._best_batch_size(lambda lm: harness.rolling(lm, scored))
-        lm = self._hflm(batch_size)
-
-        def bare() -> None:
-            with torch.inference_mode():
-                for each in ids:
-                    model(input_ids=each)
-
+        batch_size = _best_batch_size(partial(self.plain.rolling, scored))
         return batch_size, medians(
             ROUNDS,
-            ours=lambda: self._ours.rolling_logprobs(scored),
-            hflm=lambda: harness.rolling(lm, scored),
-            dlm_sway=lambda: [_fresh(self._theirs).rolling_logprob(text) for text in scored],
-            bare=bare,
+            ours=lambda: self.ours.rolling(scored),
+            hflm=lambda: self.plain.rolling(scored, batch_size),
+            dlm_sway=lambda: self.dlm_sway.rolling(scored),
+            bare=lambda: self.plain.bare(scored),
         )
 
-    def _best_batch_size(self, work: Any) -> int:
-        models = {str(size): self._hflm(size) for size in BATCH_SIZES}
-        tried = medians(1, **{size: partial(work, lm) for size, lm in models.items()})
-        return int(min(tried, key=lambda size: tried[size]))
 
-    def _hflm(self, batch_size: int) -> Any:
-        return harness.hflm(self._ours.model, self._tokenizer, batch_size)
+def _best_batch_size(work: Callable[[int], None]) -> int:
+    tried = medians(1, **{str(size): partial(work, size) for size in BATCH_SIZES})
+    return int(min(tried, key=lambda size: tried[size]))
 
 
 def _overhead(side: str, view: Any) -> Figure:
@@ -195,12 +173,6 @@ def _six_adapters(base: Path, adapters: Sequence[Path]) -> Figure:
     )
 
 
-def _fresh(view: Any) -> Any:
-    """A view of dlm-sway's that computes, and does not remember what it has computed."""
-    view._inst.cache.clear()
-    return view
-
-
 def _faster(name: str, promised: float, seconds: dict[str, float], peer: str, what: str) -> Figure:
     took = ", ".join(f"{side} {taken:.2f} s" for side, taken in seconds.items())
     return Figure(name, promised, seconds[peer] / seconds["ours"], f"{took}; {what}", at_least=True)
@@ -224,7 +196,7 @@ def peak_of(side: str, base: str, adapter: str) -> int:
                 stack.enter_context(cache.lease({"base": base, "adapter": adapter})).as_finetuned()
             )
         else:
-            view = stack.enter_context(_dlm_sway(stack, Path(base), Path(adapter)).as_finetuned())
+            view = stack.enter_context(dlm_sway(stack, Path(base), Path(adapter)).as_finetuned())
         tokenizer = view.tokenizer if side == "ours" else view._tokenizer
         scored = texts(tokenizer, lengths(32, 50, 400))
         # One short pass of each kind maps all weights and makes what is made once.

@@ -1,0 +1,146 @@
+"""pytest-sway and its peers, each in a process of its own, as its users have it.
+
+They cannot share one: how a process's heap behaves depends on what was allocated and freed in it before, and
+pytest-sway sees to that, to its peers' advantage too.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from pytest_sway.backends import Builder
+from pytest_sway.cache import BackendCache
+from tests.neighbours import harness
+
+
+class Ours:
+    """The tuned side of pytest-sway."""
+
+    def __init__(self, stack: ExitStack, base: Path, adapter: Path) -> None:
+        cache = BackendCache(max_size=1, build=Builder())
+        stack.callback(cache.shutdown)
+        backend = stack.enter_context(cache.lease({"base": base, "adapter": adapter}))
+        self._view = stack.enter_context(backend.as_finetuned())
+
+    def rolling(self, texts: Sequence[str]) -> None:
+        self._view.rolling_logprobs(texts)
+
+    def distributions(self, prompts: Sequence[str]) -> None:
+        self._view.next_token_dists(prompts, top_k=32)
+
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self._view.logprobs_of(pairs)
+
+
+class DlmSway:
+    """The tuned side of dlm-sway, which is kept from remembering what it has computed."""
+
+    def __init__(self, stack: ExitStack, base: Path, adapter: Path) -> None:
+        self._view = stack.enter_context(dlm_sway(stack, base, adapter).as_finetuned())
+
+    def rolling(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            self._view._inst.cache.clear()
+            self._view.rolling_logprob(text)
+
+    def distributions(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            self._view._inst.cache.clear()
+            self._view.next_token_dist(prompt, top_k=32)
+
+
+class Plain:
+    """transformers and PEFT by themselves, and lm-evaluation-harness's HFLM around them."""
+
+    def __init__(self, stack: ExitStack, base: Path, adapter: Path) -> None:
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self._model: Any = PeftModel.from_pretrained(loaded, str(adapter)).eval()
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        self._hflms: dict[int, Any] = {}
+        stack.enter_context(torch.inference_mode())
+
+    def bare(self, texts: Sequence[str]) -> None:
+        import torch
+
+        for text in texts:
+            self._model(input_ids=torch.tensor([self._tokenizer(text)["input_ids"]]))
+
+    def rolling(self, texts: Sequence[str], batch_size: int) -> None:
+        harness.rolling(self._hflm(batch_size), texts)
+
+    def pairs(self, pairs: Sequence[tuple[str, str]], batch_size: int) -> None:
+        harness.of_pairs(self._hflm(batch_size), pairs)
+
+    def _hflm(self, batch_size: int) -> Any:
+        if batch_size not in self._hflms:
+            self._hflms[batch_size] = harness.hflm(self._model, self._tokenizer, batch_size)
+        return self._hflms[batch_size]
+
+
+class Apart:
+    """Calls the methods of what lives in another process, and returns when they have."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __getattr__(self, method: str) -> Any:
+        return partial(self._call, method)
+
+    def _call(self, method: str, *args: Any) -> None:
+        self._connection.send((method, args))
+        error = self._connection.recv()
+        if error is not None:
+            raise RuntimeError(error)
+
+
+@contextmanager
+def apart(kind: type, base: Path, adapter: Path) -> Iterator[Any]:
+    """Have ``kind(stack, base, adapter)`` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, kind, base, adapter), daemon=True)
+    process.start()
+    try:
+        yield Apart(here)
+    finally:
+        if process.is_alive():
+            here.send(None)
+        process.join()
+
+
+def _serve(connection: Connection, kind: Any, base: Path, adapter: Path) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stderr(io.StringIO()))  # progress bars
+        side = kind(stack, base, adapter)
+        while (message := connection.recv()) is not None:
+            method, args = message
+            try:
+                getattr(side, method)(*args)
+            except Exception as error:
+                connection.send(repr(error))
+            else:
+                connection.send(None)
+
+
+def dlm_sway(stack: ExitStack, base: Path, adapter: Path) -> Any:
+    """Return dlm-sway's backend, which is closed with ``stack``."""
+    from dlm_sway.backends import build
+    from dlm_sway.core.model import ModelSpec
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it uses names that transformers has deprecated
+        backend: Any = build(ModelSpec(base=str(base), adapter=adapter, dtype="fp32", device="cpu"))
+    stack.callback(backend.close)
+    return backend
