@@ -77,6 +77,29 @@ class Plain:
         for text in texts:
             self._model(input_ids=torch.tensor([self._tokenizer(text)["input_ids"]]))
 
+    def products_and_attention(self, texts: Sequence[str], positions: int = 1280) -> None:
+        """Do what no pass can do without: the base's matrix products but for the head's, and attention.
+
+        The products have the shape that is fastest, ``positions`` rows; attention is done for each text.
+        """
+        import torch
+
+        base: Any = self._model.get_base_model()
+        lengths = [len(ids) for ids in self._tokenizer(texts)["input_ids"]]
+        inner = [getattr(module, "base_layer", module) for name, module in base.named_modules() if "lora_" not in name]
+        weights = {id(m.weight): m.weight for m in inner if isinstance(m, torch.nn.Linear) and m is not base.lm_head}
+        inputs = {weight.shape[1]: torch.ones(positions, weight.shape[1]) for weight in weights.values()}
+        for rows in [positions] * (sum(lengths) // positions) + [sum(lengths) % positions]:
+            for weight in weights.values():
+                torch.nn.functional.linear(inputs[weight.shape[1]][:rows], weight)
+        config = base.config
+        size = config.hidden_size // config.num_attention_heads
+        for length in lengths:
+            query = torch.ones(1, config.num_attention_heads, length, size)
+            other = torch.ones(1, config.num_key_value_heads, length, size)
+            for _ in range(config.num_hidden_layers):
+                torch.nn.functional.scaled_dot_product_attention(query, other, other, is_causal=True, enable_gqa=True)
+
     def rolling(self, texts: Sequence[str], batch_size: int) -> None:
         harness.rolling(self._hflm(batch_size), texts)
 
