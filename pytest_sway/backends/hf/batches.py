@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from math import isqrt
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -120,12 +121,12 @@ def worth_sharing(windows: Sequence[Window], overhead: int) -> bool:
     return saved > overhead + continued**2 // _PAIRS
 
 
-def families(windows: Sequence[Window], overhead: int) -> list[list[Window]]:
-    """Divide windows, in their order, into neighbours that are worth to share a context, and single ones."""
+def families(windows: Sequence[Window], limits: Limits) -> list[list[Window]]:
+    """Divide windows, in their order, into neighbours that are worth to share a context in a row, and single ones."""
     found: list[list[Window]] = []
-    for _, group in groupby(windows, key=lambda window: window.context):
-        neighbours = list(group)
-        found += [neighbours] if worth_sharing(neighbours, overhead) else [[window] for window in neighbours]
+    for _, neighbours in groupby(windows, key=lambda window: window.context):
+        for part in parted(list(neighbours), limits.few_logits_tokens):
+            found += [part] if worth_sharing(part, limits.overhead) else [[window] for window in part]
     return found
 
 
@@ -134,15 +135,19 @@ def positions(family: Sequence[Window]) -> int:
     return len(family[0].context) + sum(len(window.scored) - 1 for window in family)
 
 
-def parted(family: Sequence[Window], tokens: int) -> list[list[Window]]:
-    """Divide windows of one context such that each part has ``tokens`` positions at most.
+def parted(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
+    """Divide windows of one context into parts that each compute it once.
 
-    Where the context leaves less than half of these to what follows it, that may have half.
+    What follows the context in one part is long enough to be worth the context's positions, and short enough not to
+    pay more for attention, see `worth_sharing`: for continuations of ``n`` positions in all, parts of ``p`` positions
+    cost ``n / p * context + n * p / _PAIRS``, which is least where ``p**2 = _PAIRS * context``. It also has to have
+    room in a batch of ``tokens`` positions, of which it may have half where the context leaves it less.
     """
-    most = max(tokens, len(family[0].context) + tokens // 2)
+    context = len(windows[0].context)
+    most = min(isqrt(_PAIRS * context), max(tokens - context, tokens // 2))
     parts: list[list[Window]] = []
-    for window in family:
-        if not parts or positions([*parts[-1], window]) > most:
+    for window in windows:
+        if not parts or positions([*parts[-1], window]) > context + most:
             parts.append([])
         parts[-1].append(window)
     return parts

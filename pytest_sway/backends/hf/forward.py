@@ -243,24 +243,29 @@ class Forward:
         return [reduce(_rows(rows, wanted[at : at + chunk]), at) for at in range(0, len(wanted), chunk)]
 
     def shares(self, runner: Any, windows: Sequence[Window]) -> bool:
-        """Whether windows of one context, which are not packed, will have it computed once, and kept in a cache."""
+        """Whether windows that are not packed have one context, which will be computed once and kept in a cache."""
         split = self.split(runner)
-        return split is not None and batches.worth_sharing(windows, 2 * self.limits.overhead) and split.caches
+        return (
+            split is not None
+            and len({window.context for window in windows}) == 1
+            and batches.worth_sharing(windows, 2 * self.limits.overhead)
+            and split.caches
+        )
 
     def window_logits(self, runner: Any, windows: Sequence[Window], reduce: Callable[[Any, int], _T]) -> list[_T]:
         """Do what `logits` does for windows; neighbours of one context have it computed once, where that pays."""
-        split = self.split(runner)
-        families = batches.families(windows, self.limits.overhead)
-        if split is not None and len(families) < len(windows):
-            if split.packs(max(len(window.inputs) for window in windows)):
+        split, longest = self.split(runner), max(len(window.inputs) for window in windows)
+        if split is not None and split.packs(longest):
+            families = batches.families(windows, self.limits)
+            if len(families) < len(windows):
                 with self._trimmed(sum(map(batches.positions, families))):
                     rows = self._rows_of_families(split, families)
                 if rows is not None:
                     return self._heads(split, rows, reduce)
-            if len(families) == 1 and self.shares(runner, windows):
-                tails = [window.scored[:-1] for window in windows]
-                states = split.hidden_after(windows[0].context, tails, self.limits.cached_tokens)
-                return self._heads(split, _joined(states), reduce)
+        if split is not None and not split.packs(longest) and self.shares(runner, windows):
+            tails = [window.scored[:-1] for window in windows]
+            states = split.hidden_after(windows[0].context, tails, self.limits.cached_tokens)
+            return self._heads(split, _joined(states), reduce)
         return self.logits(runner, [(window.inputs, len(window.scored)) for window in windows], reduce)
 
     def _rows_of(self, split: SplitModel, sequences: Sequence[tuple[Sequence[int], int]]) -> Any:

@@ -184,13 +184,10 @@ def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Win
             else:
                 others += group
         return sharing + _planned(engine, others, [len(window.inputs) for window in others], packs=False)
-    families = batches.families([window for group in groups for window in group], forward.limits.overhead)
-    wanted = sum(len(window.scored) for window in windows)
-    few_logits = 2 * wanted < sum(map(batches.positions, families))
-    tokens = forward.tokens(engine.model, few_logits=few_logits)
-    parts = [part for family in families for part in batches.parted(family, tokens)]
-    planned = _planned(engine, parts, list(map(batches.positions, parts)), packs=True, few_logits=few_logits)
-    return [[window for part in batch for window in part] for batch in planned]
+    families = batches.families([window for group in groups for window in group], forward.limits)
+    lengths, wanted = list(map(batches.positions, families)), sum(len(window.scored) for window in windows)
+    planned = _planned(engine, families, lengths, packs=True, few_logits=2 * wanted < sum(lengths))
+    return [[window for family in batch for window in family] for batch in planned]
 
 
 def _planned(

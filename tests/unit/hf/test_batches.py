@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.backends.hf.batches import by_context, families, in_batches, parted, positions, worth_sharing
+from pytest_sway.backends.hf.batches import CPU, by_context, families, in_batches, parted, positions, worth_sharing
 from pytest_sway.backends.hf.tokenisation import Window
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=9)
@@ -68,15 +68,29 @@ def test_a_context_is_shared_where_it_is_long_for_what_follows_it() -> None:
 
 def test_neighbours_of_one_context_are_a_family_in_the_windows_order() -> None:
     a, b, c = _windows(100, 2, 3), _windows(99, 1), _windows(5, 2, 2)
-    assert families([*a, *b, *c], overhead=48) == [a, b, [c[0]], [c[1]]]
-    assert families([a[0], *b, a[1]], overhead=48) == [[a[0]], b, [a[1]]]
+    assert families([*a, *b, *c], CPU) == [a, b, [c[0]], [c[1]]]
+    assert families([a[0], *b, a[1]], CPU) == [[a[0]], b, [a[1]]]
 
 
 @given(st.integers(1, 60), st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 80))
-def test_a_large_family_is_parted_within_the_budget_in_order(context: int, scored: list[int], tokens: int) -> None:
+def test_windows_of_one_context_are_parted_within_the_budget_in_order(
+    context: int, scored: list[int], tokens: int
+) -> None:
     windows = _windows(context, *scored)
     parts = parted(windows, tokens)
     assert [window for part in parts for window in part] == windows
     assert all(len(part) == 1 or positions(part) <= max(tokens, context + tokens // 2) for part in parts)
-    for part, following in pairwise(parts):
-        assert positions([*part, following[0]]) > tokens, "no part is smaller than it has to be"
+
+
+def test_a_context_with_very_many_continuations_is_shared_in_parts_that_are_worth_it() -> None:
+    windows = _windows(100, *[20] * 2000)
+    assert not worth_sharing(windows, overhead=48), "all side by side would cost more than they save"
+    parts = families(windows, CPU)
+    assert all(worth_sharing(part, overhead=48) for part in parts)
+    assert [window for part in parts for window in part] == windows
+    assert sum(map(positions, parts)) < 1.3 * sum(len(window.scored) for window in windows)
+
+
+def test_a_long_context_leaves_half_a_batch_to_what_follows_it() -> None:
+    windows = _windows(1000, *[11] * 100)
+    assert {len(part) for part in parted(windows, 768)} == {38, 24}

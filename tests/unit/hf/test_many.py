@@ -75,6 +75,17 @@ def test_completions_of_many_prompts_go_through_the_model_together_each_prompt_o
     assert read < each_alone / 2
 
 
+def test_very_many_completions_of_one_prompt_have_the_logprobs_of_each_alone(
+    view: Any, passes: list[tuple[int, int]]
+) -> None:
+    pairs = [(TEXTS[8], f" {WORDS[n % 20]} {' '.join(WORDS[n // 20 : n // 20 + n % 7])}") for n in range(300)]
+    alone = [view.logprob_of(*pair) for pair in pairs[::10]]
+    passes.clear()
+    assert view.logprobs_of(pairs)[::10] == pytest.approx(alone, abs=TOLERANCE)
+    each_alone = sum(len(view.tokenizer(prompt + ending)["input_ids"]) for prompt, ending in pairs)
+    assert sum(rows * length for rows, length in passes) < each_alone / 5
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_rolling_logprobs_are_those_of_each_alone(view: Any, prefix: bool) -> None:
     together = view.rolling_logprobs(TEXTS, prefix=prefix)

@@ -126,6 +126,40 @@ def test_attention_that_cannot_be_taken_over_stays_as_it_is(build: Any, base: Pa
         view.model.set_attn_implementation("sdpa")
 
 
+def test_completions_share_a_key_value_cache_where_attention_cannot_be_taken_over(build: Any, base: Path) -> None:
+    pairs = [(" ".join(["the sun rises"] * 20), completion) for completion in (" in the east", " and", " a fox sees")]
+    with build(base).as_base() as view:
+        expected = view.logprobs_of(pairs)
+        assert len(set(expected)) == 3
+    backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
+    with backend.as_base() as view:
+        view.model.set_attn_implementation("eager")
+        widths: list[int] = []
+        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+        assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
+        assert sum(width >= 60 for width in widths) == 1, "the prompt was read once"
+
+
+def test_a_model_that_turns_out_to_mask_more_is_given_completions_by_their_cache_from_then_on(
+    build: Any, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [" ".join([text] * 20) for text in ("the sun rises", "a fox sees it")]
+    pairs = [(prompt, completion) for prompt in prompts for completion in (" in the east", " and", " a fox sees")]
+    with build(base).as_base() as view:
+        expected = view.logprobs_of(pairs)
+    backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
+    with backend.as_base() as view:
+        assert _forward(backend).packs(view.model, 1)
+
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            raise MaskedError("masked")
+
+        monkeypatch.setattr(Row, "attention", masked)
+        assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
+        assert not _forward(backend).packs(view.model, 1)
+        assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
+
+
 def test_a_model_that_turns_out_to_mask_more_is_given_its_texts_padded_from_then_on(
     build: Any, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
