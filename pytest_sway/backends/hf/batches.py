@@ -146,8 +146,12 @@ def parted(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     context = len(windows[0].context)
     most = min(isqrt(_PAIRS * context), max(tokens - context, tokens // 2))
     parts: list[list[Window]] = []
+    room = -1
     for window in windows:
-        if not parts or positions([*parts[-1], window]) > context + most:
+        continued = len(window.scored) - 1
+        if continued > room:
             parts.append([])
+            room = most
         parts[-1].append(window)
+        room -= continued
     return parts
