@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.tokenisation import Window
 
 _PAIRS: Final = 2048
-"""About how many pairs of positions attention has to look at to take as long as one position takes elsewhere."""
+"""About how many pairs of positions cost attention as much as one position costs elsewhere; counted in operations it is
+3,000 in SmolLM2-135M, and attention does fewer operations in a second."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_sway.backends.hf import batches
-from pytest_sway.backends.hf.forward import agree
 from pytest_sway.backends.hf.halving import in_parts
 from pytest_sway.backends.hf.recall import recalling
 from pytest_sway.backends.hf.scores import Engine, encoded_prompts, listed, warn_of_cuts
+from pytest_sway.backends.hf.split import agree
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:

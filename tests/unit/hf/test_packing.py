@@ -20,6 +20,16 @@ def _forward(backend: Any) -> Any:
     return backend._loaded.base.base.forward
 
 
+def _mask_more(backend: Any, view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a model that packs turn out to have a mask of its own."""
+    assert _forward(backend).packs(view.model, 1)
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        raise MaskedError("masked")
+
+    monkeypatch.setattr(Row, "attention", masked)
+
+
 def test_a_row_holds_each_sequence_with_its_own_positions() -> None:
     row = Row(SEQUENCES, "cpu")
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
@@ -149,12 +159,7 @@ def test_a_model_that_turns_out_to_mask_more_is_given_completions_by_their_cache
         expected = view.logprobs_of(pairs)
     backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
     with backend.as_base() as view:
-        assert _forward(backend).packs(view.model, 1)
-
-        def masked(*args: Any, **kwargs: Any) -> Any:
-            raise MaskedError("masked")
-
-        monkeypatch.setattr(Row, "attention", masked)
+        _mask_more(backend, view, monkeypatch)
         assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
         assert not _forward(backend).packs(view.model, 1)
         assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
@@ -168,12 +173,7 @@ def test_a_model_that_turns_out_to_mask_more_is_given_its_texts_padded_from_then
         expected = view.rolling_logprobs(texts)
     backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
     with backend.as_base() as view:
-        assert _forward(backend).packs(view.model, 1)
-
-        def masked(*args: Any, **kwargs: Any) -> Any:
-            raise MaskedError("masked")
-
-        monkeypatch.setattr(Row, "attention", masked)
+        _mask_more(backend, view, monkeypatch)
         found = view.rolling_logprobs(texts)
         assert not _forward(backend).packs(view.model, 1)
     for a, b in zip(found, expected, strict=True):
