@@ -58,6 +58,7 @@ def _beside_peers(base: Path, adapter: Path) -> Iterator[Figure]:
         yield from sides.rolling_short()
         yield from sides.rolling_long()
         yield sides.distributions()
+        yield sides.system_prompt()
         yield sides.multiple_choice()
 
 
@@ -100,6 +101,17 @@ class Sides:
         promised = min(1.8, OF_POSSIBLE * possible)
         what = f"16 prompts; 1.8 is wanted, and the bound, matrix products and attention alone, is {possible:.2f}"
         return _faster("next_token_dists, 400 tokens, times dlm-sway", promised, seconds, "dlm_sway", what)
+
+    def system_prompt(self) -> Figure:
+        beginning = texts(self.tokenizer, [350])[0]
+        prompts = [f"{beginning} {prompt}" for prompt in texts(self.tokenizer, lengths(16, 30, 70), seed=1)]
+        seconds = medians(
+            ROUNDS,
+            ours=lambda: self.ours.distributions(prompts),
+            dlm_sway=lambda: self.dlm_sway.distributions(prompts),
+        )
+        what = "16 prompts of about 400 tokens, the first 350 of which are the same"
+        return _faster("next_token_dists, one system prompt, times dlm-sway", 3.0, seconds, "dlm_sway", what)
 
     def multiple_choice(self) -> Figure:
         prompts = texts(self.tokenizer, lengths(50, 90, 110))

@@ -8,9 +8,8 @@ since all weights are read whatever the rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from math import isqrt
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,48 +110,88 @@ def by_context(windows: Sequence[Window]) -> list[list[Window]]:
     return list(groups.values())
 
 
-def worth_sharing(windows: Sequence[Window], overhead: int) -> bool:
-    """Whether windows of one context should have it computed once.
+def worth_caching(windows: Sequence[Window], overhead: int) -> bool:
+    """Whether windows of one context should have it computed once, and continue from a key-value cache.
 
-    What that saves is the context's positions for each window but one. What it costs, besides ``overhead`` positions,
-    is attention: all continuations are put side by side for it, though each heeds itself and the context alone.
+    What that saves is the context's positions for each window but one. What it costs is two passes more, one for the
+    context and one for what does not fill a batch, and the cache's copies.
     """
     saved = (len(windows) - 1) * len(windows[0].context)
     continued = sum(len(window.scored) - 1 for window in windows)
-    return saved > overhead + continued**2 // _PAIRS
+    return saved > 2 * overhead + continued**2 // _PAIRS
 
 
-def families(windows: Sequence[Window], limits: Limits) -> list[list[Window]]:
-    """Divide windows, in their order, into neighbours that are worth to share a context in a row, and single ones."""
-    found: list[list[Window]] = []
-    for _, neighbours in groupby(windows, key=lambda window: window.context):
-        for part in parted(list(neighbours), limits.few_logits_tokens):
-            found += [part] if worth_sharing(part, limits.overhead) else [[window] for window in part]
+class Family(NamedTuple):
+    """Sequences whose common beginnings are computed once.
+
+    Attributes:
+        members: Their indices, in the order of their tokens, so that those that begin alike are neighbours.
+        stem: The length of what all of them begin with.
+        positions: How many token positions they have, what neighbours begin with in common counted once.
+    """
+
+    members: tuple[int, ...]
+    stem: int
+    positions: int
+
+    @property
+    def branches(self) -> int:
+        """How many positions come after the stem."""
+        return self.positions - self.stem
+
+    @property
+    def cost(self) -> int:
+        """What it costs, as a number of positions; see `families`."""
+        return self.positions + self.branches**2 // _PAIRS
+
+
+def alone(sequences: Sequence[Sequence[int]]) -> list[Family]:
+    """Return a family for each sequence."""
+    return [Family((i,), len(ids), len(ids)) for i, ids in enumerate(sequences)]
+
+
+def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) -> list[Family]:
+    """Group sequences that begin alike where it is worth to compute that once; each of the others is alone.
+
+    Sorted, sequences that begin alike are neighbours. A family saves positions, and it costs attention: all that comes
+    after its stem is put side by side for that, though each sequence heeds itself alone. So one more sequence joins
+    where that costs no more than by itself, and where what comes after the stem remains
+
+    * short enough not to pay more for attention than for the stem: branches of ``n`` positions in all, in families of
+      ``p``, cost ``n / p * stem + n * p / _PAIRS``, which is least where ``p**2 = _PAIRS * stem``;
+    * in a batch, of which it may have half where the stem leaves it less.
+
+    Args:
+        sequences: Token ids of each.
+        tokens: The most positions that a batch may have.
+        overhead: What a family costs besides, as a number of positions.
+    """
+    singles = alone(sequences)
+    grown: list[Family] = []
+    for single in sorted(singles, key=lambda family: tuple(sequences[family.members[0]])):
+        if grown:
+            last, added = grown[-1].members[-1], single.members[0]
+            joined = _joined(grown[-1], single, shared_length(sequences[last], sequences[added]))
+            most = min(isqrt(_PAIRS * joined.stem), max(tokens - joined.stem, tokens // 2))
+            if joined.cost <= grown[-1].cost + single.cost and joined.branches <= most:
+                grown[-1] = joined
+                continue
+        grown.append(single)
+    found: list[Family] = []
+    for family in grown:
+        members = [singles[i] for i in family.members]
+        saves = sum(single.cost for single in members) - family.cost
+        found += [family] if saves > overhead else members
     return found
 
 
-def positions(family: Sequence[Window]) -> int:
-    """Return how many token positions windows of one context have that is computed once."""
-    return len(family[0].context) + sum(len(window.scored) - 1 for window in family)
+def _joined(family: Family, single: Family, shared: int) -> Family:
+    """``family`` and one sequence more, which shares so much with its last member."""
+    members = family.members + single.members
+    return Family(members, min(family.stem, shared), family.positions + single.positions - shared)
 
 
-def parted(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
-    """Divide windows of one context into parts that each compute it once.
-
-    What follows the context in one part is long enough to be worth the context's positions, and short enough not to
-    pay more for attention, see `worth_sharing`: for continuations of ``n`` positions in all, parts of ``p`` positions
-    cost ``n / p * context + n * p / _PAIRS``, which is least where ``p**2 = _PAIRS * context``. It also has to have
-    room in a batch of ``tokens`` positions, of which it may have half where the context leaves it less.
-    """
-    context = len(windows[0].context)
-    most = min(isqrt(_PAIRS * context), max(tokens - context, tokens // 2))
-    parts: list[list[Window]] = []
-    room = -1
-    for window in windows:
-        continued = len(window.scored) - 1
-        if continued > room:
-            parts.append([])
-            room = most
-        parts[-1].append(window)
-        room -= continued
-    return parts
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

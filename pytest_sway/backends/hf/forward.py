@@ -9,14 +9,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from pytest_sway.backends.hf import batches, packing
+from pytest_sway.backends.hf import batches
 from pytest_sway.backends.hf.memory import reuse_freed_memory, trim_heap
 from pytest_sway.backends.hf.split import joined, padded, split_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from pytest_sway.backends.hf.batches import Limits
+    from pytest_sway.backends.hf.batches import Family, Limits
     from pytest_sway.backends.hf.split import SplitModel
     from pytest_sway.backends.hf.tokenisation import Window
 
@@ -70,6 +70,13 @@ class Forward:
         split = self.split(runner)
         return split is not None and split.packs(longest)
 
+    def families(self, runner: Any, sequences: Sequence[Sequence[int]]) -> list[Family]:
+        """Return which sequences have what they begin with in common when they are passed together."""
+        if len(sequences) > 1 and self.packs(runner, max(map(len, sequences))):
+            limits = self.limits
+            return batches.families(sequences, tokens=limits.few_logits_tokens, overhead=limits.overhead)
+        return batches.alone(sequences)
+
     def tokens(self, runner: Any, *, few_logits: bool = False) -> int:
         """Return how many token positions a pass may have: fewer where it makes logits for each of them.
 
@@ -103,15 +110,20 @@ class Forward:
         split = self.split(runner)
         inputs = [ids for ids, _ in sequences]
         if split is not None:
-            with self._trimmed(sum(map(len, inputs))):
-                rows = self._rows_of(split, sequences)
+            families = self.families(runner, inputs)
+            with self._trimmed(sum(family.positions for family in families)):
+                states, places = split.hidden(inputs, families)
+                wanted = [p for where, (_, n) in zip(places, sequences, strict=True) for p in where[len(where) - n :]]
+                rows = _rows(states, wanted)
+                del states
             return self._heads(split, rows, reduce)
         longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
         only = {} if self._argument is None else {self._argument: kept}
         logits = runner(input_ids=padded(inputs, self.model.device), **only).logits
         width = logits.shape[1]  # with virtual tokens in front, more than were passed
-        wanted = [p for i, (ids, n) in enumerate(sequences) for p in _last((i + 1) * width - longest + len(ids), n)]
+        ends = [(i + 1) * width - longest + len(ids) for i, ids in enumerate(inputs)]
+        wanted = [p for end, (_, n) in zip(ends, sequences, strict=True) for p in range(end - n, end)]
         rows, chunk = logits.flatten(0, 1), self._chunk()
         return [reduce(_rows(rows, wanted[at : at + chunk]), at) for at in range(0, len(wanted), chunk)]
 
@@ -121,50 +133,19 @@ class Forward:
         return (
             split is not None
             and len({window.context for window in windows}) == 1
-            and batches.worth_sharing(windows, 2 * self.limits.overhead)
+            and not split.packs(max(len(window.inputs) for window in windows))
+            and batches.worth_caching(windows, self.limits.overhead)
             and split.caches
         )
 
     def window_logits(self, runner: Any, windows: Sequence[Window], reduce: Callable[[Any, int], _T]) -> list[_T]:
-        """Do what `logits` does for windows; neighbours of one context have it computed once, where that pays."""
-        split, longest = self.split(runner), max(len(window.inputs) for window in windows)
-        if split is not None and split.packs(longest):
-            families = batches.families(windows, self.limits)
-            if len(families) < len(windows):
-                with self._trimmed(sum(map(batches.positions, families))):
-                    rows = self._rows_of_families(split, families)
-                if rows is not None:
-                    return self._heads(split, rows, reduce)
-        if split is not None and not split.packs(longest) and self.shares(runner, windows):
+        """Do what `logits` does for windows; where `shares` says so, their context is computed once."""
+        split = self.split(runner)
+        if split is not None and self.shares(runner, windows):
             tails = [window.scored[:-1] for window in windows]
             states = split.hidden_after(windows[0].context, tails, self.limits.cached_tokens)
             return self._heads(split, joined(states), reduce)
         return self.logits(runner, [(window.inputs, len(window.scored)) for window in windows], reduce)
-
-    def _rows_of(self, split: SplitModel, sequences: Sequence[tuple[Sequence[int], int]]) -> Any:
-        states, starts = split.hidden([ids for ids, _ in sequences])
-        wanted = [p for start, (ids, n) in zip(starts, sequences, strict=True) for p in _last(start + len(ids), n)]
-        return _rows(states, wanted)
-
-    def _rows_of_families(self, split: SplitModel, families: Sequence[Sequence[Window]]) -> Any | None:
-        shared = {i: family for i, family in enumerate(families) if len(family) > 1}
-        row = packing.Row(
-            [family[0].context if i in shared else family[0].inputs for i, family in enumerate(families)],
-            self.model.device,
-            {i: [window.scored[:-1] for window in family] for i, family in shared.items()},
-        )
-        states = split.hidden_in(row)
-        if states is None:
-            return None
-        wanted: list[int] = []
-        for i, family in enumerate(families):
-            if i not in shared:
-                wanted += _last(row.starts[i] + len(family[0].inputs), len(family[0].scored))
-                continue
-            context_end = row.starts[i] + len(family[0].context)
-            for start, window in zip(row.continued[i], family, strict=True):
-                wanted += [context_end - 1, *range(start, start + len(window.scored) - 1)]
-        return _rows(states, wanted)
 
     @contextmanager
     def _trimmed(self, positions: int) -> Iterator[None]:
@@ -185,10 +166,6 @@ class Forward:
 
     def _vocabulary(self) -> int:
         return int(getattr(self.config.get_text_config(), "vocab_size", 0) or self.embedded or 1)
-
-
-def _last(end: int, count: int) -> range:
-    return range(end - count, end)
 
 
 def _rows(table: Any, wanted: Sequence[int]) -> Any:

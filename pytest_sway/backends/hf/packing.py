@@ -1,9 +1,10 @@
-"""Sequences of any lengths in one row, without padding: each attends to itself alone, or to one that it continues.
+"""Sequences of any lengths in one row, without padding: each attends to itself alone.
 
 All that a transformer computes token by token, which is nearly all of it, does not care which sequence a token is
 from. Only attention does, so it is taken over while such a row goes through the model: transformers lets a model's
 attention be exchanged by name. Sequences of similar length are put side by side for it, by transformers' own function.
-What several sequences have in common at their beginning can stand in a row once, and their continuations at its end.
+What several sequences begin with in common, their stem, can stand in a row once. What comes after it stands at the
+row's end as branches: a tree, in which what some of them go on with in common is there once again.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.backends.hf import batches
 from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
+
+    from pytest_sway.backends.hf.batches import Family
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -53,18 +55,32 @@ class _Group(NamedTuple):
     valid: Any
 
 
-class _Continuations(NamedTuple):
-    """What continues one sequence of a row.
+class _Branches(NamedTuple):
+    """What comes after the stem of one family.
 
     Attributes:
-        before: Where the sequence begins and ends in the row.
-        own: Where the first continuation begins and the last ends.
+        stem: Where the stem begins and ends in the row.
+        own: Where the branches do.
         mask: Which positions of both each position of the latter heeds, shape ``(1, 1, latter, both)``.
     """
 
-    before: slice
+    stem: slice
     own: slice
     mask: Any
+
+
+class _Laid(NamedTuple):
+    """Where a sequence's tokens are laid out in a row.
+
+    Attributes:
+        sequence: Its index.
+        places: Of all its tokens.
+        new: How many of these, the last ones, no sequence before it had.
+    """
+
+    sequence: int
+    places: list[int]
+    new: int
 
 
 class Row:
@@ -73,49 +89,45 @@ class Row:
     Args:
         sequences: Token ids of each.
         device: Where its tensors go.
-        continuations: Token ids of what continues a sequence, by its index; any number for each, some maybe empty.
+        families: Which sequences have what they begin with in common in the row, by their indices; each sequence is in
+            one. By default each is alone.
 
     Attributes:
         input_ids: All tokens, shape ``(1, positions)``.
         position_ids: The position of each in its own sequence, of the same shape.
-        starts: Where each sequence begins in the row.
-        continued: Where each sequence's continuations begin, by the same index.
+        places: Where in the row each sequence's tokens stand.
     """
 
     def __init__(
-        self,
-        sequences: Sequence[Sequence[int]],
-        device: Any,
-        continuations: Mapping[int, Sequence[Sequence[int]]] = MappingProxyType({}),
+        self, sequences: Sequence[Sequence[int]], device: Any, families: Sequence[Family] | None = None
     ) -> None:
         import torch
 
-        lengths = [len(ids) for ids in sequences]
+        families = batches.alone(sequences) if families is None else families
+        stems = [sequences[family.members[0]][: family.stem] for family in families]
+        lengths = list(map(len, stems))
         side_by_side = batches.in_batches(lengths, tokens=len(lengths) * max(lengths), overhead=_CALL_POSITIONS)
-        order = [i for group in side_by_side for i in group]
-        ends = list(accumulate(lengths[i] for i in order))
-        self.starts = [0] * len(sequences)
-        for i, end in zip(order, ends, strict=True):
-            self.starts[i] = end - lengths[i]
-        tokens = [token for i in order for token in sequences[i]]
-        positions = [p for i in order for p in range(lengths[i])]
-        self._groups = [self._group([(self.starts[i], lengths[i]) for i in group], device) for group in side_by_side]
-        self._continuations: list[_Continuations] = []
-        self.continued: dict[int, list[int]] = {}
-        for i, tails in continuations.items():
-            start = len(tokens)
-            self.continued[i] = [start + before for before in accumulate(map(len, tails[:-1]), initial=0)]
-            tokens += [token for tail in tails for token in tail]
-            positions += [lengths[i] + p for tail in tails for p in range(len(tail))]
-            if len(tokens) > start:
-                mask = _continuing(lengths[i], list(map(len, tails)), device)
-                before = slice(self.starts[i], self.starts[i] + lengths[i])
-                self._continuations.append(_Continuations(before, slice(start, len(tokens)), mask))
+        order = [f for group in side_by_side for f in group]
+        starts = dict(zip(order, accumulate((lengths[f] for f in order), initial=0), strict=False))
+        self._groups = [self._group([(starts[f], lengths[f]) for f in group], device) for group in side_by_side]
+        tokens = [token for f in order for token in stems[f]]
+        positions = [p for f in order for p in range(lengths[f])]
+        self.places: list[list[int]] = [[]] * len(sequences)
+        self._branches: list[_Branches] = []
+        for f, family in enumerate(families):
+            stem, own = slice(starts[f], starts[f] + family.stem), slice(len(tokens), len(tokens) + family.branches)
+            laid = _laid(sequences, family, stem.start, own.start)
+            for i, places, new in laid:
+                self.places[i] = places
+                tokens += sequences[i][len(places) - new :]
+                positions += range(len(places) - new, len(places))
+            if family.branches:
+                self._branches.append(_Branches(stem, own, _heeded(laid, family, own.start, device)))
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.tensor([positions], device=device)
 
     def attention(self, attend: Any, module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
-        """Return what ``attend`` gives for each sequence by itself, or after the one that it continues.
+        """Return what ``attend`` gives for each sequence by itself.
 
         Its shape is ``(1, positions, heads, head size)``.
 
@@ -135,9 +147,9 @@ class Row:
                 continue
             output = attend(module, *(_side_by_side(tensor, group) for tensor in mine), None, **kwargs)[0].flatten(0, 1)
             parts.append((output if group.valid is None else output.index_select(0, group.valid)).unsqueeze(0))
-        for before, own, mask in self._continuations:
+        for stem, own, mask in self._branches:
             query, *others = tensors
-            heeded = (torch.cat([tensor[:, :, before], tensor[:, :, own]], dim=2) for tensor in others)
+            heeded = (torch.cat([tensor[:, :, stem], tensor[:, :, own]], dim=2) for tensor in others)
             parts.append(attend(module, query[:, :, own], *heeded, mask, **kwargs)[0])
         return torch.cat(parts, dim=1)
 
@@ -184,14 +196,39 @@ def longest_packed(config: Any) -> int:
     return min([2**31, *(int(window) for name in _WINDOWS if (window := getattr(config, name, None)))])
 
 
-def _continuing(length: int, tails: Sequence[int], device: Any) -> Any:
-    """The mask of continuations with these lengths, of a sequence of ``length``: each heeds that, and itself so far."""
+def _laid(sequences: Sequence[Sequence[int]], family: Family, stem: int, branches: int) -> list[_Laid]:
+    """Lay a family's tokens out, those that neighbours begin with in common once.
+
+    Args:
+        sequences: Token ids of each.
+        family: Some of them.
+        stem: Where those tokens begin that all of them begin with.
+        branches: Where the others do.
+    """
+    laid = []
+    before, places = sequences[family.members[0]][: family.stem], [*range(stem, stem + family.stem)]
+    for i in family.members:
+        shared = batches.shared_length(before, sequences[i])
+        new = len(sequences[i]) - shared
+        places = [*places[:shared], *range(branches, branches + new)]
+        laid.append(_Laid(i, places, new))
+        before, branches = sequences[i], branches + new
+    return laid
+
+
+def _heeded(laid: Sequence[_Laid], family: Family, branches: int, device: Any) -> Any:
+    """The mask of a family's branches: each position heeds the stem, and what comes before it in its own sequence."""
     import torch
 
-    tail = torch.repeat_interleave(torch.tensor(tails, device=device))
-    earlier = torch.ones(len(tail), len(tail), dtype=torch.bool, device=device).tril()
-    own = earlier & (tail.unsqueeze(0) == tail.unsqueeze(1))
-    return torch.cat([own.new_ones(len(tail), length), own], dim=1)[None, None]
+    mask = torch.zeros(family.branches, family.positions, dtype=torch.bool)
+    mask[:, : family.stem] = True
+    own = mask[:, family.stem :]
+    end = 0
+    for _, places, new in laid:
+        start, end = end, end + new
+        own[start:end, [place - branches for place in places[family.stem : len(places) - new]]] = True
+        own[start:end, start:end] = torch.ones(new, new, dtype=torch.bool).tril()
+    return mask[None, None].to(device)
 
 
 def _side_by_side(tensor: Any, group: _Group) -> Any:

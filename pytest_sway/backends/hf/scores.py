@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 Run = Callable[..., Any]
 Ids = tuple[int, ...]
+_T = TypeVar("_T")
 
 _SLICE_BYTES: Final = 2**20
 """Logits that are normalised at once on a CPU: what stays in a core's cache."""
@@ -166,37 +167,41 @@ def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob
 
 
 def _planned_prompts(engine: Engine, prompts: Sequence[Ids]) -> list[list[Ids]]:
-    lengths = list(map(len, prompts))
-    packs = bool(prompts) and engine.forward.packs(engine.model, max(lengths))
-    return _planned(engine, prompts, lengths, packs=packs, few_logits=True)
+    return _planned(engine, prompts, prompts, wanted=len(prompts))
 
 
 def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Window]]:
-    """Batches of windows, in which those that share a context are neighbours."""
-    if not windows:
+    sharing, others = [], []
+    for group in batches.by_context(windows):
+        if engine.forward.shares(engine.model, group):
+            sharing.append(group)
+        else:
+            others += group
+    inputs = [window.inputs for window in others]
+    return sharing + _planned(engine, others, inputs, wanted=sum(len(window.scored) for window in others))
+
+
+def _planned(engine: Engine, items: Sequence[_T], inputs: Sequence[Ids], *, wanted: int) -> list[list[_T]]:
+    """Divide items into batches, in which those of a family are neighbours.
+
+    Args:
+        engine: What computes them.
+        items: What is divided.
+        inputs: What the model reads for each.
+        wanted: Of how many positions logits are wanted.
+    """
+    if not items:
         return []
-    forward, groups = engine.forward, batches.by_context(windows)
-    if not forward.packs(engine.model, max(len(window.inputs) for window in windows)):
-        sharing, others = [], []
-        for group in groups:
-            if forward.shares(engine.model, group):
-                sharing.append(group)
-            else:
-                others += group
-        return sharing + _planned(engine, others, [len(window.inputs) for window in others], packs=False)
-    families = batches.families([window for group in groups for window in group], forward.limits)
-    lengths, wanted = list(map(batches.positions, families)), sum(len(window.scored) for window in windows)
-    planned = _planned(engine, families, lengths, packs=True, few_logits=2 * wanted < sum(lengths))
-    return [[window for family in batch for window in family] for batch in planned]
-
-
-def _planned(
-    engine: Engine, items: Sequence[Any], lengths: Sequence[int], *, packs: bool, few_logits: bool = False
-) -> list[list[Any]]:
-    tokens = engine.forward.tokens(engine.model, few_logits=few_logits)
-    overhead = engine.forward.limits.overhead
-    planned = batches.in_batches(lengths, tokens=tokens, overhead=overhead, padded=not packs)
-    return [[items[i] for i in batch] for batch in planned]
+    forward = engine.forward
+    families = forward.families(engine.model, inputs)
+    lengths = [family.positions for family in families]
+    planned = batches.in_batches(
+        lengths,
+        tokens=forward.tokens(engine.model, few_logits=2 * wanted < sum(lengths)),
+        overhead=forward.limits.overhead,
+        padded=not forward.packs(engine.model, max(map(len, inputs))),
+    )
+    return [[items[i] for f in batch for i in families[f].members] for batch in planned]
 
 
 @recalling

@@ -11,10 +11,12 @@ import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf import packing
+from pytest_sway.backends.hf import batches, packing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from pytest_sway.backends.hf.batches import Family
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -37,33 +39,32 @@ class SplitModel:
         self._caches: bool | None = None
         self._longest_packed: int | None = None
 
-    def hidden(self, inputs: Sequence[Sequence[int]]) -> tuple[Any, list[int]]:
-        """Return the hidden states of sequences: shape ``(positions, hidden size)``, and where each one's begin.
+    def hidden(
+        self, inputs: Sequence[Sequence[int]], families: Sequence[Family] | None = None
+    ) -> tuple[Any, list[Sequence[int]]]:
+        """Return the hidden states of sequences: shape ``(positions, hidden size)``, and where each one's are.
 
         They go through the model in one row where `packs` allows that, else padded on the right.
+
+        Args:
+            inputs: Token ids of each.
+            families: Which of them have what they begin with in common, in a row.
         """
         longest = max(map(len, inputs))
         if len(inputs) > 1 and self.packs(longest):
-            row = packing.Row(inputs, self._model.device)
-            states = self.hidden_in(row)
-            if states is not None:
-                return states, row.starts
+            row = packing.Row(inputs, self._model.device, families)
+            try:
+                return self._in_a_row(row), list(row.places)
+            except packing.MaskedError:  # not in the trial, but in longer texts
+                self._longest_packed = 0
         states = self._body(input_ids=padded(inputs, self._model.device), use_cache=False).last_hidden_state
-        return states.flatten(0, 1), [i * longest for i in range(len(inputs))]
+        return states.flatten(0, 1), [range(i * longest, i * longest + len(ids)) for i, ids in enumerate(inputs)]
 
     def packs(self, longest: int) -> bool:
         """Whether sequences of up to ``longest`` tokens can go through the model in one row."""
         if self._longest_packed is None:
             self._longest_packed = packing.longest_packed(self._body.config) if self._keeps_apart() else 0
         return longest <= self._longest_packed
-
-    def hidden_in(self, row: packing.Row) -> Any | None:
-        """Return the hidden states of a row, shape ``(positions, hidden size)``; ``None`` if the model masks more."""
-        try:
-            return self._in_a_row(row)
-        except packing.MaskedError:  # not in the trial, but in longer texts
-            self._longest_packed = 0
-            return None
 
     def _in_a_row(self, row: packing.Row) -> Any:
         with packing.attending_apart(self._body.config, row):
@@ -75,20 +76,14 @@ class SplitModel:
         if not packing.longest_packed(self._body.config):
             return False
         trial = _trial(self._model)
-        inputs = [trial, trial[::-1], trial[1:], trial[:1]]
-        tails = [trial[:1], (), trial[2:0:-1]]
-        row = packing.Row(inputs, self._model.device, {0: tails, 3: tails[:1]})
+        inputs = [trial[::-1], trial[1:], *(trial + tail for tail in ((), trial[:2], trial[:1] * 2, trial[2:0:-1]))]
+        families = [*batches.alone(inputs[:2]), batches.Family((2, 3, 4, 5), len(trial), len(trial) + 5)]
+        row = packing.Row(inputs, self._model.device, families)
         try:
             states = self._in_a_row(row)
         except Exception:  # a model of an unforeseen shape can fail in any way; it still runs padded
             return False
-        alone = [(row.starts[i], ids, len(ids)) for i, ids in enumerate(inputs)]
-        alone += [
-            (start, inputs[i] + tail, len(tail))
-            for i, starts in row.continued.items()
-            for start, tail in zip(starts, tails, strict=False)
-        ]
-        return all(agree(states[start : start + n], self.hidden([ids])[0][-n:]) for start, ids, n in alone if n)
+        return all(agree(states[places], self.hidden([ids])[0]) for places, ids in zip(row.places, inputs, strict=True))
 
     def logits(self, rows: Any) -> Any:
         """Return the logits of hidden states: from ``(rows, hidden size)``, ``(rows, vocabulary)``."""

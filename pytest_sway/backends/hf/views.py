@@ -76,8 +76,9 @@ class HFView:
     def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
         """Return `logprob_of` for each pair of a prompt and a completion, in their order.
 
-        Many pairs go through the model together, and the completions of one prompt have it read once: in one row with
-        it, or on its key-value cache where the model's attention does not allow that. In float32 each answer is within
+        Many pairs go through the model together, and have what they begin with in common read once: in one row with
+        it, or for the completions of one prompt on its key-value cache, where the model's attention does not allow
+        that. In float32 each answer is within
         2e-4 nats per token of that for the pair alone; the same pairs, in the same order, give the same bits.
         """
         return scores.logprobs_of(self._run, pairs)

@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.backends.hf.batches import CPU, by_context, families, in_batches, parted, positions, worth_sharing
+from pytest_sway.backends.hf.batches import Family, by_context, families, in_batches, worth_caching
 from pytest_sway.backends.hf.tokenisation import Window
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=9)
@@ -58,39 +58,75 @@ def _windows(context: int, *scored: int) -> list[Window]:
     return [Window((1,) * context, (n,) * length) for n, length in enumerate(scored)]
 
 
-def test_a_context_is_shared_where_it_is_long_for_what_follows_it() -> None:
-    assert worth_sharing(_windows(100, 3, 3), overhead=48)
-    assert not worth_sharing(_windows(100, 3), overhead=48), "a single one shares with nobody"
-    assert not worth_sharing(_windows(10, 3, 3), overhead=48), "it saves less than it costs"
-    assert worth_sharing(_windows(1, *[1] * 100), overhead=48)
-    assert not worth_sharing(_windows(1, *[30] * 100), overhead=48), "texts that begin with BOS have no more in common"
+def test_a_context_is_cached_where_it_is_long_for_what_follows_it() -> None:
+    assert worth_caching(_windows(100, 3, 3), overhead=48)
+    assert not worth_caching(_windows(100, 3), overhead=48), "a single one shares with nobody"
+    assert not worth_caching(_windows(90, 3, 3), overhead=48), "it saves less than two passes cost"
+    assert worth_caching(_windows(1, *[1] * 100), overhead=48)
+    assert not worth_caching(_windows(1, *[30] * 100), overhead=48), "texts that begin with BOS have no more in common"
 
 
-def test_neighbours_of_one_context_are_a_family_in_the_windows_order() -> None:
-    a, b, c = _windows(100, 2, 3), _windows(99, 1), _windows(5, 2, 2)
-    assert families([*a, *b, *c], CPU) == [a, b, [c[0]], [c[1]]]
-    assert families([a[0], *b, a[1]], CPU) == [[a[0]], b, [a[1]]]
+def _families(sequences: list[list[int]], tokens: int = 1536) -> list[Family]:
+    return families(sequences, tokens=tokens, overhead=48)
 
 
-@given(st.integers(1, 60), st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 80))
-def test_windows_of_one_context_are_parted_within_the_budget_in_order(
-    context: int, scored: list[int], tokens: int
+def _behind(stem: list[int], *lengths: int) -> list[list[int]]:
+    """Sequences that have ``stem`` in common and no more, in the order of their tokens."""
+    return [[*stem, *[n] * length] for n, length in enumerate(lengths)]
+
+
+def test_sequences_that_begin_alike_are_a_family_wherever_they_stand() -> None:
+    one, other = _behind([1] * 100, 2, 3), _behind([2] * 100, 1)
+    assert _families([one[0], *other, one[1]]) == [Family((0, 2), 100, 105), Family((1,), 101, 101)]
+
+
+def test_each_is_alone_where_little_is_common_for_what_differs() -> None:
+    def grouped(sequences: list[list[int]]) -> bool:
+        return any(len(family.members) > 1 for family in _families(sequences))
+
+    assert grouped(_behind([1] * 50, 2, 3))
+    assert not grouped(_behind([1] * 48, 2, 3)), "it saves no more than it costs"
+    assert not grouped(_behind([1] * 100, 250, 250)), "attention to what differs would cost more than what it saves"
+    assert not grouped(_behind([1], *[40] * 10)), "texts that begin with BOS have no more in common"
+
+
+def test_what_only_some_of_a_family_go_on_with_in_common_is_there_once_too() -> None:
+    questions = [[*[1] * 300, *[question] * 20] for question in (2, 3)]
+    sequences = [ids for question in questions for ids in _behind(question, 5, 5, 5)]
+    assert _families(sequences) == [Family((0, 1, 2, 3, 4, 5), 300, 300 + 2 * (20 + 3 * 5))]
+
+
+def test_a_beginning_is_in_common_with_those_only_that_have_it() -> None:
+    sequences = _behind([1, *[2] * 200], 3, 3) + _behind([1, *[3] * 200], 3, 3)
+    assert _families(sequences) == [Family((0, 1), 201, 207), Family((2, 3), 201, 207)]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=12),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_families_are_within_the_budget_and_cost_less_than_each_alone(
+    tails: list[list[int]], stem: int, tokens: int
 ) -> None:
-    windows = _windows(context, *scored)
-    parts = parted(windows, tokens)
-    assert [window for part in parts for window in part] == windows
-    assert all(len(part) == 1 or positions(part) <= max(tokens, context + tokens // 2) for part in parts)
+    sequences = [[7] * stem + tail for tail in tails]
+    found = families(sequences, tokens=tokens, overhead=3)
+    assert sorted(i for family in found for i in family.members) == list(range(len(sequences)))
+    for members, common, positions in found:
+        beginnings = {tuple(sequences[i][:end]) for i in members for end in range(1, len(sequences[i]) + 1)}
+        assert positions == len(beginnings)
+        assert len({tuple(sequences[i][:common]) for i in members}) == 1
+        if len(members) > 1:
+            assert positions <= max(tokens, common + tokens // 2)
+            assert positions + 3 < sum(len(sequences[i]) for i in members)
 
 
-def test_a_context_with_very_many_continuations_is_shared_in_parts_that_are_worth_it() -> None:
-    windows = _windows(100, *[20] * 2000)
-    assert not worth_sharing(windows, overhead=48), "all side by side would cost more than they save"
-    parts = families(windows, CPU)
-    assert all(worth_sharing(part, overhead=48) for part in parts)
-    assert [window for part in parts for window in part] == windows
-    assert sum(map(positions, parts)) < 1.3 * sum(len(window.scored) for window in windows)
+def test_a_beginning_that_very_many_have_is_there_in_families_that_are_worth_it() -> None:
+    sequences = [[*[1] * 100, *[2 + n] * 20] for n in range(2000)]
+    found = _families(sequences)
+    assert {len(family.members) for family in found} == {22, 2000 % 22}
+    assert sum(family.cost for family in found) < 1.5 * 20 * 2000
 
 
-def test_a_long_context_leaves_half_a_batch_to_what_follows_it() -> None:
-    windows = _windows(1000, *[11] * 100)
-    assert {len(part) for part in parted(windows, 768)} == {38, 24}
+def test_a_long_beginning_leaves_half_a_batch_to_what_follows_it() -> None:
+    assert {len(family.members) for family in _families(_behind([1] * 1000, *[10] * 100), 768)} == {38, 24}

@@ -83,7 +83,42 @@ def test_very_many_completions_of_one_prompt_have_the_logprobs_of_each_alone(
     passes.clear()
     assert view.logprobs_of(pairs)[::10] == pytest.approx(alone, abs=TOLERANCE)
     each_alone = sum(len(view.tokenizer(prompt + ending)["input_ids"]) for prompt, ending in pairs)
-    assert sum(rows * length for rows, length in passes) < each_alone / 5
+    assert _read(passes) < each_alone / 5
+
+
+def _read(passes: list[tuple[int, int]]) -> int:
+    return sum(rows * length for rows, length in passes)
+
+
+def test_prompts_that_begin_alike_have_that_read_once(view: Any, passes: list[tuple[int, int]]) -> None:
+    prompts = [f"{TEXTS[8]} {text}" for text in TEXTS[:5]]
+    alone = [view.next_token_dist(prompt, top_k=20) for prompt in prompts]
+    each_alone = _read(passes)
+    passes.clear()
+    for dist, expected in zip(view.next_token_dists(prompts, top_k=20), alone, strict=True):
+        np.testing.assert_allclose(dist.logprobs, expected.logprobs, atol=TOLERANCE)
+    assert _read(passes) <= each_alone - 4 * 60
+
+
+def test_completions_of_prompts_that_begin_alike_have_beginnings_and_prompts_read_once(
+    view: Any, passes: list[tuple[int, int]]
+) -> None:
+    prompts = [f"{TEXTS[8]} {text}" for text in (TEXTS[3], TEXTS[7], TEXTS[9])]
+    pairs = [(prompt, f" {WORDS[n]} {WORDS[0]}") for n in range(4) for prompt in prompts]
+    alone = [view.logprob_of(*pair) for pair in pairs]
+    passes.clear()
+    assert view.logprobs_of(pairs) == pytest.approx(alone, abs=TOLERANCE)
+    assert _read(passes) == 60 + 17 + 29 + 11 + len(pairs)
+
+
+def test_texts_that_begin_alike_have_that_read_once(view: Any, passes: list[tuple[int, int]]) -> None:
+    scored = [f"{TEXTS[8]} {text}" for text in TEXTS[:5]]
+    alone = [view.rolling_logprob(text) for text in scored]
+    each_alone = _read(passes)
+    passes.clear()
+    for rolling, expected in zip(view.rolling_logprobs(scored), alone, strict=True):
+        np.testing.assert_allclose(rolling.logprobs, expected.logprobs, atol=TOLERANCE)
+    assert _read(passes) <= each_alone - 4 * 60
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -6,7 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pytest_sway.backends.hf.batches import Family, alone, families
 from pytest_sway.backends.hf.packing import MaskedError, Row, attending_apart, longest_packed
 from pytest_sway.errors import BackendUseError
 
@@ -30,66 +33,62 @@ def _mask_more(backend: Any, view: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Row, "attention", masked)
 
 
+def _require_attention_of_each_alone(sequences: list[list[int]], families: list[Family] | None = None) -> None:
+    import torch
+    from transformers.integrations import sdpa_attention
+
+    attend: Any = sdpa_attention.sdpa_attention_forward
+    row = Row(sequences, "cpu", families)
+    count = row.input_ids.shape[1]
+    generator, module = torch.Generator().manual_seed(0), torch.nn.Module()
+    tensors = [torch.randn(1, 4, count, 8, generator=generator) for _ in range(3)]
+    found = row.attention(attend, module, tensors, scaling=0.3)
+    assert found.shape == (1, count, 4, 8)
+    for places in row.places:
+        expected = attend(module, *(tensor[:, :, places] for tensor in tensors), None, scaling=0.3)[0]
+        torch.testing.assert_close(found[:, places], expected, atol=1e-6, rtol=1e-6)
+
+
 def test_a_row_holds_each_sequence_with_its_own_positions() -> None:
     row = Row(SEQUENCES, "cpu")
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
     assert len(tokens) == sum(map(len, SEQUENCES))
-    for start, ids in zip(row.starts, SEQUENCES, strict=True):
-        assert tokens[start : start + len(ids)] == ids
-        assert positions[start : start + len(ids)] == list(range(len(ids)))
+    for places, ids in zip(row.places, SEQUENCES, strict=True):
+        assert [tokens[place] for place in places] == ids
+        assert [positions[place] for place in places] == list(range(len(ids)))
 
 
 @pytest.mark.parametrize("sequences", [SEQUENCES, [[1, 2]] * 5, [[1]], [[1] * n for n in (300, 2, 299, 1)]])
 def test_attention_in_a_row_is_that_of_each_sequence_alone(sequences: list[list[int]]) -> None:
-    import torch
-    from transformers.integrations import sdpa_attention
-
-    attend: Any = sdpa_attention.sdpa_attention_forward
-    row, count = Row(sequences, "cpu"), sum(map(len, sequences))
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, 4, count, 8, generator=generator) for _ in range(3)]
-    module = torch.nn.Module()
-    found = row.attention(attend, module, tensors, scaling=0.3)
-    assert found.shape == (1, count, 4, 8)
-    for start, ids in zip(row.starts, sequences, strict=True):
-        mine = [tensor[:, :, start : start + len(ids)] for tensor in tensors]
-        expected = attend(module, *mine, None, scaling=0.3)[0]
-        torch.testing.assert_close(found[:, start : start + len(ids)], expected, atol=1e-6, rtol=1e-6)
+    _require_attention_of_each_alone(sequences)
 
 
-CONTINUATIONS: dict[int, list[list[int]]] = {0: [[7, 8], [], [9]], 4: [[1, 2, 3]], 2: [[], []]}
+STEM = [5, 6, 7, 8]
+ALIKE = [[*STEM, 1, 2, 3], STEM, [*STEM, 3], [*STEM, 1], [*STEM, 1, 5], [*STEM, 1, 2, 4, 4]]
+FAMILIES = [Family((7, 9, 6, 11, 10, 8), 4, 4 + 7), *alone(SEQUENCES)]
 
 
-def test_continuations_stand_behind_all_sequences_with_the_positions_that_follow_theirs() -> None:
-    row = Row(SEQUENCES, "cpu", CONTINUATIONS)
+def test_what_sequences_of_a_family_begin_with_in_common_is_there_once() -> None:
+    sequences = SEQUENCES + ALIKE
+    row = Row(sequences, "cpu", FAMILIES)
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
-    assert len(tokens) == sum(map(len, SEQUENCES)) + 6
-    assert row.continued.keys() == CONTINUATIONS.keys()
-    for i, starts in row.continued.items():
-        for start, ids in zip(starts, CONTINUATIONS[i], strict=True):
-            assert start >= sum(map(len, SEQUENCES))
-            assert tokens[start : start + len(ids)] == ids
-            first = len(SEQUENCES[i])
-            assert positions[start : start + len(ids)] == list(range(first, first + len(ids)))
+    assert len(tokens) == sum(map(len, SEQUENCES)) + 4 + 7
+    for places, ids in zip(row.places, sequences, strict=True):
+        assert [tokens[place] for place in places] == ids
+        assert [positions[place] for place in places] == list(range(len(ids)))
 
 
-def test_attention_of_a_continuation_is_that_after_its_own_sequence_alone() -> None:
-    import torch
-    from transformers.integrations import sdpa_attention
+def test_attention_in_a_family_is_that_of_each_sequence_alone() -> None:
+    _require_attention_of_each_alone(SEQUENCES + ALIKE, FAMILIES)
 
-    attend: Any = sdpa_attention.sdpa_attention_forward
-    row = Row(SEQUENCES, "cpu", CONTINUATIONS)
-    generator, module = torch.Generator().manual_seed(0), torch.nn.Module()
-    tensors = [torch.randn(1, 4, row.input_ids.shape[1], 8, generator=generator) for _ in range(3)]
-    found = row.attention(attend, module, tensors, scaling=0.3)
-    assert found.shape == (1, row.input_ids.shape[1], 4, 8)
-    for i, starts in row.continued.items():
-        stem = slice(row.starts[i], row.starts[i] + len(SEQUENCES[i]))
-        for start, ids in zip(starts, CONTINUATIONS[i], strict=True):
-            own = slice(start, start + len(ids))
-            mine = [torch.cat([tensor[:, :, stem], tensor[:, :, own]], dim=2) for tensor in tensors]
-            expected = attend(module, *mine, None, scaling=0.3)[0][:, len(SEQUENCES[i]) :]
-            torch.testing.assert_close(found[:, own], expected, atol=1e-6, rtol=1e-6)
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=2, max_size=8))
+@settings(deadline=None, max_examples=30)
+def test_attention_in_any_family_is_that_of_each_sequence_alone(tails: list[list[int]]) -> None:
+    sequences = [STEM * 5 + tail for tail in tails]
+    found = families(sequences, tokens=100, overhead=0)
+    assert len(found) == 1
+    _require_attention_of_each_alone(sequences, found)
 
 
 def test_a_model_goes_back_to_its_own_attention_whatever_happens(build: Any, base: Path) -> None:
