@@ -12,12 +12,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from pytest_sway.backends import Builder
+from pytest_sway.backends.hf.memory import reuse_freed_memory
 from pytest_sway.cache import BackendCache
+from tests.benchmarks import by_hand
 from tests.neighbours import harness
 
 
@@ -77,29 +80,6 @@ class Plain:
         for text in texts:
             self._model(input_ids=torch.tensor([self._tokenizer(text)["input_ids"]]))
 
-    def products_and_attention(self, texts: Sequence[str], positions: int = 1280) -> None:
-        """Do what no pass can do without: the base's matrix products but for the head's, and attention.
-
-        The products have the shape that is fastest, ``positions`` rows; attention is done for each text.
-        """
-        import torch
-
-        base: Any = self._model.get_base_model()
-        lengths = [len(ids) for ids in self._tokenizer(texts)["input_ids"]]
-        inner = [getattr(module, "base_layer", module) for name, module in base.named_modules() if "lora_" not in name]
-        weights = {id(m.weight): m.weight for m in inner if isinstance(m, torch.nn.Linear) and m is not base.lm_head}
-        inputs = {weight.shape[1]: torch.ones(positions, weight.shape[1]) for weight in weights.values()}
-        for rows in [positions] * (sum(lengths) // positions) + [sum(lengths) % positions]:
-            for weight in weights.values():
-                torch.nn.functional.linear(inputs[weight.shape[1]][:rows], weight)
-        config = base.config
-        size = config.hidden_size // config.num_attention_heads
-        for length in lengths:
-            query = torch.ones(1, config.num_attention_heads, length, size)
-            other = torch.ones(1, config.num_key_value_heads, length, size)
-            for _ in range(config.num_hidden_layers):
-                torch.nn.functional.scaled_dot_product_attention(query, other, other, is_causal=True, enable_gqa=True)
-
     def rolling(self, texts: Sequence[str], batch_size: int) -> None:
         harness.rolling(self._hflm(batch_size), texts)
 
@@ -110,6 +90,30 @@ class Plain:
         if batch_size not in self._hflms:
             self._hflms[batch_size] = harness.hflm(self._model, self._tokenizer, batch_size)
         return self._hflms[batch_size]
+
+
+class ByHand:
+    """The base's weights in a pass that is written for their architecture, and for nothing else; no adapter."""
+
+    def __init__(self, stack: ExitStack, base: Path, adapter: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        stack.enter_context(torch.inference_mode())
+        reuse_freed_memory()
+        trial = [[1, 2, 3, 4], [5, 6]]
+        expected = torch.cat([self._model(input_ids=torch.tensor([ids])).logits[:, -1] for ids in trial])
+        torch.testing.assert_close(by_hand.last_logits(self._model, trial), expected, atol=1e-3, rtol=1e-3)
+
+    def distributions(self, prompts: Sequence[str], tokens: int = 1536) -> None:
+        """Do what `Ours.distributions` does, ``tokens`` at most at once."""
+        ids = sorted(self._tokenizer(prompts)["input_ids"], key=len, reverse=True)
+        while ids:
+            fitting = max(1, sum(total <= tokens for total in accumulate(map(len, ids))))
+            batch, ids = ids[:fitting], ids[fitting:]
+            by_hand.last_logits(self._model, batch).log_softmax(-1).topk(32)
 
 
 class Apart:

@@ -18,7 +18,7 @@ from examples.smollm2 import smollm2_folder
 from pytest_sway.backends import Builder
 from pytest_sway.cache import BackendCache
 from tests.benchmarks.figures import Figure, medians, run
-from tests.benchmarks.peers import DlmSway, Ours, Plain, apart, dlm_sway
+from tests.benchmarks.peers import ByHand, DlmSway, Ours, Plain, apart, dlm_sway
 from tests.texts import lengths, texts
 from tests.tiny import make_adapter
 
@@ -27,7 +27,7 @@ FEWER_ROUNDS = 3
 ADAPTERS = 6
 BATCH_SIZES = (1, 4, 8, 16, 32)
 OF_POSSIBLE = 0.75
-"""What is promised where the hardware does not allow what is wanted: this part of what it does allow."""
+"""What is promised where not even a pass written by hand reaches what is wanted: this part of what that reaches."""
 COMPLETIONS = (" yes", " no, not at all", " perhaps it is so", " nobody knows why")
 
 
@@ -53,8 +53,11 @@ def _beside_peers(base: Path, adapter: Path) -> Iterator[Figure]:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    with apart(Ours, base, adapter) as ours, apart(DlmSway, base, adapter) as dlm, apart(Plain, base, adapter) as plain:
-        sides = Sides(ours, dlm, plain, tokenizer)
+    with ExitStack() as stack:
+        ours, dlm, plain, by_hand = (
+            stack.enter_context(apart(kind, base, adapter)) for kind in (Ours, DlmSway, Plain, ByHand)
+        )
+        sides = Sides(ours, dlm, plain, by_hand, tokenizer)
         yield from sides.rolling_short()
         yield from sides.rolling_long()
         yield sides.distributions()
@@ -69,6 +72,7 @@ class Sides:
     ours: Any
     dlm_sway: Any
     plain: Any
+    by_hand: Any
     tokenizer: Any
 
     def rolling_short(self) -> Iterator[Figure]:
@@ -95,11 +99,13 @@ class Sides:
             ROUNDS,
             ours=lambda: self.ours.distributions(prompts),
             dlm_sway=lambda: self.dlm_sway.distributions(prompts),
-            bound=lambda: self.plain.products_and_attention(prompts),
+            by_hand=lambda: self.by_hand.distributions(prompts),
         )
-        possible = seconds["dlm_sway"] / seconds["bound"]
+        possible = seconds["dlm_sway"] / seconds["by_hand"]
         promised = min(1.8, OF_POSSIBLE * possible)
-        what = f"16 prompts; 1.8 is wanted, and the bound, matrix products and attention alone, is {possible:.2f}"
+        what = (
+            f"16 prompts; 1.8 is wanted, and a pass written by hand for this model, without LoRA, is at {possible:.2f}"
+        )
         return _faster("next_token_dists, 400 tokens, times dlm-sway", promised, seconds, "dlm_sway", what)
 
     def system_prompt(self) -> Figure:
@@ -111,7 +117,7 @@ class Sides:
             dlm_sway=lambda: self.dlm_sway.distributions(prompts),
         )
         what = "16 prompts of about 400 tokens, the first 350 of which are the same"
-        return _faster("next_token_dists, one system prompt, times dlm-sway", 3.0, seconds, "dlm_sway", what)
+        return _faster("next_token_dists, one system prompt, times dlm-sway", 5.0, seconds, "dlm_sway", what)
 
     def multiple_choice(self) -> Figure:
         prompts = texts(self.tokenizer, lengths(50, 90, 110))
