@@ -8,6 +8,7 @@ since all weights are read whatever the rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isqrt
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -26,7 +27,7 @@ class Limits:
     """What one pass may hold, on one device.
 
     Attributes:
-        tokens: The most token positions, with padding, unless one sequence alone has more.
+        tokens: The most token positions, with padding, unless one sequence or one family alone has more.
         few_logits_tokens: The same where the logits of less than half of them are wanted, which leaves memory for more.
         overhead: What a pass costs besides its positions, as a number of positions.
         logits_bytes: About as many bytes of logits exist at once.
@@ -114,23 +115,28 @@ def worth_caching(windows: Sequence[Window], overhead: int) -> bool:
     """Whether windows of one context should have it computed once, and continue from a key-value cache.
 
     What that saves is the context's positions for each window but one. What it costs is two passes more, one for the
-    context and one for what does not fill a batch, and the cache's copies.
+    context and one for what does not fill a batch. Since all hidden states of these windows are in memory at once, it
+    is done only where it saves more than what is left, which texts that have nothing but BOS in common do not.
     """
     saved = (len(windows) - 1) * len(windows[0].context)
-    continued = sum(len(window.scored) - 1 for window in windows)
-    return saved > 2 * overhead + continued**2 // _PAIRS
+    return saved > 2 * overhead + sum(len(window.scored) - 1 for window in windows)
+
+
+def in_turn(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Divide sequences into as few batches of at most ``tokens`` positions as hold all, one after the other."""
+    return _filled(range(len(lengths)), lengths, tokens)
 
 
 class Family(NamedTuple):
     """Sequences whose common beginnings are computed once.
 
     Attributes:
-        members: Their indices, in the order of their tokens, so that those that begin alike are neighbours.
+        members: Their indices, in the order of their tokens, so that those which begin alike are neighbours.
         stem: The length of what all of them begin with.
         positions: How many token positions they have, what neighbours begin with in common counted once.
     """
 
-    members: tuple[int, ...]
+    members: Sequence[int]
     stem: int
     positions: int
 
@@ -147,15 +153,16 @@ class Family(NamedTuple):
 
 def alone(sequences: Sequence[Sequence[int]]) -> list[Family]:
     """Return a family for each sequence."""
-    return [Family((i,), len(ids), len(ids)) for i, ids in enumerate(sequences)]
+    return [Family([i], len(ids), len(ids)) for i, ids in enumerate(sequences)]
 
 
 def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) -> list[Family]:
     """Group sequences that begin alike where it is worth to compute that once; each of the others is alone.
 
     Sorted, sequences that begin alike are neighbours. A family saves positions, and it costs attention: all that comes
-    after its stem is put side by side for that, though each sequence heeds itself alone. So one more sequence joins
-    where that costs no more than by itself, and where what comes after the stem remains
+    after its stem is put side by side for that, though each sequence heeds itself alone. So neighbours become one
+    family, those that have most in common first, where that costs no more than they cost apart, and where what comes
+    after the stem remains
 
     * short enough not to pay more for attention than for the stem: branches of ``n`` positions in all, in families of
       ``p``, cost ``n / p * stem + n * p / _PAIRS``, which is least where ``p**2 = _PAIRS * stem``;
@@ -166,32 +173,35 @@ def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) 
         tokens: The most positions that a batch may have.
         overhead: What a family costs besides, as a number of positions.
     """
-    singles = alone(sequences)
-    grown: list[Family] = []
-    for single in sorted(singles, key=lambda family: tuple(sequences[family.members[0]])):
-        if grown:
-            last, added = grown[-1].members[-1], single.members[0]
-            joined = _joined(grown[-1], single, shared_length(sequences[last], sequences[added]))
-            most = min(isqrt(_PAIRS * joined.stem), max(tokens - joined.stem, tokens // 2))
-            if joined.cost <= grown[-1].cost + single.cost and joined.branches <= most:
-                grown[-1] = joined
-                continue
-        grown.append(single)
+    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
+    shared = [shared_length(sequences[i], sequences[j]) for i, j in pairwise(order)]
+    singles = alone([sequences[i] for i in order])
+    grown = dict(enumerate(singles))  # by the place of the first member
+    first = list(range(len(order)))  # by the place of the last member, that of the first
+    for place in sorted(range(1, len(order)), key=lambda place: -shared[place - 1]):
+        start, stem = first[place - 1], shared[place - 1]
+        one, other = grown[start], grown[place]
+        joined = Family(range(start, other.members[-1] + 1), stem, one.positions + other.positions - stem)
+        most = min(isqrt(_PAIRS * stem), max(tokens - stem, tokens // 2))
+        if joined.cost <= one.cost + other.cost and joined.branches <= most:
+            grown[start] = joined
+            first[joined.members[-1]] = start
+            del grown[place]
     found: list[Family] = []
-    for family in grown:
-        members = [singles[i] for i in family.members]
-        saves = sum(single.cost for single in members) - family.cost
-        found += [family] if saves > overhead else members
-    return found
-
-
-def _joined(family: Family, single: Family, shared: int) -> Family:
-    """``family`` and one sequence more, which shares so much with its last member."""
-    members = family.members + single.members
-    return Family(members, min(family.stem, shared), family.positions + single.positions - shared)
+    for family in grown.values():
+        apart = [singles[place] for place in family.members]
+        saves = sum(single.cost for single in apart) - family.cost
+        found += [family] if saves > overhead else apart
+    return [family._replace(members=[order[place] for place in family.members]) for family in found]
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two sequences begin with in common."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    """Return how many tokens two sequences of one type begin with in common."""
+    known, most = 0, min(len(one), len(other))
+    while known < most:
+        middle = (known + most + 1) // 2
+        if one[known:middle] == other[known:middle]:
+            known = middle
+        else:
+            most = middle - 1
+    return known

@@ -52,7 +52,7 @@ def _logits(side: Side, ids: list[int]) -> Any:
 
     base = side.base
     with base.lock, no_warnings(), base.switch.bound(side.state), torch.inference_mode():
-        return torch.cat(base.forward.logits(side.runner, [(ids, len(ids))], lambda logits, _: logits))
+        return torch.stack(base.forward.logits(side.runner, [(ids, len(ids))], lambda logits, *_: logits))
 
 
 def _same(plain: Any, changed: Any) -> bool:

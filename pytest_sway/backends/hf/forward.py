@@ -6,15 +6,17 @@ runs once, and its head on a few of its rows at a time; a model that cannot be d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from pytest_sway.backends.hf import batches
 from pytest_sway.backends.hf.memory import reuse_freed_memory, trim_heap
 from pytest_sway.backends.hf.split import joined, padded, split_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator
 
     from pytest_sway.backends.hf.batches import Family, Limits
     from pytest_sway.backends.hf.split import SplitModel
@@ -26,6 +28,7 @@ _FEWEST_ROWS: Final = 64
 """The head reads all of its weights for any number of rows; for fewer than these, that takes most of its time."""
 
 _T = TypeVar("_T")
+Reduce: TypeAlias = Callable[[Any, Sequence[int], Sequence[int]], Iterable[_T]]
 
 
 class Forward:
@@ -88,9 +91,7 @@ class Forward:
             return self.limits.few_logits_tokens if few_logits else self.limits.tokens
         return min(self.limits.tokens, max(1, 4 * self.limits.logits_bytes // (4 * self._vocabulary())))
 
-    def logits(
-        self, runner: Any, sequences: Sequence[tuple[Sequence[int], int]], reduce: Callable[[Any, int], _T]
-    ) -> list[_T]:
+    def logits(self, runner: Any, sequences: Sequence[tuple[Sequence[int], int]], reduce: Reduce[_T]) -> list[_T]:
         """Compute the logits of the last positions of several sequences in one pass, and reduce them at once.
 
         Sequences that are padded are so on the right, and no attention mask is passed: what comes later is hidden from
@@ -99,13 +100,16 @@ class Forward:
         Args:
             runner: The model, or the ``PeftModel`` around it.
             sequences: Token ids, and how many of their last positions are wanted.
-            reduce: Called with logits of a few positions, and the number of positions that came before. In order
-                these are all wanted positions of the first sequence, of the second, and so on. The logits, of shape
-                ``(positions, vocabulary)`` and in the model's dtype, are its to overwrite, and freed after it unless
-                it returns them.
+            reduce: Called with logits of some places, shape ``(places, vocabulary)``, in the model's dtype; with the
+                row of each position that is wanted of these, several of which may be in one place; and with the number
+                of each such position: those of the first sequence, then those of the second, and so on. It returns an
+                answer for each. The logits are its to overwrite, and freed after it unless it returns them.
 
         Returns:
-            What ``reduce`` returned.
+            The answer for each wanted position.
+
+        Raises:
+            MaskedError: It turns out that `packs` was wrong; from then on it says no.
         """
         split = self.split(runner)
         inputs = [ids for ids, _ in sequences]
@@ -113,10 +117,9 @@ class Forward:
             families = self.families(runner, inputs)
             with self._trimmed(sum(family.positions for family in families)):
                 states, places = split.hidden(inputs, families)
-                wanted = [p for where, (_, n) in zip(places, sequences, strict=True) for p in where[len(where) - n :]]
-                rows = _rows(states, wanted)
-                del states
-            return self._heads(split, rows, reduce)
+                wanted = [p for runs, (_, n) in zip(places, sequences, strict=True) for p in _last(runs, n)]
+                states = _rows(states, sorted(set(wanted)))
+            return self._reduced(lambda start, end: split.logits(states[start:end]), wanted, reduce)
         longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
         only = {} if self._argument is None else {self._argument: kept}
@@ -124,8 +127,8 @@ class Forward:
         width = logits.shape[1]  # with virtual tokens in front, more than were passed
         ends = [(i + 1) * width - longest + len(ids) for i, ids in enumerate(inputs)]
         wanted = [p for end, (_, n) in zip(ends, sequences, strict=True) for p in range(end - n, end)]
-        rows, chunk = logits.flatten(0, 1), self._chunk()
-        return [reduce(_rows(rows, wanted[at : at + chunk]), at) for at in range(0, len(wanted), chunk)]
+        table = logits.flatten(0, 1)
+        return self._reduced(lambda start, end: _rows(table, wanted[start:end]), wanted, reduce)
 
     def shares(self, runner: Any, windows: Sequence[Window]) -> bool:
         """Whether windows that are not packed have one context, which will be computed once and kept in a cache."""
@@ -138,13 +141,13 @@ class Forward:
             and split.caches
         )
 
-    def window_logits(self, runner: Any, windows: Sequence[Window], reduce: Callable[[Any, int], _T]) -> list[_T]:
+    def window_logits(self, runner: Any, windows: Sequence[Window], reduce: Reduce[_T]) -> list[_T]:
         """Do what `logits` does for windows; where `shares` says so, their context is computed once."""
         split = self.split(runner)
         if split is not None and self.shares(runner, windows):
             tails = [window.scored[:-1] for window in windows]
-            states = split.hidden_after(windows[0].context, tails, self.limits.cached_tokens)
-            return self._heads(split, joined(states), reduce)
+            states = joined(split.hidden_after(windows[0].context, tails, self.limits.cached_tokens))
+            return self._reduced(lambda start, end: split.logits(states[start:end]), range(len(states)), reduce)
         return self.logits(runner, [(window.inputs, len(window.scored)) for window in windows], reduce)
 
     @contextmanager
@@ -157,15 +160,38 @@ class Forward:
         if many:
             trim_heap()
 
-    def _heads(self, split: SplitModel, rows: Any, reduce: Callable[[Any, int], _T]) -> list[_T]:
+    def _reduced(self, logits_of: Callable[[int, int], Any], wanted: Sequence[int], reduce: Reduce[_T]) -> list[_T]:
+        """Reduce the logits of places that are wanted, each place's once.
+
+        Args:
+            logits_of: Returns the logits of places, counted in their order: from one on, before another.
+            wanted: The place of each position that is wanted.
+            reduce: See `logits`.
+        """
+        row_of = {place: row for row, place in enumerate(sorted(set(wanted)))}
+        answers: dict[int, _T] = {}
         chunk = self._chunk()
-        return [reduce(split.logits(some), i * chunk) for i, some in enumerate(rows.split(chunk))]
+        in_order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+        for number, some in groupby(in_order, key=lambda i: row_of[wanted[i]] // chunk):
+            asked, start = list(some), number * chunk
+            rows = [row_of[wanted[i]] - start for i in asked]
+            # No name for the logits here: those of one chunk are gone before the next are made.
+            answers |= zip(asked, reduce(logits_of(start, start + chunk), rows, asked), strict=True)
+        return [answers[i] for i in range(len(wanted))]
 
     def _chunk(self) -> int:
         return max(_FEWEST_ROWS, self.limits.logits_bytes // (4 * self._vocabulary()))
 
     def _vocabulary(self) -> int:
         return int(getattr(self.config.get_text_config(), "vocab_size", 0) or self.embedded or 1)
+
+
+def _last(runs: Sequence[range], count: int) -> list[int]:
+    """The last ``count`` places of runs of them, in order."""
+    places: list[int] = []
+    for run in reversed(runs):
+        places = [*run[max(0, len(run) - (count - len(places))) :], *places]
+    return places
 
 
 def _rows(table: Any, wanted: Sequence[int]) -> Any:

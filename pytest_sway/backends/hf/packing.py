@@ -74,13 +74,11 @@ class _Laid(NamedTuple):
 
     Attributes:
         sequence: Its index.
-        places: Of all its tokens.
-        new: How many of these, the last ones, no sequence before it had.
+        places: Of all its tokens, in runs of neighbours; the last run is of those that no sequence before it had.
     """
 
     sequence: int
-    places: list[int]
-    new: int
+    places: list[range]
 
 
 class Row:
@@ -95,7 +93,7 @@ class Row:
     Attributes:
         input_ids: All tokens, shape ``(1, positions)``.
         position_ids: The position of each in its own sequence, of the same shape.
-        places: Where in the row each sequence's tokens stand.
+        places: Where in the row each sequence's tokens stand, in runs of neighbours.
     """
 
     def __init__(
@@ -112,15 +110,16 @@ class Row:
         self._groups = [self._group([(starts[f], lengths[f]) for f in group], device) for group in side_by_side]
         tokens = [token for f in order for token in stems[f]]
         positions = [p for f in order for p in range(lengths[f])]
-        self.places: list[list[int]] = [[]] * len(sequences)
+        self.places: list[list[range]] = [[]] * len(sequences)
         self._branches: list[_Branches] = []
         for f, family in enumerate(families):
             stem, own = slice(starts[f], starts[f] + family.stem), slice(len(tokens), len(tokens) + family.branches)
             laid = _laid(sequences, family, stem.start, own.start)
-            for i, places, new in laid:
+            for i, places in laid:
                 self.places[i] = places
-                tokens += sequences[i][len(places) - new :]
-                positions += range(len(places) - new, len(places))
+                known = len(sequences[i]) - len(places[-1])
+                tokens += sequences[i][known:]
+                positions += range(known, len(sequences[i]))
             if family.branches:
                 self._branches.append(_Branches(stem, own, _heeded(laid, family, own.start, device)))
         self.input_ids = torch.tensor([tokens], device=device)
@@ -206,14 +205,22 @@ def _laid(sequences: Sequence[Sequence[int]], family: Family, stem: int, branche
         branches: Where the others do.
     """
     laid = []
-    before, places = sequences[family.members[0]][: family.stem], [*range(stem, stem + family.stem)]
+    before, places = sequences[family.members[0]][: family.stem], [range(stem, stem + family.stem)]
     for i in family.members:
         shared = batches.shared_length(before, sequences[i])
-        new = len(sequences[i]) - shared
-        places = [*places[:shared], *range(branches, branches + new)]
-        laid.append(_Laid(i, places, new))
-        before, branches = sequences[i], branches + new
+        new = range(branches, branches + len(sequences[i]) - shared)
+        places = [*_first(places, shared), new]
+        laid.append(_Laid(i, places))
+        before, branches = sequences[i], new.stop
     return laid
+
+
+def _first(runs: Sequence[range], count: int) -> Iterator[range]:
+    """The first places in runs of them."""
+    for run in runs:
+        if count > 0 and run:
+            yield run[:count]
+        count -= len(run)
 
 
 def _heeded(laid: Sequence[_Laid], family: Family, branches: int, device: Any) -> Any:
@@ -223,11 +230,11 @@ def _heeded(laid: Sequence[_Laid], family: Family, branches: int, device: Any) -
     mask = torch.zeros(family.branches, family.positions, dtype=torch.bool)
     mask[:, : family.stem] = True
     own = mask[:, family.stem :]
-    end = 0
-    for _, places, new in laid:
-        start, end = end, end + new
-        own[start:end, [place - branches for place in places[family.stem : len(places) - new]]] = True
-        own[start:end, start:end] = torch.ones(new, new, dtype=torch.bool).tril()
+    for _, (_, *before, new) in laid:
+        rows = own[new.start - branches : new.stop - branches]
+        for run in before:
+            rows[:, run.start - branches : run.stop - branches] = True
+        rows[:, new.start - branches : new.stop - branches] = torch.ones(len(new), len(new), dtype=torch.bool).tril()
     return mask[None, None].to(device)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from pytest_sway.backends.hf import batches, tokenisation
 from pytest_sway.backends.hf.chat import prompt_text, shortened
 from pytest_sway.backends.hf.halving import in_parts
+from pytest_sway.backends.hf.packing import MaskedError
 from pytest_sway.backends.hf.recall import recalling
 from pytest_sway.backends.hf.tokenisation import Window
 from pytest_sway.errors import ScoringError, SwayWarning
@@ -94,9 +95,7 @@ def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[To
     encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
     read: list[Ids] = [ids[-max_length:] for ids in encoded]
     warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
-    found: dict[Ids, TokenDist] = {}
-    for batch in run(_planned_prompts, list(dict.fromkeys(read))):
-        found |= zip(batch, in_parts(run, _dists, batch, top_k), strict=True)
+    found = _answered(run, _planned_prompts, _dists, list(dict.fromkeys(read)), top_k)
     return [found[ids] for ids in read]
 
 
@@ -167,91 +166,98 @@ def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob
 
 
 def _planned_prompts(engine: Engine, prompts: Sequence[Ids]) -> list[list[Ids]]:
-    return _planned(engine, prompts, prompts, wanted=len(prompts))
+    return _planned(engine, prompts, [(ids, 1) for ids in prompts])
 
 
 def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Window]]:
-    sharing, others = [], []
+    sharing: list[list[Window]] = []
+    others: list[Window] = []
     for group in batches.by_context(windows):
         if engine.forward.shares(engine.model, group):
-            sharing.append(group)
+            parts = batches.in_turn([len(window.scored) for window in group], engine.forward.limits.cached_tokens)
+            sharing += [[group[i] for i in part] for part in parts]
         else:
             others += group
-    inputs = [window.inputs for window in others]
-    return sharing + _planned(engine, others, inputs, wanted=sum(len(window.scored) for window in others))
+    return sharing + _planned(engine, others, [(window.inputs, len(window.scored)) for window in others])
 
 
-def _planned(engine: Engine, items: Sequence[_T], inputs: Sequence[Ids], *, wanted: int) -> list[list[_T]]:
+def _planned(engine: Engine, items: Sequence[_T], sequences: Sequence[tuple[Ids, int]]) -> list[list[_T]]:
     """Divide items into batches, in which those of a family are neighbours.
 
     Args:
         engine: What computes them.
         items: What is divided.
-        inputs: What the model reads for each.
-        wanted: Of how many positions logits are wanted.
+        sequences: What the model reads for each, and of how many positions logits are wanted.
     """
-    if not items:
-        return []
-    forward = engine.forward
-    families = forward.families(engine.model, inputs)
-    lengths = [family.positions for family in families]
-    planned = batches.in_batches(
-        lengths,
-        tokens=forward.tokens(engine.model, few_logits=2 * wanted < sum(lengths)),
-        overhead=forward.limits.overhead,
-        padded=not forward.packs(engine.model, max(map(len, inputs))),
-    )
-    return [[items[i] for f in batch for i in families[f].members] for batch in planned]
+    forward, planned = engine.forward, []
+    packed = [forward.packs(engine.model, len(ids)) for ids, _ in sequences]
+    for packs in (True, False):
+        chosen = [i for i, its in enumerate(packed) if its == packs]
+        families = forward.families(engine.model, [sequences[i][0] for i in chosen])
+        lengths = [family.positions for family in families]
+        few_logits = 2 * sum(sequences[i][1] for i in chosen) < sum(lengths)
+        tokens = forward.tokens(engine.model, few_logits=few_logits)
+        overhead = forward.limits.overhead
+        for batch in batches.in_batches(lengths, tokens=tokens, overhead=overhead, padded=not packs):
+            planned.append([items[chosen[i]] for f in batch for i in families[f].members])
+    return planned
 
 
 @recalling
 def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[np.float32]]:
-    import torch
-
     targets = [token for window in windows for token in window.scored]
 
-    def reduce(logits: Any, start: int) -> Any:
-        return _chosen_logprobs(logits, targets[start : start + len(logits)])
+    def reduce(logits: Any, rows: Sequence[int], asked: Sequence[int]) -> list[float]:
+        return _chosen_logprobs(logits, rows, [targets[i] for i in asked])
 
-    parts = engine.forward.window_logits(engine.model, windows, reduce)
-    flat: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+    flat = np.array(engine.forward.window_logits(engine.model, windows, reduce), dtype=np.float32)
     return np.split(flat, np.cumsum([len(window.scored) for window in windows])[:-1])
 
 
 @recalling
 def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist]:
-    def reduce(logits: Any, _: int) -> list[TokenDist]:
-        return _most_probable(logits, top_k)
+    def reduce(logits: Any, rows: Sequence[int], _: Sequence[int]) -> list[TokenDist]:
+        found = _most_probable(logits, top_k)
+        return [found[row] for row in rows]
 
-    parts = engine.forward.logits(engine.model, [(ids, 1) for ids in prompts], reduce)
-    return [dist for part in parts for dist in part]
+    return engine.forward.logits(engine.model, [(ids, 1) for ids in prompts], reduce)
 
 
 # --- from logits to answers -----------------------------------------------------------------------------------------
 
 
 def _scored(run: Run, windows: Iterable[Window]) -> dict[Window, NDArray[np.float32]]:
-    found: dict[Window, NDArray[np.float32]] = {}
-    for batch in run(_planned_windows, list(dict.fromkeys(windows))):
-        found |= zip(batch, in_parts(run, _window_logprobs, batch), strict=True)
+    return _answered(run, _planned_windows, _window_logprobs, list(dict.fromkeys(windows)))
+
+
+def _answered(run: Run, plan: Any, work: Any, items: Sequence[Any], *args: Any) -> dict[Any, Any]:
+    """The answer of ``work`` for each item, batch by batch as ``plan`` divides them."""
+    found: dict[Any, Any] = {}
+    for batch in run(plan, items):
+        try:
+            found |= zip(batch, in_parts(run, work, batch, *args), strict=True)
+        except MaskedError:  # planned for a row, which this model does not do, as it knows from now on
+            found |= _answered(run, plan, work, batch, *args)
     return found
 
 
-def _chosen_logprobs(logits: Any, targets: Sequence[int]) -> Any:
-    """Log-probability of a target at each position, in nats: float32, shape ``(positions,)``; overwrites the logits.
+def _chosen_logprobs(logits: Any, rows: Sequence[int], targets: Sequence[int]) -> list[float]:
+    """Log-probability of each target in its row, in nats, computed in float32; overwrites the logits.
 
     On a CPU a few rows are normalised at a time, while they are in its cache.
     """
     import torch
 
-    wanted: Any = torch.tensor(targets, device=logits.device).unsqueeze(-1)
-    rows = max(1, _SLICE_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
-    parts = []
-    for some, tokens in zip(logits.split(rows), wanted.split(rows), strict=True):
+    row = torch.tensor(rows, device=logits.device)
+    chosen = logits[row, torch.tensor(targets, device=logits.device)].float()
+    at_once = max(1, _SLICE_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+    highest, sums = [], []
+    for some in logits.split(at_once):
         numbers = some.float()
-        chosen, highest = numbers.gather(-1, tokens), numbers.amax(-1, keepdim=True)
-        parts.append(chosen - highest - numbers.sub_(highest).exp_().sum(-1, keepdim=True).log_())
-    return torch.cat(parts).flatten()
+        highest.append(numbers.amax(-1))
+        sums.append(numbers.sub_(highest[-1].unsqueeze(-1)).exp_().sum(-1).log_())
+    logprobs: list[float] = (chosen - torch.cat(highest)[row] - torch.cat(sums)[row]).tolist()
+    return logprobs
 
 
 def _most_probable(logits: Any, top_k: int) -> list[TokenDist]:

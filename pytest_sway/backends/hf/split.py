@@ -41,24 +41,28 @@ class SplitModel:
 
     def hidden(
         self, inputs: Sequence[Sequence[int]], families: Sequence[Family] | None = None
-    ) -> tuple[Any, list[Sequence[int]]]:
-        """Return the hidden states of sequences: shape ``(positions, hidden size)``, and where each one's are.
+    ) -> tuple[Any, list[list[range]]]:
+        """Return the hidden states of sequences: shape ``(positions, hidden size)``, and in which runs each one's are.
 
         They go through the model in one row where `packs` allows that, else padded on the right.
 
         Args:
             inputs: Token ids of each.
             families: Which of them have what they begin with in common, in a row.
+
+        Raises:
+            MaskedError: It turns out that `packs` was wrong; from then on it allows nothing.
         """
         longest = max(map(len, inputs))
         if len(inputs) > 1 and self.packs(longest):
             row = packing.Row(inputs, self._model.device, families)
             try:
-                return self._in_a_row(row), list(row.places)
+                return self._in_a_row(row), row.places
             except packing.MaskedError:  # not in the trial, but in longer texts
                 self._longest_packed = 0
+                raise
         states = self._body(input_ids=padded(inputs, self._model.device), use_cache=False).last_hidden_state
-        return states.flatten(0, 1), [range(i * longest, i * longest + len(ids)) for i, ids in enumerate(inputs)]
+        return states.flatten(0, 1), [[range(i * longest, i * longest + len(ids))] for i, ids in enumerate(inputs)]
 
     def packs(self, longest: int) -> bool:
         """Whether sequences of up to ``longest`` tokens can go through the model in one row."""
@@ -77,13 +81,16 @@ class SplitModel:
             return False
         trial = _trial(self._model)
         inputs = [trial[::-1], trial[1:], *(trial + tail for tail in ((), trial[:2], trial[:1] * 2, trial[2:0:-1]))]
-        families = [*batches.alone(inputs[:2]), batches.Family((2, 3, 4, 5), len(trial), len(trial) + 5)]
+        families = [*batches.alone(inputs[:2]), batches.Family([2, 3, 4, 5], len(trial), len(trial) + 5)]
         row = packing.Row(inputs, self._model.device, families)
         try:
             states = self._in_a_row(row)
         except Exception:  # a model of an unforeseen shape can fail in any way; it still runs padded
             return False
-        return all(agree(states[places], self.hidden([ids])[0]) for places, ids in zip(row.places, inputs, strict=True))
+        return all(
+            agree(joined([states[run.start : run.stop] for run in places]), self.hidden([ids])[0])
+            for places, ids in zip(row.places, inputs, strict=True)
+        )
 
     def logits(self, rows: Any) -> Any:
         """Return the logits of hidden states: from ``(rows, hidden size)``, ``(rows, vocabulary)``."""

@@ -77,9 +77,9 @@ class HFView:
         """Return `logprob_of` for each pair of a prompt and a completion, in their order.
 
         Many pairs go through the model together, and have what they begin with in common read once: in one row with
-        it, or for the completions of one prompt on its key-value cache, where the model's attention does not allow
-        that. In float32 each answer is within
-        2e-4 nats per token of that for the pair alone; the same pairs, in the same order, give the same bits.
+        it, or where the model's attention does not allow that, the completions of one prompt on its key-value cache.
+        In float32 each answer is within 2e-4 nats per token of that for the pair alone; the same pairs, in the same
+        order, give the same bits.
         """
         return scores.logprobs_of(self._run, pairs)
 
@@ -105,8 +105,9 @@ class HFView:
     def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
         """Return `rolling_logprob` for each text, in their order.
 
-        Texts of similar length go through the model together. In float32 each log-probability is within 2e-4 nats of
-        that for the text alone; the same texts, in the same order, give the same bits.
+        Texts go through the model together, and have what they begin with in common read once. In float32 each
+        log-probability is within 2e-4 nats of that for the text alone; the same texts, in the same order, give the
+        same bits.
         """
         return scores.rolling_logprobs(self._run, texts, prefix=prefix)
 

@@ -121,6 +121,18 @@ def test_texts_that_begin_alike_have_that_read_once(view: Any, passes: list[tupl
     assert _read(passes) <= each_alone - 4 * 60
 
 
+def test_what_texts_begin_with_in_common_has_its_logits_computed_once(view: Any, passes: list[tuple[int, int]]) -> None:
+    scored = [f"{TEXTS[8]} {word}" for word in WORDS[:4]]  # of which the model reads the same, TEXTS[8]
+    alone = [view.rolling_logprob(text) for text in scored]
+    heads: list[int] = []
+    view.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: heads.append(args[0].shape[1]))
+    passes.clear()
+    together = view.rolling_logprobs(scored)
+    for rolling, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(rolling.logprobs, expected.logprobs, atol=TOLERANCE)
+    assert sum(heads) == _read(passes) == len(together[0].logprobs)
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_rolling_logprobs_are_those_of_each_alone(view: Any, prefix: bool) -> None:
     together = view.rolling_logprobs(TEXTS, prefix=prefix)

@@ -33,6 +33,10 @@ def _mask_more(backend: Any, view: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Row, "attention", masked)
 
 
+def _flat(runs: list[range]) -> list[int]:
+    return [place for run in runs for place in run]
+
+
 def _require_attention_of_each_alone(sequences: list[list[int]], families: list[Family] | None = None) -> None:
     import torch
     from transformers.integrations import sdpa_attention
@@ -44,7 +48,7 @@ def _require_attention_of_each_alone(sequences: list[list[int]], families: list[
     tensors = [torch.randn(1, 4, count, 8, generator=generator) for _ in range(3)]
     found = row.attention(attend, module, tensors, scaling=0.3)
     assert found.shape == (1, count, 4, 8)
-    for places in row.places:
+    for places in map(_flat, row.places):
         expected = attend(module, *(tensor[:, :, places] for tensor in tensors), None, scaling=0.3)[0]
         torch.testing.assert_close(found[:, places], expected, atol=1e-6, rtol=1e-6)
 
@@ -53,7 +57,7 @@ def test_a_row_holds_each_sequence_with_its_own_positions() -> None:
     row = Row(SEQUENCES, "cpu")
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
     assert len(tokens) == sum(map(len, SEQUENCES))
-    for places, ids in zip(row.places, SEQUENCES, strict=True):
+    for places, ids in zip(map(_flat, row.places), SEQUENCES, strict=True):
         assert [tokens[place] for place in places] == ids
         assert [positions[place] for place in places] == list(range(len(ids)))
 
@@ -64,16 +68,16 @@ def test_attention_in_a_row_is_that_of_each_sequence_alone(sequences: list[list[
 
 
 STEM = [5, 6, 7, 8]
-ALIKE = [[*STEM, 1, 2, 3], STEM, [*STEM, 3], [*STEM, 1], [*STEM, 1, 5], [*STEM, 1, 2, 4, 4]]
-FAMILIES = [Family((7, 9, 6, 11, 10, 8), 4, 4 + 7), *alone(SEQUENCES)]
+ALIKE = [[*STEM, 1, 2, 3], STEM, [*STEM, 3], [*STEM, 1], [*STEM, 1, 5], [*STEM, 1, 2, 4, 4], [6, 1], [6, 2, 2], [6, 2]]
+FAMILIES = [Family([7, 9, 6, 11, 10, 8], 4, 4 + 7), *alone(SEQUENCES), Family([12, 14, 13], 1, 1 + 3)]
 
 
 def test_what_sequences_of_a_family_begin_with_in_common_is_there_once() -> None:
     sequences = SEQUENCES + ALIKE
     row = Row(sequences, "cpu", FAMILIES)
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
-    assert len(tokens) == sum(map(len, SEQUENCES)) + 4 + 7
-    for places, ids in zip(row.places, sequences, strict=True):
+    assert len(tokens) == sum(map(len, SEQUENCES)) + 4 + 7 + 1 + 3
+    for places, ids in zip(map(_flat, row.places), sequences, strict=True):
         assert [tokens[place] for place in places] == ids
         assert [positions[place] for place in places] == list(range(len(ids)))
 
@@ -127,6 +131,21 @@ def test_a_text_beyond_a_models_window_is_padded(build: Any, base: Path) -> None
         del view.model.config.sliding_window
 
 
+def test_a_text_beyond_a_models_window_leaves_the_others_in_a_row(build: Any, base: Path) -> None:
+    prompt = " ".join(["the sun rises"] * 20)
+    pairs = [(prompt, completion) for completion in (" in the east", " and", " a fox sees")]
+    pairs.append((f"{prompt} {prompt}", " and"))
+    backend = build(base)
+    with backend.as_base() as view:
+        alone = [view.logprob_of(*pair) for pair in pairs]
+        view.model.config.sliding_window = 70
+        shapes: list[tuple[int, int]] = []
+        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+        assert view.logprobs_of(pairs) == pytest.approx(alone, abs=2e-4)
+        del view.model.config.sliding_window
+    assert sum(rows * width for rows, width in shapes if width >= 60) < 4 * 60
+
+
 def test_attention_that_cannot_be_taken_over_stays_as_it_is(build: Any, base: Path) -> None:
     backend = build(base)
     with backend.as_base() as view:
@@ -159,9 +178,12 @@ def test_a_model_that_turns_out_to_mask_more_is_given_completions_by_their_cache
     backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
     with backend.as_base() as view:
         _mask_more(backend, view, monkeypatch)
+        widths: list[int] = []
+        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
         assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
+        assert widths[0] > 2 * 60, "a row of both prompts, which is refused"
+        assert sum(width >= 60 for width in widths[1:]) == 2, "then each prompt was read once"
         assert not _forward(backend).packs(view.model, 1)
-        assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_model_that_turns_out_to_mask_more_is_given_its_texts_padded_from_then_on(
