@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-_LARGEST_KEPT: Final = 31 * 2**20
+_LARGEST_KEPT: Final = 20 * 2**20
+"""Below what logits have that are made at once (`batches.Limits`). Kept, they would go the same way as all else: small
+results take a place in their memory, the next ones do not fit in there, and peak memory is half as much again."""
 
 
 class WeightsWatch:
@@ -82,7 +84,7 @@ def collect(device_type: str) -> None:
 
 @cache
 def reuse_freed_memory() -> None:
-    """Have glibc keep what one operation frees for the next, of any size that an operation of a pass has.
+    """Have glibc keep what one operation of a pass frees for the next, but for what is very large.
 
     It maps whatever is over a threshold anew each time, and gives back what is free beyond twice as much: then all
     pages of every result are faulted in again. The threshold rises to the size of what was mapped and is freed, up to
