@@ -13,7 +13,7 @@ from math import isqrt
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from pytest_sway.backends.hf.tokenisation import Window
 
@@ -74,7 +74,7 @@ def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int, padded: bo
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     if not padded:
-        return _filled(order[::-1], lengths, tokens)
+        return in_turn(order[::-1], lengths, tokens)
     cost = [0] * (len(order) + 1)
     start = [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
@@ -90,8 +90,14 @@ def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int, padded: bo
     return batches
 
 
-def _filled(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """As few batches as hold all, one after the other."""
+def in_turn(order: Iterable[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Divide sequences, in this order, into batches that are filled one after the other.
+
+    Args:
+        order: Their indices.
+        lengths: Length of each, in tokens.
+        tokens: The most positions that a batch may have; a sequence longer than that stands alone.
+    """
     batches: list[list[int]] = []
     room = 0
     for i in order:
@@ -120,11 +126,6 @@ def worth_caching(windows: Sequence[Window], overhead: int) -> bool:
     """
     saved = (len(windows) - 1) * len(windows[0].context)
     return saved > 2 * overhead + sum(len(window.scored) - 1 for window in windows)
-
-
-def in_turn(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Divide sequences into as few batches of at most ``tokens`` positions as hold all, one after the other."""
-    return _filled(range(len(lengths)), lengths, tokens)
 
 
 class Family(NamedTuple):

@@ -174,8 +174,8 @@ def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Win
     others: list[Window] = []
     for group in batches.by_context(windows):
         if engine.forward.shares(engine.model, group):
-            parts = batches.in_turn([len(window.scored) for window in group], engine.forward.limits.cached_tokens)
-            sharing += [[group[i] for i in part] for part in parts]
+            lengths, tokens = [len(window.scored) for window in group], engine.forward.limits.cached_tokens
+            sharing += [[group[i] for i in part] for part in batches.in_turn(range(len(group)), lengths, tokens)]
         else:
             others += group
     return sharing + _planned(engine, others, [(window.inputs, len(window.scored)) for window in others])
