@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from pytest_sway.backends.hf.batches import Family, alone, families
 from pytest_sway.backends.hf.packing import MaskedError, Row, attending_apart, longest_packed
 from pytest_sway.errors import BackendUseError
+from tests.tiny import WORDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,6 +168,23 @@ def test_completions_share_a_key_value_cache_where_attention_cannot_be_taken_ove
         view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
         assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
         assert sum(width >= 60 for width in widths) == 1, "the prompt was read once"
+
+
+def test_very_many_completions_share_a_key_value_cache_in_parts(build: Any, base: Path) -> None:
+    prompt = " ".join(["the sun rises"] * 20)
+    pairs = [(prompt, f" {word} and") for word in WORDS[:12]]
+    backend = build(base)
+    with backend.as_base() as view:
+        view.model.set_attn_implementation("eager")
+        alone = [view.logprob_of(*pair) for pair in pairs]
+        forward = _forward(backend)
+        limits, forward.limits = forward.limits, replace(forward.limits, cached_tokens=8)
+        widths: list[int] = []
+        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+        assert view.logprobs_of(pairs) == pytest.approx(alone, abs=2e-4)
+        forward.limits = limits
+        view.model.set_attn_implementation("sdpa")
+    assert sum(width >= 60 for width in widths) == 3, "four completions of two tokens each at once"
 
 
 def test_a_model_that_turns_out_to_mask_more_is_given_completions_by_their_cache_from_then_on(
