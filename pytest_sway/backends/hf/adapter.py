@@ -1,4 +1,4 @@
-"""`Adapter`: one set of PEFT weights that is on a base."""
+"""`Adapter`: one set of PEFT weights, on a model of its own that shares the base's memory."""
 
 from __future__ import annotations
 
@@ -9,37 +9,57 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.pristine import Pristine
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 ROOT: Final = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
 
+NAME: Final = "default"
+"""PEFT's own name for an adapter that is the only one."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """An adapter on a base.
+    """An adapter that was put on its base, and verified.
 
     Attributes:
-        name: Its name within PEFT; unlike any other's, and part of none.
         files: What it was loaded from.
-        parameters: Its parameters by their names in the ``PeftModel``, in the order of ``named_parameters()``.
-        owners: For each of those names, the dictionary that holds the parameter, and its key there.
-        scalings: The dictionaries of its LoRA layers that hold its scaling, a factor without unit, under its name.
-        modules: The modules that came with it, by their names in the ``PeftModel``.
+        pristine: The ``PeftModel``.
+        own: The tensors that are not the base's, or no longer, by their names in the ``PeftModel``.
     """
 
-    name: str
     files: AdapterFiles
-    parameters: dict[str, Any]
-    owners: dict[str, tuple[dict[str, Any], str]]
-    scalings: list[dict[str, float]]
-    modules: list[tuple[str, Any]]
+    pristine: Pristine
+    own: dict[str, Any]
 
 
-def public_name(name: str, adapter: str) -> str:
-    """Return a parameter's or module's name without what PEFT and we put into it."""
-    return name.removeprefix(ROOT).replace(f".{adapter}", "")
+def adapter_parameters(peft_model: Any) -> dict[str, Any]:
+    """Return the parameters that came with the adapter, by name, in the order of ``named_parameters()``."""
+    return {
+        name: parameter
+        for name, parameter in peft_model.named_parameters()
+        if f".{NAME}." in f".{name}" or name.endswith(f".{NAME}")
+    }
+
+
+def scalings_of(peft_model: Any) -> list[dict[str, float]]:
+    """Return the dictionaries of the LoRA layers that hold the adapter's scaling, a factor without unit."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = (module for module in peft_model.modules() if isinstance(module, LoraLayer))
+    return [layer.scaling for layer in layers if NAME in layer.scaling]
+
+
+def inner_model(peft_model: Any) -> Any:
+    """Return the Hugging Face model inside of a ``PeftModel``, with PEFT's layers in it; any other model as it is."""
+    return peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
+
+
+def public_name(name: str) -> str:
+    """Return a parameter's or module's name without what PEFT puts into it."""
+    return name.removeprefix(ROOT).replace(f".{NAME}", "")
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

@@ -15,6 +15,8 @@ from pytest_sway.backends.hf.adapter_kinds import (
     PLAIN_INITIALISATIONS,
     PROMPT_TYPES,
     RESTORABLE_LORA_FIELDS,
+    UNWRITING_LORA_FIELDS,
+    UNWRITING_TYPES,
     WHOLE_TEXT_TYPES,
     refusal,
 )
@@ -52,13 +54,13 @@ class AdapterFiles:
         return str(self.config["peft_type"])
 
     @property
-    def shareable(self) -> bool:
-        """Whether it can live on a base beside other adapters: plain LoRA that brings only LoRA tensors."""
+    def plain(self) -> bool:
+        """Whether it is plain LoRA, by its config: it brings only LoRA tensors, and PEFT writes nothing of the base."""
         return self.peft_type == "LORA" and not self._special_fields() and self._brings_only("lora_")
 
     @property
-    def restorable(self) -> bool:
-        """Whether disabling it leaves exactly the base.
+    def additive(self) -> bool:
+        """Whether it only adds to its base, so that the base is what is left without it.
 
         One that brings whole embeddings may need a base with more words, and so does not.
         """
@@ -76,7 +78,21 @@ class AdapterFiles:
     @property
     def told_by_weights(self) -> bool:
         """Whether its weights alone tell that it changes anything: the product of two factors, or what stands apart."""
-        return self.shareable and self.config.get("init_lora_weights") != "orthogonal"  # whose product is zero
+        return self.plain and self.config.get("init_lora_weights") != "orthogonal"  # whose product is zero
+
+    @property
+    def rewrites_targets(self) -> bool:
+        """Whether PEFT rewrites the weights that it is for when it is loaded, as far as that is known."""
+        start = self.config.get("init_lora_weights")
+        rewriting = isinstance(start, str) and start.startswith(("pissa", "olora"))
+        return self.peft_type == "LORA" and (rewriting or self.config.get("kasa_config") is not None)
+
+    @property
+    def may_rewrite_anything(self) -> bool:
+        """Whether nothing is known about what PEFT writes of the base's when it is loaded."""
+        if self.peft_type == "LORA":
+            return not self._special_fields() <= UNWRITING_LORA_FIELDS | {"init_lora_weights", "kasa_config"}
+        return self.peft_type not in PROMPT_TYPES | UNWRITING_TYPES
 
     @property
     def through_inner_model(self) -> bool:
@@ -102,9 +118,7 @@ class AdapterFiles:
 
     def _special_fields(self) -> frozenset[str]:
         special = {
-            name
-            for name, value in self.config.items()
-            if name not in LOCAL_LORA_FIELDS and value not in (None, False, "", "none", [], {})
+            name for name, value in self.config.items() if name not in LOCAL_LORA_FIELDS and not _is_unset(name, value)
         }
         if self.config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
             special.add("init_lora_weights")
@@ -112,6 +126,15 @@ class AdapterFiles:
 
     def _brings_only(self, *markers: str) -> bool:
         return self.entries is not None and all(any(marker in name for marker in markers) for name in self.entries)
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    """Whether a field says nothing. An empty object does not: PEFT takes some for a configuration of its own."""
+    return (
+        value is None
+        or value is False
+        or (name, value) in (("bias", "none"), ("modules_to_save", []), ("target_parameters", []))
+    )
 
 
 def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:

@@ -1,4 +1,4 @@
-"""What is known of PEFT's kinds of adapters: which can share a base, which leave it exact, and which are refused.
+"""What is known of PEFT's kinds of adapters: which leave their base exact, which rewrite it, and which are refused.
 
 `docs/adapters.md` has the table; `tests/unit/hf/zoo.py` has a specimen of each row, on which the tests rest.
 """
@@ -24,7 +24,13 @@ LOCAL_LORA_FIELDS: Final = frozenset(
 """Fields of a ``LoraConfig`` that leave the base's weights and its other adapters alone, whatever their value."""
 
 RESTORABLE_LORA_FIELDS: Final = frozenset({"modules_to_save", "trainable_token_indices"})
-"""Fields of a ``LoraConfig`` that need a base of their own, which is exact as soon as the adapter is disabled."""
+"""Fields of a ``LoraConfig`` for which the base is exact as soon as the adapter is disabled."""
+
+UNWRITING_LORA_FIELDS: Final = RESTORABLE_LORA_FIELDS | {
+    "alora_invocation_tokens", "bias", "ensure_weight_tying", "layer_replication", "monteclora_config",
+    "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+}  # fmt: skip
+"""Fields of a ``LoraConfig`` for which loading writes no weight of the base but those that the adapter brings."""
 
 PLAIN_INITIALISATIONS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` for which loading writes no weight of the base."""
@@ -64,7 +70,10 @@ ADDITIVE_TYPES: Final = {
     "WAVEFT": "waveft_",
 }
 """Types whose layers do all of their work, and are the base's to the bit when disabled; and what their tensors' names
-contain. A type that is not here gets a base of its own beside the plain one, which is right whatever it does."""
+contain."""
+
+UNWRITING_TYPES: Final = frozenset({*ADDITIVE_TYPES, "ADAPTION_PROMPT", "FROD", "OSF", "SHADOW"})
+"""Types for which loading writes no weight of the base."""
 
 PROMPT_TYPES: Final = frozenset(
     {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf import sides
-from pytest_sway.backends.hf.adapters import take_off
-from pytest_sway.backends.hf.inspection import summarised
-from pytest_sway.backends.hf.libraries import forget_frames, no_warnings
+from pytest_sway.backends.hf.contents import summarised
+from pytest_sway.backends.hf.libraries import forget_frames, forget_layers, no_warnings
 from pytest_sway.backends.hf.memory import Leak, WeightsWatch, find_leak
-from pytest_sway.backends.hf.scores import Engine
-from pytest_sway.backends.hf.sides import Side
 from pytest_sway.backends.hf.sizes import measured
-from pytest_sway.backends.hf.state import BASE_STATE
+from pytest_sway.backends.hf.tokenizer_copies import copied
 from pytest_sway.backends.hf.views import HFView
 from pytest_sway.backends.preflight import preflight
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
@@ -26,7 +24,9 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.base import LoadedBase
-    from pytest_sway.backends.hf.inspection import AdapterRecord, TokenizerRecord
+    from pytest_sway.backends.hf.contents import ContentsRecord
+    from pytest_sway.backends.hf.sides import Side
+    from pytest_sway.backends.hf.tokenizer_copies import RustRecord
     from pytest_sway.backends.shared import Share
     from pytest_sway.spec import ModelSpec
 
@@ -34,32 +34,50 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 
 @dataclass(slots=True, eq=False)
+class _Handed:
+    """What an open view has handed to its test.
+
+    Attributes:
+        side: The view's side.
+        own: Whether the side is this view's alone.
+        model: The test's own model; ``None`` until it is asked for.
+        tokenizer: The test's own tokenizer; ``None`` until it is asked for.
+    """
+
+    side: Side
+    own: bool
+    model: Any = None
+    tokenizer: Any = None
+
+
+@dataclass(slots=True, eq=False)
 class Loaded:
     """All that a backend has in memory; what is left of a closed backend does not refer to it.
 
     Attributes:
-        shares: The claims on the bases that it uses; an adapter sits on the last, and a fine-tuned model is the last.
+        shares: The claims on the bases that it uses: the base, and after it a whole fine-tuned model.
         base: The base's side.
         tuned: The tuned side, if there is one.
         adapter: The adapter, if there is one.
-        adapter_record: What the adapter's weights were like.
-        tokenizer_record: What the settings of an adapter's tokenizer were.
-        views: The sides of the open views that have one of their own.
+        contents: What is in the adapter's memory, as far as that is exposed.
+        rust: The record of a tokenizer that the adapter brings.
+        views: What the open views have handed out.
     """
 
     shares: list[Share[LoadedBase]]
     base: Side
-    tuned: Side | None
+    tuned: Side | None = None
     adapter: Adapter | None = None
-    adapter_record: AdapterRecord | None = None
-    tokenizer_record: TokenizerRecord | None = None
-    views: dict[HFView, Side] = field(default_factory=dict)
+    contents: ContentsRecord | None = None
+    rust: RustRecord | None = None
+    views: dict[HFView, _Handed] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class HFBackend:
     """A Hugging Face model with a PEFT adapter, or beside what it was fine-tuned to; made by `HFBuilder.build`.
 
-    Any number of views may be open at once, in any number of threads: each call binds its view's state.
+    Any number of views may be open at once, in any number of threads: each computes on models of its own.
 
     Args:
         spec: The resolved spec that it was built from.
@@ -112,8 +130,7 @@ class HFBackend:
             BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
         """
         side, adapter = self._tuned("as_scaled_adapter"), self._adapter("as_scaled_adapter")
-        overlay = sides.scaled(adapter, lam)
-        with self._view(f"scaled_{lam:.2f}", side.with_overlay(overlay)) as view:
+        with self._view(f"scaled_{lam:.2f}", sides.scaled(side, adapter, lam), own=True) as view:
             yield view
 
     @contextmanager
@@ -131,9 +148,8 @@ class HFBackend:
             BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
         """
         side, adapter = self._tuned("as_null_adapter"), self._adapter("as_null_adapter")
-        overlay = sides.null(adapter, seed, init_scale, rank_scale)
         view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
-        with self._view(view_id, side.with_overlay(overlay)) as view:
+        with self._view(view_id, sides.null(side, adapter, seed, init_scale, rank_scale), own=True) as view:
             yield view
 
     # --- for the cache, the hygiene and dlm-sway ----------------------------------------------------------------------
@@ -150,81 +166,68 @@ class HFBackend:
     def sizes(self) -> Mapping[Hashable, int]:
         """Return the bytes that each part takes in memory, keyed as in `HFBuilder.estimate`."""
         loaded = self._require()
-        sizes: dict[Hashable, int] = {}
-        for share in loaded.shares:
-            base = share.value
-            key = base_key(base.spec) if base.shared else ("own base", *resolved_key(self._spec))
-            sizes[key] = base.nbytes
+        sizes: dict[Hashable, int] = {base_key(share.value.spec): share.value.nbytes for share in loaded.shares}
         if loaded.adapter is not None:
-            sizes["adapter", *resolved_key(self._spec)] = measured(loaded.adapter.parameters.values())
+            sizes["adapter", *resolved_key(self._spec)] = measured(loaded.adapter.own.values())
         return sizes
 
     def changes(self) -> list[str]:
         """Return one line for each thing that is no longer as it was after the load; empty when nothing is.
 
-        A shared base that was changed is handed out to nobody else.
+        A test's own models and tokenizers do not count. What counts is what they share with others. A base of which that
+        was changed is handed out to nobody else, and what was patched for the whole process is put back.
 
         Raises:
             BackendClosedError: It was closed.
         """
         loaded = self._require()
-        brought = [] if loaded.tokenizer_record is None else loaded.tokenizer_record.changes()
-        lines = brought
+        brought = [] if loaded.rust is None else loaded.rust.changes()
+        lines = brought + (
+            [] if loaded.contents is None else [f"adapter: {line}" for line in loaded.contents.changes()]
+        )
         for i, share in enumerate(loaded.shares):
             base = share.value
-            with base.lock:
-                found = base.changes()
+            found = base.changes()
             if found or brought:
                 self._withdraw(base)
+            if patches := base.patches():
+                base.undo_patches()
             whose = "fine-tuned model: " if i and self._spec.finetuned else ""
-            lines = [*lines, *(whose + line for line in found if line not in lines)]
-        if loaded.adapter_record is not None:
-            base = loaded.shares[-1].value
-            with base.lock, base.switch.bound(BASE_STATE):
-                lines += loaded.adapter_record.changes()
+            lines += [whose + line for line in (*found, *patches) if line not in lines]
         return summarised(lines)
 
     def close(self) -> None:
-        """Take the adapter off and give the base back; the last to use it frees it. Closing twice is harmless."""
+        """Let go of the adapter and give the base back; the last to use it frees it. Closing twice is harmless."""
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
         shares = loaded.shares
-        try:
-            self._take_off(loaded)
-        except BaseException as error:
-            forget_frames(error)
-            raise
-        finally:
-            del loaded  # its sides refer to the model, which has to be gone when its base is closed
-            self._release(shares)
+        for side in (loaded.tuned, *(handed.side for handed in list(loaded.views.values()) if handed.own)):
+            if side is not None and not (self._spec.finetuned and side is loaded.tuned):
+                side.close()
+        if loaded.adapter is not None:
+            self._watches = loaded.adapter.pristine.watches.all()
+            forget_layers()
+        del loaded  # its sides refer to the model, which has to be gone when its base is closed
+        self._release(shares)
 
     def leak(self) -> Leak | None:
         """Return what its close should have freed and did not; ``None`` if all is gone, or before the close."""
         return find_leak(self._watches)
 
-    def _take_off(self, loaded: Loaded) -> None:
-        for side in list(loaded.views.values()):  # another thread may open one meanwhile
-            if side.state.overlay is not None:
-                with side.base.lock:
-                    side.base.switch.drop(side.state.overlay)
-        if loaded.adapter is not None:
-            self._watches.append(WeightsWatch(loaded.adapter.parameters.values()))
-            take_off(loaded.shares[-1].value, loaded.adapter)
-
     def _release(self, shares: list[Share[LoadedBase]]) -> None:
         bases = [share.value for share in shares]
-        watches = [base.watch for base in bases]
+        watches = [base.watches for base in bases]
         while shares:
             shares.pop().release()
-        self._watches += [watch for watch, base in zip(watches, bases, strict=True) if base.closed]
+        self._watches += [watch for its, base in zip(watches, bases, strict=True) if base.closed for watch in its.all()]
 
     # --- for views ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _view(self, view_id: str, side: Side) -> Iterator[HFView]:
+    def _view(self, view_id: str, side: Side, *, own: bool = False) -> Iterator[HFView]:
         view = HFView(view_id, self)
-        self._require().views[view] = side
+        self._require().views[view] = _Handed(side, own)
         del side
         try:
             yield view
@@ -234,42 +237,43 @@ class HFBackend:
     def _run(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         handled = sys.exception()
         try:
-            return self._bound_run(view, work, args)
+            return self._computed(view, work, args)
         except BaseException as error:
             forget_frames(error, handled)  # the frames of a failed forward pass hold on to weights
             raise
 
-    def _bound_run(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _computed(self, view: HFView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         import torch
 
-        side = self._side(view)
-        with side.base.lock:
-            self._require()  # it may have been closed while we waited
-            quiet = no_warnings() if side.runner is side.base.peft_model else nullcontext()
-            with quiet, side.base.switch.bound(side.state), torch.inference_mode():
-                return work(Engine(side.runner, side.tokenizer, side.base.forward, side.recall), *args)
+        with self._handed(view).side.engine() as engine:
+            quiet = nullcontext() if engine.model is engine.forward.model else no_warnings()
+            with quiet, torch.inference_mode():
+                return work(engine, *args)
 
     def _raw_model(self, view: HFView) -> Any:
-        side = self._side(view)
-        with side.base.lock:
-            self._require()  # it may have been closed while we waited
-            side.base.switch.rest(side.state)
-        return side.raw
+        handed = self._handed(view)
+        with self._require().lock:
+            if handed.model is None:
+                handed.model = handed.side.tree()
+            return handed.model
 
     def _tokenizer(self, view: HFView) -> Any:
-        return self._side(view).tokenizer
+        handed = self._handed(view)
+        with self._require().lock:
+            if handed.tokenizer is None:
+                handed.tokenizer = copied(handed.side.tokenizer)
+            return handed.tokenizer
 
-    def _side(self, view: HFView) -> Side:
-        side = self._require().views.get(view)
-        if side is None:  # it was closed between the call and here
+    def _handed(self, view: HFView) -> _Handed:
+        handed = self._require().views.get(view)
+        if handed is None:  # it was closed between the call and here
             raise view._closed_error()
-        return side
+        return handed
 
     def _view_closed(self, view: HFView) -> None:
-        side = None if self._loaded is None else self._loaded.views.pop(view, None)
-        if side is not None and side.state.overlay is not None:
-            with side.base.lock:
-                side.base.switch.drop(side.state.overlay)
+        handed = None if self._loaded is None else self._loaded.views.pop(view, None)
+        if handed is not None and handed.own:
+            handed.side.close()
 
     def _require(self) -> Loaded:
         if self._loaded is None:

@@ -1,28 +1,29 @@
-"""A loaded base: one model and its tokenizer, with the adapters that are on it."""
+"""A loaded base: one model that never runs, its tokenizer, and the side that computes for all who use it."""
 
 from __future__ import annotations
 
 import threading
-from importlib import import_module
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from pytest_sway.backends.hf.forward import Forward
+from pytest_sway.backends.hf.contents import ContentsRecord, PatchRecord
 from pytest_sway.backends.hf.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.gguf_files import gguf_file
-from pytest_sway.backends.hf.inspection import BaseRecord, TokenizerRecord
-from pytest_sway.backends.hf.libraries import forget_layers, quiet_process, seeded
-from pytest_sway.backends.hf.memory import WeightsWatch
+from pytest_sway.backends.hf.libraries import quiet_process
 from pytest_sway.backends.hf.models import load_model
+from pytest_sway.backends.hf.pristine import Pristine
 from pytest_sway.backends.hf.recall import AnswerMemory, circumstances
+from pytest_sway.backends.hf.sides import base_side
 from pytest_sway.backends.hf.sizes import measured
-from pytest_sway.backends.hf.state import BASE_STATE, Switch
+from pytest_sway.backends.hf.tokenizer_copies import RustRecord
+from pytest_sway.backends.hf.trees import tensors_of
+from pytest_sway.backends.hf.trials import Trials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from pytest_sway.backends.hf.adapter import Adapter
-    from pytest_sway.backends.hf.grafting import LayerPlan
+    from pytest_sway.backends.hf.attach import Skeleton
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -31,154 +32,108 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 class LoadedBase:
     """A base model in memory.
 
-    Attributes:
-        spec: The resolved spec that it was loaded from.
-        shared: Whether it serves several adapters; otherwise it is one adapter's own.
-        model: The Hugging Face model, in evaluation mode and frozen; PEFT puts its layers into it.
+    Args:
+        spec: The resolved spec that it is loaded from.
         tokenizer: Its tokenizer.
-        lock: Held while the model computes or is changed.
-        switch: What puts the model into a view's state.
-        peft_model: The ``PeftModel`` around the model; ``None`` until the first adapter was put on.
-        adapters: The adapters that are on it, by their internal names.
-        record: What the model was like when it was loaded.
-        plans: How adapters are put on, by their configuration.
-        watch: Tells whether its weights are still in memory.
-        nbytes: What its parameters and buffers take, each place counted once.
-        places: By module name, where each module of the model stands: its parent's children and its key there.
-        tokenizer_record: What the tokenizer's settings were.
-        tokenizers: The records of tokenizers that adapters brought, by the identity of their files; they and their
-            tokenizers stay for as long as a backend uses them.
-        forward: Its forward passes.
+        load_model: Loads its model, in evaluation mode and frozen.
+
+    Attributes:
+        spec: The spec.
+        tokenizer: The tokenizer, which no test gets; it shares its object in Rust with those that tests get.
+        pristine: The model, which never runs.
+        device: The ``torch.device`` of the model.
+        trials: What was found out about the model's passes.
+        side: What computes the base's answers.
         memory: What it has answered before; ``None`` to remember nothing.
+        skeletons: What PEFT has made of it, by the configuration of the adapter.
+        watches: Watches over its memory, wherever that is used.
+        tokenizers: The tokenizers that adapters brought, by the identity of their files; each stays for as long as a
+            backend uses it.
+        lock: Held while a tokenizer is added.
+        nbytes: What its parameters and buffers take, each place counted once.
     """
 
-    def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, *, shared: bool = True) -> None:
+    def __init__(self, spec: ModelSpec, tokenizer: Any, load_model: Callable[[], Any]) -> None:
+        model = load_model()
         self.spec = spec
-        self.shared = shared
-        self.model = model
         self.tokenizer = tokenizer
-        self.lock = threading.RLock()
-        self.switch = Switch()
-        self.peft_model: Any = None
-        self.adapters: dict[str, Adapter] = {}
-        self.tokenizer_record = TokenizerRecord(tokenizer)
-        self.tokenizers: WeakValueDictionary[str, TokenizerRecord] = WeakValueDictionary()
-        self.forward = Forward(model)
+        self.device = model.device
+        self.nbytes = measured(tensors_of(model))
+        self.pristine = Pristine(model, load_model, trial=_may_hide_something(spec, model))
+        self.watches = self.pristine.watches
+        self.trials = Trials()
         self.memory: AnswerMemory | None = None
-        self.plans: dict[str, list[LayerPlan]] = {}
-        self.places = dict(_places(model))
-        self._modules = {name: children[key] for name, (children, key) in self.places.items()}
-        self.take_stock()
-
-    def take_stock(self, adapter: Adapter | None = None) -> None:
-        """Take the base for what it is now: freshly loaded, or with its own adapter, which may have rewritten it."""
-        others = frozenset() if adapter is None else frozenset(map(id, adapter.parameters.values()))
-        tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in others]
-        self.record = BaseRecord(
-            self.model, others, frozenset() if adapter is None else frozenset(_rewritten(self.model))
-        )
-        self.watch = WeightsWatch(tensors)
-        self.nbytes = measured(tensors)
-
-    @property
-    def device(self) -> Any:
-        """The ``torch.device`` of the model."""
-        return self.model.device
+        self.side = base_side(self)
+        self.skeletons: dict[str, Skeleton] = {}
+        self.tokenizers: WeakValueDictionary[str, RustRecord] = WeakValueDictionary()
+        self.lock = threading.Lock()
+        self._contents = ContentsRecord(self.pristine.memory.exposed)
+        self._rust = RustRecord(tokenizer)
+        self._patches = PatchRecord(model)
 
     @property
     def closed(self) -> bool:
         """Whether its last user has left."""
-        return self.model is None
-
-    def refresh(self) -> None:
-        """Take note of adapters that came or went; to be called by whoever put them on or took them off."""
-        added = list(self._peft_modules())
-        self.switch.refresh(self.peft_model, [module for _, module in added])
-        self.record.refresh(self.peft_model, self.adapters, added)
+        return self.pristine is None
 
     def tensors(self) -> dict[str, Any]:
-        """The base's own parameters and buffers by name, whatever adapters are on it."""
-        return {
-            f"{name}.{key}": tensor.detach()
-            for name, module in self._modules.items()
-            for members in (module._parameters, module._buffers)
-            for key, tensor in members.items()
-            if tensor is not None
-        }
+        """Return its parameters and buffers by name, also under each further name of those that are tied."""
+        model = self.pristine.model
+        named = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+        return {name: tensor.detach() for pairs in named for name, tensor in pairs}
 
     def changes(self) -> list[str]:
-        """One line for each thing of the base that is no longer as it was; to be called under its lock."""
-        with self.switch.bound(BASE_STATE):
-            return [*self.record.note(), *self.tokenizer_record.changes()]
+        """One line for each thing that all of its users share and that is no longer as it was."""
+        return [*self._contents.changes(), *self._rust.changes()]
+
+    def patches(self) -> list[str]:
+        """One line for each thing that was patched for the whole process, and takes part in what the base computes."""
+        return self._patches.changes()
+
+    def undo_patches(self) -> None:
+        """Put back what was patched."""
+        self._patches.restore()
 
     def recall(self, question: tuple[Any, ...], compute: Callable[[], list[Any]]) -> list[Any]:
-        """Return the answers to ``question`` from memory, or from ``compute()``; to be called under its lock.
+        """Return the answers to ``question`` from memory, or from ``compute()``.
 
         A base that somebody has changed answers nothing from memory, and what it computes is not remembered.
         """
         memory, here = self.memory, circumstances(self.device.type)
         if memory is None or here is None:
             return compute()
-        if not self.record.intact():
+        if self.changes() or self.patches():
             memory.forget()
             return compute()
         return memory.answers((*question, here), compute)
 
-    def _peft_modules(self) -> Iterator[tuple[str, Any]]:
-        """What PEFT has put around and into the model.
-
-        On a shared base, whose adapters are plain LoRA, these are the ``PeftModel``, its tuner, and a layer in the
-        place of each targeted module. Elsewhere they may stand anywhere.
-        """
-        if self.peft_model is None:
-            return
-        if not self.shared:
-            yield from self.peft_model.named_modules()
-            return
-        yield "", self.peft_model
-        yield "base_model", self.peft_model.base_model
-        for name, (children, key) in self.places.items():
-            if children[key] is not self._modules[name]:
-                yield name, children[key]
-
     def close(self) -> None:
         """Let go of the model. Its memory comes back once nobody else refers to it."""
-        with self.lock:
-            _remove_hooks(self.model)
-            forget_layers()
-            self.model = self.tokenizer = self.peft_model = None
-            self.switch = Switch()
-            self.record = self.forward = self.memory = None  # type: ignore[assignment] # nobody uses a closed base
-            self.adapters, self.plans, self.places, self._modules = {}, {}, {}, {}
+        self.side.close()
+        self.pristine = self.tokenizer = self.memory = None  # type: ignore[assignment] # nobody uses a closed base
+        self._contents = self._rust = self._patches = None  # type: ignore[assignment]
+        self.skeletons = {}
 
 
-def load_base(
-    spec: ModelSpec, *, shared: bool = True, load_model: Callable[[ModelSpec], Any] = load_model
-) -> LoadedBase:
+def _may_hide_something(spec: ModelSpec, model: Any) -> bool:
+    """Whether a model is of a kind that may compute with more than its modules show."""
+    return bool(
+        spec.trust_remote_code or getattr(model.config, "quantization_config", None) or hasattr(model, "hf_device_map")
+    )
+
+
+def load_base(spec: ModelSpec, load_model: Callable[[ModelSpec], Any] = load_model) -> LoadedBase:
     """Load the base of a resolved spec, in evaluation mode, frozen, on its device.
 
     Args:
         spec: What to load.
-        shared: Whether it will serve several adapters.
         load_model: What loads the model itself.
 
     Raises:
         WeightsError: Its weights exist only as a pickle that the spec does not allow.
         SpecError: It is an adapter, or contains one.
     """
-    tokenizer = load_tokenizer(spec, spec.base)
-    model = load_model(spec)
-    return LoadedBase(spec, model, tokenizer, shared=shared)
-
-
-def resize_vocabulary(base: LoadedBase, rows: int) -> None:
-    """Give a base, before any adapter is on it, embeddings for ``rows`` tokens; an adapter will bring their values."""
-    if base.model.get_input_embeddings().weight.shape[0] == rows:
-        return
-    with quiet_process(), seeded(base.device):
-        base.model.resize_token_embeddings(rows, mean_resizing=False)
-    base.model.requires_grad_(False)
-    base.take_stock()
+    return LoadedBase(spec, load_tokenizer(spec, spec.base), partial(load_model, spec))
 
 
 def load_tokenizer(spec: ModelSpec, source: str) -> Any:
@@ -198,24 +153,3 @@ def load_tokenizer(spec: ModelSpec, source: str) -> Any:
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _places(model: Any) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
-    for name, module in model.named_modules():
-        for key, child in module._modules.items():
-            if child is not None:
-                yield (f"{name}.{key}" if name else key), (module._modules, key)
-
-
-def _rewritten(model: Any) -> Iterator[int]:
-    """Identities of the ``target_parameters`` of an adapter: PEFT takes them out and puts them back in each pass."""
-    layers: Any = import_module("peft.tuners.lora.layer")
-    for module in model.modules():
-        if isinstance(module, layers.ParamWrapper):
-            yield id(module.get_param())
-
-
-def _remove_hooks(model: Any) -> None:
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            hooks.clear()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pytest_sway.backends.hf.check import check_spec
 from pytest_sway.backends.hf.libraries import forget_frames
+from pytest_sway.backends.hf.pickles import with_entries
 from pytest_sway.backends.hf.placement import resolve_placement
 from pytest_sway.backends.hf.recall import DEFAULT_BYTES, AnswerMemory
 from pytest_sway.backends.hf.sizes import estimated
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
-    from pytest_sway.backends.hf.backend import HFBackend
+    from pytest_sway.backends.hf.backend import HFBackend, Loaded
     from pytest_sway.backends.hf.base import LoadedBase
     from pytest_sway.backends.hf.staging import SharedWeights
     from pytest_sway.backends.shared import Share
@@ -60,7 +60,6 @@ class HFBuilder:
         self._share_weights = share_weights
         self._shared_weights: SharedWeights | None = None
         self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
-        self._numbers = itertools.count()
 
     def build(self, spec: ModelSpec) -> HFBackend:
         """Load what ``spec`` asks for and is not loaded yet.
@@ -76,7 +75,8 @@ class HFBuilder:
             return self._assemble(spec, files, shares)
         except BaseException as error:
             forget_frames(error, handled)
-            self._give_back(shares)
+            while shares:
+                shares.pop().release()
             raise
 
     def check(self, spec: ModelSpec) -> None:
@@ -111,33 +111,32 @@ class HFBuilder:
         return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> HFBackend:
+        """Load the base, put the adapter on it or load the fine-tuned model, verify that, and make the backend."""
         import torch
 
-        from pytest_sway.backends.hf.assembly import assemble, load_own_base
-        from pytest_sway.backends.hf.pickles import with_entries
+        from pytest_sway.backends.hf.backend import HFBackend, Loaded
+        from pytest_sway.backends.hf.finetuned import verify_finetuned
 
-        load_base = self._base_loader()
-        files = None if files is None else with_entries(files)
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
-            if files is None or files.shareable or not files.restorable:
-                self._add_clean_share(base_spec(spec), load_base, shares)
-            tuned = finetuned_spec(spec)
-            if tuned is not None:
-                self._add_clean_share(tuned, load_base, shares)
-            if files is not None and not files.shareable:
-                key = ("own base", next(self._numbers))
-                shares.append(self._pool.acquire(key, lambda: self._timed(spec, load_own_base, spec, files, load_base)))
-            return assemble(spec, files, shares, self._pool.withdraw)
+            base = self._clean_base(base_spec(spec), shares)
+            tuned_spec = finetuned_spec(spec)
+            if tuned_spec is not None:
+                tuned = self._clean_base(tuned_spec, shares)
+                verify_finetuned(base, tuned)
+                loaded = Loaded(list(shares), base.side, tuned.side)
+            elif files is not None:
+                loaded = _with_adapter(base, with_entries(files), list(shares))
+            else:
+                loaded = Loaded(list(shares), base.side)
+        return HFBackend(spec, loaded, self._pool.withdraw)
 
-    def _add_clean_share(
-        self, spec: ModelSpec, load_base: Callable[..., LoadedBase], shares: list[Share[LoadedBase]]
-    ) -> None:
+    def _clean_base(self, spec: ModelSpec, shares: list[Share[LoadedBase]]) -> LoadedBase:
         """Claim the base of ``spec``; one that somebody has changed is left to its users, and loaded anew."""
         while True:
-            share = self._pool.acquire(base_key(spec), lambda: self._timed(spec, load_base, spec))
+            share = self._pool.acquire(base_key(spec), lambda: self._timed(spec))
             shares.append(share)
-            if share.fresh or not _changed(share.value):
-                return
+            if share.fresh or not share.value.changes():
+                return share.value
             self._pool.withdraw(share.value)
             shares.pop().release()
 
@@ -153,9 +152,10 @@ class HFBuilder:
             self._shared_weights = SharedWeights(self._share_weights)
         return partial(load_base, load_model=self._shared_weights.load_model)
 
-    def _timed(self, spec: ModelSpec, load: Callable[..., LoadedBase], *args: Any) -> LoadedBase:
+    def _timed(self, spec: ModelSpec) -> LoadedBase:
+        load = self._base_loader()
         started = time.perf_counter()
-        base = load(*args)
+        base = load(spec)
         if self._score_cache:
             base.memory = AnswerMemory(self._score_cache, partial(self._recalled, spec.base))
         if self._on_base_load is not None:
@@ -166,22 +166,22 @@ class HFBuilder:
         if self._on_recall is not None:
             self._on_recall(name, answers, seconds)
 
-    def _give_back(self, shares: list[Share[LoadedBase]]) -> None:
-        """Release the shares of a build that failed; a base that it left changed goes to nobody else."""
-        while shares:
-            share = shares.pop()
-            try:
-                changed = _changed(share.value)
-            except Exception:  # after an error of the device, say: what cannot be looked at is not handed on
-                changed = True
-            if changed:
-                self._pool.withdraw(share.value)
-            share.release()
 
+def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded:
+    from pytest_sway.backends.hf.attach import attach
+    from pytest_sway.backends.hf.backend import Loaded
+    from pytest_sway.backends.hf.contents import ContentsRecord
+    from pytest_sway.backends.hf.effect import verify_effect
+    from pytest_sway.backends.hf.sides import tuned_side
+    from pytest_sway.backends.hf.tokenizers import adapter_tokenizer
 
-def _changed(base: LoadedBase) -> bool:
-    with base.lock:
-        return bool(base.changes())
+    rust = adapter_tokenizer(base, files)
+    adapter = attach(base, files)
+    tuned = tuned_side(base, adapter, base.tokenizer if rust is None else rust.tokenizer)
+    if not files.told_by_weights:
+        verify_effect(base, tuned, files)
+    exposed = {name: t for name, t in adapter.own.items() if name in adapter.pristine.memory.exposed}
+    return Loaded(shares, base.side, tuned, adapter, ContentsRecord(exposed), rust)
 
 
 def _close_base(base: LoadedBase) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.batches import Family, Limits
     from pytest_sway.backends.hf.split import SplitModel
     from pytest_sway.backends.hf.tokenisation import Window
+    from pytest_sway.backends.hf.trials import Trials
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -32,26 +34,31 @@ Reduce: TypeAlias = Callable[[Any, Sequence[int], Sequence[int]], Iterable[_T]]
 
 
 class Forward:
-    """The forward passes of one loaded base.
+    """The forward passes of one tree.
 
     Args:
         model: The Hugging Face model.
+        runner: What is called: the model, or the ``PeftModel`` around it.
+        trials: What was found out about the model's passes.
+        one_text_at_a_time: Pass each text alone.
 
     Attributes:
         model: The model.
+        runner: What is called.
         config: Its configuration.
         limits: What one pass may hold.
-        pads_left: Whether prompts padded on the left go on as they do alone; ``None`` until that was tried.
+        trials: What was found out about the model's passes.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, runner: Any, trials: Trials, *, one_text_at_a_time: bool = False) -> None:
         self.model = model
+        self.runner = runner
         self.config = model.config
+        self.trials = trials
         self._argument = _last_logits_argument(model)
         self._split: SplitModel | None = None
-        self._tried = False
-        self.pads_left: bool | None = None
-        self.limits: Limits = batches.CPU if model.device.type == "cpu" else batches.ACCELERATOR
+        limits: Limits = batches.CPU if model.device.type == "cpu" else batches.ACCELERATOR
+        self.limits = replace(limits, tokens=1, few_logits_tokens=1) if one_text_at_a_time else limits
         reuse_freed_memory()
 
     @property
@@ -60,45 +67,41 @@ class Forward:
         weight = getattr(self.model.get_input_embeddings(), "weight", None)
         return None if weight is None else int(weight.shape[0])
 
-    def split(self, runner: Any) -> SplitModel | None:
-        """Return the model in two parts; ``None`` where ``runner`` is not the model itself, or cannot be divided."""
-        if runner is not self.model:
-            return None
-        if not self._tried:
-            self._split, self._tried = split_model(self.model), True
+    def split(self) -> SplitModel | None:
+        """Return the model in two parts; ``None`` where it cannot be divided, or a ``PeftModel`` has to be called."""
+        if self._split is None and self.runner is self.model:
+            self._split = split_model(self.model, self.trials)
         return self._split
 
-    def packs(self, runner: Any, longest: int) -> bool:
+    def packs(self, longest: int) -> bool:
         """Whether sequences of up to ``longest`` tokens are passed without padding."""
-        split = self.split(runner)
+        split = self.split()
         return split is not None and split.packs(longest)
 
-    def families(self, runner: Any, sequences: Sequence[Sequence[int]]) -> list[Family]:
+    def families(self, sequences: Sequence[Sequence[int]]) -> list[Family]:
         """Return which sequences have what they begin with in common when they are passed together."""
-        if len(sequences) > 1 and self.packs(runner, max(map(len, sequences))):
+        if len(sequences) > 1 and self.packs(max(map(len, sequences))):
             limits = self.limits
             return batches.families(sequences, tokens=limits.few_logits_tokens, overhead=limits.overhead)
         return batches.alone(sequences)
 
-    def tokens(self, runner: Any, *, few_logits: bool = False) -> int:
+    def tokens(self, *, few_logits: bool = False) -> int:
         """Return how many token positions a pass may have: fewer where it makes logits for each of them.
 
         Args:
-            runner: The model, or the ``PeftModel`` around it.
             few_logits: The logits of less than half of the positions are wanted.
         """
-        if self.split(runner) is not None:
+        if self.split() is not None:
             return self.limits.few_logits_tokens if few_logits else self.limits.tokens
         return min(self.limits.tokens, max(1, 4 * self.limits.logits_bytes // (4 * self._vocabulary())))
 
-    def logits(self, runner: Any, sequences: Sequence[tuple[Sequence[int], int]], reduce: Reduce[_T]) -> list[_T]:
+    def logits(self, sequences: Sequence[tuple[Sequence[int], int]], reduce: Reduce[_T]) -> list[_T]:
         """Compute the logits of the last positions of several sequences in one pass, and reduce them at once.
 
         Sequences that are padded are so on the right, and no attention mask is passed: what comes later is hidden from
         a causal model by its own mask.
 
         Args:
-            runner: The model, or the ``PeftModel`` around it.
             sequences: Token ids, and how many of their last positions are wanted.
             reduce: Called with logits of some places, shape ``(places, vocabulary)``, in the model's dtype; with the
                 row of each position that is wanted of these, several of which may be in one place; and with the number
@@ -111,10 +114,10 @@ class Forward:
         Raises:
             MaskedError: It turns out that `packs` was wrong; from then on it says no.
         """
-        split = self.split(runner)
+        split = self.split()
         inputs = [ids for ids, _ in sequences]
         if split is not None:
-            families = self.families(runner, inputs)
+            families = self.families(inputs)
             with self._trimmed(sum(family.positions for family in families)):
                 states, places = split.hidden(inputs, families)
                 wanted = [p for runs, (_, n) in zip(places, sequences, strict=True) for p in _last(runs, n)]
@@ -123,16 +126,16 @@ class Forward:
         longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
         only = {} if self._argument is None else {self._argument: kept}
-        logits = runner(input_ids=padded(inputs, self.model.device), **only).logits
+        logits = self.runner(input_ids=padded(inputs, self.model.device), **only).logits
         width = logits.shape[1]  # with virtual tokens in front, more than were passed
         ends = [(i + 1) * width - longest + len(ids) for i, ids in enumerate(inputs)]
         wanted = [p for end, (_, n) in zip(ends, sequences, strict=True) for p in range(end - n, end)]
         table = logits.flatten(0, 1)
         return self._reduced(lambda start, end: _rows(table, wanted[start:end]), wanted, reduce)
 
-    def shares(self, runner: Any, windows: Sequence[Window]) -> bool:
+    def shares(self, windows: Sequence[Window]) -> bool:
         """Whether windows that are not packed have one context, which will be computed once and kept in a cache."""
-        split = self.split(runner)
+        split = self.split()
         return (
             split is not None
             and len({window.context for window in windows}) == 1
@@ -141,14 +144,14 @@ class Forward:
             and split.caches
         )
 
-    def window_logits(self, runner: Any, windows: Sequence[Window], reduce: Reduce[_T]) -> list[_T]:
+    def window_logits(self, windows: Sequence[Window], reduce: Reduce[_T]) -> list[_T]:
         """Do what `logits` does for windows; where `shares` says so, their context is computed once."""
-        split = self.split(runner)
-        if split is not None and self.shares(runner, windows):
+        split = self.split()
+        if split is not None and self.shares(windows):
             tails = [window.scored[:-1] for window in windows]
             states = joined(split.hidden_after(windows[0].context, tails, self.limits.cached_tokens))
             return self._reduced(lambda start, end: split.logits(states[start:end]), range(len(states)), reduce)
-        return self.logits(runner, [(window.inputs, len(window.scored)) for window in windows], reduce)
+        return self.logits([(window.inputs, len(window.scored)) for window in windows], reduce)
 
     @contextmanager
     def _trimmed(self, positions: int) -> Iterator[None]:

@@ -213,16 +213,17 @@ def _pads_left(engine: Engine) -> bool:
     forward = engine.forward
     if engine.model is not forward.model:
         return False
-    if forward.pads_left is None:
+    trials = forward.trials
+    if trials.pads_left is None:
         short, long = _TRIAL
         alone = _first_logits(engine, [short])
         try:
             padded = _first_logits(engine, [short, long])
         except Exception:  # a model that takes no mask can fail in any way
-            forward.pads_left = False
+            trials.pads_left = False
         else:
-            forward.pads_left = agree(padded[:1], alone)
-    return forward.pads_left
+            trials.pads_left = agree(padded[:1], alone)
+    return trials.pads_left
 
 
 def _first_logits(engine: Engine, prompts: Sequence[Sequence[int]]) -> Any:

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.holders import holders_of
+from pytest_sway.backends.hf.shared_memory import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,16 +36,18 @@ class WeightsWatch:
         storages = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            storages[storage._cdata] = (weak_reference(storage), storage.nbytes())
-        self._storages: list[tuple[Any, int]] = list(storages.values())
+            if storage._cdata not in storages:
+                memory = (address_of(tensor), storage.nbytes())
+                storages[storage._cdata] = (weak_reference(storage), memory)
+        self._storages: list[tuple[Any, tuple[int, int]]] = list(storages.values())
 
-    def alive(self) -> dict[int, int]:
-        """The bytes of each storage that is still in memory, by its address."""
-        return {reference.cdata: nbytes for reference, nbytes in self._storages if not reference.expired()}
+    def alive(self) -> dict[int, tuple[int, int]]:
+        """Address and length of the memory of each storage that is still there, by the storage's own address."""
+        return {reference.cdata: memory for reference, memory in self._storages if not reference.expired()}
 
     def alive_bytes(self) -> int:
-        """How many bytes are still in memory."""
-        return sum(self.alive().values())
+        """How many bytes are still in memory, each place counted once."""
+        return sum(dict(self.alive().values()).values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,12 @@ class Leak:
 def find_leak(watches: Iterable[WeightsWatch]) -> Leak | None:
     """Return what of the watched weights is still in memory after a garbage collection; ``None`` if nothing is."""
     watches = list(watches)
-    if not any(watch.alive_bytes() for watch in watches):
+    if not any(watch.alive() for watch in watches):
         return None
     gc.collect()
-    alive = {address: nbytes for watch in watches for address, nbytes in watch.alive().items()}
-    return Leak(sum(alive.values()), tuple(holders_of(alive))) if alive else None
+    alive = {storage: memory for watch in watches for storage, memory in watch.alive().items()}
+    nbytes = sum(dict(alive.values()).values())  # trees have storages of their own on the same memory
+    return Leak(nbytes, tuple(holders_of(alive))) if alive else None
 
 
 def collect(device_type: str) -> None:

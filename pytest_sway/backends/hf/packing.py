@@ -15,7 +15,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.backends.hf import batches
-from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -245,16 +244,10 @@ def _side_by_side(tensor: Any, group: _Group) -> Any:
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
-    row = _ROW.get(None)
-    if row is None:
-        raise BackendUseError(
-            "a view's `model` was called in one thread while a view on the same base was scoring in another. Let them"
-            " take turns, or score through views only, which any number of threads may do."
-        )
     if attention_mask is not None:
         raise MaskedError("this model masks more than what comes later")
     attend = _interface()()[_STOOD_IN_FOR]
-    return row.attention(attend, module, (query, key, value), **kwargs), None
+    return _ROW.get().attention(attend, module, (query, key, value), **kwargs), None
 
 
 def _interface() -> Any:

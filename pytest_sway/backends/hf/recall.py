@@ -7,6 +7,7 @@ the bit, the one that the same call would compute, whatever was asked before.
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class _Entry(NamedTuple):
 
 
 class AnswerMemory:
-    """The latest answers of one base, up to a number of bytes; not for several threads at once.
+    """The latest answers of one base, up to a number of bytes.
 
     Args:
         max_bytes: The most bytes that it may take; what was not asked for longest goes first.
@@ -55,6 +56,7 @@ class AnswerMemory:
         self._on_recall = on_recall
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._nbytes = 0
+        self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -72,13 +74,15 @@ class AnswerMemory:
             compute: Returns the answers.
         """
         key = blake2b(repr(question).encode(), digest_size=20).digest()
-        entry = self._entries.get(key)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
         if entry is None:
             started = time.perf_counter()
             answers = compute()
             self._add(key, _Entry(pickle.dumps(answers, protocol=5), time.perf_counter() - started))
             return answers
-        self._entries.move_to_end(key)
         recalled: list[Any] = pickle.loads(entry.answers)  # noqa: S301 # this process made it itself
         if self._on_recall is not None:
             self._on_recall(len(recalled), entry.seconds)
@@ -86,17 +90,20 @@ class AnswerMemory:
 
     def forget(self) -> None:
         """Drop all of it."""
-        self._entries.clear()
-        self._nbytes = 0
+        with self._lock:
+            self._entries.clear()
+            self._nbytes = 0
 
     def _add(self, key: bytes, entry: _Entry) -> None:
         if entry.nbytes > self._max_bytes:
             return
-        self._entries[key] = entry
-        self._nbytes += entry.nbytes
-        while self._nbytes > self._max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self._nbytes -= oldest.nbytes
+        with self._lock:
+            before = self._entries.pop(key, None)  # of another thread that was asked the same meanwhile
+            self._nbytes += entry.nbytes - (0 if before is None else before.nbytes)
+            self._entries[key] = entry
+            while self._nbytes > self._max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self._nbytes -= oldest.nbytes
 
 
 def recalling(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:

@@ -173,7 +173,7 @@ def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Win
     sharing: list[list[Window]] = []
     others: list[Window] = []
     for group in batches.by_context(windows):
-        if engine.forward.shares(engine.model, group):
+        if engine.forward.shares(group):
             lengths, tokens = [len(window.scored) for window in group], engine.forward.limits.cached_tokens
             sharing += [[group[i] for i in part] for part in batches.in_turn(range(len(group)), lengths, tokens)]
         else:
@@ -190,13 +190,13 @@ def _planned(engine: Engine, items: Sequence[_T], sequences: Sequence[tuple[Ids,
         sequences: What the model reads for each, and of how many positions logits are wanted.
     """
     forward, planned = engine.forward, []
-    packed = [forward.packs(engine.model, len(ids)) for ids, _ in sequences]
+    packed = [forward.packs(len(ids)) for ids, _ in sequences]
     for packs in (True, False):
         chosen = [i for i, its in enumerate(packed) if its == packs]
-        families = forward.families(engine.model, [sequences[i][0] for i in chosen])
+        families = forward.families([sequences[i][0] for i in chosen])
         lengths = [family.positions for family in families]
         few_logits = 2 * sum(sequences[i][1] for i in chosen) < sum(lengths)
-        tokens = forward.tokens(engine.model, few_logits=few_logits)
+        tokens = forward.tokens(few_logits=few_logits)
         overhead = forward.limits.overhead
         for batch in batches.in_batches(lengths, tokens=tokens, overhead=overhead, padded=not packs):
             planned.append([items[chosen[i]] for f in batch for i in families[f].members])
@@ -210,7 +210,7 @@ def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[
     def reduce(logits: Any, rows: Sequence[int], asked: Sequence[int]) -> list[float]:
         return _chosen_logprobs(logits, rows, [targets[i] for i in asked])
 
-    flat = np.array(engine.forward.window_logits(engine.model, windows, reduce), dtype=np.float32)
+    flat = np.array(engine.forward.window_logits(windows, reduce), dtype=np.float32)
     return np.split(flat, np.cumsum([len(window.scored) for window in windows])[:-1])
 
 
@@ -220,7 +220,7 @@ def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist
         found = _most_probable(logits, top_k)
         return [found[row] for row in rows]
 
-    return engine.forward.logits(engine.model, [(ids, 1) for ids in prompts], reduce)
+    return engine.forward.logits([(ids, 1) for ids in prompts], reduce)
 
 
 # --- from logits to answers -----------------------------------------------------------------------------------------

@@ -1,16 +1,21 @@
-"""The two sides of a loaded backend, and what stands in for the adapter's values in its other views."""
+"""`Side`: one state of a model, such as the base, or the base with an adapter; each computes on trees of its own."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.adapter_kinds import PROMPT_TYPES
-from pytest_sway.backends.hf.state import BASE_STATE, Overlay, State
+from pytest_sway.backends.hf.adapter import adapter_parameters, inner_model, scalings_of
+from pytest_sway.backends.hf.forward import Forward
+from pytest_sway.backends.hf.scores import Engine
+from pytest_sway.backends.hf.trees import tensors_of
+from pytest_sway.backends.hf.trials import Trials
 from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.base import LoadedBase
     from pytest_sway.backends.hf.recall import Recall
@@ -18,60 +23,127 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """A model, and the state that makes it what a view shows.
+    """One state of a model.
 
-    Attributes:
-        base: The loaded base that it is.
-        state: The state to bind.
+    A tree computes one call at a time. So a side makes a tree for its first call, and another one only while all that
+    it has are in use: no call waits for another.
+
+    Args:
+        make: Returns a new tree: the ``PeftModel``, or the Hugging Face model where there is no adapter.
         tokenizer: What turns its texts into tokens.
-        runner: What computes: the model inside, where that does the same as the ``PeftModel`` around it.
-        raw: What is given to other libraries.
+        trials: What was found out about the passes of its trees.
+        through_inner_model: Whether the model inside of a ``PeftModel`` computes the same.
+        one_text_at_a_time: Whether what it computes for a text depends on all that is in the same pass.
+        recall: Answers from memory; ``None`` for a side that remembers none.
     """
 
-    base: LoadedBase
-    state: State
-    tokenizer: Any
-    runner: Any
-    raw: Any
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        tokenizer: Any,
+        trials: Trials | None = None,
+        *,
+        through_inner_model: bool = True,
+        one_text_at_a_time: bool = False,
+        recall: Recall | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._make: Callable[[], Any] | None = make
+        self._trials = Trials() if trials is None else trials
+        self._through_inner_model = through_inner_model
+        self._one_text_at_a_time = one_text_at_a_time
+        self._recall = recall
+        self._idle: list[Engine] = []
 
-    @property
-    def recall(self) -> Recall | None:
-        """What the base has answered before, where this side is the base as it is."""
-        return None if self.state.enabled else self.base.recall
+    @contextmanager
+    def engine(self) -> Iterator[Engine]:
+        """Give what computes; after an error it is dropped, since nobody knows in which state that left the tree."""
+        engine = self._idle.pop() if self._idle else self._new_engine()
+        yield engine
+        if self._make is not None:
+            self._idle.append(engine)
 
-    def with_overlay(self, overlay: Overlay) -> Side:
-        """The same side with values of the adapter replaced."""
-        return replace(self, state=replace(self.state, overlay=overlay))
+    def tree(self) -> Any:
+        """Return a new tree, which is the caller's."""
+        assert self._make is not None, "a backend asks no side after its close"
+        return self._make()
+
+    def changed(self, change: Callable[[Any], None]) -> Side:
+        """Return a side whose trees are this one's with a change.
+
+        Args:
+            change: Makes it, on a new tree.
+        """
+
+        def make() -> Any:
+            tree = self.tree()
+            change(tree)
+            return tree
+
+        return Side(
+            make,
+            self.tokenizer,
+            self._trials,
+            through_inner_model=self._through_inner_model,
+            one_text_at_a_time=self._one_text_at_a_time,
+        )
+
+    def close(self) -> None:
+        """Let go of all trees."""
+        self._make = None
+        self._idle.clear()
+
+    def _new_engine(self) -> Engine:
+        tree = self.tree()
+        inner = inner_model(tree)
+        runner = inner if self._through_inner_model else tree
+        forward = Forward(inner, runner, self._trials, one_text_at_a_time=self._one_text_at_a_time)
+        return Engine(runner, self.tokenizer, forward, self._recall)
 
 
-def plain_side(base: LoadedBase, tokenizer: Any = None) -> Side:
-    """A base as it is; the tokenizer is its own, unless another is given."""
-    return Side(base, BASE_STATE, tokenizer or base.tokenizer, base.model, base.model)
-
-
-def base_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
-    """The base as it is, on a model that has an adapter on it."""
-    if adapter.files.peft_type in PROMPT_TYPES:
-        return plain_side(base, tokenizer)
-    return Side(base, State(adapter.name), tokenizer, base.model, base.peft_model)
+def base_side(base: LoadedBase) -> Side:
+    """Return the side of a base as it is."""
+    return Side(base.pristine.tree, base.tokenizer, base.trials, recall=base.recall)
 
 
 def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
-    """The base with an adapter."""
-    runner = base.model if adapter.files.through_inner_model else base.peft_model
-    return Side(base, State(adapter.name, enabled=True), tokenizer, runner, base.peft_model)
+    """Return the side of a base with an adapter.
+
+    Args:
+        base: The base.
+        adapter: The adapter.
+        tokenizer: The adapter's own tokenizer, or the base's.
+    """
+    files = adapter.files
+
+    def make() -> Any:
+        tree = adapter.pristine.tree()
+        base.watches.add(tensors_of(tree))
+        return tree
+
+    return Side(
+        make,
+        tokenizer,
+        base.trials if files.plain else None,
+        through_inner_model=files.through_inner_model,
+        one_text_at_a_time=files.one_text_at_a_time,
+    )
 
 
-def scaled(adapter: Adapter, lam: float) -> Overlay:
-    """Scalings that make the adapter's LoRA terms count ``lam`` times."""
+def scaled(side: Side, adapter: Adapter, lam: float) -> Side:
+    """Return the side in which an adapter's LoRA terms count ``lam`` times."""
     _require_lora(adapter, "as_scaled_adapter")
-    return Overlay([(scaling, adapter.name, scaling[adapter.name] * lam) for scaling in adapter.scalings])
+
+    def scale(tree: Any) -> None:
+        for scaling in scalings_of(tree):
+            scaling.update((name, factor * lam) for name, factor in list(scaling.items()))
+
+    return side.changed(scale)
 
 
-def null(adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Overlay:
-    """Noise in place of the adapter's LoRA matrices: dlm-sway's, number by number.
+def null(side: Side, adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Side:
+    """Return the side with noise in place of an adapter's LoRA matrices: dlm-sway's, number by number.
 
     Each is drawn from ``N(0, init_scale**2 * rank_scale)``. A product of rank r has a variance in proportion to r, so
     scaling both factors' deviation by ``sqrt(rank_scale)`` stands for an adapter of rank ``r * rank_scale``. The
@@ -83,24 +155,26 @@ def null(adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> O
     if rank_scale <= 0.0 or not math.isfinite(rank_scale):
         raise ValueError(f"rank_scale must be positive and finite; got {rank_scale!r}")
     _require_lora(adapter, "as_null_adapter")
-    import torch
-
     scale = init_scale * math.sqrt(rank_scale)
-    generator = torch.Generator(device="cpu").manual_seed(int(seed))
-    names = [name for name in adapter.parameters if ".lora_A." in name or ".lora_B." in name]
-    names += [name for name in adapter.parameters if ".lora_embedding_" in name]
-    stand_ins = []
-    for name in names:
-        parameter = adapter.parameters[name]
-        noise = torch.randn(*parameter.shape, generator=generator, dtype=torch.float32)
-        noise = noise.to(dtype=parameter.dtype, device=parameter.device) * scale
-        container, key = adapter.owners[name]
-        stand_ins.append((container, key, torch.nn.Parameter(noise, requires_grad=False)))
-    return Overlay(stand_ins)
+
+    def replace(tree: Any) -> None:
+        import torch
+
+        generator = torch.Generator(device="cpu").manual_seed(int(seed))
+        parameters = adapter_parameters(tree)
+        names = [name for name in parameters if ".lora_A." in name or ".lora_B." in name]
+        names += [name for name in parameters if ".lora_embedding_" in name]
+        for name in names:
+            parameter = parameters[name]
+            noise = torch.randn(*parameter.shape, generator=generator, dtype=torch.float32)
+            noise = noise.to(dtype=parameter.dtype, device=parameter.device) * scale
+            parameter.data = noise
+
+    return side.changed(replace)
 
 
 def _require_lora(adapter: Adapter, what: str) -> None:
-    if adapter.files.peft_type != "LORA" or not adapter.files.restorable:
+    if adapter.files.peft_type != "LORA" or not adapter.files.additive:
         raise BackendUseError(
             f"{what} needs a LoRA adapter that only adds to its base; {str(adapter.files.folder)!r} is of the type"
             f" {adapter.files.peft_type} or changes the base's own weights."

@@ -10,6 +10,7 @@ from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.headers import read_any
+from pytest_sway.backends.hf.shared_memory import address_of
 from pytest_sway.errors import SwayError
 from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
 
@@ -45,20 +46,15 @@ def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
         return {base_key(spec): base_bytes}
     if files.entries is None:
         return None
-    adapter_bytes, growth = _adapter_bytes(files, entries or {}, _ITEM_BYTES[spec.dtype])
-    parts: dict[Hashable, int] = {("adapter", *resolved_key(spec)): adapter_bytes}
-    if not files.shareable:
-        parts["own base", *resolved_key(spec)] = base_bytes + growth
-    if files.shareable or not files.restorable:
-        parts[base_key(spec)] = base_bytes
-    return parts
+    own = _adapter_bytes(files, entries or {}, _ITEM_BYTES[spec.dtype]) + (base_bytes if files.may_rewrite_anything else 0)
+    return {base_key(spec): base_bytes, ("adapter", *resolved_key(spec)): own}
 
 
 def measured(tensors: Iterable[Any]) -> int:
     """Return the bytes of some tensors; what is in the same place counts once."""
     places: dict[tuple[Any, int], int] = {}
     for tensor in tensors:
-        place = (tensor.device, tensor.data_ptr())
+        place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
         places[place] = max(places.get(place, 0), tensor.nbytes)
     return sum(places.values())
 
@@ -99,11 +95,11 @@ def _ties_embeddings(spec: ModelSpec) -> bool:
         return False
 
 
-def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_bytes: int) -> tuple[int, int]:
-    """Return what an adapter takes for itself, and by how much it makes its base larger.
+def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_bytes: int) -> int:
+    """Return what an adapter takes for itself.
 
-    PEFT keeps an adapter's own weights in float32, and whole modules, which stand beside the base's or are written into
-    it, in the base's dtype.
+    PEFT keeps an adapter's own weights in float32. Whole modules, which stand beside the base's or are written into it,
+    are in the base's dtype.
 
     Args:
         files: The adapter.
@@ -112,22 +108,23 @@ def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_by
     """
     assert files.entries is not None
     saved = tuple(f".{module}." for module in files.config.get("modules_to_save") or ())
-    own = growth = 0
+    own = 0
     for name, entry in files.entries.items():
         place = name.removeprefix(ROOT).replace(".base_layer.", ".")
         before = base.get(place)
         whole = any(module in f".{place}" for module in saved)
         if _saved_again(name, files) or (before is None and place == _TIED and (not whole or _keeps_tied(files))):
             continue
-        if before is not None:
-            growth += max(0, entry.numel - before.numel) * item_bytes
         if not entry.floating:
             own += entry.nbytes
-        elif whole:
-            own += entry.numel * item_bytes
-        elif before is None:
-            own += entry.numel * _FLOAT32_BYTES
-    return own, growth
+        else:
+            own += entry.numel * (item_bytes if whole or before is not None else _FLOAT32_BYTES)
+        if whole and before is not None and before.shape != entry.shape:
+            own += entry.numel * item_bytes  # the base's own module is resized, too
+        target, marker, _ = place.partition(".lora_A.")
+        if marker and files.rewrites_targets and f"{target}.weight" in base:
+            own += base[f"{target}.weight"].numel * item_bytes
+    return own
 
 
 def _saved_again(name: str, files: AdapterFiles) -> bool:

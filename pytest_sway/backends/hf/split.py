@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf import batches, packing
+from pytest_sway.backends.hf.trials import Trials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,16 +29,16 @@ class SplitModel:
 
     Args:
         model: The whole model.
+        trials: What was found out about it, and is filled with what will be.
         body: The part of it that computes hidden states.
-        output: What the body returned; hidden states are handed to the model in an object of its class.
+        output_class: The class of what the body returns; hidden states are handed to the model in an object of it.
     """
 
-    def __init__(self, model: Any, body: Any, output: Any) -> None:
+    def __init__(self, model: Any, trials: Trials, body: Any, output_class: Any) -> None:
         self._model = model
+        self._trials = trials
         self._body = body
-        self._output_class = type(output)
-        self._caches: bool | None = None
-        self._longest_packed: int | None = None
+        self._output_class = output_class
 
     def hidden(
         self, inputs: Sequence[Sequence[int]], families: Sequence[Family] | None = None
@@ -59,16 +60,16 @@ class SplitModel:
             try:
                 return self._in_a_row(row), row.places
             except packing.MaskedError:  # not in the trial, but in longer texts
-                self._longest_packed = 0
+                self._trials.longest_packed = 0
                 raise
         states = self._body(input_ids=padded(inputs, self._model.device), use_cache=False).last_hidden_state
         return states.flatten(0, 1), [[range(i * longest, i * longest + len(ids))] for i, ids in enumerate(inputs)]
 
     def packs(self, longest: int) -> bool:
         """Whether sequences of up to ``longest`` tokens can go through the model in one row."""
-        if self._longest_packed is None:
-            self._longest_packed = packing.longest_packed(self._body.config) if self._keeps_apart() else 0
-        return longest <= self._longest_packed
+        if self._trials.longest_packed is None:
+            self._trials.longest_packed = packing.longest_packed(self._body.config) if self._keeps_apart() else 0
+        return longest <= self._trials.longest_packed
 
     def _in_a_row(self, row: packing.Row) -> Any:
         with packing.attending_apart(self._body.config, row):
@@ -126,16 +127,16 @@ class SplitModel:
     @property
     def caches(self) -> bool:
         """Whether continuing from a cache gives what one pass over everything gives; tried when first asked."""
-        if self._caches is None:
+        if self._trials.caches is None:
             trial = _trial(self._model)
             whole, _ = self.hidden([trial])
             try:
                 other = self.hidden_after(trial[:-1], [trial[-1:], trial[:2]], 64)[0]
             except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
-                self._caches = False
+                self._trials.caches = False
             else:
-                self._caches = agree(other, whole[-2:])
-        return self._caches
+                self._trials.caches = agree(other, whole[-2:])
+        return self._trials.caches
 
     def _continued(self, field: str, cache: Any, tails: Sequence[Sequence[int]]) -> Any:
         inputs = padded(tails, self._model.device)
@@ -144,24 +145,43 @@ class SplitModel:
         return self._body(input_ids=inputs, **{field: cache}, use_cache=True).last_hidden_state
 
 
-def split_model(model: Any) -> SplitModel | None:
-    """Return a model in two parts; ``None`` if none of its modules is a body whose states make its own logits."""
+def split_model(model: Any, trials: Trials) -> SplitModel | None:
+    """Return a model in two parts; ``None`` if none of its modules is a body whose states make its own logits.
+
+    Args:
+        model: The model.
+        trials: What was found out about it, and is filled with what is found out here.
+    """
+    if trials.divides is None:
+        _try_to_divide(model, trials)
+    if not trials.divides:
+        return None
+    return SplitModel(model, trials, model.get_submodule(trials.body), trials.output_class)
+
+
+def _try_to_divide(model: Any, trials: Trials) -> None:
     import torch
 
-    trial = torch.tensor([_trial(model)], device=model.device)
-    whole = model(input_ids=trial, use_cache=False).logits[0]
+    ids = torch.tensor([_trial(model)], device=model.device)
+    whole = model(input_ids=ids, use_cache=False).logits[0]
+    names = {id(module): name for name, module in model.named_modules()}
     bodies = [body for body in dict.fromkeys((model.get_decoder(), model.base_model)) if body not in (None, model)]
-    return next((split for body in bodies if (split := _split_at(model, body, trial, whole)) is not None), None)
+    for body in bodies:
+        output_class = _output_class(model, body, ids, whole)
+        if output_class is not None and id(body) in names:
+            trials.body, trials.output_class, trials.divides = names[id(body)], output_class, True
+            return
+    trials.divides = False
 
 
-def _split_at(model: Any, body: Any, trial: Any, whole: Any) -> SplitModel | None:
+def _output_class(model: Any, body: Any, ids: Any, whole: Any) -> type | None:
+    """The class of what a module returns, if it is a body whose states make the model's logits."""
     try:
-        output = body(input_ids=trial, use_cache=False)
-        split = SplitModel(model, body, output)
-        parts = split.logits(output.last_hidden_state[0])
+        output = body(input_ids=ids, use_cache=False)
+        parts = SplitModel(model, Trials(), body, type(output)).logits(output.last_hidden_state[0])
     except Exception:  # a model of an unforeseen shape can fail in any way; it still runs as a whole
         return None
-    return split if agree(parts, whole) else None
+    return type(output) if agree(parts, whole) else None
 
 
 @contextmanager

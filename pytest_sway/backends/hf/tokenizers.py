@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.base import load_tokenizer
 from pytest_sway.backends.hf.base_files import base_file
-from pytest_sway.backends.hf.inspection import TokenizerRecord
+from pytest_sway.backends.hf.tokenizer_copies import RustRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,21 +27,21 @@ _FILES: Final = (
 _WRITTEN_BY_SAVE: Final = frozenset({"name_or_path", "transformers_version", "local_files_only", "is_local"})
 
 
-def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> tuple[Any, TokenizerRecord]:
-    """Return the tokenizer for an adapter on a base, and the record of its settings.
+def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> RustRecord | None:
+    """Return the tokenizer that an adapter brings, in its record; ``None`` if it brings no other than its base's.
 
     A folder with a ``tokenizer_config.json`` brings its own, as for dlm-sway. Where that is the base's, file by file,
     the base's is shared: loading one takes seconds where the vocabulary is large.
     """
     folder = files.folder
     if not brings_tokenizer(base.spec, folder):
-        return base.tokenizer, base.tokenizer_record
+        return None
     key = _digest(folder)
     with base.lock:
         record = base.tokenizers.get(key)
         if record is None:
-            record = base.tokenizers[key] = TokenizerRecord(load_tokenizer(base.spec, str(folder)))
-        return record.tokenizer, record
+            record = base.tokenizers[key] = RustRecord(load_tokenizer(base.spec, str(folder)))
+        return record
 
 
 def brings_tokenizer(base: ModelSpec, folder: Path) -> bool:

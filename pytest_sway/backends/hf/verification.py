@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import public_name, some
+from pytest_sway.backends.hf.adapter import NAME, adapter_parameters, public_name, scalings_of, some
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
-    from pytest_sway.backends.hf.base import LoadedBase
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -52,45 +51,49 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
     )
 
 
-def verify_values(base: LoadedBase, adapter: Adapter) -> None:
+def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     """Raise unless the adapter's weights are finite and can change anything.
 
     Raises:
         AdapterMismatchError: They are not, or cannot.
     """
-    own = {name: _largest(parameter) for name, parameter in adapter.parameters.items()}
-    largest = own | {name: _largest(parameter) for name, parameter in _written_into(base, adapter)}
+    parameters = adapter_parameters(adapter.pristine.model)
+    largest = {name: _largest(tensor) for name, tensor in (adapter.own | parameters).items()}
     folder = str(adapter.files.folder)
     broken = [name for name, value in largest.items() if not math.isfinite(value)]
     if broken:
         raise AdapterMismatchError(
             f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(largest)} tensors"
-            f" ({some(public_name(name, adapter.name) for name in broken)})."
+            f" ({some(map(public_name, broken))})."
             " Its training diverged, or the file is damaged."
         )
-    if adapter.files.peft_type == "LORA" and adapter.files.restorable and _changes_nothing(base, adapter, own):
-        raise without_effect(base.spec, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
+    own = {name: largest[name] for name in parameters}
+    if adapter.files.peft_type == "LORA" and adapter.files.additive and _changes_nothing(adapter, parameters, own):
+        raise without_effect(base, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
 
 
-def verify_trained(base: LoadedBase, adapter: Adapter, starts: Mapping[str, Any]) -> None:
+def verify_trained(
+    base: ModelSpec, files: AdapterFiles, parameters: Mapping[str, Any], starts: Mapping[str, Any]
+) -> None:
     """Raise if an adapter holds nothing but the weights that PEFT starts its training with.
 
     That is told here where the start is no matter of chance and all that was trained is among the parameters.
 
     Args:
         base: What it is on.
-        adapter: The adapter.
-        starts: What PEFT put into its parameters before its file was read, by name.
+        files: The adapter.
+        parameters: Its parameters, by name.
+        starts: What PEFT put into them before the file was read.
 
     Raises:
         AdapterMismatchError: They are equal, in each element.
     """
     import torch
 
-    if not starts or len(starts) < len(adapter.files.entries or ()):
+    if not starts or len(starts) < len(files.entries or ()):
         return
-    if all(torch.equal(parameter, starts[name]) for name, parameter in adapter.parameters.items()):
-        raise without_effect(base.spec, adapter.files, "its weights are those that PEFT starts with")
+    if all(torch.equal(parameter, starts[name]) for name, parameter in parameters.items()):
+        raise without_effect(base, files, "its weights are those that PEFT starts with")
 
 
 def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMismatchError:
@@ -115,19 +118,10 @@ def _largest(parameter: Any) -> float:
     return float(torch.linalg.vector_norm(parameter.detach(), math.inf))
 
 
-def _written_into(base: LoadedBase, adapter: Adapter) -> Iterator[tuple[str, Any]]:
-    """The base's own parameters that the file had values for, such as biases and embeddings."""
-    if base.shared or adapter.files.entries is None:
-        return
-    brought = {name.replace(".base_layer.", ".") for name in adapter.files.entries}
-    for name, parameter in base.peft_model.named_parameters():
-        if name not in adapter.parameters and name.replace(".base_layer.", ".") in brought:
-            yield name, parameter
-
-
-def _changes_nothing(base: LoadedBase, adapter: Adapter, largest: dict[str, float]) -> bool:
-    """Whether a LoRA adapter that leaves its base restorable is without effect, by its weights."""
-    if adapter.scalings and not any(scaling[adapter.name] for scaling in adapter.scalings):
+def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any], largest: dict[str, float]) -> bool:
+    """Whether a LoRA adapter that only adds to its base is without effect, by its weights."""
+    scalings = scalings_of(adapter.pristine.model)
+    if scalings and not any(scaling[NAME] for scaling in scalings):
         largest = {name: 0.0 if _lora_factor(name)[1] else value for name, value in largest.items()}
     alive: dict[tuple[str, str], set[str]] = {}
     for name, value in largest.items():
@@ -137,24 +131,24 @@ def _changes_nothing(base: LoadedBase, adapter: Adapter, largest: dict[str, floa
     if any(len(matrices) == 2 for matrices in alive.values()):
         return False
     others = [name for name, value in largest.items() if value and _lora_factor(name)[1] is None]
-    return all(_as_in_base(base, adapter, name) for name in others)
+    return all(_as_in_base(adapter.pristine.model, parameters, name) for name in others)
 
 
-def _as_in_base(base: LoadedBase, adapter: Adapter, name: str) -> bool:
+def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bool:
     """Whether a parameter that stands in for something of the base's is equal to it, as far as that can be told."""
     import torch
 
-    parameter = adapter.parameters[name].detach()
-    module, _, rest = name.partition(f".modules_to_save.{adapter.name}.")
+    parameter = parameters[name].detach()
+    module, _, rest = name.partition(f".modules_to_save.{NAME}.")
     if rest:
-        original = base.peft_model.get_submodule(module).original_module.get_parameter(rest).detach()
+        original = peft_model.get_submodule(module).original_module.get_parameter(rest).detach()
         return parameter.shape == original.shape and torch.equal(parameter, original.to(parameter.dtype))
     module, marker, _ = name.partition(".trainable_tokens_delta.")
     if marker:
-        return torch.equal(parameter, base.peft_model.get_submodule(module).trainable_tokens_original[adapter.name])
+        return torch.equal(parameter, peft_model.get_submodule(module).trainable_tokens_original[NAME])
     module, marker, _ = name.partition(".lora_magnitude_vector.")
     if marker:
-        weight = getattr(base.peft_model.get_submodule(module).get_base_layer(), "weight", None)
+        weight = getattr(peft_model.get_submodule(module).get_base_layer(), "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point() or len(weight) != parameter.numel():
             return False
         norm = torch.linalg.vector_norm(weight.detach().float(), dim=1)

@@ -34,16 +34,21 @@ class HFView:
 
     @property
     def model(self) -> Any:
-        """The raw model, put into this view's state: the ``PeftModel``, or without an adapter the Hugging Face model.
+        """A model of the test's own: the ``PeftModel``, or without an adapter the Hugging Face model.
 
-        It stays in this state until another view's ``model`` is asked for; scoring through views does not change it.
-        While a view on the same base scores, in another thread, the model is that view's: do not call it then.
+        It is made when it is first asked for, and is the same for as long as the view is open. It shares the memory of
+        the base and copies what is written to. So a test may do anything to it: hooks, training, merging, gradients.
+        Nothing of that reaches a view's answers, another view's model or another test.
         """
         return self._open()._raw_model(self)
 
     @property
     def tokenizer(self) -> Any:
-        """The raw tokenizer. It is shared: change nothing of it."""
+        """A tokenizer of the test's own, made when it is first asked for.
+
+        Its settings are its own. Its vocabulary, normalizer, pre-tokenizer and post-processor are shared, and a test
+        that changes those, as by adding tokens, gets a `MutationError`.
+        """
         return self._open()._tokenizer(self)
 
     def render(self, messages: Iterable[Message]) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.inspection import TokenizerRecord, summarised
+from pytest_sway.backends.hf.contents import summarised
 from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.mlx import sides
 from pytest_sway.backends.mlx.base import encoder_of

@@ -57,5 +57,11 @@ def build(builder: HFBuilder) -> Iterator[Callable[..., HFBackend]]:
         backend.close()
 
 
+@pytest.fixture
+def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all of a model's trees share what is written to, as on an accelerator."""
+    monkeypatch.setattr("pytest_sway.backends.hf.shared_memory._can_clone_lazily", lambda: False)
+
+
 def spec_of(base: Path, adapter: Path | None = None, **fields: Any) -> ModelSpec:
     return ModelSpec(**{"base": str(base), "adapter": adapter, "device": "cpu", "dtype": "fp32"} | fields)

@@ -1,3 +1,5 @@
+"""What a test does to its own models and tokenizers, which changes nothing; and what is found, since others share it."""
+
 from __future__ import annotations
 
 import shutil
@@ -5,62 +7,255 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.errors import BackendClosedError
-from tests.tiny import quiet
+from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.errors import AdapterMismatchError, BackendClosedError
+from tests.tiny import TEXT, make_adapter, make_tokenizer, poison, quiet
+from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+PROMPT, ANSWER = "the sun rises in the", " east and sets"
+
+
+@pytest.fixture
+def builder(loads: list[str]) -> HFBuilder:
+    """A builder whose bases remember no answers, so that each is computed."""
+    return HFBuilder(on_base_load=lambda name, seconds: loads.append(name), score_cache=0)
+
+
+def _scored(view: Any) -> tuple[Any, ...]:
+    return view.logprob_of(PROMPT, ANSWER), view.rolling_logprob(TEXT).total_logprob, view.generate(TEXT, max_new_tokens=3)
+
+
+def _answers(*backends: Any) -> list[Any]:
+    """What both sides of some backends compute, to the bit."""
+    found = []
+    for backend in backends:
+        for opened in (backend.as_base, backend.as_finetuned):
+            with opened() as view:
+                found.append((view_logits(view).tolist(), _scored(view)))
+    return found
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 
 def _weight(model: Any) -> Any:
-    return model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    projection = _inner(model).model.layers[0].self_attn.q_proj
+    return getattr(projection, "base_layer", projection).weight
 
 
-def _lora(model: Any) -> Any:
-    return next(p for name, p in model.named_parameters() if "layers.0.self_attn.q_proj.lora_B" in name)
+def _ids(tokenizer: Any) -> Any:
+    return tokenizer(TEXT, return_tensors="pt")["input_ids"]
+
+
+# --- what is a test's own ---------------------------------------------------------------------------------------------
 
 
 def _in_place(model: Any, _: Any) -> None:
     import torch
 
     with torch.no_grad():
-        _weight(model).add_(1)
+        for parameter in model.parameters():
+            parameter.add_(1)
 
 
-def _one_embedding(model: Any, _: Any) -> None:
-    model.get_input_embeddings().weight.data.mul_(1.0001)
+def _through_numpy(model: Any, _: Any) -> None:
+    _weight(model).detach().numpy()[:] = 1.0
+
+
+def _through_the_storage(model: Any, _: Any) -> None:
+    for parameter in model.parameters():
+        parameter.untyped_storage().fill_(7)
 
 
 def _new_parameter(model: Any, _: Any) -> None:
     import torch
 
-    model.base_model.model.lm_head.weight = torch.nn.Parameter(model.base_model.model.lm_head.weight.detach().clone())
+    _inner(model).lm_head.weight = torch.nn.Parameter(torch.zeros_like(_inner(model).lm_head.weight))
 
 
-def _merge(model: Any, _: Any) -> None:
-    model.merge_adapter()
-
-
-def _add_adapter(model: Any, _: Any) -> None:
-    from peft import LoraConfig
-
-    with quiet():
-        model.add_adapter("mine", LoraConfig(target_modules=["o_proj"]))
-
-
-def _delete_adapter(model: Any, _: Any) -> None:
-    with quiet():
-        model.delete_adapter(model.active_adapter)
+def _buffers(model: Any, _: Any) -> None:
+    _inner(model).model.rotary_emb.inv_freq.mul_(2)
 
 
 def _resize(model: Any, _: Any) -> None:
     with quiet():
-        model.base_model.model.resize_token_embeddings(200)
+        _inner(model).resize_token_embeddings(200)
 
 
-def _hook(model: Any, _: Any) -> None:
-    model.base_model.model.model.layers[1].register_forward_hook(lambda *args: None)
+def _hooks(model: Any, _: Any) -> None:
+    for layer in _inner(model).model.layers:
+        layer.register_forward_hook(lambda *args: (args[2][0] * 2, *args[2][1:]) if isinstance(args[2], tuple) else args[2] * 2)
+
+
+def _other_forward(model: Any, _: Any) -> None:
+    for layer in _inner(model).model.layers:
+        layer.mlp.forward = lambda states: states * 0
+
+
+def _steps_of_training(model: Any, tokenizer: Any) -> None:
+    import torch
+
+    model.train()
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(_ids(tokenizer), labels=_ids(tokenizer)).loss.backward()
+        optimizer.step()
+
+
+def _trainer(model: Any, tokenizer: Any) -> None:
+    import tempfile
+
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model.requires_grad_(True)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=1, learning_rate=0.1, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no"
+        )
+        rows = [{"input_ids": _ids(tokenizer)[0], "labels": _ids(tokenizer)[0]}]
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        trainer.evaluate()
+
+
+def _prune(model: Any, _: Any) -> None:
+    from torch.nn.utils import prune
+
+    projection = _inner(model).model.layers[0].mlp.up_proj
+    prune.l1_unstructured(getattr(projection, "base_layer", projection), "weight", amount=0.5)
+    prune.remove(getattr(projection, "base_layer", projection), "weight")
+
+
+def _parametrize(model: Any, _: Any) -> None:
+    import torch
+
+    torch.nn.utils.parametrizations.weight_norm(_inner(model).model.layers[1].mlp.down_proj)
+
+
+def _outputs(model: Any, tokenizer: Any) -> None:
+    model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
+    model(_ids(tokenizer), output_hidden_states=True, output_attentions=True)
+    model.generate(input_ids=_ids(tokenizer), max_new_tokens=2, return_dict_in_generate=True, output_scores=True)
+
+
+def _pipeline(model: Any, tokenizer: Any) -> None:
+    from transformers import pipeline
+
+    with quiet():
+        pipeline("text-generation", model=_inner(model), tokenizer=tokenizer)([TEXT, PROMPT], max_new_tokens=2, batch_size=2)
+
+
+def _other_state(model: Any, _: Any) -> None:
+    model.load_state_dict({name: tensor * 0 for name, tensor in model.state_dict().items()})
+
+
+def _layers_removed(model: Any, _: Any) -> None:
+    del _inner(model).model.layers[1]
+
+
+def _shared_with_processes(model: Any, _: Any) -> None:
+    model.share_memory()
+    _in_place(model, _)
+
+
+def _checkpointing(model: Any, tokenizer: Any) -> None:
+    with quiet():
+        model.gradient_checkpointing_enable()
+    model.train()
+    model(_ids(tokenizer))
+
+
+def _initialised(model: Any, _: Any) -> None:
+    import torch
+
+    model.apply(lambda module: torch.nn.init.normal_(module.weight) if hasattr(module, "weight") else None)
+
+
+def _config(model: Any, _: Any) -> None:
+    model.config.use_cache = False
+    model.config.num_attention_heads = 1
+    model.config.rope_parameters["rope_theta"] = 3.0
+    model.generation_config.eos_token_id = 7
+    model.generation_config.top_k = 3
+
+
+def _settings(_: Any, tokenizer: Any) -> None:
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    tokenizer.chat_template = "{{ x }}"
+    tokenizer.model_max_length = 3
+    tokenizer.pad_token = tokenizer.bos_token = "sun"
+    tokenizer.model_input_names.append("mine")
+    tokenizer(TEXT, padding="max_length", truncation=True, max_length=7)
+
+
+TO_ANY: dict[str, Callable[[Any, Any], object]] = {
+    "in place": _in_place,
+    "through .data": lambda m, t: _weight(m).data.mul_(2),
+    "slightly": lambda m, t: m.get_input_embeddings().weight.data.mul_(1.0001),
+    "through numpy": _through_numpy,
+    "through the storage": _through_the_storage,
+    "new data": lambda m, t: setattr(_weight(m), "data", _weight(m).data * 2),
+    "new parameter": _new_parameter,
+    "buffers": _buffers,
+    "half": lambda m, t: m.half(),
+    "double": lambda m, t: m.double(),
+    "resize": _resize,
+    "hooks": _hooks,
+    "other forward": _other_forward,
+    "train": lambda m, t: m.train(),
+    "requires_grad": lambda m, t: m.requires_grad_(True),
+    "steps of training": _steps_of_training,
+    "Trainer": _trainer,
+    "prune": _prune,
+    "parametrize": _parametrize,
+    "hidden states and attentions": _outputs,
+    "pipeline": _pipeline,
+    "another state": _other_state,
+    "layers removed": _layers_removed,
+    "shared with processes": _shared_with_processes,
+    "gradient checkpointing": _checkpointing,
+    "initialised anew": _initialised,
+    "config": _config,
+    "the tokenizer's settings": _settings,
+}
+
+
+@pytest.fixture
+def shared(build: Any, base: Path, adapter: Path, other_adapter: Path) -> tuple[Any, Any, list[Any]]:
+    """Two backends on one base, and what all of their sides answer."""
+    backends = build(base, adapter), build(base, other_adapter)
+    return (*backends, _answers(*backends))
+
+
+def _require_nothing_changed(shared: tuple[Any, Any, list[Any]], loads: list[str]) -> None:
+    backend, other, before = shared
+    assert backend.changes() == []
+    assert other.changes() == []
+    assert _answers(backend, other) == before
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
+@pytest.mark.parametrize("change", TO_ANY)
+def test_what_a_test_does_to_its_own_model_changes_nothing(
+    shared: Any, loads: list[str], side: str, change: str
+) -> None:
+    with getattr(shared[0], side)() as view:
+        before = _scored(view)
+        TO_ANY[change](view.model, view.tokenizer)
+        assert _scored(view) == before
+        assert shared[0].changes() == []
+    _require_nothing_changed(shared, loads)
+
+
+def _lora(model: Any) -> Any:
+    return next(p for name, p in model.named_parameters() if "layers.0.self_attn.q_proj.lora_B" in name)
 
 
 def _scaling(model: Any, _: Any) -> None:
@@ -69,114 +264,60 @@ def _scaling(model: Any, _: Any) -> None:
         scaling[name] *= 2
 
 
-def _padding(_: Any, tokenizer: Any) -> None:
-    tokenizer.padding_side = "left"
+def _add_adapter(model: Any, _: Any) -> None:
+    from peft import LoraConfig
+
+    with quiet():
+        model.add_adapter("mine", LoraConfig(target_modules=["o_proj"]))
+        model.set_adapter("mine")
 
 
-CHANGES: list[Any] = [
-    pytest.param(_in_place, "parameter model.layers.0.self_attn.q_proj.weight: contents changed", id="in place"),
-    pytest.param(
-        lambda m, t: _weight(m).data.mul_(2),
-        "parameter model.layers.0.self_attn.q_proj.weight: contents changed",
-        id="through .data",
-    ),
-    pytest.param(_one_embedding, "parameter model.embed_tokens.weight: contents changed", id="slightly, through .data"),
-    pytest.param(
-        lambda m, t: setattr(_weight(m), "data", _weight(m).data.clone()),
-        "parameter model.layers.0.self_attn.q_proj.weight: data replaced",
-        id="new data",
-    ),
-    pytest.param(_new_parameter, "parameter lm_head.weight: replaced", id="new parameter"),
-    pytest.param(
-        lambda m, t: m.base_model.model.model.rotary_emb.inv_freq.mul_(2),
-        "buffer model.rotary_emb.inv_freq: contents changed",
-        id="buffer",
-    ),
-    pytest.param(
-        lambda m, t: _lora(m).data.mul_(2),
-        "adapter parameter model.layers.0.self_attn.q_proj.lora_B.weight: contents changed",
-        id="adapter",
-    ),
-    pytest.param(_scaling, "adapter: scaling changed in 1 layers", id="scaling"),
-    pytest.param(
-        lambda m, t: m.half(), "parameter model.embed_tokens.weight: dtype torch.float32 -> torch.float16", id="half"
-    ),
-    pytest.param(lambda m, t: m.train(), "the model: training mode on", id="train"),
-    pytest.param(
-        lambda m, t: m.base_model.model.model.layers[0].mlp.train(),
-        "module model.layers.0.mlp: training mode on",
-        id="train a part",
-    ),
-    pytest.param(
-        lambda m, t: m.requires_grad_(True),
-        "parameter model.embed_tokens.weight: requires_grad False -> True",
-        id="requires_grad",
-    ),
-    pytest.param(_hook, "module model.layers.1: 1 hooks, 0 before", id="hook"),
-    pytest.param(_merge, "module model.layers.0.self_attn.q_proj: adapter merged into its weights", id="merge"),
-    pytest.param(lambda m, t: m.unload(), "submodules replaced, added or removed", id="unload"),
-    pytest.param(_add_adapter, "adapter 'mine': added", id="add_adapter"),
-    pytest.param(_delete_adapter, "adapters: 1 removed", id="delete_adapter"),
-    pytest.param(_resize, "parameter model.embed_tokens.weight: ", id="resize"),
-    pytest.param(lambda m, t: setattr(m.config, "use_cache", False), "config: use_cache changed", id="config"),
-    pytest.param(
-        lambda m, t: setattr(m.generation_config, "top_k", 3),
-        "generation_config: top_k changed",
-        id="generation_config",
-    ),
-    pytest.param(_padding, "tokenizer: padding_side 'right' -> 'left'", id="padding_side"),
-    pytest.param(lambda m, t: t.add_tokens(["quark"]), "tokenizer: length 91 -> 92", id="add_tokens"),
-    pytest.param(
-        lambda m, t: setattr(t, "chat_template", "{{ x }}"),
-        "tokenizer: chat_template None -> '{{ x }}'",
-        id="chat_template",
-    ),
-]
+def _delete_adapter(model: Any, _: Any) -> None:
+    with quiet():
+        model.delete_adapter(model.active_adapter)
 
 
-@pytest.mark.parametrize(("change", "line"), CHANGES)
-def test_a_change_is_found_and_the_next_user_gets_a_clean_base(
-    build: Any, base: Path, adapter: Path, loads: list[str], change: Callable[[Any, Any], object], line: str
+def _adapter_off(model: Any, tokenizer: Any) -> None:
+    with model.disable_adapter():
+        model(_ids(tokenizer))
+    model.base_model.disable_adapter_layers()
+
+
+TO_PEFT: dict[str, Callable[[Any, Any], object]] = {
+    "the adapter's weights": lambda m, t: _lora(m).data.mul_(2),
+    "scaling": _scaling,
+    "merge": lambda m, t: m.merge_adapter(),
+    "merge and unload": lambda m, t: m.merge_and_unload(),
+    "unload": lambda m, t: m.unload(),
+    "add an adapter": _add_adapter,
+    "delete the adapter": _delete_adapter,
+    "turn it off": _adapter_off,
+    "its config": lambda m, t: setattr(m.peft_config["default"], "r", 99),
+}
+
+
+@pytest.mark.parametrize("change", TO_PEFT)
+def test_what_a_test_does_to_its_own_adapter_changes_nothing(shared: Any, loads: list[str], change: str) -> None:
+    with shared[0].as_finetuned() as view:
+        before = _scored(view)
+        TO_PEFT[change](view.model, view.tokenizer)
+        assert _scored(view) == before
+    _require_nothing_changed(shared, loads)
+
+
+def test_an_attention_of_a_tests_own_changes_nothing(
+    shared: Any, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = build(base, adapter)
-    assert backend.changes() == []
-    with backend.as_finetuned() as tuned:
-        change(tuned.model, tuned.tokenizer)
-    found = backend.changes()
-    assert any(line in each for each in found), found
-    assert 0 < len(found) <= 11
-    backend.close()
-    clean = build(base, adapter)
-    assert clean.changes() == []
-    assert len(loads) == 2
+    import torch
+    from transformers import AttentionInterface
 
-
-def test_many_changes_are_counted(build: Any, base: Path, adapter: Path) -> None:
-    backend = build(base, adapter)
-    with backend.as_finetuned() as tuned:
-        tuned.model.requires_grad_(True)
-    assert len(backend.changes()) == 11
-    assert backend.changes()[-1].startswith("and ")
-
-
-def test_everyone_on_a_changed_base_reports_it(build: Any, base: Path, adapter: Path, other_adapter: Path) -> None:
-    first, second, third = build(base, adapter), build(base, other_adapter), build(base)
-    with first.as_base() as view:
-        view.model.base_model.model.model.layers[0].mlp.train()
-    expected = ["module model.layers.0.mlp: training mode on"]
-    assert [line for line in third.changes() if "mlp:" in line] == expected
-    assert [line for line in first.changes() if "mlp:" in line] == expected
-    assert second.changes() != []
-
-
-def test_a_change_stays_found_when_adapters_come_and_go(
-    build: Any, base: Path, adapter: Path, other_adapter: Path, builder: Any
-) -> None:
-    first, second = build(base, adapter), build(base, other_adapter)
-    with first.as_base() as view:
-        view.model.train()
-    second.close()
-    assert first.changes() != []
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    AttentionInterface.register("mine", lambda module, query, *_, **__: (query.transpose(1, 2) * 0, None))
+    with shared[0].as_base() as view, torch.inference_mode():
+        before = view_logits(view)
+        view.model.set_attn_implementation("mine")
+        assert not view_logits(view).equal(before)
+    _require_nothing_changed(shared, loads)
 
 
 def test_adapters_that_come_and_go_change_nothing(
@@ -191,16 +332,20 @@ def test_adapters_that_come_and_go_change_nothing(
 
 
 def test_an_adapter_that_fails_changes_nothing(build: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
-    from pytest_sway.errors import AdapterMismatchError
-    from tests.tiny import poison
-
     backend = build(base, adapter)
+    before = _answers(backend)
     with pytest.raises(AdapterMismatchError):
         build(base, poison(shutil.copytree(adapter, tmp_path / "copy")))
     assert backend.changes() == []
+    assert _answers(backend) == before
 
 
-def test_using_a_backend_changes_nothing(build: Any, base: Path, adapter: Path) -> None:
+@pytest.mark.parametrize("memory", ["copied on write", "exposed"])
+def test_using_a_backend_changes_nothing(
+    build: Any, base: Path, adapter: Path, memory: str, request: pytest.FixtureRequest
+) -> None:
+    if memory == "exposed":
+        request.getfixturevalue("exposed")
     backend = build(base, adapter)
     with (
         backend.as_base() as plain,
@@ -227,6 +372,246 @@ def test_a_closed_backend_is_no_longer_compared(build: Any, base: Path) -> None:
         backend.changes()
 
 
+# --- a tokenizer's object in Rust -------------------------------------------------------------------------------------
+
+
+def _lowercase(tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def _bytes(tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+
+
+def _template(tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = processor
+
+
+def _decoder(tokenizer: Any) -> None:
+    from tokenizers import decoders
+
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+
+
+IN_RUST: dict[str, Callable[[Any], object]] = {
+    "added tokens": lambda tokenizer: tokenizer.add_tokens(["quark"]),
+    "normalizer": _lowercase,
+    "pre-tokenizer": _bytes,
+    "post-processor": _template,
+    "decoder": _decoder,
+}
+
+
+@pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
+@pytest.mark.parametrize("part", IN_RUST)
+def test_a_change_in_the_tokenizers_rust_is_found_and_the_next_user_gets_a_clean_base(
+    build: Any, base: Path, adapter: Path, loads: list[str], part: str, side: str
+) -> None:
+    backend, other = build(base, adapter), build(base)
+    before = _answers(backend)
+    with getattr(backend, side)() as view:
+        IN_RUST[part](view.tokenizer)
+    assert backend.changes() == [f"tokenizer: its {part} changed"]
+    assert other.changes() == [f"tokenizer: its {part} changed"], "everyone on that base reports it"
+    clean = build(base, adapter)
+    assert clean.changes() == []
+    assert _answers(clean) == before
+    assert len(loads) == 2
+
+
+def test_special_tokens_that_are_new_words_are_a_change(build: Any, base: Path) -> None:
+    backend = build(base)
+    with backend.as_base() as view:
+        view.tokenizer.add_special_tokens({"additional_special_tokens": ["<mine>"]})
+    assert backend.changes() == ["tokenizer: its added tokens changed"]
+
+
+def test_a_changed_tokenizer_of_an_adapter_is_found_and_the_next_user_gets_a_clean_one(
+    build: Any, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "copy")
+    make_tokenizer(folder, extra=("quark",))
+    backend, plain = build(base, folder), build(base)
+    with backend.as_finetuned() as view:
+        view.tokenizer.add_tokens(["lepton"])
+    assert plain.changes() == []
+    assert backend.changes() == ["tokenizer: its added tokens changed"]
+    clean = build(base, folder)
+    assert clean.changes() == []
+    with clean.as_finetuned() as view:
+        assert len(view.tokenizer) == 92
+
+
+# --- what is patched for the whole process ----------------------------------------------------------------------------
+
+
+def test_a_class_whose_forward_was_patched_is_found_once_and_put_back(
+    shared: Any, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shared[0].as_base() as view:
+        before = _scored(view)
+        kind = type(view.model.model.layers[0].mlp)
+        monkeypatch.setattr(kind, "forward", lambda self, states: states * 0)
+        assert _scored(view) != before
+    line = f"class {kind.__module__}.{kind.__qualname__}: its forward was replaced"
+    assert shared[0].changes() == [line]
+    _require_nothing_changed(shared, loads)
+
+
+def test_an_attention_function_that_was_replaced_is_found_once_and_put_back(
+    shared: Any, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AttentionInterface
+
+    functions = AttentionInterface._global_mapping
+    monkeypatch.setitem(functions, "sdpa", functions["sdpa"])
+    AttentionInterface.register("sdpa", lambda module, query, *_, **__: (query.transpose(1, 2) * 0, None))
+    assert shared[0].changes() == ["transformers' attention function 'sdpa': it was replaced"]
+    _require_nothing_changed(shared, loads)
+
+
+def test_a_hook_on_all_modules_is_found_once_and_taken_off(shared: Any, loads: list[str]) -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+
+    handle = register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert shared[0].changes() == ["torch's global forward hooks: changed"]
+        _require_nothing_changed(shared, loads)
+    finally:
+        handle.remove()
+
+
+def test_a_hook_on_all_modules_that_was_there_before_the_load_stays(build: Any, base: Path) -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+
+    seen: list[Any] = []
+    handle = register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        backend = build(base)
+        assert backend.changes() == []
+        with backend.as_base() as view:
+            seen.clear()
+            view.logprob_of(PROMPT, ANSWER)
+        assert seen
+    finally:
+        handle.remove()
+
+
+# --- exposed memory ---------------------------------------------------------------------------------------------------
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+WRITES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
+    "in place": (lambda m, t: _add_one(_weight(m)), Q_PROJ),
+    "through .data": (lambda m, t: _weight(m).data.mul_(2), Q_PROJ),
+    "slightly, through .data": (
+        lambda m, t: m.get_input_embeddings().weight.data.mul_(1.0001),
+        "model.embed_tokens.weight",
+    ),
+    "one element, in place": (lambda m, t: _add_one(_weight(m)[3]), Q_PROJ),
+    "through numpy": (_through_numpy, Q_PROJ),
+    "through the storage": (lambda m, t: _weight(m).untyped_storage().fill_(7), Q_PROJ),
+}
+
+
+def _add_one(tensor: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        tensor.add_(1)
+
+
+@pytest.mark.usefixtures("exposed")
+@pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_to_exposed_memory_is_found_and_the_next_user_gets_a_clean_base(
+    build: Any, base: Path, adapter: Path, loads: list[str], write: str, side: str
+) -> None:
+    backend = build(base, adapter)
+    before, (change, name) = _answers(backend), WRITES[write]
+    with getattr(backend, side)() as view:
+        change(view.model, view.tokenizer)
+    assert backend.changes() == [f"{name}: contents changed"]
+    assert backend.changes() == [f"{name}: contents changed"]
+    backend.close()
+    clean = build(base, adapter)
+    assert clean.changes() == []
+    assert _answers(clean) == before
+    assert len(loads) == 2
+
+
+@pytest.mark.usefixtures("exposed")
+def test_a_write_to_an_adapters_exposed_memory_is_found(build: Any, base: Path, adapter: Path) -> None:
+    backend, other = build(base, adapter), build(base)
+    with backend.as_finetuned() as view:
+        _lora(view.model).data.mul_(2)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    assert backend.changes() == [f"adapter: {name}: contents changed"]
+    assert other.changes() == []
+
+
+@pytest.mark.usefixtures("exposed")
+@pytest.mark.parametrize("change", ["hooks", "other forward", "train", "requires_grad", "config", "new parameter"])
+def test_with_exposed_memory_only_writes_are_changes(shared: Any, loads: list[str], change: str) -> None:
+    with shared[0].as_finetuned() as view:
+        TO_ANY[change](view.model, view.tokenizer)
+    _require_nothing_changed(shared, loads)
+
+
+@pytest.mark.usefixtures("exposed")
+def test_an_adapter_that_rewrites_its_base_does_not_write_to_exposed_memory(
+    build: Any, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    backend = build(base, adapter)
+    before = _answers(backend)
+    folder = make_adapter(tmp_path, base, init_lora_weights="pissa")
+    with build(base, folder).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, folder)))
+    assert backend.changes() == []
+    assert _answers(backend) == before
+
+
+@pytest.mark.usefixtures("exposed")
+def test_many_changes_are_counted(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    with backend.as_finetuned() as tuned:
+        for parameter in tuned.model.parameters():
+            parameter.data.add_(1)
+        count = len(list(tuned.model.parameters()))
+    assert len(backend.changes()) == 11
+    assert backend.changes()[-1] == f"and {count - 10} more"
+
+
+@pytest.mark.usefixtures("exposed")
+def test_everyone_on_a_changed_base_reports_it_and_the_next_gets_another(
+    build: Any, base: Path, adapter: Path, other_adapter: Path, loads: list[str]
+) -> None:
+    first, second, third = build(base, adapter), build(base, other_adapter), build(base)
+    with first.as_base() as view:
+        _weight(view.model).data.mul_(2)
+    for backend in (third, first, second):
+        assert backend.changes() == [f"{Q_PROJ}: contents changed"]
+    assert build(base, other_adapter).changes() == []
+    assert len(loads) == 2
+
+
+@pytest.mark.usefixtures("exposed")
+def test_a_change_stays_found_when_adapters_come_and_go(
+    build: Any, base: Path, adapter: Path, other_adapter: Path
+) -> None:
+    first, second = build(base, adapter), build(base, other_adapter)
+    with first.as_base() as view:
+        _weight(view.model).data.mul_(2)
+    second.close()
+    assert first.changes() == [f"{Q_PROJ}: contents changed"]
+
+
 LAYOUTS: dict[str, Callable[[Any], Any]] = {
     "transposed": lambda torch: torch.arange(2400.0).view(40, 60).t(),
     "transposed and small": lambda torch: torch.arange(6.0).view(2, 3).t(),
@@ -242,11 +627,24 @@ LAYOUTS: dict[str, Callable[[Any], Any]] = {
 def test_a_write_through_data_is_found_in_any_layout_of_memory(layout: str) -> None:
     import torch
 
-    from pytest_sway.backends.hf.inspection import TensorsRecord
+    from pytest_sway.backends.hf.contents import ContentsRecord
 
     tensor = LAYOUTS[layout](torch)
     assert not tensor.is_contiguous()
-    record = TensorsRecord({"weight": ({"weight": tensor}, "weight")}, "parameter")
+    record = ContentsRecord({"weight": tensor})
     assert record.changes() == []
     tensor.data[(0,) * tensor.dim()] += 1
-    assert record.changes() == ["parameter weight: contents changed"]
+    assert record.changes() == ["weight: contents changed"]
+
+
+def test_what_was_written_and_put_back_is_no_change() -> None:
+    import torch
+
+    from pytest_sway.backends.hf.contents import ContentsRecord
+
+    tensor = torch.arange(8000.0)
+    record = ContentsRecord({"weight": tensor})
+    tensor.add_(1)
+    assert record.changes() == ["weight: contents changed"]
+    tensor.sub_(1)
+    assert record.changes() == []

@@ -5,13 +5,16 @@ import gc
 import resource
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.backends.hf.memory import WeightsWatch
 from pytest_sway.errors import BackendClosedError, ScoringError
 from tests.tiny import make_base
+from tests.unit.hf.engines import WAIT, held_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,33 +58,107 @@ def test_an_adapter_is_freed_without_a_collection(build: Any, base: Path, adapte
     backend, _plain = build(base, adapter), build(base)
     with backend.as_finetuned() as tuned, backend.as_null_adapter(1) as null:
         tuned.logprob_of("the sun", " rises")
-        assert null.model is tuned.model
+        assert null.model is not tuned.model
+    adapter_memory = WeightsWatch(backend._loaded.adapter.own.values())
+    assert adapter_memory.alive_bytes() > 0
     gc.disable()
     try:
         backend.close()
-        assert [watch.alive_bytes() for watch in backend._watches] == [0]
+        assert adapter_memory.alive_bytes() == 0
+        assert [watch.alive_bytes() for watch in backend._watches] == [0] * len(backend._watches)
     finally:
         gc.enable()
 
 
-def test_a_model_asked_for_during_the_close_is_not_put_into_a_state_that_is_gone(
-    build: Any, base: Path, adapter: Path
+@pytest.mark.parametrize("opened", [lambda backend: backend.as_finetuned(), lambda backend: backend.as_null_adapter(1)], ids=["tuned", "null"])
+def test_a_model_asked_for_during_the_close_says_that_the_backend_is_closed(
+    build: Any, base: Path, adapter: Path, opened: Any
 ) -> None:
     class ClosedWhileWeWait:
         def __enter__(self) -> None:
-            loaded.lock = lock
             backend.close()
 
         def __exit__(self, *error: object) -> None: ...
 
-    backend, plain = build(base, adapter), build(base)
-    loaded = plain._loaded.shares[0].value
-    lock = loaded.lock
-    with backend.as_null_adapter(1) as null:
-        loaded.lock = ClosedWhileWeWait()
+    backend = build(base, adapter)
+    with opened(backend) as view:
+        backend._loaded.lock = ClosedWhileWeWait()
         with pytest.raises(BackendClosedError):
-            _ = null.model
+            _ = view.model
     assert backend.leak() is None
+
+
+@pytest.mark.parametrize("opened", [lambda backend: backend.as_finetuned(), lambda backend: backend.as_null_adapter(1)], ids=["tuned", "null"])
+def test_a_backend_closed_while_a_view_scores_in_another_thread_frees_its_weights_after_that(
+    build: Any, base: Path, adapter: Path, opened: Any
+) -> None:
+    backend = build(base, adapter)
+    with ThreadPoolExecutor(1) as pool, opened(backend) as view:
+        expected = view.next_token_dist("the sun", top_k=3).logprobs.tolist()
+        with held_up(view) as begun:
+            dist = pool.submit(lambda: view.next_token_dist("the sun", top_k=3).logprobs.tolist())
+            assert begun.wait(WAIT)
+            backend.close()
+        assert dist.result(WAIT) == expected
+        del dist
+        with pytest.raises(BackendClosedError):
+            view.logprob_of("the sun", " rises")
+    assert backend.leak() is None
+
+
+def test_a_tree_that_a_test_keeps_is_reported_with_its_holder_and_the_bytes_that_it_takes(
+    build: Any, base: Path, adapter: Path
+) -> None:
+    backend = build(base, adapter)
+    nbytes = sum(backend.sizes().values())
+    with backend.as_finetuned() as view:
+        mine = view.model
+        view.logprob_of("the sun", " rises")
+    backend.close()
+    leak = backend.leak()
+    assert leak is not None
+    assert 0.95 * nbytes <= leak.nbytes <= 1.05 * nbytes
+    assert any("local 'mine'" in holder and "PeftModelForCausalLM" in holder for holder in leak.holders), leak
+    del mine
+    assert backend.leak() is None
+
+
+def _double(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+
+
+def test_what_a_test_wrote_into_a_tree_that_it_keeps_is_reported_too(build: Any, base: Path) -> None:
+    backend = build(base)
+    with backend.as_base() as view:
+        mine = view.model
+        _double(mine)
+    backend.close()
+    leak = backend.leak()
+    assert leak is not None
+    assert any("local 'mine' -> LlamaForCausalLM" in holder for holder in leak.holders), leak
+    del mine
+    assert backend.leak() is None
+
+
+def test_very_many_views_with_models_leave_nothing_behind(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+
+    def use(count: int) -> tuple[int, int]:
+        for _ in range(count):
+            for opened in (backend.as_base, backend.as_finetuned):
+                with opened() as view:
+                    assert view.model.device.type == "cpu"
+        gc.collect()
+        shared = backend._loaded.shares[0].value.watches, backend._loaded.adapter.pristine.watches
+        alive = [watch for watches in shared for watch in watches.all() if watch.alive()]
+        return len(alive), sum(len(watches.all()) for watches in shared)
+
+    alive, _ = use(20)
+    before = _resident()
+    assert use(300)[0] == alive
+    assert use(0)[1] <= 40
+    assert _resident() - before < 30_000_000
 
 
 def test_an_error_leaves_the_variables_of_one_that_was_being_handled(build: Any, base: Path) -> None:

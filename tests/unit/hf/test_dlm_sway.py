@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway import scoring
+from tests.unit.hf.engines import computing_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +62,7 @@ def test_the_preflight_check_names_the_side_that_is_not_finite(build: Any, base:
     backend = build(base, adapter)
     assert backend.preflight_finite_check() == (True, "")
     with backend.as_finetuned() as view, torch.no_grad():
-        next(p for name, p in view.model.named_parameters() if "v_proj.lora_B" in name).fill_(float("nan"))
+        next(p for name, p in computing_model(view).named_parameters() if "v_proj.lora_B" in name).fill_(float("nan"))
     ok, reason = backend.preflight_finite_check()
     assert not ok
     assert reason.startswith("the ft view gave 8 of 8 non-finite")

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.backends.hf import HFBuilder
 from pytest_sway.cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, BackendUseError, ModelTooLargeError, SpecError, WeightsError
 from tests.tiny import edit_weights, make_base, make_tokenizer, poison, quiet
 from tests.unit.hf.conftest import spec_of
+from tests.unit.hf.engines import computing_model
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    from pytest_sway.backends.hf import HFBuilder
 
 MODEL = "model.safetensors"
 
@@ -120,14 +120,15 @@ def test_two_models_over_the_byte_budget_are_refused(build: Any, base: Path, tun
     cache.shutdown()
 
 
+@pytest.mark.usefixtures("exposed")
 def test_a_change_says_which_of_the_two_it_is(build: Any, base: Path, tuned: Path, loads: list[str]) -> None:
     backend = build(base, finetuned=tuned)
     with backend.as_finetuned() as fine:
         fine.model.lm_head.weight.data.mul_(2.0)
-        fine.tokenizer.padding_side = "left"
+        fine.tokenizer.add_tokens(["quark"])
     assert backend.changes() == [
-        "fine-tuned model: parameter lm_head.weight: contents changed",
-        "fine-tuned model: tokenizer: padding_side 'right' -> 'left'",
+        "fine-tuned model: lm_head.weight: contents changed",
+        "fine-tuned model: tokenizer: its added tokens changed",
     ]
     again = build(base, finetuned=tuned)
     assert loads == [str(base), str(tuned), str(tuned)]
@@ -145,16 +146,17 @@ def test_there_is_nothing_to_scale_or_replace(build: Any, base: Path, tuned: Pat
             pass
 
 
-def test_the_preflight_scores_both(build: Any, base: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = build(base, finetuned=tuned)
+def test_the_preflight_scores_both(base: Path, tuned: Path) -> None:
+    backend = HFBuilder(score_cache=0).build(spec_of(base, finetuned=tuned))
     assert backend.preflight_finite_check() == (True, "")
     with backend.as_finetuned() as fine:
-        fine.model.lm_head.weight.data.fill_(float("nan"))
+        computing_model(fine).lm_head.weight.data.fill_(float("nan"))
     ok, reason = backend.preflight_finite_check()
     assert not ok
     assert reason.startswith("the ft view gave 8 of 8 non-finite log-probabilities")
     assert "base view" not in reason
     assert backend.cache_identity() == f"hf:{base}:{tuned}"
+    backend.close()
 
 
 def test_a_model_of_another_architecture_with_the_same_tokens_is_compared(

@@ -59,16 +59,20 @@ def test_other_errors_go_up_unchanged_and_at_once() -> None:
 
 
 def test_a_view_scores_on_in_smaller_batches(build: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = ["the sun", "the moon rises", "the cat sat"]
+    import torch
+
+    texts, refused = ["the sun", "the moon rises", "the cat sat"], []
+    embed = torch.nn.Embedding.forward
+
+    def refuse_batches(self: Any, ids: Any) -> Any:
+        if ids.numel() > 4:
+            refused.append(ids.numel())
+            raise MemoryError
+        return embed(self, ids)
+
     with build(base).as_base() as view:
         expected = [rolling.total_logprob for rolling in view.rolling_logprobs(texts)]
-        embed = view.model.model.embed_tokens.forward
-
-        def refuse_batches(ids: Any) -> Any:
-            if len(ids) > 1:
-                raise MemoryError
-            return embed(ids)
-
-        monkeypatch.setattr(view.model.model.embed_tokens, "forward", refuse_batches)
+        monkeypatch.setattr(torch.nn.Embedding, "forward", refuse_batches)
         found = [rolling.total_logprob for rolling in view.rolling_logprobs(texts)]
+    assert len(refused) == 2, "all three at once, then two of them"
     assert found == pytest.approx(expected, abs=2e-4)

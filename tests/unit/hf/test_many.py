@@ -10,6 +10,7 @@ import pytest
 from pytest_sway.errors import ScoringError
 from pytest_sway.scoring import BatchView
 from tests.tiny import TEXT, WORDS
+from tests.unit.hf.engines import computing_model, passes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,11 +33,8 @@ def view(request: pytest.FixtureRequest, build: Any, base: Path, adapter: Path) 
 @pytest.fixture
 def passes(view: Any) -> list[tuple[int, int]]:
     """The shapes of the inputs that the model embeds, in order."""
-    shapes: list[tuple[int, int]] = []
-    model = view.model.get_base_model() if hasattr(view.model, "get_base_model") else view.model
     view.next_token_dist(TEXT)  # what is tried once has been tried
-    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    return shapes
+    return passes_of(view)
 
 
 def test_a_view_satisfies_the_protocol(view: Any) -> None:
@@ -125,7 +123,8 @@ def test_what_texts_begin_with_in_common_has_its_logits_computed_once(view: Any,
     scored = [f"{TEXTS[8]} {word}" for word in WORDS[:4]]  # of which the model reads the same, TEXTS[8]
     alone = [view.rolling_logprob(text) for text in scored]
     heads: list[int] = []
-    view.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: heads.append(args[0].shape[1]))
+    head = computing_model(view).get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, args: heads.append(args[0].shape[1]))
     passes.clear()
     together = view.rolling_logprobs(scored)
     for rolling, expected in zip(together, alone, strict=True):

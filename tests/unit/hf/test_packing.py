@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_sway.backends.hf import HFBuilder
 from pytest_sway.backends.hf.batches import Family, alone, families
 from pytest_sway.backends.hf.packing import MaskedError, Row, attending_apart, longest_packed
-from pytest_sway.errors import BackendUseError
 from tests.tiny import WORDS
+from tests.unit.hf.conftest import spec_of
+from tests.unit.hf.engines import WAIT, computing_model, engine_of, held_up, passes_of
+from tests.unit.hf.reference import fresh, logits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,13 +24,9 @@ if TYPE_CHECKING:
 SEQUENCES = [[5, 6, 7], [1] * 90, [9], [3, 3, 3], list(range(40)), [2, 4]]
 
 
-def _forward(backend: Any) -> Any:
-    return backend._loaded.base.base.forward
-
-
-def _mask_more(backend: Any, view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def _mask_more(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a model that packs turn out to have a mask of its own."""
-    assert _forward(backend).packs(view.model, 1)
+    assert engine_of(view).forward.packs(1)
 
     def masked(*args: Any, **kwargs: Any) -> Any:
         raise MaskedError("masked")
@@ -98,62 +97,61 @@ def test_attention_in_any_family_is_that_of_each_sequence_alone(tails: list[list
 
 
 def test_a_model_goes_back_to_its_own_attention_whatever_happens(build: Any, base: Path) -> None:
-    backend = build(base)
-    with backend.as_base() as view:
-        config = view.model.config
+    with build(base).as_base() as view:
+        config = computing_model(view).config
         before = dict(vars(config))
         view.rolling_logprobs(["the sun rises", "a fox"])
         with pytest.raises(RuntimeError, match="in between"), attending_apart(config, Row([[1]], "cpu")):
             raise RuntimeError("in between")
         assert vars(config) == before
-        assert backend.changes() == []
 
 
-def test_the_raw_model_is_not_called_while_a_view_scores_in_another_thread(build: Any, base: Path) -> None:
-    import torch
-
+def test_a_tests_own_model_is_right_while_a_view_scores_a_row_in_another_thread(build: Any, base: Path) -> None:
+    texts = ["the sun rises in the east", "a fox"]
+    expected = logits(*fresh(base))
     with build(base).as_base() as view, ThreadPoolExecutor(1) as pool:
-        model = view.model
-        ids = torch.tensor([[1, 2, 3]])
-        with attending_apart(model.config, Row([[1]], "cpu")):
-            called = pool.submit(lambda: model(input_ids=ids))
-            with pytest.raises(BackendUseError, match="Let them take turns"):
-                called.result()
-        assert model(input_ids=ids).logits.shape[1] == 3
+        model, tokenizer = view.model, view.tokenizer
+        assert engine_of(view).forward.packs(1)
+        with held_up(view) as begun:
+            scored = pool.submit(view.rolling_logprobs, texts)
+            assert begun.wait(WAIT)
+            assert logits(model, tokenizer).equal(expected)
+            assert not scored.done()
+        together = scored.result(WAIT)
+        for text, rolling in zip(texts, together, strict=True):
+            assert rolling.logprobs == pytest.approx(view.rolling_logprob(text).logprobs, abs=2e-4)
 
 
 def test_a_text_beyond_a_models_window_is_padded(build: Any, base: Path) -> None:
-    backend = build(base)
-    with backend.as_base() as view:
-        view.model.config.sliding_window = 6
-        assert longest_packed(view.model.config) == 6
-        forward = _forward(backend)
-        assert forward.packs(view.model, 6)
-        assert not forward.packs(view.model, 7)
-        del view.model.config.sliding_window
+    with build(base).as_base() as view:
+        forward = engine_of(view).forward
+        forward.config.sliding_window = 6
+        assert longest_packed(forward.config) == 6
+        assert forward.packs(6)
+        assert not forward.packs(7)
 
 
-def test_a_text_beyond_a_models_window_leaves_the_others_in_a_row(build: Any, base: Path) -> None:
+def test_a_text_beyond_a_models_window_leaves_the_others_in_a_row(base: Path) -> None:
     prompt = " ".join(["the sun rises"] * 20)
     pairs = [(prompt, completion) for completion in (" in the east", " and", " a fox sees")]
     pairs.append((f"{prompt} {prompt}", " and"))
-    backend = build(base)
+    backend = HFBuilder(score_cache=0).build(spec_of(base))
     with backend.as_base() as view:
-        alone = [view.logprob_of(*pair) for pair in pairs]
-        view.model.config.sliding_window = 70
-        shapes: list[tuple[int, int]] = []
-        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-        assert view.logprobs_of(pairs) == pytest.approx(alone, abs=2e-4)
-        del view.model.config.sliding_window
-    assert sum(rows * width for rows, width in shapes if width >= 60) < 4 * 60
+        computing_model(view).config.sliding_window = 70
+        shapes = passes_of(view)
+        found = view.logprobs_of(pairs)
+    together = sum(rows * width for rows, width in shapes if width >= 60)
+    with backend.as_base() as view:
+        assert found == pytest.approx([view.logprob_of(*pair) for pair in pairs], abs=2e-4)
+    backend.close()
+    assert 120 < together < 4 * 60
 
 
 def test_attention_that_cannot_be_taken_over_stays_as_it_is(build: Any, base: Path) -> None:
-    backend = build(base)
-    with backend.as_base() as view:
-        view.model.set_attn_implementation("eager")
-        assert not _forward(backend).packs(view.model, 1)
-        view.model.set_attn_implementation("sdpa")
+    with build(base).as_base() as view:
+        engine = engine_of(view)
+        engine.forward.model.set_attn_implementation("eager")
+        assert not engine.forward.packs(1)
 
 
 def test_completions_share_a_key_value_cache_where_attention_cannot_be_taken_over(build: Any, base: Path) -> None:
@@ -163,46 +161,49 @@ def test_completions_share_a_key_value_cache_where_attention_cannot_be_taken_ove
         assert len(set(expected)) == 3
     backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
     with backend.as_base() as view:
-        view.model.set_attn_implementation("eager")
-        widths: list[int] = []
-        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+        computing_model(view).set_attn_implementation("eager")
+        shapes = passes_of(view)
         assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
-        assert sum(width >= 60 for width in widths) == 1, "the prompt was read once"
+        assert sum(width >= 60 for _, width in shapes) == 1, "the prompt was read once"
 
 
 def test_very_many_completions_share_a_key_value_cache_in_parts(build: Any, base: Path) -> None:
     prompt = " ".join(["the sun rises"] * 20)
     pairs = [(prompt, f" {word} and") for word in WORDS[:12]]
-    backend = build(base)
-    with backend.as_base() as view:
-        view.model.set_attn_implementation("eager")
+    with build(base).as_base() as view:
+        forward = engine_of(view).forward
+        forward.model.set_attn_implementation("eager")
         alone = [view.logprob_of(*pair) for pair in pairs]
-        forward = _forward(backend)
-        limits, forward.limits = forward.limits, replace(forward.limits, cached_tokens=8)
-        widths: list[int] = []
-        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+        forward.limits = replace(forward.limits, cached_tokens=8)
+        shapes = passes_of(view)
         assert view.logprobs_of(pairs) == pytest.approx(alone, abs=2e-4)
-        forward.limits = limits
-        view.model.set_attn_implementation("sdpa")
-    assert sum(width >= 60 for width in widths) == 3, "four completions of two tokens each at once"
+    assert sum(width >= 60 for _, width in shapes) == 3, "four completions of two tokens each at once"
 
 
 def test_a_model_that_turns_out_to_mask_more_is_given_completions_by_their_cache_from_then_on(
     build: Any, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torch
+
     prompts = [" ".join([text] * 20) for text in ("the sun rises", "a fox sees it")]
     pairs = [(prompt, completion) for prompt in prompts for completion in (" in the east", " and", " a fox sees")]
     with build(base).as_base() as view:
         expected = view.logprobs_of(pairs)
     backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
     with backend.as_base() as view:
-        _mask_more(backend, view, monkeypatch)
+        _mask_more(view, monkeypatch)
         widths: list[int] = []
-        view.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+        embed = torch.nn.Embedding.forward
+
+        def counted(self: Any, ids: Any) -> Any:
+            widths.append(ids.shape[1])
+            return embed(self, ids)
+
+        monkeypatch.setattr(torch.nn.Embedding, "forward", counted)  # of all models, since an error costs one
         assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
         assert widths[0] > 2 * 60, "a row of both prompts, which is refused"
         assert sum(width >= 60 for width in widths[1:]) == 2, "then each prompt was read once"
-        assert not _forward(backend).packs(view.model, 1)
+        assert not engine_of(view).forward.packs(1)
 
 
 def test_a_model_that_turns_out_to_mask_more_is_given_its_texts_padded_from_then_on(
@@ -213,9 +214,9 @@ def test_a_model_that_turns_out_to_mask_more_is_given_its_texts_padded_from_then
         expected = view.rolling_logprobs(texts)
     backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
     with backend.as_base() as view:
-        _mask_more(backend, view, monkeypatch)
+        _mask_more(view, monkeypatch)
         found = view.rolling_logprobs(texts)
-        assert not _forward(backend).packs(view.model, 1)
+        assert not engine_of(view).forward.packs(1)
     for a, b in zip(found, expected, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
 
@@ -237,6 +238,6 @@ def test_a_model_that_does_not_keep_texts_apart_is_given_them_padded(
     backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
     with backend.as_base() as view:
         found = view.rolling_logprobs(["the sun rises in the east", "a fox"])
-        assert not _forward(backend).packs(view.model, 1)
+        assert not engine_of(view).forward.packs(1)
     for a, b in zip(found, expected, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,11 @@ import pytest
 
 from pytest_sway.backends.hf import HFBuilder
 from pytest_sway.backends.hf.recall import AnswerMemory
-from tests.tiny import TEXT
+from tests.tiny import TEXT, make_tokenizer
 from tests.unit.hf.conftest import spec_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 PROMPT, ANSWER = "the sun rises in the", " east"
@@ -220,79 +221,101 @@ def test_a_base_that_is_loaded_anew_remembers_nothing(
 # --- a base that somebody changes -----------------------------------------------------------------------------------
 
 
-def _scale_weight(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def _scale_weight(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(1.5)
+        view.model.get_input_embeddings().weight.mul_(1.5)
 
 
-def _scale_data(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.get_input_embeddings().weight.data.mul_(1.5)
+def _scale_data(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    view.model.get_input_embeddings().weight.data.mul_(1.5)
 
 
-def _add_hook(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.5)
-
-
-def _patch_class(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = type(model.get_input_embeddings())
+def _patch_class(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(view.model.get_input_embeddings())
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, ids: forward(self, ids) * 1.5)
 
 
-def _patch_module(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed = model.get_input_embeddings()
-    forward = embed.forward
-    monkeypatch.setattr(embed, "forward", lambda ids: forward(ids) * 1.5, raising=False)
+def _patch_attention(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AttentionInterface
+
+    attend: Any = AttentionInterface._global_mapping["sdpa"]
+    scaled = lambda *args, **kwargs: (attend(*args, **kwargs)[0] * 1.5, None)  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", scaled)
 
 
-CHANGES = {
+def _other_words(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers import normalizers
+
+    view.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("sun", "moon")
+
+
+CHANGES: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
     "written": _scale_weight,
     "written behind torch's back": _scale_data,
-    "a hook": _add_hook,
     "a class's forward": _patch_class,
-    "a module's forward": _patch_module,
+    "an attention function": _patch_attention,
+    "the tokenizer": _other_words,
 }
 
 
+@pytest.mark.usefixtures("exposed")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_base_never_answers_from_memory(
     build: Any, base: Path, adapter: Path, recalled: Counter[str], monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     with build(base, adapter).as_base() as view:
         before = view.logprob_of(PROMPT, ANSWER)
-        CHANGES[change](view.model, monkeypatch)
+        CHANGES[change](view, monkeypatch)
         changed = view.logprob_of(PROMPT, ANSWER)
         assert changed != before
         assert view.logprob_of(PROMPT, ANSWER) == changed
-        monkeypatch.undo()
     assert not recalled
 
 
-@pytest.fixture
-def hooked(build: Any, base: Path) -> Iterator[tuple[Any, Any]]:
-    """A view, and the handle of a hook that changes what it answers."""
+def test_what_a_test_does_to_its_own_model_does_not_keep_the_base_from_remembering(
+    build: Any, base: Path, recalled: Counter[str]
+) -> None:
     with build(base).as_base() as view:
-        embed = view.model.get_input_embeddings()
-        yield view, embed.register_forward_hook(lambda module, args, output: output * 1.5)
+        before = view.logprob_of(PROMPT, ANSWER)
+        _scale_data(view, pytest.MonkeyPatch())
+        view.model.register_forward_hook(lambda *args: None)
+        assert view.logprob_of(PROMPT, ANSWER) == before
+    assert recalled == {str(base): 1}
 
 
-def test_what_a_changed_base_answered_is_not_remembered(hooked: tuple[Any, Any], recalled: Counter[str]) -> None:
-    view, hook = hooked
-    changed = view.logprob_of(PROMPT, ANSWER)
-    hook.remove()
-    assert view.logprob_of(PROMPT, ANSWER) != changed
+def test_what_a_changed_base_answered_is_not_remembered(
+    build: Any, base: Path, recalled: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with build(base).as_base() as view:
+        _patch_class(view, monkeypatch)
+        changed = view.logprob_of(PROMPT, ANSWER)
+        monkeypatch.undo()
+        assert view.logprob_of(PROMPT, ANSWER) != changed
     assert not recalled
 
 
 def test_a_base_that_was_put_right_again_remembers_what_it_answers_from_then_on(
-    hooked: tuple[Any, Any], recalled: Counter[str], base: Path
+    build: Any, base: Path, recalled: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    view, hook = hooked
-    view.logprob_of(PROMPT, ANSWER)
-    hook.remove()
-    right = view.logprob_of(PROMPT, ANSWER)
-    assert view.logprob_of(PROMPT, ANSWER) == right
+    backend = build(base)
+    with backend.as_base() as view:
+        _patch_class(view, monkeypatch)
+        view.logprob_of(PROMPT, ANSWER)
+        assert len(backend.changes()) == 1, "which puts it right"
+        right = view.logprob_of(PROMPT, ANSWER)
+        assert view.logprob_of(PROMPT, ANSWER) == right
     assert recalled == {str(base): 1}
-    assert view._backend.changes() == []
+    assert backend.changes() == []
+
+
+def test_the_base_view_of_an_adapter_with_a_tokenizer_of_its_own_answers_from_the_bases_memory(
+    build: Any, base: Path, adapter: Path, tmp_path: Path, recalled: Counter[str]
+) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    make_tokenizer(folder, extra=("quark",))
+    with build(base).as_base() as plain, build(base, folder).as_base() as view:
+        assert plain.logprob_of("quark", ANSWER) == view.logprob_of("quark", ANSWER)
+    assert recalled == {str(base): 1}

@@ -380,12 +380,37 @@ def test_what_a_test_writes_into_its_weights_reaches_nobody_else(
     assert_same(other, private(spec_of(half)))
 
 
-def test_a_change_of_a_shared_copy_is_found(half: Path, run_folder: Path, adapter: Path) -> None:
+@pytest.mark.usefixtures("exposed")
+def test_a_change_of_a_shared_copy_is_found_where_trees_cannot_copy_it(
+    half: Path, run_folder: Path, adapter: Path
+) -> None:
     HFBuilder(share_weights=run_folder).build(spec_of(half, adapter)).close()
     backend = HFBuilder(share_weights=run_folder).build(spec_of(half, adapter))
+    before = _digest(run_folder)
     with backend.as_base() as view:
         next(view.model.parameters()).data.mul_(2)
-    assert backend.changes() == ["parameter model.embed_tokens.weight: contents changed"]
+    assert backend.changes() == ["model.embed_tokens.weight: contents changed"]
+    assert _digest(run_folder) == before
+    backend.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_a_test_writes_into_its_own_tree_of_a_shared_copy_stays_there(
+    half: Path, run_folder: Path, adapter: Path
+) -> None:
+    backend = HFBuilder(share_weights=run_folder, score_cache=0).build(spec_of(half, adapter))
+    before = _digest(run_folder)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        scores = plain.logprob_of("the sun", " rises"), tuned.logprob_of("the sun", " rises")
+        for view in (plain, tuned):
+            for parameter in view.model.parameters():
+                parameter.data.mul_(2)
+        assert (plain.logprob_of("the sun", " rises"), tuned.logprob_of("the sun", " rises")) == scores
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert view_logits(plain).equal(logits(*fresh(half)))
+        assert view_logits(tuned).equal(logits(*fresh(half, adapter)))
+    assert backend.changes() == []
+    assert _digest(run_folder) == before
     backend.close()
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from pytest_sway.errors import BackendUseError
 from tests.tiny import make_adapter
+from tests.unit.hf.engines import WAIT, computing_model, held_up
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -154,29 +155,78 @@ def test_a_view_left_by_an_error_leaves_nothing_behind(build: Any, base: Path, a
 
 
 def test_a_view_used_inside_another_ones_work_is_right(build: Any, base: Path, adapter: Path) -> None:
-    from pytest_sway.backends.hf.state import State
-
     backend = build(base, adapter)
     with backend.as_null_adapter(1) as null, backend.as_finetuned() as tuned:
         expected = _score(null), _score(tuned)
-        side = backend._loaded.views[null]
-        with side.base.switch.bound(side.state):
-            assert _score(tuned) == expected[1]
-            assert _score(null) == expected[0]
-            with side.base.switch.bound(State()):
-                assert _score(tuned) == expected[1]
+        inside: list[Any] = []
+        embeddings = computing_model(null).get_input_embeddings()
+        handle = embeddings.register_forward_hook(lambda *_: inside.append((_score(tuned), view_logits(tuned))))
+        assert _score(null) == expected[0]
+        handle.remove()
+        assert inside[0][0] == expected[1]
+        assert inside[0][1].equal(logits(*fresh(base, adapter)))
         assert (_score(null), _score(tuned)) == expected
 
 
-def test_binding_a_state_writes_what_peft_writes(build: Any, base: Path, adapter: Path, other_adapter: Path) -> None:
-    first, second = build(base, adapter), build(base, other_adapter)
-    with first.as_finetuned() as tuned, second.as_finetuned() as other:
-        name = next(iter(first._loaded.adapter.name for _ in (0,)))
-        by_switch = view_logits(tuned)
-        model = other.model
-        model.set_adapter(name)
-        model.requires_grad_(False)
-        assert logits(model, tuned.tokenizer).equal(by_switch)
+@pytest.mark.parametrize(("outer", "inner"), [(0.5, 0.5), (2.0, 0.0), (0.0, 2.0), (1.0, 0.5)])
+def test_a_scaled_view_inside_a_scaled_view_counts_the_adapter_by_its_own_factor(
+    build: Any, base: Path, adapter: Path, outer: float, inner: float
+) -> None:
+    backend = build(base, adapter)
+    expected = {}
+    for lam in (outer, inner):
+        with backend.as_scaled_adapter(lam) as view:
+            expected[lam] = _score(view), view_logits(view)
+    assert outer == inner or expected[outer][0] != expected[inner][0]
+    with backend.as_scaled_adapter(outer) as a, backend.as_scaled_adapter(inner) as b:
+        for _ in range(2):
+            for view, lam in ((a, outer), (b, inner)):
+                assert _score(view) == expected[lam][0]
+                assert view_logits(view).equal(expected[lam][1])
+
+
+def test_scaled_views_in_threads_all_give_the_same_number(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    with backend.as_scaled_adapter(0.5) as view:
+        expected = _score(view)
+    together = threading.Barrier(4)
+
+    def work(_: int) -> list[float]:
+        together.wait()
+        scores = []
+        for _ in range(50):
+            with backend.as_scaled_adapter(0.5) as view:
+                scores.append(_score(view))
+        return scores
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [score for scores in pool.map(work, range(4)) for score in scores] == [expected] * 200
+
+
+@pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
+def test_scoring_in_one_view_does_not_wait_for_another_view_of_the_same_side(
+    build: Any, base: Path, adapter: Path, side: str
+) -> None:
+    opened = getattr(build(base, adapter), side)
+    with opened() as slow, opened() as quick, ThreadPoolExecutor(1) as pool:
+        expected = quick.rolling_logprob("a red cat").total_logprob
+        with held_up(slow) as begun:
+            held = pool.submit(_score, slow)
+            assert begun.wait(WAIT)
+            assert not held.done()
+            assert quick.rolling_logprob("a blue dog").total_logprob != expected
+            assert not held.done()
+        assert held.result(WAIT) == _score(quick)
+
+
+def test_one_view_is_used_by_several_threads_at_once(build: Any, base: Path, adapter: Path) -> None:
+    with build(base, adapter).as_finetuned() as view, ThreadPoolExecutor(1) as pool:
+        expected = _score(view)
+        with held_up(view) as begun:
+            held = pool.submit(_score, view)
+            assert begun.wait(WAIT)
+            assert _score(view) == expected
+        assert held.result(WAIT) == expected
 
 
 def test_other_types_cannot_be_scaled(build: Any, base: Path, tmp_path: Path) -> None:

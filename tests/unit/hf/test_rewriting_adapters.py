@@ -1,19 +1,19 @@
-"""Adapters that cannot share their base: each gets its own. `test_zoo.py` has one of each kind."""
+"""Adapters that do more than to add LoRA layers: all share their base, and leave it as it is. `test_zoo.py` has one of each kind."""
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.tiny import make_adapter, make_base, make_tokenizer, pickled, quiet, save_adapter
+from pytest_sway.backends.hf import HFBuilder
+from tests.tiny import edit_config, make_adapter, make_base, make_tokenizer, pickled, quiet, save_adapter
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from pytest_sway.backends.hf import HFBuilder
 
 _OTHER_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "IA3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
@@ -121,17 +121,80 @@ def test_gpt_neox_with_more_words_gets_them(build: Any, tmp_path: Path) -> None:
         assert tuned.next_token_dist("quark lepton").vocab_size == words
 
 
-def test_plain_lora_beside_it_keeps_sharing(
-    build: Any, base: Path, adapter: Path, tmp_path: Path, loads: list[str]
+_REWRITING: dict[str, dict[str, Any]] = {
+    "bias": {"bias": "all"},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "DoRA": {"use_dora": True},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [5, 7]}},
+}
+
+
+@pytest.mark.parametrize("memory", ["copied on write", "exposed"])
+@pytest.mark.parametrize("kind", _REWRITING)
+def test_it_shares_its_base_with_all_others_and_leaves_it_as_it_is(
+    build: Any,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    loads: list[str],
+    kind: str,
+    memory: str,
+    request: pytest.FixtureRequest,
 ) -> None:
-    own = build(base, make_adapter(tmp_path, base, modules_to_save=["lm_head"]))
-    build(base, adapter)
-    build(base)
-    assert len(loads) == 2
-    assert own.changes() == []
+    if memory == "exposed":
+        request.getfixturevalue("exposed")
+    other = build(base, adapter)
+    folder = make_adapter(tmp_path, base, **_REWRITING[kind])
+    backend, plain = build(base, folder), build(base)
+    with other.as_finetuned() as a, backend.as_finetuned() as b, backend.as_base() as c, plain.as_base() as d:
+        for _ in range(2):
+            assert view_logits(a).equal(logits(*fresh(base, adapter)))
+            assert view_logits(b).equal(logits(*fresh(base, folder)))
+            assert view_logits(c).equal(logits(*fresh(base)))
+            assert view_logits(d).equal(logits(*fresh(base)))
+    assert len(loads) == 1
+    assert (other.changes(), backend.changes(), plain.changes()) == ([], [], [])
 
 
-def test_one_of_a_kind_is_estimated_as_it_is_measured(
+@pytest.mark.parametrize("config", [{"kasa_config": {}}, {"monteclora_config": "none"}], ids=str)
+def test_a_config_that_makes_peft_rewrite_or_fail_leaves_everybodys_base_intact(
+    base: Path, adapter: Path, other_adapter: Path, tmp_path: Path, config: dict[str, Any], loads: list[str]
+) -> None:
+    builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name), score_cache=0)
+    plain, other = builder.build(spec_of(base)), builder.build(spec_of(base, adapter))
+    folder = edit_config(shutil.copytree(other_adapter, tmp_path / "special"), **config)
+
+    def scores() -> list[float]:
+        with plain.as_base() as a, other.as_base() as b, other.as_finetuned() as c:
+            return [view.logprob_of("the sun", " rises in the east") for view in (a, b, c)]
+
+    before = scores()
+    assert before[0] == before[1] != before[2]
+    outcome: list[Any] = []
+    try:
+        outcome.append(builder.build(spec_of(base, folder)))
+    except Exception as error:  # what PEFT makes of such a config differs by its version
+        outcome.append(error)
+    assert scores() == before
+    with plain.as_base() as a, other.as_finetuned() as b:
+        assert view_logits(a).equal(logits(*fresh(base)))
+        assert view_logits(b).equal(logits(*fresh(base, adapter)))
+    if not isinstance(outcome[0], Exception):
+        with outcome[0].as_base() as c:
+            assert view_logits(c).equal(logits(*fresh(base)))
+        outcome[0].close()
+    again = builder.build(spec_of(base, other_adapter))
+    with again.as_finetuned() as d:
+        assert view_logits(d).equal(logits(*fresh(base, other_adapter)))
+    assert len(loads) == 1
+    assert (plain.changes(), other.changes()) == ([], [])
+    for backend in (plain, other, again):
+        backend.close()
+
+
+def test_what_it_has_of_its_own_is_estimated_as_it_is_measured(
     builder: HFBuilder, build: Any, base: Path, tmp_path: Path
 ) -> None:
     folder = make_adapter(tmp_path, base, bias="all")

@@ -1,0 +1,231 @@
+"""Putting an adapter on its base, and making sure that it is really there.
+
+PEFT puts it on a tree of the base, so that the base itself stays as it is whatever PEFT does. The result is kept, without
+the adapter's weights, as a skeleton: for the next adapter of the same configuration, a copy of it with other weights
+comes to the same, bit by bit, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters
+from pytest_sway.backends.hf.adapter_files import WEIGHTS
+from pytest_sway.backends.hf.libraries import quiet_process, seeded
+from pytest_sway.backends.hf.pickles import read_pickle
+from pytest_sway.backends.hf.pristine import Pristine
+from pytest_sway.backends.hf.shared_memory import SharedMemory
+from pytest_sway.backends.hf.verification import verify_keys, verify_trained, verify_values
+from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, WeightsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.base import LoadedBase
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_UNSEEN_FIELDS: Final = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+)
+"""Fields of a config that do not show in what PEFT makes of it."""
+
+
+def attach(base: LoadedBase, files: AdapterFiles) -> Adapter:
+    """Put an adapter on a model of its own, which shares the base's memory, and verify it.
+
+    Raises:
+        AdapterMismatchError: It does not fit the base, was not applied in full, is not finite, or does nothing.
+        WeightsError: Its file of weights cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with quiet_process(), seeded(base.device):  # what starts at random, as pissa_niter_*, does so alike each time
+            adapter = _from_skeleton(base, files) or _by_peft(base, files)
+    except (SafetensorError, EOFError) as error:
+        raise WeightsError(f"the weights of the adapter {str(files.folder)!r} cannot be read: {error}.") from error
+    except KeyError as error:
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} was not applied to {base.spec.base!r}: its config asks for"
+            f" {error.args[0]!r}, which its weights lack. Save the adapter again, config and weights together."
+        ) from error
+    except (ImportError, RuntimeError, ValueError) as error:
+        if isinstance(error, ImportError) or "is not available" in str(error):
+            raise BackendNotAvailableError(
+                f"the adapter {str(files.folder)!r}, of the type {files.peft_type}, needs what this environment lacks:"
+                f" {_shortened(error)}"
+            ) from error
+        if "size mismatch" not in str(error) and "target" not in str(error).lower():
+            raise
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} does not fit the base {base.spec.base!r}: {_shortened(error)}"
+            " Name the base that it was trained on."
+        ) from error
+    verify_values(base.spec, adapter)
+    return adapter
+
+
+# --- by PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def _by_peft(base: LoadedBase, files: AdapterFiles) -> Adapter:
+    known: dict[int, Any] = {}
+    peft_model = _loaded(base, files, known)
+    ways = base.pristine.memory.settle(peft_model, known)
+    pristine = Pristine(peft_model, lambda: _loaded(base, files, {}), ways=ways)
+    named = [*peft_model.named_parameters(), *peft_model.named_buffers()]
+    adapter = Adapter(files, pristine, {name: tensor for name, tensor in named if id(tensor) not in ways})
+    if pristine.shares and _is_all_in_file(adapter):
+        base.skeletons[_signature(files, peft_model.peft_config[NAME])] = Skeleton(adapter)
+    return adapter
+
+
+def _loaded(base: LoadedBase, files: AdapterFiles, known: dict[int, Any]) -> Any:
+    """Do as ``PeftModel.from_pretrained`` does on a tree, and look at what it ignores: the keys that did not match.
+
+    Args:
+        base: The base.
+        files: The adapter.
+        known: By the identity of things in the base's model, what stands for them in the tree; it is filled.
+    """
+    import peft
+
+    tree = base.pristine.tree(known, isolated=not files.plain)
+    if files.vocabulary is not None and tree.get_input_embeddings().weight.shape[0] != files.vocabulary:
+        tree.resize_token_embeddings(files.vocabulary, mean_resizing=False)
+        tree.requires_grad_(False)
+    config = _config(files)
+    if hasattr(config, "progressbar"):
+        config.progressbar = False  # FRoD draws one wherever the terminal is
+    kind = peft.PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else peft.PeftModel
+    peft_model: Any = kind(tree, config)
+    starts = {} if files.plain or config.is_prompt_learning else _copies(adapter_parameters(peft_model))
+    key_mapping = None if config.is_prompt_learning else getattr(tree, "_checkpoint_conversion_mapping", {})
+    result = peft_model.load_adapter(str(files.folder), NAME, torch_device=str(base.device), key_mapping=key_mapping)
+    verify_keys(base.spec, files, _unloaded(peft_model, result.missing_keys), result.unexpected_keys)
+    peft_model.eval()
+    peft_model.requires_grad_(False)
+    verify_trained(base.spec, files, adapter_parameters(peft_model), starts)
+    return peft_model
+
+
+def _config(files: AdapterFiles) -> Any:
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    configs: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
+    if files.peft_type not in configs:
+        raise SpecError(
+            f"the adapter {str(files.folder)!r} is of the type {files.peft_type!r}, which the installed PEFT"
+            f" {peft.__version__} does not know. Upgrade PEFT."
+        )
+    config = configs[files.peft_type].from_pretrained(str(files.folder))
+    config.inference_mode = True
+    return config
+
+
+def _copies(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def _unloaded(peft_model: Any, missing: Iterable[str]) -> list[str]:
+    """Of the names that the file had no tensor for, those whose parameter is not loaded under another name either."""
+    places = dict(peft_model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in places.items() if name not in set(missing)}
+    return [name for name in missing if id(places.get(name)) not in loaded]
+
+
+# --- by a skeleton ----------------------------------------------------------------------------------------------------
+
+
+class Skeleton:
+    """What PEFT makes of a configuration, without weights.
+
+    Args:
+        adapter: An adapter of this configuration, whose own tensors are all in its file.
+
+    Attributes:
+        memory: The memory of the model, which is the base's.
+        places: By the names of an adapter's tensors in its file, what stands for them in the model: shape and dtype.
+        names: By the same names, those that they have in the ``PeftModel``.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        import torch
+
+        memory, known = adapter.pristine.memory, dict[int, Any]()
+        for tensor in adapter.own.values():
+            known[id(tensor)] = torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+        self.places = {_in_file(name): known[id(tensor)] for name, tensor in adapter.own.items()}
+        self.names = {_in_file(name): name for name in adapter.own}
+        model = memory.tree(known)
+        self.memory = SharedMemory(model, memory.ways_in(known))
+
+
+def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
+    """Put an adapter on as PEFT did with another one of its configuration; ``None`` if there was none.
+
+    Raises:
+        RuntimeError: A tensor's shape is not that of its place.
+    """
+    if files.peft_type != "LORA" or files.entries is None:
+        return None
+    config = _config(files)
+    skeleton = base.skeletons.get(_signature(files, config))
+    if skeleton is None or skeleton.places.keys() != files.entries.keys():
+        return None
+    weights = _read_tensors(files, base)
+    own = {name: _parameter(weights[name], place, base) for name, place in skeleton.places.items()}
+    known = {id(place): own[name] for name, place in skeleton.places.items()}
+    model = skeleton.memory.tree(known)
+    model.peft_config[NAME] = config
+    ours = {id(parameter) for parameter in own.values()}
+    ways = {key: way for key, way in skeleton.memory.ways_in(known).items() if key not in ours}
+    pristine = Pristine(model, lambda: _loaded(base, files, {}), ways=ways, known_to_work=True)
+    return Adapter(files, pristine, {skeleton.names[name]: parameter for name, parameter in own.items()})
+
+
+def _is_all_in_file(adapter: Adapter) -> bool:
+    """Whether all that an adapter has of its own is a tensor of its file: so nothing was computed from other weights."""
+    files = adapter.files
+    if files.peft_type != "LORA" or files.entries is None:
+        return False
+    return set(map(_in_file, adapter.own)) == files.entries.keys()
+
+
+def _in_file(name: str) -> str:
+    """The name of a tensor of the adapter in its file."""
+    return name.replace(f".{NAME}", "")
+
+
+def _signature(files: AdapterFiles, config: Any) -> str:
+    """Equal for adapters of which PEFT makes the same, but for their weights."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_FIELDS}
+    fields["dtypes"] = sorted({entry.dtype for entry in (files.entries or {}).values()})
+    return json.dumps(
+        fields, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+    )
+
+
+def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    path, device = files.folder / WEIGHTS, str(base.device)
+    return dict(load_file(str(path), device=device)) if path.is_file() else read_pickle(files, device)
+
+
+def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:
+    import torch
+
+    if tensor.shape != place.shape:
+        raise RuntimeError(f"size mismatch: {tuple(tensor.shape)} in the file, {tuple(place.shape)} here.")
+    return torch.nn.Parameter(tensor.to(base.device, place.dtype, copy=True), requires_grad=False)
+
+
+def _shortened(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:300] + "..."
+    return text if text.endswith(".") else text + "."

@@ -1,0 +1,137 @@
+"""What a test can still spoil for others: memory that is exposed to it, and what is patched for the whole process."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.sampling import by_dtype, sample_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+class ContentsRecord:
+    """What was in the memory of some tensors.
+
+    Args:
+        tensors: The tensors by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        parts = {name: part for whole, tensor in tensors.items() for name, part in _parts(whole, tensor)}
+        self._tensors = parts
+        self._versions = self._current_versions()
+        self._sums = {name: _checksum(tensor) for name, tensor in parts.items()}
+        self._groups = by_dtype(list(map(sample_of, parts.values())))
+        self._content = self._contents()
+
+    def changes(self) -> list[str]:
+        """One line for each tensor whose contents are no longer what they were.
+
+        A few elements of each tell, whichever way they were written. Where torch has counted a write, all elements do.
+        """
+        versions = self._current_versions()
+        if versions == self._versions and all(
+            now.equal(before) for now, before in zip(self._contents(), self._content, strict=True)
+        ):
+            return []
+        changed = [name for name, tensor in self._tensors.items() if _checksum(tensor) != self._sums[name]]
+        self._versions = versions if not changed else self._versions
+        return [f"{name}: contents changed" for name in changed]
+
+    def _current_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors.values()]
+
+    def _contents(self) -> list[Any]:
+        import torch
+
+        return [torch.cat(group) for group in self._groups.values()]
+
+
+def _parts(name: str, tensor: Any) -> Iterable[tuple[str, Any]]:
+    """A tensor that has memory of its own, or those that a wrapper around tensors is made of."""
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if is_traceable_wrapper_subclass(tensor):
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
+    elif tensor.layout is torch.strided and tensor.numel():
+        yield name, tensor.data.as_subclass(torch.Tensor)
+
+
+def _checksum(tensor: Any) -> tuple[float, float]:
+    """Two numbers that differ when the contents do, but for rare chance."""
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous().view(integers[tensor.element_size()]).flatten()
+    half = len(flat) // 2
+    return int(flat[:half].sum(dtype=torch.int64)), int(flat[half:].sum(dtype=torch.int64))
+
+
+class PatchRecord:
+    """What takes part in what a model computes, process-wide: its classes' forward, the attention functions by name, hooks on all modules.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        kinds = {type(module) for module in model.modules()}
+        self._forwards: dict[Any, Any] = {kind: kind.forward for kind in kinds}
+        self._functions = dict(_attention_functions())
+        self._hooks = [(name, hooks, list(hooks.items())) for name, hooks in _global_hooks()]
+
+    def changes(self) -> list[str]:
+        """One line for each thing that is no longer as it was."""
+        found = [
+            f"class {kind.__module__}.{kind.__qualname__}: its forward was replaced"
+            for kind, forward in self._forwards.items()
+            if kind.forward is not forward
+        ]
+        functions = dict(_attention_functions())
+        found += [
+            f"transformers' attention function {name!r}: it was replaced"
+            for name, function in self._functions.items()
+            if functions.get(name) is not function
+        ]
+        return found + [
+            f"torch's {name}: changed" for name, hooks, before in self._hooks if list(hooks.items()) != before
+        ]
+
+    def restore(self) -> None:
+        """Put back what was there: a model that is loaded anew would have the same classes."""
+        for kind, forward in self._forwards.items():
+            if kind.forward is not forward:
+                kind.forward = forward
+        _attention_functions().update(self._functions)
+        for _, hooks, before in self._hooks:
+            if list(hooks.items()) != before:
+                hooks.clear()
+                hooks.update(before)
+
+
+def _attention_functions() -> dict[str, Any]:
+    utilities: Any = import_module("transformers.modeling_utils")
+    functions: dict[str, Any] = utilities.ALL_ATTENTION_FUNCTIONS._global_mapping
+    return functions
+
+
+def _global_hooks() -> Iterable[tuple[str, Any]]:
+    module: Any = import_module("torch.nn.modules.module")
+    return [
+        (name.strip("_").replace("_", " "), value) for name, value in vars(module).items() if _is_hooks(name, value)
+    ]
+
+
+def _is_hooks(name: str, value: Any) -> bool:
+    return name.startswith("_global_") and name.endswith("_hooks") and isinstance(value, dict)
+
+
+def summarised(lines: list[str], limit: int = 10) -> list[str]:
+    """Return at most ``limit`` lines, and how many more there are."""
+    return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]

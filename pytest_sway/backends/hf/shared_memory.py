@@ -1,0 +1,427 @@
+"""How a tree gets its memory: the memory of the model that it was made from, and copies of what is written to.
+
+There are three ways, by what a tensor's memory is:
+
+* Memory that torch allocated for a CPU is cloned lazily. torch copies it when somebody is about to write to it.
+* A mapped file is mapped again, privately. The operating system copies each page when somebody writes to it.
+* Neither goes for an accelerator's memory, or for tensors of classes of their own, such as quantized weights. Those are
+  exposed: all trees have the same memory. `contents.ContentsRecord` tells whether somebody wrote to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+from pytest_sway.backends.hf.trees import tensors_of, tree_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_COPIED_BYTES: Final = 2**16
+"""Buffers up to this size are copied at once. A pass may write to them, and a copy takes no longer than a clone."""
+
+_FROM_FILE: Final = 1 << 61
+_THERE: Final = 0b11 << 62
+"""Flags of a page in /proc/self/pagemap: it is in memory or in the swap, and it is a file's."""
+
+
+class Method(Enum):
+    """How a tensor is shared, where its memory is no mapped file."""
+
+    COPIED = auto()
+    LAZY_CLONE = auto()
+    EXPOSED = auto()
+
+
+class FilePart(NamedTuple):
+    """A stretch of a file that is mapped.
+
+    Attributes:
+        file: The file.
+        start: Its first byte.
+        nbytes: Its length in bytes.
+    """
+
+    file: MappedFile
+    start: int
+    nbytes: int
+
+
+Way: TypeAlias = Method | FilePart
+"""How a tensor is shared."""
+
+
+class SharedMemory:
+    """The memory of a model that never runs, from which trees are made.
+
+    Args:
+        model: The model. What is neither memory of torch's nor a mapped file is moved to memory of torch's.
+        ways: By the identity of a tensor, how it is shared, where that is known already. A model that was made on a
+            tree of another one gives them all but for tensors of its own, which are no parts of files.
+
+    Attributes:
+        exposed: The tensors of which all trees have the same memory, by their names.
+    """
+
+    def __init__(self, model: Any, ways: Mapping[int, Way] | None = None) -> None:
+        self._model = model
+        self._ways: dict[int, Way] = {}
+        for buffer in model.buffers():
+            if _is_plain(buffer) and buffer.nbytes <= _COPIED_BYTES:
+                self._ways[id(buffer)] = Method.COPIED
+        files = _MappedFiles() if ways is None else None
+        for tensor in tensors_of(model):
+            if id(tensor) not in self._ways:
+                known = None if ways is None else ways.get(id(tensor))
+                self._ways[id(tensor)] = _way_of(tensor, files) if known is None else known
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.exposed = {name: tensor for name, tensor in named if self._ways[id(tensor)] is Method.EXPOSED}
+
+    def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False) -> Any:
+        """Return a tree of the model.
+
+        Args:
+            known: By the identity of things in the model, what stands for them in the tree; all others are added.
+            isolated: Copy what would be exposed, since somebody is about to write to it.
+
+        Raises:
+            Exception: Something in the model cannot be copied.
+        """
+        import torch
+
+        with torch.inference_mode(False), torch.no_grad():
+            return tree_of(self._model, _Sharer(self._ways, isolated=isolated), known)
+
+    def settle(self, tree: Any, known: Mapping[int, Any]) -> dict[int, Way]:
+        """Have a tree that somebody has written to share all that was not written to.
+
+        Args:
+            tree: The tree, or a model that was made of it.
+            known: What `tree` has put in there; empty where the tree was loaded anew, and shares nothing.
+
+        Returns:
+            How its tensors that are still those of the model are shared, by their identity.
+        """
+        import torch
+
+        untouched, sharer = self._untouched(known), _Sharer(self._ways, isolated=False)
+        settled: dict[int, Any] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for original in tensors_of(self._model):
+                tensor = known.get(id(original))
+                if tensor is None or id(tensor) in settled:
+                    continue
+                if id(tensor) in untouched or (self._ways[id(original)] is Method.COPIED and _same(original, tensor)):
+                    settled[id(tensor)] = tensor
+                elif _same(original, tensor):
+                    settled[id(tensor)] = tensor if _is_same_memory(original, tensor) else sharer(original)
+        for members in (m for module in tree.modules() for m in (module._parameters, module._buffers)):
+            members.update({key: settled[id(tensor)] for key, tensor in members.items() if id(tensor) in settled})
+        ways = self.ways_in(known)
+        return {id(after): ways[before] for before, after in settled.items()}
+
+    def ways_in(self, known: Mapping[int, Any]) -> dict[int, Way]:
+        """Return how the tensors of a tree are shared, by their identity.
+
+        Args:
+            known: What `tree` has put in there.
+        """
+        return {id(known[key]): way for key, way in self._ways.items() if key in known}
+
+    def _untouched(self, known: Mapping[int, Any]) -> set[int]:
+        """Identities of a tree's tensors of which the system knows that no page was written to."""
+        expected = {key: way for key, way in self._ways.items() if isinstance(way, FilePart) and key in known}
+        if not expected:
+            return set()
+        files = _MappedFiles(part.file for part in expected.values())
+        with _page_flags() as flags:
+            return {
+                id(known[key])
+                for key, part in expected.items()
+                if files.part_of(known[key]) == part and _never_written(known[key], flags)
+            }
+
+
+class _Sharer:
+    """Gives the tensors of one tree their memory.
+
+    Args:
+        ways: How each is shared, by the identity of the model's.
+        isolated: Copy what would be exposed.
+    """
+
+    def __init__(self, ways: Mapping[int, Way], *, isolated: bool) -> None:
+        self._ways = ways
+        self._isolated = isolated
+        self._mappings: dict[MappedFile, Any] = {}
+        self._storages: dict[int, Any] = {}
+
+    def __call__(self, tensor: Any) -> Any:
+        way = self._ways.get(id(tensor))
+        if way is None:  # an attribute of a module, which is neither parameter nor buffer
+            way = Method.COPIED if tensor.nbytes <= _COPIED_BYTES else _way_of(tensor, None)
+        if way is Method.EXPOSED:
+            return copy.deepcopy(tensor) if self._isolated else _same_memory(tensor)
+        if way is Method.COPIED:
+            return _like(tensor, tensor.detach().clone())
+        return _like(tensor, _on_storage(self._storage(tensor, way), tensor))
+
+    def _storage(self, tensor: Any, way: Any) -> Any:
+        source = tensor.untyped_storage()._cdata
+        if source not in self._storages:
+            clone = _lazy_clone(tensor) if way is Method.LAZY_CLONE else self._mapped(way)
+            self._storages[source] = clone
+        return self._storages[source]
+
+    def _mapped(self, part: FilePart) -> Any:
+        if part.file not in self._mappings:
+            self._mappings[part.file] = part.file.mapped()
+        return self._mappings[part.file][part.start : part.start + part.nbytes]
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _way_of(tensor: Any, files: _MappedFiles | None) -> Way:
+    """How a tensor is to be shared; one whose memory allows neither way is moved to memory of torch's."""
+    if not _is_plain(tensor) or tensor.device.type != "cpu" or not _can_clone_lazily():
+        return Method.EXPOSED
+    if _lazy_clone(tensor) is not None:
+        return Method.LAZY_CLONE
+    part = None if files is None else files.part_of(tensor)
+    if part is None:
+        tensor.data = _on_storage(tensor.untyped_storage().clone(), tensor)
+        return Method.LAZY_CLONE
+    return part
+
+
+def _is_plain(tensor: Any) -> bool:
+    import torch
+
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def _can_clone_lazily() -> bool:
+    import torch
+
+    return hasattr(torch, "_lazy_clone") and hasattr(torch._C, "_data_address")
+
+
+def _lazy_clone(tensor: Any) -> Any | None:
+    """A storage with the same memory, which torch copies on the first write to either; ``None`` if it cannot."""
+    import torch
+
+    try:
+        return torch._lazy_clone(tensor.detach()).untyped_storage()
+    except RuntimeError:  # memory that torch did not allocate itself
+        return None
+
+
+def address_of(tensor: Any) -> int:
+    """Return where a tensor's storage begins in memory; unlike ``data_ptr()``, this does not end a lazy clone."""
+    import torch
+
+    address = getattr(torch._C, "_data_address", None)
+    return int(tensor.untyped_storage().data_ptr() if address is None else address(tensor))
+
+
+def _on_storage(storage: Any, tensor: Any) -> Any:
+    """A tensor like another one, on another storage."""
+    import torch
+
+    like = tensor.storage_offset(), tensor.size(), tensor.stride()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, *like)
+
+
+def _like(tensor: Any, data: Any) -> Any:
+    """``data`` as a parameter or tensor with the attributes of another."""
+    import torch
+
+    if isinstance(tensor, torch.nn.Parameter):
+        made: Any = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
+    else:
+        made = data
+    if vars(tensor):
+        vars(made).update(vars(tensor))
+    return made
+
+
+def _same_memory(tensor: Any) -> Any:
+    """A tensor of the same class with the same memory."""
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if _is_plain(tensor):
+        return _like(tensor, tensor.detach())
+    if is_traceable_wrapper_subclass(tensor):
+        wrapped: Any = tensor
+        return _like(wrapped, wrapped.detach())  # whose class makes a new wrapper around the same tensors
+    made: Any = torch.Tensor._make_subclass(type(tensor), tensor.data, tensor.requires_grad)
+    vars(made).update((name, _attribute(value)) for name, value in vars(tensor).items())
+    return made
+
+
+def _attribute(value: Any) -> Any:
+    """What a quantized tensor keeps beside its contents: an object of its own, with the same tensors in it."""
+    return copy.copy(value) if hasattr(value, "__dict__") and not callable(value) else value
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Whether a tree's tensor is what it was made as."""
+    if (theirs.shape, theirs.dtype, theirs.device) != (ours.shape, ours.dtype, ours.device):
+        return False
+    if not _is_plain(ours) or not _is_plain(theirs):
+        return bool((theirs == ours).all())
+    return _is_same_memory(theirs, ours) or _equal_bits(theirs, ours)
+
+
+def _is_same_memory(theirs: Any, ours: Any) -> bool:
+    """Whether two tensors are views of one memory, or of one file."""
+    if not _is_plain(ours) or not _is_plain(theirs):
+        return False
+    layout = theirs.storage_offset(), theirs.stride()
+    return address_of(theirs) == address_of(ours) and layout == (ours.storage_offset(), ours.stride())
+
+
+def _equal_bits(one: Any, other: Any) -> bool:
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = integers.get(one.element_size())
+    if kind is None or one.is_complex():
+        return bool(one.equal(other))
+    return bool(one.detach().contiguous().view(kind).equal(other.detach().contiguous().view(kind)))
+
+
+# --- mapped files -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class MappedFile:
+    """A file that weights are mapped from, kept open: its name may be another file's by now.
+
+    Attributes:
+        descriptor: Its descriptor, which is closed with this object.
+        identity: Its device and its number there.
+    """
+
+    descriptor: int
+    identity: tuple[int, int]
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            os.close(self.descriptor)
+
+    def mapped(self) -> Any:
+        """Map it again, as a storage of its own; what is written to that goes to no file."""
+        import torch
+
+        path, nbytes = f"/proc/self/fd/{self.descriptor}", os.fstat(self.descriptor).st_size
+        storage: Any = torch.UntypedStorage
+        return storage.from_file(path, shared=False, nbytes=nbytes)
+
+
+class _Region(NamedTuple):
+    """Where a part of a file is mapped in this process.
+
+    Attributes:
+        start: The address of its first byte.
+        end: The address after its last.
+        offset: Where the first byte is in the file.
+        path: The file's name.
+        identity: The file's device and its number there.
+    """
+
+    start: int
+    end: int
+    offset: int
+    path: str
+    identity: tuple[int, int]
+
+
+class _MappedFiles:
+    """The files that are mapped privately in this process.
+
+    Args:
+        known: Those that are open already.
+    """
+
+    def __init__(self, known: Iterable[MappedFile] = ()) -> None:
+        self._open: dict[tuple[int, int], MappedFile | None] = {file.identity: file for file in known}
+        self._regions: list[_Region] | None = None
+
+    def part_of(self, tensor: Any) -> FilePart | None:
+        """Return the part of a file that a tensor's memory is; ``None`` if it is none that can be mapped again."""
+        if self._regions is None:
+            self._regions = _regions()
+        start, nbytes = address_of(tensor), tensor.untyped_storage().nbytes()
+        region = next((r for r in self._regions if r.start <= start and start + nbytes <= r.end), None)
+        file = None if region is None else self._file(region)
+        return None if region is None or file is None else FilePart(file, start - region.start + region.offset, nbytes)
+
+    def _file(self, region: _Region) -> MappedFile | None:
+        if region.identity not in self._open:
+            self._open[region.identity] = _opened(region)
+        return self._open[region.identity]
+
+
+def _regions() -> list[_Region]:
+    """What is mapped; nothing where the system does not tell."""
+    regions = []
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        for line in maps:
+            addresses, flags, offset, device, inode, *path = line.rstrip("\n").split(None, 5)
+            if path and inode != "0" and flags == "rw-p":
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                major, minor = (int(number, 16) for number in device.split(":"))
+                regions.append(_Region(start, end, int(offset, 16), path[0], (os.makedev(major, minor), int(inode))))
+    return regions
+
+
+def _opened(region: _Region) -> MappedFile | None:
+    """The file of a region; ``None`` if its name is another file's by now."""
+    try:
+        descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    file, found = MappedFile(descriptor, region.identity), os.fstat(descriptor)
+    return file if found.st_ino == region.identity[1] else None
+
+
+@contextmanager
+def _page_flags() -> Iterator[int | None]:
+    """A descriptor of what the system tells of this process's pages; ``None`` where it does not."""
+    try:
+        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _never_written(tensor: Any, page_flags: int | None) -> bool:
+    """Whether no page of a privately mapped tensor was ever written to, as far as that is known."""
+    import numpy as np
+
+    if page_flags is None:
+        return False
+    size = os.sysconf("SC_PAGESIZE")
+    first = address_of(tensor) // size
+    count = -(-(address_of(tensor) + tensor.untyped_storage().nbytes()) // size) - first
+    try:
+        told = os.pread(page_flags, 8 * count, 8 * first)
+    except OSError:
+        return False
+    flags = np.frombuffer(told, dtype=np.uint64)
+    written = (flags & np.uint64(_THERE) != 0) & (flags & np.uint64(_FROM_FILE) == 0)
+    return len(flags) == count and not written.any()
