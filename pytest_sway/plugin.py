@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.collection import Collection, fewest_base_loads
+from pytest_sway.frames import forget_frames
 from pytest_sway.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _settings = pytest.StashKey[SwaySettings]()
 _session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
 _running = pytest.StashKey[str]()
+_errors = pytest.StashKey[list[BaseException]]()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -139,11 +141,29 @@ def pytest_runtest_call(item: pytest.Item) -> None:
         session.check_fixtures(getattr(item, "funcargs", {}))
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let go of what a failed test's traceback holds, once it is reported, so that the next load finds room.
+
+    pytest keeps the last traceback until the next test is called.
+    """
+    try:
+        return (yield)
+    finally:
+        errors = item.stash.get(_errors, [])
+        if _used(item.config) is not None and not item.config.getoption("usepdb", False):
+            for error in errors:
+                forget_frames(error)
+        errors.clear()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item,
+    item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Charge the seconds of a load as such, not to the test that came first."""
+    if call.excinfo is not None:
+        item.stash.setdefault(_errors, []).append(call.excinfo.value)
     session = _used(item.config)
     seconds = session.take_load_seconds() if session else 0.0
     if seconds:

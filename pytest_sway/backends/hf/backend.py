@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf import sides
 from pytest_sway.backends.hf.contents import summarised
-from pytest_sway.backends.hf.libraries import forget_frames, forget_layers, no_warnings
+from pytest_sway.backends.hf.libraries import forget_layers, no_warnings
 from pytest_sway.backends.hf.memory import Leak, WeightsWatch, find_leak
 from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.tokenizer_copies import copied
 from pytest_sway.backends.hf.views import HFView
 from pytest_sway.backends.preflight import preflight
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
+from pytest_sway.frames import forget_frames
 from pytest_sway.spec import base_key, resolved_key
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pytest_sway.backends.hf.check import check_spec
-from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.hf.pickles import with_entries
 from pytest_sway.backends.hf.placement import resolve_placement
 from pytest_sway.backends.hf.recall import DEFAULT_BYTES, AnswerMemory
 from pytest_sway.backends.hf.sizes import estimated
 from pytest_sway.backends.shared import SharedPool
+from pytest_sway.frames import forget_frames
 from pytest_sway.spec import base_key, base_spec, finetuned_spec
 
 if TYPE_CHECKING:

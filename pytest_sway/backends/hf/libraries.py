@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import traceback
 import warnings
 from contextlib import contextmanager
 from importlib import import_module
@@ -108,26 +107,6 @@ def forget_layers() -> None:
         remembered: Any = getattr(module, "_warn_once_about_module_hooks", None)
         if remembered is not None:
             remembered.cache_clear()
-
-
-def forget_frames(error: BaseException, handled: BaseException | None = None) -> None:
-    """Drop the local variables of the finished frames of ``error`` and of its causes.
-
-    The frames of a failed load or forward pass refer to modules and weights, and pytest keeps the tracebacks of failed
-    tests. Files and line numbers stay.
-
-    Args:
-        error: What was raised.
-        handled: What was being handled before; its frames are the caller's, and keep their variables.
-    """
-    seen: set[int] = {id(handled)}
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is not None and id(current) not in seen:
-            seen.add(id(current))
-            traceback.clear_frames(current.__traceback__)
-            pending += [current.__cause__, current.__context__]
 
 
 def torch_dtype(name: str) -> Any:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.contents import summarised
-from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.mlx import sides
 from pytest_sway.backends.mlx.base import encoder_of
 from pytest_sway.backends.mlx.inspection import ArraysRecord
@@ -16,6 +15,7 @@ from pytest_sway.backends.mlx.memory import WeightsWatch, find_leak
 from pytest_sway.backends.mlx.views import MLXView
 from pytest_sway.backends.preflight import not_finite
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
+from pytest_sway.frames import forget_frames
 from pytest_sway.spec import base_key, resolved_key
 
 if TYPE_CHECKING:

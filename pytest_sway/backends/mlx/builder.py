@@ -8,13 +8,13 @@ import time
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
-from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.hf.sizes import estimated
 from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
 from pytest_sway.backends.mlx.check import check_spec
 from pytest_sway.backends.mlx.placement import resolve_placement
 from pytest_sway.backends.shared import SharedPool
 from pytest_sway.errors import SwayError
+from pytest_sway.frames import forget_frames
 from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
 
 if TYPE_CHECKING:
