@@ -88,10 +88,19 @@ def test_threads_that_ask_one_view_at_once_get_one_model(build: Build, base: Pat
 def test_a_view_that_only_scores_hands_out_nothing(
     build: Build, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
-    for name in ("own_tree_of", "own_tokenizer_of"):
+    made: list[str] = []
+
+    def counted(name: str) -> None:
         make = getattr(backend_module, name)
-        monkeypatch.setattr(backend_module, name, lambda given, make=make, name=name: made.append(name) or make(given))
+
+        def count(given: Any) -> Any:
+            made.append(name)
+            return make(given)
+
+        monkeypatch.setattr(backend_module, name, count)
+
+    counted("own_tree_of")
+    counted("own_tokenizer_of")
     with build(base, adapter).as_finetuned() as view:
         view.logprob_of(*PAIR)
         view.generate("the sun", max_new_tokens=2)
@@ -110,6 +119,19 @@ def test_a_handed_out_model_takes_no_memory_for_weights(build: Build, base: Path
         models = view.model, half.model
         assert all(models)
         assert mx.get_active_memory() - before < 0.01 * sum(backend.sizes().values())
+
+
+def test_the_trees_have_no_module_in_common(build: Build, base: Path, adapter: Path, tmp_path: Path) -> None:
+    for folder in (adapter, make_native(tmp_path / "native", base)):
+        backend = build(base, folder)
+        with backend.as_base() as plain, backend.as_finetuned() as tuned, backend.as_scaled_adapter(0.5) as half:
+            for view in (plain, tuned, half):
+                view.logprob_of(*PAIR)
+            sides = [backend._opened(view).side for view in (plain, tuned, half)]
+            models = [view.model for view in (plain, tuned, half)] + [side.engine().model for side in sides]
+            models += [side.model for side in sides]
+            modules = [id(module) for model in models for module in model.modules()]
+            assert len(modules) == len(set(modules))
 
 
 # --- what a test can do to them ---------------------------------------------------------------------------------------
@@ -302,7 +324,7 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def measured(base: Path, adapter: Path) -> Iterator[Measured]:
-    backend = Builder()(ModelSpec(kind="mlx", base=str(base), adapter=adapter, device="cpu"))
+    backend: Any = Builder()(ModelSpec(kind="mlx", base=str(base), adapter=adapter, device="cpu"))
     yield Measured(backend)
     backend.close()
 

@@ -64,8 +64,7 @@ def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
         if files.fine_tune_type == "full":
             layers, arrays = {}, _in_the_bases_place(base, files, tensors)
         else:
-            layers = _converted_layers(base, files, tensors) if files.peft else _own_layers(base, files, model)
-            put_modules(model, layers)
+            layers = _converted_layers(base, files, model, tensors) if files.peft else _own_layers(base, files, model)
             arrays = _by_place(files, tensors)
             _verify_places(base, files, layers, arrays)
         put_arrays(model, arrays)
@@ -96,21 +95,25 @@ def _own_layers(base: LoadedBase, files: AdapterFiles, model: Any) -> dict[str, 
             f"mlx-lm cannot put the adapter {str(files.folder)!r} on the base {base.spec.base!r}: {error}."
             " Name the base that it was trained on."
         ) from error
-    now = modules_of(model)
-    return {name: now[name] for name, module in modules_of(base.model).items() if type(now[name]) is not type(module)}
+    before = modules_of(base.model)
+    return {
+        name: now for name, now in modules_of(model).items() if name in before and type(now) is not type(before[name])
+    }
 
 
-def _converted_layers(base: LoadedBase, files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Make mlx-lm's layers for an adapter of PEFT."""
+def _converted_layers(base: LoadedBase, files: AdapterFiles, model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put mlx-lm's layers for an adapter of PEFT into a tree of the base."""
     pairs, others = pairs_of(files)
-    own, modules = arrays_of(base.model), modules_of(base.model)
+    own, modules = arrays_of(model), modules_of(model)
     copies = {name: copied for name in others if (copied := copied_from_base(name)) in own}
     unexpected = [*(name for name in others if name not in copies), *_homeless(modules, pairs)]
     verify_names(base.spec, files, unexpected=unexpected, missing=_halves(files, pairs))
     for name, copied in copies.items():
         if not _equal(tensors[name], own[copied]):
             raise inexact(files.folder, f"it brings other values than the base's for {copied}")
-    return {name: _layer(files, modules, name, pair) for name, pair in pairs.items()}
+    layers = {name: _layer(files, modules, name, pair) for name, pair in pairs.items()}
+    put_modules(model, layers)
+    return layers
 
 
 def _equal(tensor: Any, array: Any) -> bool:

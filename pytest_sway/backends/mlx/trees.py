@@ -1,9 +1,9 @@
 """Trees: models with modules of their own, over arrays that they share.
 
 A loaded base is one tree, and a base with an adapter another one. Neither is ever run, handed out or changed: they are
-pristine. What computes, and what a test is handed, are trees that are made from them. An array of MLX is never written
-to: ``array[...] = x`` gives the Python object another one. So a tree with Python objects of its own shares the memory,
-and no write through MLX leaves it.
+pristine. What computes, and what a test is handed, are trees that are made from them. MLX writes to no memory that
+another array refers to: ``array[...] = x`` gives the Python object other memory. So a tree with Python objects of its
+own takes no memory for its weights, and no write through MLX leaves it.
 """
 
 from __future__ import annotations
