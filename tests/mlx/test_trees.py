@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from pytest_sway.backends import Builder
 from pytest_sway.backends.mlx import backend as backend_module
 from pytest_sway.backends.mlx import placement
+from pytest_sway.backends.mlx.inspection import ClassesRecord
 from pytest_sway.backends.mlx.libraries import mlx_lm_module
 from pytest_sway.backends.mlx.trees import arrays_of
 from pytest_sway.spec import ModelSpec
@@ -442,6 +443,10 @@ def test_a_class_that_computes_with_something_else_is_found(
             "class mlx.nn.layers.normalization.RMSNorm: its __call__ was replaced",
         ]
     assert backend.changes() == []
+
+
+def test_a_class_that_computes_nothing_is_not_found() -> None:
+    assert ClassesRecord([nn.Module()]).changes() == []
 
 
 def test_a_token_that_was_added_is_found(build: Build, base: Path) -> None:
