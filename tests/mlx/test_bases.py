@@ -154,37 +154,6 @@ def test_a_fine_tuned_model_that_tests_nothing_is_refused(build: Build, base: Pa
         build(base, finetuned=str(other))
 
 
-def test_what_a_test_changes_is_found_and_the_base_goes_to_nobody_else(
-    build: Build, base: Path, adapter: Path, loads: list[str]
-) -> None:
-    backend = build(base, adapter)
-    assert backend.changes() == []
-    with backend.as_finetuned() as view:
-        layer = view.model.model.layers[0].self_attn
-        layer.k_proj.weight = layer.k_proj.weight * 2
-        layer.q_proj.lora_b[0] = 7.0
-    assert backend.changes() == [
-        "adapter weight model.layers.0.self_attn.q_proj.lora_b: contents changed",
-        "base weight model.layers.0.self_attn.k_proj.weight: replaced",
-    ]
-    with build(base).as_base() as clean:
-        assert np.array_equal(view_logits(clean), fresh_logits(base))
-    assert loads == [str(base)] * 2
-
-
-def test_writes_training_mode_and_the_tokenizers_settings_are_found(build: Build, base: Path) -> None:
-    backend = build(base)
-    with backend.as_base() as view:
-        view.model.model.norm.weight[0] = 3.0
-        view.model.train()
-        view.tokenizer._tokenizer.padding_side = "left"
-    assert backend.changes() == [
-        "tokenizer: padding_side 'right' -> 'left'",
-        "the model is in training mode",
-        "base weight model.norm.weight: contents changed",
-    ]
-
-
 def test_a_folder_that_is_no_base_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"does not exist\. Name a hub id"):
         build(tmp_path / "nowhere")
@@ -272,20 +241,6 @@ def test_weights_that_outlive_their_backend_are_reported_with_their_holder(
     KEEP.clear()
     del found
     assert backend.leak() is None
-
-
-def test_a_model_that_outlives_its_backend_is_reported_as_such(build: Build, base: Path, adapter: Path) -> None:
-    backend = build(base, adapter)
-    nbytes = sum(backend.sizes().values())
-    with backend.as_base() as view:
-        KEEP.append(view.model)
-    assert backend.leak() is None
-    backend.close()
-    found = backend.leak()
-    KEEP.clear()
-    assert found is not None
-    assert 0.9 * nbytes < found.nbytes <= nbytes
-    assert any("global 'KEEP'" in holder and holder.endswith("Model") for holder in found.holders)
 
 
 def test_the_base_is_not_leaked_while_another_backend_uses_it(

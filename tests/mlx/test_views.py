@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from pytest_sway.scoring import (
     ScalableDifferentialBackend,
 )
 from tests.mlx.native import fresh_logits, make_native, view_logits
-from tests.tiny import TEXT, edit_weights
+from tests.tiny import edit_config, edit_weights
 
 Build = Callable[..., Any]
 PAIR = ("the sun rises in the", " east and sets in the west .")
@@ -65,22 +66,13 @@ def test_views_in_many_threads_answer_as_alone(build: Build, base: Path, adapter
     assert found == {i: {logprob} for i, logprob in enumerate(alone)}
 
 
-def test_the_raw_model_stays_in_its_views_state_while_others_score(build: Build, base: Path, adapter: Path) -> None:
-    backend = build(base, adapter)
-    with backend.as_base() as plain, backend.as_finetuned() as tuned:
-        before = view_logits(tuned)
-        model, tokenizer = tuned.model, tuned.tokenizer
-        plain.logprob_of(*PAIR)
-        assert np.array_equal(np.array(model(mx.array([tokenizer.encode(TEXT)]))[0]), before)
-
-
 def test_a_closed_backend_leaves_the_base_to_the_others(
     build: Build, base: Path, adapter: Path, other_adapter: Path
 ) -> None:
     one, two = build(base, adapter), build(base, other_adapter)
     with two.as_base() as plain, one.as_finetuned() as first:
         expected = plain.logprob_of(*PAIR)
-        assert first.model is not None  # the model rests in the adapter's state
+        assert first.model is not plain.model
         one.close()
         assert plain.logprob_of(*PAIR) == expected
         with pytest.raises(BackendClosedError, match="was used after it was closed"):
@@ -109,7 +101,6 @@ def test_a_scaled_adapter_goes_from_the_base_to_the_adapter_and_on(build: Build,
         with backend.as_scaled_adapter(2.0) as twice:
             assert twice.id == "scaled_2.00"
             assert twice.logprob_of(*PAIR) not in ends
-            assert twice.model is not None
         assert tuned.logprob_of(*PAIR) == ends[1]
         assert backend.changes() == []
 
@@ -117,8 +108,6 @@ def test_a_scaled_adapter_goes_from_the_base_to_the_adapter_and_on(build: Build,
 def test_a_scaled_adapter_is_the_adapter_with_its_matrices_scaled(
     build: Build, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     scaled = Path(shutil.copytree(adapter, tmp_path / "scaled"))
 
     def halve(tensors: dict[str, Any]) -> None:
@@ -223,12 +212,14 @@ def test_the_identity_names_base_and_adapter(build: Build, base: Path, adapter: 
     assert build(base, adapter).cache_identity() == f"mlx:{base}:{adapter}"
 
 
-def test_the_preflight_names_the_side_that_is_not_finite(build: Build, base: Path, adapter: Path) -> None:
+def test_the_preflight_names_the_side_that_is_not_finite(
+    build: Build, base: Path, adapter: Path, tmp_path: Path
+) -> None:
     backend = build(base, adapter)
     with backend.as_scaled_adapter(1e38) as view:
         assert not np.isfinite(view.logprob_of(*PAIR))
-    with backend.as_finetuned() as view:
-        view.model.model.layers[0].self_attn.q_proj.scale = float("nan")
-    ok, reason = backend.preflight_finite_check()
+    assert backend.preflight_finite_check() == (True, "")
+    diverged = Path(shutil.copytree(adapter, tmp_path / "diverged"))
+    ok, reason = build(base, edit_config(diverged, lora_alpha=1e39)).preflight_finite_check()
     assert not ok
     assert reason.startswith("the ft view gave 8 of 8 non-finite log-probabilities")

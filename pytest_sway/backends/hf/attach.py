@@ -1,7 +1,7 @@
 """Putting an adapter on its base, and making sure that it is really there.
 
-PEFT puts it on a tree of the base, so that the base itself stays as it is whatever PEFT does. The result is kept, without
-the adapter's weights, as a skeleton: for the next adapter of the same configuration, a copy of it with other weights
+PEFT puts it on a tree of the base, so the base stays as it is, whatever PEFT does. The result is kept as a skeleton,
+without the adapter's weights. For the next adapter of the same configuration, a copy of the skeleton with other weights
 comes to the same, bit by bit, in a fraction of the time.
 """
 
@@ -189,7 +189,7 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
 
 
 def _is_all_in_file(adapter: Adapter) -> bool:
-    """Whether all that an adapter has of its own is a tensor of its file: so nothing was computed from other weights."""
+    """Whether all that an adapter has of its own comes from its file, so that nothing depends on the base's weights."""
     files = adapter.files
     if files.peft_type != "LORA" or files.entries is None:
         return False

@@ -175,8 +175,8 @@ class HFBackend:
     def changes(self) -> list[str]:
         """Return one line for each thing that is no longer as it was after the load; empty when nothing is.
 
-        A test's own models and tokenizers do not count. What counts is what they share with others. A base of which that
-        was changed is handed out to nobody else, and what was patched for the whole process is put back.
+        A test's own models and tokenizers do not count; what they share with others does. A base of which that was
+        changed is handed out to nobody else. What was patched for the whole process is put back.
 
         Raises:
             BackendClosedError: It was closed.

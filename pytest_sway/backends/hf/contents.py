@@ -74,7 +74,9 @@ def _checksum(tensor: Any) -> tuple[float, float]:
 
 
 class PatchRecord:
-    """What takes part in what a model computes, process-wide: its classes' forward, the attention functions by name, hooks on all modules.
+    """What was in force for the whole process and takes part in what a model computes.
+
+    That is the ``forward`` of its modules' classes, transformers' attention functions, and torch's hooks on all modules.
 
     Args:
         model: The model.

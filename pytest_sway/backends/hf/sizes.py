@@ -46,7 +46,9 @@ def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
         return {base_key(spec): base_bytes}
     if files.entries is None:
         return None
-    own = _adapter_bytes(files, entries or {}, _ITEM_BYTES[spec.dtype]) + (base_bytes if files.may_rewrite_anything else 0)
+    own = _adapter_bytes(files, entries or {}, _ITEM_BYTES[spec.dtype]) + (
+        base_bytes if files.may_rewrite_anything else 0
+    )
     return {base_key(spec): base_bytes, ("adapter", *resolved_key(spec)): own}
 
 

@@ -1,4 +1,4 @@
-"""Putting an adapter on a base: mlx-lm's layers around the base's own, which stay as they are."""
+"""Putting an adapter on a base: mlx-lm's layers in a tree of their own, around the base's arrays."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.hf.tokenizers import brings_tokenizer
 from pytest_sway.backends.mlx.base import load_tokenizer
 from pytest_sway.backends.mlx.conversion import as_mlx, copied_from_base, inexact, pairs_of
+from pytest_sway.backends.mlx.inspection import ClassesRecord
 from pytest_sway.backends.mlx.libraries import mlx_lm_module, quiet_process
-from pytest_sway.backends.mlx.modules import Overlay, Place, arrays_of, places_of
+from pytest_sway.backends.mlx.memory import SharedArrays
+from pytest_sway.backends.mlx.placement import computing_on
+from pytest_sway.backends.mlx.trees import arrays_of, modules_of, put_arrays, put_modules, tree_of
 from pytest_sway.backends.mlx.verification import verify_names, verify_shapes, verify_values
 from pytest_sway.errors import AdapterMismatchError
 
@@ -28,42 +31,48 @@ LEAVES: Final = ("lora_a", "lora_b", "m")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """An adapter for a base, in memory.
+    """An adapter on a base, in memory.
 
     Attributes:
         files: What it was loaded from.
-        places: Where its own arrays stand, by their names in the model.
-        layers: mlx-lm's layers by the names of the modules in whose places they stand; none for a full fine-tune.
-        overlay: What puts it on.
+        model: The base with the adapter on it: a pristine tree, which is never run, handed out or changed.
+        arrays: Its own arrays, by their names in the model.
+        layers: mlx-lm's layers by their names in the model; none for a full fine-tune.
+        shared: Its own arrays, for hygiene.
+        classes: The classes of its layers.
     """
 
     files: AdapterFiles
-    places: Mapping[str, Place]
+    model: Any
+    arrays: Mapping[str, Any]
     layers: Mapping[str, Any]
-    overlay: Overlay
-
-    def arrays(self) -> dict[str, Any]:
-        """Its own arrays, by their names in the model; to be called while none of them is replaced."""
-        return {name: place.value for name, place in self.places.items()}
+    shared: SharedArrays
+    classes: ClassesRecord
 
 
 def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
-    """Load an adapter for a base, and verify it; the base is left as it is. To be called under the base's lock.
+    """Load an adapter for a base, and verify it; the base is left as it is.
 
     Raises:
         AdapterMismatchError: It does not fit the base, holds NaN, or changes nothing.
     """
     import mlx.core as mx
 
-    with base.switch.bound(()), mx.stream(base.device), quiet_process():
+    model = tree_of(base.model)
+    with computing_on(base.device), quiet_process():
         tensors = mx.load(str(files.weights))
         if files.fine_tune_type == "full":
-            adapter = _replaced(base, files, tensors)
+            layers, arrays = {}, _in_the_bases_place(base, files, tensors)
         else:
-            layers = _converted_layers(base, files, tensors) if files.peft else _own_layers(base, files)
-            adapter = _filled(base, files, layers, _by_place(files, tensors))
-        verify_values(base, adapter)
-    return adapter
+            layers = _converted_layers(base, files, model, tensors) if files.peft else _own_layers(base, files, model)
+            arrays = _by_place(files, tensors)
+            _verify_places(base, files, layers, arrays)
+        put_arrays(model, arrays)
+        model.eval()
+        mx.eval(arrays_of(model))  # all of them: a thread can't evaluate what is left to another thread's stream
+        verify_values(base, files, layers, arrays)
+    shared = SharedArrays("adapter weight", model, arrays)
+    return Adapter(files, model, arrays, layers, shared, ClassesRecord(layers.values()))
 
 
 def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
@@ -73,38 +82,38 @@ def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
     return load_tokenizer(base.spec, files.folder, vars(base.config))
 
 
-def _own_layers(base: LoadedBase, files: AdapterFiles) -> dict[str, Any]:
-    """Have mlx-lm put its layers into the model, by its own rules, and take them out again."""
+def _own_layers(base: LoadedBase, files: AdapterFiles, model: Any) -> dict[str, Any]:
+    """Have mlx-lm put its layers into a tree of the base, by its own rules."""
     utils = mlx_lm_module("tuner.utils")
-    before = [(name, place, place.value) for name, place in base.places.items()]
     settings = {"dropout": 0.0} | dict(files.config["lora_parameters"])
     try:
         utils.linear_to_lora_layers(
-            base.model, files.config["num_layers"], settings, use_dora=files.fine_tune_type == "dora"
+            model, files.config["num_layers"], settings, use_dora=files.fine_tune_type == "dora"
         )
-        layers = {name: place.value for name, place, value in before if place.value is not value}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterMismatchError(
             f"mlx-lm cannot put the adapter {str(files.folder)!r} on the base {base.spec.base!r}: {error}."
             " Name the base that it was trained on."
         ) from error
-    finally:
-        for _, (container, key), value in before:
-            container[key] = value
-    return layers
+    before = modules_of(base.model)
+    return {
+        name: now for name, now in modules_of(model).items() if name in before and type(now) is not type(before[name])
+    }
 
 
-def _converted_layers(base: LoadedBase, files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Make mlx-lm's layers for an adapter of PEFT."""
+def _converted_layers(base: LoadedBase, files: AdapterFiles, model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put mlx-lm's layers for an adapter of PEFT into a tree of the base."""
     pairs, others = pairs_of(files)
-    own = base.arrays()
+    own, modules = arrays_of(model), modules_of(model)
     copies = {name: copied for name in others if (copied := copied_from_base(name)) in own}
-    unexpected = [*(name for name in others if name not in copies), *_homeless(base, pairs)]
+    unexpected = [*(name for name in others if name not in copies), *_homeless(modules, pairs)]
     verify_names(base.spec, files, unexpected=unexpected, missing=_halves(files, pairs))
     for name, copied in copies.items():
         if not _equal(tensors[name], own[copied]):
             raise inexact(files.folder, f"it brings other values than the base's for {copied}")
-    return {name: _layer(base, files, name, pair) for name, pair in pairs.items()}
+    layers = {name: _layer(files, modules, name, pair) for name, pair in pairs.items()}
+    put_modules(model, layers)
+    return layers
 
 
 def _equal(tensor: Any, array: Any) -> bool:
@@ -113,7 +122,7 @@ def _equal(tensor: Any, array: Any) -> bool:
     return tensor.shape == array.shape and bool(mx.array_equal(tensor.astype(array.dtype), array).item())
 
 
-def _homeless(base: LoadedBase, pairs: Mapping[str, Pair]) -> list[str]:
+def _homeless(modules: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[str]:
     """The tensors of modules that the MLX model has not, or that are of another kind there."""
     from mlx import nn
 
@@ -121,7 +130,7 @@ def _homeless(base: LoadedBase, pairs: Mapping[str, Pair]) -> list[str]:
     return [
         tensor
         for name, pair in pairs.items()
-        if name not in base.places or not isinstance(base.places[name].value, kinds[pair.embedding])
+        if not isinstance(modules.get(name), kinds[pair.embedding])
         for tensor in pair.tensors.values()
     ]
 
@@ -132,17 +141,16 @@ def _halves(files: AdapterFiles, pairs: Mapping[str, Pair]) -> list[str]:
     return [f"{name}.{leaf}" for name, pair in pairs.items() for leaf in wanted if leaf not in pair.tensors]
 
 
-def _layer(base: LoadedBase, files: AdapterFiles, name: str, pair: Pair) -> Any:
+def _layer(files: AdapterFiles, modules: Mapping[str, Any], name: str, pair: Pair) -> Any:
     lora, dora = mlx_lm_module("tuner.lora"), mlx_lm_module("tuner.dora")
-    module = base.places[name].value
     if pair.embedding:
         if files.fine_tune_type == "dora":
             raise inexact(files.folder, "it has DoRA on an embedding, which mlx-lm computes in another way")
-        if "lm_head" not in base.places:
+        if "lm_head" not in modules:
             raise inexact(files.folder, "the base's embeddings are its output layer too, and MLX would change both")
-        return lora.LoRAEmbedding.from_base(module, r=pair.rank, scale=pair.scale)
+        return lora.LoRAEmbedding.from_base(modules[name], r=pair.rank, scale=pair.scale)
     kind = dora.DoRALinear if files.fine_tune_type == "dora" else lora.LoRALinear
-    return kind.from_base(module, r=pair.rank, scale=pair.scale)
+    return kind.from_base(modules[name], r=pair.rank, scale=pair.scale)
 
 
 def _by_place(files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,35 +165,21 @@ def _by_place(files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _filled(base: LoadedBase, files: AdapterFiles, layers: dict[str, Any], arrays: dict[str, Any]) -> Adapter:
-    """Give layers the adapter's arrays."""
-    import mlx.core as mx
-
+def _verify_places(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    """Raise unless the adapter has an array for each place in its layers, as large as that, and no other."""
     places = {
-        f"{name}.{inner}": place for name, layer in layers.items() for inner, place in _adapter_places(layer).items()
+        f"{name}.{inner}": array
+        for name, layer in layers.items()
+        for inner, array in arrays_of(layer).items()
+        if inner.rpartition(".")[2] in LEAVES
     }
     verify_names(base.spec, files, unexpected=arrays.keys() - places.keys(), missing=places.keys() - arrays.keys())
-    verify_shapes(base.spec, files, arrays, {name: place.value for name, place in places.items()})
-    for name, (container, key) in places.items():
-        container[key] = arrays[name]
-    for layer in layers.values():
-        layer.eval()
-    mx.eval(list(arrays.values()))
-    return Adapter(files, places, layers, Overlay((base.places[name], layer) for name, layer in layers.items()))
+    verify_shapes(base.spec, files, arrays, places)
 
 
-def _adapter_places(layer: Any) -> dict[str, Place]:
-    return {name: place for name, place in places_of(layer).items() if name.rpartition(".")[2] in LEAVES}
-
-
-def _replaced(base: LoadedBase, files: AdapterFiles, tensors: dict[str, Any]) -> Adapter:
+def _in_the_bases_place(base: LoadedBase, files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays that stand in for the base's own, as mlx-lm saves a full fine-tune of some of the layers."""
-    import mlx.core as mx
-
     own = arrays_of(base.model)
     verify_names(base.spec, files, unexpected=tensors.keys() - own.keys(), missing=())
     verify_shapes(base.spec, files, tensors, own)
-    arrays = {name: tensor.astype(own[name].dtype) for name, tensor in tensors.items()}
-    mx.eval(list(arrays.values()))
-    places = {name: Place(arrays, name) for name in arrays}
-    return Adapter(files, places, {}, Overlay((base.places[name], array) for name, array in arrays.items()))
+    return {name: tensor.astype(own[name].dtype) for name, tensor in tensors.items()}

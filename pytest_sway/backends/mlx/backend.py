@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.contents import summarised
+from pytest_sway.backends.hf.tokenizer_copies import RustRecord
 from pytest_sway.backends.mlx import sides
-from pytest_sway.backends.mlx.base import encoder_of
-from pytest_sway.backends.mlx.inspection import ArraysRecord
-from pytest_sway.backends.mlx.memory import WeightsWatch, find_leak
+from pytest_sway.backends.mlx.base import encoder_of, own_tokenizer_of
+from pytest_sway.backends.mlx.memory import find_leak
+from pytest_sway.backends.mlx.placement import computing_on
+from pytest_sway.backends.mlx.sides import Side
+from pytest_sway.backends.mlx.trees import own_tree_of
 from pytest_sway.backends.mlx.views import MLXView
-from pytest_sway.backends.preflight import not_finite
+from pytest_sway.backends.preflight import preflight
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
 from pytest_sway.frames import forget_frames
 from pytest_sway.spec import base_key, resolved_key
@@ -24,14 +28,26 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.memory import Leak
     from pytest_sway.backends.mlx.adapters import Adapter
     from pytest_sway.backends.mlx.base import LoadedBase
-    from pytest_sway.backends.mlx.sides import Side
+    from pytest_sway.backends.mlx.memory import SharedArrays
     from pytest_sway.backends.shared import Share
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-_PREFLIGHT_PROMPT = "hello"
-_PREFLIGHT_TOP_K = 8
+
+@dataclass(slots=True, eq=False)
+class Opened:
+    """An open view.
+
+    Attributes:
+        side: What it shows.
+        model: The model that its test was handed, once it has asked for one.
+        tokenizer: Likewise.
+    """
+
+    side: Side
+    model: Any = None
+    tokenizer: Any = None
 
 
 @dataclass(slots=True, eq=False)
@@ -43,20 +59,20 @@ class Loaded:
         base: The base's side.
         tuned: The tuned side, if there is one.
         adapter: The adapter, if there is one.
-        views: The sides of the open views.
+        views: The open views.
     """
 
     shares: list[Share[LoadedBase]]
     base: Side
     tuned: Side | None
     adapter: Adapter | None = None
-    views: dict[MLXView, Side] = field(default_factory=dict)
+    views: dict[MLXView, Opened] = field(default_factory=dict)
 
 
 class MLXBackend:
     """A model of mlx-lm with an adapter, or beside what it was fine-tuned to; made by `MLXBuilder.build`.
 
-    Any number of views may be open at once, in any number of threads: each call binds its view's state.
+    Any number of views may be open at once, in any number of threads: each side has modules of its own.
 
     Args:
         spec: The resolved spec that it was built from.
@@ -70,10 +86,10 @@ class MLXBackend:
         self._spec = spec
         self._loaded: Loaded | None = loaded
         self._withdraw = withdraw
-        adapter = loaded.adapter
-        self._record = None if adapter is None else ArraysRecord("adapter weight", adapter.arrays())
-        self._tokenizer_record = TokenizerRecord(encoder_of(loaded.base.tokenizer))
-        self._watches: list[WeightsWatch] = []
+        own_tokenizer = loaded.base.tokenizer is not loaded.base.base.tokenizer
+        self._rust = RustRecord(encoder_of(loaded.base.tokenizer)) if own_tokenizer else None
+        self._handing_out = threading.Lock()
+        self._freed: list[SharedArrays] = []
 
     def __repr__(self) -> str:
         return f"<MLXBackend {self._spec}{'' if self._loaded else ', closed'}>"
@@ -112,8 +128,9 @@ class MLXBackend:
             BackendUseError: What it has is a full fine-tune.
         """
         side = self._tuned("as_scaled_adapter")
-        overlay = sides.scaled(self._adapter("as_scaled_adapter"), lam)
-        with self._view(f"scaled_{lam:.2f}", side.with_overlay(overlay)) as view:
+        model = sides.scaled(self._adapter("as_scaled_adapter"), lam)
+        with self._view(f"scaled_{lam:.2f}", replace(side, model=model)) as view:
+            del side, model
             yield view
 
     @contextmanager
@@ -131,9 +148,11 @@ class MLXBackend:
             BackendUseError: What it has is a full fine-tune.
         """
         side = self._tuned("as_null_adapter")
-        overlay = sides.null(self._adapter("as_null_adapter"), seed, init_scale, rank_scale)
+        with computing_on(side.base.device):
+            model = sides.null(self._adapter("as_null_adapter"), seed, init_scale, rank_scale)
         view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
-        with self._view(view_id, side.with_overlay(overlay)) as view:
+        with self._view(view_id, replace(side, model=model)) as view:
+            del side, model
             yield view
 
     # --- for the cache, the hygiene and dlm-sway ----------------------------------------------------------------------
@@ -144,28 +163,21 @@ class MLXBackend:
 
     def preflight_finite_check(self) -> tuple[bool, str]:
         """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
-        try:
-            with self.as_base() as base:
-                found = {"base": base.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)}
-            if self._require().tuned is not None:
-                with self.as_finetuned() as tuned:
-                    found["ft"] = tuned.next_token_dist(_PREFLIGHT_PROMPT, top_k=_PREFLIGHT_TOP_K)
-        except Exception as error:  # the check reports whatever went wrong
-            return False, f"preflight forward pass raised {type(error).__name__}: {error}"
-        reasons = [reason for label, dist in found.items() if (reason := not_finite(label, dist))]
-        return not reasons, "; ".join(reasons)
+        checked = {"base": self.as_base}
+        if self._require().tuned is not None:
+            checked["ft"] = self.as_finetuned
+        return preflight(checked)
 
     def sizes(self) -> Mapping[Hashable, int]:
         """Return the bytes that each part takes in memory, keyed as in `MLXBuilder.estimate`."""
         loaded = self._require()
-        sizes: dict[Hashable, int] = {base_key(share.value.spec): share.value.nbytes for share in loaded.shares}
+        sizes: dict[Hashable, int] = {base_key(share.value.spec): share.value.shared.nbytes for share in loaded.shares}
         if loaded.adapter is not None:
-            arrays = loaded.adapter.arrays().values()
-            sizes["adapter", *resolved_key(self._spec)] = sum(array.nbytes for array in arrays)
+            sizes["adapter", *resolved_key(self._spec)] = loaded.adapter.shared.nbytes
         return sizes
 
     def changes(self) -> list[str]:
-        """Return one line for each thing that is no longer as it was after the load; empty when nothing is.
+        """Return one line for each thing that views share and that is no longer as it was; empty when nothing is.
 
         A shared base that was changed is handed out to nobody else.
 
@@ -173,16 +185,13 @@ class MLXBackend:
             BackendClosedError: It was closed.
         """
         loaded = self._require()
-        lines = self._tokenizer_record.changes()
+        lines = [] if self._rust is None else self._rust.changes()
+        if loaded.adapter is not None:
+            lines += [*loaded.adapter.classes.changes(), *loaded.adapter.shared.changes()]
         for i, share in enumerate(loaded.shares):
-            base = share.value
-            with base.lock:
-                found = base.changes()
-                if i == 0 and loaded.adapter is not None and self._record is not None:
-                    with base.switch.bound(()):
-                        lines += self._record.changes(loaded.adapter.arrays())
+            found = share.value.changes()
             if found:
-                self._withdraw(base)
+                self._withdraw(share.value)
             lines += [("fine-tuned model: " if i else "") + line for line in found if line not in lines]
         return summarised(lines)
 
@@ -191,36 +200,29 @@ class MLXBackend:
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
-        self._record = None
-        shares = loaded.shares
-        try:
-            self._take_off(loaded)
-        finally:
-            del loaded  # its sides refer to the model, which has to be gone when its base is closed
-            self._release(shares)
+        self._rust = None
+        shares, adapter = loaded.shares, loaded.adapter
+        if adapter is not None:
+            self._freed.append(adapter.shared)
+        del loaded, adapter  # they refer to the models, which have to be gone when the base is closed
+        self._release(shares)
 
     def leak(self) -> Leak | None:
         """Return what its close should have freed and did not; ``None`` if all is gone, or before the close."""
-        return find_leak(self._watches)
-
-    def _take_off(self, loaded: Loaded) -> None:
-        for side in (loaded.tuned, *loaded.views.values()):
-            self._leave(side)
-        if loaded.adapter is not None:
-            self._watches.append(WeightsWatch(loaded.adapter.layers.values(), loaded.adapter.arrays().values()))
+        return find_leak(self._freed)
 
     def _release(self, shares: list[Share[LoadedBase]]) -> None:
         bases = [share.value for share in shares]
         while shares:
             shares.pop().release()
-        self._watches += [base.watch for base in bases if base.closed]
+        self._freed += [base.shared for base in bases if base.closed]
 
     # --- for views ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _view(self, view_id: str, side: Side) -> Iterator[MLXView]:
         view = MLXView(view_id, self)
-        self._require().views[view] = side
+        self._require().views[view] = Opened(side)
         del side
         try:
             yield view
@@ -230,47 +232,44 @@ class MLXBackend:
     def _run(self, view: MLXView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         handled = sys.exception()
         try:
-            return self._bound_run(view, work, args)
+            return self._computed(self._opened(view).side, work, args)
         except BaseException as error:
             forget_frames(error, handled)  # the frames of a failed forward pass hold on to weights
             raise
 
-    def _bound_run(self, view: MLXView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        import mlx.core as mx
+    @staticmethod
+    def _computed(side: Side, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        with computing_on(side.base.device):
+            return work(side.engine(), *args)
 
-        side = self._side(view)
-        with side.base.lock:
-            self._require()  # it may have been closed while we waited
-            with side.base.switch.bound(side.state), mx.stream(side.base.device):
-                return work(side.engine(), *args)
+    def _own_model(self, view: MLXView) -> Any:
+        opened = self._opened(view)
+        with self._handing_out:
+            if opened.model is None:
+                adapter = self._require().adapter
+                model, copies = own_tree_of(opened.side.model)
+                for shared in (opened.side.base.shared, *(() if adapter is None else (adapter.shared,))):
+                    shared.handed_out(model, copies)
+                opened.model = model
+            return opened.model
 
-    def _raw_model(self, view: MLXView) -> Any:
-        side = self._side(view)
-        with side.base.lock:
-            self._require()  # it may have been closed while we waited
-            side.base.switch.rest(side.state)
-            return side.base.model
+    def _own_tokenizer(self, view: MLXView) -> Any:
+        opened = self._opened(view)
+        with self._handing_out:
+            if opened.tokenizer is None:
+                opened.tokenizer = own_tokenizer_of(opened.side.tokenizer)
+            return opened.tokenizer
 
-    def _tokenizer(self, view: MLXView) -> Any:
-        return self._side(view).tokenizer
-
-    def _side(self, view: MLXView) -> Side:
-        side = self._require().views.get(view)
-        if side is None:  # it was closed between the call and here
+    def _opened(self, view: MLXView) -> Opened:
+        opened = self._require().views.get(view)
+        if opened is None:  # it was closed between the call and here
             raise view._closed_error()
-        return side
+        return opened
 
     def _view_closed(self, view: MLXView) -> None:
-        side = None if self._loaded is None else self._loaded.views.pop(view, None)
-        if side is not None and len(side.state) > 1:  # a state of its own, which nobody else can be in
-            self._leave(side)
-
-    @staticmethod
-    def _leave(side: Side | None) -> None:
-        """Take a side's adapter out, if the raw model rests in it."""
-        if side is not None and side.state:
-            with side.base.lock:
-                side.base.switch.leave(side.state[-1])
+        loaded = self._loaded
+        if loaded is not None:
+            loaded.views.pop(view, None)
 
     def _require(self) -> Loaded:
         if self._loaded is None:

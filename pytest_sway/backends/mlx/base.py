@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.inspection import TokenizerRecord
-from pytest_sway.backends.mlx.inspection import ArraysRecord
+from pytest_sway.backends.hf.tokenizer_copies import RustRecord, copied
+from pytest_sway.backends.mlx.inspection import ClassesRecord
 from pytest_sway.backends.mlx.libraries import mlx_lm_module, quiet_process
-from pytest_sway.backends.mlx.memory import WeightsWatch
-from pytest_sway.backends.mlx.modules import Switch, arrays_of, places_of
-from pytest_sway.backends.mlx.placement import mlx_device, mlx_dtype
+from pytest_sway.backends.mlx.memory import SharedArrays
+from pytest_sway.backends.mlx.placement import computing_on, mlx_device, mlx_dtype
+from pytest_sway.backends.mlx.trees import arrays_of
 from pytest_sway.errors import BackendLoadError
 from pytest_sway.spec import is_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pytest_sway.backends.mlx.modules import Place
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -33,17 +32,13 @@ class LoadedBase:
 
     Attributes:
         spec: The resolved spec that it was loaded from.
-        model: The model, in evaluation mode.
+        model: The model, in evaluation mode: a pristine tree, which is never run, handed out or changed.
         tokenizer: mlx-lm's wrapper around the tokenizer.
         encoder: The Hugging Face tokenizer inside.
         config: The model's configuration, as attributes.
         device: What computes it.
-        lock: Held while the model computes or is changed.
-        switch: What puts the model into a view's state.
-        places: Where its modules and arrays stand, by name.
         embedded: How many tokens it has embeddings for; ``None`` if that is unknown.
-        nbytes: What its arrays take.
-        watch: Tells whether they are still in memory.
+        shared: Its arrays.
     """
 
     def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
@@ -53,30 +48,19 @@ class LoadedBase:
         self.encoder = encoder_of(tokenizer)
         self.config = as_attributes(config)
         self.device = mlx_device(spec)
-        self.lock = threading.RLock()
-        self.switch = Switch()
-        self.places = places_of(model)
-        self.embedded = _embedded(self.places)
-        self._record = ArraysRecord("base weight", self.arrays())
-        self._tokenizer_record = TokenizerRecord(self.encoder)
-        arrays = {id(array): array for array in self.arrays().values()}.values()
-        self.nbytes = sum(array.nbytes for array in arrays)
-        self.watch = WeightsWatch([model], arrays)
+        self.embedded = _embedded(model)
+        self.shared = SharedArrays("base weight", model, arrays_of(model))
+        self._rust = RustRecord(self.encoder)
+        self._classes = ClassesRecord(model.modules())
 
     @property
     def closed(self) -> bool:
         """Whether its last user has left."""
         return self.model is None
 
-    def arrays(self) -> dict[str, Any]:
-        """The base's own arrays by name; to be called while no adapter is bound."""
-        return arrays_of(self.model)
-
     def changes(self) -> list[str]:
-        """One line for each thing of the base that is no longer as it was; to be called under its lock."""
-        with self.switch.bound(()):
-            training = ["the model is in training mode"] if self.model.training else []
-            return [*training, *self._record.changes(self.arrays()), *self._tokenizer_record.changes()]
+        """One line for each thing that all trees of the base share and that is no longer as it was."""
+        return [*self._rust.changes(), *self._classes.changes(), *self.shared.changes()]
 
     def close(self) -> None:
         """Let go of the model, and give its memory back."""
@@ -84,10 +68,7 @@ class LoadedBase:
 
         import mlx.core as mx
 
-        with self.lock:
-            self.switch.rest(())
-            self.model = self.tokenizer = self.encoder = self._record = None  # type: ignore[assignment] # it is closed
-            self.places = {}
+        self.model = self.tokenizer = self.encoder = self._rust = None  # type: ignore[assignment] # it is closed
         gc.collect()
         mx.clear_cache()
 
@@ -101,7 +82,7 @@ def load_base(spec: ModelSpec) -> LoadedBase:
     import mlx.core as mx
 
     utils = mlx_lm_module("utils")
-    with quiet_process(), mx.stream(mlx_device(spec)):
+    with computing_on(mlx_device(spec)), quiet_process():
         folder = _folder(spec)
         settings = legacy_rope(json.loads((folder / "config.json").read_bytes()))
         try:
@@ -113,7 +94,7 @@ def load_base(spec: ModelSpec) -> LoadedBase:
         _require_rope(spec, model, config)
         _set_dtype(model, mlx_dtype(spec))
         model.eval()
-        mx.eval(model.parameters())
+        mx.eval(arrays_of(model))  # all of them: a thread can't evaluate what is left to another thread's stream
         tokenizer = load_tokenizer(spec, folder, config)
     return LoadedBase(spec, model, tokenizer, config)
 
@@ -134,6 +115,16 @@ def load_tokenizer(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> 
 def encoder_of(tokenizer: Any) -> Any:
     """Return the Hugging Face tokenizer inside of mlx-lm's wrapper, which cannot be called itself."""
     return tokenizer._tokenizer
+
+
+def own_tokenizer_of(tokenizer: Any) -> Any:
+    """Return a wrapper with settings of its own, around a tokenizer with settings of its own."""
+    encoder, detokenizer = encoder_of(tokenizer), copy.copy(tokenizer._detokenizer)
+    own = copied(encoder)
+    for name, value in vars(detokenizer).items():  # the rest is a table of all tokens, which is only read
+        if value is encoder:
+            setattr(detokenizer, name, own)
+    return copy.deepcopy(tokenizer, {id(encoder): own, id(tokenizer._detokenizer): detokenizer})
 
 
 def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,12 +176,13 @@ def _folder(spec: ModelSpec) -> Path:
     return Path(snapshot_download(spec.base, revision=spec.revision, allow_patterns=patterns))
 
 
-def _embedded(places: Mapping[str, Place]) -> int | None:
+def _embedded(model: Any) -> int | None:
     """The rows of the first embedding of a model, which is that of its tokens."""
     from mlx import nn
+    from mlx.utils import tree_flatten
 
-    modules = (place.value for place in places.values())
-    first = next((m for m in modules if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)), None)
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    first = next((m for _, m in leaves if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)), None)
     return None if first is None else int(first.weight.shape[0])
 
 

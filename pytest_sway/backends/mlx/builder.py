@@ -102,16 +102,15 @@ class MLXBuilder:
         if tuned_spec is not None:
             tuned = self._clean_base(tuned_spec, shares)
             verify_finetuned(base, tuned)
-            sides = Side(base, (), base.tokenizer), Side(tuned, (), tuned.tokenizer)
+            sides = Side(base, base.model, base.tokenizer), Side(tuned, tuned.model, tuned.tokenizer)
             loaded = Loaded(list(shares), *sides)
         elif files is not None:
-            with base.lock:
-                adapter = load_adapter(base, files)
+            adapter = load_adapter(base, files)
             tokenizer = adapter_tokenizer(base, files)
-            sides = Side(base, (), tokenizer), Side(base, (adapter.overlay,), tokenizer)
+            sides = Side(base, base.model, tokenizer), Side(base, adapter.model, tokenizer)
             loaded = Loaded(list(shares), *sides, adapter)
         else:
-            loaded = Loaded(list(shares), Side(base, (), base.tokenizer), None)
+            loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer), None)
         return MLXBackend(spec, loaded, self._pool.withdraw)
 
     def _clean_base(self, spec: ModelSpec, shares: list[Share[LoadedBase]]) -> LoadedBase:
@@ -120,11 +119,8 @@ class MLXBuilder:
             share = self._pool.acquire(base_key(spec), lambda: self._timed(spec))
             shares.append(share)
             base = share.value
-            if share.fresh:
+            if share.fresh or not base.changes():
                 return base
-            with base.lock:
-                if not base.changes():
-                    return base
             self._pool.withdraw(base)
             shares.pop().release()
 

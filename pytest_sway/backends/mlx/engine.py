@@ -1,7 +1,6 @@
 """What computes a view's answers: token ids through an MLX model, to log-probabilities and new tokens.
 
-Nothing here knows of adapters or locks: the model is in the state that is meant. MLX is lazy, so everything is
-evaluated before it is returned.
+Nothing here knows of adapters or views. MLX is lazy, so everything is evaluated before it is returned.
 """
 
 from __future__ import annotations

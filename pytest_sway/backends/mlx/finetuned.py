@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_sway.backends.hf.finetuned import require_same_tokens
+from pytest_sway.backends.mlx.trees import arrays_of
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
     import mlx.core as mx
 
     require_same_tokens(base.spec, base.encoder, tuned.spec, tuned.encoder)
-    ours, theirs = _arrays(base), _arrays(tuned)
+    ours, theirs = arrays_of(base.model), arrays_of(tuned.model)
     if ours.keys() == theirs.keys() and all(mx.array_equal(ours[name], theirs[name]).item() for name in ours):
         raise AdapterMismatchError(
             f"the fine-tuned model {tuned.spec.base!r} is equal to its base {base.spec.base!r}, bit by bit, so a test"
@@ -36,8 +37,3 @@ def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
             f" {len(theirs)} tensors ({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''})."
             " Its training diverged, or the file is damaged."
         )
-
-
-def _arrays(base: LoadedBase) -> dict[str, Any]:
-    with base.lock, base.switch.bound(()):
-        return base.arrays()

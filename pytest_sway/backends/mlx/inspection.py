@@ -1,62 +1,43 @@
-"""Whether arrays are still what they were."""
+"""Whether what trees still share is what it was: the bytes in memory, and the classes of modules.
+
+Writes through MLX stay in their tree. What goes around it does not: an array of numpy made with ``copy=False``, or a
+tensor by DLPack, has the same memory.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-SAMPLES: Final = 32
-"""Elements of each array that are compared: MLX counts no writes."""
 
-
-class ArraysRecord:
-    """What some arrays were like.
+class ClassesRecord:
+    """What the classes of some modules computed with.
 
     Args:
-        kind: What a report calls one of them.
-        arrays: The arrays by name.
+        modules: The modules.
     """
 
-    def __init__(self, kind: str, arrays: Mapping[str, Any]) -> None:
-        self._kind = kind
-        self._arrays = dict(arrays)
-        self._samples = _samples(self._arrays.values())
+    def __init__(self, modules: Iterable[Any]) -> None:
+        self._calls: dict[Any, Any] = {type(module): type(module).__call__ for module in modules}
 
-    def changes(self, now: Mapping[str, Any]) -> list[str]:
-        """One line for each array that is no longer as it was.
-
-        Args:
-            now: The arrays that stand in the places now, by name.
-        """
-        lines = [
-            f"{self._kind} {name}: {'removed' if now.get(name) is None else 'replaced'}"
-            for name, array in self._arrays.items()
-            if now.get(name) is not array
-        ]
-        lines += [f"{self._kind} {name}: added" for name in now if name not in self._arrays]
-        if lines:
-            return lines
-        samples = _samples(self._arrays.values())
+    def changes(self) -> list[str]:
+        """One line for each class that computes with something else now."""
         return [
-            f"{self._kind} {name}: contents changed"
-            for name, before, after in zip(self._arrays, self._samples, samples, strict=True)
-            if before != after
+            f"class {kind.__module__}.{kind.__qualname__}: its __call__ was replaced"
+            for kind, call in self._calls.items()
+            if kind.__call__ != call  # for a class without one, Python makes a new object each time, equal to the last
         ]
 
 
-def _samples(arrays: Iterable[Any]) -> list[bytes]:
-    """Some elements of each array, spread over it, as bytes, so that a NaN is equal to itself."""
+def checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sum of each array's elements, taken as integers: one other element changes it, two swapped do not."""
     import mlx.core as mx
-    import numpy as np
 
-    picked = []
-    for array in arrays:
-        flat = array.reshape(-1)
-        flat = flat[:: max(1, flat.size // SAMPLES)][:SAMPLES]
-        picked.append(flat.astype(mx.float32) if mx.issubdtype(flat.dtype, mx.floating) else flat)
-    mx.eval(picked)
-    return [np.array(sample).tobytes() for sample in picked]
+    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+    sums: dict[str, Any] = {name: mx.sum(array.view(unsigned[array.dtype.size])) for name, array in arrays.items()}
+    mx.eval(sums)
+    return {name: int(total.item()) for name, total in sums.items()}

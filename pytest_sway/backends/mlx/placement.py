@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -9,12 +11,17 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.errors import SpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 _GPU_NAMES: Final = ("gpu", "mps", "cuda")
 """For MLX a GPU is a GPU, whichever its make; torch's names for it are understood."""
+
+_ONE_AT_A_TIME: Final = threading.RLock()
+_in_use: Final[set[str]] = set()
 
 
 def resolve_placement(spec: ModelSpec) -> ModelSpec:
@@ -62,6 +69,29 @@ def mlx_dtype(spec: ModelSpec) -> Any:
     import mlx.core as mx
 
     return {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}[spec.dtype]
+
+
+@contextmanager
+def computing_on(device: Any) -> Iterator[None]:
+    """Have MLX compute on a device inside the block.
+
+    Threads compute at the same time as long as all of them mean MLX's default device. The default device is the whole
+    process's, while all else in MLX that matters here is each thread's own. So from when a second device has been used,
+    one thread computes at a time: it would take the other thread's device instead of its own.
+    """
+    import mlx.core as mx
+
+    _in_use.update((_default_device(), str(device)))
+    with _ONE_AT_A_TIME if len(_in_use) > 1 else nullcontext(), mx.stream(device):
+        yield
+
+
+@lru_cache(maxsize=1)
+def _default_device() -> str:
+    """MLX's default device before any other was put in its place."""
+    import mlx.core as mx
+
+    return str(mx.default_device())
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,7 @@
 """From texts to answers, one pass after the other, in the order in which they were asked.
 
 Texts are tokenised, cut and put into windows as kind ``hf`` does it, so that the two kinds agree. A view's
-``run(work, *args)`` returns ``work(engine, *args)`` with the model in the state that is meant, and keeps everybody else
-off it meanwhile; it is called once for each question, so that others get their turn between two.
+``run(work, *args)`` returns ``work(engine, *args)``; it is called once for each question.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""The sides of a loaded backend, and what stands in for the adapter's values in its other views."""
+"""What views show: the sides of a loaded backend, and those with the adapter scaled or replaced by noise."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.mlx.base import encoder_of
 from pytest_sway.backends.mlx.engine import Engine
-from pytest_sway.backends.mlx.modules import Overlay, Place, State
+from pytest_sway.backends.mlx.trees import modules_of, put_arrays, tree_of
 from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
@@ -18,38 +19,42 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Side:
-    """A model, and the state that makes it what a view shows.
+    """What a view shows.
 
     Attributes:
-        base: The loaded base that it is.
-        state: The state to bind.
+        base: The loaded base that it is made from.
+        model: A pristine tree: the base's, the adapter's, or one that was made for this side.
         tokenizer: What turns its texts into tokens, in mlx-lm's wrapper.
     """
 
     base: LoadedBase
-    state: State
+    model: Any
     tokenizer: Any
 
-    def with_overlay(self, overlay: Overlay) -> Side:
-        """The same side with values of the adapter replaced."""
-        return replace(self, state=(*self.state, overlay))
-
     def engine(self) -> Engine:
-        """Return what computes its answers, while the state is bound."""
-        base = self.base
-        return Engine(base.model, encoder_of(self.tokenizer), base.config, base.embedded)
+        """Return what computes its answers."""
+        return Engine(self._running, encoder_of(self.tokenizer), self.base.config, self.base.embedded)
+
+    @cached_property
+    def _running(self) -> Any:
+        """The tree that computes: the modules of some models keep things when they run."""
+        return tree_of(self.model)
 
 
-def scaled(adapter: Adapter, lam: float) -> Overlay:
-    """Scales that make the adapter's LoRA terms count ``lam`` times."""
+def scaled(adapter: Adapter, lam: float) -> Any:
+    """Return a tree in which the adapter's LoRA terms count ``lam`` times."""
     _require_lora(adapter, "as_scaled_adapter")
-    return Overlay((Place(vars(layer), "scale"), layer.scale * lam) for layer in adapter.layers.values())
+    model = tree_of(adapter.model)
+    modules = modules_of(model)
+    for name in adapter.layers:
+        modules[name].scale *= lam
+    return model
 
 
-def null(adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Overlay:
-    """Noise in place of the adapter's LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
+def null(adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Any:
+    """Return a tree with noise in place of the adapter's LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
 
     Raises:
         ValueError: ``rank_scale`` is not positive and finite.
@@ -59,15 +64,17 @@ def null(adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> O
     _require_lora(adapter, "as_null_adapter")
     import mlx.core as mx
 
-    places = {name: place for name, place in adapter.places.items() if not name.endswith(".m")}
-    keys = mx.random.split(mx.random.key(seed % 2**64), len(places))
+    matrices = {name: array for name, array in sorted(adapter.arrays.items()) if not name.endswith(".m")}
+    keys = mx.random.split(mx.random.key(seed % 2**64), len(matrices))
     scale = init_scale * math.sqrt(rank_scale)
-    noise = [
-        mx.random.normal(place.value.shape, scale=scale, key=key).astype(place.value.dtype)
-        for key, (_, place) in zip(keys, sorted(places.items()), strict=True)
-    ]
+    noise = {
+        name: mx.random.normal(array.shape, scale=scale, key=key).astype(array.dtype)
+        for key, (name, array) in zip(keys, matrices.items(), strict=True)
+    }
     mx.eval(noise)
-    return Overlay((places[name], array) for name, array in zip(sorted(places), noise, strict=True))
+    model = tree_of(adapter.model)
+    put_arrays(model, noise)
+    return model
 
 
 def _require_lora(adapter: Adapter, what: str) -> None:

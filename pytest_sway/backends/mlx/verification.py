@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.mlx.trees import arrays_of
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from pytest_sway.backends.mlx.adapter_files import AdapterFiles
-    from pytest_sway.backends.mlx.adapters import Adapter
     from pytest_sway.backends.mlx.base import LoadedBase
     from pytest_sway.spec import ModelSpec
 
@@ -58,25 +58,31 @@ def verify_shapes(base: ModelSpec, files: AdapterFiles, found: Mapping[str, Any]
         raise _mismatch(base, files, f"{len(wrong)} of its tensors have other sizes ({_some(wrong)})")
 
 
-def verify_values(base: LoadedBase, adapter: Adapter) -> None:
-    """Raise unless the adapter's arrays are finite and can change anything; the base is bound.
+def verify_values(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    """Raise unless an adapter's arrays are finite and can change anything.
+
+    Args:
+        base: What it is put on.
+        files: The adapter.
+        layers: mlx-lm's layers with its arrays; none for a full fine-tune.
+        arrays: Its arrays, by their names in the model.
 
     Raises:
         AdapterMismatchError: They are not, or cannot.
     """
     import mlx.core as mx
 
-    arrays, folder = adapter.arrays(), str(adapter.files.folder)
+    folder = str(files.folder)
     broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
     if broken:
         raise AdapterMismatchError(
             f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(arrays)} tensors"
             f" ({_some(broken)}). Its training diverged, or the file is damaged."
         )
-    if all(_changes_nothing(layer) for layer in adapter.layers.values()) and _equal_in_base(base, adapter):
+    if all(map(_changes_nothing, layers.values())) if layers else _equal_in_base(base, arrays):
         why = (
             "its tensors are the base's own"
-            if adapter.files.fine_tune_type == "full"
+            if not layers
             else "in each of its LoRA pairs, A, B or the scale is zero, so that every product is zero"
         )
         raise AdapterMismatchError(
@@ -100,13 +106,12 @@ def _changes_nothing(layer: Any) -> bool:
     return bool(mx.allclose(layer.m.astype(mx.float32), norms, rtol=_ROUNDING).item())
 
 
-def _equal_in_base(base: LoadedBase, adapter: Adapter) -> bool:
-    """Whether a full fine-tune's arrays are the base's; so they are where there is none."""
+def _equal_in_base(base: LoadedBase, arrays: Mapping[str, Any]) -> bool:
+    """Whether a full fine-tune's arrays are the base's."""
     import mlx.core as mx
 
-    if adapter.layers:
-        return True
-    return all(mx.array_equal(array, base.places[name].value).item() for name, array in adapter.arrays().items())
+    own = arrays_of(base.model)
+    return all(mx.array_equal(array, own[name]).item() for name, array in arrays.items())
 
 
 def _mismatch(base: ModelSpec, files: AdapterFiles, what: str) -> AdapterMismatchError:

@@ -1,4 +1,4 @@
-"""A view: scoring and generation in one state of an MLX model."""
+"""A view: scoring and generation with one side of a backend."""
 
 from __future__ import annotations
 
@@ -35,16 +35,25 @@ class MLXView:
 
     @property
     def model(self) -> Any:
-        """The model of mlx-lm, put into this view's state.
+        """The test's own model of mlx-lm, with exactly this view's adapter, or none.
 
-        It stays in this state until another view's ``model`` is asked for; scoring through views does not change it.
+        It is made when it is first asked for, and is the same object for as long as the view is open. What you do to it
+        through MLX (train it, write to its arrays, quantize it, replace layers) is done to this model alone, and ends
+        with the test: this view and all others go on scoring with the models that their specs name.
+
+        Its weights share their memory with theirs. What goes around MLX reaches that memory, such as a write to
+        ``np.array(weight, copy=False)``; the test that does it gets a `MutationError`.
         """
-        return self._open()._raw_model(self)
+        return self._open()._own_model(self)
 
     @property
     def tokenizer(self) -> Any:
-        """mlx-lm's wrapper around the tokenizer. It is shared: change nothing of it."""
-        return self._open()._tokenizer(self)
+        """The test's own wrapper of mlx-lm around the tokenizer, the same object for as long as the view is open.
+
+        Its settings are its own. What lives in Rust is shared, such as added tokens and the normalizer: a test that
+        changes these gets a `MutationError`.
+        """
+        return self._open()._own_tokenizer(self)
 
     def render(self, messages: Iterable[Message]) -> str:
         """Return what the tokenizer's chat template makes of a conversation, up to where the answer begins.

@@ -1,0 +1,52 @@
+"""Trees: models with modules of their own, over arrays that they share.
+
+A loaded base is one tree, and a base with an adapter another one. Neither is ever run, handed out or changed: they are
+pristine. What computes, and what a test is handed, are trees that are made from them. MLX writes to no memory that
+another array refers to: ``array[...] = x`` gives the Python object other memory. So a tree with Python objects of its
+own takes no memory for its weights, and no write through MLX leaves it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def arrays_of(model: Any) -> dict[str, Any]:
+    """Return all arrays in a module, by their names in it; also those that are no parameters."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    return {name: leaf for name, leaf in tree_flatten(model) if isinstance(leaf, mx.array)}
+
+
+def modules_of(model: Any) -> dict[str, Any]:
+    """Return all modules in a model, by their names in it."""
+    return dict(model.named_modules())
+
+
+def tree_of(model: Any) -> Any:
+    """Return a tree of ``model`` with the same Python objects for its arrays, for us, who write to none."""
+    return copy.deepcopy(model, {id(array): array for array in arrays_of(model).values()})
+
+
+def own_tree_of(model: Any) -> tuple[Any, dict[int, Any]]:
+    """Return a tree of ``model`` for a test, and by their identities in ``model``, what stands for things in it."""
+    copies: dict[int, Any] = {}
+    return copy.deepcopy(model, copies), copies
+
+
+def put_arrays(model: Any, arrays: dict[str, Any]) -> None:
+    """Give a model other arrays in the places of those of these names."""
+    from mlx.utils import tree_unflatten
+
+    model.update(tree_unflatten(list(arrays.items())))
+
+
+def put_modules(model: Any, modules: dict[str, Any]) -> None:
+    """Give a model other modules in the places of those of these names."""
+    from mlx.utils import tree_unflatten
+
+    model.update_modules(tree_unflatten(list(modules.items())))
