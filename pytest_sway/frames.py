@@ -33,6 +33,6 @@ def _forget(traceback: TracebackType | None) -> None:
     while traceback is not None:
         with suppress(RuntimeError):  # a frame that still runs
             traceback.tb_frame.clear()
-            # Before Python 3.13, whoever has read f_locals has left a copy with the frame. Reading it again empties that.
+            # Before Python 3.13, whoever has read f_locals has left a copy in the frame. Reading it again empties it.
             _ = traceback.tb_frame.f_locals
         traceback = traceback.tb_next

@@ -37,11 +37,12 @@ class Adapter:
 
 def adapter_parameters(peft_model: Any) -> dict[str, Any]:
     """Return the parameters that came with the adapter, by name, in the order of ``named_parameters()``."""
-    return {
-        name: parameter
-        for name, parameter in peft_model.named_parameters()
-        if f".{NAME}." in f".{name}" or name.endswith(f".{NAME}")
-    }
+    return {name: parameter for name, parameter in peft_model.named_parameters() if is_adapters(name)}
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a name in the ``PeftModel`` is that of something that came with the adapter."""
+    return f".{NAME}." in f".{name}."
 
 
 def scalings_of(peft_model: Any) -> list[dict[str, float]]:

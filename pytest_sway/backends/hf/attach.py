@@ -75,9 +75,10 @@ def _by_peft(base: LoadedBase, files: AdapterFiles) -> Adapter:
     known: dict[int, Any] = {}
     peft_model = _loaded(base, files, known)
     ways = base.pristine.memory.settle(peft_model, known)
-    pristine = Pristine(peft_model, lambda: _loaded(base, files, {}), ways=ways)
     named = [*peft_model.named_parameters(), *peft_model.named_buffers()]
-    adapter = Adapter(files, pristine, {name: tensor for name, tensor in named if id(tensor) not in ways})
+    own = {name: tensor for name, tensor in named if id(tensor) not in ways}
+    pristine = Pristine(peft_model, lambda: _loaded(base, files, {}), ways=ways, own=own.values())
+    adapter = Adapter(files, pristine, own)
     if pristine.shares and _is_all_in_file(adapter):
         base.skeletons[_signature(files, peft_model.peft_config[NAME])] = Skeleton(adapter)
     return adapter
@@ -184,7 +185,7 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     model.peft_config[NAME] = config
     ours = {id(parameter) for parameter in own.values()}
     ways = {key: way for key, way in skeleton.memory.ways_in(known).items() if key not in ours}
-    pristine = Pristine(model, lambda: _loaded(base, files, {}), ways=ways, known_to_work=True)
+    pristine = Pristine(model, lambda: _loaded(base, files, {}), ways=ways, own=own.values(), known_to_work=True)
     return Adapter(files, pristine, {skeleton.names[name]: parameter for name, parameter in own.items()})
 
 

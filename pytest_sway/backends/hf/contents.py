@@ -76,7 +76,7 @@ def _checksum(tensor: Any) -> tuple[float, float]:
 class PatchRecord:
     """What was in force for the whole process and takes part in what a model computes.
 
-    That is the ``forward`` of its modules' classes, transformers' attention functions, and torch's hooks on all modules.
+    That is the ``forward`` of its modules' classes, transformers' attention functions and torch's hooks on all modules.
 
     Args:
         model: The model.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from pytest_sway.backends.hf import batches
 from pytest_sway.backends.hf.memory import reuse_freed_memory, trim_heap
+from pytest_sway.backends.hf.rope import RopeRegimes
 from pytest_sway.backends.hf.split import joined, padded, split_model
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Forward:
         config: Its configuration.
         limits: What one pass may hold.
         trials: What was found out about the model's passes.
+        rope: Which texts may be in one pass.
+        spent: Whether the tree computes otherwise from now on, since what it has computed leaves a trace.
     """
 
     def __init__(self, model: Any, runner: Any, trials: Trials, *, one_text_at_a_time: bool = False) -> None:
@@ -55,6 +58,8 @@ class Forward:
         self.runner = runner
         self.config = model.config
         self.trials = trials
+        self.rope = RopeRegimes(model.config)
+        self.spent = False
         self._argument = _last_logits_argument(model)
         self._split: SplitModel | None = None
         limits: Limits = batches.CPU if model.device.type == "cpu" else batches.ACCELERATOR
@@ -116,6 +121,7 @@ class Forward:
         """
         split = self.split()
         inputs = [ids for ids, _ in sequences]
+        self.spent = self.spent or self.rope.leaves_a_trace(max(map(len, inputs)))
         if split is not None:
             families = self.families(inputs)
             with self._trimmed(sum(family.positions for family in families)):
@@ -139,6 +145,7 @@ class Forward:
         return (
             split is not None
             and len({window.context for window in windows}) == 1
+            and all(self.rope.of(len(window.inputs)) == 0 for window in windows)
             and not split.packs(max(len(window.inputs) for window in windows))
             and batches.worth_caching(windows, self.limits.overhead)
             and split.caches

@@ -107,11 +107,15 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) -> list[list[Request]]:
-    groups: dict[int, list[Request]] = {}
+    rope = engine.forward.rope
+    groups: dict[Any, list[Request]] = {}
     for request in requests:
-        groups.setdefault(len(request.ids), []).append(request)
+        regime = rope.of(len(request.ids) + settings.max_new_tokens)
+        alone = (len(request.ids), request) if regime else None
+        groups.setdefault((len(request.ids), alone), []).append(request)
     if len(groups) > 1 and _pads_left(engine):
-        groups = {0: list(requests)}
+        short = [request for (_, alone), group in groups.items() if alone is None for request in group]
+        groups = {key: group for key, group in groups.items() if key[1] is not None} | ({0: short} if short else {})
     planned = []
     for group in groups.values():
         lengths = [len(request.ids) + settings.max_new_tokens for request in group]
@@ -128,6 +132,8 @@ def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, 
     arguments = _left_padded(engine, [request.ids for request in requests], stops.pad)
     if settings.temperature > 0.0:
         arguments["logits_processor"] = _sampling(settings, [request.seed for request in requests])
+    forward, length = engine.forward, max(len(request.ids) for request in requests) + settings.max_new_tokens
+    forward.spent = forward.spent or forward.rope.leaves_a_trace(length)
     ends = list(stops.ends) or None
     fields = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": ends, "pad_token_id": stops.pad}
     with _plain_settings(engine, **fields) as plain:

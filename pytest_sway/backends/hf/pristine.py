@@ -44,6 +44,7 @@ class Pristine:
         model: The model, in evaluation mode and frozen.
         again: Loads a model equal to it. It is called for each tree where trees cannot share the model's memory.
         ways: By the identity of a tensor, how it is shared, where that is known already.
+        own: The tensors whose memory is this model's alone, and is watched; ``None`` for all of them.
         known_to_work: Its trees need no check: they are made as those of a model that was checked.
         trial: Compare what two trees compute, since the model is of a kind that may compute with more than it shows.
 
@@ -59,13 +60,15 @@ class Pristine:
         again: Callable[[], Any],
         *,
         ways: Mapping[int, Way] | None = None,
+        own: Iterable[Any] | None = None,
         known_to_work: bool = False,
         trial: bool = False,
     ) -> None:
         self.model = model
         self.memory = SharedMemory(model, ways)
+        self._own = list(tensors_of(model) if own is None else own)
         self.watches = Watches()
-        self.watches.add(tensors_of(model))
+        self.watches.add(self._own)
         self._lock = threading.Lock()
         self._again = None if known_to_work or self._works(trial) else again
 
@@ -83,10 +86,12 @@ class Pristine:
         """
         if self._again is not None:
             tree = self._again()
-        else:
-            with self._lock:
-                tree = self.memory.tree(known, isolated=isolated)
-        self.watches.add(tensors_of(tree))
+            self.watches.add(tensors_of(tree))
+            return tree
+        known = {} if known is None else known
+        with self._lock:
+            tree = self.memory.tree(known, isolated=isolated)
+        self.watches.add(known[id(tensor)] for tensor in self._own)
         return tree
 
     def _works(self, trial: bool) -> bool:

@@ -190,9 +190,10 @@ def _planned(engine: Engine, items: Sequence[_T], sequences: Sequence[tuple[Ids,
         sequences: What the model reads for each, and of how many positions logits are wanted.
     """
     forward, planned = engine.forward, []
-    packed = [forward.packs(len(ids)) for ids, _ in sequences]
-    for packs in (True, False):
-        chosen = [i for i, its in enumerate(packed) if its == packs]
+    kinds = [(forward.packs(len(ids)), forward.rope.of(len(ids))) for ids, _ in sequences]
+    for kind in dict.fromkeys(kinds):
+        packs, _ = kind
+        chosen = [i for i, its in enumerate(kinds) if its == kind]
         families = forward.families([sequences[i][0] for i in chosen])
         lengths = [family.positions for family in families]
         few_logits = 2 * sum(sequences[i][1] for i in chosen) < sum(lengths)

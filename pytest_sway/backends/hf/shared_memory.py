@@ -73,16 +73,19 @@ class SharedMemory:
     def __init__(self, model: Any, ways: Mapping[int, Way] | None = None) -> None:
         self._model = model
         self._ways: dict[int, Way] = {}
-        for buffer in model.buffers():
-            if _is_plain(buffer) and buffer.nbytes <= _COPIED_BYTES:
-                self._ways[id(buffer)] = Method.COPIED
+        self.exposed: dict[str, Any] = {}
         files = _MappedFiles() if ways is None else None
-        for tensor in tensors_of(model):
-            if id(tensor) not in self._ways:
-                known = None if ways is None else ways.get(id(tensor))
-                self._ways[id(tensor)] = _way_of(tensor, files) if known is None else known
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self.exposed = {name: tensor for name, tensor in named if self._ways[id(tensor)] is Method.EXPOSED}
+        for module_name, module in model.named_modules():
+            for members in (module._buffers, module._parameters):
+                for key, tensor in members.items():
+                    if tensor is None or id(tensor) in self._ways:
+                        continue
+                    way = None if ways is None else ways.get(id(tensor))
+                    if members is module._buffers and tensor.nbytes <= _COPIED_BYTES and _is_plain(tensor):
+                        way = Method.COPIED
+                    self._ways[id(tensor)] = way = _way_of(tensor, files) if way is None else way
+                    if way is Method.EXPOSED:
+                        self.exposed[f"{module_name}.{key}" if module_name else key] = tensor
 
     def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False) -> Any:
         """Return a tree of the model.

@@ -58,10 +58,10 @@ class Side:
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
-        """Give what computes; after an error it is dropped, since nobody knows in which state that left the tree."""
+        """Give what computes; it is dropped when it is spent, and after an error, which leaves a tree in any state."""
         engine = self._idle.pop() if self._idle else self._new_engine()
         yield engine
-        if self._make is not None:
+        if self._make is not None and not engine.forward.spent:
             self._idle.append(engine)
 
     def tree(self) -> Any:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import types
 import weakref
 from collections import OrderedDict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -34,17 +36,36 @@ def tree_of(model: Any, share: Callable[[Any], Any], known: dict[int, Any] | Non
     Raises:
         Exception: Something in the model cannot be copied; Python's `copy` says what.
     """
-    memo = {} if known is None else known
+    with _no_garbage_collection():
+        return _tree_of(model, share, {} if known is None else known)
+
+
+def _tree_of(model: Any, share: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
     modules = [module for module in model.modules() if id(module) not in memo]
     for module in modules:
         memo[id(module)] = module.__class__.__new__(module.__class__)
-    for tensor in tensors_of(model):
-        if id(tensor) not in memo:
-            memo[id(tensor)] = share(tensor)
+    for module in modules:
+        for members in (module._parameters, module._buffers):
+            for tensor in members.values():
+                if tensor is not None and id(tensor) not in memo:
+                    memo[id(tensor)] = share(tensor)
     copier = _Copier(share, memo)
     for module in modules:
         copier.fill(module)
     return memo[id(model)]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Have Python not look for garbage meanwhile: for each of many new objects it would look at all that there are."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def tensors_of(model: Any) -> Iterator[Any]:
@@ -107,12 +128,21 @@ class _Copier:
         self._memo = memo
         self._tensor, self._module = torch.Tensor, torch.nn.Module
         self._plain = _PLAIN | {torch.dtype, torch.device, torch.Size}
+        self._own_containers = {
+            name for name, value in vars(torch.nn.Module()).items() if isinstance(value, dict | set)
+        }
 
     def fill(self, module: Any) -> None:
         """Give the module that stands for ``module`` its attributes."""
-        self._memo[id(module)].__dict__.update(
-            (name, value if type(value) in self._plain else self._copied(value)) for name, value in vars(module).items()
-        )
+        filled = vars(self._memo[id(module)])
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in self._plain:
+                filled[name] = value
+            elif not value and name in self._own_containers:  # of hooks, mostly, which no two modules share
+                filled[name] = kind()
+            else:
+                filled[name] = self._copied(value)
 
     def _copied(self, value: Any) -> Any:
         kind = type(value)
@@ -121,7 +151,7 @@ class _Copier:
         if id(value) in self._memo:
             return self._memo[id(value)]
         if isinstance(value, self._module):  # one that its parent hides from `modules()`
-            return tree_of(value, self._share, self._memo)
+            return _tree_of(value, self._share, self._memo)
         copied = self._copy_of(value, kind)
         self._memo[id(value)] = copied
         return copied

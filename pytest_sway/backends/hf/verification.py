@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import NAME, adapter_parameters, public_name, scalings_of, some
+from pytest_sway.backends.hf.adapter import NAME, is_adapters, public_name, scalings_of, some
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     Raises:
         AdapterMismatchError: They are not, or cannot.
     """
-    parameters = adapter_parameters(adapter.pristine.model)
-    largest = {name: _largest(tensor) for name, tensor in (adapter.own | parameters).items()}
+    parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
+    largest = {name: _largest(tensor) for name, tensor in adapter.own.items()}
     folder = str(adapter.files.folder)
     broken = [name for name, value in largest.items() if not math.isfinite(value)]
     if broken:

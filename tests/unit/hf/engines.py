@@ -1,4 +1,4 @@
-"""What computes a view's answers, for tests that watch it or have it fail: `view.model` is the test's own, and does not."""
+"""What computes a view's answers, for tests that watch it or have it fail; `view.model` is the test's own."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What a test does to its own models and tokenizers, which changes nothing; and what is found, since others share it."""
+"""What a test does to its own models and tokenizers changes nothing; what it does to what others share is found."""
 
 from __future__ import annotations
 
 import shutil
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +27,11 @@ def builder(loads: list[str]) -> HFBuilder:
 
 
 def _scored(view: Any) -> tuple[Any, ...]:
-    return view.logprob_of(PROMPT, ANSWER), view.rolling_logprob(TEXT).total_logprob, view.generate(TEXT, max_new_tokens=3)
+    return (
+        view.logprob_of(PROMPT, ANSWER),
+        view.rolling_logprob(TEXT).total_logprob,
+        view.generate(TEXT, max_new_tokens=3),
+    )
 
 
 def _answers(*backends: Any) -> list[Any]:
@@ -89,7 +94,9 @@ def _resize(model: Any, _: Any) -> None:
 
 def _hooks(model: Any, _: Any) -> None:
     for layer in _inner(model).model.layers:
-        layer.register_forward_hook(lambda *args: (args[2][0] * 2, *args[2][1:]) if isinstance(args[2], tuple) else args[2] * 2)
+        layer.register_forward_hook(
+            lambda *args: (args[2][0] * 2, *args[2][1:]) if isinstance(args[2], tuple) else args[2] * 2
+        )
 
 
 def _other_forward(model: Any, _: Any) -> None:
@@ -125,7 +132,7 @@ def _trainer(model: Any, tokenizer: Any) -> None:
 
 
 def _prune(model: Any, _: Any) -> None:
-    from torch.nn.utils import prune
+    prune: Any = import_module("torch.nn.utils.prune")
 
     projection = _inner(model).model.layers[0].mlp.up_proj
     prune.l1_unstructured(getattr(projection, "base_layer", projection), "weight", amount=0.5)
@@ -148,7 +155,9 @@ def _pipeline(model: Any, tokenizer: Any) -> None:
     from transformers import pipeline
 
     with quiet():
-        pipeline("text-generation", model=_inner(model), tokenizer=tokenizer)([TEXT, PROMPT], max_new_tokens=2, batch_size=2)
+        pipeline("text-generation", model=_inner(model), tokenizer=tokenizer)(
+            [TEXT, PROMPT], max_new_tokens=2, batch_size=2
+        )
 
 
 def _other_state(model: Any, _: Any) -> None:

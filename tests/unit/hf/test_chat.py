@@ -57,7 +57,9 @@ def test_messages_stand_for_the_prompt_that_they_render_to(build: Any, chat_base
 def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:
     with build(chat_base).as_base() as view:
         read: list[list[int]] = []
-        computing_model(view).model.embed_tokens.register_forward_pre_hook(lambda _, args: read.extend(args[0].tolist()))
+        computing_model(view).model.embed_tokens.register_forward_pre_hook(
+            lambda _, args: read.extend(args[0].tolist())
+        )
         view.next_token_dist(MESSAGES)
         view.next_token_dist(RENDERED)
         view.next_token_dist("hello")

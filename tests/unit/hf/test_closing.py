@@ -70,7 +70,11 @@ def test_an_adapter_is_freed_without_a_collection(build: Any, base: Path, adapte
         gc.enable()
 
 
-@pytest.mark.parametrize("opened", [lambda backend: backend.as_finetuned(), lambda backend: backend.as_null_adapter(1)], ids=["tuned", "null"])
+@pytest.mark.parametrize(
+    "opened",
+    [lambda backend: backend.as_finetuned(), lambda backend: backend.as_null_adapter(1)],
+    ids=["tuned", "null"],
+)
 def test_a_model_asked_for_during_the_close_says_that_the_backend_is_closed(
     build: Any, base: Path, adapter: Path, opened: Any
 ) -> None:
@@ -88,7 +92,11 @@ def test_a_model_asked_for_during_the_close_says_that_the_backend_is_closed(
     assert backend.leak() is None
 
 
-@pytest.mark.parametrize("opened", [lambda backend: backend.as_finetuned(), lambda backend: backend.as_null_adapter(1)], ids=["tuned", "null"])
+@pytest.mark.parametrize(
+    "opened",
+    [lambda backend: backend.as_finetuned(), lambda backend: backend.as_null_adapter(1)],
+    ids=["tuned", "null"],
+)
 def test_a_backend_closed_while_a_view_scores_in_another_thread_frees_its_weights_after_that(
     build: Any, base: Path, adapter: Path, opened: Any
 ) -> None:
@@ -96,10 +104,10 @@ def test_a_backend_closed_while_a_view_scores_in_another_thread_frees_its_weight
     with ThreadPoolExecutor(1) as pool, opened(backend) as view:
         expected = view.next_token_dist("the sun", top_k=3).logprobs.tolist()
         with held_up(view) as begun:
-            dist = pool.submit(lambda: view.next_token_dist("the sun", top_k=3).logprobs.tolist())
+            dist = pool.submit(view.next_token_dist, "the sun", top_k=3)
             assert begun.wait(WAIT)
             backend.close()
-        assert dist.result(WAIT) == expected
+        assert dist.result(WAIT).logprobs.tolist() == expected
         del dist
         with pytest.raises(BackendClosedError):
             view.logprob_of("the sun", " rises")

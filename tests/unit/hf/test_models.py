@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.tiny import TEXT, make_adapter, quiet
+from pytest_sway.backends.hf.shared_memory import address_of
+from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.hf.engines import computing_model
 from tests.unit.hf.reference import fresh, logits, view_logits
 
@@ -117,13 +118,15 @@ def test_no_two_models_have_an_object_in_common(build: Any, base: Path, adapter:
         assert len(set.union(*found)) == sum(map(len, found))
 
 
-def test_models_of_several_views_share_the_bases_memory(build: Any, base: Path, adapter: Path) -> None:
-    from pytest_sway.backends.hf.shared_memory import address_of
-
-    backend = build(base, adapter)
+def test_models_of_several_views_share_the_memory_of_a_converted_base(
+    build: Any, adapter: Path, tmp_path: Path
+) -> None:
+    backend = build(make_base(tmp_path, dtype="bfloat16"), adapter)
     with backend.as_base() as a, backend.as_base() as b, backend.as_finetuned() as c:
         models = a.model, b.model, c.model.get_base_model()
         assert len({address_of(model.model.layers[0].mlp.up_proj.weight) for model in models}) == 1
+        _ = a.model.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+        assert len({address_of(model.model.layers[0].mlp.up_proj.weight) for model in models}) == 2
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.25, 2.0])
@@ -179,9 +182,7 @@ def test_saving_a_base_writes_the_base(build: Any, base: Path, adapter: Path, tm
     assert logits(*fresh(tmp_path)).equal(logits(*fresh(base)))
 
 
-def test_merging_a_tuned_model_gives_what_peft_merges(
-    build: Any, base: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_merging_a_tuned_model_gives_what_peft_merges(build: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
     reference, tokenizer = fresh(base, adapter)
     backend = build(base, adapter)
     with backend.as_finetuned() as tuned, backend.as_finetuned() as after:

@@ -1,4 +1,4 @@
-"""Adapters that do more than to add LoRA layers: all share their base, and leave it as it is. `test_zoo.py` has one of each kind."""
+"""Adapters that do more than to add LoRA layers: they share their base, which stays as it is. See `test_zoo.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees of models: every object new, and what refers to the original inside of it refers to the tree inside of the tree."""
+"""Trees of models: every object is new, and what refers to the original in there refers to the tree in the tree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _zeros(tensor: Any) -> Any:
     return nn.Parameter(zeros, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
 
 
-class Model(nn.Module):
+class _Model(nn.Module):
     """A layer, and whatever a test puts beside it."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -35,6 +35,11 @@ class Model(nn.Module):
 
     def forward(self, states: Any) -> Any:
         return self.layer(states)
+
+
+def model_with(**attributes: Any) -> Any:
+    """A model with any attributes at all."""
+    return _Model(**attributes)
 
 
 def _computes(function: Callable[[Any], Any]) -> bool:
@@ -49,7 +54,7 @@ def _require_own(tree: Any, model: Any) -> None:
 
 
 def test_all_modules_and_tensors_of_a_tree_are_new() -> None:
-    model = nn.Sequential(Model(), nn.BatchNorm1d(3), nn.Embedding(5, 3))
+    model = nn.Sequential(model_with(), nn.BatchNorm1d(3), nn.Embedding(5, 3))
     tree = tree_of(model, _zeros)
     things = {id(thing) for thing in (*model.modules(), *tensors_of(model))}
     copies = {id(thing) for thing in (*tree.modules(), *tensors_of(tree))}
@@ -60,7 +65,7 @@ def test_all_modules_and_tensors_of_a_tree_are_new() -> None:
 
 
 def test_settings_of_a_tree_are_its_own() -> None:
-    model = Model(config={"layers": [1, 2]}, names=("a",), kinds={"x"}).eval()
+    model = model_with(config={"layers": [1, 2]}, names=("a",), kinds={"x"}).eval()
     tree = tree_of(model, _zeros)
     tree.config["layers"].append(3)
     tree.kinds.add("y")
@@ -89,7 +94,7 @@ def test_a_module_in_two_places_stays_one() -> None:
 
 
 def test_a_module_that_refers_back_to_its_parent_refers_to_the_trees() -> None:
-    model = Model()
+    model = model_with()
     object.__setattr__(model.layer, "parent", model)
     model.layer.parents = [model]
     tree = tree_of(model, _zeros)
@@ -115,7 +120,7 @@ def _named(states: Any, module: Any) -> Any:
 FORWARDS: dict[str, Callable[[Any], Any]] = {
     "a closure over a method": _closing_over,
     "a closure over a closure": _closing_twice,
-    "a closure over the module": lambda model: lambda states: model.layer(states),
+    "a closure over the module": lambda model: lambda states: model.layer(states) * 2,
     "a method": lambda model: model.layer.forward,
     "a partial of a method": lambda model: functools.partial(model.layer.forward),
     "a partial with a keyword": lambda model: functools.partial(_named, module=model),
@@ -129,7 +134,7 @@ def _of_weak(reference: Any) -> Any:
 
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_a_forward_that_was_put_on_a_module_computes_with_the_trees_own_weights_or_is_noticed(forward: str) -> None:
-    model = Model()
+    model = model_with()
     model.forward = FORWARDS[forward](model)
     tree = tree_of(model, _zeros)
     assert _computes(model)
@@ -139,7 +144,7 @@ def test_a_forward_that_was_put_on_a_module_computes_with_the_trees_own_weights_
 
 
 def test_hooks_go_along_and_see_the_tree() -> None:
-    model, seen = Model(), []
+    model, seen = model_with(), []
     model.layer.register_forward_hook(lambda module, args, output: seen.append(module))
     tree = tree_of(model, _zeros)
     tree(torch.ones(3))
@@ -147,7 +152,7 @@ def test_hooks_go_along_and_see_the_tree() -> None:
 
 
 def test_a_weak_reference_is_to_the_trees_module() -> None:
-    model = Model()
+    model = model_with()
     model.reference = weakref.ref(model.layer)
     tree = tree_of(model, _zeros)
     assert tree.reference() is tree.layer
@@ -156,7 +161,7 @@ def test_a_weak_reference_is_to_the_trees_module() -> None:
 
 def test_a_weak_reference_to_something_else_stays() -> None:
     other = nn.Linear(2, 2)
-    tree = tree_of(Model(reference=weakref.ref(other)), _zeros)
+    tree = tree_of(model_with(reference=weakref.ref(other)), _zeros)
     assert tree.reference() is other
 
 
@@ -181,7 +186,7 @@ def _hidden_in(thing: Any) -> Any:
 @pytest.mark.parametrize("container", HIDING)
 @pytest.mark.parametrize("known", [True, False], ids=["a module of the model", "a hidden module"])
 def test_a_module_in_a_container_is_the_trees_own(container: str, known: bool) -> None:
-    model = Model()
+    model = model_with()
     hidden = model.layer if known else nn.Linear(3, 3)
     model.hidden = HIDING[container](hidden)
     tree = tree_of(model, _zeros)
@@ -204,7 +209,7 @@ class Settings(dict[str, Any]):
 
 
 def test_a_subclass_of_a_dictionary_stays_one_and_is_the_trees_own() -> None:
-    model = Model()
+    model = model_with()
     model.settings = Settings(size=3, layers=[1], module=model.layer)
     tree = tree_of(model, _zeros)
     assert type(tree.settings) is Settings
@@ -219,7 +224,7 @@ def test_an_object_that_holds_the_model_holds_the_tree() -> None:
         def __init__(self, module: Any) -> None:
             self.module = module
 
-    model = Model()
+    model = model_with()
     model.holder = Holder(model)
     tree = tree_of(model, _zeros)
     assert tree.holder is not model.holder
@@ -228,7 +233,7 @@ def test_an_object_that_holds_the_model_holds_the_tree() -> None:
 
 
 def test_a_list_and_a_dictionary_that_contain_themselves_end() -> None:
-    model = Model(ring=[], table={})
+    model = model_with(ring=[], table={})
     model.ring.append(model.ring)
     model.table["it"] = model.table
     tree = tree_of(model, _zeros)
@@ -238,14 +243,14 @@ def test_a_list_and_a_dictionary_that_contain_themselves_end() -> None:
 
 
 def test_a_tensor_that_is_a_plain_attribute_is_shared_as_all_are() -> None:
-    model = Model(scale=torch.full((3,), 2.0))
+    model = model_with(scale=torch.full((3,), 2.0))
     tree = tree_of(model, _zeros)
     assert tree.scale.tolist() == [0.0] * 3
     assert model.scale.tolist() == [2.0] * 3
 
 
 def test_what_is_known_stands_for_itself_and_all_else_is_added() -> None:
-    model = Model()
+    model = model_with()
     weight = nn.Parameter(torch.ones(3, 3))
     known: dict[int, Any] = {id(model.layer.weight): weight}
     tree = tree_of(model, _zeros, known)
@@ -256,7 +261,7 @@ def test_what_is_known_stands_for_itself_and_all_else_is_added() -> None:
 
 def test_what_cannot_be_copied_is_an_error() -> None:
     with pytest.raises(TypeError, match="lock"):
-        tree_of(Model(lock=threading.Lock()), _zeros)
+        tree_of(model_with(lock=threading.Lock()), _zeros)
 
 
 def _with_default(module: Any) -> Any:
@@ -279,7 +284,7 @@ FOREIGN: dict[str, Callable[[Any], Any]] = {
     "a list": lambda layer: [{"it": (layer,)}],
     "a set": lambda layer: {layer},
     "a closure": lambda layer: lambda: layer,
-    "a closure over a partial": lambda layer: functools.partial(lambda x: x, it=layer),
+    "a keyword of a partial": lambda layer: functools.partial(print, end=layer),
     "a default": _with_default,
     "a keyword's default": _with_keyword_default,
     "a method": lambda layer: layer.forward,
@@ -290,7 +295,7 @@ FOREIGN: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("way", FOREIGN)
 def test_a_tree_from_which_the_original_can_be_reached_is_noticed(way: str) -> None:
-    model = Model()
+    model = model_with()
     tree = tree_of(model, _zeros)
     assert not shares_objects(tree, model)
     tree.layer.__dict__["foreign"] = FOREIGN[way](model.layer)
@@ -299,7 +304,7 @@ def test_a_tree_from_which_the_original_can_be_reached_is_noticed(way: str) -> N
 
 @pytest.mark.parametrize("forward", [_with_default, _with_keyword_default], ids=["positional", "keyword"])
 def test_a_forward_whose_default_is_a_module_is_the_trees_own_or_noticed(forward: Any) -> None:
-    model = Model()
+    model = model_with()
     model.forward = forward(model.layer)
     tree = tree_of(model, _zeros)
     assert _computes(model)
@@ -307,7 +312,7 @@ def test_a_forward_whose_default_is_a_module_is_the_trees_own_or_noticed(forward
 
 
 def test_a_method_of_a_tensor_is_the_trees_own_or_noticed() -> None:
-    model = Model()
+    model = model_with()
     model.forward = model.layer.weight.matmul
     tree = tree_of(model, _zeros)
     assert _computes(model)
