@@ -83,14 +83,25 @@ def test_keeps(sway_backend):
 """,
         "*embeddings*",
     ),
-    "the traceback of a test that failed": (
+    "a tuned view's model": (
         """
+KEPT = []
+
+def test_keeps(sway_backend):
+    with sway_backend(GOOD).as_finetuned() as view:
+        KEPT.append(view.model)
+""",
+        "*global 'KEPT'*",
+    ),
+    "one of its weights": (
+        """
+KEPT = []
+
 def test_keeps(sway_backend):
     with sway_backend(GOOD).as_base() as view:
-        model = view.model
-        assert model is None
+        KEPT.append(view.model.lm_head.weight.detach()[:4])
 """,
-        "*model*",
+        "*global 'KEPT'*",
     ),
 }
 
@@ -110,6 +121,58 @@ def test_who_keeps_the_weights_is_named_with_their_size_and_the_test(
             "*used by *::test_keeps",
         ]
     )
+
+
+FAILS = """
+import pytest
+
+@pytest.fixture(scope="module")
+def broken(sway_cache):
+    with sway_cache.lease(GOOD) as backend, backend.as_finetuned() as view:
+        model = view.model
+    raise RuntimeError("broken fixture")
+
+def test_fails(sway_backend):
+    with sway_backend(GOOD).as_base() as view:
+        model = view.model
+        with pytest.raises(ValueError, match="inner"):
+            raise ValueError("inner", model)
+        try:
+            raise KeyError(0)
+        except KeyError:
+            assert view.model is None
+
+def test_fails_in_setup(broken):
+    pass
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--showlocals",), ("--tb=native",)], ids=" ".join)
+def test_a_failed_tests_traceback_keeps_no_weights(
+    pytester: pytest.Pytester, models: Path, options: tuple[str, ...]
+) -> None:
+    pytester.makepyfile(SUITE.format(root=str(models)) + FAILS + NEXT)
+    result = pytester.runpytest_inprocess("--sway-cache-size=1", *options)
+    result.assert_outcomes(passed=1, failed=1, errors=1)
+    result.stdout.fnmatch_lines(["*RuntimeError: broken fixture*"])
+    result.stdout.no_fnmatch_line("leaked:*")
+
+
+def test_under_pdb_a_failed_test_keeps_its_locals(pytester: pytest.Pytester, models: Path) -> None:
+    pytester.makeconftest("""
+def pytest_sessionfinish():
+    import sys
+    print("LOCALS", sorted(sys.last_traceback.tb_frame.f_locals))
+""")
+    pytester.makepyfile(
+        quiet_pdb="import pdb\nclass Quiet(pdb.Pdb):\n    def interaction(self, *args):\n        pass\n",
+        test_it=SUITE.format(root=str(models))
+        + "def test_fails(sway_backend):\n    mine = sway_backend(GOOD)\n    assert not mine\n",
+    )
+    plain = pytester.runpytest_subprocess("-s")
+    plain.stdout.fnmatch_lines(["*LOCALS []"])
+    with_pdb = pytester.runpytest_subprocess("-s", "--pdb", "--pdbcls=quiet_pdb:Quiet")
+    with_pdb.stdout.fnmatch_lines(["*LOCALS *'mine'*"])
 
 
 def test_a_thousand_clean_loads_raise_no_alarm(models: Path, request: pytest.FixtureRequest) -> None:

@@ -86,7 +86,7 @@ def test_good_after(sway_backend, sway_cache):
     )
 
 
-def test_a_changed_model_is_blamed_on_its_test_and_the_next_gets_a_clean_one(
+def test_what_tests_do_to_their_models_ends_with_them_and_what_they_share_is_blamed_on_the_right_one(
     pytester: pytest.Pytester, models: Path
 ) -> None:
     pytester.makepyfile(
@@ -120,20 +120,26 @@ def test_pads_left(sway_backend):
     with sway_backend(SECOND).as_finetuned() as tuned:
         tuned.tokenizer.padding_side = "left" if tuned.tokenizer.padding_side == "right" else "right"
 
+def test_adds_a_token(sway_backend):
+    with sway_backend(SECOND).as_finetuned() as tuned:
+        tuned.tokenizer.add_tokens(["<mine>"])
+
+def test_patches_a_class(sway_backend):
+    with sway_backend(GOOD).as_base() as base:
+        type(base.model.model.norm).forward = lambda self, states: states
+
 def test_at_last(sway_backend):
     assert score(sway_backend(SECOND)) == BEFORE["second"]
 """
     )
     result = pytester.runpytest_inprocess("-v")
-    result.assert_outcomes(passed=7, errors=3)
+    result.assert_outcomes(passed=9, errors=2)
     result.stdout.fnmatch_lines(
         [
-            "*ERROR at teardown of test_scales_a_weight*",
-            "*contents changed",
-            "*ERROR at teardown of test_trains*",
-            "*training mode on",
-            "*ERROR at teardown of test_pads_left*",
-            "*tokenizer: padding_side*",
+            "*ERROR at teardown of test_adds_a_token*",
+            "*tokenizer: its added tokens changed",
+            "*ERROR at teardown of test_patches_a_class*",
+            "*class transformers.*RMSNorm: its forward was replaced",
         ]
     )
     result.stdout.no_fnmatch_line("*leaked:*")

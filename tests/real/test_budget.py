@@ -25,7 +25,7 @@ def test_an_estimate_is_within_two_percent_of_what_is_loaded(
     estimated = builder.estimate(spec)
     backend: Any = builder(spec)
     try:
-        model = backend._loaded.shares[0].value.model
+        model = backend._loaded.adapter.pristine.model
         adapter_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" in n)
         base_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         measured = backend.sizes()

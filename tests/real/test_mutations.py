@@ -1,4 +1,4 @@
-"""What tests do to a shared model: each found, named, blamed on the right test, and gone for the next."""
+"""What tests do to their models ends with them; what they share with others is blamed on the right test."""
 
 from __future__ import annotations
 
@@ -76,27 +76,13 @@ def test_turn(sway_backend, turn):
         MUTATIONS[turn // 2](view)
 """
 
-FOUND = [
-    "*parameter model.layers.7.mlp.up_proj.weight: contents changed",
-    "*parameter model.norm.weight:*",
-    "*merged*",
-    "*mine*",
-    "*embed_tokens*",
-    "*training mode on",
-    "*model.layers.3: *hook*",
-    "*float32*float16*",
-    "*tokenizer: padding_side *",
-    "*tokenizer: *49152*49153*",
-]
-
 
 @pytest.mark.filterwarnings("ignore")
-def test_each_is_found_named_and_gone_for_the_next_test(
+def test_it_ends_with_the_test_and_only_what_is_shared_is_blamed(
     pytester: pytest.Pytester, base: Path, adapters: list[Path]
 ) -> None:
     pytester.makepyfile(SUITE.format(base=str(base), adapter=str(adapters[0])))
     result = pytester.runpytest_inprocess("-W", "ignore")
-    result.assert_outcomes(passed=1 + 2 * len(FOUND), errors=len(FOUND))
-    for n, found in enumerate(FOUND):
-        result.stdout.fnmatch_lines([f"*ERROR at teardown of test_turn?{2 * n}?*", found])
+    result.assert_outcomes(passed=21, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_turn?18?*", "*tokenizer: its added tokens changed"])
     result.stdout.no_fnmatch_line("*leaked:*")

@@ -77,7 +77,9 @@ def _by_peft(base: LoadedBase, files: AdapterFiles) -> Adapter:
     ways = base.pristine.memory.settle(peft_model, known)
     named = [*peft_model.named_parameters(), *peft_model.named_buffers()]
     own = {name: tensor for name, tensor in named if id(tensor) not in ways}
-    pristine = Pristine(peft_model, lambda: _loaded(base, files, {}), ways=ways, own=own.values())
+    pristine = Pristine(
+        peft_model, lambda: _loaded_again(base, files), ways=ways, own=own.values(), trial=base.may_hide_something
+    )
     adapter = Adapter(files, pristine, own)
     if pristine.shares and _is_all_in_file(adapter):
         base.skeletons[_signature(files, peft_model.peft_config[NAME])] = Skeleton(adapter)
@@ -111,6 +113,11 @@ def _loaded(base: LoadedBase, files: AdapterFiles, known: dict[int, Any]) -> Any
     peft_model.requires_grad_(False)
     verify_trained(base.spec, files, adapter_parameters(peft_model), starts)
     return peft_model
+
+
+def _loaded_again(base: LoadedBase, files: AdapterFiles) -> Any:
+    with quiet_process(), seeded(base.device):
+        return _loaded(base, files, {})
 
 
 def _config(files: AdapterFiles) -> Any:
@@ -185,7 +192,7 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     model.peft_config[NAME] = config
     ours = {id(parameter) for parameter in own.values()}
     ways = {key: way for key, way in skeleton.memory.ways_in(known).items() if key not in ours}
-    pristine = Pristine(model, lambda: _loaded(base, files, {}), ways=ways, own=own.values(), known_to_work=True)
+    pristine = Pristine(model, lambda: _loaded_again(base, files), ways=ways, own=own.values(), known_to_work=True)
     return Adapter(files, pristine, {skeleton.names[name]: parameter for name, parameter in own.items()})
 
 

@@ -40,6 +40,7 @@ class LoadedBase:
     Attributes:
         spec: The spec.
         tokenizer: The tokenizer, which no test gets; it shares its object in Rust with those that tests get.
+        may_hide_something: Whether the model is of a kind that may compute with more than its modules show.
         pristine: The model, which never runs.
         device: The ``torch.device`` of the model.
         trials: What was found out about the model's passes.
@@ -59,7 +60,8 @@ class LoadedBase:
         self.tokenizer = tokenizer
         self.device = model.device
         self.nbytes = measured(tensors_of(model))
-        self.pristine = Pristine(model, load_model, trial=_may_hide_something(spec, model))
+        self.may_hide_something = _may_hide_something(spec, model)
+        self.pristine = Pristine(model, load_model, trial=self.may_hide_something)
         self.watches = self.pristine.watches
         self.trials = Trials()
         self.memory: AnswerMemory | None = None

@@ -117,6 +117,7 @@ class HFBuilder:
         from pytest_sway.backends.hf.backend import HFBackend, Loaded
         from pytest_sway.backends.hf.finetuned import verify_finetuned
 
+        files = None if files is None else with_entries(files)
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
             base = self._clean_base(base_spec(spec), shares)
             tuned_spec = finetuned_spec(spec)
@@ -125,7 +126,7 @@ class HFBuilder:
                 verify_finetuned(base, tuned)
                 loaded = Loaded(list(shares), base.side, tuned.side)
             elif files is not None:
-                loaded = _with_adapter(base, with_entries(files), list(shares))
+                loaded = _with_adapter(base, files, list(shares))
             else:
                 loaded = Loaded(list(shares), base.side)
         return HFBackend(spec, loaded, self._pool.withdraw)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.hf.sampling import by_dtype, sample_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -85,25 +85,29 @@ class PatchRecord:
     def __init__(self, model: Any) -> None:
         kinds = {type(module) for module in model.modules()}
         self._forwards: dict[Any, Any] = {kind: kind.forward for kind in kinds}
-        self._functions = dict(_attention_functions())
-        self._hooks = [(name, hooks, list(hooks.items())) for name, hooks in _global_hooks()]
+        functions = _attention_functions().items()
+        self._functions = {name: function for name, function in functions if not name.startswith("pytest_sway")}
+        self._hooks = [(name, hooks, set(hooks)) for name, hooks in _global_hooks()]
 
     def changes(self) -> list[str]:
-        """One line for each thing that is no longer as it was."""
+        """One line for each thing that is no longer as it was.
+
+        What was patched while the model was loaded, and is its library's own again, counts as it is now.
+        """
+        functions = _attention_functions()
+        self._forwards |= {kind: kind.forward for kind in self._forwards if _is_own(kind.forward, kind)}
+        self._functions |= {name: now for name in self._functions if _is_transformers(now := functions.get(name))}
         found = [
             f"class {kind.__module__}.{kind.__qualname__}: its forward was replaced"
             for kind, forward in self._forwards.items()
             if kind.forward is not forward
         ]
-        functions = dict(_attention_functions())
         found += [
             f"transformers' attention function {name!r}: it was replaced"
             for name, function in self._functions.items()
             if functions.get(name) is not function
         ]
-        return found + [
-            f"torch's {name}: changed" for name, hooks, before in self._hooks if list(hooks.items()) != before
-        ]
+        return found + [f"torch's {name}: {len(added)} added" for name, _, added in self._added_hooks() if added]
 
     def restore(self) -> None:
         """Put back what was there: a model that is loaded anew would have the same classes."""
@@ -111,10 +115,23 @@ class PatchRecord:
             if kind.forward is not forward:
                 kind.forward = forward
         _attention_functions().update(self._functions)
-        for _, hooks, before in self._hooks:
-            if list(hooks.items()) != before:
-                hooks.clear()
-                hooks.update(before)
+        for _, hooks, added in self._added_hooks():
+            for key in added:
+                del hooks[key]
+
+    def _added_hooks(self) -> Iterator[tuple[str, Any, list[Any]]]:
+        for name, hooks, before in self._hooks:
+            yield name, hooks, [key for key in hooks if key not in before]
+
+
+def _is_own(forward: Any, kind: type) -> bool:
+    """Whether a ``forward`` is the one that a class, or one that it inherits from, was defined with."""
+    defined = {(parent.__module__, f"{parent.__qualname__}.forward") for parent in kind.__mro__}
+    return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) in defined
+
+
+def _is_transformers(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("transformers.")
 
 
 def _attention_functions() -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) ->
     groups: dict[Any, list[Request]] = {}
     for request in requests:
         regime = rope.of(len(request.ids) + settings.max_new_tokens)
-        alone = (len(request.ids), request) if regime else None
+        alone = None if regime == 0 else request
         groups.setdefault((len(request.ids), alone), []).append(request)
     if len(groups) > 1 and _pads_left(engine):
         short = [request for (_, alone), group in groups.items() if alone is None for request in group]

@@ -11,7 +11,7 @@ from pytest_sway.backends.hf.forward import Forward
 from pytest_sway.backends.hf.scores import Engine
 from pytest_sway.backends.hf.trees import tensors_of
 from pytest_sway.backends.hf.trials import Trials
-from pytest_sway.errors import BackendUseError
+from pytest_sway.errors import BackendClosedError, BackendUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,9 +65,18 @@ class Side:
             self._idle.append(engine)
 
     def tree(self) -> Any:
-        """Return a new tree, which is the caller's."""
-        assert self._make is not None, "a backend asks no side after its close"
-        return self._make()
+        """Return a new tree, which is the caller's.
+
+        Raises:
+            BackendClosedError: It was closed.
+        """
+        make = self._make
+        if make is None:
+            raise BackendClosedError(
+                "a view was used in one thread while it, or its backend, was closed in another. End the threads of a"
+                " test before the test ends, or ask for the backend again with sway_backend(spec)."
+            )
+        return make()
 
     def changed(self, change: Callable[[Any], None]) -> Side:
         """Return a side whose trees are this one's with a change.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-_PLAIN: Final = frozenset({bool, int, float, complex, str, bytes, type(None), type, types.BuiltinFunctionType, range})
+_PLAIN: Final = frozenset({bool, int, float, complex, str, bytes, type(None), type, range})
 _EMPTY: Final = types.CellType()
 
 
@@ -103,7 +103,8 @@ def _inside(thing: Any) -> Iterator[Any]:
     elif isinstance(thing, types.FunctionType):
         yield from _contents(thing.__closure__ or ())
         yield from thing.__defaults__ or ()
-    elif isinstance(thing, types.MethodType):
+        yield from (thing.__kwdefaults__ or {}).values()
+    elif isinstance(thing, types.MethodType | types.BuiltinMethodType):
         yield thing.__self__
     elif isinstance(thing, functools.partial):
         yield from (thing.func, thing.args, thing.keywords)
@@ -139,7 +140,7 @@ class _Copier:
             kind = type(value)
             if kind in self._plain:
                 filled[name] = value
-            elif not value and name in self._own_containers:  # of hooks, mostly, which no two modules share
+            elif name in self._own_containers and not value:  # of hooks, mostly, which no two modules share
                 filled[name] = kind()
             else:
                 filled[name] = self._copied(value)
@@ -168,6 +169,10 @@ class _Copier:
     def _method(self, method: Any) -> Any:
         return types.MethodType(method.__func__, self._copied(method.__self__))
 
+    def _builtin_method(self, method: Any) -> Any:
+        there = self._memo.get(id(method.__self__))
+        return method if there is None else getattr(there, method.__name__)
+
     def _partial(self, value: Any) -> Any:
         keywords = {name: self._copied(argument) for name, argument in value.keywords.items()}
         return functools.partial(self._copied(value.func), *map(self._copied, value.args), **keywords)
@@ -192,16 +197,16 @@ class _Copier:
 
     def _function(self, function: Any) -> Any:
         """A function like another, with what it closes over copied, where that is part of the model."""
-        cells = function.__closure__
-        if not cells or not any(map(self._is_part, _contents(cells))):
+        cells, defaults, keywords = function.__closure__ or (), function.__defaults__, function.__kwdefaults__
+        if not any(map(self._is_part, (*_contents(cells), *(defaults or ()), *(keywords or {}).values()))):
             return function
         copied_cells = tuple(
             types.CellType(self._copied(cell.cell_contents)) if cell != _EMPTY else cell for cell in cells
         )
         copied = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, copied_cells
+            function.__code__, function.__globals__, function.__name__, self._copied(defaults), copied_cells or None
         )
-        copied.__kwdefaults__ = function.__kwdefaults__
+        copied.__kwdefaults__ = self._copied(keywords)
         copied.__dict__.update(function.__dict__)
         return copied
 
@@ -209,7 +214,7 @@ class _Copier:
         """Whether a value is of the model, or a function or method that is bound to it."""
         if id(value) in self._memo or isinstance(value, self._module):
             return True
-        if isinstance(value, types.MethodType):
+        if isinstance(value, types.MethodType | types.BuiltinMethodType):
             return self._is_part(value.__self__)
         if isinstance(value, functools.partial):
             return any(map(self._is_part, (value.func, *value.args)))
@@ -224,6 +229,7 @@ _BY_KIND: Final[dict[Any, Any]] = {
     list: _Copier._list,
     set: _Copier._set,
     tuple: _Copier._tuple,
+    types.BuiltinMethodType: _Copier._builtin_method,
     types.FunctionType: _Copier._function,
     types.MethodType: _Copier._method,
     weakref.ref: _Copier._weak_reference,

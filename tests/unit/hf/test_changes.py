@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +117,8 @@ def _steps_of_training(model: Any, tokenizer: Any) -> None:
 
 
 def _trainer(model: Any, tokenizer: Any) -> None:
-    import tempfile
+    import transformers
 
-    transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     model.requires_grad_(True)
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -146,7 +146,7 @@ def _parametrize(model: Any, _: Any) -> None:
 
 
 def _outputs(model: Any, tokenizer: Any) -> None:
-    model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
+    _inner(model).set_attn_implementation("eager")
     model(_ids(tokenizer), output_hidden_states=True, output_attentions=True)
     model.generate(input_ids=_ids(tokenizer), max_new_tokens=2, return_dict_in_generate=True, output_scores=True)
 
@@ -189,7 +189,7 @@ def _initialised(model: Any, _: Any) -> None:
 def _config(model: Any, _: Any) -> None:
     model.config.use_cache = False
     model.config.num_attention_heads = 1
-    model.config.rope_parameters["rope_theta"] = 3.0
+    getattr(model.config, "rope_parameters", {})["rope_theta"] = 3.0  # since transformers 5
     model.generation_config.eos_token_id = 7
     model.generation_config.top_k = 3
 
@@ -511,6 +511,40 @@ def test_a_hook_on_all_modules_that_was_there_before_the_load_stays(build: Any, 
         assert seen
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("what", ["a class's forward", "a hook on all modules"])
+def test_what_was_patched_while_the_base_was_loaded_and_is_no_longer_is_not_put_back(
+    build: Any, base: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    seen: list[Any] = []
+    forward: Any = LlamaMLP.forward
+
+    def patched(self: Any, states: Any) -> Any:
+        seen.append(self)
+        return forward(self, states)
+
+    if what == "a hook on all modules":
+        handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+        backend = build(base)
+        handle.remove()
+    else:
+        monkeypatch.setattr(LlamaMLP, "forward", patched)
+        backend = build(base)
+        monkeypatch.undo()
+    try:
+        assert backend.changes() == []
+        seen.clear()
+        with backend.as_base() as view:
+            view.logprob_of(PROMPT, ANSWER)
+        assert seen == []
+    finally:
+        LlamaMLP.forward = forward  # type: ignore[method-assign]
+        if what == "a hook on all modules":
+            handle.remove()
 
 
 # --- exposed memory ---------------------------------------------------------------------------------------------------

@@ -143,7 +143,9 @@ def check(backend: HFBackend, specimen: Specimen, enclosure: Enclosure, expected
     with backend.as_base() as plain, backend.as_finetuned() as tuned:
         for view, reference in ((tuned, expected), (plain, enclosure.alone), (tuned, expected)):
             found = text_logits(view_logits(view))
-            assert found.equal(reference.logits) or (not specimen.reproducible and found.allclose(reference.logits, atol=1e-5))
+            assert found.equal(reference.logits) or (
+                not specimen.reproducible and found.allclose(reference.logits, atol=1e-5)
+            )
         for view, reference in ((tuned, expected), (plain, enclosure.alone)):
             several = view.rolling_logprobs([TEXT, "the sun sets"], prefix=False)
             assert several[0].logprobs.tolist() == pytest.approx(reference.logprobs, abs=1e-5)

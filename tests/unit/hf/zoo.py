@@ -173,11 +173,15 @@ def _specimens() -> list[Specimen]:
             modules_to_save=["embed_tokens", "lm_head"],
             noticed=False,
         ),
-        _lora("a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=("quark", "lepton"), noticed=False),
+        _lora(
+            "a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=("quark", "lepton"), noticed=False
+        ),
         _lora('`bias="lora_only"`', Shares.REST, base=_BIASED, bias="lora_only"),
         _lora('`bias="all"`', Shares.REST, base=_BIASED, bias="all"),
         _lora("PiSSA", Shares.REST, init_lora_weights="pissa"),
-        _lora("PiSSA, `pissa_niter_*`", Shares.REST, init_lora_weights="pissa_niter_4", noticed=False, reproducible=False),
+        _lora(
+            "PiSSA, `pissa_niter_*`", Shares.REST, init_lora_weights="pissa_niter_4", noticed=False, reproducible=False
+        ),
         _lora("OLoRA", Shares.REST, init_lora_weights="olora"),
         _lora("MiCA", init_lora_weights="mica", since=(0, 20)),
         _lora("KaSA", Shares.REST, kasa_config=Settings("KasaConfig"), since=(0, 21), noticed=False),
