@@ -152,7 +152,7 @@ def test_a_failed_tests_traceback_keeps_no_weights(
     pytester: pytest.Pytester, models: Path, options: tuple[str, ...]
 ) -> None:
     pytester.makepyfile(SUITE.format(root=str(models)) + FAILS + NEXT)
-    result = pytester.runpytest_inprocess("--sway-cache-size=1", *options)
+    result = pytester.runpytest_subprocess("--sway-cache-size=1", *options)  # in process, pytester records all calls
     result.assert_outcomes(passed=1, failed=1, errors=1)
     result.stdout.fnmatch_lines(["*RuntimeError: broken fixture*"])
     result.stdout.no_fnmatch_line("leaked:*")
@@ -162,7 +162,10 @@ def test_under_pdb_a_failed_test_keeps_its_locals(pytester: pytest.Pytester, mod
     pytester.makeconftest("""
 def pytest_sessionfinish():
     import sys
-    print("LOCALS", sorted(sys.last_traceback.tb_frame.f_locals))
+    traceback = sys.last_traceback
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    print("LOCALS", sorted(traceback.tb_frame.f_locals))
 """)
     pytester.makepyfile(
         quiet_pdb="import pdb\nclass Quiet(pdb.Pdb):\n    def interaction(self, *args):\n        pass\n",

@@ -262,7 +262,7 @@ def test_whole(sway_backend):
 
 def test_changes_it(sway_backend):
     with sway_backend(WHOLE).as_finetuned() as tuned:
-        tuned.model.lm_head.weight.data.zero_()
+        tuned.tokenizer.add_tokens(["<mine>"])
 
 def test_others(sway_backend):
     sway_backend({"base": ROOT / "larger"})
@@ -275,7 +275,7 @@ def test_others(sway_backend):
         [
             "*MutationError: *test_changes_it left a shared model changed:",
             "*base -> *larger:",
-            "*fine-tuned model: parameter lm_head.weight: contents changed",
+            "*fine-tuned model: tokenizer: its added tokens changed",
             "base *larger: 2 loads, *",
         ]
     )

@@ -491,7 +491,7 @@ def test_a_hook_on_all_modules_is_found_once_and_taken_off(shared: Any, loads: l
 
     handle = register_module_forward_hook(lambda module, args, output: None)
     try:
-        assert shared[0].changes() == ["torch's global forward hooks: changed"]
+        assert shared[0].changes() == ["torch's global forward hooks: 1 added"]
         _require_nothing_changed(shared, loads)
     finally:
         handle.remove()
