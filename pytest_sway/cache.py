@@ -18,7 +18,8 @@ Its invariants, each with a test of its number:
 14. A load that waits for itself, also through other threads, gets an error, not a deadlock.
 15. Releasing a lease twice is harmless, from any thread.
 16. A base is loaded once, closed after its last adapter, and its bytes count once.
-17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else the request waits.
+17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else the request waits. What a
+    test keeps to its end is the test's in all its threads, and what an ended thread has left is the main thread's.
 18. With a byte budget, sizes are estimated before the load, and unknown counts as the whole budget.
 19. After a fork the child starts empty and closes nothing of its parent's.
 20. `BackendCache.evict_all` closes every idle entry even when some raise, and can be called twice.
@@ -164,13 +165,22 @@ class BackendCache:
         with self.acquire(spec, adapter_path=adapter_path, holder=holder) as backend:
             yield backend
 
-    def acquire(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Lease:
+    def acquire(
+        self,
+        spec: SpecLike,
+        *,
+        adapter_path: Path | None = None,
+        holder: str | None = None,
+        to_the_end: bool = False,
+    ) -> Lease:
         """Return a lease on the backend of ``spec``, which is loaded if need be.
 
         Args:
             spec: What to load.
             adapter_path: An adapter that takes the place of the spec's own.
             holder: Who is named to others when the cache is full; by default as the cache's ``who`` says.
+            to_the_end: The holder, such as a test, releases at its own end, whichever of its threads asked: so nothing
+                that it asks for meanwhile waits for that.
 
         Raises:
             SpecError: The spec is malformed.
@@ -180,7 +190,7 @@ class BackendCache:
             SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
         """
         resolved = self._resolve(spec, adapter_path)
-        operation = Operation(holder or self._who())
+        operation = Operation(holder or self._who(), to_the_end)
         try:
             try:
                 lease = self._serve(operation, resolved, resolved_key(resolved))
