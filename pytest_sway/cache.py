@@ -47,7 +47,7 @@ from pytest_sway.errors import SwayError
 from pytest_sway.leases import CachedBackend, Lease
 from pytest_sway.ledger import Ledger
 from pytest_sway.monitor import Bell
-from pytest_sway.redaction import redact_error, redacted
+from pytest_sway.redaction import redacted, without_secrets
 from pytest_sway.residency import Budget, Claim, Entry, Operation, Parts, State, closers_of
 from pytest_sway.spec import Key, ModelSpec, SpecLike, parse_spec, resolved_key, with_adapter
 from pytest_sway.stats import SwayStats
@@ -249,7 +249,11 @@ class BackendCache:
     # --- one request --------------------------------------------------------------------------------------------------
 
     def _resolve(self, spec: SpecLike, adapter_path: Path | None) -> ModelSpec:
-        return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
+        try:
+            return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
+        except Exception as error:
+            without_secrets(error)  # somebody may have put one into a field
+            raise
 
     def _serve(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease:
         lease = self._claim(operation, spec, key)
@@ -278,11 +282,12 @@ class BackendCache:
         except Exception as error:
             # Frames that have ended would keep a half-loaded model alive for as long as the error's report lives.
             traceback.clear_frames(error.__traceback__)
-            failure = error if isinstance(error, SwayError) else refusals.load_failed(error, spec)
+            shown = without_secrets(error)
+            failure = shown if isinstance(shown, SwayError) else refusals.load_failed(shown, spec)
             self._ledger.fail(operation, failure)
             if failure is error:
                 raise
-            raise failure from (error if redact_error(error) else None)
+            raise failure from shown
         self._close_victims(operation)
         self._listener.loaded(lease.cached)
         return lease
@@ -347,7 +352,7 @@ class BackendCache:
             self._listener.evicted(cached)
 
     def _note_close_error(self, what: str, error: Exception) -> None:
-        _log.warning(what, exc_info=error if redact_error(error) else None)
+        _log.warning(what, exc_info=without_secrets(error))
         self.stats.close_errors.append(f"{what}: {type(error).__name__}: {redacted(str(error))}")
 
     def _release(self, entry: Entry, claim: Claim) -> None:

@@ -11,7 +11,7 @@ from pytest_sway.errors import (
     CacheFullError,
     ModelTooLargeError,
 )
-from pytest_sway.redaction import redacted
+from pytest_sway.redaction import RedactedError, redacted
 from pytest_sway.residency import State, format_bytes, format_parts, total_bytes
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def load_failed(error: Exception, spec: ModelSpec) -> BackendLoadError:
-    """A build raised something that is no `SwayError`."""
+def load_failed(error: BaseException, spec: ModelSpec) -> BackendLoadError:
+    """A build raised something that is no `SwayError`; what stands for it names its type itself."""
     adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
     finetuned = "" if spec.finetuned is None else f" with fine-tuned model {spec.finetuned!r}"
     by = f" by {spec.entry_point!r}" if spec.kind == "custom" else ""
+    what = str(error) if isinstance(error, RedactedError) else f"{type(error).__name__}: {error}"
     return BackendLoadError(
-        f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned}{by} failed:"
-        f" {type(error).__name__}: {redacted(str(error))}"
+        redacted(f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned}{by} failed: {what}")
     )
 
 

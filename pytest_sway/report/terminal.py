@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pytest_sway.redaction import redacted
 from pytest_sway.residency import format_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def write_summary(
     if lines:
         terminal.section("sway")
         for line in lines:
-            terminal.write_line(line)
+            terminal.write_line(redacted(line))
     if settings.fails_run(stats.leaks):
         terminal.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
 

@@ -26,6 +26,7 @@ from pytest_sway.backends.hf.models import load_model
 from pytest_sway.backends.hf.sizes import base_entries
 from pytest_sway.backends.hf.writing import raw_bytes, write_tensors
 from pytest_sway.errors import SwayError, SwayWarning
+from pytest_sway.redaction import redacted
 from pytest_sway.spec import base_key, short_name
 
 if TYPE_CHECKING:
@@ -291,4 +292,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}; the environment variable TMPDIR names another place"
-    return f"{type(error).__name__}: {str(error).rstrip('.')}"
+    return f"{type(error).__name__}: {redacted(str(error)).rstrip('.')}"
