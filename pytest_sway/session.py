@@ -19,6 +19,7 @@ from pytest_sway.building import Listener
 from pytest_sway.cache import BackendCache, CachedBackend, Lease
 from pytest_sway.errors import BackendUseError, MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
+from pytest_sway.imports import import_seconds, keep_modules
 from pytest_sway.redaction import redacted
 from pytest_sway.spec import Key, ModelSpec, SpecLike, resolved_key, short_name, with_adapter
 
@@ -175,6 +176,7 @@ class SwaySession(Listener):
         self._spoilt: list[tuple[CachedBackend, str]] = []
         self._users: dict[int, deque[str]] = {}
         self._unreported_seconds = 0.0
+        self._seconds_before = import_seconds()
         builder = HookedBuilder(
             hooks,
             device=settings.device,
@@ -340,13 +342,17 @@ class SwaySession(Listener):
         self.stats.base_recalled(short_name(name), answers, seconds)
 
     def take_load_seconds(self) -> float:
-        """The seconds spent in loads since this was last asked."""
-        seconds, self._unreported_seconds = self._unreported_seconds, 0.0
+        """The seconds spent in loads and in imports for them since this was last asked."""
+        imported, self._seconds_before = import_seconds() - self._seconds_before, import_seconds()
+        self.stats.import_seconds += imported
+        seconds, self._unreported_seconds = self._unreported_seconds + imported, 0.0
         return seconds
 
     def close(self) -> None:
         """Close everything for good; a thread that still loads then closes what it loads itself."""
         self.stats.unreleased += self.cache.shutdown(timeout=_PATIENCE_AT_END)
+        self.take_load_seconds()
+        keep_modules()
 
 
 def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:

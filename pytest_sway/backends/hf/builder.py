@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.check import check_spec
-from pytest_sway.backends.hf.libraries import forget_frames
+from pytest_sway.backends.hf.libraries import forget_frames, import_libraries
 from pytest_sway.backends.hf.placement import resolve_placement
 from pytest_sway.backends.hf.recall import DEFAULT_BYTES, AnswerMemory
 from pytest_sway.backends.hf.sizes import estimated
@@ -111,6 +111,7 @@ class HFBuilder:
         return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> HFBackend:
+        import_libraries(*(model for model in (spec, finetuned_spec(spec)) if model is not None))
         import torch
 
         from pytest_sway.backends.hf.assembly import assemble, load_own_base

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pytest_sway.errors import SpecError
+from pytest_sway.imports import import_apart
 from pytest_sway.machine import worker_slot
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def resolve_placement(spec: ModelSpec) -> ModelSpec:
     if spec.device not in ("auto", "cuda") and spec.dtype != "auto":
         return spec
     try:
+        import_apart("torch")
         return _resolved(spec)
     except ImportError:
         return spec
@@ -42,6 +44,7 @@ def require_device(spec: ModelSpec) -> None:
     """
     if spec.device == "cpu":
         return
+    import_apart("torch")
     import torch
 
     try:

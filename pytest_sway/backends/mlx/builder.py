@@ -12,6 +12,7 @@ from pytest_sway.backends.hf.libraries import forget_frames
 from pytest_sway.backends.hf.sizes import estimated
 from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
 from pytest_sway.backends.mlx.check import check_spec
+from pytest_sway.backends.mlx.libraries import import_libraries
 from pytest_sway.backends.mlx.placement import resolve_placement
 from pytest_sway.backends.shared import SharedPool
 from pytest_sway.errors import SwayError
@@ -92,6 +93,7 @@ class MLXBuilder:
         return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> MLXBackend:
+        import_libraries()
         from pytest_sway.backends.mlx.adapters import adapter_tokenizer, load_adapter
         from pytest_sway.backends.mlx.backend import Loaded, MLXBackend
         from pytest_sway.backends.mlx.finetuned import verify_finetuned
