@@ -201,7 +201,8 @@ def _in_this_thread() -> Iterator[None]:
 
 def _write(spec: ModelSpec, model: Any, folder: Path) -> None:
     """Write a model's weights as they are in memory, beside the files of its base that say how to use them."""
-    folder.mkdir(parents=True)
+    folder.parent.mkdir()  # not its parents: where the run's folder is gone, the run has ended
+    folder.mkdir()
     if gguf_file(spec) is None:
         _copy_settings(spec, folder)
     else:
