@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.errors import BackendLoadError
 from pytest_sway.residency import closers_of
 from pytest_sway.spec import ModelSpec, with_adapter
@@ -99,10 +100,6 @@ class PooledBuilder(Protocol):
 
     def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
         """Keep what a spec shares with others from being closed."""
-        ...
-
-    def exhausted(self, error: Exception) -> bool:
-        """Return whether an error says that memory ran out."""
         ...
 
 
@@ -203,7 +200,7 @@ class Builder:
 
     def exhausted(self, error: Exception) -> bool:
         """Return whether ``error`` says that the memory of a device, or of the machine, ran out."""
-        return isinstance(error, MemoryError) or any(pooled.exhausted(error) for pooled in self._pooled.values())
+        return out_of_memory(error)
 
     def _pooled_builder(self, spec: ModelSpec) -> PooledBuilder | None:
         """What builds the kinds whose backends share their bases; ``None`` for the other kinds."""

@@ -116,7 +116,7 @@ def interrupted(
     number: int = signal.SIGINT,
     code: int = pytest.ExitCode.INTERRUPTED,
 ) -> str:
-    """Run the tests apart, send a signal, by default that of Ctrl-C, at the moment that they tell, and return what was printed."""
+    """Run the tests apart, send a signal at the moment that they tell, and return what was printed."""
     suite.pytester.makepyfile(blocks=BLOCKS, plugin=PLUGIN)
     suite.write(tests)
     os.mkfifo("moment")

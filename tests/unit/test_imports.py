@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,11 @@ def _gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return gate
 
 
+def _strike_at(gate: Gate) -> None:
+    gate.wait()
+    os.kill(os.getpid(), signal.SIGALRM)
+
+
 class _Timeout(BaseException):
     """What pytest-timeout raises from a signal, in whatever line runs."""
 
@@ -70,7 +76,7 @@ def test_a_signal_ends_the_wait_for_an_import_and_not_the_import(heavy: Any) -> 
     gate = heavy.gate()
     before = signal.signal(signal.SIGALRM, strike)
     try:
-        striker = Call(lambda: (gate.wait(), os.kill(os.getpid(), signal.SIGALRM)))
+        striker = Call(partial(_strike_at, gate))
         with pytest.raises(_Timeout):
             import_apart("heavy_library")
         striker.result()

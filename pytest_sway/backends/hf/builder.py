@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.backends.hf.check import check_spec
 from pytest_sway.backends.hf.libraries import forget_frames, import_libraries
 from pytest_sway.backends.hf.placement import resolve_placement
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-
-_OUT_OF_MEMORY: Final = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
 class HFBuilder:
@@ -103,12 +100,8 @@ class HFBuilder:
             yield
 
     def exhausted(self, error: Exception) -> bool:
-        """Return whether ``error`` is torch's way to say that memory ran out, on an accelerator or on the CPU."""
-        import torch
-
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+        """Return whether ``error`` says that memory ran out, on an accelerator or on the CPU."""
+        return out_of_memory(error)
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> HFBackend:
         import_libraries(*(model for model in (spec, finetuned_spec(spec)) if model is not None))
