@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 from pytest_sway.endpoints import normal_endpoint
 from pytest_sway.errors import SpecError
+from pytest_sway.reading import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -436,7 +437,7 @@ def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> 
 def _file_digest(path: str, _signature: _Signature) -> str:
     """A digest of a file's content, which is read again only when its signature has changed."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return "unreadable"

@@ -20,6 +20,7 @@ from pytest_sway.backends.hf.adapter_kinds import (
 )
 from pytest_sway.backends.hf.headers import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -151,7 +152,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise SpecError(f"the adapter {str(folder)!r} {what}. Name the folder that PEFT's save_pretrained wrote.")
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_bounded(path, CONFIG_BYTES))
     except FileNotFoundError:
         raise SpecError(
             f"the adapter folder {str(folder)!r} has no {CONFIG}. Name the folder that PEFT's save_pretrained wrote"

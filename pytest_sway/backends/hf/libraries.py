@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.base_files import base_file
-from pytest_sway.backends.hf.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.errors import BackendNotAvailableError
 from pytest_sway.imports import import_apart
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

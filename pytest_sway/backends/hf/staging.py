@@ -26,6 +26,7 @@ from pytest_sway.backends.hf.models import load_model
 from pytest_sway.backends.hf.sizes import base_entries
 from pytest_sway.backends.hf.writing import raw_bytes, write_tensors
 from pytest_sway.errors import SwayError, SwayWarning
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.redaction import redacted
 from pytest_sway.spec import base_key, short_name
 
@@ -163,7 +164,7 @@ def _needs_conversion(spec: ModelSpec) -> bool:
         return True
     config = base_file(spec, "config.json")
     try:
-        if config is None or json.loads(config.read_bytes()).get("quantization_config"):
+        if config is None or json.loads(read_bounded(config, CONFIG_BYTES)).get("quantization_config"):
             return False
         entries = base_entries(spec)
     except (SwayError, OSError, ValueError, AttributeError, RecursionError):
