@@ -37,20 +37,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pytest_sway import refusals
 from pytest_sway.building import Build, Listener, informed
-from pytest_sway.errors import SwayError
+from pytest_sway.errors import FilesChangedError, SwayError
 from pytest_sway.imports import import_seconds
 from pytest_sway.leases import CachedBackend, Lease
 from pytest_sway.ledger import Ledger
 from pytest_sway.monitor import Bell
 from pytest_sway.redaction import redacted, without_secrets
 from pytest_sway.residency import Budget, Claim, Entry, Operation, Parts, State, closers_of
-from pytest_sway.spec import Key, ModelSpec, SpecLike, parse_spec, resolved_key, with_adapter
+from pytest_sway.spec import Key, ModelSpec, SpecLike, parse_spec, resolved_key, state_of_files, with_adapter
 from pytest_sway.stats import SwayStats
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ __all__ = ["BackendCache", "CachedBackend", "Lease"]
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 _log = logging.getLogger(__name__)
+
+_TRIES: Final = 3
+"""How often a load is tried whose files change meanwhile."""
 
 _GLANCE: Final = 1.0
 """Seconds after which who waits looks again for what nobody announces: a lease that was dropped, not released."""
@@ -191,6 +194,12 @@ class BackendCache:
             SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
         """
         resolved = self._resolve(spec, adapter_path)
+        for _ in range(_TRIES - 1):
+            with suppress(FilesChangedError):  # the next look at them gives another key
+                return self._acquire(resolved, holder, to_the_end)
+        return self._acquire(resolved, holder, to_the_end)
+
+    def _acquire(self, resolved: ModelSpec, holder: str | None, to_the_end: bool) -> Lease:
         operation = Operation(holder or self._who(), to_the_end)
         try:
             try:
@@ -271,7 +280,9 @@ class BackendCache:
 
     def _load(self, operation: Operation, spec: ModelSpec) -> Lease:
         """Load what this operation leads; the lease is its own, those who waited have theirs."""
+        files = state_of_files(spec)
         try:
+            self._require_key(operation, spec)
             self._build.check(spec)
             estimate = self._build.estimate(spec)
             self._refuse_if_over_budget(spec, estimate)
@@ -279,6 +290,8 @@ class BackendCache:
                 self._make_room(operation, estimate)
                 with self._listener.loading(spec):
                     seconds = self._build_in_memory(operation, spec, estimate)
+            if state_of_files(spec) != files:
+                raise refusals.files_changed(spec)
             lease = self._ledger.admit(operation, seconds, self._build.measure(operation.built[0]))
         except Exception as error:
             # Frames that have ended would keep a half-loaded model alive for as long as the error's report lives.
@@ -309,6 +322,11 @@ class BackendCache:
             self._ledger.evict_idle(operation)
             self._close_victims(operation)
         return max(0.0, time.perf_counter() - import_seconds() - started)
+
+    def _require_key(self, operation: Operation, spec: ModelSpec) -> None:
+        """Raise if the files have changed since the request was made: they are loaded under a key of what they hold."""
+        if operation.entry is not None and resolved_key(spec) != operation.entry.key:
+            raise refusals.files_changed(spec)
 
     def _refuse_if_over_budget(self, spec: ModelSpec, parts: Parts | None) -> None:
         if parts is not None and self.max_bytes is not None and sum(parts.values()) > self.max_bytes:

@@ -9,6 +9,7 @@ from pytest_sway.errors import (
     CacheClosedError,
     CacheDeadlockError,
     CacheFullError,
+    FilesChangedError,
     ModelTooLargeError,
 )
 from pytest_sway.redaction import RedactedError, redacted
@@ -31,6 +32,14 @@ def load_failed(error: BaseException, spec: ModelSpec) -> BackendLoadError:
     what = str(error) if isinstance(error, RedactedError) else f"{type(error).__name__}: {error}"
     return BackendLoadError(
         redacted(f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned}{by} failed: {what}")
+    )
+
+
+def files_changed(spec: ModelSpec) -> FilesChangedError:
+    """What was loaded may be neither what was asked for nor what is there now."""
+    return FilesChangedError(
+        f"the files of {spec} changed each time while they were loaded, so what was loaded is not known. Wait until"
+        " nobody writes to them any more, or copy them and test the copy."
     )
 
 
