@@ -185,6 +185,7 @@ class SwaySession(Listener):
             share_weights=share_weights,
             score_cache=settings.score_cache,
             on_recall=self._recalled,
+            on_base_mismatch=settings.on_base_mismatch,
         )
         self.cache = BackendCache(
             settings.cache_size,

@@ -114,6 +114,7 @@ class Builder:
             ``None`` for a copy of its own.
         score_cache: The most bytes of answers that each base of kind ``hf`` remembers; 0 for none.
         on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
+        on_base_mismatch: What an adapter of kind ``hf`` gets that names another base: ``error``, ``warn``, ``ignore``.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Builder:
         share_weights: Path | None = None,
         score_cache: int = 64 * 2**20,
         on_recall: Callable[[str, int, float], None] | None = None,
+        on_base_mismatch: str = "warn",
     ) -> None:
         self._device = device
         self._dtype = dtype
@@ -132,6 +134,7 @@ class Builder:
         self._share_weights = share_weights
         self._score_cache = score_cache
         self._on_recall = on_recall
+        self._on_base_mismatch = on_base_mismatch
         self._pooled: dict[str, PooledBuilder] = {}
 
     def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
@@ -212,6 +215,7 @@ class Builder:
                 share_weights=self._share_weights,
                 score_cache=self._score_cache,
                 on_recall=self._on_recall,
+                on_base_mismatch=self._on_base_mismatch,
             )
         elif spec.kind == "mlx" and "mlx" not in self._pooled:
             from pytest_sway.backends.mlx import MLXBuilder

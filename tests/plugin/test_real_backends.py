@@ -362,3 +362,20 @@ def test_next(sway_backend):
     result = pytester.runpytest_subprocess("-p", "no:xdist", "-p", "no:randomly", timeout=300)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*Failed: Timeout", "FAILED *::test_times_out*"])
+
+
+@pytest.mark.parametrize(("policy", "outcome"), [("", {"warnings": 1}), ("error", {"failed": 1}), ("ignore", {})])
+def test_an_adapter_of_another_base_gets_what_the_setting_says(
+    pytester: pytest.Pytester, models: Path, tmp_path: Path, policy: str, outcome: dict[str, int]
+) -> None:
+    other = shutil.copytree(models / "base", tmp_path / "other")
+    edit_weights(other, lambda tensors: {k: t + 0.5 for k, t in tensors.items()}, file="model.safetensors")
+    if policy:
+        pytester.makeini(f"[pytest]\nsway_on_base_mismatch = {policy}\n")
+    pytester.makepyfile(f"""
+def test_x(sway_backend):
+    sway_backend({{"base": {str(other)!r}, "adapter": {str(models / "good")!r}}})
+""")
+    result = pytester.runpytest_inprocess("-W", "default")
+    result.assert_outcomes(**{"passed": 1 - outcome.get("failed", 0), **outcome})
+    assert ("was trained on" in result.stdout.str()) is (policy != "ignore")

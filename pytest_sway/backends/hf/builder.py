@@ -41,6 +41,7 @@ class HFBuilder:
             ``None`` for a copy of its own.
         score_cache: The most bytes of answers that each base remembers; 0 for none.
         on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
+        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class HFBuilder:
         share_weights: Path | None = None,
         score_cache: int = DEFAULT_BYTES,
         on_recall: Callable[[str, int, float], None] | None = None,
+        on_base_mismatch: str = "warn",
     ) -> None:
         self._on_base_load = on_base_load
         self._score_cache = score_cache
         self._on_recall = on_recall
+        self._on_base_mismatch = on_base_mismatch
         self._share_weights = share_weights
         self._shared_weights: SharedWeights | None = None
         self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
@@ -66,7 +69,7 @@ class HFBuilder:
             SwayError: It cannot be loaded; the message says why and what to do.
         """
         spec = resolve_placement(spec)
-        files = check_spec(spec)
+        files = check_spec(spec, on_base_mismatch=self._on_base_mismatch)
         shares: list[Share[LoadedBase]] = []
         handled = sys.exception()
         try:
@@ -82,7 +85,8 @@ class HFBuilder:
         Raises:
             SwayError: Loading it would fail.
         """
-        check_spec(resolve_placement(spec))
+        policy = self._on_base_mismatch if self._on_base_mismatch == "error" else "ignore"  # the load will warn
+        check_spec(resolve_placement(spec), on_base_mismatch=policy)
 
     def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
         """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""

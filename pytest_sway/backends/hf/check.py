@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from pytest_sway.backends.hf.bounds import require_bounded, require_files
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.libraries import require_libraries
+from pytest_sway.backends.hf.lineage import other_base
 from pytest_sway.backends.hf.placement import require_device
 from pytest_sway.backends.hf.sizes import base_entries
-from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import finetuned_spec, is_path
 
@@ -27,15 +29,19 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def check_spec(spec: ModelSpec) -> AdapterFiles | None:
+def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterFiles | None:
     """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
+
+    Args:
+        spec: What is to be loaded.
+        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
 
     Raises:
         SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; a
             model's holds an adapter; the fine-tuned model is the base; or the device is not there.
         WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow; or a model
             would have to be fetched, and the process is offline.
-        AdapterMismatchError: The adapter was made for another architecture.
+        AdapterMismatchError: The adapter was made for another architecture, or on another base where that is an error.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
     config = _check_model(spec, "base")
@@ -55,6 +61,10 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
         require_bounded(files, entries)
     if files is not None and entries is not None:
         check_fit(spec, files, entries, config)
+    if files is not None and on_base_mismatch != "ignore" and (found := other_base(spec, files.config)) is not None:
+        if on_base_mismatch == "error":
+            raise AdapterMismatchError(found)
+        warnings.warn(found, SwayWarning, stacklevel=2)
     require_libraries(spec, gguf=any(gguf_file(model) is not None for model in (spec, tuned) if model is not None))
     require_device(spec)
     require_cached(spec)

@@ -30,7 +30,6 @@ def resolve_placement(spec: ModelSpec) -> ModelSpec:
     if spec.device not in ("auto", "cuda") and spec.dtype != "auto":
         return spec
     try:
-        import_apart("torch")
         return _resolved(spec)
     except ImportError:
         return spec
@@ -66,6 +65,7 @@ def _resolved(spec: ModelSpec) -> ModelSpec:
 def _device(asked: str) -> str:
     if asked not in ("auto", "cuda"):
         return asked
+    import_apart("torch")
     import torch
 
     if torch.cuda.is_available():
@@ -77,6 +77,7 @@ def _device(asked: str) -> str:
 
 def _dtype(device_type: str) -> Dtype:
     if device_type == "cuda":
+        import_apart("torch")
         import torch
 
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
