@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from io import BufferedReader
     from pathlib import Path
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -27,7 +28,7 @@ _KINDS: Final = (
 )  # fmt: skip
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> BufferedReader:
     """Open a regular file for reading; anything else is refused, where a pipe would be waited for.
 
     Raises:
