@@ -41,6 +41,40 @@ _SIZES: Final = ("r", "num_virtual_tokens")
 _EXPRESSIONS: Final = ("target_modules", "exclude_modules", "layers_pattern")
 _KEYED_BY_EXPRESSIONS: Final = ("rank_pattern", "alpha_pattern")
 _QUANTIFIER_IN_GROUP: Final = re.compile(r"\)(\*|\+|\{\d*,)")
+_NUMBERS: Final = (int, float)
+_TYPES: Final[Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]]] = {
+    "r": ((int,), ()),
+    "num_virtual_tokens": ((int,), ()),
+    "lora_alpha": (_NUMBERS, ()),
+    "lora_dropout": (_NUMBERS, ()),
+    "bias": ((str,), ()),
+    "task_type": ((str,), ()),
+    "target_modules": ((str, list), (str,)),
+    "exclude_modules": ((str, list), (str,)),
+    "modules_to_save": ((list,), (str,)),
+    "layers_to_transform": ((int, list), (int,)),
+    "layers_pattern": ((str, list), (str,)),
+    "rank_pattern": ((dict,), ()),
+    "alpha_pattern": ((dict,), ()),
+    "use_dora": ((bool,), ()),
+    "use_rslora": ((bool,), ()),
+    "fan_in_fan_out": ((bool,), ()),
+}
+"""The types that a field takes, and those of the elements of a list; null is left to PEFT."""
+_WORDS: Final = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+}
+_WRAPPERS: Final = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+}
 _LONGEST_EXPRESSION: Final = 2**16
 _PATIENCE: Final = 4.0
 """Seconds for matching an expression against the names of all modules, which usually takes a thousandth of one."""
@@ -77,6 +111,46 @@ def require_files(folder: Path) -> None:
         if limit is not None and state.st_size > limit:
             raise SpecError(
                 f"{str(path)!r} has {state.st_size:,} bytes, and no such file needs more than {limit:,}. Save it again."
+            )
+
+
+def require_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless the fields of an ``adapter_config.json`` have the types that they take, as far as they are known.
+
+    Raises:
+        SpecError: One has another.
+    """
+    for field, (kinds, of) in _TYPES.items():
+        value = config.get(field)
+        if value is None:
+            continue
+        elements = value if isinstance(value, list) else ()
+        if type(value) not in kinds or not all(type(element) in of for element in elements):
+            takes = " or ".join(dict.fromkeys(_WORDS[kind] for kind in kinds))
+            raise SpecError(
+                f"{str(path)!r} has {field} = {_short(value)}, and it must be {takes}. Save the adapter again."
+            )
+
+
+def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Raise where a file of weights holds what a wrapper around the model has left, under names unknown to PEFT.
+
+    Raises:
+        WeightsError: It has no values, or such names.
+    """
+    if not any(entry.numel for entry in entries.values()):
+        raise WeightsError(
+            f"{str(path)!r} holds no values ({len(entries)} tensors, all empty). DeepSpeed's ZeRO-3 and FSDP leave such"
+            " files when the parts are not gathered before they are saved. Save the adapter again, gathered."
+        )
+    for name in entries:
+        left = next(
+            (mark for mark in _WRAPPERS if name.startswith(mark) or (f".{mark}" in name and mark != "module.")), None
+        )
+        if left is not None:
+            raise WeightsError(
+                f"{str(path)!r} has tensors such as {_short(name)}: {left!r} is what {_WRAPPERS[left]} puts into the"
+                " names of a model that it wraps, and PEFT does not know them. Unwrap it, then save the adapter again."
             )
 
 
@@ -148,6 +222,6 @@ def _require_quick(where: str, field: str, expression: str, names: Iterable[str]
         ) from None
 
 
-def _short(text: str) -> str:
-    shown = repr(text)
+def _short(value: object) -> str:
+    shown = repr(value[:100] if isinstance(value, str | list) else value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -14,7 +14,7 @@ import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayError, WeightsError
 from pytest_sway.reading import CONFIG_BYTES
-from tests.tiny import edit_config
+from tests.tiny import edit_config, edit_weights
 from tests.unit.hf.conftest import spec_of
 
 SECONDS = 5.0
@@ -161,3 +161,68 @@ def test_the_check_takes_nothing_from_the_cache(folders: dict[str, Path], refusa
     edit_config(folders["adapter"], r=10**7)
     with pytest.raises(AdapterMismatchError):
         Builder().check(spec_of(folders["base"], folders["adapter"]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "takes"),
+    [
+        ("r", "8", "a whole number"),
+        ("r", [8], "a whole number"),
+        ("r", True, "a whole number"),
+        ("lora_alpha", "16", "a whole number or a number"),
+        ("target_modules", {"q_proj": 1}, "a text or a list"),
+        ("target_modules", [["q_proj"]], "a text or a list"),
+        ("modules_to_save", "lm_head", "a list"),
+        ("rank_pattern", ["q_proj"], "an object"),
+        ("layers_to_transform", "0", "a whole number or a list"),
+        ("use_dora", "yes", "true or false"),
+        ("bias", 0, "a text"),
+        ("task_type", 7, "a text"),
+        ("target_modules", ["x" * 10**6, 7], "a text or a list"),
+    ],
+)
+def test_a_field_of_another_type_is_named(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], field: str, value: object, takes: str
+) -> None:
+    edit_config(folders["adapter"], **{field: value})
+    error = str(refusal())
+    assert f"adapter_config.json' has {field} = " in error
+    assert f"and it must be {takes}." in error
+    assert len(error) < 600
+
+
+@pytest.mark.parametrize(
+    ("rename", "left", "whose"),
+    [
+        (lambda name: f"_orig_mod.{name}", "_orig_mod.", "torch.compile"),
+        (lambda name: name.replace("model.model.", "model._orig_mod.model."), "_orig_mod.", "torch.compile"),
+        (lambda name: f"module.{name}", "module.", "DataParallel"),
+        (lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module."), "_fsdp_wrapped_module.", "FSDP"),
+    ],
+)
+def test_what_a_wrapper_has_left_in_the_names_is_named(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], rename: Callable[[str], str], left: str, whose: str
+) -> None:
+    edit_weights(folders["adapter"], lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    error = refusal()
+    assert isinstance(error, WeightsError)
+    assert f"{left!r} is what {whose} puts into the names of a model that it wraps" in str(error)
+
+
+@pytest.mark.parametrize("change", [lambda tensors: {}, lambda tensors: {k: t[:0] for k, t in tensors.items()}])
+def test_a_file_without_values_is_named(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    edit_weights(folders["adapter"], change)
+    assert "adapter_model.safetensors' holds no values" in str(refusal())
+
+
+def test_the_head_of_a_classifier_without_a_task_is_named(
+    folders: dict[str, Path], refusal: Callable[[], SwayError]
+) -> None:
+    edit_config(folders["adapter"], task_type=None)
+    edit_weights(
+        folders["adapter"],
+        lambda tensors: tensors | {"base_model.model.score.weight": next(iter(tensors.values())).clone()},
+    )
+    assert "brings the head of a classifier ('base_model.model.score.weight')" in str(refusal())
