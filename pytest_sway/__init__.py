@@ -29,6 +29,8 @@ __all__ = [
     "cache_key_for",
 ]
 
+__version__: str
+
 _HOMES = {
     "cache": ("BackendCache", "CachedBackend", "Lease"),
     "errors": ("SwayError", "SwayWarning"),
@@ -39,7 +41,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from the module that defines it."""
+    """Import a public name from the module that defines it; the version is that of the installed package."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("pytest-sway")
+        except PackageNotFoundError:
+            raise AttributeError("pytest-sway is not installed, so its version is not known") from None
     for module, names in _HOMES.items():
         if name in names:
             from importlib import import_module

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pytest_sway.errors import SpecError
+from pytest_sway.reading import INDEX_BYTES, read_bounded
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -56,7 +57,7 @@ def read_answers(path: Path) -> str:
     import tomllib
 
     try:
-        text = path.read_text("utf-8")
+        text = read_bounded(path, INDEX_BYTES).decode("utf-8")
         parsed = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"the answers {str(path)!r} cannot be read: {error}. Name a JSON or TOML file.") from error

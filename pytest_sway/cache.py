@@ -18,7 +18,8 @@ Its invariants, each with a test of its number:
 14. A load that waits for itself, also through other threads, gets an error, not a deadlock.
 15. Releasing a lease twice is harmless, from any thread.
 16. A base is loaded once, closed after its last adapter, and its bytes count once.
-17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else the request waits.
+17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else the request waits. What a
+    test keeps to its end is the test's in all its threads, and what an ended thread has left is the main thread's.
 18. With a byte budget, sizes are estimated before the load, and unknown counts as the whole budget.
 19. After a fork the child starts empty and closes nothing of its parent's.
 20. `BackendCache.evict_all` closes every idle entry even when some raise, and can be called twice.
@@ -36,19 +37,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pytest_sway import refusals
 from pytest_sway.building import Build, Listener, informed
-from pytest_sway.errors import SwayError
+from pytest_sway.errors import FilesChangedError, SwayError
+from pytest_sway.imports import import_seconds
 from pytest_sway.leases import CachedBackend, Lease
 from pytest_sway.ledger import Ledger
 from pytest_sway.monitor import Bell
-from pytest_sway.redaction import redact_error, redacted
+from pytest_sway.redaction import redacted, without_secrets
 from pytest_sway.residency import Budget, Claim, Entry, Operation, Parts, State, closers_of
-from pytest_sway.spec import Key, ModelSpec, SpecLike, parse_spec, resolved_key, with_adapter
+from pytest_sway.spec import Key, ModelSpec, SpecLike, parse_spec, resolved_key, state_of_files, with_adapter
 from pytest_sway.stats import SwayStats
 
 if TYPE_CHECKING:
@@ -59,6 +61,9 @@ __all__ = ["BackendCache", "CachedBackend", "Lease"]
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 _log = logging.getLogger(__name__)
+
+_TRIES: Final = 3
+"""How often a load is tried whose files change meanwhile."""
 
 _GLANCE: Final = 1.0
 """Seconds after which who waits looks again for what nobody announces: a lease that was dropped, not released."""
@@ -164,13 +169,22 @@ class BackendCache:
         with self.acquire(spec, adapter_path=adapter_path, holder=holder) as backend:
             yield backend
 
-    def acquire(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Lease:
+    def acquire(
+        self,
+        spec: SpecLike,
+        *,
+        adapter_path: Path | None = None,
+        holder: str | None = None,
+        to_the_end: bool = False,
+    ) -> Lease:
         """Return a lease on the backend of ``spec``, which is loaded if need be.
 
         Args:
             spec: What to load.
             adapter_path: An adapter that takes the place of the spec's own.
             holder: Who is named to others when the cache is full; by default as the cache's ``who`` says.
+            to_the_end: The holder, such as a test, releases at its own end, whichever of its threads asked: so nothing
+                that it asks for meanwhile waits for that.
 
         Raises:
             SpecError: The spec is malformed.
@@ -180,7 +194,13 @@ class BackendCache:
             SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
         """
         resolved = self._resolve(spec, adapter_path)
-        operation = Operation(holder or self._who())
+        for _ in range(_TRIES - 1):
+            with suppress(FilesChangedError):  # the next look at them gives another key
+                return self._acquire(resolved, holder, to_the_end)
+        return self._acquire(resolved, holder, to_the_end)
+
+    def _acquire(self, resolved: ModelSpec, holder: str | None, to_the_end: bool) -> Lease:
+        operation = Operation(holder or self._who(), to_the_end)
         try:
             try:
                 lease = self._serve(operation, resolved, resolved_key(resolved))
@@ -239,7 +259,11 @@ class BackendCache:
     # --- one request --------------------------------------------------------------------------------------------------
 
     def _resolve(self, spec: SpecLike, adapter_path: Path | None) -> ModelSpec:
-        return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
+        try:
+            return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
+        except Exception as error:
+            without_secrets(error)  # somebody may have put one into a field
+            raise
 
     def _serve(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease:
         lease = self._claim(operation, spec, key)
@@ -256,7 +280,9 @@ class BackendCache:
 
     def _load(self, operation: Operation, spec: ModelSpec) -> Lease:
         """Load what this operation leads; the lease is its own, those who waited have theirs."""
+        files = state_of_files(spec)
         try:
+            self._require_key(operation, spec)
             self._build.check(spec)
             estimate = self._build.estimate(spec)
             self._refuse_if_over_budget(spec, estimate)
@@ -264,22 +290,25 @@ class BackendCache:
                 self._make_room(operation, estimate)
                 with self._listener.loading(spec):
                     seconds = self._build_in_memory(operation, spec, estimate)
+            if state_of_files(spec) != files:
+                raise refusals.files_changed(spec)
             lease = self._ledger.admit(operation, seconds, self._build.measure(operation.built[0]))
         except Exception as error:
             # Frames that have ended would keep a half-loaded model alive for as long as the error's report lives.
             traceback.clear_frames(error.__traceback__)
-            failure = error if isinstance(error, SwayError) else refusals.load_failed(error, spec)
+            shown = without_secrets(error)
+            failure = shown if isinstance(shown, SwayError) else refusals.load_failed(shown, spec)
             self._ledger.fail(operation, failure)
             if failure is error:
                 raise
-            raise failure from (error if redact_error(error) else None)
+            raise failure from shown
         self._close_victims(operation)
         self._listener.loaded(lease.cached)
         return lease
 
     def _build_in_memory(self, operation: Operation, spec: ModelSpec, estimate: Parts | None) -> float:
-        """Build, and once more without all that is idle if the memory runs out; return the seconds it took."""
-        started = time.perf_counter()
+        """Build, and once more without all that is idle if the memory runs out; return the seconds without imports."""
+        started = time.perf_counter() - import_seconds()
         for attempt in (1, 2):
             try:
                 operation.built.extend(map(self._build, [spec]))  # in C: nothing comes between build and record
@@ -292,7 +321,12 @@ class BackendCache:
                 traceback.clear_frames(error.__traceback__)
             self._ledger.evict_idle(operation)
             self._close_victims(operation)
-        return time.perf_counter() - started
+        return max(0.0, time.perf_counter() - import_seconds() - started)
+
+    def _require_key(self, operation: Operation, spec: ModelSpec) -> None:
+        """Raise if the files have changed since the request was made: they are loaded under a key of what they hold."""
+        if operation.entry is not None and resolved_key(spec) != operation.entry.key:
+            raise refusals.files_changed(spec)
 
     def _refuse_if_over_budget(self, spec: ModelSpec, parts: Parts | None) -> None:
         if parts is not None and self.max_bytes is not None and sum(parts.values()) > self.max_bytes:
@@ -337,7 +371,7 @@ class BackendCache:
             self._listener.evicted(cached)
 
     def _note_close_error(self, what: str, error: Exception) -> None:
-        _log.warning(what, exc_info=error if redact_error(error) else None)
+        _log.warning(what, exc_info=without_secrets(error))
         self.stats.close_errors.append(f"{what}: {type(error).__name__}: {redacted(str(error))}")
 
     def _release(self, entry: Entry, claim: Claim) -> None:

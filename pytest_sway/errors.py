@@ -6,6 +6,7 @@ The tree::
     ├── SpecError (ValueError)            the spec itself is wrong
     ├── BackendNotAvailableError          nothing installed here can build this kind
     ├── BackendLoadError                  the load was tried and failed
+    │   ├── FilesChangedError             somebody wrote to the files while they were loaded
     │   └── WeightsError                  a file of weights is missing, unreadable or unsafe
     │       └── AdapterMismatchError      the adapter does not fit, or does nothing
     ├── CacheError
@@ -55,6 +56,10 @@ class BackendNotAvailableError(SwayError):
 
 class BackendLoadError(SwayError):
     """A load was tried and failed; the original error is the cause."""
+
+
+class FilesChangedError(BackendLoadError):
+    """Files were written while they were loaded, so nobody knows what was loaded."""
 
 
 class WeightsError(BackendLoadError):

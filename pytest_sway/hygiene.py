@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_sway.errors import BackendClosedError
+from pytest_sway.redaction import redacted
 from pytest_sway.residency import format_bytes
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ def changes(backend: Any) -> list[str]:
     if not callable(ask):
         return []
     try:
-        return list(ask())
+        return [redacted(str(line)) for line in ask()]
     except BackendClosedError:
         return ["the backend was closed, which is the cache's to do"]
     except Exception as error:
-        return [f"it cannot be compared with what it was: {type(error).__name__}: {error}"]
+        return [f"it cannot be compared with what it was: {type(error).__name__}: {redacted(str(error))}"]
 
 
 def leak(backend: Any) -> Leak | None:

@@ -23,7 +23,8 @@ class CachedBackend:
         key: Its identity, `pytest_sway.spec.cache_key_for`.
         backend: What the build returned.
         model_spec: The spec it was loaded from, with device and dtype resolved.
-        load_seconds: How long the load took, its base included where that was loaded too.
+        load_seconds: How long the load took, its base included where that was loaded too, and the import of libraries
+            not.
     """
 
     key: Key

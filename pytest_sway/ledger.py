@@ -140,12 +140,12 @@ class Ledger:
         if victims is not None:
             self._evict(operation, victims)
             return self._changed
-        if self._never_fits(newcomer, {operation.thread}):
-            raise self._full(newcomer, "all of it is in use by the one who asks")
+        if self._never_fits(newcomer, [operation]):
+            raise self._full(newcomer, f"all of it is in use by the one who asks{self._or_by_ended_threads()}")
         queue = self._queue_behind(operation)
-        if self._never_fits(newcomer, {operation.thread, *(behind.thread for behind in queue)}):
-            error = self._full(newcomer, "all of it is in use by those who wait for it")
-            self._refuse((behind for behind in queue if self._never_all_ends(behind.thread)), error)
+        if self._never_fits(newcomer, [operation, *queue]):
+            error = self._full(newcomer, f"all of it is in use by those who wait for it{self._or_by_ended_threads()}")
+            self._refuse((behind for behind in queue if self._never_all_ends(behind)), error)
         if time.monotonic() >= since + patience:
             error = self._full(newcomer, f"none of it came free within {patience:g} s")
             self._refuse(list(newcomer.waiters), error)
@@ -230,9 +230,9 @@ class Ledger:
     @atomic
     def under_way(self) -> Bell | None:
         """What to wait for while other threads load or close."""
-        me = threading.current_thread()
+        me = Operation("")
         entries = (*self._retired, *self._entries.values())
-        under_way = any(entry.state is not State.READY and entry.ends_without({me}) for entry in entries)
+        under_way = any(entry.state is not State.READY and entry.ends_without([me]) for entry in entries)
         return self._changed if under_way else None
 
     @atomic
@@ -291,7 +291,7 @@ class Ledger:
         bell.ring()
 
     def _grant(self, entry: Entry, operation: Operation) -> Lease:
-        claim = Claim(operation.holder, operation.thread)
+        claim = Claim(operation.holder, operation.thread, operation.to_the_end)
         lease = Lease(self, entry, claim, cast("CachedBackend", entry.cached))
         entry.claims.add(claim)
         return lease
@@ -323,13 +323,17 @@ class Ledger:
             if any(leader.thread is operation.thread for leader in self._leaders(waiting.waits_for))
         ]
 
-    def _never_fits(self, newcomer: Entry, threads: Collection[threading.Thread]) -> bool:
-        """Whether there is no room even when all has ended that can end without these threads."""
-        return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(threads)), newcomer])
+    def _never_fits(self, newcomer: Entry, askers: Collection[Operation]) -> bool:
+        """Whether there is no room even when all has ended that can end while these wait."""
+        return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(askers)), newcomer])
 
-    def _never_all_ends(self, thread: threading.Thread) -> bool:
-        """Whether this thread keeps something resident."""
-        return not all(entry.ends_without({thread}) for entry in self._residents())
+    def _never_all_ends(self, asker: Operation) -> bool:
+        """Whether something stays resident for as long as this one waits."""
+        return not all(entry.ends_without([asker]) for entry in self._residents())
+
+    def _or_by_ended_threads(self) -> str:
+        orphaned = any(claim.orphaned for entry in self._residents() for claim in entry.claims)
+        return ", or was leased in a thread that has ended and did not release it" if orphaned else ""
 
     def _refuse(self, waiters: Iterable[Operation], error: SwayError) -> None:
         for waiter in waiters:

@@ -13,6 +13,7 @@ import pytest
 
 from pytest_sway.collection import Collection, fewest_base_loads
 from pytest_sway.frames import forget_frames
+from pytest_sway.imports import restore_modules
 from pytest_sway.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     try:
         return (yield)
     finally:
+        restore_modules()  # which a run inside of this test may have taken away
         session = _used(item.config)
         error = session.end_test(item.nodeid) if session is not None else None
         if error is not None:

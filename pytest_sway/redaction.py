@@ -1,29 +1,161 @@
-"""Keeping the environment's secrets out of what is shown: errors of other libraries can quote them."""
+"""Keeping the environment's secrets out of what is shown: errors of other libraries can quote them.
+
+`redacted` does it for a text, `without_secrets` for an error and all that a report shows with it. Every way on which an
+error of a build, a close or a comparison leaves this package goes through one of them.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from typing import Final
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import quote, unquote, urlsplit
 
-_SECRET_NAME: Final = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)(API_?)?KEY($|_)", re.IGNORECASE)
+_SECRET_NAME: Final = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|APIKEY|(^|_)(API_?)?KEY($|_)", re.IGNORECASE
+)
+_USER: Final = re.compile(r"(?<=://)[^/\s@'\"]+@")
+"""The user name and password of an address, which name a secret whatever the environment says."""
 _SHORTEST: Final = 8
 """Shorter values are words that occur anywhere, such as ``true``, and no secrets."""
+_DEEPEST: Final = 8
+_HIDDEN: Final = "***"
+_TEXT_FIELDS: Final = ("strerror", "filename", "filename2", "msg", "text", "reason", "name", "path")
+"""Where the errors of Python itself keep text beside their arguments."""
+
+
+class RedactedError(Exception):
+    """Stands for an error that quotes a secret and cannot be rid of it; the text begins with that error's type."""
 
 
 def redacted(text: str) -> str:
-    """``text`` without the values of environment variables whose names say that they are secret."""
+    """``text`` without passwords in addresses, and without the secrets of the environment.
+
+    These are the values of variables whose names say that they are secret, and passwords and queries in values that are
+    addresses, such as ``HF_ENDPOINT``.
+    """
     for secret in _secrets():
-        text = text.replace(secret, "***")
-    return text
+        text = text.replace(secret, _HIDDEN)
+    return _USER.sub(f"{_HIDDEN}@", text)
 
 
-def redact_error(error: BaseException) -> bool:
-    """Take secrets out of an error's arguments; return whether its text is free of them now."""
-    if any(secret in str(error) for secret in _secrets()):
-        error.args = tuple(redacted(arg) if isinstance(arg, str) else arg for arg in error.args)
-    return not any(secret in str(error) for secret in _secrets())
+def without_secrets(error: BaseException) -> BaseException:
+    """Take secrets out of an error, its notes, its causes and contexts, and the members of a group.
+
+    Returns:
+        The error itself; or what stands for it, with its traceback, where it cannot be changed.
+    """
+    tree = list(_tree(error))
+    for found in tree:
+        _redact(found)
+    instead: dict[int, BaseException] = {}
+    for found in reversed(tree):  # from the inside: a group is made anew when its members are known
+        if isinstance(found, BaseExceptionGroup):
+            members = [instead.get(id(member), member) for member in found.exceptions]
+            if _quotes_secret(found) or any(new is not old for new, old in zip(members, found.exceptions, strict=True)):
+                instead[id(found)] = _like(found, BaseExceptionGroup(redacted(found.message), members))
+        elif _quotes_secret(found):
+            text = f"{type(found).__name__}: {redacted(_text(found))}"
+            instead[id(found)] = _like(found, RedactedError(text))
+    if instead:
+        for found in (*tree, *instead.values()):
+            _link(found, instead)
+    return instead.get(id(error), error)
+
+
+def _tree(error: BaseException) -> Iterator[BaseException]:
+    """An error and all behind it, each once."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        pending += [found.__cause__, found.__context__]
+        if isinstance(found, BaseExceptionGroup):
+            pending += found.exceptions
+
+
+def _redact(error: BaseException) -> None:
+    """Replace what can be replaced in place; what holds no secret stays the same object."""
+    if _differs(error.args):
+        error.args = _plain(error.args)
+    for name, value in list(vars(error).items()):  # notes are among them
+        if _differs(value):
+            vars(error)[name] = _plain(value)
+    for name in _TEXT_FIELDS:
+        value = getattr(error, name, None)
+        if _differs(value):
+            with suppress(AttributeError, TypeError):
+                setattr(error, name, _plain(value))
+
+
+def _differs(value: Any) -> bool:
+    return bool(_plain(value) != value)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """``value`` without secrets, as far as it is made of texts and containers of Python's own."""
+    if type(value) is str:
+        return redacted(value)
+    if type(value) is bytes:
+        return redacted(value.decode("latin-1")).encode("latin-1", "replace")
+    if depth > _DEEPEST:
+        return value
+    if type(value) in (tuple, list, set, frozenset):
+        return type(value)(_plain(item, depth + 1) for item in value)
+    if type(value) is dict:
+        return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
+    return value
+
+
+def _quotes_secret(error: BaseException) -> bool:
+    text = _text(error)
+    return redacted(text) != text
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # it is another library's code, and a report says as much
+        return ""
+
+
+def _like(error: BaseException, new: BaseException) -> BaseException:
+    """Give ``new`` the place of ``error``: its traceback, notes, cause and context."""
+    for note in getattr(error, "__notes__", ()):
+        new.add_note(note)
+    new.__traceback__ = error.__traceback__
+    new.__cause__, new.__context__ = error.__cause__, error.__context__
+    new.__suppress_context__ = error.__suppress_context__
+    return new
+
+
+def _link(error: BaseException, instead: dict[int, BaseException]) -> None:
+    cause, context, suppressed = error.__cause__, error.__context__, error.__suppress_context__
+    if id(cause) in instead:
+        error.__cause__ = instead[id(cause)]
+    if id(context) in instead:
+        error.__context__ = instead[id(context)]
+    error.__suppress_context__ = suppressed
 
 
 def _secrets() -> list[str]:
-    return [value for name, value in os.environ.items() if len(value) >= _SHORTEST and _SECRET_NAME.search(name)]
+    """What is to be hidden, the longest first, since one may be part of another."""
+    found = {part for name, value in os.environ.items() for part in _secret_parts(name, value)}
+    forms = {form for secret in found for form in (secret, quote(secret, safe=""), repr(secret)[1:-1])}
+    return sorted((form for form in forms if len(form) >= _SHORTEST), key=len, reverse=True)
+
+
+def _secret_parts(name: str, value: str) -> Iterator[str]:
+    value = value.strip()
+    if len(value) >= _SHORTEST and _SECRET_NAME.search(name):
+        yield value
+    if "://" in value and ("@" in value or "?" in value):
+        with suppress(ValueError):
+            parts = urlsplit(value)
+            yield from (part for part in (parts.password, unquote(parts.password or ""), parts.query) if part)

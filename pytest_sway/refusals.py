@@ -9,9 +9,10 @@ from pytest_sway.errors import (
     CacheClosedError,
     CacheDeadlockError,
     CacheFullError,
+    FilesChangedError,
     ModelTooLargeError,
 )
-from pytest_sway.redaction import redacted
+from pytest_sway.redaction import RedactedError, redacted
 from pytest_sway.residency import State, format_bytes, format_parts, total_bytes
 
 if TYPE_CHECKING:
@@ -23,14 +24,22 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def load_failed(error: Exception, spec: ModelSpec) -> BackendLoadError:
-    """A build raised something that is no `SwayError`."""
+def load_failed(error: BaseException, spec: ModelSpec) -> BackendLoadError:
+    """A build raised something that is no `SwayError`; what stands for it names its type itself."""
     adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
     finetuned = "" if spec.finetuned is None else f" with fine-tuned model {spec.finetuned!r}"
     by = f" by {spec.entry_point!r}" if spec.kind == "custom" else ""
+    what = str(error) if isinstance(error, RedactedError) else f"{type(error).__name__}: {error}"
     return BackendLoadError(
-        f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned}{by} failed:"
-        f" {type(error).__name__}: {redacted(str(error))}"
+        redacted(f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned}{by} failed: {what}")
+    )
+
+
+def files_changed(spec: ModelSpec) -> FilesChangedError:
+    """What was loaded may be neither what was asked for nor what is there now."""
+    return FilesChangedError(
+        f"the files of {spec} changed each time while they were loaded, so what was loaded is not known. Wait until"
+        " nobody writes to them any more, or copy them and test the copy."
     )
 
 

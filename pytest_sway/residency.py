@@ -31,10 +31,29 @@ RESIDENT: Final = frozenset({State.LOADING, State.READY, State.CLOSING})
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """One lease, as its entry knows it: who holds it, and which thread asked."""
+    """One lease, as its entry knows it.
+
+    Attributes:
+        holder: Who holds it.
+        thread: Which thread asked.
+        to_the_end: Its holder gives it back at its own end and not before, whichever thread asked.
+    """
 
     holder: str
     thread: threading.Thread
+    to_the_end: bool = False
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the thread that asked has ended without a release."""
+        return not self.to_the_end and not self.thread.is_alive()
+
+    def ends_without(self, askers: Collection[Operation]) -> bool:
+        """Whether it can end while all of these wait; what a thread leaves behind is the main thread's to release."""
+        if self.to_the_end and any(self.holder == asker.holder for asker in askers):
+            return False
+        thread = threading.main_thread() if self.orphaned else self.thread
+        return all(thread is not asker.thread for asker in askers)
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +62,7 @@ class Operation:
 
     Attributes:
         holder: Who is named to others when the cache is full.
+        to_the_end: Whether the holder keeps what it gets until its own end.
         thread: The calling thread, as an object: the number of one that ended is given to the next.
         entry: The entry that this call loads.
         built: The backend, between its build and its admission.
@@ -53,6 +73,7 @@ class Operation:
     """
 
     holder: str
+    to_the_end: bool = False
     thread: threading.Thread = field(default_factory=threading.current_thread)
     entry: Entry | None = None
     built: list[Any] = field(default_factory=list)
@@ -95,13 +116,12 @@ class Entry:
         """Whether it may be evicted."""
         return self.state is State.READY and not self.claims
 
-    def ends_without(self, threads: Collection[threading.Thread]) -> bool:
-        """Whether it can become idle or gone by what other threads do alone."""
+    def ends_without(self, askers: Collection[Operation]) -> bool:
+        """Whether it can become idle or gone while all of these wait."""
         if self.state is State.READY:
-            return all(claim.thread not in threads for claim in self.claims)
-        if self.state is State.CLOSING:
-            return self.closing_thread not in threads
-        return self.leader is None or self.leader.thread not in threads
+            return all(claim.ends_without(askers) for claim in self.claims)
+        worker = self.closing_thread if self.state is State.CLOSING else self.leader and self.leader.thread
+        return worker is None or all(worker is not asker.thread for asker in askers)
 
     @property
     def occupation(self) -> str:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import tempfile
+import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -21,10 +24,13 @@ except ImportError:  # Windows: nothing is locked, and nothing of others is remo
 
 _PREFIX: Final = "pytest-sway-"
 _ALIVE: Final = "alive"
+_DEADLY: Final = ("SIGTERM", "SIGHUP")
 
 
 class RunFolder:
     """A new folder that only this user can read.
+
+    A signal that ends the process removes it first, unless somebody else handles that signal.
 
     Attributes:
         path: Where it is.
@@ -42,11 +48,37 @@ class RunFolder:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
                 new.rename(self.path / _ALIVE)  # only now: who sees it under this name sees it locked
+        self._process = os.getpid()
+        self._handled = list(self._handle_signals())
 
     def remove(self) -> None:
         """Remove the folder and all that is in it; what processes have mapped stays theirs."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        for number in self._handled:
+            if signal.getsignal(number) == self._die and threading.current_thread() is threading.main_thread():
+                signal.signal(number, signal.SIG_DFL)
+        gone = self.path.with_name(f"{self.path.name}.gone")
+        with suppress(OSError):
+            self.path.rename(gone)  # at once, so that no worker writes on while it is emptied
+        for folder in (self.path, gone):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            os.close(self._lock)
+
+    def _handle_signals(self) -> Iterator[int]:
+        """Stand before the deadly signals that nobody else handles; handlers that come later take this one's place."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in _DEADLY:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, self._die)
+                yield number
+
+    def _die(self, number: int, _frame: object) -> None:
+        if os.getpid() == self._process:  # a forked child has the handler, and not the folder
+            self.remove()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 def _remove_abandoned(directory: Path) -> None:

@@ -124,7 +124,10 @@ class BatchView(View, Protocol):
         ...
 
     def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
-        """`rolling_logprob` for each text."""
+        """`rolling_logprob` for each text; ``prefix`` is ``True`` by default for every kind of backend.
+
+        With it, all of a text's own tokens are scored, behind the token that begins a text.
+        """
         ...
 
     def next_token_dists(self, prompts: Iterable[Prompt], *, top_k: int = 256) -> list[TokenDist]:

@@ -6,6 +6,7 @@ looks for what outlives its backend.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pytest_sway.building import Listener
 from pytest_sway.cache import BackendCache, CachedBackend, Lease
 from pytest_sway.errors import BackendUseError, MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
+from pytest_sway.imports import import_seconds, keep_modules
 from pytest_sway.redaction import redacted
 from pytest_sway.spec import Key, ModelSpec, SpecLike, resolved_key, short_name, with_adapter
 
@@ -108,6 +110,42 @@ class _Failure:
         return self.error_type(f"{self.text}\n(First met by {self.holder}; the load is not tried again.)")
 
 
+class _Pins:
+    """The leases of one test. They end with it, whichever of its threads asked, and those that come later at once."""
+
+    def __init__(self, test: str) -> None:
+        self._test = test
+        self._leases: dict[Key, Lease] = {}
+        self._over = False
+        self._lock = threading.Lock()
+
+    def require_open(self, what: str) -> None:
+        if self._over:
+            raise BackendUseError(
+                f"the sway_backend of {self._test} {what}. Ask for the fixture in the test that needs it and wait for"
+                " its threads there, or lease from sway_cache."
+            )
+
+    def get(self, key: Key) -> Lease | None:
+        return self._leases.get(key)
+
+    def keep(self, key: Key, lease: Lease) -> Lease:
+        """Keep a lease to the test's end; another thread may have brought one for the same key meanwhile."""
+        with self._lock:
+            kept = None if self._over else self._leases.setdefault(key, lease)
+        if kept is not lease:
+            lease.release()
+        if kept is None:
+            self.require_open("was called in a thread of that test, which ended while the backend was loaded")
+        return kept or lease
+
+    def release(self) -> None:
+        with self._lock:
+            self._over = True
+        while self._leases:
+            self._leases.popitem()[1].release()
+
+
 class SwaySession(Listener):
     """What one run holds, and what it has found out.
 
@@ -138,6 +176,7 @@ class SwaySession(Listener):
         self._spoilt: list[tuple[CachedBackend, str]] = []
         self._users: dict[int, deque[str]] = {}
         self._unreported_seconds = 0.0
+        self._seconds_before = import_seconds()
         builder = HookedBuilder(
             hooks,
             device=settings.device,
@@ -146,6 +185,7 @@ class SwaySession(Listener):
             share_weights=share_weights,
             score_cache=settings.score_cache,
             on_recall=self._recalled,
+            on_base_mismatch=settings.on_base_mismatch,
         )
         self.cache = BackendCache(
             settings.cache_size,
@@ -172,29 +212,22 @@ class SwaySession(Listener):
             test: The test's node id.
             marked: The specs of its marker.
         """
-        pins: dict[Key, Lease] = {}
-        over = False
+        pins = _Pins(test)
 
         def sway_backend(spec: SpecLike | None = None, *, adapter_path: Path | None = None) -> DifferentialBackend:
-            if over:
-                raise BackendUseError(
-                    f"the sway_backend of {test} was called after that test had ended. Ask for the fixture in the test"
-                    " that needs it, or lease from sway_cache."
-                )
+            pins.require_open("was called after that test had ended")
             resolved = self._resolve(_marked_spec(marked) if spec is None else spec, adapter_path, test)
             key = resolved_key(resolved)
             lease = pins.get(key)
             if lease is None:
-                lease = pins[key] = self._acquire((key, resolved.trust_remote_code), resolved, test)
+                lease = pins.keep(key, self._acquire((key, resolved.trust_remote_code), resolved, test))
             backend: DifferentialBackend = lease.backend
             return backend
 
         try:
             yield sway_backend
         finally:
-            over = True
-            while pins:
-                pins.popitem()[1].release()
+            pins.release()
 
     def _resolve(self, spec: SpecLike, adapter_path: Path | None, test: str) -> ModelSpec:
         try:
@@ -209,7 +242,7 @@ class SwaySession(Listener):
         if failure is not None:
             raise failure.again()
         try:
-            return self.cache.acquire(spec, holder=test)
+            return self.cache.acquire(spec, holder=test, to_the_end=True)
         except SwayError as error:
             self._fail_once(request, error, test)
             raise
@@ -310,13 +343,17 @@ class SwaySession(Listener):
         self.stats.base_recalled(short_name(name), answers, seconds)
 
     def take_load_seconds(self) -> float:
-        """The seconds spent in loads since this was last asked."""
-        seconds, self._unreported_seconds = self._unreported_seconds, 0.0
+        """The seconds spent in loads and in imports for them since this was last asked."""
+        imported, self._seconds_before = import_seconds() - self._seconds_before, import_seconds()
+        self.stats.import_seconds += imported
+        seconds, self._unreported_seconds = self._unreported_seconds + imported, 0.0
         return seconds
 
     def close(self) -> None:
         """Close everything for good; a thread that still loads then closes what it loads itself."""
         self.stats.unreleased += self.cache.shutdown(timeout=_PATIENCE_AT_END)
+        self.take_load_seconds()
+        keep_modules()
 
 
 def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:

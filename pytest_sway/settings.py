@@ -31,6 +31,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
         dtype: What ``auto`` means for dtypes.
         on_mutation: What a test gets that leaves a backend changed.
         on_leak: What the run gets when weights outlive their backend.
+        on_base_mismatch: What a test gets whose adapter names another base than its spec.
         reorder: Whether tests of equal models are put together.
         offline: Whether nothing is asked of a hub.
         share_weights: ``auto`` if the workers of a host hold one copy of converted weights, else ``off``.
@@ -43,6 +44,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
     dtype: str
     on_mutation: str
     on_leak: str
+    on_base_mismatch: str
     reorder: bool
     offline: bool
     share_weights: str
@@ -61,6 +63,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
             f"{', offline' if self.offline else ''}"
             f"{'' if self.share_weights == 'auto' else ', weights not shared between workers'}"
             f"{'' if self.score_cache else ', answers not remembered'}"
+            f"{'' if self.on_base_mismatch == 'warn' else f', on base mismatch {self.on_base_mismatch}'}"
         )
 
 
@@ -176,6 +179,12 @@ _SETTINGS: Final = (
         "error",
         one_of(*POLICIES),
         f"what the run gets when weights outlive their backend: {', '.join(POLICIES)} (default: error)",
+    ),
+    _Setting(
+        "sway_on_base_mismatch",
+        "warn",
+        one_of(*POLICIES),
+        f"what a test gets whose adapter was trained on another base: {', '.join(POLICIES)} (default: warn)",
     ),
     _Setting(
         "sway_reorder",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 from pytest_sway.endpoints import normal_endpoint
 from pytest_sway.errors import SpecError
+from pytest_sway.reading import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,7 +41,11 @@ _DTYPE_ALIASES: Final = {
 }
 _DEVICE: Final = re.compile(r"(auto|[a-z]+(:\d+)?)")
 GGUF_SUFFIX: Final = ".gguf"
-_GGUF_FILES: Final = re.compile(r".*\.gguf")
+_MODEL_FILES: Final = re.compile(
+    r".*\.(safetensors|gguf|model|jinja|py)|pytorch_model.*\.bin|(vocab|merges)\.txt"
+    r"|(generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json"
+)
+"""Files that decide what a model's folder loads, beside its config.json; reports and logs are not among them."""
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _ENDPOINTS: Final = ("endpoint", "finetuned_endpoint")
@@ -348,6 +353,21 @@ def resolved_key(spec: ModelSpec) -> Key:
     )
 
 
+def state_of_files(spec: ModelSpec) -> Hashable:
+    """Return what changes whenever somebody writes to the files of a spec, also where they hold the same afterwards.
+
+    It says nothing of the kinds whose files are others' to read and write.
+    """
+    if spec.kind not in ("hf", "mlx", "dummy"):
+        return None
+    return (
+        _model_signature(spec.base),
+        None if spec.finetuned is None else _model_signature(spec.finetuned),
+        None if spec.adapter is None else _adapter_signature(str(spec.adapter)),
+        _stats((str(spec.answers),)) if isinstance(spec.answers, Path) else None,
+    )
+
+
 def base_key(spec: ModelSpec) -> Key:
     """Return the identity of the base of a resolved spec: equal for all adapters that can share it."""
     return resolved_key(base_spec(spec))
@@ -388,15 +408,12 @@ _IDENTITY_FILES: Final = re.compile(
 
 
 def _model_signature(model: str) -> _Signature | None:
-    """The state of a local model's config.json, which every save of the model writes anew, or of its GGUF files.
-
-    The contents are too much to read.
-    """
+    """The state of the files that a local model is loaded from; their contents are too much to read."""
     if not os.path.isabs(model):
         return None
     if model.endswith(GGUF_SUFFIX):
         return _stats((model,))
-    return _stats((f"{model}/config.json", *_listed(model, _GGUF_FILES)))
+    return _stats((f"{model}/config.json", *_listed(model, _MODEL_FILES)))
 
 
 def _adapter_signature(folder: str) -> _Signature:
@@ -436,7 +453,7 @@ def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> 
 def _file_digest(path: str, _signature: _Signature) -> str:
     """A digest of a file's content, which is read again only when its signature has changed."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return "unreadable"

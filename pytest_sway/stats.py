@@ -15,7 +15,7 @@ class BackendStats:
         hits: Requests that were served without a load.
         failures: Loads that failed.
         evictions: Closes to make room.
-        load_seconds: Seconds spent in the loads that succeeded.
+        load_seconds: Seconds spent in the loads that succeeded, without the import of libraries.
     """
 
     loads: int = 0
@@ -64,6 +64,7 @@ class SwayStats:
         backends: By the spec's label.
         bases: The loads of shared bases, by the base's name; they are part of the backends' load seconds.
         recalled: What bases answered from memory, by the base's name.
+        import_seconds: Seconds spent on importing libraries such as torch, once in each process.
         peak_resident: The most backends that were loading, ready or closing at one time.
         peak_bytes: The most bytes of weights that were resident at one time, as far as their sizes are known.
         close_errors: One line for each ``close()`` that raised.
@@ -78,6 +79,7 @@ class SwayStats:
     backends: dict[str, BackendStats] = field(default_factory=dict)
     bases: dict[str, BackendStats] = field(default_factory=dict)
     recalled: dict[str, RecallStats] = field(default_factory=dict)
+    import_seconds: float = 0.0
     peak_resident: int = 0
     peak_bytes: int = 0
     close_errors: list[str] = field(default_factory=list)
@@ -151,6 +153,7 @@ class SwayStats:
                 mine.setdefault(label, BackendStats()).add(stats)
         for name, recalled in other.recalled.items():
             self.recalled.setdefault(name, RecallStats()).add(recalled)
+        self.import_seconds += other.import_seconds
         self.peak_resident = max(self.peak_resident, other.peak_resident)
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
         for name, loads in other.fewest_base_loads.items():  # what is planned for the whole run, by each worker

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.errors import BackendLoadError
 from pytest_sway.residency import closers_of
 from pytest_sway.spec import ModelSpec, with_adapter
@@ -101,10 +102,6 @@ class PooledBuilder(Protocol):
         """Keep what a spec shares with others from being closed."""
         ...
 
-    def exhausted(self, error: Exception) -> bool:
-        """Return whether an error says that memory ran out."""
-        ...
-
 
 class Builder:
     """Builds backends of every kind and keeps what they share.
@@ -117,6 +114,7 @@ class Builder:
             ``None`` for a copy of its own.
         score_cache: The most bytes of answers that each base of kind ``hf`` remembers; 0 for none.
         on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
+        on_base_mismatch: What an adapter of kind ``hf`` gets that names another base: ``error``, ``warn``, ``ignore``.
     """
 
     def __init__(
@@ -128,6 +126,7 @@ class Builder:
         share_weights: Path | None = None,
         score_cache: int = 64 * 2**20,
         on_recall: Callable[[str, int, float], None] | None = None,
+        on_base_mismatch: str = "warn",
     ) -> None:
         self._device = device
         self._dtype = dtype
@@ -135,6 +134,7 @@ class Builder:
         self._share_weights = share_weights
         self._score_cache = score_cache
         self._on_recall = on_recall
+        self._on_base_mismatch = on_base_mismatch
         self._pooled: dict[str, PooledBuilder] = {}
 
     def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
@@ -203,7 +203,7 @@ class Builder:
 
     def exhausted(self, error: Exception) -> bool:
         """Return whether ``error`` says that the memory of a device, or of the machine, ran out."""
-        return isinstance(error, MemoryError) or any(pooled.exhausted(error) for pooled in self._pooled.values())
+        return out_of_memory(error)
 
     def _pooled_builder(self, spec: ModelSpec) -> PooledBuilder | None:
         """What builds the kinds whose backends share their bases; ``None`` for the other kinds."""
@@ -215,6 +215,7 @@ class Builder:
                 share_weights=self._share_weights,
                 score_cache=self._score_cache,
                 on_recall=self._on_recall,
+                on_base_mismatch=self._on_base_mismatch,
             )
         elif spec.kind == "mlx" and "mlx" not in self._pooled:
             from pytest_sway.backends.mlx import MLXBuilder

@@ -65,7 +65,7 @@ def _module(spec: ModelSpec, name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise SpecError(
-            f"entry_point {spec.entry_point!r}: the module {name!r} cannot be imported ({error})."
+            f"entry_point {spec.entry_point!r}: the module {name!r} cannot be imported ({redacted(str(error))})."
             " Check its name, and that it can be imported where pytest runs."
         ) from error
     except Exception as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from pytest_sway.redaction import redacted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
@@ -30,7 +32,7 @@ def preflight(sides: Mapping[str, Callable[[], AbstractContextManager[View]]]) -
             with opened() as view:
                 reasons.append(not_finite(label, view.next_token_dist(_PROMPT, top_k=_TOP_K)))
     except Exception as error:  # the check reports whatever went wrong
-        return False, f"preflight forward pass raised {type(error).__name__}: {error}"
+        return False, f"preflight forward pass raised {type(error).__name__}: {redacted(str(error))}"
     return not any(reasons), "; ".join(filter(None, reasons))
 
 

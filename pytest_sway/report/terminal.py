@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pytest_sway.redaction import redacted
 from pytest_sway.residency import format_bytes
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pytest_sway.settings import SwaySettings
     from pytest_sway.stats import BackendStats, SwayStats
 
+_WORTH_A_LINE = 0.05
 _COLUMNS = ("backend", "loads", "hits", "seconds", "evicted", "failed")
 
 
@@ -25,7 +27,7 @@ def write_summary(
     if lines:
         terminal.section("sway")
         for line in lines:
-            terminal.write_line(line)
+            terminal.write_line(redacted(line))
     if settings.fails_run(stats.leaks):
         terminal.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
 
@@ -46,6 +48,9 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Ite
         if (recalled := stats.recalled.get(name)) is not None:
             line += f"; {_times(recalled.answers, 'answer')} from memory saved {recalled.seconds:.1f} s"
         yield line
+    if stats.import_seconds >= _WORTH_A_LINE:
+        each = ", over all workers" if workers else ""
+        yield f"imports of libraries: {stats.import_seconds:.1f} s, once in each process{each}"
     saved = f"saved about {stats.saved_seconds():.1f} s of loading"
     yield f"{saved}, over all workers" if workers else f"{_peak(stats)}; {saved}"
     if (avoidable := stats.avoidable()).loads:

@@ -20,7 +20,7 @@ def figures() -> Iterator[Figure]:
         with_plugin, without = [], []
         for _ in range(ROUNDS):
             with_plugin.append(run(COLLECT, folder).seconds)
-            without.append(run([*COLLECT, "-p", "no:pytest_sway"], folder).seconds)
+            without.append(run([*COLLECT, "-p", "no:pytest-sway"], folder).seconds)
     ratio = median(with_plugin) / median(without)
     yield Figure(
         "collecting, plugin unused / without the plugin",

@@ -70,3 +70,12 @@ def test_both_plugins_work_side_by_side(pytester: pytest.Pytester, tmp_path: Pat
     assert result.parseoutcomes().get("passed", 0) >= 3
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(["*test_theirs::dk PASSED*", "*base *base: 1 load, *"])
+
+
+@pytest.mark.parametrize(("switched_off", "there"), [("sway", {"ours"}), ("pytest-sway", {"theirs"})])
+def test_each_plugin_is_switched_off_by_its_own_name(
+    pytester: pytest.Pytester, switched_off: str, there: set[str]
+) -> None:
+    shown = pytester.runpytest_subprocess("--markers", "-p", f"no:{switched_off}").stdout.str()
+    markers = {"ours": "@pytest.mark.sway_spec(", "theirs": "@pytest.mark.sway("}
+    assert {whose for whose, marker in markers.items() if marker in shown} == there

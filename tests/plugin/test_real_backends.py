@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -298,3 +299,89 @@ def test_adapter(sway_backend, adapter):
     result.assert_outcomes(passed=2)
     (line,) = [line for line in result.outlines if line.startswith("base ")]
     assert ("; 2 answers from memory saved " in line) == (score_cache != "off")
+
+
+def test_a_suite_may_run_pytest_with_a_backend_in_its_own_process(pytester: pytest.Pytester, models: Path) -> None:
+    """pytester takes what the inner run imported out of the process, and torch cannot be imported twice."""
+    inner = f"""
+def test_x(sway_backend):
+    import torch
+    with sway_backend({{'base': {str(models / "base")!r}}}).as_base() as view:
+        assert view.logprob_of("the sun", " rises") < 0
+"""
+    pytester.makeconftest("pytest_plugins = ['pytester']")
+    pytester.makepyfile(f"""
+import gc, sys
+import pytest
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_outer(pytester, time):
+    pytester.makepyfile({inner!r})
+    pytester.runpytest_inprocess().assert_outcomes(passed=1)
+    gc.collect()
+
+def test_afterwards(sway_backend):
+    import torch
+    sway_backend({{'base': {str(models / "base")!r}}})
+    assert torch.ones(2).sum() == 2
+""")
+    result = pytester.runpytest_subprocess("-p", "no:xdist", timeout=300)
+    result.assert_outcomes(passed=3)
+    assert result.ret == pytest.ExitCode.OK
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="Windows has no such signals")
+def test_a_timeout_in_the_first_import_of_torch_fails_its_own_test_alone(
+    pytester: pytest.Pytester, models: Path
+) -> None:
+    pytester.makeconftest("""
+import os, signal, sys
+import pytest
+
+class Striker:
+    \"\"\"Sends the signal of a timeout when torch is half imported.\"\"\"
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGALRM)
+
+@pytest.fixture
+def strikes():
+    def strike(*_):
+        pytest.fail("Timeout")
+    before = signal.signal(signal.SIGALRM, strike)
+    sys.meta_path.insert(0, Striker())
+    yield
+    signal.signal(signal.SIGALRM, before)
+""")
+    pytester.makepyfile(f"""
+SPEC = {{"base": {str(models / "base")!r}}}
+
+def test_times_out(strikes, sway_backend):
+    sway_backend(SPEC)
+
+def test_next(sway_backend):
+    with sway_backend(SPEC).as_base() as view:
+        assert view.logprob_of("the sun", " rises") < 0
+""")
+    result = pytester.runpytest_subprocess("-p", "no:xdist", "-p", "no:randomly", timeout=300)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*Failed: Timeout", "FAILED *::test_times_out*"])
+
+
+@pytest.mark.parametrize(("policy", "outcome"), [("", {"warnings": 1}), ("error", {"failed": 1}), ("ignore", {})])
+def test_an_adapter_of_another_base_gets_what_the_setting_says(
+    pytester: pytest.Pytester, models: Path, tmp_path: Path, policy: str, outcome: dict[str, int]
+) -> None:
+    other = shutil.copytree(models / "base", tmp_path / "other")
+    edit_weights(other, lambda tensors: {k: t + 0.5 for k, t in tensors.items()}, file="model.safetensors")
+    if policy:
+        pytester.makeini(f"[pytest]\nsway_on_base_mismatch = {policy}\n")
+    pytester.makepyfile(f"""
+def test_x(sway_backend):
+    sway_backend({{"base": {str(other)!r}, "adapter": {str(models / "good")!r}}})
+""")
+    result = pytester.runpytest_inprocess("-W", "default")
+    result.assert_outcomes(**{"passed": 1 - outcome.get("failed", 0), **outcome})
+    assert ("was trained on" in result.stdout.str()) is (policy != "ignore")

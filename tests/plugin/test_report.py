@@ -53,6 +53,27 @@ def test_x(sway_backend, name):
     )
 
 
+def test_imports_have_a_line_of_their_own_and_are_charged_to_no_test(any_suite: Suite) -> None:
+    result = any_suite.run(
+        """
+from pytest_sway import imports
+
+def test_x(sway_backend):
+    imports._seconds.append(1000.0)
+    sway_backend(dummy("a"))
+
+def test_y(sway_backend):
+    sway_backend(dummy("a"))
+""",
+        "--durations=0",
+        "-vv",
+    )
+    shown = result.stdout.str()
+    assert re.search(r"^imports of libraries: 1000\.0 s, once in each process", shown, re.MULTILINE)
+    assert "saved about 0.0 s of loading" in shown
+    assert not re.search(r"^\d{3,}\.\d+s call", shown, re.MULTILINE)
+
+
 def test_a_shared_base_and_its_bytes_are_shown() -> None:
     stats = SwayStats(peak_resident=2, peak_bytes=3 * 2**29)
     stats.backend("base + one").add(BackendStats(loads=1, load_seconds=3.0, hits=1))

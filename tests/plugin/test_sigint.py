@@ -91,8 +91,32 @@ def test_workers_close_everything_and_their_summary_is_printed(
     assert not list(suite.pytester.path.glob("pytest-sway-*"))
 
 
-def interrupted(suite: Suite, tests: str, *args: str, signal_group: bool) -> str:
-    """Run the tests apart, press Ctrl-C at the moment that they tell, and return what was printed."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signal_group", [True, False], ids=["all processes", "the controller"])
+def test_a_run_that_is_terminated_leaves_no_folder_of_shared_weights(
+    suite: Suite, number: int, signal_group: bool
+) -> None:
+    tests = """
+from blocks import block
+from pytest_sway.distribution import weights_folder
+
+def test_it(pytestconfig):
+    (weights_folder(pytestconfig) / "weights").write_bytes(bytes(1000))
+    block()
+"""
+    interrupted(suite, tests, "-n2", signal_group=signal_group, number=number, code=-number)
+    assert not list(suite.pytester.path.glob("pytest-sway-*"))
+
+
+def interrupted(
+    suite: Suite,
+    tests: str,
+    *args: str,
+    signal_group: bool,
+    number: int = signal.SIGINT,
+    code: int = pytest.ExitCode.INTERRUPTED,
+) -> str:
+    """Run the tests apart, send a signal at the moment that they tell, and return what was printed."""
     suite.pytester.makepyfile(blocks=BLOCKS, plugin=PLUGIN)
     suite.write(tests)
     os.mkfifo("moment")
@@ -110,7 +134,7 @@ def interrupted(suite: Suite, tests: str, *args: str, signal_group: bool) -> str
         assert reached, "the child never got there"
     finally:
         os.close(pipe)
-    (os.killpg if signal_group else os.kill)(child.pid, signal.SIGINT)
+    (os.killpg if signal_group else os.kill)(child.pid, number)
     output, _ = child.communicate(timeout=60)
-    assert child.returncode == pytest.ExitCode.INTERRUPTED, output
+    assert child.returncode == code, output
     return output

@@ -91,6 +91,8 @@ def test_a_conversation_is_found_by_the_text_that_is_made_of_it() -> None:
     text = "system: Be brief.\nuser: Hello\nassistant:"
     with DummyBackend({"base": {"generations": {text: " Hi."}, "logprobs": {(text, " Hi."): -1.0}}}).as_base() as base:
         assert base.render(messages) == text
+        begun = [*messages, {"role": "assistant", "content": "It"}]
+        assert base.render(begun) == f"{text} It"
         assert base.generate(messages, max_new_tokens=2) == " Hi."
         assert base.logprobs_of([(messages, " Hi."), (text, " Hi.")]) == [-1.0, -1.0]
 

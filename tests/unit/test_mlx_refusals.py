@@ -50,7 +50,8 @@ def test_an_adapter_that_cannot_be_converted_exactly_is_refused(
 ) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "init_lora_weights": True} | fields
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     sentence = f"the adapter {str(tmp_path)!r} of PEFT cannot be converted to MLX exactly: {why}. Use kind='hf' for it."
     with pytest.raises(AdapterMismatchError, match=f"^{re.escape(sentence)}$"):
         Builder().check(ModelSpec(kind="mlx", base="org/a", adapter=tmp_path))

@@ -492,6 +492,46 @@ def test_a_base_that_is_saved_again_has_another_key(base: Path) -> None:
     assert _key(base=base) != before
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "modeling_own.py",
+    ],
+)
+def test_a_base_of_which_one_file_is_replaced_or_written_in_place_has_another_key(base: Path, name: str) -> None:
+    without = _key(base=base)
+    path = base / name
+    path.write_bytes(b"old")
+    os.utime(path, ns=(1, 1))
+    keys = [without, _key(base=base)]
+    with path.open("r+b") as file:
+        file.write(b"new")  # as many bytes
+    keys.append(_key(base=base))
+    (base / "other").write_bytes(b"new")
+    (base / "other").replace(path)
+    keys.append(_key(base=base))
+    assert len(set(keys)) == 4
+    assert len({base_key(ModelSpec(base=str(base), **PLACED)), _key(base=base)}) == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "trainer_state.json", "results.json", "optimizer.pt", "notes.txt"])
+def test_what_is_written_beside_a_base_changes_no_key(base: Path, name: str) -> None:
+    before = _key(base=base)
+    (base / name).write_text("{}")
+    assert _key(base=base) == before
+
+
 def test_a_fine_tuned_model_is_named_and_resolved_as_a_base_is(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(base.parent)
     named = parse_spec({"base": "org/base", "finetuned": f"./{base.name}"})

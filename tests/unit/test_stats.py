@@ -11,6 +11,7 @@ from pytest_sway.stats import BackendStats, RecallStats, SwayStats
 
 def _stats() -> SwayStats:
     stats = SwayStats(peak_resident=2, peak_bytes=300, close_errors=["c"], mutations=["m"], leaks=["l"])
+    stats.import_seconds = 1.5
     stats.backend("a + x").add(BackendStats(loads=2, hits=5, failures=1, evictions=1, load_seconds=3.0))
     stats.backend("b").add(BackendStats(loads=1, hits=1, load_seconds=2.0))
     stats.base_loaded("a", 1.5)
@@ -136,3 +137,11 @@ def test_a_plan_for_the_whole_run_is_not_summed_over_its_workers() -> None:
     stats = SwayStats(fewest_base_loads={"a": 2})
     stats.merge(SwayStats(fewest_base_loads={"a": 2, "b": 1}))
     assert stats.fewest_base_loads == {"a": 2, "b": 1}
+
+
+def test_imports_are_summed_over_the_processes_and_no_part_of_what_was_saved() -> None:
+    stats = SwayStats(import_seconds=7.0)
+    stats.backend("a").add(BackendStats(loads=1, hits=9, load_seconds=1.0))
+    stats.merge(SwayStats(import_seconds=5.0))
+    assert stats.import_seconds == 12.0
+    assert stats.saved_seconds() == pytest.approx(9.0)

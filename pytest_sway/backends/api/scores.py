@@ -46,16 +46,17 @@ async def logprob_of(model: ServedModel, prompt: Prompt, completion: str) -> flo
 
 
 async def rolling_logprob(model: ServedModel, text: str, *, prefix: bool) -> RollingLogprob:
-    """Log-probability of each token of ``text`` but the first."""
+    """Log-probability of each token but the first: the server's BOS, or where it shows none, the text's own."""
     if not text:
         return RollingLogprob(np.array([], np.int64), np.array([], np.float32), 0, 0.0)
     await model.require_echo()
-    echo = await model.echo(text, ids=model.tells_ids and not prefix)
-    if prefix and not echo.bos:
+    if prefix and not model.shows_bos:
         raise ScoringError(
-            f"rolling_logprob(prefix=True) was asked of {model}, which shows no BOS in front of a text. With"
-            " prefix=False the first token is not scored."
+            f"rolling_logprob scores a text's every token unless told otherwise, and {model} shows no BOS in front of a"
+            " text, so it has no log-probability for the first one. Pass prefix=False to score the tokens after it;"
+            " compare such numbers only with others of prefix=False."
         )
+    echo = await model.echo(text, ids=model.tells_ids)
     logprobs = _logprobs(model, echo.tokens[1:])
     return RollingLogprob(
         token_ids=np.array([token.token_id for token in echo.tokens], np.int64),

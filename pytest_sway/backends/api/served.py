@@ -44,6 +44,7 @@ class ServedModel:
     Attributes:
         vocabulary: How many tokens it knows; 0 where the server does not tell.
         tells_ids: Whether the server gives tokens their ids on request, as vLLM does.
+        shows_bos: Whether it puts BOS in front of a text and shows it in an echo; known after `require_echo`.
     """
 
     def __init__(self, connection: Connection, endpoint: str, name: str, card: Mapping[str, Any]) -> None:
@@ -54,6 +55,7 @@ class ServedModel:
         size = meta.get("n_vocab") if isinstance(meta, dict) else None  # as llama.cpp's own server says
         self.vocabulary = size if isinstance(size, int) and size > 0 else 0
         self.tells_ids = card.get("owned_by") == "vllm"
+        self.shows_bos = False
         self._most = math.inf  # log-probabilities that the server gives
         self._strict = False  # whether it refuses what OpenAI's own server does not know
         self._boolean = False  # whether 'logprobs' is a switch there, as in mlx_lm, and no number
@@ -177,6 +179,7 @@ class ServedModel:
                 " vLLM does, and llama-cpp-python; llama.cpp's own server and mlx_lm do not. next_token_dist and"
                 " generate work."
             )
+        self.shows_bos = echo.bos
         new = [token for token in generation.tokens or () if token.text]
         for generated, echoed in zip(reversed(new), reversed(echo.tokens), strict=False):
             if generated.token_id != echoed.token_id or generated.logprob is None or echoed.logprob is None:

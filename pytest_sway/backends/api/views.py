@@ -62,22 +62,22 @@ class ApiView:
         """Return `logprob_of` for each pair of a prompt and a completion, in their order."""
         return self._each(pairs, lambda model, pair: scores.logprob_of(model, *pair))
 
-    def rolling_logprob(self, text: str, *, prefix: bool = False) -> RollingLogprob:
+    def rolling_logprob(self, text: str, *, prefix: bool = True) -> RollingLogprob:
         """Return the log-probability of each token of ``text`` given those before it, in nats.
 
         Args:
             text: The text.
-            prefix: Insist on a BOS in front, after which every token of the text is scored; ``token_ids`` then begin
-                with it. Without, it is there if the server puts it there and shows it, as vLLM does for models with a
-                BOS; otherwise the first token is not scored.
+            prefix: Score also the text's first token, behind the BOS that the server puts in front and shows, as vLLM
+                does for models with a BOS; ``token_ids`` begin with it. Without, take the text as the server tokenises
+                it: where it shows no BOS, the first token is not scored.
 
         Raises:
-            ScoringError: A prefix is wanted and the server shows none, or the server cannot score texts.
+            ScoringError: A prefix is wanted and the server shows no BOS, or the server cannot score texts.
             ServerError: The server failed.
         """
         return self.rolling_logprobs([text], prefix=prefix)[0]
 
-    def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = False) -> list[RollingLogprob]:
+    def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
         """Return `rolling_logprob` for each text, in their order."""
         return self._each(texts, lambda model, text: scores.rolling_logprob(model, text, prefix=prefix))
 

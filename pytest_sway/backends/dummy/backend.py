@@ -131,9 +131,15 @@ class DummyView:
         return f"<DummyView {self.id!r}{', closed' if self._closed else ''}>"
 
     def render(self, messages: Iterable[Message]) -> str:
-        """Return ``role: content`` in a line for each message, and ``assistant:``; answers are canned for this text."""
+        """Return ``role: content`` in a line for each message, and ``assistant:``; answers are canned for this text.
+
+        A last message of the assistant's is continued: nothing comes after it.
+        """
         self._side()
-        return "".join(f"{message.get('role')}: {message.get('content')}\n" for message in messages) + "assistant:"
+        listed = list(messages)
+        lines = [f"{message.get('role')}: {message.get('content')}" for message in listed]
+        continues = bool(listed) and listed[-1].get("role") == "assistant"
+        return "\n".join(lines if continues else [*lines, "assistant:"])
 
     def logprob_of(self, prompt: Prompt, completion: str) -> float:
         """Return the log-probability of the completion given the prompt, in nats.

@@ -6,6 +6,7 @@ Neither torch nor PEFT is needed to know that, so it is known before anything is
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,8 +21,10 @@ from pytest_sway.backends.hf.adapter_kinds import (
     WHOLE_TEXT_TYPES,
     refusal,
 )
+from pytest_sway.backends.hf.bounds import require_own_tensors, require_types
 from pytest_sway.backends.hf.headers import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +35,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED: Final = "adapter_model.bin"
+_CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|classifier|qa_outputs)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +153,22 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise AdapterMismatchError(
-            f"the adapter {str(folder)!r} was trained for the task {task}, and pytest-sway tests causal language"
+            f"the adapter {str(folder)!r} was trained for the task {task[:80]}, and pytest-sway tests causal language"
             " models. Name an adapter whose task_type is CAUSAL_LM."
         )
     refused = refusal(config)
     if refused is not None:
-        raise SpecError(f"the adapter {str(folder)!r} {refused}.")
+        raise SpecError(f"the adapter {str(folder)!r} {refused[:400]}.")
     weights, pickle = folder / WEIGHTS, folder / PICKLED
     if weights.is_file():
-        return AdapterFiles(folder, config, read_header(weights))
+        entries = read_header(weights)
+        require_own_tensors(weights, entries)
+        if task is None and (head := next((name for name in entries if _CLASSIFIER.match(name)), None)) is not None:
+            raise AdapterMismatchError(
+                f"the adapter {str(folder)!r} brings the head of a classifier ({head!r}), and pytest-sway tests causal"
+                " language models. Name an adapter that was trained on one."
+            )
+        return AdapterFiles(folder, config, entries)
     if not pickle.is_file():
         raise WeightsError(f"the adapter {str(folder)!r} has no weights: expected {WEIGHTS} beside its {CONFIG}.")
     if not allow_pickle:
@@ -171,10 +182,13 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise SpecError(f"the adapter {str(folder)!r} {what}. Name the folder that PEFT's save_pretrained wrote.")
+        raise SpecError(
+            f"the adapter {str(folder)!r} {what}. Name the folder that PEFT's save_pretrained"
+            " wrote; an adapter on a hub is fetched first (hf download org/name)."
+        )
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_bounded(path, CONFIG_BYTES))
     except FileNotFoundError:
         raise SpecError(
             f"the adapter folder {str(folder)!r} has no {CONFIG}. Name the folder that PEFT's save_pretrained wrote"
@@ -184,4 +198,5 @@ def _config(folder: Path) -> dict[str, Any]:
         raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the adapter again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise SpecError(f"{str(path)!r} names no peft_type, so it describes no adapter. Save the adapter again.")
+    require_types(path, config)
     return config

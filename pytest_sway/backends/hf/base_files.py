@@ -77,8 +77,9 @@ def adapter_inside(spec: ModelSpec, role: str = "base") -> SpecError:
             f"the {role} {spec.base!r} holds an adapter (adapter_config.json), so it is not a whole model. Name it as"
             " 'adapter'; or, if the model is there too, move the adapter's files out of its folder."
         )
+    this = "this" if is_path(spec.base) else "the folder to which it is fetched (hf download)"
     return SpecError(
         f"the base {spec.base!r} holds an adapter (adapter_config.json), which transformers would put on, so it is not"
-        " the base alone. Name the model that the adapter was trained on as 'base', and this as 'adapter'; or move"
+        f" the base alone. Name the model that the adapter was trained on as 'base', and {this} as 'adapter'; or move"
         " the adapter's files out of the model's folder."
     )

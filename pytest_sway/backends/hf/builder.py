@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.backends.hf.check import check_spec
+from pytest_sway.backends.hf.libraries import import_libraries
 from pytest_sway.backends.hf.pickles import with_entries
 from pytest_sway.backends.hf.placement import resolve_placement
 from pytest_sway.backends.hf.recall import DEFAULT_BYTES, AnswerMemory
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-_OUT_OF_MEMORY: Final = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
-
-
 class HFBuilder:
     """Builds backends of kind ``hf``; those whose specs agree on the base share it.
 
@@ -44,6 +42,7 @@ class HFBuilder:
             ``None`` for a copy of its own.
         score_cache: The most bytes of answers that each base remembers; 0 for none.
         on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
+        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
     """
 
     def __init__(
@@ -53,10 +52,12 @@ class HFBuilder:
         share_weights: Path | None = None,
         score_cache: int = DEFAULT_BYTES,
         on_recall: Callable[[str, int, float], None] | None = None,
+        on_base_mismatch: str = "warn",
     ) -> None:
         self._on_base_load = on_base_load
         self._score_cache = score_cache
         self._on_recall = on_recall
+        self._on_base_mismatch = on_base_mismatch
         self._share_weights = share_weights
         self._shared_weights: SharedWeights | None = None
         self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
@@ -68,7 +69,7 @@ class HFBuilder:
             SwayError: It cannot be loaded; the message says why and what to do.
         """
         spec = resolve_placement(spec)
-        files = check_spec(spec)
+        files = check_spec(spec, on_base_mismatch=self._on_base_mismatch)
         shares: list[Share[LoadedBase]] = []
         handled = sys.exception()
         try:
@@ -85,7 +86,8 @@ class HFBuilder:
         Raises:
             SwayError: Loading it would fail.
         """
-        check_spec(resolve_placement(spec))
+        policy = self._on_base_mismatch if self._on_base_mismatch == "error" else "ignore"  # the load will warn
+        check_spec(resolve_placement(spec), on_base_mismatch=policy)
 
     def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
         """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""
@@ -103,15 +105,12 @@ class HFBuilder:
             yield
 
     def exhausted(self, error: Exception) -> bool:
-        """Return whether ``error`` is torch's way to say that memory ran out, on an accelerator or on the CPU."""
-        import torch
-
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+        """Return whether ``error`` says that memory ran out, on an accelerator or on the CPU."""
+        return out_of_memory(error)
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> HFBackend:
         """Load the base, put the adapter on it or load the fine-tuned model, verify that, and make the backend."""
+        import_libraries(*(model for model in (spec, finetuned_spec(spec)) if model is not None))
         import torch
 
         from pytest_sway.backends.hf.backend import HFBackend, Loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import ScoringError
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pytest_sway.scoring import Message, Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+_ASSISTANT: Final = "assistant"
 
 
 def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
@@ -25,7 +28,10 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
 
 
 def render(tokenizer: Any, messages: Iterable[Message]) -> str:
-    """Return what the tokenizer's chat template makes of a conversation, up to where the answer begins.
+    """Return what the tokenizer's chat template makes of a conversation, up to where the answer goes on.
+
+    That is where the assistant's turn begins; or, where the last message is the assistant's, where its content ends, so
+    that this turn is continued.
 
     Args:
         tokenizer: The tokenizer.
@@ -46,11 +52,22 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
             "the tokenizer has no chat template, so messages cannot be rendered. Pass the prompt as text, or use the"
             " model's instruction-tuned variant."
         )
+    continues = conversation[-1]["role"] == _ASSISTANT
+    if continues and not _has_text(conversation[-1]["content"]):
+        conversation, continues = conversation[:-1], False  # there is nothing yet after which the turn goes on
+        if not conversation:
+            raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
+    how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, **how))
     except Exception as error:  # a template is a program, and can raise anything
         roles = ", ".join(str(message["role"]) for message in conversation)
         raise ScoringError(f"the tokenizer's chat template refuses messages with the roles {roles}: {error}") from error
+
+
+def _has_text(content: Any) -> bool:
+    """Whether a message says anything; other content than text is left to the template."""
+    return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
 def _checked(message: Message) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.hf.adapter_files import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_cached
+from pytest_sway.backends.hf.bounds import require_bounded, require_files
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.libraries import require_libraries
+from pytest_sway.backends.hf.lineage import other_base
 from pytest_sway.backends.hf.placement import require_device
 from pytest_sway.backends.hf.sizes import base_entries
-from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import finetuned_spec, is_path
 
 if TYPE_CHECKING:
@@ -25,15 +29,19 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def check_spec(spec: ModelSpec) -> AdapterFiles | None:
+def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterFiles | None:
     """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
+
+    Args:
+        spec: What is to be loaded.
+        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
 
     Raises:
         SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; a
             model's holds an adapter; the fine-tuned model is the base; or the device is not there.
         WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow; or a model
             would have to be fetched, and the process is offline.
-        AdapterMismatchError: The adapter was made for another architecture.
+        AdapterMismatchError: The adapter was made for another architecture, or on another base where that is an error.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
     config = _check_model(spec, "base")
@@ -45,10 +53,18 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
                 " model that it was fine-tuned from as 'base'."
             )
         _check_model(tuned, "fine-tuned model")
+    if spec.adapter is not None:
+        require_files(spec.adapter)
     files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
     entries = base_entries(spec)
+    if files is not None:
+        require_bounded(files, entries)
     if files is not None and entries is not None:
         check_fit(spec, files, entries, config)
+    if files is not None and on_base_mismatch != "ignore" and (found := other_base(spec, files.config)) is not None:
+        if on_base_mismatch == "error":
+            raise AdapterMismatchError(found)
+        warnings.warn(found, SwayWarning, stacklevel=2)
     require_libraries(spec, gguf=any(gguf_file(model) is not None for model in (spec, tuned) if model is not None))
     require_device(spec)
     require_cached(spec)
@@ -59,6 +75,8 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
 
 def _check_model(spec: ModelSpec, role: str) -> dict[str, Any]:
     """Check the files of a spec's base, whatever role the model has in the test, and return its config."""
+    if is_path(spec.base):
+        require_files(Path(spec.base))
     gguf = gguf_file(spec)
     if gguf is not None:
         read_gguf(gguf)
@@ -96,7 +114,7 @@ def _config(spec: ModelSpec, role: str) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        config: Any = json.loads(path.read_bytes())
+        config: Any = json.loads(read_bounded(path, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
     if not isinstance(config, dict):

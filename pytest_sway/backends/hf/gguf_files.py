@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.reading import open_regular
 from pytest_sway.spec import GGUF_SUFFIX, is_path
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def read_gguf(path: Path) -> GgufHeader:
         SpecError: It is one part of several, which cannot be loaded together.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _Reader(data).header()
     except OSError as error:
         raise WeightsError(f"cannot read the weights {str(path)!r}: {error.strerror or error}.") from error

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-_SAYINGS: Final = ("out of memory", "can't allocate memory", "not enough memory")
-"""What torch says, in a plain RuntimeError, on devices that have no error class of their own for it."""
 
 _T = TypeVar("_T")
 
@@ -40,15 +38,6 @@ def in_parts(run: Callable[..., Any], work: Callable[..., list[Any]], batch: Seq
         *in_parts(run, work, batch[:middle], *args),
         *in_parts(run, work, batch[middle:], *args),
     ]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on whatever device."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in _SAYINGS)
 
 
 def _return_memory() -> None:

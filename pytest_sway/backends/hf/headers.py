@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import WeightsError
+from pytest_sway.reading import INDEX_BYTES, open_regular, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -66,7 +67,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         WeightsError: The file cannot be read, is truncated, or its header contradicts itself or the file.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(8)
             if len(head) < 8:
@@ -94,7 +95,7 @@ def read_sharded(index: Path) -> dict[str, TensorEntry]:
         WeightsError: The index or one of its files is missing, unreadable or broken.
     """
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(read_bounded(index, INDEX_BYTES))["weight_map"]
         names = sorted(set(weight_map.values()))
         if not names or any(os.path.basename(name) != name for name in names):
             raise ValueError

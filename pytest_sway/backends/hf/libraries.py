@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.errors import BackendNotAvailableError
+from pytest_sway.imports import import_apart
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +24,12 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 REQUIRED: Final = ("torch", "transformers", "peft", "safetensors")
+
+_PARTS: Final = (
+    "safetensors.torch", "transformers.generation.utils", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)  # fmt: skip
+"""What transformers imports when it is first asked for it, and every load asks for."""
 
 PROCESS_STATE: Final = threading.RLock()
 """Held by whoever changes what the whole process shares: the random state, warning filters, and the defaults that
@@ -43,6 +53,18 @@ def require_libraries(spec: ModelSpec, *, gguf: bool = False) -> None:
             f"loading {spec} needs {', '.join(missing)}, which this environment lacks."
             f" Install them with: pip install 'pytest-sway[{'hf,gguf' if gguf else 'hf'}]'"
         )
+
+
+def import_libraries(*specs: ModelSpec) -> None:
+    """Import what loading these needs, the modules of their models included, so that the loads are timed without."""
+    import_apart(*REQUIRED, *_PARTS)
+    names: Any = import_module("transformers.models.auto.configuration_auto")
+    for spec in specs:
+        with suppress(Exception):  # the load itself will say what is wrong
+            model_type = json.loads(read_bounded(base_file(spec, "config.json") or "", CONFIG_BYTES))["model_type"]
+            module = names.model_type_to_module_name(model_type)
+            if model_type in names.CONFIG_MAPPING_NAMES:
+                import_apart(f"transformers.models.{module}.modeling_{module}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pytest_sway.errors import SpecError
+from pytest_sway.imports import import_apart
 from pytest_sway.machine import worker_slot
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def require_device(spec: ModelSpec) -> None:
     """
     if spec.device == "cpu":
         return
+    import_apart("torch")
     import torch
 
     try:
@@ -63,6 +65,7 @@ def _resolved(spec: ModelSpec) -> ModelSpec:
 def _device(asked: str) -> str:
     if asked not in ("auto", "cuda"):
         return asked
+    import_apart("torch")
     import torch
 
     if torch.cuda.is_available():
@@ -74,6 +77,7 @@ def _device(asked: str) -> str:
 
 def _dtype(device_type: str) -> Dtype:
     if device_type == "cuda":
+        import_apart("torch")
         import torch
 
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"

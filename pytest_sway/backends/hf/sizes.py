@@ -12,6 +12,7 @@ from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.headers import read_any
 from pytest_sway.backends.hf.shared_memory import address_of
 from pytest_sway.errors import SwayError
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _base_bytes(spec: ModelSpec, entries: Mapping[str, TensorEntry] | None) -> i
 def _ties_embeddings(spec: ModelSpec) -> bool:
     path = base_file(spec, "config.json")
     try:
-        return path is not None and bool(json.loads(path.read_bytes()).get("tie_word_embeddings", False))
+        return path is not None and bool(json.loads(read_bounded(path, CONFIG_BYTES)).get("tie_word_embeddings", False))
     except (OSError, ValueError, AttributeError):
         return False
 

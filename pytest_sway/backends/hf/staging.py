@@ -26,6 +26,8 @@ from pytest_sway.backends.hf.models import load_model
 from pytest_sway.backends.hf.sizes import base_entries
 from pytest_sway.backends.hf.writing import raw_bytes, write_tensors
 from pytest_sway.errors import SwayError, SwayWarning
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
+from pytest_sway.redaction import redacted
 from pytest_sway.spec import base_key, short_name
 
 if TYPE_CHECKING:
@@ -162,7 +164,7 @@ def _needs_conversion(spec: ModelSpec) -> bool:
         return True
     config = base_file(spec, "config.json")
     try:
-        if config is None or json.loads(config.read_bytes()).get("quantization_config"):
+        if config is None or json.loads(read_bounded(config, CONFIG_BYTES)).get("quantization_config"):
             return False
         entries = base_entries(spec)
     except (SwayError, OSError, ValueError, AttributeError, RecursionError):
@@ -200,7 +202,8 @@ def _in_this_thread() -> Iterator[None]:
 
 def _write(spec: ModelSpec, model: Any, folder: Path) -> None:
     """Write a model's weights as they are in memory, beside the files of its base that say how to use them."""
-    folder.mkdir(parents=True)
+    folder.parent.mkdir()  # not its parents: where the run's folder is gone, the run has ended
+    folder.mkdir()
     if gguf_file(spec) is None:
         _copy_settings(spec, folder)
     else:
@@ -291,4 +294,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}; the environment variable TMPDIR names another place"
-    return f"{type(error).__name__}: {str(error).rstrip('.')}"
+    return f"{type(error).__name__}: {redacted(str(error)).rstrip('.')}"

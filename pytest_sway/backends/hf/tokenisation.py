@@ -39,8 +39,24 @@ class Window(NamedTuple):
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    """Return the token ids of ``text``, with the special tokens that the tokenizer adds unless told otherwise."""
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    """Return the token ids of ``text``, and before them the special tokens that the tokenizer adds there.
+
+    What it would put behind, as with ``add_eos_token``, is left out: what is scored or continued has not ended.
+    lm-evaluation-harness leaves it in, and so drops a completion's first token and scores EOS.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        special: Whether it adds any.
+    """
+    ids = _ids(tokenizer, text, special)
+    if not special or not _adds_behind(tokenizer, text, ids):
+        return ids
+    own = _ids(tokenizer, text, False)
+    for start in range(len(ids) - len(own) + 1 if own else 0):
+        if ids[start : start + len(own)] == own:
+            return ids[: start + len(own)]
+    return ids if own else ids[: ids[:1] == [tokenizer.bos_token_id]]
 
 
 def prefix_token(tokenizer: Any, what: str = "the prompt is empty, and") -> int:
@@ -60,7 +76,7 @@ def prefix_token(tokenizer: Any, what: str = "the prompt is empty, and") -> int:
 
 
 def encode_pair(tokenizer: Any, prompt: str, completion: str, *, rendered: bool = False) -> Window:
-    """Tokenise a pair as lm-evaluation-harness does in ``TemplateLM.loglikelihood`` and ``_encode_pair``.
+    """Tokenise a pair as lm-evaluation-harness does in ``TemplateLM.loglikelihood`` and ``_encode_pair``; see `encode`.
 
     The prompt's trailing whitespace goes to the completion; both are tokenised as one text, and what comes after the
     prompt's own tokens is the completion's. An empty prompt is stood for by the token that begins a text, unless the
@@ -111,7 +127,7 @@ def encode_text(tokenizer: Any, text: str, *, prefix: bool) -> tuple[int, ...]:
         tokenizer: The tokenizer.
         text: The text.
         prefix: Begin with the token that begins a text, and leave out what the tokenizer would add of its own accord;
-            otherwise take the tokenizer's ids as they are.
+            otherwise begin as the tokenizer does.
 
     Raises:
         ScoringError: A prefix is wanted, and the tokenizer has no token for it.
@@ -190,6 +206,18 @@ def require_known(tokenizer: Any, ids: Iterable[int], rows: int | None) -> None:
             f" embeddings for {rows} tokens only. The tokenizer is another model's, or tokens were added to it and the"
             " embeddings were not resized and saved with the adapter."
         )
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _adds_behind(tokenizer: Any, text: str, ids: list[int]) -> bool:
+    """Whether special tokens may stand behind a text; quick, since every text is asked about."""
+    added, bos = tokenizer.num_special_tokens_to_add(pair=False), tokenizer.bos_token_id
+    if added == 1 and ids[:1] == [bos]:
+        return bool(text.startswith(tokenizer.decode([bos])))  # then it may be the text's own
+    return bool(added)
 
 
 def _bos_or_eos(tokenizer: Any) -> int | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.hf.base import load_tokenizer
 from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.tokenizer_copies import RustRecord
+from pytest_sway.reading import TOKENIZER_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,14 +58,14 @@ def _same(base: ModelSpec, folder: Path) -> bool:
         own, other = folder / name, base_file(base, name)
         if own.is_file() != (other is not None):
             return False
-        if other is not None and own.read_bytes() != other.read_bytes():
+        if other is not None and read_bounded(own, TOKENIZER_BYTES) != read_bounded(other, TOKENIZER_BYTES):
             return False
     return True
 
 
 def _settings(path: Path) -> Any:
     try:
-        settings = json.loads(path.read_bytes())
+        settings = json.loads(read_bounded(path, TOKENIZER_BYTES))
         return {name: value for name, value in settings.items() if name not in _WRITTEN_BY_SAVE}
     except (OSError, ValueError, AttributeError):
         return path  # equal to nothing
@@ -75,5 +76,5 @@ def _digest(folder: Path) -> str:
     for name in (_CONFIG, *_FILES):
         path = folder / name
         if path.is_file():
-            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+            digest.update(name.encode() + b"\0" + hashlib.sha256(read_bounded(path, TOKENIZER_BYTES)).digest())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from pytest_sway.backends.hf.adapter_files import CONFIG, read_adapter
 from pytest_sway.backends.hf.headers import TensorEntry, read_header
 from pytest_sway.backends.mlx.conversion import refuse_inexact
 from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,7 +85,7 @@ def read_mlx_adapter(folder: Path) -> AdapterFiles:
 def _config(folder: Path) -> dict[str, Any] | None:
     """Return the configuration if it is one; whatever else there is, PEFT's reader finds words for it."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = json.loads(read_bounded(folder / CONFIG, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     is_adapter = isinstance(config, dict) and {"peft_type", "fine_tune_type", "lora_parameters"} & config.keys()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
+from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.backends.hf.sizes import estimated
 from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
 from pytest_sway.backends.mlx.check import check_spec
+from pytest_sway.backends.mlx.libraries import import_libraries
 from pytest_sway.backends.mlx.placement import resolve_placement
 from pytest_sway.backends.shared import SharedPool
 from pytest_sway.errors import SwayError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-_OUT_OF_MEMORY: Final = re.compile(r"out of memory|unable to allocate|attempting to allocate", re.IGNORECASE)
 _FLOAT32_BYTES: Final = 4
 
 
@@ -88,10 +88,11 @@ class MLXBuilder:
             yield
 
     def exhausted(self, error: Exception) -> bool:
-        """Return whether ``error`` is MLX's way to say that memory ran out."""
-        return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+        """Return whether ``error`` says that memory ran out."""
+        return out_of_memory(error)
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> MLXBackend:
+        import_libraries()
         from pytest_sway.backends.mlx.adapters import adapter_tokenizer, load_adapter
         from pytest_sway.backends.mlx.backend import Loaded, MLXBackend
         from pytest_sway.backends.mlx.finetuned import verify_finetuned

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.base_files import base_file, require_cached
+from pytest_sway.backends.hf.bounds import require_files
 from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
 from pytest_sway.backends.mlx.libraries import require_libraries
 from pytest_sway.backends.mlx.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import finetuned_spec, is_path
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
                 " model that it was fine-tuned from as 'base'."
             )
         _check_model(tuned, "fine-tuned model")
+    if spec.adapter is not None:
+        require_files(spec.adapter)
     files = None if spec.adapter is None else read_mlx_adapter(spec.adapter)
     require_libraries(spec)
     require_device(spec)
@@ -54,6 +58,7 @@ def _check_model(spec: ModelSpec, role: str) -> None:
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
             raise SpecError(f"the {role} {spec.base!r} {what}. Name a hub id (org/name) or the folder of a model.")
+        require_files(folder)
         if not (folder / "config.json").is_file():
             raise SpecError(f"the {role} {spec.base!r} has no config.json, so it is not the folder of a model.")
         if not any(folder.glob("model*.safetensors")):
@@ -72,7 +77,7 @@ def _check_model(spec: ModelSpec, role: str) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config: Any = json.loads(path.read_bytes())
+        config: Any = json.loads(read_bounded(path, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
     if not isinstance(config, dict):

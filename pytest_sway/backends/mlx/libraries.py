@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.libraries import PROCESS_STATE, quiet_libraries
 from pytest_sway.errors import BackendNotAvailableError
+from pytest_sway.imports import import_apart, timed_import
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,13 @@ def require_libraries(spec: ModelSpec) -> None:
             f"loading {spec} needs {' and '.join(missing)}, which this environment lacks."
             " Install them with: pip install 'pytest-sway[mlx]'"
         )
+
+
+def import_libraries() -> None:
+    """Import what loading needs, so that the loads are timed without."""
+    import_apart("mlx.core", "transformers")
+    with timed_import():
+        mlx_lm_module("utils")
 
 
 def mlx_lm_module(name: str) -> Any:

@@ -79,7 +79,7 @@ def test_after_an_empty_prompt_a_server_without_bos_scores_nothing(build: Build,
 def test_the_tokens_of_a_text_are_scored_one_by_one(build: Build) -> None:
     tokens = tokenize(PROMPT + ANSWER)
     with build().as_base() as view:
-        rolling = view.rolling_logprob(PROMPT + ANSWER)
+        rolling = view.rolling_logprob(PROMPT + ANSWER, prefix=False)
     expected = [text_nats("base", tokens[: i + 1], 1) for i in range(1, len(tokens))]
     np.testing.assert_allclose(rolling.logprobs, expected, rtol=1e-6)
     assert rolling.total_logprob == pytest.approx(math.fsum(expected))
@@ -96,16 +96,29 @@ def test_a_bos_that_the_server_shows_is_the_first_token_of_a_text(build: Build, 
         rolling = view.rolling_logprob(PROMPT, prefix=prefix)
     assert rolling.total_logprob == pytest.approx(text_nats("base", tokens, len(tokens), bos=True))
     assert rolling.num_tokens == len(tokens) + 1
-    if not prefix:
-        assert rolling.token_ids[1:].tolist() == [number(token) for token in tokens]
+    assert rolling.token_ids[1:].tolist() == [number(token) for token in tokens]
 
 
-def test_a_prefix_that_the_server_does_not_show_cannot_be_had(build: Build, toy: Toy) -> None:
-    sentence = (
-        rf"^rolling_logprob\(prefix=True\) was asked of 'base' on {toy.url}, which shows no BOS in front of a text"
+@pytest.mark.parametrize("toy", ["vllm"], indirect=True)
+def test_every_token_of_a_text_is_scored_unless_told_otherwise(build: Build) -> None:
+    with build().as_base() as view:
+        one, (many,) = view.rolling_logprob(PROMPT), view.rolling_logprobs([PROMPT])
+    assert (
+        one.total_logprob
+        == many.total_logprob
+        == pytest.approx(text_nats("base", tokenize(PROMPT), len(tokenize(PROMPT)), bos=True))
     )
-    with build().as_base() as view, pytest.raises(ScoringError, match=sentence):
-        view.rolling_logprob(PROMPT, prefix=True)
+
+
+def test_a_server_that_cannot_score_the_first_token_says_so_and_what_to_pass(build: Build, toy: Toy) -> None:
+    sentence = (
+        rf"^rolling_logprob scores a text's every token unless told otherwise, and 'base' on {toy.url} shows no BOS"
+        r" .* Pass prefix=False to score the tokens after it"
+    )
+    with build().as_base() as view:
+        for score in (view.rolling_logprob, lambda text: view.rolling_logprobs([text])):
+            with pytest.raises(ScoringError, match=sentence):
+                score(PROMPT)
 
 
 def test_a_text_of_nothing_needs_no_request(build: Build, toy: Toy) -> None:
@@ -120,7 +133,8 @@ def test_a_text_of_nothing_needs_no_request(build: Build, toy: Toy) -> None:
 def test_a_token_has_the_same_number_in_every_answer(build: Build) -> None:
     backend = build()
     with backend.as_base() as base, backend.as_finetuned() as tuned:
-        ours, theirs = base.rolling_logprob("the sun is the sun"), tuned.rolling_logprob("the sun is red")
+        ours = base.rolling_logprob("the sun is the sun", prefix=False)
+        theirs = tuned.rolling_logprob("the sun is red", prefix=False)
         nexts = base.next_token_dist("the", top_k=5).token_ids
     assert ours.token_ids[1] == ours.token_ids[4] == theirs.token_ids[1]  # " sun"
     assert ours.token_ids[0] != ours.token_ids[3]  # "the", " the"
@@ -211,8 +225,8 @@ def test_many_at_once_come_in_their_order(build: Build, toy: Toy) -> None:
     texts = [prompt + completion for prompt, completion in pairs]
     with build().as_base() as view:
         assert view.logprobs_of(pairs) == [view.logprob_of(*pair) for pair in pairs]
-        totals = [rolling.total_logprob for rolling in view.rolling_logprobs(texts)]
-        assert totals == [view.rolling_logprob(text).total_logprob for text in texts]
+        totals = [rolling.total_logprob for rolling in view.rolling_logprobs(texts, prefix=False)]
+        assert totals == [view.rolling_logprob(text, prefix=False).total_logprob for text in texts]
         dists = view.next_token_dists(texts, top_k=2)
         assert [dist.logprobs.tolist() for dist in dists] == [
             view.next_token_dist(text, top_k=2).logprobs.tolist() for text in texts

@@ -316,3 +316,12 @@ def test_inv14_who_was_granted_what_it_waited_for_no_longer_waits(
         cache._ledger._announce()
     assert b.result().backend.use() == "b"
     assert a.result().backend.use() == "a"
+
+
+def test_the_seconds_of_imports_are_no_part_of_a_load(build: FakeBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytest_sway.imports._seconds", seconds := [3.0])
+    build.inside["a"] = lambda: seconds.append(1000.0)
+    cache = BackendCache(build=build)
+    assert cache.get_or_load(spec("a")).load_seconds == 0.0
+    assert cache.get_or_load(spec("b")).load_seconds > 0.0
+    assert cache.stats.total().load_seconds < 1000.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache import BackendCache, Lease
 from pytest_sway.errors import CacheFullError, SpecError
 from pytest_sway.residency import Budget, Entry, Operation, Parts, State, format_bytes, total_bytes
 from pytest_sway.spec import ModelSpec
@@ -250,7 +250,7 @@ def test_inv17_it_waits_until_its_deadline(build: FakeBuild) -> None:
         " 0.05 s: dummy:org/a (held by another test). Release one of them first, or raise the size of the cache."
     )
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
-        cache.acquire(spec("b"))
+        Call(partial(cache.acquire, spec("b"))).result()
     held.release()
     assert cache.get_or_load(spec("b")).backend.use() == "b"
 
@@ -328,6 +328,72 @@ def test_inv17_the_lease_of_a_thread_that_ended_is_not_taken_for_that_of_the_nex
     watched.until_waiting(3)
     held.release()
     assert {asker.result().backend.use() for asker in askers} == {"b"}
+
+
+def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_thread(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=1, build=build, lease_timeout=0.5)
+    held = Call(partial(cache.acquire, spec("a"), holder="a thread that has ended")).result()
+    sentence = "all of it is in use by the one who asks, or was leased in a thread that has ended and did not release"
+    with pytest.raises(CacheFullError, match=rf"{sentence} it: dummy:org/a \(held by a thread that has ended\)"):
+        cache.acquire(spec("b"))
+    held.release()
+    assert cache.get_or_load(spec("b")).backend.use() == "b"
+
+
+def test_inv17_a_thread_that_ends_while_its_lease_is_waited_for_is_noticed(
+    build: FakeBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_sway.cache._GLANCE", 0.01)  # nobody announces the end of a thread
+    cache = BackendCache(max_size=1, build=build, lease_timeout=1000)
+    watched = Watched(cache)
+    held, may_end = threading.Event(), threading.Event()
+
+    def lease_and_end() -> Lease:
+        lease = cache.acquire(spec("a"))
+        held.set()
+        assert may_end.wait(DEADLINE)
+        return lease
+
+    holder = Call(lease_and_end)
+    assert held.wait(DEADLINE)
+    watched.on_wait = may_end.set
+    with pytest.raises(CacheFullError, match="was leased in a thread that has ended"):
+        cache.acquire(spec("b"))
+    holder.result().release()
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["thread alive", "thread ended"])
+def test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads(build: FakeBuild, ended: bool) -> None:
+    cache = BackendCache(max_size=1, build=build, lease_timeout=0.5)
+    keep = partial(cache.acquire, holder="a test", to_the_end=True)
+    may_end, held = threading.Event(), threading.Event()
+
+    def lease_and_stay() -> Lease:
+        lease = keep(spec("a"))
+        held.set()
+        assert ended or may_end.wait(DEADLINE)
+        return lease
+
+    other = Call(lease_and_stay)
+    assert held.wait(DEADLINE)
+    if ended:
+        other.result()
+    for ask in (keep, partial(cache.acquire, holder="a test")):
+        with pytest.raises(CacheFullError, match=r"in use by the one who asks: dummy:org/a \(held by a test\)"):
+            ask(spec("b"))
+    may_end.set()
+    other.result().release()
+    assert keep(spec("b")).backend.use() == "b"
+
+
+def test_inv17_another_test_waits_for_that_end(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=1, build=build)
+    watched = Watched(cache)
+    held = Call(partial(cache.acquire, spec("a"), holder="a test", to_the_end=True)).result()
+    asker = Call(partial(cache.acquire, spec("b"), holder="another test", to_the_end=True))
+    watched.until_waiting(1)
+    held.release()
+    assert asker.result().backend.use() == "b"
 
 
 def test_inv17_a_lease_that_was_dropped_comes_free(build: FakeBuild) -> None:

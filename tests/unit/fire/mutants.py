@@ -196,7 +196,17 @@ MUTANTS = (
     _in_ledger(
         "who holds all the room waits for itself",
         "test_room.py::test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all",
-        ("if self._never_fits(newcomer, {operation.thread}):", "if not self:"),
+        ("if self._never_fits(newcomer, [operation]):", "if not self:"),
+    ),
+    _in_residency(
+        "a lease that its thread has left is waited for by who would have to release it",
+        "test_room.py::test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_thread",
+        ("threading.main_thread() if self.orphaned else self.thread", "self.thread"),
+    ),
+    _in_residency(
+        "a test waits for what another of its threads keeps to its end",
+        "test_room.py::test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads",
+        ("if self.to_the_end and any(self.holder == asker.holder for asker in askers):", "if not askers:"),
     ),
     _in_cache(
         "the base is closed while room is made for its next adapter",

@@ -18,8 +18,13 @@ TEMPLATE = (
     "{{ m.role == 'user' and 'he' or 'she' }} said : {{ m.content }} . {% endfor %}"
     "{% if add_generation_prompt %}she said :{% endif %}"
 )
-MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
-RENDERED = "<s>he said : hello . she said : world . she said :"
+MESSAGES = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "world"},
+    {"role": "user", "content": "hello"},
+]
+RENDERED = "<s>he said : hello . she said : world . he said : hello . she said :"
+BEGUN = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,22 @@ def test_messages_stand_for_the_prompt_that_they_render_to(build: Any, chat_base
         assert view.generate(MESSAGES, max_new_tokens=5) == view.generate(RENDERED, max_new_tokens=5)
         dists = [view.next_token_dist(prompt).logprobs.tolist() for prompt in (MESSAGES, RENDERED)]
         assert dists[0] == dists[1]
+
+
+def test_a_turn_that_the_assistant_has_begun_is_continued(build: Any, chat_base: Path) -> None:
+    continued = "<s>he said : hello . she said : world"
+    with build(chat_base).as_base() as view:
+        assert view.render(BEGUN) == continued
+        assert view.logprob_of(BEGUN, " .") == view.logprob_of(continued, " .")
+        assert view.generate(BEGUN, max_new_tokens=5) == view.generate(continued, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_a_turn_without_content_is_one_that_begins(build: Any, chat_base: Path, content: str) -> None:
+    with build(chat_base).as_base() as view:
+        assert view.render([*MESSAGES, {"role": "assistant", "content": content}]) == RENDERED
+        with pytest.raises(ScoringError, match="the only message is an assistant's without content"):
+            view.render([{"role": "assistant", "content": content}])
 
 
 def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:

@@ -37,6 +37,7 @@ def test_transposed_layers_are_served_and_shared(build: Any, gpt2: Path, tmp_pat
     assert len(loads) == 1
 
 
+@pytest.mark.filterwarnings("ignore:the adapter .* was trained on:pytest_sway.SwayWarning")
 def test_an_adapter_for_another_architecture_is_refused_and_harms_nobody(
     build: Any, base: Path, gpt2: Path, tmp_path: Path, adapter: Path
 ) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf import HFBuilder
 
 
+@pytest.mark.filterwarnings("ignore:the adapter .* was trained on:pytest_sway.SwayWarning")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("saved", ["float32", "bfloat16"])

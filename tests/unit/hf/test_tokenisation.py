@@ -25,12 +25,17 @@ class Letters:
 
     eos_token_id = ord("$")
 
-    def __init__(self, *, adds_bos: bool, bos: bool = True) -> None:
+    def __init__(self, *, adds_bos: bool, bos: bool = True, behind: str = "") -> None:
         self.adds_bos = adds_bos
         self.bos_token_id = ord("^") if bos else None
+        self.behind = behind
 
     def __call__(self, text: str, *, add_special_tokens: bool, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord("^")] * (self.adds_bos and add_special_tokens) + [ord(letter) for letter in text]}
+        before = "^" * self.adds_bos
+        return {"input_ids": [*map(ord, before + text + self.behind if add_special_tokens else text)]}
+
+    def num_special_tokens_to_add(self, *, pair: bool) -> int:
+        return int(self.adds_bos) + len(self.behind)
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
@@ -40,6 +45,7 @@ class Letters:
 
 
 PLAIN, WITH_BOS = Letters(adds_bos=False), Letters(adds_bos=True)
+ENDS, BOTH = Letters(adds_bos=False, behind="$"), Letters(adds_bos=True, behind="$")
 
 
 def _pair(tokenizer: Letters, prompt: str, completion: str, **kwargs: Any) -> tuple[str, str]:
@@ -72,6 +78,24 @@ def test_a_pair_is_what_lm_evaluation_harness_makes_of_it(
 def test_a_completion_without_tokens_is_an_error(prompt: str, completion: str) -> None:
     with pytest.raises(ScoringError, match=f"the completion {completion!r} has no tokens".replace("^", r"\^")):
         encode_pair(PLAIN, prompt, completion)
+
+
+@pytest.mark.parametrize(
+    "ends", [ENDS, BOTH, Letters(adds_bos=True, behind="]$"), Letters(adds_bos=False, bos=False, behind="$")]
+)
+@pytest.mark.parametrize("text", ["ab", "a", "ab$", "$", "$ab$", "^ab"])
+def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_it(ends: Letters, text: str) -> None:
+    same = Letters(adds_bos=ends.adds_bos, bos=ends.bos_token_id is not None)
+    assert encode_prompt(ends, text) == encode_prompt(same, text)
+    assert encode_text(ends, text, prefix=False) == encode_text(same, text, prefix=False)
+    assert encode_text(ends, text, prefix=True) == encode_text(same, text, prefix=True)
+    for completion in ("cd", "c", "cd$", "$", " $"):
+        assert encode_pair(ends, text, completion) == encode_pair(same, text, completion)
+
+
+@pytest.mark.parametrize(("tokenizer", "prompt", "ids"), [(ENDS, "", "^"), (BOTH, "", "^"), (BOTH, "$", "^$")])
+def test_an_empty_prompt_is_not_what_stands_behind_it(tokenizer: Letters, prompt: str, ids: str) -> None:
+    assert encode_prompt(tokenizer, prompt) == tuple(map(ord, ids))
 
 
 def test_a_rendered_prompt_gets_no_special_tokens() -> None:

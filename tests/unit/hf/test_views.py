@@ -112,6 +112,9 @@ class _NoSpecialTokens:
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [len(word) for word in text.split()]}
 
+    def num_special_tokens_to_add(self, *, pair: bool) -> int:
+        return 0
+
 
 def test_an_empty_prompt_without_any_token_to_stand_for_it_is_an_error() -> None:
     for use in (lambda: encode_prompt(_NoSpecialTokens(), ""), lambda: encode_pair(_NoSpecialTokens(), "", "sun")):

@@ -1,0 +1,227 @@
+"""What no library is given to read: files that are none or far too large, and settings that would take for ever.
+
+transformers and PEFT read whatever a folder holds, compile what its config says into expressions and allocate what it
+asks for. What they would hang on, or die of, is refused here by its name, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from pytest_sway.reading import CONFIG_BYTES, INDEX_BYTES, TOKENIZER_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.headers import TensorEntry
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_READ: Final = re.compile(r".*\.(json|jinja|txt|model|py|safetensors|bin|gguf)")
+_LIMITS: Final = (
+    (
+        re.compile(r"(adapter_|generation_|preprocessor_|processor_)?config\.json|special_tokens_map\.json"),
+        CONFIG_BYTES,
+    ),
+    (re.compile(r".*\.jinja|.*\.py"), CONFIG_BYTES),
+    (re.compile(r".*\.index\.json|tokenizer_config\.json|added_tokens\.json"), INDEX_BYTES),
+    (re.compile(r".*\.(json|txt|model)"), TOKENIZER_BYTES),
+)
+"""By name, in order: the most bytes of a file that is read whole. Weights have no bound but the cache's budget."""
+
+_SIZES: Final = ("r", "num_virtual_tokens")
+_EXPRESSIONS: Final = ("target_modules", "exclude_modules", "layers_pattern")
+_KEYED_BY_EXPRESSIONS: Final = ("rank_pattern", "alpha_pattern")
+_QUANTIFIER_IN_GROUP: Final = re.compile(r"\)(\*|\+|\{\d*,)")
+_NUMBERS: Final = (int, float)
+_TYPES: Final[Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]]] = {
+    "r": ((int,), ()),
+    "num_virtual_tokens": ((int,), ()),
+    "lora_alpha": (_NUMBERS, ()),
+    "lora_dropout": (_NUMBERS, ()),
+    "bias": ((str,), ()),
+    "task_type": ((str,), ()),
+    "target_modules": ((str, list), (str,)),
+    "exclude_modules": ((str, list), (str,)),
+    "modules_to_save": ((list,), (str,)),
+    "layers_to_transform": ((int, list), (int,)),
+    "layers_pattern": ((str, list), (str,)),
+    "rank_pattern": ((dict,), ()),
+    "alpha_pattern": ((dict,), ()),
+    "use_dora": ((bool,), ()),
+    "use_rslora": ((bool,), ()),
+    "fan_in_fan_out": ((bool,), ()),
+}
+"""The types that a field takes, and those of the elements of a list; null is left to PEFT."""
+_WORDS: Final = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+}
+_WRAPPERS: Final = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+}
+_LONGEST_EXPRESSION: Final = 2**16
+_PATIENCE: Final = 4.0
+"""Seconds for matching an expression against the names of all modules, which usually takes a thousandth of one."""
+_MATCH: Final = (
+    "import json, re, sys; expression, names = json.load(sys.stdin); e = re.compile(expression);"
+    "[(e.fullmatch(name), e.match(name)) for name in names]"
+)
+
+
+def require_files(folder: Path) -> None:
+    """Raise unless what a folder offers to be read is regular files, none of them far too large.
+
+    Raises:
+        WeightsError: A file of weights is a pipe, a device or the like.
+        SpecError: Another file is, or is too large for what it should be.
+    """
+    try:
+        found = sorted(folder.iterdir())
+    except OSError:
+        return  # what is missing is told elsewhere
+    for path in found:
+        if not _READ.fullmatch(path.name):
+            continue
+        try:
+            state = path.stat()
+        except OSError:  # a link that leads nowhere: who needs it will say so
+            continue
+        if stat.S_ISDIR(state.st_mode):
+            continue
+        if not stat.S_ISREG(state.st_mode):
+            kind = WeightsError if path.suffix in (".safetensors", ".bin", ".gguf") else SpecError
+            raise kind(f"{str(path)!r} is no regular file (a pipe, a device or a socket). Put the file itself there.")
+        limit = next((limit for names, limit in _LIMITS if names.fullmatch(path.name)), None)
+        if limit is not None and state.st_size > limit:
+            raise SpecError(
+                f"{str(path)!r} has {state.st_size:,} bytes, and no such file needs more than {limit:,}. Save it again."
+            )
+
+
+def require_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless the fields of an ``adapter_config.json`` have the types that they take, as far as they are known.
+
+    Raises:
+        SpecError: One has another.
+    """
+    for field, (kinds, of) in _TYPES.items():
+        value = config.get(field)
+        if value is None:
+            continue
+        elements = value if isinstance(value, list) else ()
+        if type(value) not in kinds or not all(type(element) in of for element in elements):
+            takes = " or ".join(dict.fromkeys(_WORDS[kind] for kind in kinds))
+            raise SpecError(
+                f"{str(path)!r} has {field} = {_short(value)}, and it must be {takes}. Save the adapter again."
+            )
+
+
+def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Raise where a file of weights holds what a wrapper around the model has left, under names unknown to PEFT.
+
+    Raises:
+        WeightsError: It has no values, or such names.
+    """
+    if not any(entry.numel for entry in entries.values()):
+        raise WeightsError(
+            f"{str(path)!r} holds no values ({len(entries)} tensors, all empty). DeepSpeed's ZeRO-3 and FSDP leave such"
+            " files when the parts are not gathered before they are saved. Save the adapter again, gathered."
+        )
+    for name in entries:
+        left = next(
+            (mark for mark in _WRAPPERS if name.startswith(mark) or (f".{mark}" in name and mark != "module.")), None
+        )
+        if left is not None:
+            raise WeightsError(
+                f"{str(path)!r} has tensors such as {_short(name)}: {left!r} is what {_WRAPPERS[left]} puts into the"
+                " names of a model that it wraps, and PEFT does not know them. Unwrap it, then save the adapter again."
+            )
+
+
+def require_bounded(files: AdapterFiles, base: Mapping[str, TensorEntry] | None) -> None:
+    """Raise where an adapter's config asks for more than its weights can fill, or for a match without end.
+
+    Args:
+        files: The adapter.
+        base: The tensors of the base's files; ``None`` where they are not known.
+
+    Raises:
+        AdapterMismatchError: A size is larger than any side of the tensors that are saved.
+        SpecError: An expression is broken, far too long, or takes for ever to match a module's name.
+    """
+    where = str(files.folder / "adapter_config.json")
+    if files.entries:
+        largest = max((side for entry in files.entries.values() for side in entry.shape), default=0)
+        for field, size in _sizes(files.config):
+            if size > largest:
+                raise AdapterMismatchError(
+                    f"{where!r} has {field} = {size:,}, and no tensor of the adapter has a side of more than"
+                    f" {largest:,}. Save the adapter again, config and weights together."
+                )
+    names = {name.rpartition(".")[0] for name in (*(files.entries or ()), *(base or ()))}
+    for field, expression in _expressions(files.config):
+        _require_quick(where, field, expression, names)
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for field in _SIZES:
+        if type(config.get(field)) is int:
+            yield field, config[field]
+    pattern = config.get("rank_pattern")
+    if isinstance(pattern, dict):
+        yield from ((f"rank_pattern[{_short(key)}]", size) for key, size in pattern.items() if type(size) is int)
+
+
+def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for field in _EXPRESSIONS:
+        value = config.get(field)
+        if isinstance(value, str):
+            yield field, value
+        elif field == "layers_pattern" and isinstance(value, list):
+            yield from ((field, each) for each in value if isinstance(each, str))
+    for field in _KEYED_BY_EXPRESSIONS:
+        value = config.get(field)
+        if isinstance(value, dict):
+            yield from ((field, key) for key in value)
+
+
+def _require_quick(where: str, field: str, expression: str, names: Iterable[str]) -> None:
+    if len(expression) > _LONGEST_EXPRESSION:
+        raise SpecError(f"{where!r} has an expression of {len(expression):,} characters as {field}. Save it again.")
+    if not _QUANTIFIER_IN_GROUP.search(expression):
+        return  # repeats that stand side by side take a power of a short name's length, and not for ever
+    import json
+
+    asked = json.dumps([expression, sorted(names)])
+    command = [sys.executable, "-I", "-S", "-c", _MATCH]
+    try:
+        subprocess.run(  # noqa: S603 # our own code; a match holds the interpreter, so no thread could end it
+            command, input=asked, text=True, capture_output=True, timeout=_PATIENCE, check=False, env=dict(os.environ)
+        )
+    except subprocess.TimeoutExpired:
+        raise SpecError(
+            f"{where!r} has the expression {_short(expression)} as {field}, which takes more than {_PATIENCE:g} s to"
+            " match the names of the modules: its repeats backtrack into each other. Write it without a repeat inside"
+            " of a repeat, or list the modules by name."
+        ) from None
+
+
+def _short(value: object) -> str:
+    shown = repr(value[:100] if isinstance(value, str | list) else value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,0 +1,101 @@
+"""No secret of the environment is on the terminal or in a report, by whichever way an error leaves."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plugin.conftest import Suite
+
+SECRET = "hf_abcdefgh12345678"
+PASSWORD = "p4ssw0rd-of-the-hub"
+
+
+def test_neither_the_terminal_nor_junit_shows_a_secret(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("HF_ENDPOINT", f"https://someone:{PASSWORD}@hub.example")
+    suite.pytester.makepyfile(
+        leaky="""
+import os
+import pytest
+
+def quote():
+    return f"401 for {os.environ['HF_TOKEN']} at {os.environ['HF_ENDPOINT']}"
+
+class Stubborn(Exception):
+    def __str__(self):
+        return quote()
+
+def with_note():
+    error = ValueError("noted")
+    error.add_note(quote())
+    raise error
+
+def with_cause():
+    raise ValueError("caused") from Stubborn()
+
+def with_context():
+    try:
+        raise OSError(quote())
+    except OSError:
+        raise ValueError("in a context")
+
+def with_group():
+    raise ExceptionGroup("many", [ValueError("x"), Stubborn()])
+
+def plain():
+    raise ValueError(quote())
+
+WAYS = {"note": with_note, "cause": with_cause, "context": with_context, "group": with_group, "plain": plain}
+
+class Backend:
+    def __init__(self, way, where):
+        self.way, self.where = way, where
+
+    def as_base(self):
+        raise NotImplementedError
+
+    as_finetuned = as_base
+
+    def at(self, where):
+        if where == self.where:
+            WAYS[self.way]()
+
+    def changes(self):
+        self.at("changes")
+        return []
+
+    def leak(self):
+        self.at("leak")
+
+    def close(self):
+        self.at("close")
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sway_build_backend(spec):
+    way, where = spec.base.split("-")
+    if where == "load":
+        WAYS[way]()
+    return Backend(way, where)
+"""
+    )
+    result = suite.run(
+        """
+@pytest.mark.parametrize("where", ["load", "changes", "leak", "close"])
+@pytest.mark.parametrize("way", ["note", "cause", "context", "group", "plain"])
+def test_it(sway_backend, way, where):
+    sway_backend(dummy(f"{way}-{where}"))
+""",
+        "-p",
+        "leaky",
+        "--junitxml=junit.xml",
+        "-o",
+        "junit_logging=all",
+        "-o",
+        "log_cli=true",
+    )
+    result.assert_outcomes(passed=15, failed=5, errors=5)
+    shown = result.stdout.str() + result.stderr.str() + (suite.pytester.path / "junit.xml").read_text()
+    assert "401 for ***" in shown
+    assert "BackendLoadError: loading the dummy backend of base 'group-load' failed: ExceptionGroup: many" in shown
+    for secret in (SECRET, PASSWORD):
+        assert secret not in shown
