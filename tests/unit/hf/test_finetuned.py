@@ -54,6 +54,7 @@ def test_a_model_is_one_base_whatever_its_role(build: Any, base: Path, tuned: Pa
     assert loads == [str(base), str(tuned)]
 
 
+@pytest.mark.filterwarnings("ignore:the adapter .* was trained on:pytest_sway.SwayWarning")
 def test_an_adapter_that_another_test_has_on_the_same_model_takes_no_part(
     build: Any, base: Path, tuned: Path, adapter: Path
 ) -> None:
