@@ -48,7 +48,9 @@ def _tree_of(model: Any, share: Callable[[Any], Any], memo: dict[int, Any]) -> A
         for members in (module._parameters, module._buffers):
             for tensor in members.values():
                 if tensor is not None and id(tensor) not in memo:
-                    memo[id(tensor)] = share(tensor)
+                    memo[id(tensor)] = made = share(tensor)
+                    # A quantized weight may know its module.
+                    vars(made).update({name: memo[id(v)] for name, v in vars(tensor).items() if id(v) in memo})
     copier = _Copier(share, memo)
     for module in modules:
         copier.fill(module)
