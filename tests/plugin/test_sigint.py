@@ -7,12 +7,23 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from tests.plugin.conftest import Suite
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the test needs a named pipe to be told the moment")
+
+
+@pytest.fixture(autouse=True)
+def default_signals() -> Iterator[None]:
+    """Have child processes start with the default handlers: under nohup, SIGHUP is ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 BLOCKS = """
 import threading

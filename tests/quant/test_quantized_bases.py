@@ -1,7 +1,7 @@
 """Quantized bases: PEFT's numbers on both sides, one load for two adapters, and nobody accused of what libraries do.
 
-bitsandbytes repacks 4-bit weights in the first pass on a CPU, and compressed-tensors unpacks them there. So a model that
-has run is no longer what was loaded.
+bitsandbytes repacks 4-bit weights in the first pass on a CPU, and compressed-tensors unpacks them there. So a model
+that has run is no longer what was loaded.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ def _by_transformers(base: Path, folder: Path, config: Any) -> None:
 
 def _nf4(base: Path, folder: Path) -> None:
     import torch
-    from transformers import BitsAndBytesConfig
+    import transformers
 
-    settings: Any = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-    _by_transformers(base, folder, BitsAndBytesConfig(load_in_4bit=True, **settings))
+    config_class: Any = transformers.BitsAndBytesConfig
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    _by_transformers(base, folder, config_class(load_in_4bit=True, **settings))
 
 
 def _int8(base: Path, folder: Path) -> None:
-    from transformers import BitsAndBytesConfig
+    import transformers
 
-    _by_transformers(base, folder, BitsAndBytesConfig(load_in_8bit=True))
+    config_class: Any = transformers.BitsAndBytesConfig
+    _by_transformers(base, folder, config_class(load_in_8bit=True))
 
 
 def _compressed(base: Path, folder: Path) -> None:

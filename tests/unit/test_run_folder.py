@@ -17,6 +17,15 @@ from pytest_sway.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
+def default_signals() -> Iterator[None]:
+    """Have child processes start with the default handlers: under nohup, SIGHUP is ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The temporary directory, with nothing of others in it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
