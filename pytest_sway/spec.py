@@ -41,6 +41,8 @@ _DTYPE_ALIASES: Final = {
 }
 _DEVICE: Final = re.compile(r"(auto|[a-z]+(:\d+)?)")
 GGUF_SUFFIX: Final = ".gguf"
+_WEIGHTS: Final = re.compile(r"(.*\.(safetensors|gguf)|pytorch_model.*\.bin)(\.index\.json)?")
+"""Files that are looked at whenever a model is asked for, beside its config.json."""
 _MODEL_FILES: Final = re.compile(
     r".*\.(safetensors|gguf|model|jinja|py)|pytorch_model.*\.bin|(vocab|merges)\.txt"
     r"|(generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json"
@@ -361,8 +363,8 @@ def state_of_files(spec: ModelSpec) -> Hashable:
     if spec.kind not in ("hf", "mlx", "dummy"):
         return None
     return (
-        _model_signature(spec.base),
-        None if spec.finetuned is None else _model_signature(spec.finetuned),
+        _model_signature(spec.base, _MODEL_FILES),
+        None if spec.finetuned is None else _model_signature(spec.finetuned, _MODEL_FILES),
         None if spec.adapter is None else _adapter_signature(str(spec.adapter)),
         _stats((str(spec.answers),)) if isinstance(spec.answers, Path) else None,
     )
@@ -407,13 +409,13 @@ _IDENTITY_FILES: Final = re.compile(
 """Files that decide what an adapter's folder loads; a checkpoint's optimizer state and README do not."""
 
 
-def _model_signature(model: str) -> _Signature | None:
-    """The state of the files that a local model is loaded from; their contents are too much to read."""
+def _model_signature(model: str, files: re.Pattern[str] = _WEIGHTS) -> _Signature | None:
+    """The state of files that a local model is loaded from; their contents are too much to read."""
     if not os.path.isabs(model):
         return None
     if model.endswith(GGUF_SUFFIX):
         return _stats((model,))
-    return _stats((f"{model}/config.json", *_listed(model, _MODEL_FILES)))
+    return _stats((f"{model}/config.json", *_listed(model, files)))
 
 
 def _adapter_signature(folder: str) -> _Signature:

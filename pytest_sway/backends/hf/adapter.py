@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.trees import modules_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -49,7 +51,7 @@ def scalings_of(peft_model: Any) -> list[dict[str, float]]:
     """Return the dictionaries of the LoRA layers that hold the adapter's scaling, a factor without unit."""
     from peft.tuners.lora import LoraLayer
 
-    layers = (module for module in peft_model.modules() if isinstance(module, LoraLayer))
+    layers = (module for _, module in modules_of(peft_model) if isinstance(module, LoraLayer))
     return [layer.scaling for layer in layers if NAME in layer.scaling]
 
 

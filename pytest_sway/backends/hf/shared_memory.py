@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-from pytest_sway.backends.hf.trees import tensors_of, tree_of
+from pytest_sway.backends.hf.trees import modules_of, tensors_of, tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -75,7 +75,7 @@ class SharedMemory:
         self._ways: dict[int, Way] = {}
         self.exposed: dict[str, Any] = {}
         files = _MappedFiles() if ways is None else None
-        for module_name, module in model.named_modules():
+        for module_name, module in modules_of(model):
             for members in (module._buffers, module._parameters):
                 for key, tensor in members.items():
                     if tensor is None or id(tensor) in self._ways:
