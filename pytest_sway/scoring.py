@@ -153,16 +153,20 @@ class BatchView(View, Protocol):
 
 @runtime_checkable
 class RawView(View, Protocol):
-    """A view that also gives the raw objects to other libraries."""
+    """A view that also gives a test a model and a tokenizer of its own, for other libraries."""
 
     @property
     def model(self) -> Any:
-        """The framework's model, put into this view's state."""
+        """The framework's model, with exactly this view's adapter or none.
+
+        It is the test's own: the same object for as long as the view is open, and nobody else's. It shares the memory
+        of the weights that nobody writes to. What a test does to it reaches no view's answers and no other test.
+        """
         ...
 
     @property
     def tokenizer(self) -> Any:
-        """The framework's tokenizer."""
+        """The framework's tokenizer, with settings of the test's own."""
         ...
 
 
