@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import WeightsError
@@ -78,6 +79,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raw = file.read(length)
     except OSError as error:
         raise WeightsError(f"cannot read the weights {str(path)!r}: {error.strerror or error}.") from error
+    return dict(_parsed(path, raw, size - 8 - length))
+
+
+@lru_cache(maxsize=16)
+def _parsed(path: Path, raw: bytes, data_bytes: int) -> dict[str, TensorEntry]:
+    """The tensors that a header describes; each load reads the same ones several times."""
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -85,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    return _entries(path, header, size - 8 - length)
+    return _entries(path, header, data_bytes)
 
 
 def read_sharded(index: Path) -> dict[str, TensorEntry]:
