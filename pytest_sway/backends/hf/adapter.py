@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.attach import OnSkeleton
     from pytest_sway.backends.hf.pristine import Pristine
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -28,12 +29,12 @@ class Adapter:
 
     Attributes:
         files: What it was loaded from.
-        pristine: The ``PeftModel``.
+        pristine: What makes trees with it.
         own: The tensors that are not the base's, or no longer, by their names in the ``PeftModel``.
     """
 
     files: AdapterFiles
-    pristine: Pristine
+    pristine: Pristine | OnSkeleton
     own: dict[str, Any]
 
 

@@ -7,6 +7,7 @@ comes to the same, bit by bit, in a fraction of the time.
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,13 +15,13 @@ from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters
 from pytest_sway.backends.hf.adapter_files import WEIGHTS
 from pytest_sway.backends.hf.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.pickles import read_pickle
-from pytest_sway.backends.hf.pristine import Pristine
-from pytest_sway.backends.hf.shared_memory import SharedMemory
+from pytest_sway.backends.hf.pristine import Pristine, Watches
+from pytest_sway.backends.hf.shared_memory import SharedMemory, SharedTensors
 from pytest_sway.backends.hf.verification import verify_keys, verify_trained, verify_values
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, WeightsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.base import LoadedBase
@@ -82,7 +83,7 @@ def _by_peft(base: LoadedBase, files: AdapterFiles) -> Adapter:
     )
     adapter = Adapter(files, pristine, own)
     if pristine.shares and _is_all_in_file(adapter):
-        base.skeletons[_signature(files, peft_model.peft_config[NAME])] = Skeleton(adapter)
+        base.skeletons[_signature(files, peft_model.peft_config[NAME])] = Skeleton(pristine, own)
     return adapter
 
 
@@ -153,24 +154,72 @@ class Skeleton:
     """What PEFT makes of a configuration, without weights.
 
     Args:
-        adapter: An adapter of this configuration, whose own tensors are all in its file.
+        pristine: The ``PeftModel`` with an adapter of this configuration.
+        own: The adapter's tensors, which are all in its file, by their names in the ``PeftModel``.
 
     Attributes:
-        memory: The memory of the model, which is the base's.
+        model: The ``PeftModel``.
         places: By the names of an adapter's tensors in its file, what stands for them in the model: shape and dtype.
         names: By the same names, those that they have in the ``PeftModel``.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, pristine: Pristine, own: Mapping[str, Any]) -> None:
         import torch
 
-        memory, known = adapter.pristine.memory, dict[int, Any]()
-        for tensor in adapter.own.values():
+        memory, known = pristine.memory, dict[int, Any]()
+        for tensor in own.values():
             known[id(tensor)] = torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
-        self.places = {_in_file(name): known[id(tensor)] for name, tensor in adapter.own.items()}
-        self.names = {_in_file(name): name for name in adapter.own}
-        model = memory.tree(known)
-        self.memory = SharedMemory(model, memory.ways_in(known))
+        self.places = {_in_file(name): known[id(tensor)] for name, tensor in own.items()}
+        self.names = {_in_file(name): name for name in own}
+        self.model = memory.tree(known)
+        self._memory = SharedMemory(self.model, memory.ways_in(known))
+
+    def tree(self, weights: Mapping[str, Any], config: Any) -> Any:
+        """Return a ``PeftModel`` with the weights of an adapter.
+
+        Args:
+            weights: The tree's tensors, by their names in the file.
+            config: The adapter's configuration.
+        """
+        tree = self._memory.tree({id(place): weights[name] for name, place in self.places.items()})
+        tree.peft_config[NAME] = config
+        return tree
+
+
+class OnSkeleton:
+    """What the trees of an adapter are made from, where there is a skeleton: that and the adapter's weights.
+
+    Args:
+        skeleton: The skeleton.
+        config: The adapter's configuration.
+        weights: The adapter's tensors, by their names in its file.
+
+    Attributes:
+        model: The ``PeftModel``, without weights.
+        shares: Whether trees share the base's memory.
+        watches: Watches over the adapter's tensors, wherever they are used.
+    """
+
+    shares = True
+
+    def __init__(self, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> None:
+        self.model = skeleton.model
+        self.watches = Watches()
+        self.watches.add(weights.values())
+        self._skeleton = skeleton
+        self._config = config
+        self._weights = weights
+        self._shared = SharedTensors(weights.values())
+
+    def exposes(self, _name: str, tensor: Any) -> bool:
+        """Whether all trees have the same memory of one of the adapter's tensors."""
+        return self._shared.exposes(tensor)
+
+    def tree(self) -> Any:
+        """Return a ``PeftModel`` that is nobody else's."""
+        ours = self._shared.shared(self._weights.values())
+        self.watches.add(ours)
+        return self._skeleton.tree(dict(zip(self._weights, ours, strict=True)), copy.deepcopy(self._config))
 
 
 def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
@@ -185,15 +234,10 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     skeleton = base.skeletons.get(_signature(files, config))
     if skeleton is None or skeleton.places.keys() != files.entries.keys():
         return None
-    weights = _read_tensors(files, base)
-    own = {name: _parameter(weights[name], place, base) for name, place in skeleton.places.items()}
-    known = {id(place): own[name] for name, place in skeleton.places.items()}
-    model = skeleton.memory.tree(known)
-    model.peft_config[NAME] = config
-    ours = {id(parameter) for parameter in own.values()}
-    ways = {key: way for key, way in skeleton.memory.ways_in(known).items() if key not in ours}
-    pristine = Pristine(model, lambda: _loaded_again(base, files), ways=ways, own=own.values(), known_to_work=True)
-    return Adapter(files, pristine, {skeleton.names[name]: parameter for name, parameter in own.items()})
+    tensors = _read_tensors(files, base)
+    weights = {name: _parameter(tensors[name], place, base) for name, place in skeleton.places.items()}
+    own = {skeleton.names[name]: parameter for name, parameter in weights.items()}
+    return Adapter(files, OnSkeleton(skeleton, config, weights), own)
 
 
 def _is_all_in_file(adapter: Adapter) -> bool:

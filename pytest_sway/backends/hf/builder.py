@@ -180,7 +180,7 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
     tuned = tuned_side(base, adapter, base.tokenizer if rust is None else rust.tokenizer)
     if not files.told_by_weights:
         verify_effect(base, tuned, files)
-    exposed = {name: t for name, t in adapter.own.items() if name in adapter.pristine.memory.exposed}
+    exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}
     return Loaded(shares, base.side, tuned, adapter, ContentsRecord(exposed), rust)
 
 

@@ -45,7 +45,6 @@ class Pristine:
         again: Loads a model equal to it. It is called for each tree where trees cannot share the model's memory.
         ways: By the identity of a tensor, how it is shared, where that is known already.
         own: The tensors whose memory is this model's alone, and is watched; ``None`` for all of them.
-        known_to_work: Its trees need no check: they are made as those of a model that was checked.
         trial: Compare what two trees compute, since the model is of a kind that may compute with more than it shows.
 
     Attributes:
@@ -61,7 +60,6 @@ class Pristine:
         *,
         ways: Mapping[int, Way] | None = None,
         own: Iterable[Any] | None = None,
-        known_to_work: bool = False,
         trial: bool = False,
     ) -> None:
         self.model = model
@@ -70,12 +68,16 @@ class Pristine:
         self.watches = Watches()
         self.watches.add(self._own)
         self._lock = threading.Lock()
-        self._again = None if known_to_work or self._works(trial) else again
+        self._again = None if self._works(trial) else again
 
     @property
     def shares(self) -> bool:
         """Whether its trees share its memory; otherwise each is loaded anew."""
         return self._again is None
+
+    def exposes(self, name: str, _tensor: Any) -> bool:
+        """Whether all trees have the same memory of the tensor of this name."""
+        return name in self.memory.exposed
 
     def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False) -> Any:
         """Return a model equal to it that is nobody else's.

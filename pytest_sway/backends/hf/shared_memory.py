@@ -152,6 +152,28 @@ class SharedMemory:
             }
 
 
+class SharedTensors:
+    """Some tensors that trees share, which are in no model themselves.
+
+    Args:
+        tensors: The tensors, which are no parts of files.
+    """
+
+    def __init__(self, tensors: Iterable[Any]) -> None:
+        self._ways = {id(tensor): _way_of(tensor, None) for tensor in tensors}
+
+    def exposes(self, tensor: Any) -> bool:
+        """Whether all trees have the same memory of a tensor."""
+        return self._ways[id(tensor)] is Method.EXPOSED
+
+    def shared(self, tensors: Iterable[Any]) -> list[Any]:
+        """Return new tensors for a tree."""
+        import torch
+
+        with torch.inference_mode(False), torch.no_grad():
+            return list(map(_Sharer(self._ways, isolated=False), tensors))
+
+
 class _Sharer:
     """Gives the tensors of one tree their memory.
 

@@ -71,14 +71,16 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def modules_of(model: Any) -> list[tuple[str, Any]]:
-    """Return what ``model.named_modules()`` gives, in another order, in a third of the time."""
-    found, seen, pending = [], {id(model)}, [("", model)]
+    """Return what ``model.named_modules()`` gives, in a third of the time."""
+    found, seen, pending = [], set[int](), [("", model)]
     while pending:
         name, module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         found.append((name, module))
-        for key, child in module._modules.items():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
+        for key, child in reversed(module._modules.items()):
+            if child is not None:
                 pending.append((f"{name}.{key}" if name else key, child))
     return found
 

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from pytest_sway.backends.hf.trees import shares_objects, tensors_of, tree_of
+from tests.unit.hf.reference import fresh
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 def _zeros(tensor: Any) -> Any:
@@ -317,3 +319,14 @@ def test_a_method_of_a_tensor_is_the_trees_own_or_noticed() -> None:
     tree = tree_of(model, _zeros)
     assert _computes(model)
     assert shares_objects(tree, model) == _computes(tree)
+
+
+def test_modules_come_as_in_torch_each_once_in_order(base: Path, adapter: Path) -> None:
+    from peft import PeftModel
+
+    from pytest_sway.backends.hf.trees import modules_of
+
+    model, _ = fresh(base, adapter)
+    assert isinstance(model, PeftModel)
+    model.twice = model.base_model
+    assert modules_of(model) == list(model.named_modules())
