@@ -11,25 +11,21 @@ There are three ways, by what a tensor's memory is:
 from __future__ import annotations
 
 import copy
-import os
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from pytest_sway.backends.hf.mapped_files import FilePart, MappedFiles, never_written, page_flags
 from pytest_sway.backends.hf.trees import modules_of, tensors_of, tree_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
+
+    from pytest_sway.backends.hf.mapped_files import MappedFile
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 _COPIED_BYTES: Final = 2**16
 """Buffers up to this size are copied at once. A pass may write to them, and a copy takes no longer than a clone."""
-
-_FROM_FILE: Final = 1 << 61
-_THERE: Final = 0b11 << 62
-"""Flags of a page in /proc/self/pagemap: it is in memory or in the swap, and it is a file's."""
 
 
 class Method(Enum):
@@ -38,20 +34,6 @@ class Method(Enum):
     COPIED = auto()
     LAZY_CLONE = auto()
     EXPOSED = auto()
-
-
-class FilePart(NamedTuple):
-    """A stretch of a file that is mapped.
-
-    Attributes:
-        file: The file.
-        start: Its first byte.
-        nbytes: Its length in bytes.
-    """
-
-    file: MappedFile
-    start: int
-    nbytes: int
 
 
 Way: TypeAlias = Method | FilePart
@@ -74,7 +56,7 @@ class SharedMemory:
         self._model = model
         self._ways: dict[int, Way] = {}
         self.exposed: dict[str, Any] = {}
-        files = _MappedFiles() if ways is None else None
+        files = MappedFiles() if ways is None else None
         for module_name, module in modules_of(model):
             for members in (module._buffers, module._parameters):
                 for key, tensor in members.items():
@@ -143,12 +125,12 @@ class SharedMemory:
         expected = {key: way for key, way in self._ways.items() if isinstance(way, FilePart) and key in known}
         if not expected:
             return set()
-        files = _MappedFiles(part.file for part in expected.values())
-        with _page_flags() as flags:
+        files = MappedFiles(part.file for part in expected.values())
+        with page_flags() as flags:
             return {
                 id(known[key])
                 for key, part in expected.items()
-                if files.part_of(known[key]) == part and _never_written(known[key], flags)
+                if files.part_of(*_memory_of(known[key])) == part and never_written(*_memory_of(known[key]), flags)
             }
 
 
@@ -214,13 +196,13 @@ class _Sharer:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _way_of(tensor: Any, files: _MappedFiles | None) -> Way:
+def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
     """How a tensor is to be shared; one whose memory allows neither way is moved to memory of torch's."""
     if not _is_plain(tensor) or tensor.device.type != "cpu" or not _can_clone_lazily():
         return Method.EXPOSED
     if _lazy_clone(tensor) is not None:
         return Method.LAZY_CLONE
-    part = None if files is None else files.part_of(tensor)
+    part = None if files is None else files.part_of(*_memory_of(tensor))
     if part is None:
         tensor.data = _on_storage(tensor.untyped_storage().clone(), tensor)
         return Method.LAZY_CLONE
@@ -255,6 +237,11 @@ def address_of(tensor: Any) -> int:
 
     address = getattr(torch._C, "_data_address", None)
     return int(tensor.untyped_storage().data_ptr() if address is None else address(tensor))
+
+
+def _memory_of(tensor: Any) -> tuple[int, int]:
+    """Where a tensor's storage begins, and how long it is."""
+    return address_of(tensor), tensor.untyped_storage().nbytes()
 
 
 def _on_storage(storage: Any, tensor: Any) -> Any:
@@ -323,130 +310,3 @@ def _equal_bits(one: Any, other: Any) -> bool:
     if kind is None or one.is_complex():
         return bool(one.equal(other))
     return bool(one.detach().contiguous().view(kind).equal(other.detach().contiguous().view(kind)))
-
-
-# --- mapped files -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class MappedFile:
-    """A file that weights are mapped from, kept open: its name may be another file's by now.
-
-    Attributes:
-        descriptor: Its descriptor, which is closed with this object.
-        identity: Its device and its number there.
-    """
-
-    descriptor: int
-    identity: tuple[int, int]
-
-    def __del__(self) -> None:
-        with suppress(OSError):
-            os.close(self.descriptor)
-
-    def mapped(self) -> Any:
-        """Map it again, as a storage of its own; what is written to that goes to no file."""
-        import torch
-
-        path, nbytes = f"/proc/self/fd/{self.descriptor}", os.fstat(self.descriptor).st_size
-        storage: Any = torch.UntypedStorage
-        return storage.from_file(path, shared=False, nbytes=nbytes)
-
-
-class _Region(NamedTuple):
-    """Where a part of a file is mapped in this process.
-
-    Attributes:
-        start: The address of its first byte.
-        end: The address after its last.
-        offset: Where the first byte is in the file.
-        path: The file's name.
-        identity: The file's device and its number there.
-    """
-
-    start: int
-    end: int
-    offset: int
-    path: str
-    identity: tuple[int, int]
-
-
-class _MappedFiles:
-    """The files that are mapped privately in this process.
-
-    Args:
-        known: Those that are open already.
-    """
-
-    def __init__(self, known: Iterable[MappedFile] = ()) -> None:
-        self._open: dict[tuple[int, int], MappedFile | None] = {file.identity: file for file in known}
-        self._regions: list[_Region] | None = None
-
-    def part_of(self, tensor: Any) -> FilePart | None:
-        """Return the part of a file that a tensor's memory is; ``None`` if it is none that can be mapped again."""
-        if self._regions is None:
-            self._regions = _regions()
-        start, nbytes = address_of(tensor), tensor.untyped_storage().nbytes()
-        region = next((r for r in self._regions if r.start <= start and start + nbytes <= r.end), None)
-        file = None if region is None else self._file(region)
-        return None if region is None or file is None else FilePart(file, start - region.start + region.offset, nbytes)
-
-    def _file(self, region: _Region) -> MappedFile | None:
-        if region.identity not in self._open:
-            self._open[region.identity] = _opened(region)
-        return self._open[region.identity]
-
-
-def _regions() -> list[_Region]:
-    """What is mapped; nothing where the system does not tell."""
-    regions = []
-    with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            addresses, flags, offset, device, inode, *path = line.rstrip("\n").split(None, 5)
-            if path and inode != "0" and flags == "rw-p":
-                start, end = (int(address, 16) for address in addresses.split("-"))
-                major, minor = (int(number, 16) for number in device.split(":"))
-                regions.append(_Region(start, end, int(offset, 16), path[0], (os.makedev(major, minor), int(inode))))
-    return regions
-
-
-def _opened(region: _Region) -> MappedFile | None:
-    """The file of a region; ``None`` if its name is another file's by now."""
-    try:
-        descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    file, found = MappedFile(descriptor, region.identity), os.fstat(descriptor)
-    return file if found.st_ino == region.identity[1] else None
-
-
-@contextmanager
-def _page_flags() -> Iterator[int | None]:
-    """A descriptor of what the system tells of this process's pages; ``None`` where it does not."""
-    try:
-        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY)
-    except OSError:
-        yield None
-        return
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _never_written(tensor: Any, page_flags: int | None) -> bool:
-    """Whether no page of a privately mapped tensor was ever written to, as far as that is known."""
-    import numpy as np
-
-    if page_flags is None:
-        return False
-    size = os.sysconf("SC_PAGESIZE")
-    first = address_of(tensor) // size
-    count = -(-(address_of(tensor) + tensor.untyped_storage().nbytes()) // size) - first
-    try:
-        told = os.pread(page_flags, 8 * count, 8 * first)
-    except OSError:
-        return False
-    flags = np.frombuffer(told, dtype=np.uint64)
-    written = (flags & np.uint64(_THERE) != 0) & (flags & np.uint64(_FROM_FILE) == 0)
-    return len(flags) == count and not written.any()

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_sway.backends.hf.shared_memory import FilePart, Method, SharedMemory, address_of
+from pytest_sway.backends.hf.mapped_files import FilePart, never_written, page_flags
+from pytest_sway.backends.hf.shared_memory import Method, SharedMemory, address_of
 from pytest_sway.backends.hf.trees import tensors_of
 from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.hf.engines import computing_model, engine_of
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 PAGE = 4096
+
+
+def _memory(tensor: Any) -> tuple[int, int]:
+    return address_of(tensor), tensor.untyped_storage().nbytes()
 
 
 def _model() -> Any:
@@ -449,7 +454,6 @@ def test_an_adapter_that_is_put_on_copies_no_memory_of_a_converted_base(build: A
 
 
 def test_a_base_that_is_mapped_from_its_file_has_no_page_written(build: Any, base: Path, adapter: Path) -> None:
-    from pytest_sway.backends.hf.shared_memory import _never_written, _page_flags
 
     backend = build(base, adapter)
     ways = backend._loaded.shares[0].value.pristine.memory._ways.values()
@@ -459,13 +463,15 @@ def test_a_base_that_is_mapped_from_its_file_has_no_page_written(build: Any, bas
         for view in (plain, tuned):
             _use(view)
             model = computing_model(view)
-            with _page_flags() as flags:
+            with page_flags() as flags:
                 assert flags is not None
                 named = model.named_parameters()
-                assert [name for name, p in named if "lora_" not in name and not _never_written(p, flags)] == []
+                assert [
+                    name for name, p in named if "lora_" not in name and not never_written(*_memory(p), flags)
+                ] == []
             next(iter(model.parameters())).data.mul_(2)
-            with _page_flags() as flags:
-                assert not _never_written(next(iter(model.parameters())), flags)
+            with page_flags() as flags:
+                assert not never_written(*_memory(next(iter(model.parameters()))), flags)
 
 
 # --- a model whose trees cannot share ---------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""Files that are mapped into this process: which memory is which part of what file, and mapping it again."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_FROM_FILE: Final = 1 << 61
+_THERE: Final = 0b11 << 62
+"""Flags of a page in /proc/self/pagemap: it is in memory or in the swap, and it is a file's."""
+
+
+class FilePart(NamedTuple):
+    """A stretch of a file that is mapped.
+
+    Attributes:
+        file: The file.
+        start: Its first byte.
+        nbytes: Its length in bytes.
+    """
+
+    file: MappedFile
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class MappedFile:
+    """A file that weights are mapped from, kept open: its name may be another file's by now.
+
+    Attributes:
+        descriptor: Its descriptor, which is closed with this object.
+        identity: Its device and its number there.
+    """
+
+    descriptor: int
+    identity: tuple[int, int]
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            os.close(self.descriptor)
+
+    def mapped(self) -> Any:
+        """Map it again, as a storage of its own; what is written to that goes to no file."""
+        import torch
+
+        path, nbytes = f"/proc/self/fd/{self.descriptor}", os.fstat(self.descriptor).st_size
+        storage: Any = torch.UntypedStorage
+        return storage.from_file(path, shared=False, nbytes=nbytes)
+
+
+class _Region(NamedTuple):
+    """Where a part of a file is mapped in this process.
+
+    Attributes:
+        start: The address of its first byte.
+        end: The address after its last.
+        offset: Where the first byte is in the file.
+        path: The file's name.
+        identity: The file's device and its number there.
+    """
+
+    start: int
+    end: int
+    offset: int
+    path: str
+    identity: tuple[int, int]
+
+
+class MappedFiles:
+    """The files that are mapped privately in this process.
+
+    Args:
+        known: Those that are open already.
+    """
+
+    def __init__(self, known: Iterable[MappedFile] = ()) -> None:
+        self._open: dict[tuple[int, int], MappedFile | None] = {file.identity: file for file in known}
+        self._regions: list[_Region] | None = None
+
+    def part_of(self, start: int, nbytes: int) -> FilePart | None:
+        """Return the part of a file that some memory is; ``None`` if it is none that can be mapped again.
+
+        Args:
+            start: The address of its first byte.
+            nbytes: Its length.
+        """
+        if self._regions is None:
+            self._regions = _regions()
+        region = next((r for r in self._regions if r.start <= start and start + nbytes <= r.end), None)
+        file = None if region is None else self._file(region)
+        return None if region is None or file is None else FilePart(file, start - region.start + region.offset, nbytes)
+
+    def _file(self, region: _Region) -> MappedFile | None:
+        if region.identity not in self._open:
+            self._open[region.identity] = _opened(region)
+        return self._open[region.identity]
+
+
+def _regions() -> list[_Region]:
+    """What is mapped; nothing where the system does not tell."""
+    regions = []
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        for line in maps:
+            addresses, flags, offset, device, inode, *path = line.rstrip("\n").split(None, 5)
+            if path and inode != "0" and flags == "rw-p":
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                major, minor = (int(number, 16) for number in device.split(":"))
+                regions.append(_Region(start, end, int(offset, 16), path[0], (os.makedev(major, minor), int(inode))))
+    return regions
+
+
+def _opened(region: _Region) -> MappedFile | None:
+    """The file of a region; ``None`` if its name is another file's by now."""
+    try:
+        descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    file, found = MappedFile(descriptor, region.identity), os.fstat(descriptor)
+    return file if found.st_ino == region.identity[1] else None
+
+
+@contextmanager
+def page_flags() -> Iterator[int | None]:
+    """A descriptor of what the system tells of this process's pages; ``None`` where it does not."""
+    try:
+        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def never_written(start: int, nbytes: int, flags: int | None) -> bool:
+    """Whether no page of privately mapped memory was ever written to, as far as that is known.
+
+    Args:
+        start: The address of its first byte.
+        nbytes: Its length.
+        flags: What `page_flags` gives.
+    """
+    import numpy as np
+
+    if flags is None:
+        return False
+    size = os.sysconf("SC_PAGESIZE")
+    first = start // size
+    count = -(-(start + nbytes) // size) - first
+    try:
+        told = np.frombuffer(os.pread(flags, 8 * count, 8 * first), dtype=np.uint64)
+    except OSError:
+        return False
+    written = (told & np.uint64(_THERE) != 0) & (told & np.uint64(_FROM_FILE) == 0)
+    return len(told) == count and not written.any()
