@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the test need
 
 @pytest.fixture(autouse=True)
 def default_signals() -> Iterator[None]:
-    """Have child processes start with the default handlers: under nohup, SIGHUP is ignored."""
+    """Have child processes start with the default handlers: in a background shell, SIGINT and SIGHUP are ignored."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

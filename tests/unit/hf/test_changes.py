@@ -176,8 +176,8 @@ def _shared_with_processes(model: Any, _: Any) -> None:
 def _checkpointing(model: Any, tokenizer: Any) -> None:
     with quiet():
         model.gradient_checkpointing_enable()
-    model.train()
-    model(_ids(tokenizer))
+        model.train()
+        model(_ids(tokenizer))
 
 
 def _initialised(model: Any, _: Any) -> None:

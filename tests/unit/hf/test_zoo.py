@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,8 @@ def test_it_computes_what_peft_computes_alone_and_beside_one_that_comes_and_goes
     enclosure = enclosures(specimen)
     folder, expected = trained(specimen)
     plain, backend = keeper(enclosure), keeper(enclosure, folder)
-    assert shared_by(backend) == specimen.shares
+    if version("peft") >= "0.20" or specimen.shares == Shares.ALL:  # PEFT 0.19 does not save all biases that it trains
+        assert shared_by(backend) == specimen.shares
     assert not expected.logits.equal(enclosure.alone.logits)
     check(backend, specimen, enclosure, expected)
     other = keeper(enclosure, enclosure.neighbour)
