@@ -104,6 +104,7 @@ def keep_modules() -> None:
     modules = dict(sys.modules)
     folders = {_folder(modules[name]) for name in _asked if name in modules} - {None}
     roots = {name for name, module in modules.items() if "." not in name and _folder(module) in folders}
+    roots.discard("pytest_sway")  # which can be imported again, and must not be there half new, half old
     for name, module in modules.items():
         if name.partition(".")[0] in roots:
             _kept.setdefault(name, module)
