@@ -6,11 +6,13 @@ the bit, the one that the same call would compute, whatever was asked before.
 
 from __future__ import annotations
 
-import pickle
+import copy
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from hashlib import blake2b
 from importlib import import_module
@@ -33,14 +35,11 @@ _ENTRY_BYTES: Final = 300
 
 
 class _Entry(NamedTuple):
-    """What was answered: pickled, so that whoever gets it can do with it what he likes."""
+    """What was answered: a copy, so that callers may change what they get."""
 
-    answers: bytes
+    answers: list[Any]
     seconds: float
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.answers) + _ENTRY_BYTES
+    nbytes: int
 
 
 class AnswerMemory:
@@ -81,9 +80,10 @@ class AnswerMemory:
         if entry is None:
             started = time.perf_counter()
             answers = compute()
-            self._add(key, _Entry(pickle.dumps(answers, protocol=5), time.perf_counter() - started))
+            seconds = time.perf_counter() - started
+            self._add(key, _Entry(copy.deepcopy(answers), seconds, _size(answers) + _ENTRY_BYTES))
             return answers
-        recalled: list[Any] = pickle.loads(entry.answers)  # noqa: S301 # this process made it itself
+        recalled = copy.deepcopy(entry.answers)
         if self._on_recall is not None:
             self._on_recall(len(recalled), entry.seconds)
         return recalled
@@ -104,6 +104,17 @@ class AnswerMemory:
             while self._nbytes > self._max_bytes:
                 _, oldest = self._entries.popitem(last=False)
                 self._nbytes -= oldest.nbytes
+
+
+def _size(value: Any) -> int:
+    """About how many bytes an answer takes."""
+    if isinstance(value, list | tuple):
+        return sys.getsizeof(value) + sum(map(_size, value))
+    if is_dataclass(value):
+        return sys.getsizeof(value) + sum(_size(getattr(value, field.name)) for field in fields(value))
+    return sys.getsizeof(value) + getattr(
+        value, "nbytes", 0
+    )  # an array counts its contents only where they are its own
 
 
 def recalling(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
