@@ -112,9 +112,8 @@ def _size(value: Any) -> int:
         return sys.getsizeof(value) + sum(map(_size, value))
     if is_dataclass(value):
         return sys.getsizeof(value) + sum(_size(getattr(value, field.name)) for field in fields(value))
-    return sys.getsizeof(value) + getattr(
-        value, "nbytes", 0
-    )  # an array counts its contents only where they are its own
+    # Python counts an array's contents only where they are its own.
+    return sys.getsizeof(value) + int(getattr(value, "nbytes", 0))
 
 
 def recalling(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
