@@ -36,7 +36,7 @@ def needs_of(specs: Iterable[ModelSpec], *, device: str = "auto", dtype: str = "
     """Return what a test with these specs needs, or ``None`` if there are none.
 
     No files are read and nothing heavy is imported for it. So ``auto`` on a machine without an accelerator is not known
-    to be ``cpu``, and an adapter that will need a base of its own is not known as such.
+    to be ``cpu``.
 
     Args:
         specs: The test's specs.
