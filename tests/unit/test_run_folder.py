@@ -119,7 +119,8 @@ def test_a_signal_that_ends_the_run_removes_it(other_run: Callable[..., subproce
     assert list(left.parent.glob("pytest-sway-*")) == []
 
 
-OWN = "import signal\ndef own(*_):\n    print('own handler', flush=True)\n    sys.exit(3)\n"
+# os.write, since the signal may come while the child is still inside its own print.
+OWN = "import os, signal\ndef own(*_):\n    os.write(1, b'own handler\\n')\n    sys.exit(3)\n"
 
 
 @pytest.mark.parametrize("number", DEADLY)
@@ -139,8 +140,8 @@ def test_a_handler_that_calls_the_one_before_it_removes_the_folder(
     other_run: Callable[..., subprocess.Popen[str]],
 ) -> None:
     after = (
-        "import signal\nprevious = signal.getsignal(15)\n"
-        "def own(*args):\n    print('own handler', flush=True)\n    previous(*args)\nsignal.signal(15, own)"
+        "import os, signal\nprevious = signal.getsignal(15)\n"
+        "def own(*args):\n    os.write(1, b'own handler\\n')\n    previous(*args)\nsignal.signal(15, own)"
     )
     child = other_run(after=after)
     left = _folder(child)
