@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
-    from pytest_sway.backends.hf.attach import OnSkeleton
     from pytest_sway.backends.hf.pristine import Pristine
+    from pytest_sway.backends.hf.skeletons import OnSkeleton
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

@@ -7,31 +7,28 @@ comes to the same, bit by bit, in a fraction of the time.
 
 from __future__ import annotations
 
-import copy
-import json
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters
 from pytest_sway.backends.hf.adapter_files import WEIGHTS
 from pytest_sway.backends.hf.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.pickles import read_pickle
-from pytest_sway.backends.hf.pristine import Pristine, Watches
-from pytest_sway.backends.hf.shared_memory import SharedMemory, SharedTensors
+from pytest_sway.backends.hf.pristine import Pristine
+from pytest_sway.backends.hf.skeletons import OnSkeleton, name_in_file
 from pytest_sway.backends.hf.verification import verify_keys, verify_trained, verify_values
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, WeightsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.base import LoadedBase
+    from pytest_sway.backends.hf.skeletons import Skeleton
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-_UNSEEN_FIELDS: Final = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
-)
-"""Fields of a config that do not show in what PEFT makes of it."""
+_READ_WHOLE: Final = 2**26
+"""Bytes of a file that is read at once, and not mapped."""
 
 
 def attach(base: LoadedBase, files: AdapterFiles) -> Adapter:
@@ -81,10 +78,11 @@ def _by_peft(base: LoadedBase, files: AdapterFiles) -> Adapter:
     pristine = Pristine(
         peft_model, lambda: _loaded_again(base, files), ways=ways, own=own.values(), trial=base.may_hide_something
     )
-    adapter = Adapter(files, pristine, own)
-    if pristine.shares and _is_all_in_file(adapter):
-        base.skeletons[_signature(files, peft_model.peft_config[NAME])] = Skeleton(pristine, own)
-    return adapter
+    config = peft_model.peft_config[NAME]
+    skeleton = base.skeletons.made_of(files, config, pristine, own)
+    if skeleton is None:
+        return Adapter(files, pristine, own)
+    return _on_skeleton(files, skeleton, config, {name_in_file(name): tensor for name, tensor in own.items()})
 
 
 def _loaded(base: LoadedBase, files: AdapterFiles, known: dict[int, Any]) -> Any:
@@ -150,123 +148,36 @@ def _unloaded(peft_model: Any, missing: Iterable[str]) -> list[str]:
 # --- by a skeleton ----------------------------------------------------------------------------------------------------
 
 
-class Skeleton:
-    """What PEFT makes of a configuration, without weights.
-
-    Args:
-        pristine: The ``PeftModel`` with an adapter of this configuration.
-        own: The adapter's tensors, which are all in its file, by their names in the ``PeftModel``.
-
-    Attributes:
-        model: The ``PeftModel``.
-        places: By the names of an adapter's tensors in its file, what stands for them in the model: shape and dtype.
-        names: By the same names, those that they have in the ``PeftModel``.
-    """
-
-    def __init__(self, pristine: Pristine, own: Mapping[str, Any]) -> None:
-        import torch
-
-        memory, known = pristine.memory, dict[int, Any]()
-        for tensor in own.values():
-            known[id(tensor)] = torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
-        self.places = {_in_file(name): known[id(tensor)] for name, tensor in own.items()}
-        self.names = {_in_file(name): name for name in own}
-        self.model = memory.tree(known)
-        self._memory = SharedMemory(self.model, memory.ways_in(known))
-
-    def tree(self, weights: Mapping[str, Any], config: Any) -> Any:
-        """Return a ``PeftModel`` with the weights of an adapter.
-
-        Args:
-            weights: The tree's tensors, by their names in the file.
-            config: The adapter's configuration.
-        """
-        tree = self._memory.tree({id(place): weights[name] for name, place in self.places.items()})
-        tree.peft_config[NAME] = config
-        return tree
-
-
-class OnSkeleton:
-    """What the trees of an adapter are made from, where there is a skeleton: that and the adapter's weights.
-
-    Args:
-        skeleton: The skeleton.
-        config: The adapter's configuration.
-        weights: The adapter's tensors, by their names in its file.
-
-    Attributes:
-        model: The ``PeftModel``, without weights.
-        shares: Whether trees share the base's memory.
-        watches: Watches over the adapter's tensors, wherever they are used.
-    """
-
-    shares = True
-
-    def __init__(self, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> None:
-        self.model = skeleton.model
-        self.watches = Watches()
-        self.watches.add(weights.values())
-        self._skeleton = skeleton
-        self._config = config
-        self._weights = weights
-        self._shared = SharedTensors(weights.values())
-
-    def exposes(self, _name: str, tensor: Any) -> bool:
-        """Whether all trees have the same memory of one of the adapter's tensors."""
-        return self._shared.exposes(tensor)
-
-    def tree(self) -> Any:
-        """Return a ``PeftModel`` that is nobody else's."""
-        ours = self._shared.shared(self._weights.values())
-        self.watches.add(ours)
-        return self._skeleton.tree(dict(zip(self._weights, ours, strict=True)), copy.deepcopy(self._config))
-
-
 def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     """Put an adapter on as PEFT did with another one of its configuration; ``None`` if there was none.
 
     Raises:
         RuntimeError: A tensor's shape is not that of its place.
     """
-    if files.peft_type != "LORA" or files.entries is None:
-        return None
     config = _config(files)
-    skeleton = base.skeletons.get(_signature(files, config))
-    if skeleton is None or skeleton.places.keys() != files.entries.keys():
+    skeleton = base.skeletons.find(files, config)
+    if skeleton is None:
         return None
     tensors = _read_tensors(files, base)
     weights = {name: _parameter(tensors[name], place, base) for name, place in skeleton.places.items()}
+    return _on_skeleton(files, skeleton, config, weights)
+
+
+def _on_skeleton(files: AdapterFiles, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> Adapter:
     own = {skeleton.names[name]: parameter for name, parameter in weights.items()}
     return Adapter(files, OnSkeleton(skeleton, config, weights), own)
 
 
-def _is_all_in_file(adapter: Adapter) -> bool:
-    """Whether all that an adapter has of its own comes from its file, so that nothing depends on the base's weights."""
-    files = adapter.files
-    if files.peft_type != "LORA" or files.entries is None:
-        return False
-    return set(map(_in_file, adapter.own)) == files.entries.keys()
-
-
-def _in_file(name: str) -> str:
-    """The name of a tensor of the adapter in its file."""
-    return name.replace(f".{NAME}", "")
-
-
-def _signature(files: AdapterFiles, config: Any) -> str:
-    """Equal for adapters of which PEFT makes the same, but for their weights."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_FIELDS}
-    fields["dtypes"] = sorted({entry.dtype for entry in (files.entries or {}).values()})
-    return json.dumps(
-        fields, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
-    )
-
-
 def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:
-    from safetensors.torch import load_file
+    """The tensors of an adapter's file, by name; they are copied before they are used."""
+    from safetensors.torch import load, load_file
 
     path, device = files.folder / WEIGHTS, str(base.device)
-    return dict(load_file(str(path), device=device)) if path.is_file() else read_pickle(files, device)
+    if not path.is_file():
+        return read_pickle(files, device)
+    if path.stat().st_size > _READ_WHOLE:
+        return dict(load_file(str(path), device=device))
+    return dict(load(path.read_bytes()))  # a third of the time where tensors are many and small
 
 
 def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:

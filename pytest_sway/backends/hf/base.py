@@ -16,6 +16,7 @@ from pytest_sway.backends.hf.pristine import Pristine
 from pytest_sway.backends.hf.recall import AnswerMemory, circumstances
 from pytest_sway.backends.hf.sides import base_side
 from pytest_sway.backends.hf.sizes import measured
+from pytest_sway.backends.hf.skeletons import Skeletons
 from pytest_sway.backends.hf.tokenizer_copies import RustRecord
 from pytest_sway.backends.hf.trees import tensors_of
 from pytest_sway.backends.hf.trials import Trials
@@ -23,7 +24,6 @@ from pytest_sway.backends.hf.trials import Trials
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_sway.backends.hf.attach import Skeleton
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -46,7 +46,7 @@ class LoadedBase:
         trials: What was found out about the model's passes.
         side: What computes the base's answers.
         memory: What it has answered before; ``None`` to remember nothing.
-        skeletons: What PEFT has made of it, by the configuration of the adapter.
+        skeletons: What PEFT has made of it.
         watches: Watches over its memory, wherever that is used.
         tokenizers: The tokenizers that adapters brought, by the identity of their files; each stays for as long as a
             backend uses it.
@@ -66,7 +66,7 @@ class LoadedBase:
         self.trials = Trials()
         self.memory: AnswerMemory | None = None
         self.side = base_side(self)
-        self.skeletons: dict[str, Skeleton] = {}
+        self.skeletons = Skeletons()
         self.tokenizers: WeakValueDictionary[str, RustRecord] = WeakValueDictionary()
         self.lock = threading.Lock()
         self._contents = ContentsRecord(self.pristine.memory.exposed)
@@ -114,7 +114,7 @@ class LoadedBase:
         self.side.close()
         self.pristine = self.tokenizer = self.memory = None  # type: ignore[assignment] # nobody uses a closed base
         self._contents = self._rust = self._patches = None  # type: ignore[assignment]
-        self.skeletons = {}
+        self.skeletons = Skeletons()
 
 
 def _may_hide_something(spec: ModelSpec, model: Any) -> bool:

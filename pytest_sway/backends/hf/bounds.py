@@ -174,9 +174,8 @@ def require_bounded(files: AdapterFiles, base: Mapping[str, TensorEntry] | None)
                     f"{where!r} has {field} = {size:,}, and no tensor of the adapter has a side of more than"
                     f" {largest:,}. Save the adapter again, config and weights together."
                 )
-    names = {name.rpartition(".")[0] for name in (*(files.entries or ()), *(base or ()))}
     for field, expression in _expressions(files.config):
-        _require_quick(where, field, expression, names)
+        _require_quick(where, field, expression, (*(files.entries or ()), *(base or ())))
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -201,13 +200,14 @@ def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((field, key) for key in value)
 
 
-def _require_quick(where: str, field: str, expression: str, names: Iterable[str]) -> None:
+def _require_quick(where: str, field: str, expression: str, tensors: Iterable[str]) -> None:
     if len(expression) > _LONGEST_EXPRESSION:
         raise SpecError(f"{where!r} has an expression of {len(expression):,} characters as {field}. Save it again.")
     if not _QUANTIFIER_IN_GROUP.search(expression):
         return  # repeats that stand side by side take a power of a short name's length, and not for ever
     import json
 
+    names = {name.rpartition(".")[0] for name in tensors}
     asked = json.dumps([expression, sorted(names)])
     command = [sys.executable, "-I", "-S", "-c", _MATCH]
     try:

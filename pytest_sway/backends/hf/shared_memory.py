@@ -142,18 +142,20 @@ class SharedTensors:
     """
 
     def __init__(self, tensors: Iterable[Any]) -> None:
-        self._ways = {id(tensor): _way_of(tensor, None) for tensor in tensors}
+        self._tensors = list(tensors)
+        self._ways: dict[int, Way] = {}
 
     def exposes(self, tensor: Any) -> bool:
         """Whether all trees have the same memory of a tensor."""
-        return self._ways[id(tensor)] is Method.EXPOSED
+        return _is_exposed(tensor)
 
-    def shared(self, tensors: Iterable[Any]) -> list[Any]:
-        """Return new tensors for a tree."""
+    def shared(self) -> list[Any]:
+        """Return new tensors for a tree, in their order."""
         import torch
 
+        self._ways = self._ways or {id(tensor): _way_of(tensor, None) for tensor in self._tensors}
         with torch.inference_mode(False), torch.no_grad():
-            return list(map(_Sharer(self._ways, isolated=False), tensors))
+            return list(map(_Sharer(self._ways, isolated=False), self._tensors))
 
 
 class _Sharer:
@@ -198,7 +200,7 @@ class _Sharer:
 
 def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
     """How a tensor is to be shared; one whose memory allows neither way is moved to memory of torch's."""
-    if not _is_plain(tensor) or tensor.device.type != "cpu" or not _can_clone_lazily():
+    if _is_exposed(tensor):
         return Method.EXPOSED
     if _lazy_clone(tensor) is not None:
         return Method.LAZY_CLONE
@@ -207,6 +209,10 @@ def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
         tensor.data = _on_storage(tensor.untyped_storage().clone(), tensor)
         return Method.LAZY_CLONE
     return part
+
+
+def _is_exposed(tensor: Any) -> bool:
+    return not _is_plain(tensor) or tensor.device.type != "cpu" or not _can_clone_lazily()
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.adapter import adapter_parameters, inner_model, scalings_of
 from pytest_sway.backends.hf.forward import Forward
+from pytest_sway.backends.hf.runners import OwnIdle, Runner, SharedIdle
 from pytest_sway.backends.hf.scores import Engine
+from pytest_sway.backends.hf.skeletons import OnSkeleton
 from pytest_sway.backends.hf.trees import tensors_of
 from pytest_sway.backends.hf.trials import Trials
 from pytest_sway.errors import BackendClosedError, BackendUseError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter import Adapter
     from pytest_sway.backends.hf.base import LoadedBase
     from pytest_sway.backends.hf.recall import Recall
+    from pytest_sway.backends.hf.runners import Idle
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -36,6 +39,7 @@ class Side:
         through_inner_model: Whether the model inside of a ``PeftModel`` computes the same.
         one_text_at_a_time: Whether what it computes for a text depends on all that is in the same pass.
         recall: Answers from memory; ``None`` for a side that remembers none.
+        idle: Where its runners wait for the next call; ``None`` for a place of its own.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Side:
         through_inner_model: bool = True,
         one_text_at_a_time: bool = False,
         recall: Recall | None = None,
+        idle: Idle | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._make: Callable[[], Any] | None = make
@@ -54,15 +59,15 @@ class Side:
         self._through_inner_model = through_inner_model
         self._one_text_at_a_time = one_text_at_a_time
         self._recall = recall
-        self._idle: list[Engine] = []
+        self._idle: Idle = OwnIdle() if idle is None else idle
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
         """Give what computes; it is dropped when it is spent, and after an error, which leaves a tree in any state."""
-        engine = self._idle.pop() if self._idle else self._new_engine()
-        yield engine
-        if self._make is not None and not engine.forward.spent:
-            self._idle.append(engine)
+        runner = self._idle.take() or self._new_runner()
+        yield Engine(runner.forward.runner, self.tokenizer, runner.forward, self._recall)
+        if not runner.forward.spent:
+            self._idle.give(runner)
 
     def tree(self) -> Any:
         """Return a new tree, which is the caller's.
@@ -101,14 +106,13 @@ class Side:
     def close(self) -> None:
         """Let go of all trees."""
         self._make = None
-        self._idle.clear()
+        self._idle.close()
 
-    def _new_engine(self) -> Engine:
+    def _new_runner(self) -> Runner:
         tree = self.tree()
         inner = inner_model(tree)
-        runner = inner if self._through_inner_model else tree
-        forward = Forward(inner, runner, self._trials, one_text_at_a_time=self._one_text_at_a_time)
-        return Engine(runner, self.tokenizer, forward, self._recall)
+        called = inner if self._through_inner_model else tree
+        return Runner(tree, Forward(inner, called, self._trials, one_text_at_a_time=self._one_text_at_a_time))
 
 
 def base_side(base: LoadedBase) -> Side:
@@ -137,6 +141,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
         base.trials if files.plain else None,
         through_inner_model=files.through_inner_model,
         one_text_at_a_time=files.one_text_at_a_time,
+        idle=SharedIdle(adapter.pristine) if files.plain and isinstance(adapter.pristine, OnSkeleton) else None,
     )
 
 

@@ -58,7 +58,7 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
         AdapterMismatchError: They are not, or cannot.
     """
     parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
-    largest = {name: _largest(tensor) for name, tensor in adapter.own.items()}
+    largest = _largest(adapter.own)
     folder = str(adapter.files.folder)
     broken = [name for name, value in largest.items() if not math.isfinite(value)]
     if broken:
@@ -109,19 +109,20 @@ def _saved_twice(name: str, files: AdapterFiles) -> bool:
     return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
 
 
-def _largest(parameter: Any) -> float:
-    """The largest magnitude in a tensor; NaN or infinite if it has any such value."""
+def _largest(tensors: Mapping[str, Any]) -> dict[str, float]:
+    """The largest magnitude in each tensor; NaN or infinite if it has any such value."""
     import torch
 
-    if not parameter.is_floating_point() or not parameter.numel():
-        return 0.0
-    return float(torch.linalg.vector_norm(parameter.detach(), math.inf))
+    floats = {
+        name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
+    }
+    norms = torch._foreach_norm(list(floats.values()), math.inf) if floats else []
+    return {**dict.fromkeys(tensors, 0.0), **{name: float(norm) for name, norm in zip(floats, norms, strict=True)}}
 
 
 def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any], largest: dict[str, float]) -> bool:
     """Whether a LoRA adapter that only adds to its base is without effect, by its weights."""
-    scalings = scalings_of(adapter.pristine.model)
-    if scalings and not any(scaling[NAME] for scaling in scalings):
+    if _is_scaled_to_zero(adapter):
         largest = {name: 0.0 if _lora_factor(name)[1] else value for name, value in largest.items()}
     alive: dict[tuple[str, str], set[str]] = {}
     for name, value in largest.items():
@@ -132,6 +133,15 @@ def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any], largest: d
         return False
     others = [name for name, value in largest.items() if value and _lora_factor(name)[1] is None]
     return all(_as_in_base(adapter.pristine.model, parameters, name) for name in others)
+
+
+def _is_scaled_to_zero(adapter: Adapter) -> bool:
+    """Whether the scaling of each LoRA layer is zero."""
+    config = adapter.files.config
+    if all(alpha for alpha in (config.get("lora_alpha", 1), *(config.get("alpha_pattern") or {}).values())):
+        return False  # as most adapters say; the walk through the layers takes longer
+    scalings = scalings_of(adapter.pristine.model)
+    return bool(scalings) and not any(scaling[NAME] for scaling in scalings)
 
 
 def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bool:
