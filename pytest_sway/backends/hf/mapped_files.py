@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import weakref
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -31,9 +33,12 @@ class FilePart(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class MappedFile:
     """A file that weights are mapped from, kept open: its name may be another file's by now.
+
+    Models that compute share one mapping of it, once the first of them has run and written nothing. Where a model
+    writes to its weights when it runs, as RWKV does, each of them has a mapping of its own.
 
     Attributes:
         descriptor: Its descriptor, which is closed with this object.
@@ -42,6 +47,10 @@ class MappedFile:
 
     descriptor: int
     identity: tuple[int, int]
+    _running: Any = None
+    _first: weakref.ref[Any] | None = None
+    _only_read: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __del__(self) -> None:
         with suppress(OSError):
@@ -54,6 +63,27 @@ class MappedFile:
         path, nbytes = f"/proc/self/fd/{self.descriptor}", os.fstat(self.descriptor).st_size
         storage: Any = torch.UntypedStorage
         return storage.from_file(path, shared=False, nbytes=nbytes)
+
+    def mapped_to_run(self) -> tuple[Any, bool]:
+        """Map it for a model that computes, and that no test gets; tell whether that model is the first."""
+        with self._lock:
+            if self._running is None:
+                self._running = self.mapped()
+                return self._running, True
+            return (self._running if self._only_read else self.mapped()), False
+
+    def runs_first(self, model: Any) -> None:
+        """Note which model is the first."""
+        self._first = weakref.ref(model)
+
+    def has_run(self, model: Any) -> None:
+        """Look whether a model's first pass has written to it, if that was the first model to run."""
+        with self._lock:
+            if self._first is None or self._first() is not model:
+                return
+            self._first = None
+            with page_flags() as flags:
+                self._only_read = never_written(self._running.data_ptr(), self._running.nbytes(), flags)
 
 
 class _Region(NamedTuple):

@@ -79,12 +79,13 @@ class Pristine:
         """Whether all trees have the same memory of the tensor of this name."""
         return name in self.memory.exposed
 
-    def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False) -> Any:
+    def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False, to_run: bool = False) -> Any:
         """Return a model equal to it that is nobody else's.
 
         Args:
             known: As in `SharedMemory.tree`; it stays empty where the model is loaded anew.
             isolated: Somebody is about to write to its memory; see `SharedMemory.tree`.
+            to_run: It only computes; see `SharedMemory.tree`.
         """
         if self._again is not None:
             tree = self._again()
@@ -92,7 +93,7 @@ class Pristine:
             return tree
         known = {} if known is None else known
         with self._lock:
-            tree = self.memory.tree(known, isolated=isolated)
+            tree = self.memory.tree(known, isolated=isolated, to_run=to_run)
         self.watches.add(known[id(tensor)] for tensor in self._own)
         return tree
 

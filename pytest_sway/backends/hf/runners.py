@@ -20,11 +20,13 @@ class Runner:
         tree: The tree: a ``PeftModel``, or the Hugging Face model where there is no adapter.
         forward: Its passes.
         adapter: The adapter whose weights it has, where trees take turns with adapters.
+        has_run: Whether it has computed an answer.
     """
 
     tree: Any
     forward: Forward
     adapter: OnSkeleton | None = None
+    has_run: bool = False
     _slots: list[tuple[dict[str, Any], str, str]] = field(default_factory=list)
 
     def serve(self, adapter: OnSkeleton | None, skeleton: Skeleton) -> None:

@@ -69,12 +69,13 @@ class SharedMemory:
                     if way is Method.EXPOSED:
                         self.exposed[f"{module_name}.{key}" if module_name else key] = tensor
 
-    def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False) -> Any:
+    def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False, to_run: bool = False) -> Any:
         """Return a tree of the model.
 
         Args:
             known: By the identity of things in the model, what stands for them in the tree; all others are added.
             isolated: Copy what would be exposed, since somebody is about to write to it.
+            to_run: It only computes, and no test gets it; see `MappedFile`.
 
         Raises:
             Exception: Something in the model cannot be copied.
@@ -82,7 +83,16 @@ class SharedMemory:
         import torch
 
         with torch.inference_mode(False), torch.no_grad():
-            return tree_of(self._model, _Sharer(self._ways, isolated=isolated), known)
+            sharer = _Sharer(self._ways, isolated=isolated, to_run=to_run)
+            tree = tree_of(self._model, sharer, known)
+        for file in sharer.first_of:
+            file.runs_first(tree)
+        return tree
+
+    def has_run(self, tree: Any) -> None:
+        """Look what the first pass of a tree has written to; see `MappedFile`."""
+        for file in {way.file for way in self._ways.values() if isinstance(way, FilePart)}:
+            file.has_run(tree)
 
     def settle(self, tree: Any, known: Mapping[int, Any]) -> dict[int, Way]:
         """Have a tree that somebody has written to share all that was not written to.
@@ -96,7 +106,7 @@ class SharedMemory:
         """
         import torch
 
-        untouched, sharer = self._untouched(known), _Sharer(self._ways, isolated=False)
+        untouched, sharer = self._untouched(known), _Sharer(self._ways)
         settled: dict[int, Any] = {}
         with torch.inference_mode(False), torch.no_grad():
             for original in tensors_of(self._model):
@@ -155,7 +165,7 @@ class SharedTensors:
 
         self._ways = self._ways or {id(tensor): _way_of(tensor, None) for tensor in self._tensors}
         with torch.inference_mode(False), torch.no_grad():
-            return list(map(_Sharer(self._ways, isolated=False), self._tensors))
+            return list(map(_Sharer(self._ways), self._tensors))
 
 
 class _Sharer:
@@ -164,13 +174,19 @@ class _Sharer:
     Args:
         ways: How each is shared, by the identity of the model's.
         isolated: Copy what would be exposed.
+        to_run: The tree only computes.
+
+    Attributes:
+        first_of: The files that no tree has run on yet.
     """
 
-    def __init__(self, ways: Mapping[int, Way], *, isolated: bool) -> None:
+    def __init__(self, ways: Mapping[int, Way], *, isolated: bool = False, to_run: bool = False) -> None:
         self._ways = ways
         self._isolated = isolated
+        self._to_run = to_run
         self._mappings: dict[MappedFile, Any] = {}
         self._storages: dict[int, Any] = {}
+        self.first_of: list[MappedFile] = []
 
     def __call__(self, tensor: Any) -> Any:
         way = self._ways.get(id(tensor))
@@ -191,8 +207,16 @@ class _Sharer:
 
     def _mapped(self, part: FilePart) -> Any:
         if part.file not in self._mappings:
-            self._mappings[part.file] = part.file.mapped()
+            self._mappings[part.file] = self._mapping(part.file)
         return self._mappings[part.file][part.start : part.start + part.nbytes]
+
+    def _mapping(self, file: MappedFile) -> Any:
+        if not self._to_run:
+            return file.mapped()
+        mapping, is_first = file.mapped_to_run()
+        if is_first:
+            self.first_of.append(file)
+        return mapping
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ class Side:
     it has are in use: no call waits for another.
 
     Args:
-        make: Returns a new tree: the ``PeftModel``, or the Hugging Face model where there is no adapter.
+        make: Returns a new tree: the ``PeftModel``, or the Hugging Face model where there is no adapter. Its argument
+            says whether the tree only computes, and no test gets it.
+        has_run: Called with each tree that has computed its first answer.
         tokenizer: What turns its texts into tokens.
         trials: What was found out about the passes of its trees.
         through_inner_model: Whether the model inside of a ``PeftModel`` computes the same.
@@ -44,7 +46,8 @@ class Side:
 
     def __init__(
         self,
-        make: Callable[[], Any],
+        make: Callable[[bool], Any],
+        has_run: Callable[[Any], None],
         tokenizer: Any,
         trials: Trials | None = None,
         *,
@@ -54,7 +57,8 @@ class Side:
         idle: Idle | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._make: Callable[[], Any] | None = make
+        self._make: Callable[[bool], Any] | None = make
+        self._has_run: Callable[[Any], None] | None = has_run
         self._trials = Trials() if trials is None else trials
         self._through_inner_model = through_inner_model
         self._one_text_at_a_time = one_text_at_a_time
@@ -66,11 +70,18 @@ class Side:
         """Give what computes; it is dropped when it is spent, and after an error, which leaves a tree in any state."""
         runner = self._idle.take() or self._new_runner()
         yield Engine(runner.forward.runner, self.tokenizer, runner.forward, self._recall)
-        if not runner.forward.spent:
-            self._idle.give(runner)
+        if self._make is None or runner.forward.spent:
+            return
+        if not runner.has_run and (has_run := self._has_run) is not None:
+            runner.has_run = True
+            has_run(runner.tree)
+        self._idle.give(runner)
 
-    def tree(self) -> Any:
+    def tree(self, *, to_run: bool = False) -> Any:
         """Return a new tree, which is the caller's.
+
+        Args:
+            to_run: It only computes, and no test gets it.
 
         Raises:
             BackendClosedError: It was closed.
@@ -81,7 +92,7 @@ class Side:
                 "a view was used in one thread while it, or its backend, was closed in another. End the threads of a"
                 " test before the test ends, or ask for the backend again with sway_backend(spec)."
             )
-        return make()
+        return make(to_run)
 
     def changed(self, change: Callable[[Any], None]) -> Side:
         """Return a side whose trees are this one's with a change.
@@ -90,13 +101,14 @@ class Side:
             change: Makes it, on a new tree.
         """
 
-        def make() -> Any:
-            tree = self.tree()
+        def make(to_run: bool) -> Any:
+            tree = self.tree(to_run=to_run)
             change(tree)
             return tree
 
         return Side(
             make,
+            lambda _: None,
             self.tokenizer,
             self._trials,
             through_inner_model=self._through_inner_model,
@@ -105,11 +117,11 @@ class Side:
 
     def close(self) -> None:
         """Let go of all trees."""
-        self._make = None
+        self._make = self._has_run = None
         self._idle.close()
 
     def _new_runner(self) -> Runner:
-        tree = self.tree()
+        tree = self.tree(to_run=True)
         inner = inner_model(tree)
         called = inner if self._through_inner_model else tree
         return Runner(tree, Forward(inner, called, self._trials, one_text_at_a_time=self._one_text_at_a_time))
@@ -117,7 +129,14 @@ class Side:
 
 def base_side(base: LoadedBase) -> Side:
     """Return the side of a base as it is."""
-    return Side(base.pristine.tree, base.tokenizer, base.trials, recall=base.recall)
+    pristine = base.pristine
+    return Side(
+        lambda to_run: pristine.tree(to_run=to_run),
+        pristine.memory.has_run,
+        base.tokenizer,
+        base.trials,
+        recall=base.recall,
+    )
 
 
 def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
@@ -130,13 +149,14 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
     """
     files = adapter.files
 
-    def make() -> Any:
-        tree = adapter.pristine.tree()
+    def make(to_run: bool) -> Any:
+        tree = adapter.pristine.tree(to_run=to_run)
         base.watches.add(tensors_of(tree))
         return tree
 
     return Side(
         make,
+        base.pristine.memory.has_run,
         tokenizer,
         base.trials if files.plain else None,
         through_inner_model=files.through_inner_model,

@@ -64,14 +64,15 @@ class Skeleton:
         self.lock = threading.Lock()
         self._memory = SharedMemory(self.model, memory.ways_in(known))
 
-    def tree(self, weights: Mapping[str, Any], config: Any) -> Any:
+    def tree(self, weights: Mapping[str, Any], config: Any, *, to_run: bool = False) -> Any:
         """Return a ``PeftModel`` with the weights of an adapter.
 
         Args:
             weights: The tree's tensors, by their names in the file.
             config: The adapter's configuration.
+            to_run: It only computes; see `SharedMemory.tree`.
         """
-        tree = self._memory.tree({id(place): weights[name] for name, place in self.places.items()})
+        tree = self._memory.tree({id(place): weights[name] for name, place in self.places.items()}, to_run=to_run)
         tree.peft_config[NAME] = config
         return tree
 
@@ -118,11 +119,16 @@ class OnSkeleton:
         """Whether all trees have the same memory of one of the adapter's tensors."""
         return self._shared.exposes(tensor)
 
-    def tree(self) -> Any:
-        """Return a ``PeftModel`` that is nobody else's."""
+    def tree(self, *, to_run: bool = False) -> Any:
+        """Return a ``PeftModel`` that is nobody else's.
+
+        Args:
+            to_run: It only computes; see `SharedMemory.tree`.
+        """
         ours = self._shared.shared()
         self.watches.add(ours)
-        return self.skeleton.tree(dict(zip(self.weights, ours, strict=True)), copy.deepcopy(self._config))
+        weights = dict(zip(self.weights, ours, strict=True))
+        return self.skeleton.tree(weights, copy.deepcopy(self._config), to_run=to_run)
 
 
 class Skeletons:

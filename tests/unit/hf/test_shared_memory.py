@@ -453,25 +453,63 @@ def test_an_adapter_that_is_put_on_copies_no_memory_of_a_converted_base(build: A
         assert shared == base_memory, fields
 
 
-def test_a_base_that_is_mapped_from_its_file_has_no_page_written(build: Any, base: Path, adapter: Path) -> None:
+def _written(model: Any) -> list[str]:
+    with page_flags() as flags:
+        assert flags is not None
+        named = model.named_parameters()
+        return [name for name, p in named if "lora_" not in name and not never_written(*_memory(p), flags)]
 
-    backend = build(base, adapter)
+
+def _require_mapped(backend: Any) -> None:
     ways = backend._loaded.shares[0].value.pristine.memory._ways.values()
     if not any(isinstance(way, FilePart) for way in ways):
         pytest.skip("this transformers does not map its files")
+
+
+def test_a_base_that_is_mapped_from_its_file_has_no_page_written(build: Any, base: Path, adapter: Path) -> None:
+    backend = build(base, adapter)
+    _require_mapped(backend)
     with backend.as_base() as plain, backend.as_finetuned() as tuned:
         for view in (plain, tuned):
             _use(view)
-            model = computing_model(view)
-            with page_flags() as flags:
-                assert flags is not None
-                named = model.named_parameters()
-                assert [
-                    name for name, p in named if "lora_" not in name and not never_written(*_memory(p), flags)
-                ] == []
-            next(iter(model.parameters())).data.mul_(2)
-            with page_flags() as flags:
-                assert not never_written(*_memory(next(iter(model.parameters()))), flags)
+            assert _written(computing_model(view)) == []
+            next(iter(view.model.parameters())).data.mul_(2)
+            assert _written(view.model) != []
+            assert _written(computing_model(view)) == []
+
+
+def test_what_computes_shares_one_mapping_of_the_file(
+    build: Any, base: Path, adapter: Path, other_adapter: Path
+) -> None:
+    backends = [build(base, adapter), build(base, other_adapter)]
+    _require_mapped(backends[0])
+    places = set()
+    for backend in backends:
+        with backend.as_base() as plain, backend.as_finetuned() as tuned:
+            for view in (plain, tuned):
+                _use(view)
+                places.add(address_of(computing_model(view).get_input_embeddings().weight))
+            assert address_of(tuned.model.get_input_embeddings().weight) not in places
+    assert len(places) == 1
+
+
+@LINUX
+@pytest.mark.parametrize("writes", [False, True])
+def test_what_runs_has_a_mapping_of_its_own_until_the_first_has_run_and_written_nothing(
+    tmp_path: Path, writes: bool
+) -> None:
+    memory = SharedMemory(_mapped(_model(), tmp_path / "weights"))
+    first, meanwhile = memory.tree(to_run=True), memory.tree(to_run=True)
+    if writes:
+        _in_place(first[1].weight)
+    memory.has_run(meanwhile)
+    also_meanwhile = memory.tree(to_run=True)
+    memory.has_run(first)
+    later = memory.tree(to_run=True)
+    places = [address_of(tree[1].weight) for tree in (first, meanwhile, also_meanwhile, later)]
+    assert len(set(places)) == (4 if writes else 3)
+    assert (address_of(later[1].weight) == address_of(first[1].weight)) is not writes
+    assert _state(later) == _state(memory.tree())
 
 
 # --- a model whose trees cannot share ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import make_adapter, make_base
 from tests.unit.hf.conftest import spec_of
-from tests.unit.hf.engines import WAIT, held_up
+from tests.unit.hf.engines import WAIT, computing_model, held_up
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -175,3 +175,52 @@ def test_an_adapter_that_peft_itself_puts_on_follows_one_that_left(
     with build(base, folder).as_finetuned() as view:
         assert view_logits(view).equal(logits(*fresh(base, folder)))
     assert plain.changes() == []
+
+
+@pytest.fixture
+def alike(base: Path, tmp_path: Path) -> list[Path]:
+    """Two adapters that differ in nothing but their weights."""
+    return [make_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate(("first", "second"), 5)]
+
+
+def test_adapters_of_one_configuration_take_turns_with_one_tree(build: Any, base: Path, alike: list[Path]) -> None:
+    expected = [logits(*fresh(base, folder)) for folder in alike]
+    backends = [build(base, folder) for folder in alike]
+    with backends[0].as_finetuned() as one, backends[1].as_finetuned() as other:
+        models = set()
+        for _ in range(2):
+            for view, right in zip((one, other), expected, strict=True):
+                view.logprob_of("the sun", " rises")
+                model = computing_model(view)
+                assert logits(model, view.tokenizer).equal(right)
+                models.add(id(model))
+        assert len(models) == 1
+
+
+def test_adapters_of_one_configuration_that_are_asked_at_once_have_a_tree_each(
+    build: Any, base: Path, alike: list[Path]
+) -> None:
+    backends = [build(base, folder) for folder in alike]
+    with (
+        backends[0].as_finetuned() as one,
+        backends[1].as_finetuned() as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        alone = [view.logprob_of("the sun", " rises") for view in (one, other)]
+        with held_up(one) as begun:
+            waiting = pool.submit(one.logprob_of, "the sun", " rises")
+            assert begun.wait(WAIT)
+            assert other.logprob_of("the sun", " rises") == alone[1]
+        assert waiting.result(WAIT) == alone[0] != alone[1]
+
+
+def test_a_closed_adapter_leaves_its_weights_in_no_tree(build: Any, base: Path, alike: list[Path]) -> None:
+    kept, closed = (build(base, folder) for folder in alike)
+    for backend in (kept, closed):
+        with backend.as_finetuned() as view:
+            view.logprob_of("the sun", " rises")
+    closed.close()
+    assert closed.leak() is None
+    with kept.as_finetuned() as view:
+        view.logprob_of("the sun", " rises")
+        assert logits(computing_model(view), view.tokenizer).equal(logits(*fresh(base, alike[0])))
