@@ -210,6 +210,26 @@ assert (resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ)) == before
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_no_signal_that_ends_a_test_reaches_an_import_of_a_library(base: Path) -> None:
+    code = f"""
+import sys, threading
+in_main_thread = {{}}
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("mlx.core", "mlx_lm", "torch", "transformers"):
+            in_main_thread[name] = threading.current_thread() is threading.main_thread()
+
+sys.meta_path.insert(0, Watch())
+from pytest_sway import ModelSpec
+from pytest_sway.backends import build
+build(ModelSpec(kind="mlx", base={str(base)!r})).close()
+assert in_main_thread.keys() >= {{"mlx.core", "mlx_lm", "transformers"}}, in_main_thread
+assert not any(in_main_thread.values()), in_main_thread
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_torch_and_peft_are_not_needed(base: Path, adapter: Path) -> None:
     code = f"""
 import sys
