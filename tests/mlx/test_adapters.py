@@ -13,7 +13,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from pytest_sway.backends.mlx import MLXBuilder
+from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
+from pytest_sway.spec import ModelSpec
 from tests.mlx.native import LORA, edit_native, fresh_logits, make_native, view_logits
 from tests.tiny import (
     edit_config,
@@ -130,8 +132,24 @@ def test_an_adapter_of_another_base_is_refused(build: Build, base: Path, tmp_pat
         (make_native(tmp_path / "native_sizes", other, layers=1), "of its tensors have"),
         (make_native(tmp_path / "native_layers", other, layers=3), "of its tensors have no place in the base"),
     ):
-        with pytest.raises(AdapterMismatchError, match=f"does not fit the base .*{what}.*Name the base that it was"):
+        fits_not = pytest.raises(
+            AdapterMismatchError, match=f"does not fit the base .*{what}.*Name the base that it was"
+        )
+        with fits_not, pytest.warns(SwayWarning, match="their configs differ in head_dim, hidden_size"):
             build(base, adapter)
+
+
+def test_an_adapter_that_names_another_base_of_the_same_sizes_is_told(build: Build, base: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "sft", seed=7)
+    for adapter in (make_adapter(tmp_path / "peft", other), make_native(tmp_path / "native", other)):
+        with pytest.warns(SwayWarning, match="was trained on .*sft'.*: their weights have other values"):
+            build(base, adapter)
+        strict = MLXBuilder(on_base_mismatch="error")
+        spec = ModelSpec(kind="mlx", device="cpu", base=str(base), adapter=adapter)
+        for ask in (strict.check, strict.build):
+            with pytest.raises(AdapterMismatchError, match=r"was trained on .*set sway_on_base_mismatch = ignore\."):
+                ask(spec)
+        MLXBuilder(on_base_mismatch="ignore").build(spec).close()
 
 
 def test_an_adapter_in_parts_is_refused(build: Build, base: Path, tmp_path: Path) -> None:

@@ -37,10 +37,14 @@ class MLXBuilder:
 
     Args:
         on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
+        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
     """
 
-    def __init__(self, on_base_load: Callable[[str, float], None] | None = None) -> None:
+    def __init__(
+        self, on_base_load: Callable[[str, float], None] | None = None, *, on_base_mismatch: str = "warn"
+    ) -> None:
         self._on_base_load = on_base_load
+        self._on_base_mismatch = on_base_mismatch
         self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
 
     def build(self, spec: ModelSpec) -> MLXBackend:
@@ -50,7 +54,7 @@ class MLXBuilder:
             SwayError: It cannot be loaded; the message says why and what to do.
         """
         spec = resolve_placement(spec)
-        files = check_spec(spec)
+        files = check_spec(spec, on_base_mismatch=self._on_base_mismatch)
         shares: list[Share[LoadedBase]] = []
         handled = sys.exception()
         try:
@@ -67,7 +71,8 @@ class MLXBuilder:
         Raises:
             SwayError: Loading it would fail.
         """
-        check_spec(resolve_placement(spec))
+        policy = self._on_base_mismatch if self._on_base_mismatch == "error" else "ignore"  # the load will warn
+        check_spec(resolve_placement(spec), on_base_mismatch=policy)
 
     def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
         """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""
