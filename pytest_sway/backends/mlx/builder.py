@@ -102,6 +102,7 @@ class MLXBuilder:
         from pytest_sway.backends.mlx.backend import Loaded, MLXBackend
         from pytest_sway.backends.mlx.finetuned import verify_finetuned
         from pytest_sway.backends.mlx.sides import Side
+        from pytest_sway.backends.mlx.verification import verify_effect
 
         base = self._clean_base(base_spec(spec), shares)
         tuned_spec = finetuned_spec(spec)
@@ -112,9 +113,9 @@ class MLXBuilder:
             loaded = Loaded(list(shares), *sides)
         elif files is not None:
             adapter = load_adapter(base, files)
-            tokenizer = adapter_tokenizer(base, files)
-            sides = Side(base, base.model, tokenizer), Side(base, adapter.model, tokenizer)
-            loaded = Loaded(list(shares), *sides, adapter)
+            side = Side(base, adapter.model, adapter_tokenizer(base, files))
+            verify_effect(side, files)
+            loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer), side, adapter)
         else:
             loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer), None)
         return MLXBackend(spec, loaded, self._pool.withdraw)
@@ -132,9 +133,11 @@ class MLXBuilder:
 
     def _timed(self, spec: ModelSpec) -> LoadedBase:
         from pytest_sway.backends.mlx.base import load_base
+        from pytest_sway.backends.mlx.verification import verify_base
 
         started = time.perf_counter()
         base = load_base(spec)
+        verify_base(base)
         if self._on_base_load is not None:
             self._on_base_load(spec.base, time.perf_counter() - started)
         return base

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.base_files import base_file, require_cached
-from pytest_sway.backends.hf.bounds import require_files
+from pytest_sway.backends.hf.bounds import require_bounded, require_files
 from pytest_sway.backends.lineage import MLX_FIELD, PEFT_FIELD, require_same_base
 from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
 from pytest_sway.backends.mlx.libraries import require_libraries
@@ -51,6 +51,7 @@ def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterF
         require_files(spec.adapter)
     files = None if spec.adapter is None else read_mlx_adapter(spec.adapter)
     if files is not None:
+        require_bounded(files, None)
         require_same_base(spec, files.config, on_base_mismatch, PEFT_FIELD if files.peft else MLX_FIELD)
     require_libraries(spec)
     require_device(spec)
