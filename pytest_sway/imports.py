@@ -13,8 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Final, final
@@ -33,9 +33,10 @@ _kept: Final[dict[str, ModuleType]] = {}
 class _Import(threading.Thread):
     """One import; the process does not end before it has, since these libraries do not survive being cut off."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], within: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__(name=f"import of {names[0]}", daemon=False)
         self._names = names
+        self._within = within
         self._context = contextvars.copy_context()
         self.errors: dict[str, BaseException] = {}
 
@@ -46,7 +47,8 @@ class _Import(threading.Thread):
         started = time.perf_counter()
         for name in self._names:
             try:
-                import_module(name)
+                with self._within():
+                    import_module(name)
             except BaseException as error:  # who asked gets it
                 self.errors[name] = error
         _seconds.append(time.perf_counter() - started)
@@ -56,17 +58,18 @@ class _Import(threading.Thread):
             _under_way.remove(self)
 
 
-def import_apart(*names: str) -> None:
+def import_apart(*names: str, within: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
     """Import modules that are not imported yet, in a thread that no signal reaches.
 
     Args:
         names: Modules. One inside a package may be missing, since the versions of a package divide it differently.
+        within: Makes what each of them is imported in, such as a context that puts back what an import changes.
 
     Raises:
         ImportError: A package is missing or broken; or whatever else its import raises.
     """
     restore_modules()
-    mine = _Import(names)
+    mine = _Import(names, within)
     while True:
         with _lock:
             running = next((each for each in _under_way if each.is_alive()), None)
@@ -82,16 +85,6 @@ def import_apart(*names: str) -> None:
     error = next((error for name, error in mine.errors.items() if "." not in name), None)
     if error is not None:
         raise error
-
-
-@contextmanager
-def timed_import() -> Iterator[None]:
-    """Count the seconds of an import that must be done in this thread."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        _seconds.append(time.perf_counter() - started)
 
 
 def import_seconds() -> float:
@@ -118,8 +111,7 @@ def restore_modules() -> None:
 
 
 def _folder(module: ModuleType) -> str | None:
-    """Where a package or module of the first level is installed."""
-    file = getattr(module, "__file__", None)
-    if not isinstance(file, str):
-        return None
-    return os.path.dirname(os.path.dirname(file) if hasattr(module, "__path__") else file)
+    """Where a package or module of the first level is installed; one without an ``__init__.py`` has only a path."""
+    package = next(iter(getattr(module, "__path__", ())), None)
+    file = getattr(module, "__file__", None) if package is None else package
+    return os.path.dirname(file) if isinstance(file, str) else None

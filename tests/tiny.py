@@ -213,6 +213,12 @@ def save_adapter(folder: Path | str, base: Path | str, config: Any, *, seed: int
     return Path(folder)
 
 
+def set_template(folder: Path | str, template: str) -> Path:
+    """Give the tokenizer in a folder a chat template."""
+    (Path(folder) / "chat_template.jinja").write_text(template)
+    return Path(folder)
+
+
 def edit_weights(
     adapter: Path | str,
     change: Callable[[dict[str, Any]], dict[str, Any] | None],

@@ -114,7 +114,7 @@ class Builder:
             ``None`` for a copy of its own.
         score_cache: The most bytes of answers that each base of kind ``hf`` remembers; 0 for none.
         on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
-        on_base_mismatch: What an adapter of kind ``hf`` gets that names another base: ``error``, ``warn``, ``ignore``.
+        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
     """
 
     def __init__(
@@ -220,5 +220,5 @@ class Builder:
         elif spec.kind == "mlx" and "mlx" not in self._pooled:
             from pytest_sway.backends.mlx import MLXBuilder
 
-            self._pooled["mlx"] = MLXBuilder(on_base_load=self._on_base_load)
+            self._pooled["mlx"] = MLXBuilder(on_base_load=self._on_base_load, on_base_mismatch=self._on_base_mismatch)
         return self._pooled.get(spec.kind)

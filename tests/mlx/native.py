@@ -36,6 +36,7 @@ def make_native(
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "adapters.safetensors"), trained)
     config = {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": None if kind == "full" else parameters}
+    config["model"] = str(base)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

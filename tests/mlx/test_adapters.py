@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from pytest_sway.backends.mlx import MLXBuilder
+from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
+from pytest_sway.spec import ModelSpec
 from tests.mlx.native import LORA, edit_native, fresh_logits, make_native, view_logits
 from tests.tiny import (
     edit_config,
@@ -24,6 +27,7 @@ from tests.tiny import (
     pickled,
     poison,
     save_adapter,
+    set_template,
     truncate,
 )
 
@@ -122,6 +126,67 @@ def test_an_adapter_with_a_nan_is_refused(build: Build, base: Path, tmp_path: Pa
             build(base, adapter)
 
 
+@pytest.mark.parametrize(
+    ("make", "change", "field"),
+    [
+        (make_adapter, {"lora_alpha": float("nan")}, "lora_alpha = nan"),
+        (make_adapter, {"lora_alpha": 1e39}, "lora_alpha = 1e+39"),
+        (make_adapter, {"alpha_pattern": {".*": "x"}}, r"alpha_pattern['.*'] = 'x'"),
+        (make_adapter, {"r": 0}, "r = 0"),
+        (make_adapter, {"r": None}, "r = None"),
+        (make_adapter, {"rank_pattern": {"q": 0.5}}, "rank_pattern['q'] = 0.5"),
+        (make_native, {"lora_parameters": LORA | {"rank": "many"}}, "rank in lora_parameters = 'many'"),
+        (make_native, {"lora_parameters": LORA | {"scale": float("inf")}}, "scale in lora_parameters = inf"),
+        (make_native, {"lora_parameters": LORA | {"scale": [1]}}, "scale in lora_parameters = [1]"),
+    ],
+)
+def test_a_rank_or_scale_that_is_no_such_number_is_refused_by_its_name(
+    build: Build, base: Path, tmp_path: Path, make: Callable[..., Path], change: dict[str, Any], field: str
+) -> None:
+    adapter = edit_config(make(tmp_path / "adapter", base), **change)
+    with pytest.raises(SpecError, match=re.escape(f"{str(adapter / 'adapter_config.json')!r} has {field}, and it mus")):
+        build(base, adapter)
+
+
+@pytest.mark.parametrize("make", [make_adapter, make_native])
+def test_an_adapter_so_large_that_scores_would_be_nan_is_refused(
+    build: Build, base: Path, tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    def swell(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[name] = tensors[name] * 0 + 1e38
+
+    change: Any = {make_adapter: edit_weights, make_native: edit_native}[make]
+    adapter = change(make(tmp_path / "adapter", base), swell)
+    with pytest.raises(AdapterMismatchError, match=r"adapter' the base .* computes NaN or infinite log-probabilities"):
+        build(base, adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapters.safetensors", "tokenizer.json"])
+def test_a_pipe_in_an_adapters_folder_is_not_waited_for(build: Build, base: Path, tmp_path: Path, name: str) -> None:
+    adapter = make_native(tmp_path / "adapter", base)
+    make_tokenizer(adapter)
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    with pytest.raises((SpecError, WeightsError), match=rf"{name}' is no regular file \(a pipe"):
+        build(base, adapter)
+
+
+def test_an_expression_that_backtracks_without_end_is_refused(
+    build: Build, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_sway.backends.hf.bounds._PATIENCE", 0.5)
+    adapter = edit_config(make_adapter(tmp_path / "adapter", base), rank_pattern={r"(\w*\.?)+\d\d$": 4})
+    with pytest.raises(SpecError, match=r"takes more than 0\.5 s to match the names of the modules"):
+        build(base, adapter)
+
+
+def test_a_rank_that_the_weights_cannot_fill_is_refused_at_once(build: Build, base: Path, tmp_path: Path) -> None:
+    adapter = edit_config(make_adapter(tmp_path / "adapter", base), r=10**7)
+    with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, and no tensor of the adapter has a side of"):
+        build(base, adapter)
+
+
 def test_an_adapter_of_another_base_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
     other = make_base(tmp_path / "other", hidden=64, layers=3)
     for adapter, what in (
@@ -130,8 +195,24 @@ def test_an_adapter_of_another_base_is_refused(build: Build, base: Path, tmp_pat
         (make_native(tmp_path / "native_sizes", other, layers=1), "of its tensors have"),
         (make_native(tmp_path / "native_layers", other, layers=3), "of its tensors have no place in the base"),
     ):
-        with pytest.raises(AdapterMismatchError, match=f"does not fit the base .*{what}.*Name the base that it was"):
+        fits_not = pytest.raises(
+            AdapterMismatchError, match=f"does not fit the base .*{what}.*Name the base that it was"
+        )
+        with fits_not, pytest.warns(SwayWarning, match="their configs differ in head_dim, hidden_size"):
             build(base, adapter)
+
+
+def test_an_adapter_that_names_another_base_of_the_same_sizes_is_told(build: Build, base: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "sft", seed=7)
+    for adapter in (make_adapter(tmp_path / "peft", other), make_native(tmp_path / "native", other)):
+        with pytest.warns(SwayWarning, match="was trained on .*sft'.*: their weights have other values"):
+            build(base, adapter)
+        strict = MLXBuilder(on_base_mismatch="error")
+        spec = ModelSpec(kind="mlx", device="cpu", base=str(base), adapter=adapter)
+        for ask in (strict.check, strict.build):
+            with pytest.raises(AdapterMismatchError, match=r"was trained on .*set sway_on_base_mismatch = ignore\."):
+                ask(spec)
+        MLXBuilder(on_base_mismatch="ignore").build(spec).close()
 
 
 def test_an_adapter_in_parts_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
@@ -153,7 +234,7 @@ def test_a_refused_adapter_leaves_the_base_as_it_was(
     for broken in (
         poison(make_adapter(tmp_path / "peft", base)),
         make_native(tmp_path / "native", base, scale=0.0),
-        edit_config(make_native(tmp_path / "keys", base), lora_parameters=LORA | {"rank": "many"}),
+        edit_config(make_native(tmp_path / "keys", base), lora_parameters=LORA | {"rank": 5}),
     ):
         with pytest.raises(AdapterMismatchError):
             build(base, broken)
@@ -220,16 +301,58 @@ def test_an_adapter_trained_anew_in_the_same_folder_is_another_one(base: Path, a
     cache.shutdown()
 
 
-def test_a_tokenizer_that_the_adapter_brings_is_used_on_both_sides(
+def test_a_tokenizer_that_the_adapter_brings_is_the_tuned_sides(
     build: Build, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     make_tokenizer(folder, extra=("zebra",))
-    backend, other = build(base, folder), build(base, adapter)
-    with backend.as_base() as plain, backend.as_finetuned() as tuned, other.as_base() as without:
-        for view in (plain, tuned):
+    backend = build(base, folder)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned, backend.as_scaled_adapter(0.5) as half:
+        assert plain.tokenizer.convert_tokens_to_ids("zebra") == plain.tokenizer.unk_token_id
+        for view in (tuned, half):
             assert view.tokenizer.convert_tokens_to_ids("zebra") == len(view.tokenizer.vocab) - 1
-        assert without.tokenizer.convert_tokens_to_ids("zebra") == without.tokenizer.unk_token_id
+
+
+def test_the_base_view_renders_with_the_bases_own_template(
+    build: Build, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    talking = Path(shutil.copytree(base, tmp_path / "base"))
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    make_tokenizer(folder)
+    for where, words in ((talking, "the cat"), (folder, "the dog")):
+        set_template(where, words + "{% for m in messages %} {{ m.content }}{% endfor %}")
+    messages, backend, alone = [{"role": "user", "content": "sat on"}], build(talking, folder), build(talking)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned, alone.as_base() as expected:
+        assert (plain.render(messages), tuned.render(messages)) == ("the cat sat on", "the dog sat on")
+        assert plain.logprob_of(messages, " the mat") == expected.logprob_of("the cat sat on", " the mat")
+
+
+def test_a_scale_so_large_that_scores_would_be_nan_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
+    adapter = edit_config(make_native(tmp_path / "adapter", base), lora_parameters=LORA | {"scale": 10**30})
+    with pytest.raises(AdapterMismatchError, match="its weights or its scale are too large"):
+        build(base, adapter)
+
+
+def test_keys_with_the_name_of_pefts_adapter_are_its_keys(
+    build: Build, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    def rename(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+
+    named = edit_weights(shutil.copytree(adapter, tmp_path / "named"), rename)
+    with build(base, named).as_finetuned() as view, build(base, adapter).as_finetuned() as expected:
+        assert np.array_equal(view_logits(view), view_logits(expected))
+
+
+@pytest.mark.parametrize("make", [make_adapter, make_native])
+def test_a_byte_order_mark_changes_nothing(build: Build, base: Path, tmp_path: Path, make: Callable[..., Path]) -> None:
+    folder = make(tmp_path / "adapter", base)
+    with build(base, folder).as_finetuned() as view:
+        expected = view_logits(view)
+    config = folder / "adapter_config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    with build(base, folder).as_finetuned() as view:
+        assert np.array_equal(view_logits(view), expected)
 
 
 def test_a_token_that_is_added_to_an_adapters_tokenizer_is_that_adapters_affair(

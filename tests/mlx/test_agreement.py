@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.backends.mlx.engine import _log_normaliser
-from tests.tiny import TEXT, make_adapter, make_base
+from tests.tiny import TEXT, make_adapter, make_base, set_template
 
 PAIRS = [("the sun rises in the", " east and sets in the west ."), ("", "the cat"), ("the cat sat ", "on the mat .")]
 PROMPTS = ["the sun rises in the", "paris", ""]
@@ -121,6 +123,41 @@ def test_a_text_longer_than_the_model_reads_is_cut_as_the_hf_backend_cuts_it(
         with pytest.warns(match="too long: 8 tokens are the most"):
             theirs_cut = their_view.logprob_of(TEXT, " the cat")
         assert ours_cut == pytest.approx(theirs_cut, abs=CLOSE)
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_not_scored(
+    build: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    ending = Path(shutil.copytree(base, tmp_path / "ending"))
+    path = ending / "tokenizer.json"
+    parts = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    special = {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}
+    processor = {"type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": special}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": processor}))
+    with build(ending).as_base() as view, build(base).as_base() as expected:
+        assert view.tokenizer.encode("the")[-1] == 2
+        assert view.logprobs_of(PAIRS) == expected.logprobs_of(PAIRS)
+        assert view.rolling_logprob(TEXT).total_logprob == expected.rolling_logprob(TEXT).total_logprob
+        assert view.generate("the sun", max_new_tokens=4) == expected.generate("the sun", max_new_tokens=4)
+
+
+def test_messages_are_the_prompt_that_the_hf_backend_makes_of_them(
+    build: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    talking = set_template(
+        shutil.copytree(base, tmp_path / "talking"),
+        "{% for m in messages %}{{ m.role }} : {{ m.content }} . {% endfor %}"
+        "{% if add_generation_prompt %}she said :{% endif %}",
+    )
+    asked = [{"role": "user", "content": "the sun"}]
+    begun = [*asked, {"role": "assistant", "content": "rises in"}]
+    ours, theirs = build(talking), build(talking, kind="hf")
+    with ours.as_base() as our_view, theirs.as_base() as their_view:
+        assert our_view.render(asked) == "user : the sun . she said :"
+        assert our_view.render(begun) == "user : the sun . assistant : rises in"
+        pairs: Any = [(asked, " rises"), (begun, " the east")]
+        assert our_view.logprobs_of(pairs) == pytest.approx(their_view.logprobs_of(pairs), abs=CLOSE)
+        assert our_view.generate(begun, max_new_tokens=4) == their_view.generate(begun, max_new_tokens=4)
 
 
 def test_a_long_text_is_scored_in_chunks_as_in_one(

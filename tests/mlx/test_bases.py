@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from pytest_sway.cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, ModelTooLargeError, SpecError, WeightsError
 from pytest_sway.spec import ModelSpec
 from tests.mlx.native import fresh_logits, view_logits
-from tests.tiny import make_base, make_tokenizer, poison
+from tests.tiny import edit_weights, make_base, make_tokenizer, poison
 
 Build = Callable[..., Any]
 PAIR = ("the sun rises in the", " east")
@@ -145,13 +146,39 @@ def test_a_fine_tuned_model_that_tests_nothing_is_refused(build: Build, base: Pa
     with pytest.raises(SpecError, match="is the base itself"):
         build(base, finetuned=str(base))
     broken = poison(make_base(tmp_path / "nan", seed=1), file="model.safetensors")
-    with pytest.raises(AdapterMismatchError, match="has NaN or infinite values in 1 of its"):
+    with pytest.raises(WeightsError, match="nan' has NaN or infinite values in 1 of its"):
         build(base, finetuned=str(broken))
     other = make_base(tmp_path / "tokens", seed=1)
     vocabulary = other / "tokenizer.json"
     vocabulary.write_text(vocabulary.read_text().replace('"sun"', '"sonne"'))
     with pytest.raises(AdapterMismatchError, match=r"'sun' is number .* in the base, none in it"):
         build(base, finetuned=str(other))
+
+
+def test_a_base_with_a_nan_is_refused(build: Build, tmp_path: Path) -> None:
+    broken = poison(make_base(tmp_path / "nan"), file="model.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"nan' has NaN or infinite values in 1 of its \d+ tensors \(lm_head\.weight\)"
+    ):
+        build(broken)
+
+
+def test_a_base_so_large_that_scores_would_be_nan_is_refused(build: Build, tmp_path: Path) -> None:
+    def swell(tensors: dict[str, Any]) -> None:
+        tensors["lm_head.weight"] *= 1e38
+
+    base = edit_weights(make_base(tmp_path / "large"), swell, file="model.safetensors")
+    with pytest.raises(WeightsError, match=r"large' computes NaN or infinite log-probabilities in fp32"):
+        build(base)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_in_a_bases_folder_is_not_waited_for(build: Build, tmp_path: Path, name: str) -> None:
+    base = make_base(tmp_path / "base")
+    (base / name).unlink()
+    os.mkfifo(base / name)
+    with pytest.raises((SpecError, WeightsError), match=rf"{name}' is no regular file \(a pipe"):
+        build(base)
 
 
 def test_a_folder_that_is_no_base_is_refused(build: Build, base: Path, tmp_path: Path) -> None:
@@ -206,6 +233,26 @@ from pytest_sway import ModelSpec
 from pytest_sway.backends import build
 build(ModelSpec(kind="mlx", base={str(base)!r})).close()
 assert (resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ)) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_no_signal_that_ends_a_test_reaches_an_import_of_a_library(base: Path) -> None:
+    code = f"""
+import sys, threading
+in_main_thread = {{}}
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("mlx.core", "mlx_lm", "torch", "transformers"):
+            in_main_thread[name] = threading.current_thread() is threading.main_thread()
+
+sys.meta_path.insert(0, Watch())
+from pytest_sway import ModelSpec
+from pytest_sway.backends import build
+build(ModelSpec(kind="mlx", base={str(base)!r})).close()
+assert in_main_thread.keys() >= {{"mlx.core", "mlx_lm", "transformers"}}, in_main_thread
+assert not any(in_main_thread.values()), in_main_thread
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -21,7 +21,7 @@ from pytest_sway.scoring import (
     ScalableDifferentialBackend,
 )
 from tests.mlx.native import fresh_logits, make_native, view_logits
-from tests.tiny import edit_config, edit_weights
+from tests.tiny import edit_weights
 
 Build = Callable[..., Any]
 PAIR = ("the sun rises in the", " east and sets in the west .")
@@ -213,13 +213,17 @@ def test_the_identity_names_base_and_adapter(build: Build, base: Path, adapter: 
 
 
 def test_the_preflight_names_the_side_that_is_not_finite(
-    build: Build, base: Path, adapter: Path, tmp_path: Path
+    build: Build, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = build(base, adapter)
     with backend.as_scaled_adapter(1e38) as view:
         assert not np.isfinite(view.logprob_of(*PAIR))
     assert backend.preflight_finite_check() == (True, "")
-    diverged = Path(shutil.copytree(adapter, tmp_path / "diverged"))
-    ok, reason = build(base, edit_config(diverged, lora_alpha=1e39)).preflight_finite_check()
+    monkeypatch.setattr("pytest_sway.backends.mlx.verification._TOKENS", 1)  # or it would not have been loaded
+    diverged = edit_weights(
+        shutil.copytree(adapter, tmp_path / "diverged"),
+        lambda tensors: {name: tensor * 0 + 1e38 for name, tensor in tensors.items()},
+    )
+    ok, reason = build(base, diverged).preflight_finite_check()
     assert not ok
     assert reason.startswith("the ft view gave 8 of 8 non-finite log-probabilities")

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from pytest_sway import imports
-from pytest_sway.imports import import_apart, import_seconds, keep_modules, restore_modules, timed_import
+from pytest_sway.imports import import_apart, import_seconds, keep_modules, restore_modules
 from tests.unit.fakes import Call, Gate
 
 SOURCE = """
@@ -33,6 +34,8 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
     (tmp_path / "heavy_library" / "__init__.py").write_text(SOURCE)
     (tmp_path / "heavy_library" / "part.py").write_text("")
     (tmp_path / "beside_it.py").write_text("")
+    (tmp_path / "heavy_namespace").mkdir()
+    (tmp_path / "heavy_namespace" / "part.py").write_text("")
     (tmp_path / "broken_library.py").write_text("raise ImportError('a symbol is missing')")
     monkeypatch.syspath_prepend(tmp_path)
     log: list[str] = []
@@ -41,7 +44,7 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
     for name in ("_seconds", "_asked", "_kept"):
         monkeypatch.setattr(imports, name, type(getattr(imports, name))())
     yield SimpleNamespace(log=log, gate=lambda: _gate(monkeypatch))
-    for name in [name for name in sys.modules if name.startswith(("heavy_library", "beside_it"))]:
+    for name in [name for name in sys.modules if name.startswith(("heavy", "beside_it"))]:
         del sys.modules[name]
 
 
@@ -105,10 +108,18 @@ def test_its_seconds_are_counted_once(heavy: Any) -> None:
     assert import_seconds() == once > 0
 
 
-def test_the_seconds_of_an_import_in_this_thread_are_counted(heavy: Any) -> None:
-    with timed_import():
-        __import__("heavy_library")
-    assert import_seconds() > 0
+def test_what_an_import_does_to_the_process_can_be_put_back_in_its_own_thread(heavy: Any) -> None:
+    around: list[tuple[str, int, list[str]]] = []
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        around.append(("before", threading.get_ident(), list(heavy.log)))
+        yield
+        around.append(("after", threading.get_ident(), list(heavy.log)))
+
+    import_apart("heavy_library", within=within)
+    assert [(when, log) for when, _, log in around] == [("before", []), ("after", ["heavy_library"])]
+    assert threading.get_ident() not in [thread for _, thread, _ in around]
 
 
 @pytest.mark.parametrize(("name", "what"), [("broken_library", "a symbol is missing"), ("no_such", "No module")])
@@ -135,3 +146,12 @@ def test_what_pytester_takes_out_of_the_process_comes_back(heavy: Any) -> None:
     assert sys.modules["heavy_library.part"] is part
     assert sys.modules["beside_it"] is beside  # numpy, which torch brings, cannot be imported twice either
     assert heavy.log == ["heavy_library"]
+
+
+def test_a_package_without_a_file_of_its_own_comes_back_too(heavy: Any) -> None:
+    import_apart("heavy_namespace.part")  # as mlx.core
+    part = sys.modules["heavy_namespace.part"]
+    for name in ("heavy_namespace", "heavy_namespace.part"):
+        del sys.modules[name]
+    restore_modules()
+    assert sys.modules["heavy_namespace.part"] is part

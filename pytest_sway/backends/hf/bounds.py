@@ -20,7 +20,6 @@ from pytest_sway.reading import CONFIG_BYTES, INDEX_BYTES, TOKENIZER_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.headers import TensorEntry
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -154,11 +153,11 @@ def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
             )
 
 
-def require_bounded(files: AdapterFiles, base: Mapping[str, TensorEntry] | None) -> None:
+def require_bounded(files: Any, base: Mapping[str, TensorEntry] | None) -> None:
     """Raise where an adapter's config asks for more than its weights can fill, or for a match without end.
 
     Args:
-        files: The adapter.
+        files: The adapter, as kind ``hf`` or ``mlx`` has read it.
         base: The tensors of the base's files; ``None`` where they are not known.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,10 @@ from pytest_sway.backends.hf.bounds import require_bounded, require_files
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.libraries import require_libraries
-from pytest_sway.backends.hf.lineage import other_base
 from pytest_sway.backends.hf.placement import require_device
 from pytest_sway.backends.hf.sizes import base_entries
-from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
+from pytest_sway.backends.lineage import require_same_base
+from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import finetuned_spec, is_path
 
@@ -61,10 +60,8 @@ def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterF
         require_bounded(files, entries)
     if files is not None and entries is not None:
         check_fit(spec, files, entries, config)
-    if files is not None and on_base_mismatch != "ignore" and (found := other_base(spec, files.config)) is not None:
-        if on_base_mismatch == "error":
-            raise AdapterMismatchError(found)
-        warnings.warn(found, SwayWarning, stacklevel=2)
+    if files is not None:
+        require_same_base(spec, files.config, on_base_mismatch)
     require_libraries(spec, gguf=any(gguf_file(model) is not None for model in (spec, tuned) if model is not None))
     require_device(spec)
     require_cached(spec)

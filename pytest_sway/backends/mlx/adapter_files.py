@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter_files import CONFIG, read_adapter
+from pytest_sway.backends.hf.chat import shortened
 from pytest_sway.backends.hf.headers import TensorEntry, read_header
 from pytest_sway.backends.mlx.conversion import refuse_inexact
 from pytest_sway.errors import SpecError, WeightsError
@@ -25,6 +26,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 WEIGHTS: Final = "adapters.safetensors"
 PEFT_WEIGHTS: Final = "adapter_model.safetensors"
 FINE_TUNE_TYPES: Final = ("lora", "dora", "full")
+LARGEST_FLOAT32: Final = 3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def read_mlx_adapter(folder: Path) -> AdapterFiles:
         files = read_adapter(folder)  # which knows what else can be wrong with a folder
         assert files.entries is not None
         refuse_inexact(files)
+        _check_numbers(folder / CONFIG, files.config)
         return AdapterFiles(folder, True, files.config, files.entries)
     _check_config(folder, config)
     weights = folder / WEIGHTS
@@ -101,9 +104,37 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         )
     if kind == "full":
         return
-    layers, parameters = config.get("num_layers"), config.get("lora_parameters")
+    path, layers, parameters = folder / CONFIG, config.get("num_layers"), config.get("lora_parameters")
     if not isinstance(layers, int) or not isinstance(parameters, dict) or not {"rank", "scale"} <= parameters.keys():
         raise SpecError(
-            f"{str(folder / CONFIG)!r} does not say which layers mlx-lm is to change: it needs num_layers, and"
+            f"{str(path)!r} does not say which layers mlx-lm is to change: it needs num_layers, and"
             " lora_parameters with rank and scale. Save the adapter again with a current mlx-lm."
         )
+    _require_rank(path, "rank in lora_parameters", parameters["rank"])
+    _require_number(path, "scale in lora_parameters", parameters["scale"])
+
+
+def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless the ranks and alphas in PEFT's configuration are such."""
+    _require_rank(path, "r", config.get("r"))
+    _require_number(path, "lora_alpha", config.get("lora_alpha"))
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        _require_rank(path, f"rank_pattern[{shortened(pattern)}]", rank)
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        _require_number(path, f"alpha_pattern[{shortened(pattern)}]", alpha)
+
+
+def _require_rank(path: Path, field: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise _unfit(path, field, value, "a whole number of 1 or more")
+
+
+def _require_number(path: Path, field: str, value: Any) -> None:
+    if type(value) not in (int, float) or not abs(value) <= LARGEST_FLOAT32:
+        raise _unfit(path, field, value, "a number that float32 holds")
+
+
+def _unfit(path: Path, field: str, value: Any, wanted: str) -> SpecError:
+    return SpecError(
+        f"{str(path)!r} has {field} = {shortened(value)}, and it must be {wanted}. Save the adapter again."
+    )

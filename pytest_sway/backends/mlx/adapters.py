@@ -76,7 +76,7 @@ def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
 
 
 def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
-    """Return the tokenizer for an adapter on a base: the base's, unless its folder brings another one."""
+    """Return the tokenizer of an adapter's side: its base's, unless the adapter's folder brings another one."""
     if not brings_tokenizer(base.spec, files.folder):
         return base.tokenizer
     return load_tokenizer(base.spec, files.folder, vars(base.config))
@@ -85,7 +85,8 @@ def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
 def _own_layers(base: LoadedBase, files: AdapterFiles, model: Any) -> dict[str, Any]:
     """Have mlx-lm put its layers into a tree of the base, by its own rules."""
     utils = mlx_lm_module("tuner.utils")
-    settings = {"dropout": 0.0} | dict(files.config["lora_parameters"])
+    parameters = dict(files.config["lora_parameters"])
+    settings = parameters | {"dropout": 0.0, "scale": float(parameters["scale"])}  # MLX casts no large whole number
     try:
         utils.linear_to_lora_layers(
             model, files.config["num_layers"], settings, use_dora=files.fine_tune_type == "dora"

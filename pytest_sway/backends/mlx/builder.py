@@ -37,10 +37,14 @@ class MLXBuilder:
 
     Args:
         on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
+        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
     """
 
-    def __init__(self, on_base_load: Callable[[str, float], None] | None = None) -> None:
+    def __init__(
+        self, on_base_load: Callable[[str, float], None] | None = None, *, on_base_mismatch: str = "warn"
+    ) -> None:
         self._on_base_load = on_base_load
+        self._on_base_mismatch = on_base_mismatch
         self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
 
     def build(self, spec: ModelSpec) -> MLXBackend:
@@ -50,7 +54,7 @@ class MLXBuilder:
             SwayError: It cannot be loaded; the message says why and what to do.
         """
         spec = resolve_placement(spec)
-        files = check_spec(spec)
+        files = check_spec(spec, on_base_mismatch=self._on_base_mismatch)
         shares: list[Share[LoadedBase]] = []
         handled = sys.exception()
         try:
@@ -67,7 +71,8 @@ class MLXBuilder:
         Raises:
             SwayError: Loading it would fail.
         """
-        check_spec(resolve_placement(spec))
+        policy = self._on_base_mismatch if self._on_base_mismatch == "error" else "ignore"  # the load will warn
+        check_spec(resolve_placement(spec), on_base_mismatch=policy)
 
     def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
         """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""
@@ -97,6 +102,7 @@ class MLXBuilder:
         from pytest_sway.backends.mlx.backend import Loaded, MLXBackend
         from pytest_sway.backends.mlx.finetuned import verify_finetuned
         from pytest_sway.backends.mlx.sides import Side
+        from pytest_sway.backends.mlx.verification import verify_effect
 
         base = self._clean_base(base_spec(spec), shares)
         tuned_spec = finetuned_spec(spec)
@@ -107,9 +113,9 @@ class MLXBuilder:
             loaded = Loaded(list(shares), *sides)
         elif files is not None:
             adapter = load_adapter(base, files)
-            tokenizer = adapter_tokenizer(base, files)
-            sides = Side(base, base.model, tokenizer), Side(base, adapter.model, tokenizer)
-            loaded = Loaded(list(shares), *sides, adapter)
+            side = Side(base, adapter.model, adapter_tokenizer(base, files))
+            verify_effect(side, files)
+            loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer), side, adapter)
         else:
             loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer), None)
         return MLXBackend(spec, loaded, self._pool.withdraw)
@@ -127,9 +133,11 @@ class MLXBuilder:
 
     def _timed(self, spec: ModelSpec) -> LoadedBase:
         from pytest_sway.backends.mlx.base import load_base
+        from pytest_sway.backends.mlx.verification import verify_base
 
         started = time.perf_counter()
         base = load_base(spec)
+        verify_base(base)
         if self._on_base_load is not None:
             self._on_base_load(spec.base, time.perf_counter() - started)
         return base

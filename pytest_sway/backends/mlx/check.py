@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.base_files import base_file, require_cached
-from pytest_sway.backends.hf.bounds import require_files
+from pytest_sway.backends.hf.bounds import require_bounded, require_files
+from pytest_sway.backends.lineage import MLX_FIELD, PEFT_FIELD, require_same_base
 from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
 from pytest_sway.backends.mlx.libraries import require_libraries
 from pytest_sway.backends.mlx.placement import require_device
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def check_spec(spec: ModelSpec) -> AdapterFiles | None:
+def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterFiles | None:
     """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
+
+    Args:
+        spec: What is to be loaded.
+        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
 
     Raises:
         SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; the
             fine-tuned model is the base; or the device is not there.
         WeightsError: Weights are missing, broken, only there as a pickle, or would have to be fetched, offline.
-        AdapterMismatchError: The adapter is one of PEFT that cannot be converted exactly.
+        AdapterMismatchError: The adapter is one of PEFT that cannot be converted exactly, or was made on another base
+            where that is an error.
         BackendNotAvailableError: mlx or mlx-lm is not installed.
     """
     _check_model(spec, "base")
@@ -44,6 +50,9 @@ def check_spec(spec: ModelSpec) -> AdapterFiles | None:
     if spec.adapter is not None:
         require_files(spec.adapter)
     files = None if spec.adapter is None else read_mlx_adapter(spec.adapter)
+    if files is not None:
+        require_bounded(files, None)
+        require_same_base(spec, files.config, on_base_mismatch, PEFT_FIELD if files.peft else MLX_FIELD)
     require_libraries(spec)
     require_device(spec)
     require_cached(spec, "base")

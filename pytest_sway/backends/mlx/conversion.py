@@ -29,9 +29,10 @@ _CONVERTED: Final = frozenset(
 )  # fmt: skip
 _SAYING_NOTHING: Final[tuple[Any, ...]] = (None, False, "", "none", [], {})
 
-_FACTOR: Final = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_FACTOR: Final = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 _COPY: Final = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
-_MAGNITUDE: Final = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector(?:\.weight)?")
+_MAGNITUDE: Final = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
+"""PEFT loads tensors with its adapter's name in theirs, ``default``, too."""
 
 
 class Pair(NamedTuple):

@@ -9,9 +9,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.libraries import PROCESS_STATE, quiet_libraries
+from pytest_sway.backends.hf.libraries import quiet_libraries
 from pytest_sway.errors import BackendNotAvailableError
-from pytest_sway.imports import import_apart, timed_import
+from pytest_sway.imports import import_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,30 +41,30 @@ def require_libraries(spec: ModelSpec) -> None:
 
 def import_libraries() -> None:
     """Import what loading needs, so that the loads are timed without."""
-    import_apart("mlx.core", "transformers")
-    with timed_import():
-        mlx_lm_module("utils")
+    import_apart("mlx.core", "transformers", "transformers.models.auto.tokenization_auto")  # which brings torch
+    import_apart("mlx_lm", within=_unchanged_process)
 
 
 def mlx_lm_module(name: str) -> Any:
-    """Return ``mlx_lm.<name>``, imported without what importing mlx-lm does to the process.
+    """Return ``mlx_lm.<name>``, imported without what importing mlx-lm does to the process."""
+    if "mlx_lm" not in sys.modules:
+        import_libraries()
+    return import_module(f"mlx_lm.{name}")
 
-    That lowers the limits of open files, the hard one too, which cannot be raised again; and sets a variable in the
+
+@contextmanager
+def _unchanged_process() -> Iterator[None]:
+    """Keep the import of mlx-lm from changing the process.
+
+    It lowers the limits of open files, the hard one too, which cannot be raised again; and sets a variable in the
     environment, which child processes inherit.
     """
-    with PROCESS_STATE:
-        if "mlx_lm" not in sys.modules:
-            _import_mlx_lm()
-        return import_module(f"mlx_lm.{name}")
-
-
-def _import_mlx_lm() -> None:
     import resource
 
     set_limits, variable = resource.setrlimit, os.environ.get(_SET_BY_IMPORT)
     resource.setrlimit = lambda *_: None
     try:
-        import_module("mlx_lm")
+        yield
     finally:
         resource.setrlimit = set_limits
         if variable is None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import SpecError
+from pytest_sway.imports import import_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +47,7 @@ def require_device(spec: ModelSpec) -> None:
     Raises:
         SpecError: It is not.
     """
+    import_apart("mlx.core")
     import mlx.core as mx
 
     there = ["cpu", *(f"gpu:{i}" for i in range(mx.device_count(mx.gpu)))]
@@ -96,6 +98,7 @@ def _default_device() -> str:
 
 @lru_cache(maxsize=1)
 def _best_device() -> str:
+    import_apart("mlx.core")
     import mlx.core as mx
 
     return "gpu:0" if mx.is_available(mx.gpu) else "cpu"

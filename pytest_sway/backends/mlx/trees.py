@@ -9,7 +9,10 @@ own takes no memory for its weights, and no write through MLX leaves it.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -20,6 +23,22 @@ def arrays_of(model: Any) -> dict[str, Any]:
     from mlx.utils import tree_flatten
 
     return {name: leaf for name, leaf in tree_flatten(model) if isinstance(leaf, mx.array)}
+
+
+def parameters_of(model: Any) -> dict[str, Any]:
+    """Return the parameters of a module, by their names in it."""
+    from mlx.utils import tree_flatten
+
+    return dict(tree_flatten(model.parameters()))
+
+
+def not_finite(arrays: Mapping[str, Any]) -> list[str]:
+    """Return the names of arrays that hold NaN or infinite values, in order."""
+    import mlx.core as mx
+
+    finite = {name: mx.isfinite(array).all() for name, array in arrays.items()}
+    mx.eval(finite)
+    return sorted(name for name, found in finite.items() if not found.item())
 
 
 def modules_of(model: Any) -> dict[str, Any]:

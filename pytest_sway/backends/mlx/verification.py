@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.mlx.trees import arrays_of
-from pytest_sway.errors import AdapterMismatchError
+import numpy as np
+
+from pytest_sway.backends.hf.tokenisation import Window
+from pytest_sway.backends.mlx.placement import computing_on
+from pytest_sway.backends.mlx.sides import Side
+from pytest_sway.backends.mlx.trees import arrays_of, not_finite, parameters_of
+from pytest_sway.errors import AdapterMismatchError, WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -18,6 +23,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
+_TOKENS: Final = 16
 
 
 def verify_names(
@@ -58,6 +64,40 @@ def verify_shapes(base: ModelSpec, files: AdapterFiles, found: Mapping[str, Any]
         raise _mismatch(base, files, f"{len(wrong)} of its tensors have other sizes ({_some(wrong)})")
 
 
+def verify_base(base: LoadedBase) -> None:
+    """Raise unless a model's weights are finite, and what it computes with them.
+
+    Raises:
+        WeightsError: They are not.
+    """
+    weights = parameters_of(base.model)
+    broken = not_finite(weights)
+    if broken:
+        raise WeightsError(
+            f"the model {base.spec.base!r} has NaN or infinite values in {len(broken)} of its {len(weights)} tensors"
+            f" ({_some(broken)}). Its training diverged, or the file is damaged."
+        )
+    if not _computes_finite(Side(base, base.model, base.tokenizer)):
+        raise WeightsError(
+            f"the model {base.spec.base!r} computes NaN or infinite log-probabilities in {base.spec.dtype}: its weights"
+            " are too large for that. Ask for dtype 'fp32'; or the file is damaged."
+        )
+
+
+def verify_effect(side: Side, files: AdapterFiles) -> None:
+    """Raise unless what a base computes with an adapter on it is finite.
+
+    Raises:
+        AdapterMismatchError: It is not.
+    """
+    if not _computes_finite(side):
+        raise AdapterMismatchError(
+            f"with the adapter {str(files.folder)!r} the base {side.base.spec.base!r} computes NaN or infinite"
+            f" log-probabilities in {side.base.spec.dtype}: its weights or its scale are too large. Its training"
+            " diverged, or the files are damaged."
+        )
+
+
 def verify_values(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     """Raise unless an adapter's arrays are finite and can change anything.
 
@@ -70,10 +110,8 @@ def verify_values(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, An
     Raises:
         AdapterMismatchError: They are not, or cannot.
     """
-    import mlx.core as mx
-
     folder = str(files.folder)
-    broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    broken = not_finite(arrays)
     if broken:
         raise AdapterMismatchError(
             f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(arrays)} tensors"
@@ -112,6 +150,16 @@ def _equal_in_base(base: LoadedBase, arrays: Mapping[str, Any]) -> bool:
 
     own = arrays_of(base.model)
     return all(mx.array_equal(array, own[name]).item() for name, array in arrays.items())
+
+
+def _computes_finite(side: Side) -> bool:
+    """Whether a model's log-probabilities are finite, for tokens from all over the vocabulary."""
+    words = side.base.embedded or _TOKENS
+    ids = tuple(range(0, words, max(1, words // _TOKENS)))[:_TOKENS]
+    if len(ids) < 2:
+        return True
+    with computing_on(side.base.device):
+        return bool(np.isfinite(side.engine().logprobs(Window(ids[:1], ids[1:]))).all())
 
 
 def _mismatch(base: ModelSpec, files: AdapterFiles, what: str) -> AdapterMismatchError:

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_sway.backends import Builder
 from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.backends.hf.lineage import other_base
+from pytest_sway.backends.lineage import other_base
 from pytest_sway.errors import AdapterMismatchError, SwayWarning
 from pytest_sway.spec import ModelSpec
 from tests.tiny import edit_config, edit_weights, make_base
@@ -46,13 +46,17 @@ def _edit_base(folder: Path, **fields: Any) -> None:
         ("org/name", "unsloth/name-bnb-4bit"),
         ("org/name", "unsloth/name-unsloth-bnb-4bit"),
         ("org/name-bnb-8bit", "org/name"),
+        ("mlx-community/name-4bit", "org/name"),
+        ("mlx-community/name-bf16", "mlx-community/name-4bit-DWQ-053125"),
     ],
 )
 def test_names_of_one_model_say_nothing(asked: str, named: str) -> None:
     assert _why(asked, named) is None
 
 
-@pytest.mark.parametrize("named", ["org/other", "another/name", "org/name-instruct", "unsloth/other-bnb-4bit"])
+@pytest.mark.parametrize(
+    "named", ["org/other", "another/name", "org/name-it", "org/name-4bit-it", "unsloth/other-bnb-4bit"]
+)
 def test_names_of_two_models_are_told(named: str) -> None:
     why = _why("org/name", named)
     assert why is not None
@@ -173,3 +177,31 @@ def test_a_name_of_none_is_served(build: Any, base: Path, adapter: Path, tmp_pat
     folder = edit_config(shutil.copytree(adapter, tmp_path / "unnamed"), base_model_name_or_path=None)
     with build(base, folder).as_finetuned() as view:
         assert view.logprob_of("the sun", " rises") < 0
+
+
+def _why_by_mlx(base: Path, named: Path) -> str | None:
+    return other_base(ModelSpec(kind="mlx", base=str(base), adapter=Path("/runs/v3")), {"model": str(named)}, "model")
+
+
+def test_a_copy_that_mlx_lm_has_quantized_says_nothing(base: Path, copy: Path) -> None:
+    _edit_base(copy, quantization={"bits": 4}, quantization_config={"bits": 4}, eos_token_id=[2, 7])
+    edit_weights(copy, lambda tensors: {f"{name}.scales": t for name, t in tensors.items()}, file="model.safetensors")
+    assert _why_by_mlx(base, copy) is None
+    assert _why_by_mlx(copy, base) is None
+
+
+def test_a_copy_in_which_mlx_lm_has_joined_weights_says_nothing(base: Path, copy: Path) -> None:
+    edit_weights(
+        copy,
+        lambda tensors: {k.replace("mlp", "switch_mlp"): t for k, t in tensors.items()},
+        file="model.safetensors",
+    )
+    assert _why_by_mlx(base, copy) is None
+
+
+def test_another_model_is_told_for_mlx_too(base: Path, copy: Path) -> None:
+    edit_weights(copy, lambda tensors: {k: t + 0.5 for k, t in tensors.items()}, file="model.safetensors")
+    assert "(model in its adapter_config.json)" in str(_why_by_mlx(base, copy))
+    assert "their weights have other values" in str(_why_by_mlx(base, copy))
+    _edit_base(copy, rope_theta=500_000.0)
+    assert "their configs differ in rope_theta" in str(_why_by_mlx(base, copy))

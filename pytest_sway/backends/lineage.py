@@ -1,8 +1,8 @@
 """Whether an adapter is put on the base that it was trained on, as far as its config and the files tell.
 
-An adapter fits every model of its base's shapes, and computes something else on each. PEFT writes the base's name into
-the adapter's config; what it named may have moved since, so only what is known of both is compared, and silence means
-that nothing is known against it.
+An adapter fits every model of its base's shapes, and computes something else on each. PEFT and mlx-lm write the base's
+name into the adapter's config; what it named may have moved since, so only what is known of both is compared, and
+silence means that nothing is known against it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.headers import read_any
-from pytest_sway.errors import SwayError
+from pytest_sway.errors import AdapterMismatchError, SwayError, SwayWarning
 from pytest_sway.reading import CONFIG_BYTES, open_regular, read_bounded
 from pytest_sway.spec import GGUF_SUFFIX, ModelSpec, is_path
 
@@ -24,15 +25,21 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-_FIELD: Final = "base_model_name_or_path"
+PEFT_FIELD: Final = "base_model_name_or_path"
+MLX_FIELD: Final = "model"
+"""Where an ``adapter_config.json`` names the base that it was trained on."""
 _IN_HUB_CACHE: Final = re.compile(r".*[/\\]models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?")
-_QUANTIZED_COPY: Final = re.compile(r"(-unsloth)?-bnb-[48]bit$")
-_MIRROR: Final = "unsloth"
-"""Publishes copies of others' models under their names, with and without `_QUANTIZED_COPY`."""
+_CONVERTED_COPY: Final = re.compile(
+    r"(-unsloth)?-bnb-[48]bit$|-(\d(\.\d)?bit|mxfp[48]|nvfp4|bf16|fp16|fp32)(-(dwq|awq|gptq)[\w.-]*)?$"
+)
+_MIRRORS: Final = frozenset({"unsloth", "mlx-community"})
+"""Who publishes copies of others' models under their names, with and without `_CONVERTED_COPY`."""
 _SAYS_NOTHING: Final = frozenset(
     {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "quantization_config"}
 )
 """Fields of a config that differ between copies of one model."""
+_WRITTEN_BY_MLX: Final = frozenset({"quantization", "eos_token_id", "vision_config"})
+"""Fields that mlx-lm adds, takes from elsewhere or leaves out when it converts a model."""
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 
@@ -44,7 +51,27 @@ class _Model(NamedTuple):
     folder: Path | None
 
 
-def other_base(spec: ModelSpec, config: Mapping[str, Any], field: str = _FIELD) -> str | None:
+def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: str, field: str = PEFT_FIELD) -> None:
+    """Refuse an adapter that names another base than its spec, or warn of it.
+
+    Args:
+        spec: The spec.
+        config: The adapter's config.
+        on_mismatch: What such an adapter gets: ``error``, ``warn`` or ``ignore``.
+        field: Where it names its base.
+
+    Raises:
+        AdapterMismatchError: It names another, and that is an error.
+    """
+    found = None if on_mismatch == "ignore" else other_base(spec, config, field)
+    if found is None:
+        return
+    if on_mismatch == "error":
+        raise AdapterMismatchError(found)
+    warnings.warn(found, SwayWarning, stacklevel=3)
+
+
+def other_base(spec: ModelSpec, config: Mapping[str, Any], field: str = PEFT_FIELD) -> str | None:
     """Return in words how a spec's base is another model than the one its adapter names; ``None`` if nothing says so.
 
     Args:
@@ -55,7 +82,7 @@ def other_base(spec: ModelSpec, config: Mapping[str, Any], field: str = _FIELD) 
     named = config.get(field)
     if not isinstance(named, str) or not named.strip() or spec.base.endswith(GGUF_SUFFIX):
         return None
-    why = _unlike(_known(spec.base, spec.revision), _known(named.strip(), None))
+    why = _unlike(_known(spec.base, spec.revision), _known(named.strip(), None), by_mlx=spec.kind == "mlx")
     if why is None:
         return None
     return (
@@ -65,13 +92,13 @@ def other_base(spec: ModelSpec, config: Mapping[str, Any], field: str = _FIELD) 
     )
 
 
-def _unlike(asked: _Model, trained: _Model) -> str | None:
+def _unlike(asked: _Model, trained: _Model, *, by_mlx: bool) -> str | None:
     names_known = asked.hub_id is not None and trained.hub_id is not None
     if names_known and _same_name(str(asked.hub_id), str(trained.hub_id)):
         return None
     if asked.folder is not None and trained.folder is not None:
         same = os.path.realpath(asked.folder) == os.path.realpath(trained.folder)
-        return None if same else _difference(asked.folder, trained.folder)
+        return None if same else _difference(asked.folder, trained.folder, by_mlx=by_mlx)
     return "they have other names" if names_known else None
 
 
@@ -91,27 +118,43 @@ def _known(name: str, revision: str | None) -> _Model:
 
 
 def _same_name(one: str, other: str) -> bool:
-    """Whether two ids name one model, whatever their case, with an owner or none, or as a copy that is quantized."""
+    """Whether two ids name one model, whatever their case, with an owner or none, or as a copy that is converted."""
     (owner, name), (others_owner, others_name) = (_parts(hub_id) for hub_id in (one, other))
     owners = {owner, others_owner}
-    return name == others_name and (len(owners) == 1 or bool(owners & {"", _MIRROR}))
+    return name == others_name and (len(owners) == 1 or bool(owners & {"", *_MIRRORS}))
 
 
 def _parts(hub_id: str) -> tuple[str, str]:
     owner, _, name = hub_id.lower().rpartition("/")
-    return owner, _QUANTIZED_COPY.sub("", name)
+    return owner, _CONVERTED_COPY.sub("", name)
 
 
-def _difference(one: Path, other: Path) -> str | None:
-    """What tells two folders' models apart, by their configs and weights; ``None`` if nothing does, or is there."""
+def _difference(one: Path, other: Path, *, by_mlx: bool) -> str | None:
+    """What tells two folders' models apart, by their configs and weights; ``None`` if nothing does, or is there.
+
+    Args:
+        one: A model's folder.
+        other: Another one.
+        by_mlx: Whether one may be a copy that mlx-lm has converted, and quantized or given other names for weights.
+    """
     config, others = _config(one), _config(other)
+    if by_mlx and config is not None and others is not None:
+        quantized = "quantization" in {*config, *others}
+        config, others = (
+            {name: value for name, value in fields.items() if name not in _WRITTEN_BY_MLX}
+            for fields in (config, others)
+        )
+    else:
+        quantized = False
     if config is not None and others is not None and config != others:
         fields = sorted(name for name in {*config, *others} if config.get(name) != others.get(name))
         return f"their configs differ in {', '.join(fields[:3])}{', ...' if len(fields) > 3 else ''}"
-    shapes = [_shapes(folder) for folder in (one, other)]
-    if None in shapes:
+    ours, theirs = _shapes(one), _shapes(other)
+    if ours is None or theirs is None or quantized:
         return None
-    if shapes[0] != shapes[1]:
+    if by_mlx:
+        ours, theirs = ({name: shapes[name] for name in ours.keys() & theirs.keys()} for shapes in (ours, theirs))
+    if ours != theirs:
         return "their weights have other names or sizes"
     return None if _equal_samples(one, other) else "their weights have other values"
 
