@@ -85,6 +85,10 @@ def dummy(name):
 """
 
 
+OTHERS = ("anyio", "benchmark", "hypothesispytest", "pytest_httpserver", "sway")
+"""Plugins that may be installed. Loading them takes longer than most of the runs; `test_dlm_sway` loads them all."""
+
+
 class Suite:
     """Runs test files against the fakes and tells what happened to the backends.
 
@@ -113,6 +117,13 @@ class Suite:
 
     def write(self, source: str) -> None:
         self.pytester.makepyfile(test_suite=f"import pytest\nfrom conftest import dummy, note\n{source}")
+
+
+@pytest.fixture
+def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """Runs pytest in pytest, without the plugins that no test here is about."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", " ".join(f"-p no:{name}" for name in OTHERS))
+    return pytester
 
 
 @pytest.fixture

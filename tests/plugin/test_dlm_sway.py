@@ -61,6 +61,13 @@ suite:
 """
 
 
+@pytest.fixture
+def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """Runs pytest in pytest with all plugins that are installed."""
+    monkeypatch.delenv("PYTEST_ADDOPTS")
+    return pytester
+
+
 def test_both_plugins_work_side_by_side(pytester: pytest.Pytester, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     make_adapter(tmp_path / "adapter", base)
