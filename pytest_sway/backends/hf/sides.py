@@ -134,7 +134,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
     return Side(
         make,
         tokenizer,
-        base.trials if files.plain else None,
+        base.trials if files.plain else Trials(looks_ahead=files.looks_ahead),
         through_inner_model=files.through_inner_model,
         one_text_at_a_time=files.one_text_at_a_time,
     )
