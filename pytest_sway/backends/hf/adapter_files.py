@@ -111,6 +111,11 @@ class AdapterFiles:
         return self.peft_type in WHOLE_TEXT_TYPES
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether a token may change what is computed for those before it: aLoRA begins at its last invocation."""
+        return self.one_text_at_a_time or bool(self.config.get("alora_invocation_tokens"))
+
+    @property
     def vocabulary(self) -> int | None:
         """Rows of the input embeddings that it brings; ``None`` if it brings none."""
         modules = ("embed_tokens", "wte", "word_embeddings", "embed_in")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.backends.hf import batches
 from pytest_sway.backends.hf.halving import in_parts
 from pytest_sway.backends.hf.recall import recalling
-from pytest_sway.backends.hf.scores import Engine, encoded_prompts, listed, warn_of_cuts
-from pytest_sway.backends.hf.split import agree
+from pytest_sway.backends.hf.scores import Engine, encoded_prompts, listed, next_logits, warn_of_cuts
+from pytest_sway.backends.hf.split import agree, trial_tokens
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-_TRIAL = ((1, 2), (0, 1, 2))
+_PADDED: Final = (2, 7)
+_EQUAL: Final = (3, 3)
+_ALONE: Final = (3,)
+"""Lengths of the prompts of a trial."""
+
+_STEPS: Final = 4
+"""How many tokens are made in a trial: what is wrong with a state or a cache shows from the second one on."""
 
 
 class Settings(NamedTuple):
@@ -108,20 +114,21 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) -> list[list[Request]]:
     rope = engine.forward.rope
-    groups: dict[Any, list[Request]] = {}
-    for request in requests:
-        regime = rope.of(len(request.ids) + settings.max_new_tokens)
-        alone = None if regime == 0 else request
-        groups.setdefault((len(request.ids), alone), []).append(request)
-    if len(groups) > 1 and _pads_left(engine):
-        short = [request for (_, alone), group in groups.items() if alone is None for request in group]
-        groups = {key: group for key, group in groups.items() if key[1] is not None} | ({0: short} if short else {})
+    recomputed = not _continues(engine, _ALONE)
+    lengths = {len(request.ids) for request in requests}
+    mixed = len(lengths) > 1 and (recomputed or _continues(engine, _PADDED))
+    equal = mixed or len(lengths) == len(requests) or recomputed or _continues(engine, _EQUAL)
+    groups: dict[tuple[str, int], list[Request]] = {}
+    for i, request in enumerate(requests):
+        alone = not equal or rope.of(len(request.ids) + settings.max_new_tokens) != 0
+        key = ("alone", i) if alone else ("any length", 0) if mixed else ("length", len(request.ids))
+        groups.setdefault(key, []).append(request)
     planned = []
     for group in groups.values():
-        lengths = [len(request.ids) + settings.max_new_tokens for request in group]
+        longest = [len(request.ids) + settings.max_new_tokens for request in group]
         limits = engine.forward.limits
         overhead = limits.overhead * settings.max_new_tokens  # each new token is a pass
-        for batch in batches.in_batches(lengths, tokens=limits.cached_tokens, overhead=overhead):
+        for batch in batches.in_batches(longest, tokens=limits.cached_tokens, overhead=overhead):
             planned.append([group[i] for i in batch])
     return planned
 
@@ -129,6 +136,8 @@ def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) ->
 @recalling
 def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
     """The new tokens after each prompt, with the one that ends them."""
+    if not _continues(engine, _ALONE):
+        return _recomputed(engine, requests, settings, stops)
     arguments = _left_padded(engine, [request.ids for request in requests], stops.pad)
     if settings.temperature > 0.0:
         arguments["logits_processor"] = _sampling(settings, [request.seed for request in requests])
@@ -142,6 +151,23 @@ def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, 
     for new in output[:, arguments["input_ids"].shape[1] :].tolist():
         end = next((i for i, token in enumerate(new) if token in stops.ends), len(new))
         found.append(tuple(new[: end + 1]))
+    return found
+
+
+def _recomputed(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
+    """The same without a cache: each token comes out of a pass over all of the text before it."""
+    chosen = [_sampling(settings, [request.seed]) if settings.temperature > 0.0 else None for request in requests]
+    found: list[tuple[int, ...]] = [()] * len(requests)
+    for _ in range(settings.max_new_tokens):
+        texts: dict[tuple[int, ...], list[int]] = {}
+        for i, (request, new) in enumerate(zip(requests, found, strict=True)):
+            if not (new and new[-1] in stops.ends):
+                texts.setdefault(request.ids + new, []).append(i)
+        for text, logits in next_logits(engine, list(texts)):
+            for i in texts[text]:
+                sample = chosen[i]
+                scores = logits if sample is None else sample(None, logits.unsqueeze(0))[0]
+                found[i] += (int(scores.argmax()),)
     return found
 
 
@@ -211,28 +237,37 @@ def _ends(engine: Engine) -> list[int]:
     return [int(end) for end in (ends if isinstance(ends, Iterable) else [ends])]
 
 
-def _pads_left(engine: Engine) -> bool:
-    """Whether a prompt padded on the left goes on as it does alone; tried once, on a few tokens.
+def _continues(engine: Engine, lengths: tuple[int, ...]) -> bool:
+    """Whether prompts of these lengths go on from a cache as the model scores them; tried once, on a few tokens.
 
-    Not so where a model has a recurrent state that knows no mask, or virtual tokens stand in front of the padding.
+    Not so where a model has a recurrent state that takes in padding, or that is made for one text at a time; where
+    virtual tokens stand in front of the padding; or where what a token computes depends on those that come later.
     """
-    forward = engine.forward
-    if engine.model is not forward.model:
+    trials = engine.forward.trials
+    known = trials.continues
+    if trials.looks_ahead:
         return False
-    trials = forward.trials
-    if trials.pads_left is None:
-        short, long = _TRIAL
-        alone = _first_logits(engine, [short])
+    if lengths not in known:
+        tokens = trial_tokens(engine.forward.model) * 2
+        prompts = [tokens[i : i + length] for i, length in enumerate(lengths)]
         try:
-            padded = _first_logits(engine, [short, long])
-        except Exception:  # a model that takes no mask can fail in any way
-            trials.pads_left = False
-        else:
-            trials.pads_left = agree(padded[:1], alone)
-    return trials.pads_left
+            known[lengths] = _as_scored(engine, prompts)
+        except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
+            known[lengths] = False
+    return known[lengths]
 
 
-def _first_logits(engine: Engine, prompts: Sequence[Sequence[int]]) -> Any:
-    fields = {"max_new_tokens": 1, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+def _as_scored(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> bool:
+    import torch
+
+    fields = {"max_new_tokens": _STEPS, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    arguments = _left_padded(engine, prompts, 0)
     with _plain_settings(engine, **fields) as plain:
-        return engine.model.generate(generation_config=plain, **_left_padded(engine, prompts, 0)).logits[0]
+        output = engine.model.generate(generation_config=plain, **arguments)
+    made = output.sequences[:, arguments["input_ids"].shape[1] :].tolist()
+    texts = [[prompt + tuple(new[:step]) for prompt, new in zip(prompts, made, strict=True)] for step in range(_STEPS)]
+    scored = dict(next_logits(engine, list(dict.fromkeys(text for step in texts for text in step))))
+    return all(
+        agree(logits, torch.stack([scored[text] for text in step]))
+        for logits, step in zip(output.logits, texts, strict=True)
+    )

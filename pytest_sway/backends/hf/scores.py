@@ -25,7 +25,7 @@ from pytest_sway.errors import ScoringError, SwayWarning
 from pytest_sway.scoring import RollingLogprob, TokenDist
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -222,6 +222,22 @@ def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist
         return [found[row] for row in rows]
 
     return engine.forward.logits([(ids, 1) for ids in prompts], reduce)
+
+
+def next_logits(engine: Engine, prompts: Sequence[Ids]) -> Iterator[tuple[Ids, Any]]:
+    """Yield each prompt with the logits of the token after it, in float32: those of `next_token_dists`.
+
+    Args:
+        engine: What computes them.
+        prompts: Token ids of each; no two are equal.
+    """
+    for batch in _planned_prompts(engine, prompts):
+        try:
+            found = engine.forward.logits([(ids, 1) for ids in batch], lambda logits, rows, _: logits[rows].float())
+        except MaskedError:  # as in `_answered`
+            yield from next_logits(engine, batch)
+        else:
+            yield from zip(batch, found, strict=True)
 
 
 # --- from logits to answers -----------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
         make,
         base.pristine.memory.has_run,
         tokenizer,
-        base.trials if files.plain else None,
+        base.trials if files.plain else Trials(looks_ahead=files.looks_ahead),
         through_inner_model=files.through_inner_model,
         one_text_at_a_time=files.one_text_at_a_time,
         idle=SharedIdle(adapter.pristine) if files.plain and isinstance(adapter.pristine, OnSkeleton) else None,

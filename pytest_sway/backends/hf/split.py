@@ -80,7 +80,7 @@ class SplitModel:
         """Whether a sequence in a row comes to what it comes to alone; tried on a few tokens."""
         if not packing.longest_packed(self._body.config):
             return False
-        trial = _trial(self._model)
+        trial = trial_tokens(self._model)
         inputs = [trial[::-1], trial[1:], *(trial + tail for tail in ((), trial[:2], trial[:1] * 2, trial[2:0:-1]))]
         families = [*batches.alone(inputs[:2]), batches.Family([2, 3, 4, 5], len(trial), len(trial) + 5)]
         row = packing.Row(inputs, self._model.device, families)
@@ -128,7 +128,7 @@ class SplitModel:
     def caches(self) -> bool:
         """Whether continuing from a cache gives what one pass over everything gives; tried when first asked."""
         if self._trials.caches is None:
-            trial = _trial(self._model)
+            trial = trial_tokens(self._model)
             whole, _ = self.hidden([trial])
             try:
                 other = self.hidden_after(trial[:-1], [trial[-1:], trial[:2]], 64)[0]
@@ -162,7 +162,7 @@ def split_model(model: Any, trials: Trials) -> SplitModel | None:
 def _try_to_divide(model: Any, trials: Trials) -> None:
     import torch
 
-    ids = torch.tensor([_trial(model)], device=model.device)
+    ids = torch.tensor([trial_tokens(model)], device=model.device)
     whole = model(input_ids=ids, use_cache=False).logits[0]
     names = {id(module): name for name, module in model.named_modules()}
     bodies = [body for body in dict.fromkeys((model.get_decoder(), model.base_model)) if body not in (None, model)]
@@ -214,8 +214,8 @@ def padded(sequences: Sequence[Sequence[int]], device: Any) -> Any:
     return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in sequences], device=device)
 
 
-def _trial(model: Any) -> tuple[int, ...]:
-    """Token ids that every vocabulary has, and that are no padding."""
+def trial_tokens(model: Any) -> tuple[int, ...]:
+    """Return token ids that every vocabulary has, and that are no padding."""
     padding = getattr(model.config, "pad_token_id", None)
     return tuple(token for token in range(_TRIAL_LENGTH + 1) if token != padding)[:_TRIAL_LENGTH]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True, eq=False)
@@ -15,7 +15,9 @@ class Trials:
         output_class: The class of what the body returns.
         longest_packed: The most tokens that a sequence may have to go through the model in a row with others.
         caches: Whether continuing from a key-value cache gives what one pass over everything gives.
-        pads_left: Whether prompts padded on the left go on as they do alone.
+        looks_ahead: Whether a token is known to change what is computed for those before it. That is not tried: a few
+            tokens may not show it.
+        continues: By the lengths of prompts, whether these go on together from a key-value cache as they are scored.
     """
 
     divides: bool | None = None
@@ -23,4 +25,5 @@ class Trials:
     output_class: type | None = None
     longest_packed: int | None = None
     caches: bool | None = None
-    pads_left: bool | None = None
+    looks_ahead: bool = False
+    continues: dict[tuple[int, ...], bool] = field(default_factory=dict)

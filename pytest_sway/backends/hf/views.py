@@ -139,6 +139,10 @@ class HFView:
     ) -> str:
         """Continue ``prompt`` and return the new text, without special tokens.
 
+        At temperature 0 each token is the most probable one of `next_token_dist`, but for ties. A key-value cache is
+        used where a trial on a few tokens shows that it does not change that; else each token costs a pass over all of
+        the text.
+
         It does what the arguments say and no more: of the base's own generation settings (a top-k, a repetition
         penalty, ...) only the tokens that end a text count. The global random state takes no part and stays as it is.
 
@@ -167,7 +171,8 @@ class HFView:
     ) -> list[str]:
         """Return `generate` for each prompt, in their order: what each gives alone, but for ties.
 
-        Prompts of similar length go through the model together, padded on the left where the model allows that.
+        Prompts of similar length go through the model together, padded on the left, where a trial shows that the model
+        allows that.
 
         Args:
             prompts: What to continue.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway import errors
-from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.backends.hf import HFBuilder, generation
 from pytest_sway.backends.hf.adapter import public_name
 from pytest_sway.errors import AdapterMismatchError
 from tests.tiny import TEXT, make_adapter, make_base
@@ -177,6 +177,32 @@ def test_it_computes_what_peft_computes_alone_and_beside_one_that_comes_and_goes
     with plain.as_base() as view:
         assert view_logits(view).equal(enclosure.alone.logits)
     assert plain.changes() == []
+
+
+PROMPTS = ["the cat", "in the sea the dog sat on a red mat ."]
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
+def test_greedily_it_goes_on_with_what_its_scores_say_is_most_probable(
+    keeper: Any, enclosures: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, specimen: Specimen
+) -> None:
+    enclosure = enclosures(specimen)
+    backend = keeper(enclosure, trained(specimen)[0])
+    monkeypatch.setattr(generation, "_decoded", lambda _, found: [str(list(ids)) for ids in found])  # loses nothing
+    with backend.as_finetuned() as view:
+        expected = [str(_step_by_step(view, prompt, 6)) for prompt in PROMPTS]
+        assert [view.generate(prompt, max_new_tokens=6) for prompt in PROMPTS] == expected
+        assert view.generate_many(PROMPTS, max_new_tokens=6) == expected
+    backend.close()
+
+
+def _step_by_step(view: Any, prompt: str, steps: int) -> list[int]:
+    """The most probable token after a prompt, then the one after both, and so on up to the end of the text."""
+    tokenizer, found = view.tokenizer, list[int]()
+    while len(found) < steps and tokenizer.eos_token_id not in found:
+        text = " ".join([prompt, *tokenizer.convert_ids_to_tokens(found)])
+        found += view.next_token_dist(text, top_k=1).token_ids.tolist()
+    return found
 
 
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
