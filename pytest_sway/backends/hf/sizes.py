@@ -113,7 +113,7 @@ def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_by
     saved = tuple(f".{module}." for module in files.config.get("modules_to_save") or ())
     own = 0
     for name, entry in files.entries.items():
-        place = name.removeprefix(ROOT).replace(".base_layer.", ".")
+        place = name.removeprefix(ROOT).replace(".token_adapter.", ".").replace(".base_layer.", ".")
         before = base.get(place)
         whole = any(module in f".{place}" for module in saved)
         if _saved_again(name, files) or (before is None and place == _TIED and (not whole or _keeps_tied(files))):
