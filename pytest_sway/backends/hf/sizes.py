@@ -11,6 +11,7 @@ from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.headers import read_any
 from pytest_sway.backends.hf.shared_memory import address_of
+from pytest_sway.backends.hf.tensor_parts import parts_of
 from pytest_sway.errors import SwayError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
@@ -56,7 +57,7 @@ def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
 def measured(tensors: Iterable[Any]) -> int:
     """Return the bytes of some tensors; what is in the same place counts once."""
     places: dict[tuple[Any, int], int] = {}
-    for tensor in tensors:
+    for tensor in (part for whole in tensors for _, part in parts_of(whole)):
         place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
         places[place] = max(places.get(place, 0), tensor.nbytes)
     return sum(places.values())
