@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.backends.hf.tensor_parts import parts_of
 from tests.tiny import make_adapter, make_base, make_tokenizer, quiet
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
@@ -52,6 +53,14 @@ def _int8(base: Path, folder: Path) -> None:
     _by_transformers(base, folder, config_class(load_in_8bit=True))
 
 
+def _torchao(base: Path, folder: Path) -> None:
+    import transformers
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config_class: Any = transformers.TorchAoConfig
+    _by_transformers(base, folder, config_class(quant_type=Int8WeightOnlyConfig()))
+
+
 def _compressed(base: Path, folder: Path) -> None:
     import torch
     from compressed_tensors.compressors import ModelCompressor
@@ -72,7 +81,11 @@ def _compressed(base: Path, folder: Path) -> None:
     compressor.update_config(folder)
 
 
-FORMATS: dict[str, Callable[[Path, Path], None]] = {"bitsandbytes nf4": _nf4, "bitsandbytes int8": _int8}
+FORMATS: dict[str, Callable[[Path, Path], None]] = {
+    "bitsandbytes nf4": _nf4,
+    "bitsandbytes int8": _int8,
+    "torchao int8": _torchao,
+}
 
 
 class Models:
@@ -173,7 +186,8 @@ def test_a_write_to_the_packed_weights_ends_with_its_test_or_is_found(models: Mo
     first, second = backends
     with first.as_base() as base, second.as_finetuned() as other:
         module = base.model.model.layers[0].self_attn.q_proj
-        name, weight = next((n, p) for n, p in module.named_parameters() if not p.is_floating_point())
+        parts = (part for name, weight in module.named_parameters() for part in parts_of(weight, name))
+        name, weight = next((name, part) for name, part in parts if not part.is_floating_point())
         with torch.no_grad():
             weight.data.zero_()
         if first.changes():

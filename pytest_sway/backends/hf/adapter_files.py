@@ -35,6 +35,8 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED: Final = "adapter_model.bin"
+_OF_BASE: Final = (".base_layer.", ".original_module.")
+"""What PEFT has in the names of the base's own tensors, inside of its layers."""
 _CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|classifier|qa_outputs)\.")
 
 
@@ -66,12 +68,12 @@ class AdapterFiles:
     def additive(self) -> bool:
         """Whether it only adds to its base, so that the base is what is left without it.
 
-        One that brings whole embeddings may need a base with more words, and so does not.
+        One that brings layers of the base's own does not: PEFT saves those where the vocabulary was changed.
         """
         if self.peft_type in PROMPT_TYPES:
             return True
         marker = ADDITIVE_TYPES.get(self.peft_type)
-        if marker is None or self.config.get("bias", "none") != "none" or self.vocabulary is not None:
+        if marker is None or self.config.get("bias", "none") != "none" or self._brings_any(*_OF_BASE):
             return False
         if self.peft_type == "LORA" and not self._special_fields() <= RESTORABLE_LORA_FIELDS:
             return False
@@ -115,16 +117,6 @@ class AdapterFiles:
         """Whether a token may change what is computed for those before it: aLoRA begins at its last invocation."""
         return self.one_text_at_a_time or bool(self.config.get("alora_invocation_tokens"))
 
-    @property
-    def vocabulary(self) -> int | None:
-        """Rows of the input embeddings that it brings; ``None`` if it brings none."""
-        modules = ("embed_tokens", "wte", "word_embeddings", "embed_in")
-        names = tuple(f"{module}{part}.weight" for module in modules for part in ("", ".base_layer"))
-        for name, entry in (self.entries or {}).items():
-            if name.endswith(names) and "lora_" not in name and len(entry.shape) == 2:
-                return entry.shape[0]
-        return None
-
     def _special_fields(self) -> frozenset[str]:
         special = {
             name for name, value in self.config.items() if name not in LOCAL_LORA_FIELDS and not _is_unset(name, value)
@@ -132,6 +124,9 @@ class AdapterFiles:
         if self.config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
             special.add("init_lora_weights")
         return frozenset(special) if self.peft_type == "LORA" else frozenset()
+
+    def _brings_any(self, *markers: str) -> bool:
+        return any(marker in name for marker in markers for name in self.entries or ())
 
     def _brings_only(self, *markers: str) -> bool:
         return self.entries is not None and all(any(marker in name for marker in markers) for name in self.entries)

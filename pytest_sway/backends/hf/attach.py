@@ -7,6 +7,8 @@ comes to the same, bit by bit, in a fraction of the time.
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters
@@ -16,6 +18,7 @@ from pytest_sway.backends.hf.pickles import read_pickle
 from pytest_sway.backends.hf.pristine import Pristine
 from pytest_sway.backends.hf.skeletons import OnSkeleton, name_in_file
 from pytest_sway.backends.hf.verification import verify_keys, verify_trained, verify_values
+from pytest_sway.backends.hf.vocabulary import fit_vocabulary
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, WeightsError
 
 if TYPE_CHECKING:
@@ -31,8 +34,13 @@ _READ_WHOLE: Final = 2**26
 """Bytes of a file that is read at once, and not mapped."""
 
 
-def attach(base: LoadedBase, files: AdapterFiles) -> Adapter:
+def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     """Put an adapter on a model of its own, which shares the base's memory, and verify it.
+
+    Args:
+        base: The base.
+        files: The adapter.
+        tokenizer: What makes the adapter's tokens.
 
     Raises:
         AdapterMismatchError: It does not fit the base, was not applied in full, is not finite, or does nothing.
@@ -42,7 +50,7 @@ def attach(base: LoadedBase, files: AdapterFiles) -> Adapter:
 
     try:
         with quiet_process(), seeded(base.device):  # what starts at random, as pissa_niter_*, does so alike each time
-            adapter = _from_skeleton(base, files) or _by_peft(base, files)
+            adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
     except (SafetensorError, EOFError) as error:
         raise WeightsError(f"the weights of the adapter {str(files.folder)!r} cannot be read: {error}.") from error
     except KeyError as error:
@@ -69,15 +77,14 @@ def attach(base: LoadedBase, files: AdapterFiles) -> Adapter:
 # --- by PEFT ----------------------------------------------------------------------------------------------------------
 
 
-def _by_peft(base: LoadedBase, files: AdapterFiles) -> Adapter:
+def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     known: dict[int, Any] = {}
-    peft_model = _loaded(base, files, known)
+    peft_model = _loaded(base, files, tokenizer, known)
     ways = base.pristine.memory.settle(peft_model, known)
     named = [*peft_model.named_parameters(), *peft_model.named_buffers()]
     own = {name: tensor for name, tensor in named if id(tensor) not in ways}
-    pristine = Pristine(
-        peft_model, lambda: _loaded_again(base, files), ways=ways, own=own.values(), trial=base.may_hide_something
-    )
+    again = partial(_loaded_again, base, files, tokenizer)
+    pristine = Pristine(peft_model, again, ways=ways, own=own.values(), trial=base.may_hide_something)
     config = peft_model.peft_config[NAME]
     skeleton = base.skeletons.made_of(files, config, pristine, own)
     if skeleton is None:
@@ -85,20 +92,19 @@ def _by_peft(base: LoadedBase, files: AdapterFiles) -> Adapter:
     return _on_skeleton(files, skeleton, config, {name_in_file(name): tensor for name, tensor in own.items()})
 
 
-def _loaded(base: LoadedBase, files: AdapterFiles, known: dict[int, Any]) -> Any:
+def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[int, Any]) -> Any:
     """Do as ``PeftModel.from_pretrained`` does on a tree, and look at what it ignores: the keys that did not match.
 
     Args:
         base: The base.
         files: The adapter.
+        tokenizer: What makes its tokens.
         known: By the identity of things in the base's model, what stands for them in the tree; it is filled.
     """
     import peft
 
     tree = base.pristine.tree(known, isolated=not files.plain)
-    if files.vocabulary is not None and tree.get_input_embeddings().weight.shape[0] != files.vocabulary:
-        tree.resize_token_embeddings(files.vocabulary, mean_resizing=False)
-        tree.requires_grad_(False)
+    fit_vocabulary(tree, files, tokenizer)
     config = _config(files)
     if hasattr(config, "progressbar"):
         config.progressbar = False  # FRoD draws one wherever the terminal is
@@ -114,9 +120,9 @@ def _loaded(base: LoadedBase, files: AdapterFiles, known: dict[int, Any]) -> Any
     return peft_model
 
 
-def _loaded_again(base: LoadedBase, files: AdapterFiles) -> Any:
+def _loaded_again(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Any:
     with quiet_process(), seeded(base.device):
-        return _loaded(base, files, {})
+        return _loaded(base, files, tokenizer, {})
 
 
 def _config(files: AdapterFiles) -> Any:
@@ -129,7 +135,9 @@ def _config(files: AdapterFiles) -> Any:
             f"the adapter {str(files.folder)!r} is of the type {files.peft_type!r}, which the installed PEFT"
             f" {peft.__version__} does not know. Upgrade PEFT."
         )
-    config = configs[files.peft_type].from_pretrained(str(files.folder))
+    kind: Any = configs[files.peft_type]
+    fields = {name: copy.deepcopy(value) for name, value in files.config.items() if name != "runtime_config"}
+    config = kind.from_peft_type(**kind.check_kwargs(**fields))  # from_pretrained reads no byte order mark
     config.inference_mode = True
     return config
 

@@ -176,8 +176,9 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
     from pytest_sway.backends.hf.tokenizers import adapter_tokenizer
 
     rust = adapter_tokenizer(base, files)
-    adapter = attach(base, files)
-    tuned = tuned_side(base, adapter, base.tokenizer if rust is None else rust.tokenizer)
+    tokenizer = base.tokenizer if rust is None else rust.tokenizer
+    adapter = attach(base, files, tokenizer)
+    tuned = tuned_side(base, adapter, tokenizer)
     if not files.told_by_weights:
         verify_effect(base, tuned, files)
     exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.sampling import by_dtype, sample_of
+from pytest_sway.backends.hf.tensor_parts import parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,10 @@ class ContentsRecord:
     """
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
-        parts = {name: part for whole, tensor in tensors.items() for name, part in _parts(whole, tensor)}
+        import torch
+
+        named = (part for name, tensor in tensors.items() for part in parts_of(tensor, name))
+        parts = {name: _plain(part) for name, part in named if part.layout is torch.strided and part.numel()}
         self._tensors = parts
         self._versions = self._current_versions()
         self._sums = {name: _checksum(tensor) for name, tensor in parts.items()}
@@ -51,16 +55,11 @@ class ContentsRecord:
         return [torch.cat(group) for group in self._groups.values()]
 
 
-def _parts(name: str, tensor: Any) -> Iterable[tuple[str, Any]]:
-    """A tensor that has memory of its own, or those that a wrapper around tensors is made of."""
+def _plain(tensor: Any) -> Any:
+    """A tensor's memory without what its class makes of it."""
     import torch
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-    if is_traceable_wrapper_subclass(tensor):
-        for inner in tensor.__tensor_flatten__()[0]:
-            yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
-    elif tensor.layout is torch.strided and tensor.numel():
-        yield name, tensor.data.as_subclass(torch.Tensor)
+    return tensor.data.as_subclass(torch.Tensor)
 
 
 def _checksum(tensor: Any) -> tuple[float, float]:

@@ -39,6 +39,8 @@ def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
     import torch
 
     with no_warnings(), torch.inference_mode(), base.side.engine() as plain, tuned.engine() as changed:
+        if _words(plain) != _words(changed):
+            return
         ids = _probe(plain, files)
         before, after = _logits(plain, ids), _logits(changed, ids)
         if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed):
@@ -46,9 +48,13 @@ def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
             raise without_effect(base.spec, files, why)
 
 
+def _words(engine: Engine) -> int:
+    return int(engine.forward.model.get_input_embeddings().weight.shape[0])
+
+
 def _probe(base: Engine, files: AdapterFiles) -> list[int]:
     """Tokens spread over the vocabulary, after those without which an adapter of the kind aLoRA sleeps."""
-    words = base.forward.model.get_input_embeddings().weight.shape[0]
+    words = _words(base)
     return [*(files.config.get("alora_invocation_tokens") or ()), *range(0, words, max(1, words // _TOKENS))]
 
 
@@ -71,7 +77,7 @@ def _embeds_otherwise(base: Engine, tuned: Engine) -> bool:
     import torch
 
     embed, embed_tuned = base.forward.model.get_input_embeddings(), tuned.forward.model.get_input_embeddings()
-    words = embed.weight.shape[0]
+    words = _words(base)
     for start in range(0, words, _ROWS):
         ids = torch.arange(start, min(start + _ROWS, words), device=embed.weight.device)
         if not embed(ids).equal(embed_tuned(ids)):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import ROOT, some
+from pytest_sway.backends.hf.adapter import NAME, ROOT, some
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.headers import TensorEntry
@@ -21,7 +21,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 _NAMED_AS_LOADED: Final = frozenset(
     {"gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
 )
-_FACTOR: Final = re.compile(re.escape(ROOT) + r"(.+)\.lora_([AB])\.weight")
+_FACTOR: Final = re.compile(re.escape(ROOT) + rf"(.+)\.lora_([AB])(?:\.{NAME})?\.weight")
 
 
 def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
@@ -53,7 +53,9 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
             )
     if files.config.get("use_bdlora"):
         return  # its matrices are blocks of the base's size
-    wrong = sorted(set(_of_other_size(factors, base)))
+    text = config.get("text_config")
+    words = [each.get("vocab_size") for each in (config, text) if isinstance(each, dict)]
+    wrong = sorted(set(_of_other_size(factors, base, words)))
     if wrong:
         raise AdapterMismatchError(
             f"the adapter {str(files.folder)!r} does not fit the base {spec.base!r}: {len(wrong)} of its tensors have"
@@ -68,11 +70,15 @@ def _factors(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, str, Ten
             yield match[1], match[2], entry
 
 
-def _of_other_size(factors: list[tuple[str, str, TensorEntry]], base: Mapping[str, TensorEntry]) -> Iterator[str]:
+def _of_other_size(
+    factors: list[tuple[str, str, TensorEntry]], base: Mapping[str, TensorEntry], words: Collection[Any]
+) -> Iterator[str]:
     for module, letter, entry in factors:
         weight = base.get(f"{module}.weight")
         if weight is None or not weight.floating or len(weight.shape) != 2:
             continue
+        if letter == "B" and weight.shape[0] in words:
+            continue  # the output layer, which gets a row for each word that the adapter has
         size = entry.shape[1] if letter == "A" else entry.shape[0]
         # GPT-2's layers store their weights transposed, so either side may be the one
         if size not in weight.shape:

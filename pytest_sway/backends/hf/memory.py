@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.holders import holders_of
 from pytest_sway.backends.hf.shared_memory import address_of
+from pytest_sway.backends.hf.tensor_parts import parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +35,7 @@ class WeightsWatch:
     def __init__(self, tensors: Iterable[Any]) -> None:
         weak_reference: Any = import_module("torch.multiprocessing.reductions").StorageWeakRef
         storages = {}
-        for tensor in tensors:
+        for tensor in (part for whole in tensors for _, part in parts_of(whole)):
             storage = tensor.untyped_storage()
             if storage._cdata not in storages:
                 memory = (address_of(tensor), storage.nbytes())

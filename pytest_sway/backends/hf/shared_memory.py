@@ -15,6 +15,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pytest_sway.backends.hf.mapped_files import FilePart, MappedFiles, never_written, page_flags
+from pytest_sway.backends.hf.tensor_parts import is_wrapper, parts_of
 from pytest_sway.backends.hf.trees import modules_of, tensors_of, tree_of
 
 if TYPE_CHECKING:
@@ -298,13 +299,11 @@ def _like(tensor: Any, data: Any) -> Any:
 def _same_memory(tensor: Any) -> Any:
     """A tensor of the same class with the same memory."""
     import torch
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     if _is_plain(tensor):
         return _like(tensor, tensor.detach())
-    if is_traceable_wrapper_subclass(tensor):
-        wrapped: Any = tensor
-        return _like(wrapped, wrapped.detach())  # whose class makes a new wrapper around the same tensors
+    if is_wrapper(tensor):
+        return _like(tensor, tensor.detach())  # whose class makes a new wrapper around the same tensors
     made: Any = torch.Tensor._make_subclass(type(tensor), tensor.data, tensor.requires_grad)
     vars(made).update((name, _attribute(value)) for name, value in vars(tensor).items())
     return made
@@ -319,6 +318,9 @@ def _same(theirs: Any, ours: Any) -> bool:
     """Whether a tree's tensor is what it was made as."""
     if (theirs.shape, theirs.dtype, theirs.device) != (ours.shape, ours.dtype, ours.device):
         return False
+    if type(theirs) is type(ours) and is_wrapper(ours):
+        pairs = zip(parts_of(theirs), parts_of(ours), strict=True)
+        return all(its == other and _same(one, another) for (its, one), (other, another) in pairs)
     if not _is_plain(ours) or not _is_plain(theirs):
         return bool((theirs == ours).all())
     return _is_same_memory(theirs, ours) or _equal_bits(theirs, ours)

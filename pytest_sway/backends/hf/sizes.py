@@ -11,6 +11,7 @@ from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.headers import read_any
 from pytest_sway.backends.hf.shared_memory import address_of
+from pytest_sway.backends.hf.tensor_parts import parts_of
 from pytest_sway.errors import SwayError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
@@ -56,7 +57,7 @@ def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
 def measured(tensors: Iterable[Any]) -> int:
     """Return the bytes of some tensors; what is in the same place counts once."""
     places: dict[tuple[Any, int], int] = {}
-    for tensor in tensors:
+    for tensor in (part for whole in tensors for _, part in parts_of(whole)):
         place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
         places[place] = max(places.get(place, 0), tensor.nbytes)
     return sum(places.values())
@@ -113,7 +114,7 @@ def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_by
     saved = tuple(f".{module}." for module in files.config.get("modules_to_save") or ())
     own = 0
     for name, entry in files.entries.items():
-        place = name.removeprefix(ROOT).replace(".base_layer.", ".")
+        place = name.removeprefix(ROOT).replace(".token_adapter.", ".").replace(".base_layer.", ".")
         before = base.get(place)
         whole = any(module in f".{place}" for module in saved)
         if _saved_again(name, files) or (before is None and place == _TIED and (not whole or _keeps_tied(files))):

@@ -19,7 +19,7 @@ from pytest_sway.backends.hf.shared_memory import SharedMemory, SharedTensors
 from pytest_sway.backends.hf.trees import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.pristine import Pristine
@@ -135,7 +135,7 @@ class Skeletons:
     """The skeletons of a base: those that were used last."""
 
     def __init__(self) -> None:
-        self._skeletons: OrderedDict[str, Skeleton] = OrderedDict()
+        self._skeletons: OrderedDict[Hashable, Skeleton] = OrderedDict()
 
     def find(self, files: AdapterFiles, config: Any) -> Skeleton | None:
         """Return the skeleton of an adapter with all of its tensors; ``None`` if there is none.
@@ -144,13 +144,10 @@ class Skeletons:
             files: The adapter.
             config: Its configuration, as PEFT has read it.
         """
-        if files.peft_type != "LORA" or files.entries is None:
-            return None
         signature = _signature(files, config)
         skeleton = self._skeletons.get(signature)
-        if skeleton is None or skeleton.places.keys() != files.entries.keys():
-            return None
-        self._skeletons.move_to_end(signature)
+        if skeleton is not None:
+            self._skeletons.move_to_end(signature)
         return skeleton
 
     def made_of(self, files: AdapterFiles, config: Any, pristine: Pristine, own: Mapping[str, Any]) -> Skeleton | None:
@@ -176,10 +173,10 @@ def name_in_file(name: str) -> str:
     return name.replace(f".{NAME}", "")
 
 
-def _signature(files: AdapterFiles, config: Any) -> str:
+def _signature(files: AdapterFiles, config: Any) -> Hashable:
     """Equal for adapters of which PEFT makes the same, but for their weights."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_FIELDS}
-    fields["dtypes"] = sorted({entry.dtype for entry in (files.entries or {}).values()})
-    return json.dumps(
+    text = json.dumps(
         fields, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
     )
+    return text, frozenset((name, entry.dtype, entry.shape) for name, entry in (files.entries or {}).items())

@@ -106,6 +106,9 @@ def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMis
 
 def _saved_twice(name: str, files: AdapterFiles) -> bool:
     """Whether PEFT saved a tensor under this name besides its own, as it does with resized embeddings."""
+    _, tied, which = name.partition(".token_adapter.")
+    if tied and any(other != name and other.endswith(tied + which) for other in files.entries or ()):
+        return True
     return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf import HFBuilder
-from tests.tiny import edit_config, make_adapter, make_base, make_tokenizer, pickled, quiet, save_adapter
+from tests.tiny import edit_config, make_adapter, quiet, save_adapter
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
 
@@ -70,55 +70,6 @@ def test_a_converted_pissa_adapter_is_plain_lora(build: Any, base: Path, tmp_pat
     assert len(loads) == 1
     with backend.as_finetuned() as tuned:
         assert view_logits(tuned).equal(logits(*fresh(base, tmp_path / "out")))
-
-
-@pytest.mark.parametrize("pickle", [False, True], ids=["safetensors", "pickle"])
-def test_an_adapter_with_more_words_than_its_base_gets_them(build: Any, tmp_path: Path, pickle: bool) -> None:
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = make_base(tmp_path / "base")
-    folder = tmp_path / "adapter"
-    words = make_tokenizer(folder, extra=("quark", "lepton"))
-    with quiet(), torch.no_grad():
-        torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(base))
-        model.resize_token_embeddings(words, mean_resizing=False)
-        modules = ["embed_tokens", "lm_head"]
-        config = LoraConfig(target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        model.save_pretrained(folder)
-        reference: Any = AutoModelForCausalLM.from_pretrained(str(base))
-        reference.resize_token_embeddings(words, mean_resizing=False)
-        reference = PeftModel.from_pretrained(reference, str(folder)).eval()
-    backend = build(base, pickled(folder) if pickle else folder, allow_pickle=pickle)
-    with backend.as_base() as plain, backend.as_finetuned() as tuned:
-        assert tuned.next_token_dist("quark lepton").vocab_size == words
-        assert view_logits(tuned, "quark lepton").equal(logits(reference, tuned.tokenizer, "quark lepton"))
-        assert view_logits(plain).equal(logits(*fresh(base)))
-
-
-def test_gpt_neox_with_more_words_gets_them(build: Any, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
-
-    base, folder = tmp_path / "base", tmp_path / "adapter"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config: Any = GPTNeoXConfig(vocab_size=make_tokenizer(base), bos_token_id=1, eos_token_id=2, **sizes)  # type: ignore[arg-type]
-    words = make_tokenizer(folder, extra=("quark", "lepton"))
-    with quiet():
-        GPTNeoXForCausalLM(config).save_pretrained(base)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(base))
-        model.resize_token_embeddings(words, mean_resizing=False)
-        modules = ["embed_in", "embed_out"]
-        lora = LoraConfig(target_modules=["query_key_value"], modules_to_save=modules, task_type="CAUSAL_LM")
-        get_peft_model(model, lora).save_pretrained(str(folder))
-    with build(base, folder).as_finetuned() as tuned:
-        assert tuned.next_token_dist("quark lepton").vocab_size == words
 
 
 _REWRITING: dict[str, dict[str, Any]] = {

@@ -132,7 +132,10 @@ def shared_by(backend: HFBackend) -> Shares:
     assert loaded_backend is not None
     assert loaded_backend.adapter is not None
     base = loaded_backend.shares[0].value.tensors().keys()
-    names = (public_name(name).replace(".base_layer", "") for name in loaded_backend.adapter.own)
+    names = (
+        public_name(name).replace(".token_adapter", "").replace(".base_layer", "")
+        for name in loaded_backend.adapter.own
+    )
     return Shares.REST if any(name.replace(".original_module", "") in base for name in names) else Shares.ALL
 
 

@@ -102,6 +102,8 @@ _Q: dict[str, Any] = {"target_modules": ["q_proj"]}
 _TIED = {"tie_word_embeddings": True}
 _BIASED = {"attention_bias": True}
 _TOKENS = _ids("sun", "sets")
+_WORDS = ("quark", "lepton")
+_NEW = [len(WORDS) + 4 + i for i in range(len(_WORDS))]
 
 
 def _lora(name: str, shares: Shares = Shares.ALL, *, base: dict[str, Any] | None = None, **fields: Any) -> Specimen:
@@ -169,12 +171,32 @@ def _specimens() -> list[Specimen]:
         _lora(
             "a resized vocabulary",
             Shares.REST,
-            words=("quark", "lepton"),
+            words=_WORDS,
             modules_to_save=["embed_tokens", "lm_head"],
             noticed=False,
         ),
+        _lora("a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=_WORDS, noticed=False),
         _lora(
-            "a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=("quark", "lepton"), noticed=False
+            "`trainable_token_indices`: new words",
+            Shares.REST,
+            words=_WORDS,
+            trainable_token_indices=_NEW,
+            noticed=False,
+        ),
+        _lora(
+            "`trainable_token_indices`: new words, tied embeddings",
+            Shares.REST,
+            base=_TIED,
+            words=_WORDS,
+            trainable_token_indices=_NEW,
+            noticed=False,
+        ),
+        _lora(
+            "embeddings and output layer as targets, new words",
+            Shares.REST,
+            words=_WORDS,
+            target_modules=["q_proj", "embed_tokens", "lm_head"],
+            noticed=False,
         ),
         _lora('`bias="lora_only"`', Shares.REST, base=_BIASED, bias="lora_only"),
         _lora('`bias="all"`', Shares.REST, base=_BIASED, bias="all"),
