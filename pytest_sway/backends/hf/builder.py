@@ -15,6 +15,7 @@ from pytest_sway.backends.hf.pickles import with_entries
 from pytest_sway.backends.hf.placement import resolve_placement
 from pytest_sway.backends.hf.recall import DEFAULT_BYTES, AnswerMemory
 from pytest_sway.backends.hf.sizes import estimated
+from pytest_sway.backends.lineage import require_same_base
 from pytest_sway.backends.shared import SharedPool
 from pytest_sway.frames import forget_frames
 from pytest_sway.spec import base_key, base_spec, finetuned_spec
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.backend import HFBackend, Loaded
     from pytest_sway.backends.hf.base import LoadedBase
+    from pytest_sway.backends.hf.check import Plan
     from pytest_sway.backends.hf.staging import SharedWeights
     from pytest_sway.backends.shared import Share
     from pytest_sway.spec import ModelSpec
@@ -59,6 +61,7 @@ class HFBuilder:
         self._on_recall = on_recall
         self._on_base_mismatch = on_base_mismatch
         self._share_weights = share_weights
+        self._plan: Plan | None = None  # of the last check, for the build that follows it
         self._shared_weights: SharedWeights | None = None
         self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
 
@@ -69,7 +72,12 @@ class HFBuilder:
             SwayError: It cannot be loaded; the message says why and what to do.
         """
         spec = resolve_placement(spec)
-        files = check_spec(spec, on_base_mismatch=self._on_base_mismatch)
+        plan, self._plan = self._plan, None
+        if plan is None or not plan.holds_for(spec):
+            plan = check_spec(spec)
+        files = plan.files
+        if files is not None:
+            require_same_base(spec, files.config, self._on_base_mismatch)
         shares: list[Share[LoadedBase]] = []
         handled = sys.exception()
         try:
@@ -86,12 +94,15 @@ class HFBuilder:
         Raises:
             SwayError: Loading it would fail.
         """
-        policy = self._on_base_mismatch if self._on_base_mismatch == "error" else "ignore"  # the load will warn
-        check_spec(resolve_placement(spec), on_base_mismatch=policy)
+        plan = check_spec(resolve_placement(spec))
+        if plan.files is not None and self._on_base_mismatch == "error":  # else the load will warn
+            require_same_base(plan.spec, plan.files.config, self._on_base_mismatch)
+        self._plan = plan
 
     def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
         """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""
-        return estimated(resolve_placement(spec))
+        spec, plan = resolve_placement(spec), self._plan
+        return estimated(spec, plan if plan is not None and plan.holds_for(spec) else None)
 
     @contextmanager
     def hold(self, spec: ModelSpec) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,33 +17,56 @@ from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.libraries import require_libraries
 from pytest_sway.backends.hf.placement import require_device
 from pytest_sway.backends.hf.sizes import base_entries
-from pytest_sway.backends.lineage import require_same_base
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
-from pytest_sway.spec import finetuned_spec, is_path
+from pytest_sway.spec import finetuned_spec, is_path, state_of_files
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.headers import TensorEntry
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterFiles | None:
-    """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the files of a spec say, read once for all the steps of a load.
+
+    Attributes:
+        spec: The resolved spec.
+        state: The state that its files were in.
+        files: What the adapter's folder says; ``None`` without an adapter.
+        entries: The tensors of the base's files, by name; ``None`` where they are not known.
+    """
+
+    spec: ModelSpec
+    state: Hashable
+    files: AdapterFiles | None
+    entries: Mapping[str, TensorEntry] | None
+
+    def holds_for(self, spec: ModelSpec) -> bool:
+        """Whether it is of this spec, and nobody has written to the files since."""
+        return self.spec == spec and self.state == state_of_files(spec)
+
+
+def check_spec(spec: ModelSpec) -> Plan:
+    """Check the files of a resolved spec and return what they say.
 
     Args:
         spec: What is to be loaded.
-        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
 
     Raises:
         SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; a
             model's holds an adapter; the fine-tuned model is the base; or the device is not there.
         WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow; or a model
             would have to be fetched, and the process is offline.
-        AdapterMismatchError: The adapter was made for another architecture, or on another base where that is an error.
+        AdapterMismatchError: The adapter was made for another architecture.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
+    state = state_of_files(spec)
     config = _check_model(spec, "base")
     tuned = finetuned_spec(spec)
     if tuned is not None:
@@ -60,14 +84,12 @@ def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterF
         require_bounded(files, entries)
     if files is not None and entries is not None:
         check_fit(spec, files, entries, config)
-    if files is not None:
-        require_same_base(spec, files.config, on_base_mismatch)
     require_libraries(spec, gguf=any(gguf_file(model) is not None for model in (spec, tuned) if model is not None))
     require_device(spec)
     require_cached(spec)
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
-    return files
+    return Plan(spec, state, files, entries)
 
 
 def _check_model(spec: ModelSpec, role: str) -> dict[str, Any]:

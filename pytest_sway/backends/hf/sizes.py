@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.hf.check import Plan
     from pytest_sway.backends.hf.headers import TensorEntry
     from pytest_sway.spec import ModelSpec
 
@@ -30,16 +31,24 @@ _FLOAT32_BYTES: Final = 4
 _TIED: Final = "lm_head.weight"  # which a model with tied embeddings does not have, if a file of it may
 
 
-def estimated(spec: ModelSpec) -> Mapping[Hashable, int] | None:
-    """Return the bytes that each part of a resolved spec will take; ``None`` where that cannot be known."""
+def estimated(spec: ModelSpec, plan: Plan | None = None) -> Mapping[Hashable, int] | None:
+    """Return the bytes that each part of a resolved spec will take; ``None`` where that cannot be known.
+
+    Args:
+        spec: The spec.
+        plan: What its files say, if that was read already.
+    """
     tuned = finetuned_spec(spec)
     if tuned is not None:
         both = [estimated(base_spec(spec)), estimated(tuned)]
         return None if None in both else {key: size for parts in both for key, size in (parts or {}).items()}
     try:
-        entries = base_entries(spec)
+        entries = base_entries(spec) if plan is None else plan.entries
         base_bytes = _base_bytes(spec, entries)
-        files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
+        if plan is not None:
+            files = plan.files
+        else:
+            files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
     except SwayError:
         return None
     if base_bytes is None:
