@@ -27,12 +27,12 @@ def preflight(sides: Mapping[str, Callable[[], AbstractContextManager[View]]]) -
         ``(True, "")``, or ``(False, reason)``.
     """
     reasons = []
-    try:
-        for label, opened in sides.items():
+    for label, opened in sides.items():
+        try:
             with opened() as view:
                 reasons.append(not_finite(label, view.next_token_dist(_PROMPT, top_k=_TOP_K)))
-    except Exception as error:  # the check reports whatever went wrong
-        return False, f"preflight forward pass raised {type(error).__name__}: {redacted(str(error))}"
+        except Exception as error:  # the check reports whatever went wrong
+            reasons.append(f"the {label} view raised {type(error).__name__}: {redacted(str(error))}")
     return not any(reasons), "; ".join(filter(None, reasons))
 
 

@@ -31,11 +31,13 @@ class Adapter:
         files: What it was loaded from.
         pristine: What makes trees with it.
         own: The tensors that are not the base's, or no longer, by their names in the ``PeftModel``.
+        scaling: The largest factor that the product of two LoRA matrices is multiplied by; 1 where there are none.
     """
 
     files: AdapterFiles
     pristine: Pristine | OnSkeleton
     own: dict[str, Any]
+    scaling: float
 
 
 def adapter_parameters(peft_model: Any) -> dict[str, Any]:
@@ -54,6 +56,11 @@ def scalings_of(peft_model: Any) -> list[dict[str, float]]:
 
     layers = (module for _, module in modules_of(peft_model) if isinstance(module, LoraLayer))
     return [layer.scaling for layer in layers if NAME in layer.scaling]
+
+
+def largest_scaling(peft_model: Any) -> float:
+    """Return the largest factor that the product of two LoRA matrices is multiplied by; 1 where there are none."""
+    return max((abs(scaling[NAME]) for scaling in scalings_of(peft_model)), default=1.0)
 
 
 def inner_model(peft_model: Any) -> Any:

@@ -11,7 +11,7 @@ import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters
+from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters, largest_scaling
 from pytest_sway.backends.hf.adapter_files import WEIGHTS
 from pytest_sway.backends.hf.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.pickles import read_pickle
@@ -88,7 +88,7 @@ def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     config = peft_model.peft_config[NAME]
     skeleton = base.skeletons.made_of(files, config, pristine, own)
     if skeleton is None:
-        return Adapter(files, pristine, own)
+        return Adapter(files, pristine, own, largest_scaling(peft_model))
     return _on_skeleton(files, skeleton, config, {name_in_file(name): tensor for name, tensor in own.items()})
 
 
@@ -173,7 +173,7 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
 
 def _on_skeleton(files: AdapterFiles, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> Adapter:
     own = {skeleton.names[name]: parameter for name, parameter in weights.items()}
-    return Adapter(files, OnSkeleton(skeleton, config, weights), own)
+    return Adapter(files, OnSkeleton(skeleton, config, weights), own, skeleton.scaling)
 
 
 def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class LoadedBase:
         tokenizers: The tokenizers that adapters brought, by the identity of their files; each stays for as long as a
             backend uses it.
         lock: Held while a tokenizer is added.
+        is_tried: Whether it was tried, and computes numbers from left to right as far as that shows.
         nbytes: What its parameters and buffers take, each place counted once.
     """
 
@@ -64,6 +65,7 @@ class LoadedBase:
         self.pristine = Pristine(model, load_model, trial=self.may_hide_something)
         self.watches = self.pristine.watches
         self.trials = Trials()
+        self.is_tried = False
         self.memory: AnswerMemory | None = None
         self.side = base_side(self)
         self.skeletons = Skeletons()

@@ -6,6 +6,7 @@ asks for. What they would hang on, or die of, is refused here by its name, befor
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -117,8 +118,14 @@ def require_types(path: Path, config: Mapping[str, Any]) -> None:
     """Raise unless the fields of an ``adapter_config.json`` have the types that they take, as far as they are known.
 
     Raises:
-        SpecError: One has another.
+        SpecError: One has another, or holds a number that is none.
     """
+    for field, value in config.items():
+        if not _is_finite(value):
+            raise SpecError(
+                f"{str(path)!r} has {field} = {_short(value)}, and NaN or infinity is no setting. Save the adapter"
+                " again."
+            )
     for field, (kinds, of) in _TYPES.items():
         value = config.get(field)
         if value is None:
@@ -129,6 +136,15 @@ def require_types(path: Path, config: Mapping[str, Any]) -> None:
             raise SpecError(
                 f"{str(path)!r} has {field} = {_short(value)}, and it must be {takes}. Save the adapter again."
             )
+
+
+def _is_finite(value: object) -> bool:
+    """Whether all numbers in a value read from JSON are finite; Python's reader takes NaN and Infinity too."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:

@@ -126,14 +126,17 @@ class HFBuilder:
 
         from pytest_sway.backends.hf.backend import HFBackend, Loaded
         from pytest_sway.backends.hf.finetuned import verify_finetuned
+        from pytest_sway.backends.hf.soundness import verify_base
 
         files = None if files is None else with_entries(files)
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
             base = self._clean_base(base_spec(spec), shares)
+            verify_base(base)
             tuned_spec = finetuned_spec(spec)
             if tuned_spec is not None:
                 tuned = self._clean_base(tuned_spec, shares)
                 verify_finetuned(base, tuned)
+                verify_base(tuned, "fine-tuned model")
                 loaded = Loaded(list(shares), base.side, tuned.side)
             elif files is not None:
                 loaded = _with_adapter(base, files, list(shares))

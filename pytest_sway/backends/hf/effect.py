@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.libraries import no_warnings
+from pytest_sway.backends.hf.soundness import has_nan
 from pytest_sway.backends.hf.verification import without_effect
+from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
@@ -43,6 +45,12 @@ def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
             return
         ids = _probe(plain, files)
         before, after = _logits(plain, ids), _logits(changed, ids)
+        if has_nan(after) and not has_nan(before):
+            raise AdapterMismatchError(
+                f"the adapter {str(files.folder)!r} makes the base {base.spec.base!r} compute NaN for {len(ids)} tokens"
+                " from all over the vocabulary. Its training diverged, or its config is not the one that it was"
+                " trained with."
+            )
         if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed):
             why = f"for {len(ids)} tokens from all over the vocabulary the logits stay the same"
             raise without_effect(base.spec, files, why)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.adapter import some
+from pytest_sway.backends.hf.soundness import not_finite
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -66,18 +67,10 @@ def _equal(base: LoadedBase, tuned: LoadedBase) -> bool:
 
 def _require_finite(tuned: LoadedBase) -> None:
     tensors = tuned.tensors()
-    broken = sorted(name for name, tensor in tensors.items() if not _finite(tensor))
+    broken = not_finite(tensors)
     if broken:
         raise AdapterMismatchError(
             f"the fine-tuned model {tuned.spec.base!r} has NaN or infinite values in {len(broken)} of its"
-            f" {len(tensors)} tensors ({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''})."
+            f" {len(tensors)} tensors ({some(broken)})."
             " Its training diverged, or the file is damaged."
         )
-
-
-def _finite(tensor: Any) -> bool:
-    import torch
-
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return math.isfinite(torch.linalg.vector_norm(tensor, math.inf))

@@ -10,6 +10,7 @@ from pytest_sway.backends.hf import batches
 from pytest_sway.backends.hf.halving import in_parts
 from pytest_sway.backends.hf.recall import recalling
 from pytest_sway.backends.hf.scores import Engine, encoded_prompts, listed, next_logits, warn_of_cuts
+from pytest_sway.backends.hf.soundness import no_number
 from pytest_sway.backends.hf.split import agree, trial_tokens
 from pytest_sway.errors import ScoringError
 
@@ -139,8 +140,10 @@ def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, 
     if not _continues(engine, _ALONE):
         return _recomputed(engine, requests, settings, stops)
     arguments = _left_padded(engine, [request.ids for request in requests], stops.pad)
-    if settings.temperature > 0.0:
-        arguments["logits_processor"] = _sampling(settings, [request.seed for request in requests])
+    arguments["logits_processor"] = [
+        _checked(engine),
+        *(_sampling(settings, [request.seed for request in requests]) if settings.temperature > 0.0 else ()),
+    ]
     forward, length = engine.forward, max(len(request.ids) for request in requests) + settings.max_new_tokens
     forward.spent = forward.spent or forward.rope.leaves_a_trace(length)
     ends = list(stops.ends) or None
@@ -156,6 +159,7 @@ def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, 
 
 def _recomputed(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
     """The same without a cache: each token comes out of a pass over all of the text before it."""
+    check = _checked(engine)
     chosen = [_sampling(settings, [request.seed]) if settings.temperature > 0.0 else None for request in requests]
     found: list[tuple[int, ...]] = [()] * len(requests)
     for _ in range(settings.max_new_tokens):
@@ -164,6 +168,7 @@ def _recomputed(engine: Engine, requests: Sequence[Request], settings: Settings,
             if not (new and new[-1] in stops.ends):
                 texts.setdefault(request.ids + new, []).append(i)
         for text, logits in next_logits(engine, list(texts)):
+            check(None, logits)
             for i in texts[text]:
                 sample = chosen[i]
                 scores = logits if sample is None else sample(None, logits.unsqueeze(0))[0]
@@ -183,6 +188,17 @@ def _left_padded(engine: Engine, prompts: Sequence[Sequence[int]], pad: int) -> 
     mask = [[*[0] * n, *[1] * len(ids)] for n, ids in zip(missing, prompts, strict=True)]
     device = engine.model.device
     return {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _checked(engine: Engine) -> Any:
+    """Raise for logits that are NaN, of which the most probable one would be the first."""
+
+    def check(_ids: Any, scores: Any) -> Any:
+        if not scores.amax(-1).isfinite().all():
+            raise no_number(engine)
+        return scores
+
+    return check
 
 
 def _sampling(settings: Settings, seeds: Sequence[int | None]) -> Any:

@@ -20,6 +20,7 @@ from pytest_sway.backends.hf.chat import prompt_text, shortened
 from pytest_sway.backends.hf.halving import in_parts
 from pytest_sway.backends.hf.packing import MaskedError
 from pytest_sway.backends.hf.recall import recalling
+from pytest_sway.backends.hf.soundness import no_number
 from pytest_sway.backends.hf.tokenisation import Window
 from pytest_sway.errors import ScoringError, SwayWarning
 from pytest_sway.scoring import RollingLogprob, TokenDist
@@ -212,6 +213,8 @@ def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[
         return _chosen_logprobs(logits, rows, [targets[i] for i in asked])
 
     flat = np.array(engine.forward.window_logits(windows, reduce), dtype=np.float32)
+    if np.isnan(flat).any():
+        raise no_number(engine)
     return np.split(flat, np.cumsum([len(window.scored) for window in windows])[:-1])
 
 
@@ -221,7 +224,10 @@ def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist
         found = _most_probable(logits, top_k)
         return [found[row] for row in rows]
 
-    return engine.forward.logits([(ids, 1) for ids in prompts], reduce)
+    dists = engine.forward.logits([(ids, 1) for ids in prompts], reduce)
+    if any(np.isnan(dist.logprobs[0]) for dist in dists):
+        raise no_number(engine)
+    return dists
 
 
 def next_logits(engine: Engine, prompts: Sequence[Ids]) -> Iterator[tuple[Ids, Any]]:

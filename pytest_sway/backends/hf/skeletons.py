@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import NAME
+from pytest_sway.backends.hf.adapter import NAME, largest_scaling
 from pytest_sway.backends.hf.pristine import Watches
 from pytest_sway.backends.hf.shared_memory import SharedMemory, SharedTensors
 from pytest_sway.backends.hf.trees import modules_of
@@ -47,6 +47,7 @@ class Skeleton:
         model: The ``PeftModel``.
         places: By the names of an adapter's tensors in its file, what stands for them in the model: shape and dtype.
         names: By the same names, those that they have in the ``PeftModel``.
+        scaling: The largest factor that the product of two LoRA matrices is multiplied by.
         idle: The trees that compute for its adapters and are in no call now.
         lock: Held while one is taken or given back.
     """
@@ -60,6 +61,7 @@ class Skeleton:
         self.places = {name_in_file(name): known[id(tensor)] for name, tensor in own.items()}
         self.names = {name_in_file(name): name for name in own}
         self.model = memory.tree(known)
+        self.scaling = largest_scaling(self.model)
         self.idle: list[Runner] = []
         self.lock = threading.Lock()
         self._memory = SharedMemory(self.model, memory.ways_in(known))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import NAME, is_adapters, public_name, scalings_of, some
+from pytest_sway.backends.hf.adapter import NAME, is_adapters, public_name, some
+from pytest_sway.backends.hf.soundness import largest
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -58,17 +59,20 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
         AdapterMismatchError: They are not, or cannot.
     """
     parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
-    largest = _largest(adapter.own)
+    magnitudes = largest(adapter.own)
     folder = str(adapter.files.folder)
-    broken = [name for name, value in largest.items() if not math.isfinite(value)]
+    broken = [name for name, value in magnitudes.items() if not math.isfinite(value)]
     if broken:
         raise AdapterMismatchError(
-            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(largest)} tensors"
+            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(magnitudes)} tensors"
             f" ({some(map(public_name, broken))})."
             " Its training diverged, or the file is damaged."
         )
-    own = {name: largest[name] for name in parameters}
-    if adapter.files.peft_type == "LORA" and adapter.files.additive and _changes_nothing(adapter, parameters, own):
+    if adapter.files.peft_type != "LORA":
+        return
+    own = {name: magnitudes[name] for name in parameters}
+    _require_room(folder, parameters, own, adapter.scaling)
+    if adapter.files.additive and _changes_nothing(adapter, parameters, own):
         raise without_effect(base, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
 
 
@@ -112,39 +116,37 @@ def _saved_twice(name: str, files: AdapterFiles) -> bool:
     return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
 
 
-def _largest(tensors: Mapping[str, Any]) -> dict[str, float]:
-    """The largest magnitude in each tensor; NaN or infinite if it has any such value."""
+def _require_room(folder: str, parameters: Mapping[str, Any], magnitudes: Mapping[str, float], scaling: float) -> None:
+    """Raise where what a LoRA pair is multiplied to is larger than any number of its dtype, which makes NaN of it."""
     import torch
 
-    floats = {
-        name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
-    }
-    norms = torch._foreach_norm(list(floats.values()), math.inf) if floats else []
-    return {**dict.fromkeys(tensors, 0.0), **{name: float(norm) for name, norm in zip(floats, norms, strict=True)}}
+    products: dict[tuple[str, str], float] = {}
+    for name, value in magnitudes.items():
+        owner, matrix = _lora_factor(name)
+        if matrix is None:
+            continue
+        products[owner] = products.get(owner, scaling) * value
+        if products[owner] > torch.finfo(parameters[name].dtype).max:
+            raise AdapterMismatchError(
+                f"the adapter {folder!r} has weights of up to {value:.1e} in {public_name(name)!r}, scaled by"
+                f" {scaling:.1e}, and what they are multiplied to is too large for {parameters[name].dtype}."
+                " Its training diverged, or its lora_alpha is wrong."
+            )
 
 
-def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any], largest: dict[str, float]) -> bool:
+def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any], magnitudes: Mapping[str, float]) -> bool:
     """Whether a LoRA adapter that only adds to its base is without effect, by its weights."""
-    if _is_scaled_to_zero(adapter):
-        largest = {name: 0.0 if _lora_factor(name)[1] else value for name, value in largest.items()}
+    if not adapter.scaling:
+        magnitudes = {name: 0.0 if _lora_factor(name)[1] else value for name, value in magnitudes.items()}
     alive: dict[tuple[str, str], set[str]] = {}
-    for name, value in largest.items():
+    for name, value in magnitudes.items():
         owner, matrix = _lora_factor(name)
         if matrix is not None and value:
             alive.setdefault(owner, set()).add(matrix)
     if any(len(matrices) == 2 for matrices in alive.values()):
         return False
-    others = [name for name, value in largest.items() if value and _lora_factor(name)[1] is None]
+    others = [name for name, value in magnitudes.items() if value and _lora_factor(name)[1] is None]
     return all(_as_in_base(adapter.pristine.model, parameters, name) for name in others)
-
-
-def _is_scaled_to_zero(adapter: Adapter) -> bool:
-    """Whether the scaling of each LoRA layer is zero."""
-    config = adapter.files.config
-    if all(alpha for alpha in (config.get("lora_alpha", 1), *(config.get("alpha_pattern") or {}).values())):
-        return False  # as most adapters say; the walk through the layers takes longer
-    scalings = scalings_of(adapter.pristine.model)
-    return bool(scalings) and not any(scaling[NAME] for scaling in scalings)
 
 
 def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bool:
@@ -161,11 +163,15 @@ def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bo
         return torch.equal(parameter, peft_model.get_submodule(module).trainable_tokens_original[NAME])
     module, marker, _ = name.partition(".lora_magnitude_vector.")
     if marker:
-        weight = getattr(peft_model.get_submodule(module).get_base_layer(), "weight", None)
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point() or len(weight) != parameter.numel():
+        layer = peft_model.get_submodule(module)
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is None or not weight.is_floating_point():
             return False
-        norm = torch.linalg.vector_norm(weight.detach().float(), dim=1)
-        return torch.allclose(parameter.float().flatten(), norm, rtol=_ROUNDING)
+        # PEFT's own: along which side a weight is measured differs from Linear to Conv1D, Embedding and convolutions.
+        norm = layer.lora_magnitude_vector[NAME].get_weight_norm(weight.detach().float(), weight.new_zeros(()), 0.0)
+        return parameter.numel() == norm.numel() and torch.allclose(
+            parameter.float().flatten(), norm.flatten(), rtol=_ROUNDING
+        )
     return False
 
 

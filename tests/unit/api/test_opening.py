@@ -175,7 +175,7 @@ def test_a_server_that_fails_fails_the_preflight(build: Build, toy: Toy) -> None
     toy.canned += [Response("", 400)]
     ok, reason = backend.preflight_finite_check()
     assert not ok
-    assert reason.startswith(f"preflight forward pass raised RefusedError: {toy.url}/v1/completions answered 400")
+    assert reason.startswith(f"the base view raised RefusedError: {toy.url}/v1/completions answered 400")
 
 
 def test_the_cache_serves_it_and_counts_no_bytes(toy: Toy) -> None:

@@ -192,6 +192,24 @@ def test_a_field_of_another_type_is_named(
 
 
 @pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha = inf"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern = {'q_proj': nan}"),
+        ({"runtime_config": {"scale": [1.0, float("-inf")]}}, "runtime_config = {'scale': [1.0, -inf]}"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_named(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], fields: dict[str, Any], sentence: str
+) -> None:
+    edit_config(folders["adapter"], **fields)
+    error = refusal()
+    assert isinstance(error, SpecError)
+    assert f"adapter_config.json' has {sentence}, and NaN or infinity is no setting." in str(error)
+
+
+@pytest.mark.parametrize(
     ("rename", "left", "whose"),
     [
         (lambda name: f"_orig_mod.{name}", "_orig_mod.", "torch.compile"),

@@ -65,4 +65,4 @@ def test_the_preflight_check_names_the_side_that_is_not_finite(build: Any, base:
         next(p for name, p in computing_model(view).named_parameters() if "v_proj.lora_B" in name).fill_(float("nan"))
     ok, reason = backend.preflight_finite_check()
     assert not ok
-    assert reason.startswith("the ft view gave 8 of 8 non-finite")
+    assert reason.startswith("the ft view raised ScoringError: the model computes NaN: 1 of its")

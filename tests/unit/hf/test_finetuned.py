@@ -154,7 +154,7 @@ def test_the_preflight_scores_both(base: Path, tuned: Path) -> None:
         computing_model(fine).lm_head.weight.data.fill_(float("nan"))
     ok, reason = backend.preflight_finite_check()
     assert not ok
-    assert reason.startswith("the ft view gave 8 of 8 non-finite log-probabilities")
+    assert reason.startswith("the ft view raised ScoringError: the model computes NaN: 1 of its")
     assert "base view" not in reason
     assert backend.cache_identity() == f"hf:{base}:{tuned}"
     backend.close()

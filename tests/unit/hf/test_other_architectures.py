@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError
-from tests.tiny import make_adapter, make_tokenizer, quiet
+from tests.tiny import edit_weights, make_adapter, make_tokenizer, quiet
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -35,6 +35,19 @@ def test_transposed_layers_are_served_and_shared(build: Any, gpt2: Path, tmp_pat
             assert view_logits(tuned).equal(logits(*fresh(gpt2, folder)))
             assert view_logits(plain).equal(logits(*fresh(gpt2)))
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize("target", ["c_attn", "c_proj", "wte", "lm_head"])
+def test_dora_that_was_never_trained_is_refused_whichever_way_its_weights_lie(
+    build: Any, gpt2: Path, tmp_path: Path, target: str
+) -> None:
+    with quiet():
+        adapter = make_adapter(
+            tmp_path / "adapter", gpt2, targets=(target,), zero_b=True, use_dora=True, fan_in_fan_out=target[1] == "_"
+        )
+    edit_weights(adapter, lambda tensors: {n: t for n, t in tensors.items() if "lora_" in n})
+    with pytest.raises(AdapterMismatchError, match=r"changes nothing .* Was it saved before it was trained"):
+        build(gpt2, adapter)
 
 
 @pytest.mark.filterwarnings("ignore:the adapter .* was trained on:pytest_sway.SwayWarning")
