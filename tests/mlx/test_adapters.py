@@ -220,16 +220,34 @@ def test_an_adapter_trained_anew_in_the_same_folder_is_another_one(base: Path, a
     cache.shutdown()
 
 
-def test_a_tokenizer_that_the_adapter_brings_is_used_on_both_sides(
+def test_a_tokenizer_that_the_adapter_brings_is_the_tuned_views_alone(
     build: Build, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     make_tokenizer(folder, extra=("zebra",))
     backend, other = build(base, folder), build(base, adapter)
     with backend.as_base() as plain, backend.as_finetuned() as tuned, other.as_base() as without:
-        for view in (plain, tuned):
-            assert view.tokenizer.convert_tokens_to_ids("zebra") == len(view.tokenizer.vocab) - 1
-        assert without.tokenizer.convert_tokens_to_ids("zebra") == without.tokenizer.unk_token_id
+        assert tuned.tokenizer.convert_tokens_to_ids("zebra") == len(tuned.tokenizer.vocab) - 1
+        for view in (plain, without):
+            assert view.tokenizer.convert_tokens_to_ids("zebra") == view.tokenizer.unk_token_id
+
+
+@pytest.mark.parametrize("part", ["tokenizer.json", "chat_template.jinja"])
+def test_a_part_of_a_tokenizer_goes_with_the_rest_of_the_bases(
+    build: Build, base: Path, adapter: Path, tmp_path: Path, part: str
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    if part == "tokenizer.json":
+        make_tokenizer(folder, extra=("zebra",))
+        (folder / "tokenizer_config.json").unlink()
+    else:
+        (folder / part).write_text("{% for m in messages %}he said : {{ m.content }}{% endfor %}")
+    with build(base, folder).as_base() as plain, build(base, folder).as_finetuned() as tuned:
+        assert (tuned.tokenizer.convert_tokens_to_ids("zebra") != tuned.tokenizer.unk_token_id) is (part[0] == "t")
+        assert bool(tuned.tokenizer.chat_template) is (part[0] == "c")
+        assert not plain.tokenizer.chat_template
+        names = ("bos_token", "eos_token", "model_max_length")
+        assert [getattr(tuned.tokenizer, name) for name in names] == [getattr(plain.tokenizer, name) for name in names]
 
 
 def test_a_token_that_is_added_to_an_adapters_tokenizer_is_that_adapters_affair(

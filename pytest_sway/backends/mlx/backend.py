@@ -86,8 +86,9 @@ class MLXBackend:
         self._spec = spec
         self._loaded: Loaded | None = loaded
         self._withdraw = withdraw
-        own_tokenizer = loaded.base.tokenizer is not loaded.base.base.tokenizer
-        self._rust = RustRecord(encoder_of(loaded.base.tokenizer)) if own_tokenizer else None
+        tuned = loaded.tuned or loaded.base
+        brought = tuned.tokenizer is not tuned.base.tokenizer
+        self._rust = RustRecord(encoder_of(tuned.tokenizer)) if brought else None
         self._handing_out = threading.Lock()
         self._freed: list[SharedArrays] = []
 

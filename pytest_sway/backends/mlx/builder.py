@@ -108,7 +108,7 @@ class MLXBuilder:
         elif files is not None:
             adapter = load_adapter(base, files)
             tokenizer = adapter_tokenizer(base, files)
-            sides = Side(base, base.model, tokenizer), Side(base, adapter.model, tokenizer)
+            sides = Side(base, base.model, base.tokenizer), Side(base, adapter.model, tokenizer)
             loaded = Loaded(list(shares), *sides, adapter)
         else:
             loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer), None)
