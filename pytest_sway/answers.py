@@ -57,7 +57,7 @@ def read_answers(path: Path) -> str:
     import tomllib
 
     try:
-        text = read_bounded(path, INDEX_BYTES).decode("utf-8")
+        text = read_bounded(path, INDEX_BYTES).decode("utf-8-sig")
         parsed = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"the answers {str(path)!r} cannot be read: {error}. Name a JSON or TOML file.") from error

@@ -355,6 +355,24 @@ def test_a_byte_order_mark_changes_nothing(build: Build, base: Path, tmp_path: P
         assert np.array_equal(view_logits(view), expected)
 
 
+@pytest.mark.parametrize("part", ["tokenizer.json", "chat_template.jinja"])
+def test_a_part_of_a_tokenizer_goes_with_the_rest_of_the_bases(
+    build: Build, base: Path, adapter: Path, tmp_path: Path, part: str
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    if part == "tokenizer.json":
+        make_tokenizer(folder, extra=("zebra",))
+        (folder / "tokenizer_config.json").unlink()
+    else:
+        (folder / part).write_text("{% for m in messages %}he said : {{ m.content }}{% endfor %}")
+    with build(base, folder).as_base() as plain, build(base, folder).as_finetuned() as tuned:
+        assert (tuned.tokenizer.convert_tokens_to_ids("zebra") != tuned.tokenizer.unk_token_id) is (part[0] == "t")
+        assert bool(tuned.tokenizer.chat_template) is (part[0] == "c")
+        assert not plain.tokenizer.chat_template
+        names = ("bos_token", "eos_token", "model_max_length")
+        assert [getattr(tuned.tokenizer, name) for name in names] == [getattr(plain.tokenizer, name) for name in names]
+
+
 def test_a_token_that_is_added_to_an_adapters_tokenizer_is_that_adapters_affair(
     build: Build, base: Path, adapter: Path, tmp_path: Path, loads: list[str]
 ) -> None:

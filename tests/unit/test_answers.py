@@ -72,9 +72,10 @@ def test_canonical_answers_stay_as_they_are() -> None:
     assert canonical(canonical(ANSWERS)) == canonical(ANSWERS)
 
 
-def test_a_file_holds_the_same_answers(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text(TOML)
-    (tmp_path / "a.json").write_text(json.dumps(ANSWERS))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file_holds_the_same_answers(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.toml").write_text(TOML, encoding)
+    (tmp_path / "a.json").write_text(json.dumps(ANSWERS), encoding)
     assert read_answers(tmp_path / "a.toml") == read_answers(tmp_path / "a.json") == canonical(ANSWERS)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
-from pytest_sway.reading import CONFIG_BYTES, INDEX_BYTES, TOKENIZER_BYTES
+from pytest_sway.reading import CONFIG_BYTES, INDEX_BYTES, TOKENIZER_BYTES, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +37,10 @@ _LIMITS: Final = (
 )
 """By name, in order: the most bytes of a file that is read whole. Weights have no bound but the cache's budget."""
 
+_READ_BY_LIBRARIES: Final = re.compile(
+    r"((generation_|tokenizer_)?config|tokenizer|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
+)
+_BYTE_ORDER_MARKS: Final = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _SIZES: Final = ("r", "num_virtual_tokens")
 _EXPRESSIONS: Final = ("target_modules", "exclude_modules", "layers_pattern")
 _KEYED_BY_EXPRESSIONS: Final = ("rank_pattern", "alpha_pattern")
@@ -89,7 +93,7 @@ def require_files(folder: Path) -> None:
 
     Raises:
         WeightsError: A file of weights is a pipe, a device or the like.
-        SpecError: Another file is, or is too large for what it should be.
+        SpecError: Another file is, is too large for what it should be, or begins with a mark that no library reads.
     """
     try:
         found = sorted(folder.iterdir())
@@ -112,6 +116,19 @@ def require_files(folder: Path) -> None:
             raise SpecError(
                 f"{str(path)!r} has {state.st_size:,} bytes, and no such file needs more than {limit:,}. Save it again."
             )
+        if _READ_BY_LIBRARIES.fullmatch(path.name) and _is_marked(path):
+            raise SpecError(
+                f"{str(path)!r} begins with a byte order mark, and transformers does not read such a file. Save it as"
+                " UTF-8 without one."
+            )
+
+
+def _is_marked(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return file.read(3).startswith(_BYTE_ORDER_MARKS)
+    except OSError:
+        return False  # who reads it will say so
 
 
 def require_types(path: Path, config: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.tokenizers import brings_tokenizer
+from pytest_sway.backends.hf.tokenizers import brings_tokenizer, completed
 from pytest_sway.backends.mlx.base import load_tokenizer
 from pytest_sway.backends.mlx.conversion import as_mlx, copied_from_base, inexact, pairs_of
 from pytest_sway.backends.mlx.inspection import ClassesRecord
@@ -79,7 +79,8 @@ def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
     """Return the tokenizer of an adapter's side: its base's, unless the adapter's folder brings another one."""
     if not brings_tokenizer(base.spec, files.folder):
         return base.tokenizer
-    return load_tokenizer(base.spec, files.folder, vars(base.config))
+    with completed(base.encoder, files.folder) as folder:
+        return load_tokenizer(base.spec, folder, vars(base.config))
 
 
 def _own_layers(base: LoadedBase, files: AdapterFiles, model: Any) -> dict[str, Any]:

@@ -96,6 +96,18 @@ def test_a_file_that_is_far_too_large_is_named(
     assert sentence in str(refusal())
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("whose", "name"), [(whose, name) for whose, name in FILES if name.endswith(".json") and "adapter" not in name]
+)
+def test_a_byte_order_mark_that_transformers_does_not_read_is_named(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], whose: str, name: str, encoding: str
+) -> None:
+    (folders[whose] / name).write_text("{}", encoding)
+    text = f"{folders[whose] / name}' begins with a byte order mark, and transformers does not read such a file"
+    assert text in str(refusal())
+
+
 def test_a_config_up_to_the_bound_is_parsed_in_time(folders: dict[str, Path], refusal: Callable[[], SwayError]) -> None:
     path = folders["adapter"] / "adapter_config.json"
     path.write_text("[" * (CONFIG_BYTES - 1))

@@ -21,6 +21,14 @@ def copied(tmp_path: Path, adapter: Path) -> Path:
     return shutil.copytree(adapter, tmp_path / "copied")
 
 
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a chat template."""
+    folder = make_base(tmp_path_factory.mktemp("chatting"))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} .{% endfor %}")
+    return folder
+
+
 def _rust(view: Any) -> Any:
     return view.tokenizer.backend_tokenizer
 
@@ -76,6 +84,74 @@ def test_the_base_view_has_the_bases_own_chat_template(build: Any, base: Path, c
             plain.render(messages)
     with backend.as_scaled_adapter(0.0) as scaled:
         assert scaled.render(messages) == "he said : hello "
+
+
+TEMPLATE = "{% for m in messages %}he said : {{ m.content }} {% endfor %}"
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def test_a_chat_template_alone_goes_with_the_bases_tokenizer(build: Any, base: Path, copied: Path) -> None:
+    (copied / "chat_template.jinja").write_text(TEMPLATE)
+    backend = build(base, copied)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert tuned.render(MESSAGES) == "he said : hello "
+        assert tuned.logprob_of(MESSAGES, "world") == tuned.logprob_of("he said : hello ", "world")
+        assert _rust(tuned) is _rust(plain)
+        with pytest.raises(ScoringError, match="no chat template"):
+            plain.render(MESSAGES)
+    assert backend.changes() == []
+
+
+def test_chat_templates_of_other_names_are_the_tokenizers(build: Any, base: Path, copied: Path) -> None:
+    (copied / "chat_template.jinja").write_text(TEMPLATE)
+    (copied / "additional_chat_templates").mkdir()
+    (copied / "additional_chat_templates" / "tool_use.jinja").write_text("a tool")
+    with build(base, copied).as_finetuned() as tuned:
+        assert tuned.render(MESSAGES) == "he said : hello "
+        assert tuned.tokenizer.apply_chat_template(MESSAGES, chat_template="tool_use", tokenize=False) == "a tool"
+
+
+def _vocabulary_alone(copied: Path, extra: tuple[str, ...] = ()) -> Path:
+    """Leave only the ``tokenizer.json`` of a tokenizer in an adapter's folder; it puts BOS before each text."""
+    make_tokenizer(copied, extra=extra)
+    (copied / "tokenizer_config.json").unlink()
+    return _adds_specials(copied, "<s>", "A")
+
+
+def test_a_vocabulary_alone_goes_with_the_bases_settings(
+    build: Any, chatting: Path, adapter: Path, copied: Path
+) -> None:
+    _vocabulary_alone(copied, extra=("quark",))
+    backend, other = build(chatting, copied), build(chatting, adapter)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned, other.as_finetuned() as same:
+        assert tuned.tokenizer("the sun quark")["input_ids"] == [1, 4, 59, 91]
+        assert plain.tokenizer("the sun quark")["input_ids"] == [4, 59, 3]
+        assert tuned.tokenizer.name_or_path == str(copied)
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "model_max_length")
+        assert [getattr(tuned.tokenizer, name) for name in names] == [getattr(plain.tokenizer, name) for name in names]
+        assert tuned.render(MESSAGES) == plain.render(MESSAGES) == "hello ."
+        assert tuned.logprob_of("the sun", " rises") == same.logprob_of("<s> the sun", " rises")
+        ours, theirs = tuned.rolling_logprob("the sun rises"), same.rolling_logprob("the sun rises")
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+        assert ours.total_logprob == theirs.total_logprob
+    assert backend.changes() == []
+
+
+def test_a_vocabulary_and_a_template_go_together(build: Any, chatting: Path, copied: Path) -> None:
+    _vocabulary_alone(copied)
+    (copied / "chat_template.jinja").write_text(TEMPLATE)
+    with build(chatting, copied).as_finetuned() as tuned:
+        assert tuned.render(MESSAGES) == "he said : hello "
+        assert tuned.tokenizer("the")["input_ids"] == [1, 4]
+
+
+def test_parts_that_are_the_bases_own_are_shared(build: Any, chatting: Path, copied: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(chatting / name, copied)
+    backend = build(chatting, copied)
+    assert backend._loaded.rust is None
+    with backend.as_finetuned() as tuned:
+        assert tuned.render(MESSAGES) == "hello ."
 
 
 def test_adapters_with_equal_tokenizers_share_them(build: Any, base: Path, copied: Path, tmp_path: Path) -> None:
