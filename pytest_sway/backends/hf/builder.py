@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_sway.backends.exhaustion import out_of_memory
-from pytest_sway.backends.hf.check import check_spec
+from pytest_sway.backends.hf.check import check_spec, require_fit
 from pytest_sway.backends.hf.libraries import import_libraries
 from pytest_sway.backends.hf.pickles import with_entries
 from pytest_sway.backends.hf.placement import resolve_placement
@@ -116,7 +116,9 @@ class HFBuilder:
         from pytest_sway.backends.hf.backend import HFBackend, Loaded
         from pytest_sway.backends.hf.finetuned import verify_finetuned
 
-        files = None if files is None else with_entries(files)
+        if files is not None and files.entries is None:
+            files = with_entries(files)
+            require_fit(spec, files)
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
             base = self._clean_base(base_spec(spec), shares)
             tuned_spec = finetuned_spec(spec)
@@ -168,7 +170,7 @@ class HFBuilder:
 
 
 def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded:
-    from pytest_sway.backends.hf.attach import attach
+    from pytest_sway.backends.hf.attach import attach, explained
     from pytest_sway.backends.hf.backend import Loaded
     from pytest_sway.backends.hf.contents import ContentsRecord
     from pytest_sway.backends.hf.effect import verify_effect
@@ -177,9 +179,10 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
 
     rust = adapter_tokenizer(base, files)
     adapter = attach(base, files)
-    tuned = tuned_side(base, adapter, base.tokenizer if rust is None else rust.tokenizer)
-    if not files.told_by_weights:
-        verify_effect(base, tuned, files)
+    with explained(base, files):
+        tuned = tuned_side(base, adapter, base.tokenizer if rust is None else rust.tokenizer)
+        if not files.told_by_weights:
+            verify_effect(base, tuned, files)
     exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}
     return Loaded(shares, base.side, tuned, adapter, ContentsRecord(exposed), rust)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.hf.adapter_files import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_cached
-from pytest_sway.backends.hf.bounds import require_bounded, require_files
+from pytest_sway.backends.hf.bounds import require_base_bounded, require_bounded, require_files
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.libraries import require_libraries
@@ -23,6 +23,8 @@ from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import finetuned_spec, is_path
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.spec import ModelSpec
 
@@ -56,11 +58,8 @@ def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterF
     if spec.adapter is not None:
         require_files(spec.adapter)
     files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
-    entries = base_entries(spec)
     if files is not None:
-        require_bounded(files, entries)
-    if files is not None and entries is not None:
-        check_fit(spec, files, entries, config)
+        require_fit(spec, files, config)
     if files is not None and on_base_mismatch != "ignore" and (found := other_base(spec, files.config)) is not None:
         if on_base_mismatch == "error":
             raise AdapterMismatchError(found)
@@ -71,6 +70,24 @@ def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterF
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
     return files
+
+
+def require_fit(spec: ModelSpec, files: AdapterFiles, config: Mapping[str, Any] | None = None) -> None:
+    """Raise if an adapter asks for what takes for ever, or surely does not fit its base, by the headers of their files.
+
+    Args:
+        spec: What is to be loaded.
+        files: The adapter.
+        config: The base's ``config.json``, if it was read before.
+
+    Raises:
+        SpecError: An expression in the adapter's config would take for ever.
+        AdapterMismatchError: It does not fit the base, or its own weights.
+    """
+    entries = base_entries(spec)
+    require_bounded(files, entries)
+    if entries is not None:
+        check_fit(spec, files, entries, _config(spec, "base") if config is None else config)
 
 
 def _check_model(spec: ModelSpec, role: str) -> dict[str, Any]:
@@ -84,7 +101,11 @@ def _check_model(spec: ModelSpec, role: str) -> dict[str, Any]:
         _check_folder(spec, role)
     if base_file(spec, ADAPTER_CONFIG) is not None:
         raise adapter_inside(spec, role)
-    return _config(spec, role)
+    config = _config(spec, role)
+    path, entries = base_file(spec, "config.json"), None if gguf is not None else base_entries(spec)
+    if path is not None and entries is not None:
+        require_base_bounded(path, config, entries)
+    return config
 
 
 def _check_folder(spec: ModelSpec, role: str) -> None:
