@@ -38,6 +38,11 @@ _LIMITS: Final = (
 """By name, in order: the most bytes of a file that is read whole. Weights have no bound but the cache's budget."""
 
 _SIZES: Final = ("r", "num_virtual_tokens")
+_NAMED_AS_SIZES: Final = re.compile(
+    r"(\w+_)?(size|dim|length|len|heads|layers|tokens|vectors|frequency|depth|rank|terms|[rk])"
+)
+_LARGEST: Final = 2**16
+"""No side of an adapter's parts is larger, unless its own tensors or the base's have such sides."""
 _COUNTS: Final = re.compile(r"(\w+_)?(layers?|blocks|experts)|num_labels")
 """Fields of a base's config that say how many modules there are of a kind, or labels, of which each gets a name."""
 _MOST_LABELS: Final = 10**6
@@ -200,16 +205,27 @@ def require_bounded(files: AdapterFiles, base: Mapping[str, TensorEntry] | None)
     """
     where = str(files.folder / "adapter_config.json")
     if files.entries:
-        largest = max((side for entry in files.entries.values() for side in entry.shape), default=0)
-        for field, size in _sizes(files.config):
-            if size > largest:
-                raise AdapterMismatchError(
-                    f"{where!r} has {field} = {size:,}, and no tensor of the adapter has a side of more than"
-                    f" {largest:,}. Save the adapter again, config and weights together."
-                )
+        largest = _largest_side(files.entries)
+        _require_sizes(where, _sizes(files.config), largest, "the adapter")
+        numbers = ((field, size) for field, size in files.config.items() if type(size) is int)
+        named = ((field, size) for field, size in numbers if _NAMED_AS_SIZES.fullmatch(field))
+        _require_sizes(where, named, max(largest, _largest_side(base or {}), _LARGEST), "the adapter or its base")
     names = {name.rpartition(".")[0] for name in (*(files.entries or ()), *(base or ()))}
     for field, expression in _expressions(files.config):
         _require_quick(where, field, expression, names)
+
+
+def _largest_side(entries: Mapping[str, TensorEntry]) -> int:
+    return max((side for entry in entries.values() for side in entry.shape), default=0)
+
+
+def _require_sizes(where: str, sizes: Iterable[tuple[str, int]], largest: int, whose: str) -> None:
+    for field, size in sizes:
+        if size > largest:
+            raise AdapterMismatchError(
+                f"{where!r} has {field} = {size:,}, and no tensor of {whose} has a side of more than {largest:,}."
+                " Save the adapter again, config and weights together."
+            )
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -180,7 +180,7 @@ def _suspects(asked: Asked, contents: Contents, text: str) -> list[Field]:
     mistyped, mentioned = [], []
     for name, fields in contents.items():
         for field, value in fields.items():
-            if field in asked.hints and not _is_of(value, asked.hints[field]):
+            if value is not None and field in asked.hints and not _is_of(value, asked.hints[field]):
                 mistyped.append((name, field))
             named = len(field) >= _SHORTEST and f" {field.replace('_', ' ')} " in words
             quoted = isinstance(value, str) and len(value) >= _SHORTEST and repr(value) in text

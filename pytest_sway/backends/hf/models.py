@@ -128,10 +128,11 @@ def _made(spec: ModelSpec, folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
     with quiet_process():
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=spec.trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+            return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
 def _load_error(spec: ModelSpec, error: Exception) -> Exception:

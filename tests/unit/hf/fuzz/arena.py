@@ -119,7 +119,8 @@ class Arena:
         names_tensors = ".weight" in text or "lora_" in text or "tensor" in text
         if broken.file not in text and not (names_tensors and broken.file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
             return f"an error that does not name {broken.file}: {text[:600]}"
-        if broken.field and broken.field not in text and not names_tensors:
+        gone = broken.what == f"no {broken.field}"
+        if broken.field and broken.field not in text and not names_tensors and not gone:
             return f"an error that does not name {broken.field}: {text[:600]}"
         return None
 
@@ -162,7 +163,8 @@ def _otherwise(base: Path, adapter: Path | None, answers: list[Any]) -> str | No
             if ids != tokenizer(TEXT)["input_ids"]:
                 return f"the {side} side has other ids than transformers': {ids}"
             right = logits(model, tokenizer)
-            if found.shape != right.shape or not torch.allclose(found, right, rtol=0, atol=1e-5):
+            same = found.shape == right.shape and torch.allclose(found, right, rtol=0, atol=1e-5)
+            if not same and logits(model, tokenizer).equal(right):  # some draw random numbers in each pass
                 return f"the {side} side has other logits, by {float((found - right).abs().max())}"
     except Exception as error:
         return f"is served, and transformers and PEFT refuse it: {type(error).__name__}: {str(error)[:300]}"

@@ -24,7 +24,7 @@ PROFILES = {
         {"adapter_config": 20, "adapter_weights": 20, "base_config": 10, "base_weights": 10, "tokenizer": 10}, ("LORA",)
     ),
     "ci": Profile(
-        {"adapter_config": 120, "adapter_weights": 80, "base_config": 40, "base_weights": 40, "tokenizer": 50}, _FEW
+        {"adapter_config": 100, "adapter_weights": 80, "base_config": 30, "base_weights": 40, "tokenizer": 40}, _FEW
     ),
     "soak": Profile(
         {"adapter_config": 2000, "adapter_weights": 400, "base_config": 500, "base_weights": 300, "tokenizer": 500},
