@@ -165,7 +165,7 @@ def load_tokenizer(spec: ModelSpec, source: str) -> Any:
 def _tokenizer_asked(spec: ModelSpec, source: str) -> Asked | None:
     config = base_file(spec if source == spec.base else replace(spec, base=source), "config.json")
     folder = config.parent if config is not None else Path(source)
-    if not folder.is_dir():
+    if spec.trust_remote_code or not folder.is_dir():
         return None
 
     def attempt(folder: Path) -> None:

@@ -118,9 +118,16 @@ def _from(folder: Path, spec: ModelSpec, gguf: Path | None) -> Any:
 
 
 def _asked(spec: ModelSpec) -> Asked | None:
-    """What transformers is asked when it loads a base; without its weights, which can take minutes."""
+    """What transformers is asked when it loads a base, but for the weights, which can take minutes.
+
+    A base's own code is not run again and again.
+    """
     config = base_file(spec, "config.json")
-    return None if config is None else Asked("the base", config.parent, ("config.json",), partial(_made, spec))
+    return (
+        None
+        if config is None or spec.trust_remote_code
+        else Asked("the base", config.parent, ("config.json",), partial(_made, spec))
+    )
 
 
 def _made(spec: ModelSpec, folder: Path) -> Any:
