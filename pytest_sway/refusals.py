@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pytest_sway.errors import (
     BackendLoadError,
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
+_LONGEST: Final = 2000
+"""Characters of what a library says: some repeat a file."""
+
+
 def load_failed(error: BaseException, spec: ModelSpec) -> BackendLoadError:
     """A build raised something that is no `SwayError`; what stands for it names its type itself."""
     adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
     finetuned = "" if spec.finetuned is None else f" with fine-tuned model {spec.finetuned!r}"
     by = f" by {spec.entry_point!r}" if spec.kind == "custom" else ""
     what = str(error) if isinstance(error, RedactedError) else f"{type(error).__name__}: {error}"
+    what = what if len(what) <= _LONGEST else f"{what[:_LONGEST]}..."
     return BackendLoadError(
         redacted(f"loading the {spec.kind} backend of base {spec.base!r}{adapter}{finetuned}{by} failed: {what}")
     )

@@ -451,9 +451,18 @@ def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> 
         return tuple(sorted(e.path for e in entries if e.is_file() and names.fullmatch(e.name)))
 
 
+_MOST_DIGESTED: Final = 2**30
+"""Bytes, which take a second or two; most adapters have far less."""
+
+
 @lru_cache(maxsize=256)
-def _file_digest(path: str, _signature: _Signature) -> str:
-    """A digest of a file's content, which is read again only when its signature has changed."""
+def _file_digest(path: str, signature: _Signature) -> str:
+    """A digest of a file's content, which is read again only when its signature has changed.
+
+    For a file that takes long to read, the signature itself stands, as for the files of a model.
+    """
+    if any(size > _MOST_DIGESTED for size, *_ in signature):
+        return str(signature)
     try:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

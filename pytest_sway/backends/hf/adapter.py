@@ -22,6 +22,8 @@ ROOT: Final = "base_model.model."
 NAME: Final = "default"
 """PEFT's own name for an adapter that is the only one."""
 
+_LONGEST_NAME: Final = 150
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
@@ -74,6 +76,7 @@ def public_name(name: str) -> str:
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
-    """Return the first of some names, for an error that has no room for all."""
+    """Return the first of some names, for an error that has no room for all, or for one without end."""
     names = sorted(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    few = (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names[:limit])
+    return ", ".join(few) + (", ..." if len(names) > limit else "")

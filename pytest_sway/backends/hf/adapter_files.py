@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter_kinds import (
@@ -21,14 +22,13 @@ from pytest_sway.backends.hf.adapter_kinds import (
     WHOLE_TEXT_TYPES,
     refusal,
 )
-from pytest_sway.backends.hf.bounds import require_own_tensors, require_types
+from pytest_sway.backends.hf.bounds import require_own_tensors, require_types, shown
 from pytest_sway.backends.hf.headers import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -37,7 +37,7 @@ WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED: Final = "adapter_model.bin"
 _OF_BASE: Final = (".base_layer.", ".original_module.")
 """What PEFT has in the names of the base's own tensors, inside of its layers."""
-_CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|classifier|qa_outputs)\.")
+_CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|(pre_)?classifier|classification_head|qa_outputs|v_head)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,8 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise AdapterMismatchError(
-            f"the adapter {str(folder)!r} was trained for the task {task[:80]}, and pytest-sway tests causal language"
-            " models. Name an adapter whose task_type is CAUSAL_LM."
+            f"the adapter {str(folder)!r} was trained for the task {task[:80]} (task_type in its {CONFIG}), and"
+            " pytest-sway tests causal language models. Name an adapter whose task_type is CAUSAL_LM."
         )
     refused = refusal(config)
     if refused is not None:
@@ -162,13 +162,7 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     weights, pickle = folder / WEIGHTS, folder / PICKLED
     if weights.is_file():
         entries = read_header(weights)
-        require_own_tensors(weights, entries)
-        if task is None and (head := next((name for name in entries if _CLASSIFIER.match(name)), None)) is not None:
-            raise AdapterMismatchError(
-                f"the adapter {str(folder)!r} brings the head of a classifier ({head!r}), and pytest-sway tests causal"
-                " language models. Name an adapter that was trained on one."
-            )
-        return AdapterFiles(folder, config, entries)
+        return checked(AdapterFiles(folder, config, entries))
     if not pickle.is_file():
         raise WeightsError(f"the adapter {str(folder)!r} has no weights: expected {WEIGHTS} beside its {CONFIG}.")
     if not allow_pickle:
@@ -179,12 +173,31 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     return AdapterFiles(folder, config, None)
 
 
+def checked(files: AdapterFiles) -> AdapterFiles:
+    """Return an adapter whose tensors are known, unless they are none that PEFT could put on a language model.
+
+    Raises:
+        WeightsError: They hold nothing, or have names that a wrapper has left.
+        AdapterMismatchError: They are those of a classifier.
+    """
+    entries = files.entries or {}
+    file = WEIGHTS if (files.folder / WEIGHTS).is_file() else PICKLED
+    require_own_tensors(files.folder / file, entries)
+    head = next((name for name in entries if _CLASSIFIER.match(name)), None)
+    if files.config.get("task_type") is None and head is not None:
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} brings the head of a classifier ({shown(head)}), and its {CONFIG} names"
+            " no task_type; pytest-sway tests causal language models. Name an adapter that was trained on one."
+        )
+    return files
+
+
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise SpecError(
             f"the adapter {str(folder)!r} {what}. Name the folder that PEFT's save_pretrained"
-            " wrote; an adapter on a hub is fetched first (hf download org/name)."
+            f" wrote; an adapter on a hub is fetched first (hf download {_hub_id(folder)})."
         )
     path = folder / CONFIG
     try:
@@ -200,3 +213,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise SpecError(f"{str(path)!r} names no peft_type, so it describes no adapter. Save the adapter again.")
     require_types(path, config)
     return config
+
+
+def _hub_id(folder: Path) -> str:
+    """The id that somebody may have meant who named a folder that is not there."""
+    near = folder.parent.parent == Path.cwd()
+    return "/".join(folder.parts[-2:]) if near else "org/name"

@@ -88,6 +88,7 @@ _ELSEWHERE: Final = "it mixes adapters from other folders, which its spec neithe
 _UNKNOWN_BASE: Final = (
     "its training began by rewriting weights of the base with what it learned from data, which its folder does not have"
 )
+_IN_CONFIG: Final = " ({} in its adapter_config.json), which pytest-sway does not serve"
 _REFUSED_TYPES: Final = {"MULTITASK_PROMPT_TUNING": _TASKS, "POLY": _TASKS, "XLORA": _ELSEWHERE}
 _REFUSED_INITIALISATIONS: Final = {"corda": _UNKNOWN_BASE, "lora_ga": _UNKNOWN_BASE}
 _WITH_PEFT: Final = "Test it with PEFT itself"
@@ -104,12 +105,14 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     """
     kind = config["peft_type"]
     if kind in _REFUSED_TYPES:
-        return f"is of the type {kind}, which pytest-sway does not serve: {_REFUSED_TYPES[kind]}. {_WITH_PEFT}"
+        return f"is of the type {kind}{_IN_CONFIG.format('peft_type')}: {_REFUSED_TYPES[kind]}. {_WITH_PEFT}"
     if kind != "LORA":
         return None
     if config.get("arrow_config"):
-        return f"has an arrow_config, which pytest-sway does not serve: {_ELSEWHERE}. {_WITH_PEFT}"
+        return f"has an Arrow router{_IN_CONFIG.format('arrow_config')}: {_ELSEWHERE}. {_WITH_PEFT}"
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start in _REFUSED_INITIALISATIONS:
-        return f"was initialised by {start!r} and is not converted: {_REFUSED_INITIALISATIONS[start]}. {_CONVERT}"
+        where = "init_lora_weights in its adapter_config.json"
+        why = _REFUSED_INITIALISATIONS[start]
+        return f"was initialised by {start!r} ({where}) and is not converted: {why}. {_CONVERT}"
     return None

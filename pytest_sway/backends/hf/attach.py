@@ -8,21 +8,26 @@ comes to the same, bit by bit, in a fraction of the time.
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters, largest_scaling
-from pytest_sway.backends.hf.adapter_files import WEIGHTS
+from pytest_sway.backends.hf.adapter_errors import refused
+from pytest_sway.backends.hf.adapter_files import CONFIG, WEIGHTS, read_adapter
+from pytest_sway.backends.hf.bounds import shown
 from pytest_sway.backends.hf.libraries import quiet_process, seeded
-from pytest_sway.backends.hf.pickles import read_pickle
+from pytest_sway.backends.hf.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.pristine import Pristine
 from pytest_sway.backends.hf.skeletons import OnSkeleton, name_in_file
 from pytest_sway.backends.hf.verification import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.vocabulary import fit_vocabulary
-from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, WeightsError
+from pytest_sway.errors import SpecError, SwayError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.base import LoadedBase
@@ -45,33 +50,34 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     Raises:
         AdapterMismatchError: It does not fit the base, was not applied in full, is not finite, or does nothing.
         WeightsError: Its file of weights cannot be read.
+        SpecError: PEFT does not take a field of its config.
     """
-    from safetensors import SafetensorError
-
-    try:
-        with quiet_process(), seeded(base.device):  # what starts at random, as pissa_niter_*, does so alike each time
-            adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
-    except (SafetensorError, EOFError) as error:
-        raise WeightsError(f"the weights of the adapter {str(files.folder)!r} cannot be read: {error}.") from error
-    except KeyError as error:
-        raise AdapterMismatchError(
-            f"the adapter {str(files.folder)!r} was not applied to {base.spec.base!r}: its config asks for"
-            f" {error.args[0]!r}, which its weights lack. Save the adapter again, config and weights together."
-        ) from error
-    except (ImportError, RuntimeError, ValueError) as error:
-        if isinstance(error, ImportError) or "is not available" in str(error):
-            raise BackendNotAvailableError(
-                f"the adapter {str(files.folder)!r}, of the type {files.peft_type}, needs what this environment lacks:"
-                f" {_shortened(error)}"
-            ) from error
-        if "size mismatch" not in str(error) and "target" not in str(error).lower():
-            raise
-        raise AdapterMismatchError(
-            f"the adapter {str(files.folder)!r} does not fit the base {base.spec.base!r}: {_shortened(error)}"
-            " Name the base that it was trained on."
-        ) from error
+    explaining = explained(base, files, tokenizer)
+    with explaining, quiet_process(), seeded(base.device):  # what starts at random does so alike each time
+        adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
     verify_values(base.spec, adapter)
     return adapter
+
+
+@contextmanager
+def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator[None]:
+    """Have errors out of PEFT name the adapter's file and the field that they come from."""
+
+    def attempt(folder: Path) -> None:
+        import torch
+
+        model = _loaded_again(base, with_entries(read_adapter(folder, allow_pickle=True)), tokenizer)
+        with torch.inference_mode():
+            model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only then
+
+    try:
+        yield
+    except SwayError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise refused(base.spec, files, error, attempt) from error
 
 
 # --- by PEFT ----------------------------------------------------------------------------------------------------------
@@ -132,8 +138,8 @@ def _config(files: AdapterFiles) -> Any:
     configs: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
     if files.peft_type not in configs:
         raise SpecError(
-            f"the adapter {str(files.folder)!r} is of the type {files.peft_type!r}, which the installed PEFT"
-            f" {peft.__version__} does not know. Upgrade PEFT."
+            f"the adapter {str(files.folder)!r} is of the type {shown(files.peft_type)} (peft_type in its {CONFIG}),"
+            f" which the installed PEFT {peft.__version__} does not know. Upgrade PEFT."
         )
     kind: Any = configs[files.peft_type]
     fields = {name: copy.deepcopy(value) for name, value in files.config.items() if name != "runtime_config"}
@@ -194,9 +200,3 @@ def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:
     if tensor.shape != place.shape:
         raise RuntimeError(f"size mismatch: {tuple(tensor.shape)} in the file, {tuple(place.shape)} here.")
     return torch.nn.Parameter(tensor.to(base.device, place.dtype, copy=True), requires_grad=False)
-
-
-def _shortened(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 300 else text[:300] + "..."
-    return text if text.endswith(".") else text + "."

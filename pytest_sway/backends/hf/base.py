@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
 
+from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.contents import ContentsRecord, PatchRecord
+from pytest_sway.backends.hf.culprits import Asked, named_culprit
 from pytest_sway.backends.hf.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.libraries import quiet_process
-from pytest_sway.backends.hf.models import load_model
+from pytest_sway.backends.hf.models import load_model, require_type
 from pytest_sway.backends.hf.pristine import Pristine
 from pytest_sway.backends.hf.recall import AnswerMemory, circumstances
 from pytest_sway.backends.hf.sides import base_side
@@ -27,6 +31,11 @@ if TYPE_CHECKING:
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_TOKENIZER_FILES: Final = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json",
+)  # fmt: skip
+"""Those of JSON; the small ones first, since each of their fields is tried."""
 
 
 class LoadedBase:
@@ -137,23 +146,38 @@ def load_base(spec: ModelSpec, load_model: Callable[[ModelSpec], Any] = load_mod
         WeightsError: Its weights exist only as a pickle that the spec does not allow.
         SpecError: It is an adapter, or contains one.
     """
+    require_type(spec)
     return LoadedBase(spec, load_tokenizer(spec, spec.base), partial(load_model, spec))
 
 
 def load_tokenizer(spec: ModelSpec, source: str) -> Any:
     """Load a tokenizer from a folder or a hub id; one without a padding token pads with its end token."""
-    from transformers import AutoTokenizer
-
     gguf = gguf_file(spec) if source == spec.base else None
-    with quiet_process():
+    with named_culprit(None if gguf is not None else _tokenizer_asked(spec, source)), quiet_process():
         if gguf is not None:
             tokenizer: Any = load_gguf_tokenizer(spec, gguf)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                source,
-                revision=spec.revision if source == spec.base else None,
-                trust_remote_code=spec.trust_remote_code,
-            )
+            tokenizer = _from_files(spec, source, spec.revision if source == spec.base else None)
+        tokenizer("a text")  # what fails for any text fails here, where it is explained
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_asked(spec: ModelSpec, source: str) -> Asked | None:
+    config = base_file(spec if source == spec.base else replace(spec, base=source), "config.json")
+    folder = config.parent if config is not None else Path(source)
+    if spec.trust_remote_code or not folder.is_dir():
+        return None
+
+    def attempt(folder: Path) -> None:
+        with quiet_process():
+            _from_files(spec, str(folder))("a text")
+
+    return Asked("the tokenizer", folder, _TOKENIZER_FILES, attempt)
+
+
+def _from_files(spec: ModelSpec, source: str, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)

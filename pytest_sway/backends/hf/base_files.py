@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.adapter import some
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec import is_path
 
@@ -61,23 +62,22 @@ def require_complete(spec: ModelSpec, info: Mapping[str, Any]) -> None:
     Raises:
         WeightsError: Some are missing.
     """
-    missing = sorted(info["missing_keys"])
+    missing = info["missing_keys"]
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise WeightsError(
-            f"the files of {spec.base!r} lack {len(missing)} of the model's weights ({names}), which would be noise."
-            " Copy or save the model again."
+            f"the files of {spec.base!r} lack {len(missing)} of the model's weights ({some(missing)}), which would be"
+            " noise. Copy or save the model again: config.json and model.safetensors together, or the .gguf file."
         )
 
 
 def adapter_inside(spec: ModelSpec, role: str = "base") -> SpecError:
     """Return the error for a model that is, or contains, an adapter: transformers would put it on without a word."""
+    this = "it" if is_path(spec.base) else f"the folder to which 'hf download {spec.base}' fetches it"
     if role != "base":
         return SpecError(
-            f"the {role} {spec.base!r} holds an adapter (adapter_config.json), so it is not a whole model. Name it as"
-            " 'adapter'; or, if the model is there too, move the adapter's files out of its folder."
+            f"the {role} {spec.base!r} holds an adapter (adapter_config.json), so it is not a whole model. Name {this}"
+            " as 'adapter'; or, if the model is there too, move the adapter's files out of its folder."
         )
-    this = "this" if is_path(spec.base) else "the folder to which it is fetched (hf download)"
     return SpecError(
         f"the base {spec.base!r} holds an adapter (adapter_config.json), which transformers would put on, so it is not"
         f" the base alone. Name the model that the adapter was trained on as 'base', and {this} as 'adapter'; or move"

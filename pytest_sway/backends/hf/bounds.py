@@ -42,6 +42,14 @@ _READ_BY_LIBRARIES: Final = re.compile(
 )
 _BYTE_ORDER_MARKS: Final = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _SIZES: Final = ("r", "num_virtual_tokens")
+_NAMED_AS_SIZES: Final = re.compile(
+    r"(\w+_)?(size|dim|length|len|heads|layers|tokens|vectors|frequency|depth|rank|terms|[rk])"
+)
+_LARGEST: Final = 2**16
+"""No side of an adapter's parts is larger, unless its own tensors or the base's have such sides."""
+_COUNTS: Final = re.compile(r"(\w+_)?(layers?|blocks|experts)|num_labels")
+"""Fields of a base's config that say how many modules there are of a kind, or labels, of which each gets a name."""
+_MOST_LABELS: Final = 10**6
 _EXPRESSIONS: Final = ("target_modules", "exclude_modules", "layers_pattern")
 _KEYED_BY_EXPRESSIONS: Final = ("rank_pattern", "alpha_pattern")
 _QUANTIFIER_IN_GROUP: Final = re.compile(r"\)(\*|\+|\{\d*,)")
@@ -73,12 +81,16 @@ _WORDS: Final = {
     dict: "an object",
     bool: "true or false",
 }
+_GATHERED: Final = (
+    "accelerator.unwrap_model(model).save_pretrained(folder, state_dict=accelerator.get_state_dict(model))"
+)
 _WRAPPERS: Final = {
-    "_orig_mod.": "torch.compile",
-    "module.": "DataParallel",
-    "_fsdp_wrapped_module.": "FSDP",
-    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_orig_mod.": ("torch.compile", "model._orig_mod.save_pretrained(folder)"),
+    "module.": ("DataParallel", "model.module.save_pretrained(folder)"),
+    "_fsdp_wrapped_module.": ("FSDP", _GATHERED),
+    "_checkpoint_wrapped_module.": ("activation checkpointing", _GATHERED),
 }
+"""What a wrapper around a model puts into the names of its tensors, whose it is, and how to save without."""
 _LONGEST_EXPRESSION: Final = 2**16
 _PATIENCE: Final = 4.0
 """Seconds for matching an expression against the names of all modules, which usually takes a thousandth of one."""
@@ -140,7 +152,7 @@ def require_types(path: Path, config: Mapping[str, Any]) -> None:
     for field, value in config.items():
         if not _is_finite(value):
             raise SpecError(
-                f"{str(path)!r} has {field} = {_short(value)}, and NaN or infinity is no setting. Save the adapter"
+                f"{str(path)!r} has {field} = {shown(value)}, and NaN or infinity is no setting. Save the adapter"
                 " again."
             )
     for field, (kinds, of) in _TYPES.items():
@@ -151,7 +163,7 @@ def require_types(path: Path, config: Mapping[str, Any]) -> None:
         if type(value) not in kinds or not all(type(element) in of for element in elements):
             takes = " or ".join(dict.fromkeys(_WORDS[kind] for kind in kinds))
             raise SpecError(
-                f"{str(path)!r} has {field} = {_short(value)}, and it must be {takes}. Save the adapter again."
+                f"{str(path)!r} has {field} = {shown(value)}, and it must be {takes}. Save the adapter again."
             )
 
 
@@ -170,20 +182,46 @@ def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
     Raises:
         WeightsError: It has no values, or such names.
     """
-    if not any(entry.numel for entry in entries.values()):
+    empty = [name for name, entry in entries.items() if not entry.numel]
+    if len(empty) == len(entries) or any(".lora_" in name for name in empty):
         raise WeightsError(
-            f"{str(path)!r} holds no values ({len(entries)} tensors, all empty). DeepSpeed's ZeRO-3 and FSDP leave such"
-            " files when the parts are not gathered before they are saved. Save the adapter again, gathered."
+            f"{str(path)!r} holds no values ({len(entries)} tensors, {len(empty)} of them empty). DeepSpeed's ZeRO-3"
+            f" and FSDP leave such files where the parts are not gathered. Save the adapter again: {_GATHERED}."
         )
     for name in entries:
         left = next(
             (mark for mark in _WRAPPERS if name.startswith(mark) or (f".{mark}" in name and mark != "module.")), None
         )
         if left is not None:
+            whose, how = _WRAPPERS[left]
             raise WeightsError(
-                f"{str(path)!r} has tensors such as {_short(name)}: {left!r} is what {_WRAPPERS[left]} puts into the"
-                " names of a model that it wraps, and PEFT does not know them. Unwrap it, then save the adapter again."
+                f"{str(path)!r} has tensors such as {shown(name)}: {left!r} is what {whose} puts into the names of a"
+                f" model that it wraps, and PEFT does not know them. Save the adapter again, unwrapped: {how}."
             )
+
+
+def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
+    """Raise where a base's config asks for more layers or experts than its weights have tensors for.
+
+    transformers makes each of them before it looks at the weights; other sizes cost nothing until then.
+
+    Args:
+        path: The ``config.json``.
+        config: What it says.
+        entries: The tensors of the base's files.
+
+    Raises:
+        WeightsError: It does.
+    """
+    most = max([len(entries), *(entry.shape[0] for entry in entries.values() if len(entry.shape) > 2)])
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for field, count in part.items():
+            bound = _MOST_LABELS if field == "num_labels" else most
+            if type(count) is int and count > bound and _COUNTS.fullmatch(field):
+                raise WeightsError(
+                    f"{str(path)!r} has {field} = {shown(count)}, and the model's files have {len(entries):,} tensors,"
+                    " too few for that. Save the model again, config and weights together."
+                )
 
 
 def require_bounded(files: Any, base: Mapping[str, TensorEntry] | None) -> None:
@@ -199,15 +237,26 @@ def require_bounded(files: Any, base: Mapping[str, TensorEntry] | None) -> None:
     """
     where = str(files.folder / "adapter_config.json")
     if files.entries:
-        largest = max((side for entry in files.entries.values() for side in entry.shape), default=0)
-        for field, size in _sizes(files.config):
-            if size > largest:
-                raise AdapterMismatchError(
-                    f"{where!r} has {field} = {size:,}, and no tensor of the adapter has a side of more than"
-                    f" {largest:,}. Save the adapter again, config and weights together."
-                )
+        largest = _largest_side(files.entries)
+        _require_sizes(where, _sizes(files.config), largest, "the adapter")
+        numbers = ((field, size) for field, size in files.config.items() if type(size) is int)
+        named = ((field, size) for field, size in numbers if _NAMED_AS_SIZES.fullmatch(field))
+        _require_sizes(where, named, max(largest, _largest_side(base or {}), _LARGEST), "the adapter or its base")
     for field, expression in _expressions(files.config):
         _require_quick(where, field, expression, (*(files.entries or ()), *(base or ())))
+
+
+def _largest_side(entries: Mapping[str, TensorEntry]) -> int:
+    return max((side for entry in entries.values() for side in entry.shape), default=0)
+
+
+def _require_sizes(where: str, sizes: Iterable[tuple[str, int]], largest: int, whose: str) -> None:
+    for field, size in sizes:
+        if size > largest:
+            raise AdapterMismatchError(
+                f"{where!r} has {field} = {size:,}, and no tensor of {whose} has a side of more than {largest:,}."
+                " Save the adapter again, config and weights together."
+            )
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -216,7 +265,7 @@ def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield field, config[field]
     pattern = config.get("rank_pattern")
     if isinstance(pattern, dict):
-        yield from ((f"rank_pattern[{_short(key)}]", size) for key, size in pattern.items() if type(size) is int)
+        yield from ((f"rank_pattern[{shown(key)}]", size) for key, size in pattern.items() if type(size) is int)
 
 
 def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -248,12 +297,16 @@ def _require_quick(where: str, field: str, expression: str, tensors: Iterable[st
         )
     except subprocess.TimeoutExpired:
         raise SpecError(
-            f"{where!r} has the expression {_short(expression)} as {field}, which takes more than {_PATIENCE:g} s to"
+            f"{where!r} has the expression {shown(expression)} as {field}, which takes more than {_PATIENCE:g} s to"
             " match the names of the modules: its repeats backtrack into each other. Write it without a repeat inside"
             " of a repeat, or list the modules by name."
         ) from None
 
 
-def _short(value: object) -> str:
-    shown = repr(value[:100] if isinstance(value, str | list) else value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def shown(value: object, limit: int = 80) -> str:
+    """Return the ``repr`` of what a file holds, cut to a length that fits into an error."""
+    try:
+        text = repr(value[: limit + 1] if isinstance(value, str | list) else value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_sway.backends.exhaustion import out_of_memory
-from pytest_sway.backends.hf.check import check_spec
+from pytest_sway.backends.hf.check import check_spec, require_fit
 from pytest_sway.backends.hf.libraries import import_libraries
 from pytest_sway.backends.hf.pickles import with_entries
 from pytest_sway.backends.hf.placement import resolve_placement
@@ -75,13 +75,12 @@ class HFBuilder:
         plan, self._plan = self._plan, None
         if plan is None or not plan.holds_for(spec):
             plan = check_spec(spec)
-        files = plan.files
-        if files is not None:
-            require_same_base(spec, files.config, self._on_base_mismatch)
+        if plan.files is not None:
+            require_same_base(spec, plan.files.config, self._on_base_mismatch)
         shares: list[Share[LoadedBase]] = []
         handled = sys.exception()
         try:
-            return self._assemble(spec, files, shares)
+            return self._assemble(plan, shares)
         except BaseException as error:
             forget_frames(error, handled)
             while shares:
@@ -119,8 +118,9 @@ class HFBuilder:
         """Return whether ``error`` says that memory ran out, on an accelerator or on the CPU."""
         return out_of_memory(error)
 
-    def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> HFBackend:
+    def _assemble(self, plan: Plan, shares: list[Share[LoadedBase]]) -> HFBackend:
         """Load the base, put the adapter on it or load the fine-tuned model, verify that, and make the backend."""
+        spec, files = plan.spec, plan.files
         import_libraries(*(model for model in (spec, finetuned_spec(spec)) if model is not None))
         import torch
 
@@ -128,7 +128,9 @@ class HFBuilder:
         from pytest_sway.backends.hf.finetuned import verify_finetuned
         from pytest_sway.backends.hf.soundness import verify_base
 
-        files = None if files is None else with_entries(files)
+        if files is not None and files.entries is None:
+            files = with_entries(files)
+            require_fit(plan, files)
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
             base = self._clean_base(base_spec(spec), shares)
             verify_base(base)
@@ -182,7 +184,7 @@ class HFBuilder:
 
 
 def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded:
-    from pytest_sway.backends.hf.attach import attach
+    from pytest_sway.backends.hf.attach import attach, explained
     from pytest_sway.backends.hf.backend import Loaded
     from pytest_sway.backends.hf.contents import ContentsRecord
     from pytest_sway.backends.hf.effect import verify_effect
@@ -192,9 +194,10 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
     rust = adapter_tokenizer(base, files)
     tokenizer = base.tokenizer if rust is None else rust.tokenizer
     adapter = attach(base, files, tokenizer)
-    tuned = tuned_side(base, adapter, tokenizer)
-    if not files.told_by_weights:
-        verify_effect(base, tuned, files)
+    with explained(base, files, tokenizer):
+        tuned = tuned_side(base, adapter, tokenizer)
+        if not files.told_by_weights:
+            verify_effect(base, tuned, files)
     exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}
     return Loaded(shares, base.side, tuned, adapter, ContentsRecord(exposed), rust)
 

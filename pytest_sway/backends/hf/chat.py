@@ -14,6 +14,8 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 
 _ASSISTANT: Final = "assistant"
+_MOST_ADDED: Final = 2**20
+"""Characters that a template adds of its own: instructions and descriptions of tools take thousands."""
 
 
 def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
@@ -59,10 +61,17 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
             raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
     how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, **how))
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, **how))
     except Exception as error:  # a template is a program, and can raise anything
         roles = ", ".join(str(message["role"]) for message in conversation)
         raise ScoringError(f"the tokenizer's chat template refuses messages with the roles {roles}: {error}") from error
+    said = sum(len(str(message)) for message in conversation)
+    if len(text) > _MOST_ADDED + 4 * said:
+        raise ScoringError(
+            f"the tokenizer's chat template makes {len(text):,} characters of messages of {said:,}, which no model"
+            " reads. Mend the template (chat_template.jinja, or chat_template in tokenizer_config.json)."
+        )
+    return text
 
 
 def _has_text(content: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.hf.adapter_files import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_cached
-from pytest_sway.backends.hf.bounds import require_bounded, require_files
+from pytest_sway.backends.hf.bounds import require_base_bounded, require_bounded, require_files
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.libraries import require_libraries
@@ -39,12 +39,14 @@ class Plan:
         spec: The resolved spec.
         state: The state that its files were in.
         files: What the adapter's folder says; ``None`` without an adapter.
+        config: What the base's ``config.json`` says; empty if it is not on this machine.
         entries: The tensors of the base's files, by name; ``None`` where they are not known.
     """
 
     spec: ModelSpec
     state: Hashable
     files: AdapterFiles | None
+    config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry] | None
 
     def holds_for(self, spec: ModelSpec) -> bool:
@@ -67,7 +69,7 @@ def check_spec(spec: ModelSpec) -> Plan:
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
     state = state_of_files(spec)
-    config = _check_model(spec, "base")
+    config, entries = _check_model(spec, "base")
     tuned = finetuned_spec(spec)
     if tuned is not None:
         if tuned.base == spec.base and (is_path(spec.base) or spec.revision is None):
@@ -79,21 +81,35 @@ def check_spec(spec: ModelSpec) -> Plan:
     if spec.adapter is not None:
         require_files(spec.adapter)
     files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
-    entries = base_entries(spec)
+    plan = Plan(spec, state, files, config, entries)
     if files is not None:
-        require_bounded(files, entries)
-    if files is not None and entries is not None:
-        check_fit(spec, files, entries, config)
+        require_fit(plan, files)
     require_libraries(spec, gguf=any(gguf_file(model) is not None for model in (spec, tuned) if model is not None))
     require_device(spec)
     require_cached(spec)
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
-    return Plan(spec, state, files, entries)
+    return plan
 
 
-def _check_model(spec: ModelSpec, role: str) -> dict[str, Any]:
-    """Check the files of a spec's base, whatever role the model has in the test, and return its config."""
+def require_fit(plan: Plan, files: AdapterFiles) -> None:
+    """Raise if an adapter asks for what takes for ever, or surely does not fit its base, by the headers of their files.
+
+    Args:
+        plan: What the base's files say.
+        files: The adapter.
+
+    Raises:
+        SpecError: An expression in the adapter's config would take for ever.
+        AdapterMismatchError: It does not fit the base, or its own weights.
+    """
+    require_bounded(files, plan.entries)
+    if plan.entries is not None:
+        check_fit(plan.spec, files, plan.entries, plan.config)
+
+
+def _check_model(spec: ModelSpec, role: str) -> tuple[dict[str, Any], Mapping[str, TensorEntry] | None]:
+    """Check the files of a spec's base, whatever role the model has in the test; return its config and its tensors."""
     if is_path(spec.base):
         require_files(Path(spec.base))
     gguf = gguf_file(spec)
@@ -103,7 +119,11 @@ def _check_model(spec: ModelSpec, role: str) -> dict[str, Any]:
         _check_folder(spec, role)
     if base_file(spec, ADAPTER_CONFIG) is not None:
         raise adapter_inside(spec, role)
-    return _config(spec, role)
+    config = _config(spec, role)
+    path, entries = base_file(spec, "config.json"), None if gguf is not None else base_entries(spec)
+    if path is not None and entries is not None:
+        require_base_bounded(path, config, entries)
+    return config, entries
 
 
 def _check_folder(spec: ModelSpec, role: str) -> None:

@@ -91,7 +91,9 @@ def _parsed(path: Path, raw: bytes, data_bytes: int) -> dict[str, TensorEntry]:
         raise _broken(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
+    said = header.pop("__metadata__", None)
+    if said is not None and not (isinstance(said, dict) and all(isinstance(value, str) for value in said.values())):
+        raise _broken(path, "its __metadata__ are not texts by name")
     return _entries(path, header, data_bytes)
 
 

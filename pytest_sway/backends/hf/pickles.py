@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.adapter_files import PICKLED
+from pytest_sway.backends.hf.adapter_files import PICKLED, checked
 from pytest_sway.backends.hf.headers import TensorEntry
 from pytest_sway.errors import WeightsError
 
@@ -30,7 +30,7 @@ def with_entries(files: AdapterFiles) -> AdapterFiles:
         name: TensorEntry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor.nbytes)
         for name, tensor in read_pickle(files, "meta").items()
     }
-    return replace(files, entries=entries)
+    return checked(replace(files, entries=entries))
 
 
 def read_pickle(files: AdapterFiles, device: str) -> dict[str, Any]:

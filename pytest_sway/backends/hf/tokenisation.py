@@ -165,8 +165,9 @@ def cut_left(window: Window, max_length: int) -> Window:
     """
     if len(window.scored) > max_length:
         raise ScoringError(
-            f"the completion has {len(window.scored)} tokens, and the model reads at most {max_length} at once. Score"
-            " it with rolling_logprob, which cuts a text into windows."
+            f"the completion has {len(window.scored)} tokens, and the model reads at most {max_length} at once, as"
+            " its config says (max_position_embeddings or the like). Score it with rolling_logprob, which cuts a text"
+            " into windows."
         )
     surplus = len(window.inputs) - max_length
     return Window(window.context[surplus:], window.scored) if surplus > 0 else window

@@ -48,7 +48,7 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
         found.append(f"{len(missing)} places in the base have no tensor in it ({some(missing)})")
     raise AdapterMismatchError(
         f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {' and '.join(found)}."
-        " Name the base that it was trained on."
+        " Name the base that it was trained on; if it is that, its adapter_config.json is not that of its weights."
     )
 
 
@@ -104,7 +104,7 @@ def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMis
     """Return the error for an adapter that changes nothing."""
     return AdapterMismatchError(
         f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}."
-        " Was it saved before it was trained?"
+        " Was it saved before it was trained? Or does its adapter_config.json switch it off, as lora_alpha = 0 does?"
     )
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayError, WeightsError
 from pytest_sway.reading import CONFIG_BYTES
-from tests.tiny import edit_config, edit_weights
+from pytest_sway.spec import cache_key_for
+from tests.tiny import edit_config, edit_weights, pickled
 from tests.unit.hf.conftest import spec_of
 
 SECONDS = 5.0
@@ -42,6 +43,10 @@ def refusal(folders: dict[str, Path], build: Any) -> Callable[[], SwayError]:
         return caught.value
 
     return ask
+
+
+def _edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def _pipe(path: Path) -> None:
@@ -119,6 +124,7 @@ def test_a_config_up_to_the_bound_is_parsed_in_time(folders: dict[str, Path], re
     [
         ({"r": 10**7}, "r = 10,000,000"),
         ({"rank_pattern": {"q_proj": 10**7}}, "rank_pattern['q_proj'] = 10,000,000"),
+        ({"peft_type": "SHADOW", "update_hidden_size": 10**7}, "update_hidden_size = 10,000,000"),
     ],
 )
 def test_a_rank_that_the_weights_cannot_fill_is_refused(
@@ -127,7 +133,8 @@ def test_a_rank_that_the_weights_cannot_fill_is_refused(
     edit_config(folders["adapter"], **fields)
     error = refusal()
     assert isinstance(error, AdapterMismatchError)
-    assert f"adapter_config.json' has {field}, and no tensor of the adapter has a side of more than" in str(error)
+    assert f"adapter_config.json' has {field}, and no tensor of the adapter" in str(error)
+    assert "has a side of more than" in str(error)
 
 
 WITHOUT_END = r"([a-z_.]+)+[0-9]*([a-z_.]+)+!"
@@ -237,6 +244,8 @@ def test_what_a_wrapper_has_left_in_the_names_is_named(
     error = refusal()
     assert isinstance(error, WeightsError)
     assert f"{left!r} is what {whose} puts into the names of a model that it wraps" in str(error)
+    assert "Save the adapter again, unwrapped: " in str(error)
+    assert "save_pretrained(folder" in str(error)
 
 
 @pytest.mark.parametrize("change", [lambda tensors: {}, lambda tensors: {k: t[:0] for k, t in tensors.items()}])
@@ -256,3 +265,54 @@ def test_the_head_of_a_classifier_without_a_task_is_named(
         lambda tensors: tensors | {"base_model.model.score.weight": next(iter(tensors.values())).clone()},
     )
     assert "brings the head of a classifier ('base_model.model.score.weight')" in str(refusal())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 10**7),
+        ("num_labels", 10**9),
+        ("vocab_size", 10**9),
+        ("hidden_size", 10**9),
+        ("intermediate_size", 10**9),
+        ("num_key_value_heads", 10**9),
+    ],
+)
+def test_a_size_that_the_bases_weights_cannot_fill_is_refused(
+    folders: dict[str, Path], build: Any, field: str, value: int
+) -> None:
+    _edit(folders["base"] / "config.json", **{field: value})
+    started = time.thread_time()
+    with pytest.raises(WeightsError) as caught:
+        build(folders["base"])
+    assert time.thread_time() - started < SECONDS
+    counted = f"config.json' has {field} = {value}, and the model's files have 21 tensors, too few for that."
+    assert counted in str(caught.value) or "have other sizes than its config.json asks for (" in str(caught.value)
+
+
+def test_a_rank_that_a_pickles_weights_cannot_fill_is_refused(
+    folders: dict[str, Path], build: Any, loads: list[str]
+) -> None:
+    edit_config(pickled(folders["adapter"]), r=10**7)
+    with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, and no tensor of the adapter"):
+        build(folders["base"], folders["adapter"], allow_pickle=True)
+    assert loads == []
+
+
+def test_an_adapter_of_absurd_size_is_not_digested(folders: dict[str, Path], refusal: Callable[[], SwayError]) -> None:
+    spec = spec_of(folders["base"], folders["adapter"])
+    with (folders["adapter"] / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(10**13)  # a hole, which takes no room on the disk
+    started = time.thread_time()
+    before = cache_key_for(spec)
+    assert time.thread_time() - started < 1.0
+    assert "truncated or corrupt" in str(refusal())
+    os.utime(folders["adapter"] / "adapter_model.safetensors", (1, 1))
+    assert cache_key_for(spec) != before
+
+
+def test_a_long_name_is_not_repeated_whole(folders: dict[str, Path], refusal: Callable[[], SwayError]) -> None:
+    edit_weights(
+        folders["adapter"], lambda tensors: {f"{name}{'x' * 10**5}": tensor for name, tensor in tensors.items()}
+    )
+    assert len(str(refusal())) < 2000

@@ -366,7 +366,9 @@ def test_a_base_that_cannot_be_looked_at_any_more_is_given_back(
 
 def test_an_unknown_type_is_named(build: Any, base: Path, broken: Path) -> None:
     edit_config(broken, peft_type="TELEPATHY")
-    with pytest.raises(SpecError, match=r"of the type 'TELEPATHY', which the installed PEFT .* does not know"):
+    with pytest.raises(
+        SpecError, match=r"of the type 'TELEPATHY' \(peft_type in .*, which the installed PEFT .* does not know"
+    ):
         build(base, broken)
 
 
