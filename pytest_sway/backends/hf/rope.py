@@ -53,8 +53,9 @@ def _changes_of_rope(config: Any) -> Iterator[tuple[str, int]]:
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     for rope in nested or [parameters]:
         kind = str(rope.get("rope_type", rope.get("type", "default")))
-        fallback = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
         if kind == "longrope":
-            yield kind, int(rope.get("original_max_position_embeddings") or fallback)
+            first = rope.get("original_max_position_embeddings")
+            first = first or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+            yield kind, int(first)
         elif "dynamic" in kind:
             yield kind, int(config.max_position_embeddings)

@@ -7,44 +7,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.tiny import WORDS, make_adapter, make_tokenizer, quiet
+from tests.tiny import WORDS, make_adapter
+from tests.unit.hf.families import make_family
 from tests.unit.hf.reference import logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
-_LLAMA = {**_SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256}
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},  # learned positions
-    "opt": {"ffn_dim": 64, "max_position_embeddings": 256, "init_std": 0.2, **_SMALL},  # positions out of the mask
-    "bloom": {**_SMALL},  # ALiBi
-    "mistral": {**_LLAMA, "sliding_window": 8},
-    "gemma2": {**_LLAMA, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0},
-    "cohere": {**_LLAMA, "logit_scale": 0.3},
-    "granite": {**_LLAMA, "logits_scaling": 3.0},
-    "mixtral": {**_LLAMA, "num_local_experts": 4},
-    "lfm2": {**_LLAMA, "layer_types": ["conv", "full_attention"]},  # a cache of two kinds
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.2},  # no attention
-}
+FAMILIES = (
+    "gpt2",  # learned positions
+    "opt",  # positions out of the mask
+    "bloom",  # ALiBi
+    "mistral",  # a sliding window
+    "gemma2",  # a soft cap behind the head
+    "cohere",  # logits scaled up
+    "granite",  # logits scaled down
+    "mixtral",  # experts
+    "lfm2",  # a cache of two kinds
+    "mamba",  # no attention
+)
 TEXTS = [" ".join(WORDS[i : i + n]) for i, n in enumerate([3, 40, 17, 5, 29, 60, 11])]
 CHOICES = [(TEXTS[5], " " + " ".join(WORDS[i : i + 1 + i % 3])) for i in range(4)]
 
 
-@pytest.fixture(scope="module", params=_FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp(request.param)
-    tokens = {"vocab_size": make_tokenizer(folder), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(request.param, **tokens, **_FAMILIES[request.param])
-        model_class: Any = AutoModelForCausalLM
-        model_class.from_config(config).save_pretrained(folder)
-    return folder
+    return make_family(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture
