@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import pytest_sway.session  # noqa: F401
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # pytester forgets what a run in this process imports first, and torch cannot be imported twice.
 with contextlib.suppress(ImportError):
@@ -117,6 +122,14 @@ class Suite:
 
     def write(self, source: str) -> None:
         self.pytester.makepyfile(test_suite=f"import pytest\nfrom conftest import dummy, note\n{source}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> Iterator[None]:
+    """Keep collections of garbage, of which each close makes some, from looking at all that was imported till now."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.tiny import make_adapter, make_base
+
+if TYPE_CHECKING:
+    from pytest_sway.leases import CachedBackend
 
 SUITE = """
 import functools
@@ -29,6 +32,7 @@ def test_next(sway_backend):
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     make_adapter(root / "good", make_base(root / "base"))
+    make_adapter(root / "second", root / "base", seed=2)
     make_base(root / "other", seed=1)
     return root
 
@@ -158,7 +162,7 @@ def test_a_failed_tests_traceback_keeps_no_weights(
     result.stdout.no_fnmatch_line("leaked:*")
 
 
-def test_under_pdb_a_failed_test_keeps_its_locals(pytester: pytest.Pytester, models: Path) -> None:
+def test_under_pdb_a_failed_test_keeps_its_locals(pytester: pytest.Pytester) -> None:
     pytester.makeconftest("""
 def pytest_sessionfinish():
     import sys
@@ -169,8 +173,11 @@ def pytest_sessionfinish():
 """)
     pytester.makepyfile(
         quiet_pdb="import pdb\nclass Quiet(pdb.Pdb):\n    def interaction(self, *args):\n        pass\n",
-        test_it=SUITE.format(root=str(models))
-        + "def test_fails(sway_backend):\n    mine = sway_backend(GOOD)\n    assert not mine\n",
+        test_it="""
+def test_fails(sway_backend):
+    mine = sway_backend({"kind": "dummy", "base": "a"})
+    assert not mine
+""",
     )
     plain = pytester.runpytest_subprocess("-s")
     plain.stdout.fnmatch_lines(["*LOCALS []"])
@@ -178,24 +185,28 @@ def pytest_sessionfinish():
     with_pdb.stdout.fnmatch_lines(["*LOCALS *'mine'*"])
 
 
-def test_a_thousand_clean_loads_raise_no_alarm(models: Path, request: pytest.FixtureRequest) -> None:
+def test_a_thousand_clean_loads_raise_no_alarm(models: Path) -> None:
+    """Of two adapters in turn; after each twenty, of their base too."""
     from pytest_sway.cache import BackendCache
     from pytest_sway.hygiene import changes, leak
 
-    cache = BackendCache(max_size=1)
-    specs = [{"base": models / "base", "adapter": models / "good"}, {"base": models / "base"}]
-    alarms = []
-    gc.collect()
-    gc.freeze()  # each close collects; without this it would walk all of torch each time
-    request.addfinalizer(gc.unfreeze)
-    for n in range(1000):
-        cached = cache.get_or_load(specs[n % 2])
-        with cached.backend.as_base() as view:
-            if n % 10 == 0:
-                view.logprob_of("the sun rises in the", " east")
-        alarms += changes(cached.backend)
+    cache = BackendCache(max_size=2)
+    base = {"base": models / "base"}
+    alarms: list[object] = []
+
+    def ends_clean(cached: CachedBackend) -> None:
+        alarms.extend(changes(cached.backend))
         cache.retire(cached)
-        if (found := leak(cached.backend)) is not None:
-            alarms.append(str(found))
+        alarms.extend(filter(None, [leak(cached.backend)]))
+
+    for n in range(1000):
+        with cache.lease(base):
+            cached = cache.get_or_load({**base, "adapter": models / ("good" if n % 2 else "second")})
+            with cached.backend.as_finetuned() as view:
+                if n % 10 == 0:
+                    view.logprob_of("the sun rises in the", " east")
+            ends_clean(cached)
+        if n % 20 == 19:
+            ends_clean(cache.get_or_load(base))
     assert alarms == []
-    assert cache.stats.total().loads == 1000
+    assert cache.stats.total().loads == 1050

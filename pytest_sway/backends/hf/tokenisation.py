@@ -176,16 +176,18 @@ def cut_left(window: Window, max_length: int) -> Window:
 def max_length_of(config: Any, tokenizer: Any) -> int:
     """Return the most tokens that a model reads at once, found as lm-evaluation-harness's ``HFLM`` does.
 
+    A length that is not positive stands for none, as XLNet's -1 does.
+
     Args:
         config: The model's configuration.
         tokenizer: Asked where the configuration names no length.
     """
     config = getattr(config, "text_config", None) or config
     lengths = [getattr(config, name, None) for name in _LENGTH_FIELDS]
-    found = next((length for length in lengths if length is not None), None)
+    found = next((length for length in lengths if length is not None and length > 0), None)
     if found is None:
         limit = getattr(tokenizer, "model_max_length", None)
-        found = limit if limit is not None and limit < _UNSET_LENGTH else DEFAULT_MAX_LENGTH
+        found = limit if limit is not None and 0 < limit < _UNSET_LENGTH else DEFAULT_MAX_LENGTH
     return int(found)
 
 

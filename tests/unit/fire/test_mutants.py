@@ -13,11 +13,13 @@ import pytest
 from tests.unit.fire.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[3]
+OTHERS = ("anyio", "benchmark", "hypothesispytest", "pytest_httpserver", "sway", "xdist")
+"""Plugins that may be installed. Loading them takes longer than most of the killers."""
 
 
 def _run(mutant: Mutant, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "tests.unit.fire.mutants", mutant.killer]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest"]
+    command += ["-p", "no:cacheprovider", *(f"-pno:{name}" for name in OTHERS)]
     return subprocess.run(
         command,
         cwd=ROOT,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.backend import HFBackend
 
 Build = "Callable[..., HFBackend]"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> Iterator[None]:
+    """Keep collections of garbage, of which each close makes some, from looking at all that was imported till now.
+
+    That takes longer than most tests.
+    """
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,16 @@ import pytest
 
 from pytest_sway.errors import AdapterMismatchError
 from tests.tiny import edit_weights, make_adapter, make_base, quiet
+from tests.unit.hf.families import make_family
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_family(tmp_path_factory.mktemp("gpt2"), "gpt2")
 
 
 def _one_token(tensors: dict[str, Any]) -> None:
@@ -52,3 +58,16 @@ def test_a_little_training_is_an_effect(build: Any, base: Path, tmp_path: Path, 
         adapter = make_adapter(tmp_path, base, scale=1e-4, init_lora_weights="pissa")
     with build(base, adapter, dtype=dtype).as_finetuned() as view:
         assert not view_logits(view).equal(logits(*fresh(base, dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype])))
+
+
+@pytest.mark.parametrize("target", ["c_attn", "c_proj", "wte", "lm_head"])
+def test_dora_that_was_never_trained_is_refused_whichever_way_its_weights_lie(
+    build: Any, gpt2: Path, tmp_path: Path, target: str
+) -> None:
+    with quiet():
+        adapter = make_adapter(
+            tmp_path / "adapter", gpt2, targets=(target,), zero_b=True, use_dora=True, fan_in_fan_out=target[1] == "_"
+        )
+    edit_weights(adapter, lambda tensors: {n: t for n, t in tensors.items() if "lora_" in n})
+    with pytest.raises(AdapterMismatchError, match=r"changes nothing .* Was it saved before it was trained"):
+        build(gpt2, adapter)

@@ -23,6 +23,7 @@ from tests.tiny import (
     truncate,
 )
 from tests.unit.hf.conftest import spec_of
+from tests.unit.hf.families import make_family
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -438,3 +439,17 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
     with pytest.raises(SpecError, match=rf"the device '{device}' cannot be used here: .*\. Ask for 'auto'"):
         builder.check(ModelSpec(base=str(base), device=device, dtype="fp32"))
     assert loads == []
+
+
+@pytest.mark.filterwarnings("ignore:the adapter .* was trained on:pytest_sway.SwayWarning")
+def test_an_adapter_for_another_architecture_is_refused_and_harms_nobody(
+    build: Any, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    gpt2 = make_family(tmp_path / "gpt2", "gpt2")
+    stranger = make_adapter(tmp_path / "stranger", gpt2, targets=("c_attn",), fan_in_fan_out=True)
+    backend = build(base, adapter)
+    with pytest.raises(AdapterMismatchError, match="does not fit the base"):
+        build(base, stranger)
+    assert backend.changes() == []
+    with pytest.raises(AdapterMismatchError, match=r"does not fit the base .*[qv]_proj"):
+        build(gpt2, adapter)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from pytest_sway.backends.hf.rope import RopeRegimes
 from tests.tiny import WORDS, make_tokenizer, quiet
 from tests.unit.hf.reference import fresh
 
@@ -89,3 +91,9 @@ def test_the_model_that_scores_long_texts_is_no_change(build: Any, family: Path)
     with backend.as_base() as view:
         view.rolling_logprobs(TEXTS)
     assert backend.changes() == []
+
+
+def test_a_model_that_names_no_length_and_whose_rope_needs_none_is_one_for_all() -> None:
+    config = SimpleNamespace(rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    config.get_text_config = lambda: config
+    assert RopeRegimes(config).one_for_all

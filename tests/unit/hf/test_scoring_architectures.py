@@ -2,75 +2,51 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from pytest_sway.backends.hf import generation
-from tests.tiny import WORDS, make_adapter, make_tokenizer, quiet
+from tests.tiny import WORDS, make_adapter
+from tests.unit.hf.families import families, make_family
 from tests.unit.hf.reference import logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
-_LLAMA = {**_SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256}
-_LINEAR = "linear_attention"
-_EVERY_SECOND = dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2) | {"attn_layer_offset": 1}
-_MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
-_DELTA = {
-    "layer_types": [_LINEAR, "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},  # learned positions
-    "opt": {"ffn_dim": 64, "max_position_embeddings": 256, "init_std": 0.2, **_SMALL},  # positions out of the mask
-    "bloom": {**_SMALL},  # ALiBi
-    "mistral": {**_LLAMA, "sliding_window": 8},
-    "gemma2": {**_LLAMA, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0},
-    "cohere": {**_LLAMA, "logit_scale": 0.3},
-    "granite": {**_LLAMA, "logits_scaling": 3.0},
-    "mixtral": {**_LLAMA, "num_local_experts": 4},
-    "lfm2": {**_LLAMA, "layer_types": ["conv", "full_attention"]},  # a cache of two kinds
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.2},  # no attention
-    # Models with a recurrent state, which may take in padding, or be made for one text at a time.
-    "minimax": {**_LLAMA, "num_local_experts": 4, "block_size": 16, "layer_types": [_LINEAR, "full_attention"]},
-    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 64},
-    "mamba2": {**_SMALL, "num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 16},
-    "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.2},
-    "recurrent_gemma": {**_SMALL, "num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "head_dim": 8},
-    "jamba": {**_LLAMA, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False, **_EVERY_SECOND},
-    "bamba": {**_LLAMA, **_MAMBA2, "attn_layer_indices": [1]},
-    "falcon_h1": {**_LLAMA, **_MAMBA2, "mamba_d_ssm": 64, "head_dim": 8},
-    "granitemoehybrid": {**_LLAMA, **_MAMBA2, "num_local_experts": 4, "layer_types": ["mamba", "attention"]},
-    "qwen3_next": {**_LLAMA, **_DELTA, **_EXPERTS, "head_dim": 8},
-    "olmo_hybrid": {**_LLAMA, **_DELTA},
-}
-_INSTALLED = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
+FAMILIES = (
+    "gpt2",  # learned positions
+    "opt",  # positions out of the mask
+    "bloom",  # ALiBi
+    "mistral",  # a sliding window
+    "gemma2",  # a soft cap behind the head
+    "cohere",  # logits scaled up
+    "granite",  # logits scaled down
+    "mixtral",  # experts
+    "lfm2",  # a cache of two kinds
+    "mamba",  # no attention
+    # A recurrent state, which may take in padding, or be made for one text at a time.
+    "minimax",
+    "rwkv",
+    "mamba2",
+    "falcon_mamba",
+    "recurrent_gemma",
+    "jamba",
+    "bamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "qwen3_next",
+    "olmo_hybrid",
+)
 TEXTS = [" ".join(WORDS[i : i + n]) for i, n in enumerate([3, 40, 17, 5, 29, 60, 11])]
 CHOICES = [(TEXTS[5], " " + " ".join(WORDS[i : i + 1 + i % 3])) for i in range(4)]
 
 
-@pytest.fixture(scope="module", params=[name for name in _FAMILIES if name in _INSTALLED])
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name in families()])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp(request.param)
-    tokens = {"vocab_size": make_tokenizer(folder), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(request.param, **tokens, **_FAMILIES[request.param])
-        model_class: Any = AutoModelForCausalLM
-        model_class.from_config(config).save_pretrained(folder)
-    return folder
+    return make_family(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture

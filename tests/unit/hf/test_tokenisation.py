@@ -162,6 +162,9 @@ def test_a_completion_longer_than_the_model_reads_is_an_error() -> None:
         ({}, 9, 9),
         ({}, int(1e30), 2048),
         ({}, None, 2048),
+        ({"max_position_embeddings": -1}, 9, 9),
+        ({"n_positions": 0, "max_position_embeddings": 6}, 9, 6),
+        ({"max_position_embeddings": -1}, 0, 2048),
     ],
 )
 def test_the_length_that_a_model_reads_is_found_where_hflm_finds_it(
