@@ -267,6 +267,9 @@ def test_a_closed_backend_says_so(canned: DummyBackend) -> None:
 @pytest.mark.parametrize(
     ("ask", "sentence"),
     [
+        (lambda view: view.generate([], max_new_tokens=1), "the list of messages is empty"),
+        (lambda view: view.render([{"role": "user"}]), "a message is a mapping with 'role' and 'content', and"),
+        (lambda view: view.next_token_dist(7), "a prompt is a text or a list of messages .*, and 7 is neither"),
         (lambda view: view.logprob_of("the sun", ""), "the completion is empty after the prompt 'the sun'"),
         (lambda view: view.next_token_dist("the sun", top_k=0), "top_k must be at least 1, not 0"),
     ],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pytest_sway.backends.api import scores
 from pytest_sway.backends.api.event_loop import in_order
+from pytest_sway.backends.questions import Settings, checked_pair, checked_text, listed, seeds
 from pytest_sway.errors import ViewClosedError
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class ApiView:
 
     def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
         """Return `logprob_of` for each pair of a prompt and a completion, in their order."""
-        return self._each(pairs, lambda model, pair: scores.logprob_of(model, *pair))
+        asked = [checked_pair(pair) for pair in listed(pairs, "pairs of a prompt and a completion")]
+        return self._each(asked, lambda model, pair: scores.logprob_of(model, *pair))
 
     def rolling_logprob(self, text: str, *, prefix: bool = True) -> RollingLogprob:
         """Return the log-probability of each token of ``text`` given those before it, in nats.
@@ -79,7 +81,8 @@ class ApiView:
 
     def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
         """Return `rolling_logprob` for each text, in their order."""
-        return self._each(texts, lambda model, text: scores.rolling_logprob(model, text, prefix=prefix))
+        asked = [checked_text(text) for text in listed(texts, "texts")]
+        return self._each(asked, lambda model, text: scores.rolling_logprob(model, text, prefix=prefix))
 
     def next_token_dist(self, prompt: Prompt, *, top_k: int = 256) -> TokenDist:
         """Return the distribution of the token after ``prompt``, cut to the ``top_k`` most probable tokens.
@@ -96,7 +99,8 @@ class ApiView:
 
     def next_token_dists(self, prompts: Iterable[Prompt], *, top_k: int = 256) -> list[TokenDist]:
         """Return `next_token_dist` for each prompt, in their order."""
-        return self._each(prompts, lambda model, prompt: scores.next_token_dist(model, prompt, top_k=top_k))
+        asked = listed(prompts, "prompts")
+        return self._each(asked, lambda model, prompt: scores.next_token_dist(model, prompt, top_k=top_k))
 
     def generate(
         self,
@@ -118,6 +122,7 @@ class ApiView:
             seed: Where sampling starts, if the server heeds it.
 
         Raises:
+            ScoringError: An argument has no meaning.
             ServerError: The server failed.
         """
         return self.generate_many(
@@ -134,8 +139,9 @@ class ApiView:
         seed: int | Sequence[int] = 0,
     ) -> list[str]:
         """Return `generate` for each prompt, in their order; ``seed`` is one for all, or one for each."""
-        prompts = list(prompts)
-        seeds = seed if isinstance(seed, Sequence) else [seed] * len(prompts)
+        Settings(max_new_tokens, temperature, top_p).check()
+        asked_prompts = listed(prompts, "prompts")
+        starts = seeds(seed, len(asked_prompts))
 
         def work(model: ServedModel, asked: tuple[Prompt, int]) -> Coroutine[Any, Any, str]:
             prompt, start = asked
@@ -143,16 +149,15 @@ class ApiView:
                 model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=start
             )
 
-        return self._each(zip(prompts, seeds, strict=True), work)
+        return self._each(list(zip(asked_prompts, starts, strict=True)), work)
 
     def close(self) -> None:
         """Close the view; its backend stays open. Closing twice is harmless."""
         self._backend = None
 
-    def _each(self, items: Iterable[Any], work: Callable[[ServedModel, Any], Coroutine[Any, Any, T]]) -> list[T]:
+    def _each(self, asked: Sequence[Any], work: Callable[[ServedModel, Any], Coroutine[Any, Any, T]]) -> list[T]:
         if self._backend is None:
             raise ViewClosedError(
                 f"the view {self.id!r} was used after its `with` block. Keep what it returned, or open another view."
             )
-        asked = list(items)
         return self._backend._run(in_order(work(self._model, item) for item in asked))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.answers import SIDES, canonical, read_answers, tail
 from pytest_sway.backends.dummy.sides import Between, Canned, Noisy, Side
+from pytest_sway.backends.questions import Settings, checked_messages, checked_pair, checked_text, listed, seeds
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
 from pytest_sway.scoring import Message, Prompt, RollingLogprob, TokenDist
 
@@ -134,11 +135,13 @@ class DummyView:
         """Return ``role: content`` in a line for each message, and ``assistant:``; answers are canned for this text.
 
         A last message of the assistant's is continued: nothing comes after it.
+
+        Raises:
+            ScoringError: A message is malformed.
         """
         self._side()
-        listed = list(messages)
-        lines = [f"{message.get('role')}: {message.get('content')}" for message in listed]
-        continues = bool(listed) and listed[-1].get("role") == "assistant"
+        conversation, continues = checked_messages(messages)
+        lines = [f"{message['role']}: {message['content']}" for message in conversation]
         return "\n".join(lines if continues else [*lines, "assistant:"])
 
     def logprob_of(self, prompt: Prompt, completion: str) -> float:
@@ -154,7 +157,8 @@ class DummyView:
 
     def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
         """Return `logprob_of` for each pair of a prompt and a completion."""
-        return [self.logprob_of(prompt, completion) for prompt, completion in pairs]
+        asked = [checked_pair(pair) for pair in listed(pairs, "pairs of a prompt and a completion")]
+        return [self.logprob_of(prompt, completion) for prompt, completion in asked]
 
     def rolling_logprob(self, text: str, *, prefix: bool = True) -> RollingLogprob:
         """Return the canned log-probabilities of the tokens of ``text``, in nats.
@@ -165,13 +169,13 @@ class DummyView:
         """
         import numpy as np
 
-        ids, logprobs = self._side().rolling(text, prefix)
+        ids, logprobs = self._side().rolling(checked_text(text), prefix)
         scored = np.array(logprobs, dtype=np.float32)
         return RollingLogprob(np.array(ids, dtype=np.int64), scored, len(ids), float(sum(logprobs)))
 
     def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
         """Return `rolling_logprob` for each text."""
-        return [self.rolling_logprob(text, prefix=prefix) for text in texts]
+        return [self.rolling_logprob(text, prefix=prefix) for text in listed(texts, "texts")]
 
     def next_token_dist(self, prompt: Prompt, *, top_k: int = 256) -> TokenDist:
         """Return the distribution of the token after ``prompt``, cut to at most ``top_k`` tokens.
@@ -190,18 +194,23 @@ class DummyView:
 
     def next_token_dists(self, prompts: Iterable[Prompt], *, top_k: int = 256) -> list[TokenDist]:
         """Return `next_token_dist` for each prompt."""
-        return [self.next_token_dist(prompt, top_k=top_k) for prompt in prompts]
+        return [self.next_token_dist(prompt, top_k=top_k) for prompt in listed(prompts, "prompts")]
 
     def generate(
         self,
         prompt: Prompt,
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,  # noqa: ARG002 # a canned answer is the same at any temperature
-        top_p: float = 1.0,  # noqa: ARG002
-        seed: int = 0,  # noqa: ARG002
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,  # noqa: ARG002 # a canned answer is the same at any temperature, from any seed
     ) -> str:
-        """Return the canned continuation of ``prompt``, whole; one that is made up has ``max_new_tokens`` words."""
+        """Return the canned continuation of ``prompt``, whole; one that is made up has ``max_new_tokens`` words.
+
+        Raises:
+            ScoringError: An argument has no meaning.
+        """
+        Settings(max_new_tokens, temperature, top_p).check()
         return self._side().generation(self._text(prompt), max_new_tokens)
 
     def generate_many(
@@ -209,12 +218,17 @@ class DummyView:
         prompts: Iterable[Prompt],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,  # noqa: ARG002
-        top_p: float = 1.0,  # noqa: ARG002
-        seed: int | Sequence[int] = 0,  # noqa: ARG002
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
     ) -> list[str]:
-        """Return `generate` for each prompt."""
-        return [self.generate(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
+        """Return `generate` for each prompt; ``seed`` is one for all, or one for each."""
+        asked = listed(prompts, "prompts")
+        seeds(seed, len(asked))
+        return [
+            self.generate(prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+            for prompt in asked
+        ]
 
     def close(self) -> None:
         """Close the view; its backend stays open. Closing twice is harmless."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,9 @@ def require_cached(spec: ModelSpec, role: str = "base") -> None:
     if constants.HF_HUB_OFFLINE:
         revision = "" if spec.revision is None else f" in revision {spec.revision!r}"
         raise WeightsError(
-            f"the {role} {spec.base!r} is not in this machine's cache of the hub{revision}, and this run is offline"
-            " (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once online, or name the folder of a model."
+            f"the {role} {spec.base!r} is no folder in {os.getcwd()!r} and not in this machine's cache of the"
+            f" hub{revision}, and this run is offline (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once"
+            " online, or name the folder of a model."
         )
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.questions import checked_messages
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pytest_sway.scoring import Message, Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-_ASSISTANT: Final = "assistant"
 _MOST_ADDED: Final = 2**20
 """Characters that a template adds of its own: instructions and descriptions of tools take thousands."""
 
@@ -42,23 +43,12 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
     Raises:
         ScoringError: The tokenizer has no template, a message is malformed, or the template refuses them.
     """
-    if isinstance(messages, Mapping | str | bytes) or not isinstance(messages, Iterable):
-        raise ScoringError(
-            f"a prompt is a text or a list of messages with 'role' and 'content', and {shortened(messages)} is neither."
-        )
-    conversation = [_checked(message) for message in messages]
-    if not conversation:
-        raise ScoringError("the list of messages is empty; a conversation has at least one.")
+    conversation, continues = checked_messages(messages)
     if not getattr(tokenizer, "chat_template", None):
         raise ScoringError(
             "the tokenizer has no chat template, so messages cannot be rendered. Pass the prompt as text, or use the"
             " model's instruction-tuned variant."
         )
-    continues = conversation[-1]["role"] == _ASSISTANT
-    if continues and not _has_text(conversation[-1]["content"]):
-        conversation, continues = conversation[:-1], False  # there is nothing yet after which the turn goes on
-        if not conversation:
-            raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
     how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
     try:
         text = str(tokenizer.apply_chat_template(conversation, tokenize=False, **how))
@@ -72,20 +62,3 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
             " reads. Mend the template (chat_template.jinja, or chat_template in tokenizer_config.json)."
         )
     return text
-
-
-def _has_text(content: Any) -> bool:
-    """Whether a message says anything; other content than text is left to the template."""
-    return bool(content.strip()) if isinstance(content, str) else bool(content)
-
-
-def _checked(message: Message) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise ScoringError(f"a message is a mapping with 'role' and 'content', and {shortened(message)} is not.")
-    return dict(message)
-
-
-def shortened(value: object) -> str:
-    """Return the ``repr`` of a value, cut to a length that fits into an error."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_sway.backends.hf import batches
 from pytest_sway.backends.hf.halving import in_parts
 from pytest_sway.backends.hf.recall import recalling
-from pytest_sway.backends.hf.scores import Engine, encoded_prompts, listed, next_logits, warn_of_cuts
+from pytest_sway.backends.hf.scores import Engine, encoded_prompts, next_logits, warn_of_cuts
 from pytest_sway.backends.hf.soundness import no_number
 from pytest_sway.backends.hf.split import agree, trial_tokens
-from pytest_sway.errors import ScoringError
+from pytest_sway.backends.questions import Settings, listed, seeds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,43 +29,6 @@ _ALONE: Final = (3,)
 
 _STEPS: Final = 4
 """How many tokens are made in a trial: what is wrong with a state or a cache shows from the second one on."""
-
-
-class Settings(NamedTuple):
-    """How new text is made.
-
-    Attributes:
-        max_new_tokens: The most tokens to add.
-        temperature: 0 for the most probable token each time; above, logits are divided by it and sampled from.
-        top_p: Sample from the smallest set of tokens with this mass.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-
-    def check(self) -> None:
-        """Raise `ScoringError` for a value that has no meaning."""
-        if self.max_new_tokens < 1:
-            raise ScoringError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
-        if not self.temperature >= 0.0:
-            raise ScoringError(f"temperature must be 0 or more, not {self.temperature}.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ScoringError(f"top_p must be over 0 and at most 1, not {self.top_p}.")
-
-    def room(self, max_length: int) -> int:
-        """Return how many tokens a prompt may have, for a model that reads ``max_length`` at once.
-
-        Raises:
-            ScoringError: None.
-        """
-        room = max_length - self.max_new_tokens
-        if room < 1:
-            raise ScoringError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt: the model reads at most"
-                f" {max_length} tokens at once."
-            )
-        return room
 
 
 class Stops(NamedTuple):
@@ -98,19 +61,6 @@ def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed:
         found |= zip(batch, in_parts(run, _continued, batch, settings, stops), strict=True)
     texts: list[str] = run(_decoded, [found[request] for request in requests])
     return texts
-
-
-def seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """Return one seed for each of ``count`` prompts.
-
-    Raises:
-        ScoringError: Seeds were given, and not one for each prompt.
-    """
-    if not isinstance(seed, Sequence):
-        return [seed] * count
-    if len(seed) != count:
-        raise ScoringError(f"there are {count} prompts and {len(seed)} seeds; pass one seed, or one for each prompt.")
-    return list(seed)
 
 
 def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) -> list[list[Request]]:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
 from pytest_sway.backends.hf import batches, tokenisation
-from pytest_sway.backends.hf.chat import prompt_text, shortened
+from pytest_sway.backends.hf.chat import prompt_text
 from pytest_sway.backends.hf.halving import in_parts
 from pytest_sway.backends.hf.packing import MaskedError
 from pytest_sway.backends.hf.recall import recalling
 from pytest_sway.backends.hf.soundness import no_number
 from pytest_sway.backends.hf.tokenisation import Window
+from pytest_sway.backends.questions import checked_pair, checked_text, listed
 from pytest_sway.errors import ScoringError, SwayWarning
 from pytest_sway.scoring import RollingLogprob, TokenDist
 
@@ -100,19 +101,6 @@ def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[To
     return [found[ids] for ids in read]
 
 
-def listed(items: Iterable[Any], what: str) -> list[Any]:
-    """Return items as a list.
-
-    Raises:
-        ScoringError: They are one text, or nothing to iterate over.
-    """
-    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
-        raise ScoringError(
-            f"expected a list of {what}, and {shortened(items)} is none. For a single one, put it in []."
-        )
-    return list(items)
-
-
 def warn_of_cuts(count: int, max_length: int) -> None:
     """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
     if count:
@@ -138,10 +126,9 @@ def encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[
     """Return pairs as windows, and how many tokens of each the model reads at once."""
     windows = []
     for pair in pairs:
-        if isinstance(pair, str | bytes | Mapping) or len(pair) != 2 or not isinstance(pair[1], str):
-            raise ScoringError(f"a pair is a prompt and a completion, and {shortened(pair)} is none.")
-        text, rendered = prompt_text(engine.tokenizer, pair[0])
-        windows.append(tokenisation.encode_pair(engine.tokenizer, text, pair[1], rendered=rendered))
+        prompt, completion = checked_pair(pair)
+        text, rendered = prompt_text(engine.tokenizer, prompt)
+        windows.append(tokenisation.encode_pair(engine.tokenizer, text, completion, rendered=rendered))
         engine.require_known(windows[-1].context + windows[-1].scored)
     return windows, engine.max_length
 
@@ -150,9 +137,7 @@ def encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[l
     """Return the token ids of texts, and how many of them the model reads at once."""
     encoded = []
     for text in texts:
-        if not isinstance(text, str):
-            raise ScoringError(f"expected a text to score, and {shortened(text)} is none.")
-        encoded.append(tokenisation.encode_text(engine.tokenizer, text, prefix=prefix))
+        encoded.append(tokenisation.encode_text(engine.tokenizer, checked_text(text), prefix=prefix))
         engine.require_known(encoded[-1])
     return encoded, engine.max_length
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf import chat, generation, scores
+from pytest_sway.backends.questions import Settings
 from pytest_sway.errors import ViewClosedError
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class HFView:
             top_p: Sample from the smallest set of tokens with this mass.
             seed: Where sampling starts: one for all prompts, so that equal prompts get equal texts, or one for each.
         """
-        settings = generation.Settings(max_new_tokens, temperature, top_p)
+        settings = Settings(max_new_tokens, temperature, top_p)
         return generation.generate_many(self._run, prompts, settings, seed)
 
     def close(self) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter_files import CONFIG, read_adapter
-from pytest_sway.backends.hf.chat import shortened
 from pytest_sway.backends.hf.headers import TensorEntry, read_header
 from pytest_sway.backends.mlx.conversion import refuse_inexact
+from pytest_sway.backends.questions import shortened
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 

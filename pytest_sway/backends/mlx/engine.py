@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pytest_sway.backends.hf.generation import Settings
     from pytest_sway.backends.hf.tokenisation import Window
+    from pytest_sway.backends.questions import Settings
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

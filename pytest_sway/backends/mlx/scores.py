@@ -9,16 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf import tokenisation
-from pytest_sway.backends.hf.generation import Settings, seeds
 from pytest_sway.backends.hf.scores import (
     encoded_pairs,
     encoded_prompts,
     encoded_texts,
-    listed,
     rolling,
     warn_of_cuts,
 )
 from pytest_sway.backends.mlx.engine import Engine
+from pytest_sway.backends.questions import Settings, listed, seeds
 from pytest_sway.errors import ScoringError
 from pytest_sway.scoring import RollingLogprob, TokenDist
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     Run = Callable[..., Any]
     Ids = tuple[int, ...]
 
-__all__ = ["Settings", "generate_many", "logprobs_of", "next_token_dists", "rolling_logprobs"]
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf import chat
 from pytest_sway.backends.mlx import scores
+from pytest_sway.backends.questions import Settings
 from pytest_sway.errors import ViewClosedError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class MLXView:
             top_p: Sample from the smallest set of tokens with this mass.
             seed: Where sampling starts: one for all prompts, so that equal prompts get equal texts, or one for each.
         """
-        settings = scores.Settings(max_new_tokens, temperature, top_p)
+        settings = Settings(max_new_tokens, temperature, top_p)
         return scores.generate_many(self._run, prompts, settings, seed)
 
     def close(self) -> None:

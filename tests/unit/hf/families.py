@@ -246,10 +246,10 @@ LEFT_OUT_BEFORE_5: Final[dict[str, str]] = {
     **dict.fromkeys(("qdqbert", "speech_to_text_2", "transfo-xl"), "transformers 4 lists it, and no longer runs it"),
 }
 
-_TARGETS: Final[dict[str, tuple[str, ...]]] = {
-    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("in_proj",)),
-    **dict.fromkeys(("falcon_h1", "laguna", "llama4", "llama4_text", "phimoe"), ("q_proj", "v_proj")),
-    "deepseek_v4": ("q_a_proj", "kv_proj"),
+_TARGETS: Final[dict[str, list[str]]] = {
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "nemotron_h"), ["in_proj"]),
+    **dict.fromkeys(("falcon_h1", "laguna", "llama4", "llama4_text", "phimoe"), ["q_proj", "v_proj"]),
+    "deepseek_v4": ["q_a_proj", "kv_proj"],
 }
 """Where PEFT itself cannot put an adapter on all linear layers, save it and load it again."""
 
@@ -263,7 +263,7 @@ def families() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - left_out)
 
 
-def targets_of(family: str) -> tuple[str, ...] | str:
+def targets_of(family: str) -> list[str] | str:
     """Return what a LoRA adapter on a model of a family is put on."""
     return _TARGETS.get(family, "all-linear")
 
