@@ -232,6 +232,7 @@ LEFT_OUT: Final[dict[str, str]] = {
     "blt": "its four configurations have no small sizes in common",
     **dict.fromkeys(("dots3_note", "emu3", "gemma4", "gemma4_unified", "git", "got_ocr2"), _MEDIA),
     **dict.fromkeys(("mllama", "moss_transcribe_diarize", "phi4_multimodal", "qwen4_exp"), _MEDIA),
+    "cpmant": "each of its tokens sees those after it, so it is refused",
     "gemma3n": "it needs Pillow",
     **dict.fromkeys(("musicgen", "musicgen_melody"), "AutoModelForCausalLM cannot make it of its own configuration"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
@@ -247,8 +248,8 @@ LEFT_OUT_BEFORE_5: Final[dict[str, str]] = {
 }
 
 _TARGETS: Final[dict[str, list[str]]] = {
-    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "nemotron_h"), ["in_proj"]),
-    **dict.fromkeys(("falcon_h1", "laguna", "llama4", "llama4_text", "phimoe"), ["q_proj", "v_proj"]),
+    **{family: ["in_proj"] for family in ("falcon_mamba", "mamba", "mamba2", "nemotron_h")},
+    **{family: ["q_proj", "v_proj"] for family in ("falcon_h1", "laguna", "llama4", "llama4_text", "phimoe")},
     "deepseek_v4": ["q_a_proj", "kv_proj"],
 }
 """Where PEFT itself cannot put an adapter on all linear layers, save it and load it again."""
