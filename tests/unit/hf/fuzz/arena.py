@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import signal
 import time
@@ -174,6 +173,7 @@ def _otherwise(base: Path, adapter: Path | None, answers: list[Any]) -> str | No
 @contextmanager
 def _bounds() -> Iterator[None]:
     """End what takes for ever, and refuse what takes all the memory; only in the main thread."""
+    import resource
 
     def stop(*_: object) -> None:
         raise TakesForEverError
