@@ -118,7 +118,7 @@ class Arena:
         names_tensors = ".weight" in text or "lora_" in text or "tensor" in text
         if broken.file not in text and not (names_tensors and broken.file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
             return f"an error that does not name {broken.file}: {text[:600]}"
-        gone = broken.what == f"no {broken.field}"
+        gone = broken.what == f"no {broken.field}" or "needs what this environment lacks" in text
         if broken.field and broken.field not in text and not names_tensors and not gone:
             return f"an error that does not name {broken.field}: {text[:600]}"
         return None
