@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.errors import SwayError
+from pytest_sway.errors import ScoringError, SwayError
 from tests.tiny import TEXT, make_base, quiet
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.fuzz.inputs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Broken
@@ -102,7 +102,8 @@ class Arena:
         if isinstance(error, TakesForEverError) or seconds > SECONDS:
             return f"takes {seconds:.1f} s"
         if isinstance(error, SwayError):
-            return self._unnamed(broken, str(error))
+            of_view = isinstance(error, ScoringError) and any(word in str(error) for word in ("tokenizer", "config"))
+            return None if of_view else self._unnamed(broken, str(error))
         if error is not None:
             return f"a raw {type(error).__name__}: {str(error)[:300]}"
         return _otherwise(base, adapter, answers)
@@ -111,8 +112,6 @@ class Arena:
         """What an error does not name."""
         if len(text) > _LONGEST:
             return f"an error of {len(text)} characters: {text[:300]}"
-        if "chat template" in text or (broken.field in text and "at once, as its config says" in text):
-            return None  # of a view, which is not asked about files
         if str(self._scratch) not in text:
             return f"an error that names no file: {text[:600]}"
         names_tensors = ".weight" in text or "lora_" in text or "tensor" in text
