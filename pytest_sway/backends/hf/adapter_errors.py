@@ -33,7 +33,8 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
         return WeightsError(f"the weights {str(files.folder / WEIGHTS)!r} cannot be read: {said(error)}")
     if isinstance(error, ImportError) or "is not available" in str(error):
         return BackendNotAvailableError(
-            f"the adapter {folder!r}, of the type {files.peft_type}, needs what this environment lacks: {said(error)}"
+            f"the adapter {folder!r}, of the type {files.peft_type}, needs what this environment lacks"
+            f" (by its {CONFIG}): {said(error)}"
         )
     if isinstance(error, KeyError) and error.args[0] not in files.config.values():
         return AdapterMismatchError(

@@ -48,8 +48,8 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
         if missing:
             raise AdapterMismatchError(
                 f"the adapter {str(files.folder)!r} does not fit the base {spec.base!r}: {len(missing)} of the"
-                f" {len({m for m, _, _ in factors})} modules that it changes are not in the base ({some(missing)})."
-                " Name the base that it was trained on."
+                f" {len({m for m, _, _ in factors})} modules that its tensors change are not in the base"
+                f" ({some(missing)}). Name the base that it was trained on."
             )
     if files.config.get("use_bdlora"):
         return  # its matrices are blocks of the base's size

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.errors import SwayWarning
+from pytest_sway.errors import BackendLoadError, SwayWarning
 from tests.tiny import make_adapter, make_base, make_tokenizer, quiet
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
@@ -211,7 +211,7 @@ def test_a_base_that_cannot_be_loaded_fails_as_ever_and_stops_nobody(
     folder = shutil.copytree(half, tmp_path / "broken")
     (folder / "model.safetensors").rename(folder / "hidden")
     for _ in range(2):
-        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        with pytest.raises(BackendLoadError, match=r"no file named model\.safetensors"):
             worker().load_model(spec_of(folder))
     (folder / "hidden").rename(folder / "model.safetensors")
     assert_same(worker().load_model(spec_of(folder)), private(spec_of(folder)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import signal
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.errors import SwayError
+from pytest_sway.errors import ScoringError, SwayError
 from tests.tiny import TEXT, make_base, quiet
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.fuzz.inputs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Broken
@@ -103,7 +102,8 @@ class Arena:
         if isinstance(error, TakesForEverError) or seconds > SECONDS:
             return f"takes {seconds:.1f} s"
         if isinstance(error, SwayError):
-            return self._unnamed(broken, str(error))
+            of_view = isinstance(error, ScoringError) and any(word in str(error) for word in ("tokenizer", "config"))
+            return None if of_view else self._unnamed(broken, str(error))
         if error is not None:
             return f"a raw {type(error).__name__}: {str(error)[:300]}"
         return _otherwise(base, adapter, answers)
@@ -112,14 +112,12 @@ class Arena:
         """What an error does not name."""
         if len(text) > _LONGEST:
             return f"an error of {len(text)} characters: {text[:300]}"
-        if "chat template" in text or (broken.field in text and "at once, as its config says" in text):
-            return None  # of a view, which is not asked about files
         if str(self._scratch) not in text:
             return f"an error that names no file: {text[:600]}"
         names_tensors = ".weight" in text or "lora_" in text or "tensor" in text
         if broken.file not in text and not (names_tensors and broken.file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
             return f"an error that does not name {broken.file}: {text[:600]}"
-        gone = broken.what == f"no {broken.field}"
+        gone = broken.what == f"no {broken.field}" or "needs what this environment lacks" in text
         if broken.field and broken.field not in text and not names_tensors and not gone:
             return f"an error that does not name {broken.field}: {text[:600]}"
         return None
@@ -174,6 +172,7 @@ def _otherwise(base: Path, adapter: Path | None, answers: list[Any]) -> str | No
 @contextmanager
 def _bounds() -> Iterator[None]:
     """End what takes for ever, and refuse what takes all the memory; only in the main thread."""
+    import resource
 
     def stop(*_: object) -> None:
         raise TakesForEverError

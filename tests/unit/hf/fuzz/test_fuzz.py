@@ -5,6 +5,7 @@ An input that fails is named with its seed and number: ``broken(kind, seed, numb
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from tests.unit.hf.fuzz.arena import Arena
 from tests.unit.hf.fuzz.inputs import KINDS, broken
 from tests.unit.hf.fuzz.profiles import PROFILE, SEED
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what an input allocates is bounded on Linux alone")
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
