@@ -266,7 +266,7 @@ def families() -> list[str]:
 
 def targets_of(family: str) -> list[str] | str:
     """Return what a LoRA adapter on a model of a family is put on."""
-    return _TARGETS.get(family, "all-linear")
+    return list(_TARGETS[family]) if family in _TARGETS else "all-linear"
 
 
 def make_family(folder: Path, family: str, **settings: Any) -> Path:
