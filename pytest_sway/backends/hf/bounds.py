@@ -47,7 +47,7 @@ _NAMED_AS_SIZES: Final = re.compile(
 )
 _LARGEST: Final = 2**16
 """No side of an adapter's parts is larger, unless its own tensors or the base's have such sides."""
-_COUNTS: Final = re.compile(r"(\w+_)?(layers?|blocks|experts)|num_labels")
+_COUNTS: Final = re.compile(r"(?!max_)(\w+_)?(layers?|blocks|experts)|num_labels")
 """Fields of a base's config that say how many modules there are of a kind, or labels, of which each gets a name."""
 _MOST_LABELS: Final = 10**6
 _EXPRESSIONS: Final = ("target_modules", "exclude_modules", "layers_pattern")

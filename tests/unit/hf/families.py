@@ -210,6 +210,7 @@ _OWN: Final[dict[str, dict[str, Any]]] = {
         "indexer_compress_ratio": 2,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xlm": {"causal": True},
     "xlnet": {"d_inner": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -228,11 +229,14 @@ _OWN: Final[dict[str, dict[str, Any]]] = {
 
 _MEDIA: Final = "its images or sounds make it large; its text model is a family of its own"
 _DRAFTS: Final = "it drafts for another model, and computes nothing alone"
+NOT_CAUSAL: Final = ("cpmant", "prophetnet", "xlnet")
+"""Families of which transformers' class for causal language models is none."""
+
 LEFT_OUT: Final[dict[str, str]] = {
     "blt": "its four configurations have no small sizes in common",
     **dict.fromkeys(("dots3_note", "emu3", "gemma4", "gemma4_unified", "git", "got_ocr2"), _MEDIA),
     **dict.fromkeys(("mllama", "moss_transcribe_diarize", "phi4_multimodal", "qwen4_exp"), _MEDIA),
-    "cpmant": "each of its tokens sees those after it, so it is refused",
+    **dict.fromkeys(NOT_CAUSAL, "its tokens see later ones, so it is refused"),
     "gemma3n": "it needs Pillow",
     **dict.fromkeys(("musicgen", "musicgen_melody"), "AutoModelForCausalLM cannot make it of its own configuration"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),

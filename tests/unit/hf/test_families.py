@@ -15,10 +15,11 @@ from pytest_sway.backends.hf import HFBuilder
 from pytest_sway.backends.hf.mapped_files import MappedFiles
 from pytest_sway.backends.hf.shared_memory import address_of
 from pytest_sway.backends.hf.trees import shares_objects, tensors_of
+from pytest_sway.errors import SpecError
 from tests.tiny import quiet
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.engines import WAIT
-from tests.unit.hf.families import LEFT_OUT, families, make_family, targets_of
+from tests.unit.hf.families import LEFT_OUT, NOT_CAUSAL, families, make_family, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,3 +176,9 @@ def _bits(tensor: Any) -> Any:
 def test_the_table_has_most_families_that_transformers_has() -> None:
     assert len(families()) >= 88
     assert len(LEFT_OUT) < len(families()) / 5
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_a_family_whose_tokens_see_later_ones_is_refused(build: Any, tmp_path: Path, name: str) -> None:
+    with pytest.raises(SpecError, match="is no causal language model"):
+        build(make_family(tmp_path, name))
