@@ -27,8 +27,8 @@ _EQUAL: Final = (3, 3)
 _ALONE: Final = (3,)
 """Lengths of the prompts of a trial."""
 
-_STEPS: Final = 4
-"""How many tokens are made in a trial: what is wrong with a state or a cache shows from the second one on."""
+_STEPS: Final = 3
+"""How many tokens are made in a trial: what is wrong with a state or a cache shows from the second or third one on."""
 
 
 class Stops(NamedTuple):

@@ -120,13 +120,17 @@ def _require_room(folder: str, parameters: Mapping[str, Any], magnitudes: Mappin
     """Raise where what a LoRA pair is multiplied to is larger than any number of its dtype, which makes NaN of it."""
     import torch
 
+    dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
+    most = min((torch.finfo(dtype).max for dtype in dtypes), default=math.inf)
+    if scaling * max(magnitudes.values(), default=0.0) ** 2 <= most:
+        return
     products: dict[tuple[str, str], float] = {}
     for name, value in magnitudes.items():
         owner, matrix = _lora_factor(name)
         if matrix is None:
             continue
         products[owner] = products.get(owner, scaling) * value
-        if products[owner] > torch.finfo(parameters[name].dtype).max:
+        if products[owner] > most:
             raise AdapterMismatchError(
                 f"the adapter {folder!r} has weights of up to {value:.1e} in {public_name(name)!r}, scaled by"
                 f" {scaling:.1e}, and what they are multiplied to is too large for {parameters[name].dtype}."
