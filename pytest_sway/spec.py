@@ -444,11 +444,16 @@ def _stats(paths: tuple[str, ...]) -> _Signature:
     return tuple(signature)
 
 
+_TEMPLATES: Final = "additional_chat_templates"
+"""The folder inside of a tokenizer's where transformers puts chat templates that have names."""
+
+
 @lru_cache(maxsize=256)
 def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> tuple[str, ...]:
     """They are the same until the folder's modification time changes."""
     with os.scandir(folder) as entries:
-        return tuple(sorted(e.path for e in entries if e.is_file() and names.fullmatch(e.name)))
+        found = [e.path for e in entries if e.is_file() and names.fullmatch(e.name)]
+    return (*sorted(found), *sorted(str(path) for path in Path(folder, _TEMPLATES).glob("*.jinja")))
 
 
 _MOST_DIGESTED: Final = 2**30

@@ -470,6 +470,16 @@ def test_another_content_has_another_key(adapter: Path, change: Callable[[Path],
     assert _key(adapter=adapter) != before
 
 
+def test_a_template_that_has_a_name_is_part_of_the_key(adapter: Path) -> None:
+    keys = [_key(adapter=adapter)]
+    templates = adapter / "additional_chat_templates"
+    templates.mkdir()
+    for text in ("one", "another"):
+        (templates / "tools.jinja").write_text(text)
+        keys.append(_key(adapter=adapter))
+    assert len(set(keys)) == 3
+
+
 def test_a_key_comes_back_with_its_content(adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     first, content = _key(adapter=adapter), weights.read_text()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+from concurrent.futures import Future
+from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.questions import checked_messages
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from pytest_sway.scoring import Message, Prompt
 
@@ -17,6 +21,9 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 _MOST_ADDED: Final = 2**20
 """Characters that a template adds of its own: instructions and descriptions of tools take thousands."""
+
+_PATIENCE: Final = 4.0
+"""Seconds for a template, which usually takes a thousandth of one."""
 
 
 def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
@@ -51,7 +58,9 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
         )
     how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
     try:
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, **how))
+        text = str(_in_time(partial(tokenizer.apply_chat_template, conversation, tokenize=False, **how)))
+    except ScoringError:
+        raise
     except Exception as error:  # a template is a program, and can raise anything
         roles = ", ".join(str(message["role"]) for message in conversation)
         raise ScoringError(f"the tokenizer's chat template refuses messages with the roles {roles}: {error}") from error
@@ -62,3 +71,28 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
             " reads. Mend the template (chat_template.jinja, or chat_template in tokenizer_config.json)."
         )
     return text
+
+
+def _in_time(render: Callable[[], Any]) -> Any:
+    """Return what a template makes; it is a program, which may not end, and so runs in a thread that can be left."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(render())
+        except BaseException as error:  # it is the caller's
+            outcome.set_exception(error)
+
+    thread = Thread(target=run, name="chat template", daemon=True)
+    thread.start()
+    try:
+        thread.join(_PATIENCE)
+    finally:
+        if not outcome.done():  # SystemExit ends the thread without a word
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    if not outcome.done():
+        raise ScoringError(
+            f"the tokenizer's chat template takes more than {_PATIENCE:g} s. Mend the template (chat_template.jinja, or"
+            " chat_template in tokenizer_config.json)."
+        )
+    return outcome.result()

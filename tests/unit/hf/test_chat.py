@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_sway.errors import ScoringError
 from tests.tiny import make_base
-from tests.unit.hf.engines import computing_model
+from tests.unit.hf.engines import WAIT, computing_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,3 +109,19 @@ def test_malformed_messages_are_refused(build: Any, chat_base: Path, messages: A
 def test_a_tokenizer_without_a_template_says_so(build: Any, base: Path) -> None:
     with build(base).as_base() as view, pytest.raises(ScoringError, match="the tokenizer has no chat template"):
         view.render(MESSAGES)
+
+
+def test_a_template_without_end_is_left(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_base(tmp_path)
+    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (folder / "chat_template.jinja").write_text(loops)
+    monkeypatch.setattr("pytest_sway.backends.hf.chat._PATIENCE", 0.2)
+    with (
+        build(folder).as_base() as view,
+        pytest.raises(ScoringError, match=r"takes more than 0.2 s. Mend the template"),
+    ):
+        view.render(MESSAGES)
+    for thread in threading.enumerate():
+        if thread.name == "chat template":
+            thread.join(WAIT)
+            assert not thread.is_alive()
