@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import public_name, some
+from pytest_sway.backends.hf.libraries import no_warnings
 from pytest_sway.backends.hf.split import agree, trial_tokens
 from pytest_sway.backends.hf.tensor_parts import parts_of
 from pytest_sway.errors import ScoringError, SpecError, WeightsError
@@ -39,7 +40,7 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
 
     if base.is_tried or not base.pristine.shares:
         return
-    with torch.inference_mode(), base.side.engine() as engine:
+    with no_warnings(), torch.inference_mode(), base.side.engine() as engine:
         model = engine.forward.model
         first = trial_tokens(model)
         texts = [first, (*first[:_SAME], *first[: len(first) - _SAME])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,9 +13,19 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 def is_wrapper(tensor: Any) -> bool:
     """Whether a tensor has no memory of its own, and computes little but what its class foresees."""
+    if type(tensor) in _plain_classes():
+        return False
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     return bool(is_traceable_wrapper_subclass(tensor))
+
+
+@cache
+def _plain_classes() -> frozenset[type]:
+    """What nearly all tensors are; asking torch about each takes longer."""
+    import torch
+
+    return frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def parts_of(tensor: Any, name: str = "") -> Iterator[tuple[str, Any]]:
