@@ -86,6 +86,7 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
 def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     known: dict[int, Any] = {}
     peft_model = _loaded(base, files, tokenizer, known)
+    base.record_classes(peft_model)
     ways = base.pristine.memory.settle(peft_model, known)
     named = [*peft_model.named_parameters(), *peft_model.named_buffers()]
     own = {name: tensor for name, tensor in named if id(tensor) not in ways}

@@ -103,6 +103,20 @@ class LoadedBase:
         """One line for each thing that was patched for the whole process, and takes part in what the base computes."""
         return self._patches.changes()
 
+    def has_run(self, tree: Any) -> None:
+        """Look what a tree's first pass has written to; see `MappedFile`."""
+        pristine = self.pristine
+        if pristine is not None:
+            pristine.memory.has_run(tree)
+
+    def is_patched(self) -> bool:
+        """Whether something is patched that takes part in what it computes."""
+        return self._patches is not None and bool(self._patches.changes())
+
+    def record_classes(self, model: Any) -> None:
+        """Have patches of a model's classes count, too."""
+        self._patches.add(model)
+
     def undo_patches(self) -> None:
         """Put back what was patched."""
         self._patches.restore()

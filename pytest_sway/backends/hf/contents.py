@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.sampling import by_dtype, sample_of
 from pytest_sway.backends.hf.tensor_parts import parts_of
+from pytest_sway.backends.hf.trees import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -82,11 +83,16 @@ class PatchRecord:
     """
 
     def __init__(self, model: Any) -> None:
-        kinds = {type(module) for module in model.modules()}
-        self._forwards: dict[Any, Any] = {kind: kind.forward for kind in kinds}
+        self._forwards: dict[Any, Any] = {}
+        self.add(model)
         functions = _attention_functions().items()
         self._functions = {name: function for name, function in functions if not name.startswith("pytest_sway")}
         self._hooks = [(name, hooks, set(hooks)) for name, hooks in _global_hooks()]
+
+    def add(self, model: Any) -> None:
+        """Record the classes of one more model, such as PEFT's around the base's."""
+        for kind in {type(module) for _, module in modules_of(model)}:
+            self._forwards.setdefault(kind, kind.forward)
 
     def changes(self) -> list[str]:
         """One line for each thing that is no longer as it was.

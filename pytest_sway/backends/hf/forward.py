@@ -49,6 +49,7 @@ class Forward:
         config: Its configuration.
         limits: What one pass may hold.
         trials: What was found out about the model's passes.
+        virtual_tokens: How many positions an adapter puts before each text.
         rope: Which texts may be in one pass.
         spent: Whether the tree computes otherwise from now on, since what it has computed leaves a trace.
     """
@@ -58,7 +59,8 @@ class Forward:
         self.runner = runner
         self.config = model.config
         self.trials = trials
-        self.rope = RopeRegimes(model.config)
+        self.virtual_tokens = _virtual_tokens(runner)
+        self.rope = RopeRegimes(model.config, self.virtual_tokens)
         self.spent = False
         self._argument = _last_logits_argument(model)
         self._split: SplitModel | None = None
@@ -208,6 +210,12 @@ def _rows(table: Any, wanted: Sequence[int]) -> Any:
     import torch
 
     return table.index_select(0, torch.tensor(wanted, device=table.device))
+
+
+def _virtual_tokens(runner: Any) -> int:
+    """How many positions a ``PeftModel`` puts before each text, as prompt, prefix and P-tuning do."""
+    config = getattr(runner, "active_peft_config", None)
+    return int(getattr(config, "num_virtual_tokens", None) or 0) if getattr(config, "is_prompt_learning", False) else 0
 
 
 def _last_logits_argument(model: Any) -> str | None:

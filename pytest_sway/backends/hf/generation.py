@@ -87,7 +87,7 @@ def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) ->
 @recalling
 def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
     """The new tokens after each prompt, with the one that ends them."""
-    if not _continues(engine, _ALONE):
+    if not _continues(engine, _ALONE) or _changes_rope(engine, requests, settings):
         return _recomputed(engine, requests, settings, stops)
     arguments = _left_padded(engine, [request.ids for request in requests], stops.pad)
     arguments["logits_processor"] = [
@@ -105,6 +105,12 @@ def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, 
         end = next((i for i, token in enumerate(new) if token in stops.ends), len(new))
         found.append(tuple(new[: end + 1]))
     return found
+
+
+def _changes_rope(engine: Engine, requests: Sequence[Request], settings: Settings) -> bool:
+    """Whether a text grows beyond a length where rotary embeddings change, which leaves what a cache holds behind."""
+    rope = engine.forward.rope
+    return any(rope.of(len(r.ids)) != rope.of(len(r.ids) + settings.max_new_tokens) for r in requests)
 
 
 def _recomputed(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:

@@ -18,9 +18,11 @@ class RopeRegimes:
 
     Args:
         config: The model's configuration.
+        virtual_tokens: How many positions an adapter puts before each text.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, virtual_tokens: int = 0) -> None:
+        self._virtual = virtual_tokens
         text = config.get_text_config()
         self._long = {limit for kind, limit in _changes_of_rope(text) if kind == "longrope"}
         self._dynamic = {limit for kind, limit in _changes_of_rope(text) if "dynamic" in kind}
@@ -36,13 +38,14 @@ class RopeRegimes:
         Args:
             tokens: The length of a text.
         """
-        beyond = tuple(sorted(limit for limit in self._long if tokens > limit))
-        grown = tokens if any(tokens > limit for limit in self._dynamic) else 0
+        positions = tokens + self._virtual
+        beyond = tuple(sorted(limit for limit in self._long if positions > limit))
+        grown = positions if any(positions > limit for limit in self._dynamic) else 0
         return (beyond, grown) if beyond or grown else 0
 
     def leaves_a_trace(self, tokens: int) -> bool:
         """Whether a model that has computed a text of this length computes others differently afterwards."""
-        return any(tokens > limit for limit in self._dynamic)
+        return any(tokens + self._virtual > limit for limit in self._dynamic)
 
 
 def _changes_of_rope(config: Any) -> Iterator[tuple[str, int]]:

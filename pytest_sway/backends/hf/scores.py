@@ -65,8 +65,21 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the model reads at once."""
-        return tokenisation.max_length_of(self.forward.config, self.tokenizer)
+        """The most tokens of a text that the model reads at once, beside an adapter's virtual tokens.
+
+        Raises:
+            ScoringError: None.
+        """
+        positions, virtual = (
+            tokenisation.max_length_of(self.forward.config, self.tokenizer),
+            self.forward.virtual_tokens,
+        )
+        if positions <= virtual:
+            raise ScoringError(
+                f"the adapter's {virtual} virtual tokens leave no room for a text: the model reads at most {positions}"
+                " tokens at once."
+            )
+        return positions - virtual
 
     def require_known(self, ids: Ids) -> None:
         """Raise `ScoringError` for a token that the model has no embedding for."""

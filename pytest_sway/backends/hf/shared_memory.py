@@ -154,17 +154,17 @@ class SharedTensors:
 
     def __init__(self, tensors: Iterable[Any]) -> None:
         self._tensors = list(tensors)
-        self._ways: dict[int, Way] = {}
+        # The first lazy clone of a memory is no thread's beside another, nor beside a pass that reads it.
+        self._ways = {id(tensor): _way_of(tensor, None) for tensor in self._tensors}
 
     def exposes(self, tensor: Any) -> bool:
         """Whether all trees have the same memory of a tensor."""
-        return _is_exposed(tensor)
+        return self._ways[id(tensor)] is Method.EXPOSED
 
     def shared(self) -> list[Any]:
         """Return new tensors for a tree, in their order."""
         import torch
 
-        self._ways = self._ways or {id(tensor): _way_of(tensor, None) for tensor in self._tensors}
         with torch.inference_mode(False), torch.no_grad():
             return list(map(_Sharer(self._ways), self._tensors))
 

@@ -35,7 +35,7 @@ class Side:
     Args:
         make: Returns a new tree: the ``PeftModel``, or the Hugging Face model where there is no adapter. Its argument
             says whether the tree only computes, and no test gets it.
-        has_run: Called with each tree that has computed its first answer.
+        base: The base whose memory its trees share.
         tokenizer: What turns its texts into tokens.
         trials: What was found out about the passes of its trees.
         through_inner_model: Whether the model inside of a ``PeftModel`` computes the same.
@@ -47,7 +47,7 @@ class Side:
     def __init__(
         self,
         make: Callable[[bool], Any],
-        has_run: Callable[[Any], None],
+        base: LoadedBase,
         tokenizer: Any,
         trials: Trials | None = None,
         *,
@@ -57,8 +57,7 @@ class Side:
         idle: Idle | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._make: Callable[[bool], Any] | None = make
-        self._has_run: Callable[[Any], None] | None = has_run
+        self._open: tuple[Callable[[bool], Any], LoadedBase] | None = make, base
         self._trials = Trials() if trials is None else trials
         self._through_inner_model = through_inner_model
         self._one_text_at_a_time = one_text_at_a_time
@@ -68,13 +67,15 @@ class Side:
     @contextmanager
     def engine(self) -> Iterator[Engine]:
         """Give what computes; it is dropped when it is spent, and after an error, which leaves a tree in any state."""
-        runner = self._idle.take() or self._new_runner()
+        _, base = self._require_open()
+        patched = base.is_patched()  # what runs then may write anything, and nobody else computes on it
+        runner = self._new_runner(to_run=False) if patched else self._idle.take() or self._new_runner()
         yield Engine(runner.forward.runner, self.tokenizer, runner.forward, self._recall)
-        if self._make is None or runner.forward.spent:
+        if patched or runner.forward.spent or self._open is None:
             return
-        if not runner.has_run and (has_run := self._has_run) is not None:
+        if not runner.has_run:
             runner.has_run = True
-            has_run(runner.tree)
+            base.has_run(runner.tree)
         self._idle.give(runner)
 
     def tree(self, *, to_run: bool = False) -> Any:
@@ -86,13 +87,17 @@ class Side:
         Raises:
             BackendClosedError: It was closed.
         """
-        make = self._make
-        if make is None:
+        make, _ = self._require_open()
+        return make(to_run)
+
+    def _require_open(self) -> tuple[Callable[[bool], Any], LoadedBase]:
+        now = self._open
+        if now is None:
             raise BackendClosedError(
                 "a view was used in one thread while it, or its backend, was closed in another. End the threads of a"
                 " test before the test ends, or ask for the backend again with sway_backend(spec)."
             )
-        return make(to_run)
+        return now
 
     def changed(self, change: Callable[[Any], None]) -> Side:
         """Return a side whose trees are this one's with a change.
@@ -102,13 +107,16 @@ class Side:
         """
 
         def make(to_run: bool) -> Any:
+            import torch
+
             tree = self.tree(to_run=to_run)
-            change(tree)
+            with torch.inference_mode(False), torch.no_grad():  # it may be handed to a test that trains it
+                change(tree)
             return tree
 
         return Side(
             make,
-            lambda _: None,
+            self._require_open()[1],
             self.tokenizer,
             self._trials,
             through_inner_model=self._through_inner_model,
@@ -117,11 +125,11 @@ class Side:
 
     def close(self) -> None:
         """Let go of all trees."""
-        self._make = self._has_run = None
+        self._open = None
         self._idle.close()
 
-    def _new_runner(self) -> Runner:
-        tree = self.tree(to_run=True)
+    def _new_runner(self, *, to_run: bool = True) -> Runner:
+        tree = self.tree(to_run=to_run)
         inner = inner_model(tree)
         called = inner if self._through_inner_model else tree
         return Runner(tree, Forward(inner, called, self._trials, one_text_at_a_time=self._one_text_at_a_time))
@@ -132,7 +140,7 @@ def base_side(base: LoadedBase) -> Side:
     pristine = base.pristine
     return Side(
         lambda to_run: pristine.tree(to_run=to_run),
-        pristine.memory.has_run,
+        base,
         base.tokenizer,
         base.trials,
         recall=base.recall,
@@ -156,7 +164,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
 
     return Side(
         make,
-        base.pristine.memory.has_run,
+        base,
         tokenizer,
         base.trials if files.plain else Trials(looks_ahead=files.looks_ahead),
         through_inner_model=files.through_inner_model,
@@ -200,7 +208,7 @@ def null(side: Side, adapter: Adapter, seed: int, init_scale: float, rank_scale:
         names += [name for name in parameters if ".lora_embedding_" in name]
         for name in names:
             parameter = parameters[name]
-            noise = torch.randn(*parameter.shape, generator=generator, dtype=torch.float32)
+            noise = torch.randn(*parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
             noise = noise.to(dtype=parameter.dtype, device=parameter.device) * scale
             parameter.data = noise
 

@@ -32,6 +32,9 @@ _UNSEEN_FIELDS: Final = frozenset(
 )
 """Fields of a config that do not show in what PEFT makes of it."""
 
+_ORDERED_FIELDS: Final = ("alpha_pattern", "rank_pattern")
+"""Of their expressions, PEFT takes the first that matches."""
+
 _MOST: Final = 8
 """So many skeletons are kept for each base, those that were used last."""
 
@@ -178,6 +181,7 @@ def name_in_file(name: str) -> str:
 def _signature(files: AdapterFiles, config: Any) -> Hashable:
     """Equal for adapters of which PEFT makes the same, but for their weights."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_FIELDS}
+    fields |= {name: list(fields[name].items()) for name in _ORDERED_FIELDS if fields.get(name)}
     text = json.dumps(
         fields, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.backends.hf.rope import RopeRegimes
-from tests.tiny import WORDS, make_tokenizer, quiet
+from tests.tiny import WORDS, make_tokenizer, quiet, save_adapter
 from tests.unit.hf.reference import fresh
 
 if TYPE_CHECKING:
@@ -91,6 +91,42 @@ def test_the_model_that_scores_long_texts_is_no_change(build: Any, family: Path)
     with backend.as_base() as view:
         view.rolling_logprobs(TEXTS)
     assert backend.changes() == []
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_positions_too(build: Any, family: Path, tmp_path: Path, kind: str) -> None:
+    import peft
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    with quiet():
+        adapter = save_adapter(tmp_path / "adapter", family, config)
+    texts = [" ".join(WORDS[i : i + n]) for i, n in enumerate([4, 9, 10, 3])]
+    alone = []
+    for text in texts:
+        with build(family, adapter).as_finetuned() as view:  # each on a tree that has computed nothing else
+            model = view.model
+            ids = view.tokenizer(f"<s> {text}", return_tensors="pt")["input_ids"]
+            with quiet():
+                logits = model(input_ids=ids[:, :-1]).logits[0, -ids.shape[1] + 1 :].detach().log_softmax(-1)
+            alone.append(logits.gather(1, ids[0, 1:, None])[:, 0].numpy())
+    with build(family, adapter).as_finetuned() as view:
+        for _ in range(2):
+            for expected, found in zip(alone, view.rolling_logprobs(texts), strict=True):
+                np.testing.assert_allclose(found.logprobs, expected, atol=2e-4)
+
+
+def test_a_text_that_grows_beyond_a_change_goes_on_as_it_is_scored(build: Any, family: Path) -> None:
+    with build(family).as_base() as view:
+        prompt, steps = " ".join(WORDS[5:15]), 6
+        text, new = prompt, list[str]()
+        if "mistral" in family.name:  # which reads no more than 16 tokens
+            text, steps = " ".join(WORDS[5:13]), 4
+            prompt = text
+        for _ in range(steps):
+            token = view.tokenizer.convert_ids_to_tokens(int(view.next_token_dist(text, top_k=1).token_ids[0]))
+            text = f"{text} {token}"
+            new.append(token)
+        assert view.generate(prompt, max_new_tokens=steps).split() == [word for word in new if word[0] != "<"]
 
 
 def test_a_model_that_names_no_length_and_whose_rope_needs_none_is_one_for_all() -> None:

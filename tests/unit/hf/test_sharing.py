@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -224,3 +225,66 @@ def test_a_closed_adapter_leaves_its_weights_in_no_tree(build: Any, base: Path, 
     with kept.as_finetuned() as view:
         view.logprob_of("the sun", " rises")
         assert logits(computing_model(view), view.tokenizer).equal(logits(*fresh(base, alike[0])))
+
+
+def test_the_order_of_patterns_makes_another_configuration(build: Any, base: Path, tmp_path: Path) -> None:
+    orders = (("q_proj", "layers.0.self_attn.q_proj"), ("layers.0.self_attn.q_proj", "q_proj"))
+    folders = []
+    for i, order in enumerate(orders):
+        folder = make_adapter(
+            tmp_path / str(i), base, seed=i, alpha_pattern={"q_proj": 2, order[order[0] == "q_proj"]: 64}
+        )
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text())
+        config["alpha_pattern"] = {name: config["alpha_pattern"][name] for name in order}  # PEFT itself sorts them
+        path.write_text(json.dumps(config))
+        folders.append(folder)
+    backends = [build(base, folder) for folder in folders]
+    for backend, folder in zip(backends, folders, strict=True):
+        with backend.as_finetuned() as view:
+            assert view_logits(view).equal(logits(*fresh(base, folder)))
+
+
+def _halving(forward: Any) -> Any:
+    def halve_and_go_on(self: Any, hidden: Any) -> Any:
+        self.down_proj.weight.data.mul_(0.5)
+        return forward(self, hidden)
+
+    return halve_and_go_on
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_what_a_patched_class_writes_while_it_computes_reaches_nobody_else(
+    build: Any, base: Path, alike: list[Path], monkeypatch: pytest.MonkeyPatch, undone: bool
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    backends = [build(base, folder, allow_pickle=undone) for folder in alike]
+
+    def scores() -> list[float]:
+        found = []
+        for backend in backends:
+            with backend.as_finetuned() as tuned, backend.as_base() as plain:
+                found += [tuned.logprob_of("the sun", " rises"), plain.logprob_of("the sun", " rises")]
+        return found
+
+    before = scores()
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", _halving(LlamaMLP.forward))
+        with backends[0].as_finetuned() as view:
+            assert view.logprob_of("the sun", " rises") != before[0]
+        if not undone:
+            assert any("LlamaMLP" in line for line in backends[0].changes())
+    assert scores() == before
+
+
+def test_a_patched_class_of_pefts_is_a_change(
+    build: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    backend = build(base, adapter)
+    forward = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, hidden: forward(self, hidden) * 2)
+    assert any("lora.layer.Linear" in line for line in backend.changes())
+    assert Linear.forward is forward

@@ -222,3 +222,14 @@ def test_what_a_failed_forward_pass_raises_holds_no_weights(
     backend.close()
     assert caught.value.__traceback__ is not None
     assert backend.leak() is None
+
+
+def test_noise_is_an_ordinary_tensor_whatever_mode_and_device_are_set(build: Any, base: Path, adapter: Path) -> None:
+    import torch
+
+    backend = build(base, adapter)
+    with backend.as_null_adapter(1) as view:
+        expected = view.logprob_of("the sun", " rises")
+    with torch.inference_mode(), torch.device("meta"), backend.as_null_adapter(1) as view:
+        assert not any(parameter.is_inference() or parameter.is_meta for parameter in view.model.parameters())
+        assert view.logprob_of("the sun", " rises") == expected
