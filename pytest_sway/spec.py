@@ -349,8 +349,8 @@ def resolved_key(spec: ModelSpec) -> Key:
         spec.finetuned_endpoint,
         spec.api_key_env,
         spec.timeout,
-        _model_signature(spec.base),
-        None if spec.finetuned is None else _model_signature(spec.finetuned),
+        _model_identity(spec.base),
+        None if spec.finetuned is None else _model_identity(spec.finetuned),
         None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
     )
 
@@ -416,6 +416,28 @@ def _model_signature(model: str, files: re.Pattern[str] = _WEIGHTS) -> _Signatur
     if model.endswith(GGUF_SUFFIX):
         return _stats((model,))
     return _stats((f"{model}/config.json", *_listed(model, files)))
+
+
+def _model_identity(model: str) -> Hashable:
+    """What tells one state of a local model from another, at each request.
+
+    Its config.json and its weights are looked at each time. Its other files are looked at when the folder itself has
+    changed, as it does when a file is replaced, added or removed: it would take as long again to look at all of them.
+    """
+    if not os.path.isabs(model) or model.endswith(GGUF_SUFFIX):
+        return _model_signature(model)
+    try:
+        folder = os.stat(model)
+    except OSError:
+        return _model_signature(model)
+    others = _other_files(model, folder.st_mtime_ns, folder.st_ino)
+    return _stats((f"{model}/config.json", *_files(model, _WEIGHTS, folder.st_mtime_ns, folder.st_ino))), others
+
+
+@lru_cache(maxsize=256)
+def _other_files(model: str, mtime_ns: int, inode: int) -> _Signature:
+    """The state that a model's files besides its weights were in when its folder changed."""
+    return _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
 
 
 def _adapter_signature(folder: str) -> _Signature:

@@ -470,6 +470,18 @@ def test_another_content_has_another_key(adapter: Path, change: Callable[[Path],
     assert _key(adapter=adapter) != before
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_a_base_whose_tokenizer_is_replaced_is_another(tmp_path: Path, name: str) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in ("config.json", "model.safetensors", name):
+        (base / file).write_text("{}")
+    before = _key(base=base)
+    (base / f"{name}.new").write_text("[]")
+    (base / f"{name}.new").replace(base / name)
+    assert _key(base=base) != before
+
+
 def test_a_template_that_has_a_name_is_part_of_the_key(adapter: Path) -> None:
     keys = [_key(adapter=adapter)]
     templates = adapter / "additional_chat_templates"
