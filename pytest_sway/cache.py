@@ -209,8 +209,9 @@ class BackendCache:
             except BaseException:
                 self._abandon(operation)
                 raise
-        except BaseException:
+        except BaseException as error:
             self._abandon(operation)  # an interrupt may have struck in the handler above
+            without_secrets(error)  # in place: what is not an Exception goes up as it is
             raise
 
     def loaded_keys(self) -> list[Key]:
@@ -354,8 +355,9 @@ class BackendCache:
             except BaseException:
                 self._abandon(operation)
                 raise
-        except BaseException:
+        except BaseException as error:
             self._abandon(operation)
+            without_secrets(error)
             raise
 
     def _close(self, operation: Operation, entry: Entry) -> None:

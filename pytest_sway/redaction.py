@@ -22,7 +22,7 @@ _SHORTEST: Final = 8
 """Shorter values are words that occur anywhere, such as ``true``, and no secrets."""
 _DEEPEST: Final = 8
 _HIDDEN: Final = "***"
-_TEXT_FIELDS: Final = ("strerror", "filename", "filename2", "msg", "text", "reason", "name", "path")
+_TEXT_FIELDS: Final = ("strerror", "filename", "filename2", "msg", "text", "reason", "name", "path", "code")
 """Where the errors of Python itself keep text beside their arguments."""
 
 

@@ -99,3 +99,54 @@ def test_it(sway_backend, way, where):
     assert "BackendLoadError: loading the dummy backend of base 'group-load' failed: ExceptionGroup: many" in shown
     for secret in (SECRET, PASSWORD):
         assert secret not in shown
+
+
+def test_nor_do_they_show_that_of_what_is_no_exception(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pytest.fail`` in a build, and the end of a program that was written as a script."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    suite.pytester.makepyfile(
+        leaky="""
+import os
+import sys
+import pytest
+
+WAYS = {"fail": pytest.fail, "exit": sys.exit}
+
+class Backend:
+    def __init__(self, way):
+        self.way = way
+
+    def as_base(self):
+        raise NotImplementedError
+
+    as_finetuned = as_base
+
+    def close(self):
+        WAYS[self.way](f"401 for {os.environ['HF_TOKEN']}")
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sway_build_backend(spec):
+    way, _, where = spec.base.partition("-")
+    if where == "load":
+        Backend(way).close()
+    if where == "close":
+        return Backend(way)
+"""
+    )
+    result = suite.run(
+        """
+@pytest.mark.parametrize("where", ["load", "close"])
+@pytest.mark.parametrize("way", ["fail", "exit"])
+def test_it(sway_cache, way, where):
+    sway_cache.get_or_load(dummy(f"{way}-{where}"))
+    sway_cache.evict_all()
+""",
+        "-p",
+        "leaky",
+        "--junitxml=junit.xml",
+    )
+    result.assert_outcomes(failed=4)
+    shown = result.stdout.str() + result.stderr.str() + (suite.pytester.path / "junit.xml").read_text()
+    assert "Failed: 401 for ***" in shown
+    assert "SystemExit: 401 for ***" in shown
+    assert SECRET not in shown

@@ -25,6 +25,9 @@ _MOST_ADDED: Final = 2**20
 _PATIENCE: Final = 4.0
 """Seconds for a template, which usually takes a thousandth of one."""
 
+_END_OF_CONTENT: Final = "CONTINUE_FINAL_MESSAGE_TAG"
+"""What transformers puts behind a last message that is continued, to cut the text there; it finds one of them only."""
+
 
 def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
     """Return a prompt as text, and whether a chat template made it.
@@ -69,6 +72,12 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
         raise ScoringError(
             f"the tokenizer's chat template makes {len(text):,} characters of messages of {said:,}, which no model"
             " reads. Mend the template (chat_template.jinja, or chat_template in tokenizer_config.json)."
+        )
+    if continues and _END_OF_CONTENT in text and not any(_END_OF_CONTENT in str(each) for each in conversation):
+        raise ScoringError(
+            "the tokenizer's chat template prints the last message more than once, so the assistant's turn cannot be"
+            " continued. End the messages with a user's, or mend the template (chat_template.jinja, or chat_template"
+            " in tokenizer_config.json)."
         )
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import NAME, is_adapters, public_name, some
@@ -24,6 +25,11 @@ _PROJECTIONS: Final = ("vera_A", "vera_B", "pvera_A", "pvera_B")
 _LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in _PROJECTIONS))
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
+_NAMED: Final = re.compile(
+    rf"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?:{NAME}\.)?(?!(?:{NAME}|weight|bias)(?:\.|$))([^.]+)"
+    r"(?:\.(?:weight|bias))?$"
+)
+"""A name of a LoRA tensor that contains another adapter's; PEFT may have put its own before that."""
 
 
 def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -41,6 +47,14 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
     unexpected = [name for name in unexpected if name not in _LOADED_APART and not _saved_twice(name, files)]
     if not missing and not unexpected:
         return
+    if len(adapters := {named[1] for name in unexpected if (named := _NAMED.search(name))}) == 1:
+        name = adapters.pop()
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} has tensors whose names contain the adapter's name {name!r}"
+            f" ({some(unexpected)}), as those of model.state_dict() do."
+            f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the folder that this"
+            f" makes in it, {name!r}."
+        )
     found = []
     if unexpected:
         found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")

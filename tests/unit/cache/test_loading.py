@@ -213,6 +213,20 @@ def test_inv10_an_interrupt_goes_up_where_it_struck_and_a_waiter_takes_over(
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_inv10_an_interrupt_that_quotes_a_secret_goes_up_as_the_same_object_without_it(
+    build: FakeBuild, interrupt: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh12345678")
+    raised = interrupt("401 for hf_abcdefgh12345678")
+    build.load_errors["a"] = [raised]
+    with pytest.raises(interrupt) as caught:
+        BackendCache(build=build).acquire(spec("a"))
+    assert caught.value is raised
+    assert str(raised) == "401 for ***"
+    assert getattr(raised, "code", "401 for ***") == "401 for ***"  # Python prints it at the end
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
 def test_inv10_an_interrupt_while_waiting_leaves_the_load_to_the_others(
     build: FakeBuild, interrupt: type[BaseException]
 ) -> None:

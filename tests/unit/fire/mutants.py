@@ -139,8 +139,8 @@ MUTANTS = (
             "return lease\n            except Exception:",
         ),
         (
-            "        except BaseException:\n            self._abandon(operation)  # an interrupt may",
-            "        except Exception:\n            self._abandon(operation)  # an interrupt may",
+            "        except BaseException as error:\n            self._abandon(operation)  # an interrupt may",
+            "        except Exception as error:\n            self._abandon(operation)  # an interrupt may",
         ),
     ),
     _in_ledger(

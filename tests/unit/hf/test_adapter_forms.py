@@ -47,6 +47,20 @@ def test_keys_with_the_adapters_name_are_compared_with_the_bases_sizes(build: An
         build(base, copied)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_keys_with_the_name_of_another_adapter_are_told_from_those_of_another_base(
+    build: Any, base: Path, adapter: Path, copied: Path, beside: bool
+) -> None:
+    """As ``model.state_dict()`` has them, and ``save_pretrained`` has not."""
+    others = [build(base, adapter)] if beside else []
+    edit_weights(copied, lambda ts: {n.replace(".weight", ".sft.weight"): t for n, t in ts.items()})
+    remedy = r"save_pretrained\(folder, selected_adapters=\['sft'\]\)"
+    with pytest.raises(AdapterMismatchError, match=rf"contain the adapter's name 'sft'.*{remedy}") as caught:
+        build(base, copied)
+    assert "Name the base" not in str(caught.value)
+    assert [each.changes() for each in others] == [[]] * len(others)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_config_may_begin_with_a_byte_order_mark(
     build: Any, base: Path, adapter: Path, copied: Path, encoding: str

@@ -111,6 +111,16 @@ def test_a_tokenizer_without_a_template_says_so(build: Any, base: Path) -> None:
         view.render(MESSAGES)
 
 
+def test_a_template_that_prints_the_last_message_twice_cannot_be_continued(build: Any, tmp_path: Path) -> None:
+    folder = make_base(tmp_path)
+    twice = "{% for m in messages %}{{ m.content }} . {% endfor %}{{ messages[-1].content }} the"
+    (folder / "chat_template.jinja").write_text(twice)
+    with build(folder).as_base() as view:
+        with pytest.raises(ScoringError, match=r"prints the last message more than once.* End the messages with a us"):
+            view.logprob_of(BEGUN, " hello")
+        assert view.render(MESSAGES) == "hello . world . hello . hello the"
+
+
 def test_a_template_without_end_is_left(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_base(tmp_path)
     loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
