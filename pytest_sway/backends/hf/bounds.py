@@ -49,6 +49,8 @@ _LARGEST: Final = 2**16
 """No side of an adapter's parts is larger, unless its own tensors or the base's have such sides."""
 _COUNTS: Final = re.compile(r"(?!max_)(\w+_)?(layers?|blocks|experts)|num_labels")
 """Fields of a base's config that say how many modules there are of a kind, or labels, of which each gets a name."""
+_NUMBERS_OF: Final = re.compile(r"(num|n)_(\w+_)?(layers?|blocks|experts)")
+"""Those that can be nothing else; some others are places, such as ``vision_feature_layer``, and count from the end."""
 _MOST_LABELS: Final = 10**6
 _EXPRESSIONS: Final = ("target_modules", "exclude_modules", "layers_pattern")
 _KEYED_BY_EXPRESSIONS: Final = ("rank_pattern", "alpha_pattern")
@@ -81,6 +83,8 @@ _WORDS: Final = {
     dict: "an object",
     bool: "true or false",
 }
+_MOST_LEVELS: Final = 32
+"""No setting of PEFT's is nested deeper than a few levels, and what walks or copies a value recurses into each."""
 _GATHERED: Final = (
     "accelerator.unwrap_model(model).save_pretrained(folder, state_dict=accelerator.get_state_dict(model))"
 )
@@ -147,9 +151,14 @@ def require_types(path: Path, config: Mapping[str, Any]) -> None:
     """Raise unless the fields of an ``adapter_config.json`` have the types that they take, as far as they are known.
 
     Raises:
-        SpecError: One has another, or holds a number that is none.
+        SpecError: One has another, is nested without end, or holds a number that is none.
     """
     for field, value in config.items():
+        if _is_deep(value, _MOST_LEVELS):
+            raise SpecError(
+                f"{str(path)!r} has {field[:100]} = {shown(value)}, which is nested in more than {_MOST_LEVELS} levels,"
+                " and no setting is. Save the adapter again."
+            )
         if not _is_finite(value):
             raise SpecError(
                 f"{str(path)!r} has {field} = {shown(value)}, and NaN or infinity is no setting. Save the adapter"
@@ -165,6 +174,14 @@ def require_types(path: Path, config: Mapping[str, Any]) -> None:
             raise SpecError(
                 f"{str(path)!r} has {field} = {shown(value)}, and it must be {takes}. Save the adapter again."
             )
+
+
+def _is_deep(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested in a value read from JSON in more than so many levels."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return not levels or any(_is_deep(each, levels - 1) for each in inner)
 
 
 def _is_finite(value: object) -> bool:
@@ -201,7 +218,7 @@ def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
 
 
 def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
-    """Raise where a base's config asks for more layers or experts than its weights have tensors for.
+    """Raise where a base's config asks for more layers or experts than its weights have tensors for, or a negative number.
 
     transformers makes each of them before it looks at the weights; other sizes cost nothing until then.
 
@@ -216,6 +233,11 @@ def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping
     most = max([len(entries), *(entry.shape[0] for entry in entries.values() if len(entry.shape) > 2)])
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for field, count in part.items():
+            if type(count) is int and count < 0 and _NUMBERS_OF.fullmatch(field):
+                raise WeightsError(
+                    f"{str(path)!r} has {field} = {shown(count)}, and it must not be negative. Save the model again,"
+                    " config and weights together."
+                )
             bound = _MOST_LABELS if field == "num_labels" else most
             if type(count) is int and count > bound and _COUNTS.fullmatch(field):
                 raise WeightsError(

@@ -86,13 +86,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _parsed(path: Path, raw: bytes, data_bytes: int) -> dict[str, TensorEntry]:
     """The tensors that a header describes; each load reads the same ones several times."""
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise _broken(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a JSON object")
     said = header.pop("__metadata__", None)
-    if said is not None and not (isinstance(said, dict) and all(isinstance(value, str) for value in said.values())):
+    if said is not None and not (isinstance(said, dict) and all(map(_is_text, (*said, *said.values())))):
         raise _broken(path, "its __metadata__ are not texts by name")
     return _entries(path, header, data_bytes)
 
@@ -134,6 +134,8 @@ def _entries(path: Path, header: Mapping[str, Any], data_bytes: int) -> dict[str
     entries: dict[str, TensorEntry] = {}
     spans: list[tuple[int, int]] = []
     for name, value in header.items():
+        if not _is_text(name):
+            raise _broken(path, f"its entry {name[:80]!r} has a name that is no text in UTF-8")
         try:
             dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
             bits = BITS[dtype]
@@ -160,6 +162,17 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
         position = end
     if position != data_bytes:
         raise _broken(path, f"its tensors take {position:,} of {data_bytes:,} bytes of data")
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a text of whole characters; JSON's escapes make halves too, which safetensors refuses."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _naturals(values: Iterable[Any]) -> bool:

@@ -105,7 +105,8 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str, *, rendered: bool 
             del scored[0]
     if not scored:
         raise ScoringError(
-            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r}; there is nothing to score."
+            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r} by the model's tokenizer;"
+            " there is nothing to score."
         )
     return Window(tuple(context), tuple(scored))
 

@@ -228,6 +228,20 @@ def test_a_setting_that_is_no_number_is_named(
     assert f"adapter_config.json' has {sentence}, and NaN or infinity is no setting." in str(error)
 
 
+@pytest.mark.parametrize("field", ["init_lora_weights", "target_modules", "an unknown field"])
+def test_a_setting_that_is_nested_without_end_is_named(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], field: str
+) -> None:
+    deep: Any = 1
+    for _ in range(400):
+        deep = [{"a": deep}]
+    edit_config(folders["adapter"], **{field: deep})
+    error = refusal()
+    assert isinstance(error, SpecError)
+    assert f"adapter_config.json' has {field} = " in str(error)
+    assert "which is nested in more than 32 levels, and no setting is." in str(error)
+
+
 @pytest.mark.parametrize(
     ("rename", "left", "whose"),
     [
@@ -288,6 +302,14 @@ def test_a_size_that_the_bases_weights_cannot_fill_is_refused(
     assert time.thread_time() - started < SECONDS
     counted = f"config.json' has {field} = {value}, and the model's files have 21 tensors, too few for that."
     assert counted in str(caught.value) or "have other sizes than its config.json asks for (" in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [-1, -(10**9)])
+def test_fewer_layers_than_none_are_refused(folders: dict[str, Path], build: Any, loads: list[str], count: int) -> None:
+    _edit(folders["base"] / "config.json", num_hidden_layers=count)
+    with pytest.raises(WeightsError, match=rf"config.json' has num_hidden_layers = {count}, and it must not be neg"):
+        build(folders["base"])
+    assert loads == []
 
 
 def test_a_rank_that_a_pickles_weights_cannot_fill_is_refused(

@@ -115,7 +115,11 @@ class Arena:
         if str(self._scratch) not in text:
             return f"an error that names no file: {text[:600]}"
         names_tensors = ".weight" in text or "lora_" in text or "tensor" in text
-        if broken.file not in text and not (names_tensors and broken.file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        files = (broken.file,)
+        if broken.file in (TOKENIZER, TOKENIZER_CONFIG):  # they can contradict each other, and either may be the broken
+            files = (TOKENIZER, TOKENIZER_CONFIG)
+        named = any(str(self._scratch / file) in text for file in files) or broken.file in text
+        if not named and not (names_tensors and broken.file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
             return f"an error that does not name {broken.file}: {text[:600]}"
         gone = broken.what == f"no {broken.field}" or "needs what this environment lacks" in text
         if broken.field and broken.field not in text and not names_tensors and not gone:
