@@ -218,7 +218,7 @@ def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
 
 
 def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
-    """Raise where a base's config asks for more layers or experts than its weights have tensors for, or a negative number.
+    """Raise where a base's config asks for more layers or experts than its weights have tensors for, or fewer than 0.
 
     transformers makes each of them before it looks at the weights; other sizes cost nothing until then.
 

@@ -115,10 +115,9 @@ class Arena:
         if str(self._scratch) not in text:
             return f"an error that names no file: {text[:600]}"
         names_tensors = ".weight" in text or "lora_" in text or "tensor" in text
-        files = (broken.file,)
-        if broken.file in (TOKENIZER, TOKENIZER_CONFIG):  # they can contradict each other, and either may be the broken
-            files = (TOKENIZER, TOKENIZER_CONFIG)
-        named = any(str(self._scratch / file) in text for file in files) or broken.file in text
+        # the tokenizer's two files can contradict each other, and then either may be the broken one
+        pair = (TOKENIZER, TOKENIZER_CONFIG) if broken.file in (TOKENIZER, TOKENIZER_CONFIG) else ()
+        named = broken.file in text or any(str(self._scratch / file) in text for file in pair)
         if not named and not (names_tensors and broken.file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
             return f"an error that does not name {broken.file}: {text[:600]}"
         gone = broken.what == f"no {broken.field}" or "needs what this environment lacks" in text
