@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pytest_sway.backends.hf import models
 from pytest_sway.backends.hf.culprits import Asked, explanation
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SpecError, WeightsError
 from tests.tiny import edit_config, edit_weights
@@ -136,6 +137,22 @@ def test_sizes_that_are_not_those_of_the_weights_are_named(build: Any, own_base:
     with pytest.raises(
         WeightsError, match=r"\(model.layers.0.mlp.down_proj.weight: \[32, 64\] in the file, \[32, 48\]"
     ):
+        build(own_base)
+
+
+@pytest.mark.parametrize(
+    ("width", "error", "text"),
+    [(48, WeightsError, r"\[32, 64\] in the file, \[32, 48\] by the config"), (64, RuntimeError, "^can't allocate")],
+)
+def test_sizes_are_named_where_memory_runs_out_for_them(
+    build: Any, own_base: Path, monkeypatch: pytest.MonkeyPatch, width: int, error: type[Exception], text: str
+) -> None:
+    def own(spec: Any) -> Any:
+        raise RuntimeError("can't allocate memory: you tried to allocate 8 bytes")  # as transformers 4 does
+
+    monkeypatch.setattr(models, "_own", own)
+    _edit(own_base / "config.json", intermediate_size=width)
+    with pytest.raises(error, match=text):
         build(own_base)
 
 
