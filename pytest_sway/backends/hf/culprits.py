@@ -92,8 +92,10 @@ def named_culprit(asked: Asked | None) -> Iterator[None]:
 def explanation(asked: Asked, error: Exception) -> SwayError:
     """Return the error that says which file and field a library's error comes from."""
     where = f"{asked.what} {str(asked.folder)!r}"
-    if isinstance(error, ImportError):
-        return BackendNotAvailableError(f"{where} needs what this environment lacks: {said(error)}")
+    lacking = BackendNotAvailableError(f"{where} needs what this environment lacks: {said(error)}")
+    first = _first(error)
+    if isinstance(first, ImportError):
+        return lacking
     present = [name for name in asked.files if (asked.folder / name).is_file()]
     for name in present:
         path = str(asked.folder / name)
@@ -104,13 +106,16 @@ def explanation(asked: Asked, error: Exception) -> SwayError:
         if not isinstance(fields, dict):
             return SpecError(f"{path!r} is not a JSON object. Save it again.")
     contents = {name: json.loads((asked.folder / name).read_bytes()) for name in present}
-    suspects = _suspects(asked, contents, str(error))
-    found = _culprit(asked, contents, suspects) or (suspects[0] if suspects else None)
+    suspects = _suspects(asked, contents, str(first))
+    found = _culprit(asked, contents, suspects)
+    if found is None and first is not error:
+        return lacking
+    found = found or (suspects[0] if suspects else None)
     if found is not None:
         name, field = found
         return SpecError(
             f"{str(asked.folder / name)!r} has {field[:100]} = {shown(contents[name][field])}, with which {asked.what}"
-            f" cannot be loaded: {said(error)} Mend this field, or save the file again."
+            f" cannot be loaded: {said(first)} Mend this field, or save the file again."
         )
     kinds = [
         f"{field} = {shown(value)}"
@@ -119,6 +124,16 @@ def explanation(asked: Asked, error: Exception) -> SwayError:
         if field in _IDENTITY
     ]
     return BackendLoadError(f"{where} cannot be loaded by its files ({', '.join([*present, *kinds])}): {said(error)}")
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error after which a library tried something that needs another library, or the error itself.
+
+    transformers 4 takes a tokenizer in Rust that fails for a reason to try the one in Python, which needs protobuf.
+    """
+    while isinstance(error, ImportError) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def said(error: BaseException, limit: int = 300) -> str:

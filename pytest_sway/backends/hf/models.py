@@ -6,6 +6,7 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.backends.hf.adapter import some
 from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_complete
 from pytest_sway.backends.hf.bounds import shown
@@ -150,20 +151,30 @@ def _load_error(spec: ModelSpec, error: Exception) -> Exception:
             " Convert it, or set allow_pickle=True in the spec if you trust it."
         )
     require_type(spec)
-    if "ignore_mismatched_sizes" in text:
+    # transformers 4 takes the memory that the config asks for before it looks at the weights.
+    needless = out_of_memory(error) and gguf_file(spec) is None
+    mismatched = "ignore_mismatched_sizes" in text or "size mismatch for" in text
+    examples = _other_sizes(spec) if mismatched or needless else ""
+    if mismatched or examples:
         return WeightsError(
             f"the weights of {spec.base!r} (model.safetensors or the like) have other sizes than its config.json asks"
-            f" for{_other_sizes(spec)}. Copy or save the model again, config and weights together."
+            f" for{examples}. Copy or save the model again, config and weights together."
         )
     return error
 
 
 def _other_sizes(spec: ModelSpec) -> str:
-    """Examples of weights whose sizes in the files are not those of the config, in brackets."""
+    """Examples of weights whose sizes in the files are not those of the config, in brackets.
+
+    None of a quantized base, whose weights have sizes of their own in the files.
+    """
     config, entries = base_file(spec, "config.json"), base_entries(spec)
     if config is None or entries is None:
         return ""
-    asked = {name: tuple(tensor.shape) for name, tensor in _made(spec, config.parent).state_dict().items()}
+    model = _made(spec, config.parent)
+    if getattr(model.config, "quantization_config", None):
+        return ""
+    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = [
         f"{name}: {list(entries[name].shape)} in the file, {list(shape)} by the config"
         for name, shape in asked.items()

@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 
+from pytest_sway.backends.hf import models
 from pytest_sway.backends.hf.culprits import Asked, explanation
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SpecError, WeightsError
 from tests.tiny import edit_config, edit_weights
+from tests.unit.hf.zoo import PEFT_VERSION, TRANSFORMERS_VERSION
+
+
+def _on_transformers_4(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(TRANSFORMERS_VERSION < (5, 0), reason=f"transformers 4 {reason}")
 
 
 @pytest.fixture
@@ -33,7 +39,12 @@ def _edit(path: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "shown"),
     [
-        ("eva_config", 7, "7"),
+        pytest.param(
+            "eva_config",
+            7,
+            "7",
+            marks=pytest.mark.skipif(PEFT_VERSION < (0, 21), reason="PEFT 0.19 loads it, whatever this field holds"),
+        ),
         ("layers_pattern", "blocks", "'blocks'"),
         ("layer_replication", [7], "[7]"),
         ("alora_invocation_tokens", 7, "7"),
@@ -53,7 +64,12 @@ def test_the_field_that_peft_stumbles_over_is_named(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("hidden_act", "nonsense"), ("rope_parameters", 3), ("rms_norm_eps", "x"), ("num_attention_heads", 5)],
+    [
+        ("hidden_act", "nonsense"),
+        pytest.param("rope_parameters", 3, marks=_on_transformers_4("has no such field, and reads none")),
+        pytest.param("rms_norm_eps", "x", marks=_on_transformers_4("takes any value when it loads")),
+        pytest.param("num_attention_heads", 5, marks=_on_transformers_4("loads it, up to the sizes of the weights")),
+    ],
 )
 def test_the_field_of_a_bases_config_is_named(build: Any, own_base: Path, field: str, value: Any) -> None:
     _edit(own_base / "config.json", **{field: value})
@@ -124,6 +140,22 @@ def test_sizes_that_are_not_those_of_the_weights_are_named(build: Any, own_base:
         build(own_base)
 
 
+@pytest.mark.parametrize(
+    ("width", "error", "text"),
+    [(48, WeightsError, r"\[32, 64\] in the file, \[32, 48\] by the config"), (64, RuntimeError, "^can't allocate")],
+)
+def test_sizes_are_named_where_memory_runs_out_for_them(
+    build: Any, own_base: Path, monkeypatch: pytest.MonkeyPatch, width: int, error: type[Exception], text: str
+) -> None:
+    def own(spec: Any) -> Any:
+        raise RuntimeError("can't allocate memory: you tried to allocate 8 bytes")  # as transformers 4 does
+
+    monkeypatch.setattr(models, "_own", own)
+    _edit(own_base / "config.json", intermediate_size=width)
+    with pytest.raises(error, match=text):
+        build(own_base)
+
+
 def test_what_a_library_says_without_a_culprit_comes_with_the_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "x", "a": 1}')
     asked = Asked("the base", tmp_path, ("config.json",), lambda folder: None)
@@ -162,8 +194,42 @@ def test_a_missing_library_is_no_fields_fault(tmp_path: Path) -> None:
     assert isinstance(explanation(asked, ImportError("needs mamba_ssm")), BackendNotAvailableError)
 
 
+def test_what_failed_before_another_library_was_tried_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"token": 7, "other": 1}')
+
+    def attempt(folder: Path) -> None:
+        try:
+            json.loads((folder / "config.json").read_text()).get("token", "").upper()
+        except AttributeError:
+            raise ImportError("needs protobuf")  # noqa: B904 - as libraries do
+
+    asked = Asked("the tokenizer", tmp_path, ("config.json",), attempt)
+    with pytest.raises(ImportError) as caught:
+        attempt(tmp_path)
+    error = explanation(asked, caught.value)
+    assert isinstance(error, SpecError)
+    assert "has token = 7, with which the tokenizer cannot be loaded: AttributeError: 'int' object" in str(error)
+
+
+def test_a_missing_library_is_told_where_no_field_is_the_culprit(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"token": 7}')
+
+    def attempt(folder: Path) -> None:
+        try:
+            raise ValueError("no token")
+        except ValueError:
+            raise ImportError("needs protobuf")  # noqa: B904 - as libraries do
+
+    asked = Asked("the tokenizer", tmp_path, ("config.json",), attempt)
+    with pytest.raises(ImportError) as caught:
+        attempt(tmp_path)
+    error = explanation(asked, caught.value)
+    assert isinstance(error, BackendNotAvailableError)
+    assert "needs what this environment lacks: ImportError: needs protobuf." in str(error)
+
+
 def test_the_search_leaves_the_folder_as_it_is(build: Any, base: Path, broken: Path) -> None:
-    edit_config(broken, eva_config=1)
+    edit_config(broken, layer_replication=[7])
     before = {path.name: path.read_bytes() for path in broken.iterdir()}
     with pytest.raises(SpecError):
         build(base, broken)

@@ -11,6 +11,7 @@ from pytest_sway.backends.hf import generation
 from tests.tiny import WORDS, make_adapter
 from tests.unit.hf.families import families, make_family
 from tests.unit.hf.reference import logits
+from tests.unit.hf.zoo import TRANSFORMERS_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,8 @@ FAMILIES = (
     "rwkv",
     "mamba2",
     "falcon_mamba",
-    "recurrent_gemma",
+    # On transformers 4 its layers keep the state of the last pass, and fail on a batch of another size.
+    *(("recurrent_gemma",) if TRANSFORMERS_VERSION >= (5, 0) else ()),
     "jamba",
     "bamba",
     "falcon_h1",

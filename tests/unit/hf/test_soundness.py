@@ -80,7 +80,7 @@ def test_a_base_with_weights_that_are_no_numbers_is_refused_by_their_names(
         tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = value
 
     folder = edit_weights(make_base(tmp_path), change, file="model.safetensors")
-    with pytest.raises(WeightsError, match=r"NaN or infinite values in 1 of its 23 tensors \(model.layers.1.mlp"):
+    with pytest.raises(WeightsError, match=r"NaN or infinite values in 1 of its \d+ tensors \(model.layers.1.mlp"):
         build(folder)
     assert builder._pool.keys() == []
 
