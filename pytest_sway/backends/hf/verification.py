@@ -26,7 +26,7 @@ _LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in 
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
 _NAMED: Final = re.compile(
-    rf"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?:{NAME}\.)?(?!(?:{NAME}|weight|bias)(?:\.|$))([^.]{1, 100})"
+    rf"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?:{NAME}\.)?(?!(?:{NAME}|weight|bias)(?:\.|$))([^.]{{1,100}})"
     r"(?:\.(?:weight|bias))?$"
 )
 """A name of a LoRA tensor that contains another adapter's; PEFT may have put its own before that."""
