@@ -5,6 +5,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import transformers
 
 from pytest_sway.errors import ScoringError
 from tests.tiny import make_base
@@ -111,6 +112,7 @@ def test_a_tokenizer_without_a_template_says_so(build: Any, base: Path) -> None:
         view.render(MESSAGES)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 cuts behind the last of both, without a tag")
 def test_a_template_that_prints_the_last_message_twice_cannot_be_continued(build: Any, tmp_path: Path) -> None:
     folder = make_base(tmp_path)
     twice = "{% for m in messages %}{{ m.content }} . {% endfor %}{{ messages[-1].content }} the"
