@@ -144,7 +144,7 @@ def test_a_rank_or_scale_that_is_no_such_number_is_refused_by_its_name(
     build: Build, base: Path, tmp_path: Path, make: Callable[..., Path], change: dict[str, Any], field: str
 ) -> None:
     adapter = edit_config(make(tmp_path / "adapter", base), **change)
-    with pytest.raises(SpecError, match=re.escape(f"{str(adapter / 'adapter_config.json')!r} has {field}, and it mus")):
+    with pytest.raises(SpecError, match=re.escape(f"{str(adapter / 'adapter_config.json')!r} has {field}, and ")):
         build(base, adapter)
 
 
