@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
+_PATIENCE_WITH_ENDED_THREADS: Final = 10.0
+"""Seconds that a request waits for a lease whose thread has ended, which few release and the main thread may."""
+
 
 @final
 class Ledger:
@@ -146,8 +149,11 @@ class Ledger:
         if self._never_fits(newcomer, [operation, *queue]):
             error = self._full(newcomer, f"all of it is in use by those who wait for it{self._or_by_ended_threads()}")
             self._refuse((behind for behind in queue if self._never_all_ends(behind)), error)
+        abandoned = patience > _PATIENCE_WITH_ENDED_THREADS and self._waits_for_ended_threads(newcomer, operation)
+        patience = _PATIENCE_WITH_ENDED_THREADS if abandoned else patience
         if time.monotonic() >= since + patience:
-            error = self._full(newcomer, f"none of it came free within {patience:g} s")
+            left = self._or_by_ended_threads() if abandoned else ""
+            error = self._full(newcomer, f"none of it came free within {patience:g} s{left}")
             self._refuse(list(newcomer.waiters), error)
             raise error
         return self._changed
@@ -326,6 +332,12 @@ class Ledger:
     def _never_fits(self, newcomer: Entry, askers: Collection[Operation]) -> bool:
         """Whether there is no room even when all has ended that can end while these wait."""
         return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(askers)), newcomer])
+
+    def _waits_for_ended_threads(self, newcomer: Entry, asker: Operation) -> bool:
+        """Whether there is room only if somebody releases what a thread has left that ended."""
+        left = [entry for entry in self._residents() if any(claim.orphaned for claim in entry.claims)]
+        staying = [entry for entry in self._residents() if entry in left or not entry.ends_without([asker])]
+        return bool(left) and not self._budget.allows([*staying, newcomer])
 
     def _never_all_ends(self, asker: Operation) -> bool:
         """Whether something stays resident for as long as this one waits."""

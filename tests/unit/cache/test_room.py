@@ -340,6 +340,22 @@ def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_th
     assert cache.get_or_load(spec("b")).backend.use() == "b"
 
 
+def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_as_long_in_other_threads(
+    build: FakeBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_sway.ledger._PATIENCE_WITH_ENDED_THREADS", 0.1)
+    monkeypatch.setattr("pytest_sway.cache._GLANCE", 0.01)
+    cache = BackendCache(max_size=1, build=build, lease_timeout=2 * DEADLINE)
+    held = Call(partial(cache.acquire, spec("a"), holder="a thread that has ended")).result()
+    asker = Call(partial(cache.get_or_load, spec("b")))
+    with pytest.raises(
+        CacheFullError, match=r"none of it came free within 0.1 s, or was leased in a thread that has e"
+    ):
+        asker.result()
+    held.release()
+    assert cache.get_or_load(spec("b")).backend.use() == "b"
+
+
 def test_inv17_a_thread_that_ends_while_its_lease_is_waited_for_is_noticed(
     build: FakeBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
