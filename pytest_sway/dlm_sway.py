@@ -10,12 +10,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.scoring import NullCalibratedBackend, ScalableDifferentialBackend
+from pytest_sway.protocols import NullCalibratedBackend, ScalableDifferentialBackend
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_sway.scoring import DifferentialBackend, RollingLogprob, TokenDist
+    from pytest_sway.protocols import DifferentialBackend, RollingLogprob, TokenDist
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.collection import Collection, fewest_base_loads
-from pytest_sway.frames import forget_frames
-from pytest_sway.imports import restore_modules
-from pytest_sway.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
+from pytest_sway.run.ordering import Collection, fewest_base_loads
+from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
+from pytest_sway.system.frames import forget_frames
+from pytest_sway.system.imports import restore_modules
 
 if TYPE_CHECKING:
-    from pytest_sway.cache import BackendCache, CachedBackend
-    from pytest_sway.session import SwayBackend, SwaySession
-    from pytest_sway.spec import ModelSpec, SpecLike
+    from pytest_sway.cache.backend_cache import BackendCache
+    from pytest_sway.cache.leases import CachedBackend
+    from pytest_sway.run.session import SwayBackend, SwaySession
+    from pytest_sway.spec.model_spec import ModelSpec, SpecLike
 
 _settings = pytest.StashKey[SwaySettings]()
 _session = pytest.StashKey["SwaySession"]()
@@ -38,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Declare the hooks ``pytest_sway_*``."""
-    from pytest_sway import hookspecs
+    from pytest_sway.run import hookspecs
 
     pluginmanager.add_hookspecs(hookspecs)
 
@@ -47,7 +48,7 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Go offline before a conftest.py imports anything heavy."""
     if asks_for_offline(early_config):
-        from pytest_sway.offline import go_offline
+        from pytest_sway.system.offline import go_offline
 
         early_config.add_cleanup(go_offline())
 
@@ -63,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.reorder:
         config.pluginmanager.register(Collection(settings), "pytest_sway_collection")
     if getattr(config.option, "tx", None):  # pytest-xdist's workers
-        from pytest_sway.distribution import Controller, distributes
+        from pytest_sway.run.controller import Controller, distributes
 
         if distributes(config):
             config.pluginmanager.register(Controller(config, settings), "pytest_sway_controller")
@@ -183,7 +184,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Close every backend; session fixtures have ended by now, however the run ended."""
     config = session.config
     if (sway := _used(config)) is not None:
-        from pytest_sway.distribution import publish
+        from pytest_sway.run.controller import publish
 
         config.stash[_running] = "the session's end"
         sway.close()
@@ -196,7 +197,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print what happened, if a test used a backend."""
     if (sway := _used(config)) is not None:
-        from pytest_sway.report.terminal import write_summary
+        from pytest_sway.report.summary import write_summary
 
         write_summary(terminalreporter, sway.stats, config.stash[_settings])
 
@@ -231,8 +232,8 @@ def _used(config: pytest.Config) -> SwaySession | None:
 def _sway(config: pytest.Config) -> SwaySession:
     """The session, made on first use."""
     if _session not in config.stash:
-        from pytest_sway.distribution import load_progress, weights_folder
-        from pytest_sway.session import SwaySession
+        from pytest_sway.run.controller import load_progress, weights_folder
+        from pytest_sway.run.session import SwaySession
 
         config.stash[_session] = SwaySession(
             config.stash[_settings],

@@ -7,15 +7,15 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends import require_differential
+from pytest_sway.backends.registry import require_differential
 from pytest_sway.errors import BackendLoadError, SpecError
-from pytest_sway.redaction import redacted
+from pytest_sway.system.redaction import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_sway.scoring import DifferentialBackend
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.protocols import DifferentialBackend
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
-    from pytest_sway.scoring import Message, Prompt
+    from pytest_sway.protocols import Message, Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

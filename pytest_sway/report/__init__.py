@@ -1,1 +1,1 @@
-"""From `pytest_sway.stats.SwayStats` to what a person or a program reads."""
+"""From `pytest_sway.cache.stats` to what a person reads."""

@@ -17,7 +17,7 @@ import pytest
 
 from examples.smollm2 import smollm2_folder, smollm2_gguf
 from pytest_sway import ModelSpec
-from pytest_sway.backends import Builder
+from pytest_sway.backends.registry import Builder
 from tests.api.gguf_files import MODULES, write_adapter, write_float32
 from tests.tiny import make_adapter
 

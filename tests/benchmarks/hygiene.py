@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from examples.smollm2 import smollm2_folder
-from pytest_sway.cache import BackendCache
-from pytest_sway.hygiene import changes
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.run.hygiene import changes
 from tests.benchmarks.figures import Figure
 from tests.tiny import make_adapter
 

@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pytest_sway.backends import Builder
-from pytest_sway.backends.hf.memory import reuse_freed_memory
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.hf.hygiene.weights_watch import reuse_freed_memory
+from pytest_sway.backends.registry import Builder
+from pytest_sway.cache.backend_cache import BackendCache
 from tests.benchmarks import by_hand
 from tests.neighbours import harness
 

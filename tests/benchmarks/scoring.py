@@ -15,8 +15,8 @@ from statistics import median
 from typing import Any
 
 from examples.smollm2 import smollm2_folder
-from pytest_sway.backends import Builder
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.registry import Builder
+from pytest_sway.cache.backend_cache import BackendCache
 from tests.benchmarks.figures import Figure, medians, run
 from tests.benchmarks.peers import ByHand, DlmSway, Ours, Plain, apart, dlm_sway
 from tests.texts import lengths, texts

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends import Builder
-from pytest_sway.spec import ModelSpec
+from pytest_sway.backends.registry import Builder
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.tiny import make_adapter, make_base
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from pytest_sway.backends.mlx.libraries import mlx_lm_module
+from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
 from tests.tiny import TEXT
 
 LORA = {"rank": 4, "scale": 5.0, "dropout": 0.1}

@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pytest_sway.backends.mlx import MLXBuilder
+from pytest_sway.backends.mlx.builder import MLXBuilder
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.mlx.native import LORA, edit_native, fresh_logits, make_native, view_logits
 from tests.tiny import (
     edit_config,
@@ -175,7 +175,7 @@ def test_a_pipe_in_an_adapters_folder_is_not_waited_for(build: Build, base: Path
 def test_an_expression_that_backtracks_without_end_is_refused(
     build: Build, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_sway.backends.hf.bounds._PATIENCE", 0.5)
+    monkeypatch.setattr("pytest_sway.backends.checkpoints.bounds._PATIENCE", 0.5)
     adapter = edit_config(make_adapter(tmp_path / "adapter", base), rank_pattern={r"(\w*\.?)+\d\d$": 4})
     with pytest.raises(SpecError, match=r"takes more than 0\.5 s to match the names of the modules"):
         build(base, adapter)
@@ -289,7 +289,7 @@ def test_an_adapter_in_the_dtype_of_its_base_is_computed_as_mlx_lm_computes_it(b
 
 
 def test_an_adapter_trained_anew_in_the_same_folder_is_another_one(base: Path, adapter: Path, tmp_path: Path) -> None:
-    from pytest_sway.cache import BackendCache
+    from pytest_sway.cache.backend_cache import BackendCache
 
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     spec = {"kind": "mlx", "base": base, "adapter": folder}

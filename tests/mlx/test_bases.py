@@ -15,10 +15,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pytest_sway.backends import Builder
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.registry import Builder
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, ModelTooLargeError, SpecError, WeightsError
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.mlx.native import fresh_logits, view_logits
 from tests.tiny import edit_weights, make_base, make_tokenizer, poison
 
@@ -121,7 +121,7 @@ def test_a_base_that_mlx_lm_has_converted_is_the_same(build: Build, base: Path, 
 
 
 def _converted(base: Path, folder: Path, **settings: Any) -> Path:
-    from pytest_sway.backends.mlx.libraries import mlx_lm_module
+    from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
 
     mlx_lm_module("convert").convert(str(base), str(folder), **settings)
     return folder
@@ -230,7 +230,7 @@ def test_importing_mlx_lm_changes_nothing_of_the_process(base: Path) -> None:
 import os, resource
 before = resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ)
 from pytest_sway import ModelSpec
-from pytest_sway.backends import build
+from pytest_sway.backends.registry import build
 build(ModelSpec(kind="mlx", base={str(base)!r})).close()
 assert (resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ)) == before
 """
@@ -249,7 +249,7 @@ class Watch:
 
 sys.meta_path.insert(0, Watch())
 from pytest_sway import ModelSpec
-from pytest_sway.backends import build
+from pytest_sway.backends.registry import build
 build(ModelSpec(kind="mlx", base={str(base)!r})).close()
 assert in_main_thread.keys() >= {{"mlx.core", "mlx_lm", "transformers"}}, in_main_thread
 assert not any(in_main_thread.values()), in_main_thread

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from examples.smollm2 import smollm2_folder
-from pytest_sway.backends.mlx.libraries import mlx_lm_module
+from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
 from tests.mlx.test_agreement import compare
 from tests.tiny import make_adapter
 

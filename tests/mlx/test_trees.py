@@ -15,13 +15,13 @@ import pytest
 from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map
 
-from pytest_sway.backends import Builder
 from pytest_sway.backends.mlx import backend as backend_module
-from pytest_sway.backends.mlx import placement
-from pytest_sway.backends.mlx.inspection import ClassesRecord
-from pytest_sway.backends.mlx.libraries import mlx_lm_module
-from pytest_sway.backends.mlx.trees import arrays_of
-from pytest_sway.spec import ModelSpec
+from pytest_sway.backends.mlx.model import placement
+from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
+from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
+from pytest_sway.backends.mlx.model.trees import arrays_of
+from pytest_sway.backends.registry import Builder
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.mlx.native import fresh_logits, logits, make_native, view_logits
 from tests.tiny import TEXT, make_base
 

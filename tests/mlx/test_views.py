@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError, ScoringError, ViewClosedError
-from pytest_sway.scoring import (
+from pytest_sway.protocols import (
     BatchView,
     NullCalibratedBackend,
     PreflightCheckable,
@@ -219,7 +219,7 @@ def test_the_preflight_names_the_side_that_is_not_finite(
     with backend.as_scaled_adapter(1e38) as view:
         assert not np.isfinite(view.logprob_of(*PAIR))
     assert backend.preflight_finite_check() == (True, "")
-    monkeypatch.setattr("pytest_sway.backends.mlx.verification._TOKENS", 1)  # or it would not have been loaded
+    monkeypatch.setattr("pytest_sway.backends.mlx.adapters.verification._TOKENS", 1)  # or it would not have been loaded
     diverged = edit_weights(
         shutil.copytree(adapter, tmp_path / "diverged"),
         lambda tensors: {name: tensor * 0 + 1e38 for name, tensor in tensors.items()},

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.dlm_sway import for_probes
 from tests.real.conftest import adapters, base
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache.backend_cache import BackendCache
 from tests.neighbours import harness
 from tests.texts import lengths, texts
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from pytest_sway.machine import WORKER_SLOT, usable_processors
-from pytest_sway.offline import VARIABLES
+from pytest_sway.system.machine import WORKER_SLOT, usable_processors
+from pytest_sway.system.offline import VARIABLES
 from tests.plugin.conftest import Suite
 
 CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", WORKER_SLOT)

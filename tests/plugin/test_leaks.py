@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import make_adapter, make_base
 
 if TYPE_CHECKING:
-    from pytest_sway.leases import CachedBackend
+    from pytest_sway.cache.leases import CachedBackend
 
 SUITE = """
 import functools
@@ -187,8 +187,8 @@ def test_fails(sway_backend):
 
 def test_a_thousand_clean_loads_raise_no_alarm(models: Path) -> None:
     """Of two adapters in turn; after each twenty, of their base too."""
-    from pytest_sway.cache import BackendCache
-    from pytest_sway.hygiene import changes, leak
+    from pytest_sway.cache.backend_cache import BackendCache
+    from pytest_sway.run.hygiene import changes, leak
 
     cache = BackendCache(max_size=2)
     base = {"base": models / "base"}

@@ -17,10 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_sway import cache
+from pytest_sway.cache import backend_cache
+from pytest_sway.cache.stats import BackendStats, SwayStats
 from pytest_sway.report.progress import LoadProgress, noted_loads
-from pytest_sway.report.terminal import summary_lines
-from pytest_sway.stats import BackendStats, SwayStats
+from pytest_sway.report.summary import summary_lines
 from tests.plugin.conftest import Suite
 
 
@@ -56,7 +56,7 @@ def test_x(sway_backend, name):
 def test_imports_have_a_line_of_their_own_and_are_charged_to_no_test(any_suite: Suite) -> None:
     result = any_suite.run(
         """
-from pytest_sway import imports
+from pytest_sway.system import imports
 
 def test_x(sway_backend):
     imports._seconds.append(1000.0)
@@ -89,7 +89,9 @@ def test_load_seconds_are_not_charged_to_the_test_that_came_first(
     suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count(0, 1000)
-    monkeypatch.setattr(cache, "time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic))
+    monkeypatch.setattr(
+        backend_cache, "time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic)
+    )
     result = suite.run(
         'def test_x(sway_backend): sway_backend(dummy("a"))', "--durations=0", "-vv", "--junitxml=report.xml"
     )

@@ -110,7 +110,7 @@ def test_a_run_that_is_terminated_leaves_no_folder_of_shared_weights(
 ) -> None:
     tests = """
 from blocks import block
-from pytest_sway.distribution import weights_folder
+from pytest_sway.run.controller import weights_folder
 
 def test_it(pytestconfig):
     (weights_folder(pytestconfig) / "weights").write_bytes(bytes(1000))

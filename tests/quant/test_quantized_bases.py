@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.backends.hf.tensor_parts import parts_of
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
 from tests.tiny import make_adapter, make_base, make_tokenizer, quiet
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples.smollm2 import smollm2_folder
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache.backend_cache import BackendCache
 from tests.tiny import make_adapter
 
 

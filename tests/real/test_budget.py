@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from examples.smollm2 import smollm2_folder
-from pytest_sway.backends import Builder
-from pytest_sway.spec import parse_spec
+from pytest_sway.backends.registry import Builder
+from pytest_sway.spec.model_spec import parse_spec
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from examples.smollm2 import smollm2_gguf
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_sway.cache import BackendCache
+    from pytest_sway.cache.backend_cache import BackendCache
 
 TEXT = "The capital of France is Paris, isn't it?\n\n  def f(x): return x**2 \u2014 caf\u00e9"
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pytest_sway.backends import Builder
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.registry import Builder
+from pytest_sway.cache.backend_cache import BackendCache
 from tests.tiny import quiet
 
 PROMPT = "The capital of France is"

@@ -24,7 +24,7 @@ from pytest_sway import (
     cache_key_for,
 )
 from pytest_sway.errors import AdapterMismatchError, MutationError
-from pytest_sway.scoring import (
+from pytest_sway.protocols import (
     BatchView,
     NullCalibratedBackend,
     PreflightCheckable,

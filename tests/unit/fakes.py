@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pytest_sway.backends.shared import Share, SharedPool
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.local.pool import Share, SharedPool
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.entries import Parts
 from pytest_sway.errors import BackendClosedError
-from pytest_sway.monitor import Bell
-from pytest_sway.residency import Parts
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.system.locking import Bell
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.answers import canonical, read_answers, tail
 from pytest_sway.errors import SpecError
-from pytest_sway.spec import ModelSpec, parse_spec, resolved_key
+from pytest_sway.spec.answers import canonical, read_answers, tail
+from pytest_sway.spec.model_spec import ModelSpec, parse_spec, resolved_key
 
 ANSWERS = {
     "base": {

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pytest_sway import ModelSpec
-from pytest_sway.backends import Builder, build
 from pytest_sway.backends.custom import build_custom, import_class
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.registry import Builder, build
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import BackendLoadError, SpecError
 
 

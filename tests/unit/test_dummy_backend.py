@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pytest_sway.backends import Builder, build
-from pytest_sway.backends.dummy import DummyBackend
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.dummy.backend import DummyBackend
+from pytest_sway.backends.registry import Builder, build
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import BackendClosedError, BackendUseError, ScoringError, SpecError, ViewClosedError
-from pytest_sway.scoring import (
+from pytest_sway.protocols import (
     BatchView,
     DifferentialBackend,
     NullCalibratedBackend,
     PreflightCheckable,
     ScalableDifferentialBackend,
 )
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,8 +168,8 @@ def test_what_is_made_up_fits_together() -> None:
 
 def test_what_is_made_up_is_the_same_in_every_process() -> None:
     script = (
-        "import json; from tests.unit.test_dummy_backend import _everything; from pytest_sway.backends.dummy import"
-        " DummyBackend; print(json.dumps(_everything(DummyBackend())))"
+        "import json; from tests.unit.test_dummy_backend import _everything; from pytest_sway.backends.dummy.backend"
+        " import DummyBackend; print(json.dumps(_everything(DummyBackend())))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout) == _everything(DummyBackend())
@@ -178,7 +178,7 @@ def test_what_is_made_up_is_the_same_in_every_process() -> None:
 def test_nothing_heavy_is_imported_for_it() -> None:
     script = """
 import sys
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache.backend_cache import BackendCache
 with BackendCache().lease({"kind": "dummy", "base": "b"}) as backend, backend.as_base() as base:
     base.logprob_of("a", " b"), base.generate("a", max_new_tokens=1)
 print(sorted({"torch", "transformers", "peft", "numpy"} & {*sys.modules}))

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_sway import ModelSpec
 from pytest_sway.errors import SpecError
-from pytest_sway.spec import base_spec, parse_spec
+from pytest_sway.spec.model_spec import base_spec, parse_spec
 
 SECRET = "hunter2-hunter2"
 API: dict[str, Any] = {"kind": "api", "base": "base"}

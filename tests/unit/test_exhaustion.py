@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_sway.backends import Builder
-from pytest_sway.backends.exhaustion import out_of_memory
+from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.backends.registry import Builder
 from pytest_sway.errors import BackendLoadError
 
 SAYINGS = [
@@ -76,7 +76,7 @@ def test_other_errors_do_not(error: BaseException) -> None:
 
 def test_to_know_it_imports_nothing() -> None:
     code = (
-        "import sys; from pytest_sway.backends.exhaustion import out_of_memory;"
+        "import sys; from pytest_sway.backends.local.out_of_memory import out_of_memory;"
         " assert out_of_memory(RuntimeError('out of memory')); assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from pytest_sway import imports
-from pytest_sway.imports import import_apart, import_seconds, keep_modules, restore_modules
+from pytest_sway.system import imports
+from pytest_sway.system.imports import import_apart, import_seconds, keep_modules, restore_modules
 from tests.unit.fakes import Call, Gate
 
 SOURCE = """

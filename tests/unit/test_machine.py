@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sway import machine
-from pytest_sway.machine import WORKER_SLOT, threads_for, usable_processors, worker_slot
+from pytest_sway.system import machine
+from pytest_sway.system.machine import WORKER_SLOT, threads_for, usable_processors, worker_slot
 
 
 @pytest.fixture

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends import Builder, build
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.registry import Builder, build
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 
 
 @pytest.mark.parametrize("refuse", [build, Builder().check, BackendCache().acquire])
 def test_without_mlx_the_line_that_installs_it_is_named(
     refuse: Callable[[ModelSpec], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_sway.backends.mlx.libraries.find_spec", lambda name: None)
+    monkeypatch.setattr("pytest_sway.backends.mlx.model.libraries.find_spec", lambda name: None)
     sentence = (
         "loading mlx:org/a needs mlx and mlx-lm, which this environment lacks."
         " Install them with: pip install 'pytest-sway[mlx]'"

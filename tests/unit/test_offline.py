@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.offline import VARIABLES, go_offline
+from pytest_sway.system.offline import VARIABLES, go_offline
 
 
 @pytest.fixture

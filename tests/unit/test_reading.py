@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sway.answers import read_answers
 from pytest_sway.errors import SpecError
-from pytest_sway.reading import read_bounded
-from pytest_sway.spec import ModelSpec, resolved_key
+from pytest_sway.spec.answers import read_answers
+from pytest_sway.spec.model_spec import ModelSpec, resolved_key
+from pytest_sway.system.reading import read_bounded
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import BackendLoadError, SpecError, SwayError, WeightsError
-from pytest_sway.hygiene import changes
-from pytest_sway.redaction import redacted, without_secrets
-from pytest_sway.spec import ModelSpec
+from pytest_sway.run.hygiene import changes
+from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.system.redaction import redacted, without_secrets
 
 SECRET = "hf_abcdefgh12345678"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sway.run_folder import RunFolder
+from pytest_sway.system.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def other_run(directory: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]
     def start(before: str = "", after: str = "") -> subprocess.Popen[str]:
         source = (
             f"import sys, tempfile; tempfile.tempdir = {str(directory)!r}\n"
-            "from pytest_sway.run_folder import RunFolder\n"
+            "from pytest_sway.system.run_folder import RunFolder\n"
             f"{before}\nfolder = RunFolder()\n{after}\nprint(folder.path, flush=True); sys.stdin.read()"
         )
         child = subprocess.Popen(

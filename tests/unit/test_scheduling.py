@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from xdist.remote import Producer  # type: ignore[import-untyped]
 from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]
 
-from pytest_sway.scheduling import Needs, base_loads, dealt, needs_of, ordered
-from pytest_sway.spec import ModelSpec
+from pytest_sway.run.scheduling import Needs, base_loads, dealt, needs_of, ordered
+from pytest_sway.spec.model_spec import ModelSpec
 
 
 def needs(text: str) -> Needs | None:

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from pytest_sway.backends.shared import Share, SharedPool
+from pytest_sway.backends.local.pool import Share, SharedPool
 from tests.unit.fakes import DEADLINE, Call, Gate
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from pytest_sway import ModelSpec, cache_key_for
 from pytest_sway.errors import SpecError
-from pytest_sway.spec import Key, base_key, finetuned_spec, is_path, parse_spec, resolved_key, with_adapter
+from pytest_sway.spec.model_spec import Key, base_key, finetuned_spec, is_path, parse_spec, resolved_key, with_adapter
 
 PLACED: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pytest_sway.stats import BackendStats, RecallStats, SwayStats
+from pytest_sway.cache.stats import BackendStats, RecallStats, SwayStats
 
 
 def _stats() -> SwayStats:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pytest_sway.backends.api.event_loop import LoopClosedError
-from pytest_sway.backends.api.views import ApiView
-from pytest_sway.backends.preflight import preflight
+from pytest_sway.backends.api.view import ApiView
+from pytest_sway.backends.contract import preflight
 from pytest_sway.errors import BackendClosedError, NoAdapterError
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.api.connection import Connection
     from pytest_sway.backends.api.event_loop import EventLoopThread
-    from pytest_sway.backends.api.served import ServedModel
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.backends.api.served_model import ServedModel
+    from pytest_sway.spec.model_spec import ModelSpec
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pytest_sway.backends.api.backend import ApiBackend
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -42,7 +42,7 @@ def check_api(spec: ModelSpec) -> None:
             f"the spec's fine-tuned model is its base, {spec.base!r} on {spec.endpoint}, so a test of it would test"
             " nothing. Name the fine-tuned model in 'finetuned', or its server in 'finetuned_endpoint'."
         )
-    from pytest_sway.backends.api.keys import Key
+    from pytest_sway.backends.api.auth import Key
 
     Key(spec.api_key_env).require()
 
@@ -61,10 +61,10 @@ def build_api(spec: ModelSpec, *, sleep: Callable[[float], Awaitable[Any]] | Non
         SwayError: As `check_api`.
     """
     check_api(spec)
+    from pytest_sway.backends.api.auth import Key
     from pytest_sway.backends.api.backend import ApiBackend
     from pytest_sway.backends.api.connection import Connection
     from pytest_sway.backends.api.event_loop import EventLoopThread
-    from pytest_sway.backends.api.keys import Key
     from pytest_sway.backends.api.opening import open_models
 
     connection = Connection(timeout=spec.timeout, key=Key(spec.api_key_env), sleep=sleep)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tenacity import RetryCallState
 
-    from pytest_sway.backends.api.keys import Key
+    from pytest_sway.backends.api.auth import Key
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pytest_sway.forking import call_in_forked_child
+from pytest_sway.system.forking import call_in_forked_child
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_sway.backends.api.connection import NoJsonError, RefusedError
-from pytest_sway.backends.api.served import ServedModel
+from pytest_sway.backends.api.served_model import ServedModel
 from pytest_sway.errors import AdapterMismatchError, ScoringError, SpecError
 
 if TYPE_CHECKING:
     from pytest_sway.backends.api.connection import Connection
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

@@ -1,7 +1,1 @@
-"""The dummy kind: canned answers and no model."""
-
-from __future__ import annotations
-
-from pytest_sway.backends.dummy.backend import DummyBackend, DummyView, build_dummy
-
-__all__ = ["DummyBackend", "DummyView", "build_dummy"]
+"""Backends of kind ``dummy``: canned answers and no model."""

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.answers import SIDES, canonical, read_answers, tail
-from pytest_sway.backends.dummy.sides import Between, Canned, Noisy, Side
+from pytest_sway.backends.dummy.canned import Between, Canned, Noisy, Side
 from pytest_sway.backends.questions import Settings, checked_messages, checked_pair, checked_text, listed, seeds
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
-from pytest_sway.scoring import Message, Prompt, RollingLogprob, TokenDist
+from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
+from pytest_sway.spec.answers import SIDES, canonical, read_answers, tail
 
 if TYPE_CHECKING:
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -30,7 +30,7 @@ class DummyBackend:
     """Canned answers as a differential backend, with views like those of a real one.
 
     Args:
-        answers: By side, ``base`` and ``finetuned``; see `pytest_sway.answers`. Made up where there are none.
+        answers: By side, ``base`` and ``finetuned``; see `pytest_sway.spec.answers`. Made up where there are none.
         name: What it is called in errors.
 
     Raises:

@@ -8,28 +8,28 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf import sides
-from pytest_sway.backends.hf.contents import summarised
-from pytest_sway.backends.hf.libraries import forget_layers, no_warnings
-from pytest_sway.backends.hf.memory import Leak, WeightsWatch, find_leak
-from pytest_sway.backends.hf.sizes import measured
-from pytest_sway.backends.hf.tokenizer_copies import copied
-from pytest_sway.backends.hf.views import HFView
-from pytest_sway.backends.preflight import preflight
+from pytest_sway.backends.checkpoints.sizes import measured
+from pytest_sway.backends.contract import preflight
+from pytest_sway.backends.hf.hygiene.contents import summarised
+from pytest_sway.backends.hf.hygiene.weights_watch import Leak, WeightsWatch, find_leak
+from pytest_sway.backends.hf.loading.libraries import forget_layers, no_warnings
+from pytest_sway.backends.hf.model import bound_model
+from pytest_sway.backends.hf.view import HFView
+from pytest_sway.backends.local.tokenizer_copies import copied
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
-from pytest_sway.frames import forget_frames
-from pytest_sway.spec import base_key, resolved_key
+from pytest_sway.spec.model_spec import base_key, resolved_key
+from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
 
-    from pytest_sway.backends.hf.adapter import Adapter
-    from pytest_sway.backends.hf.base import LoadedBase
-    from pytest_sway.backends.hf.contents import ContentsRecord
-    from pytest_sway.backends.hf.sides import Side
-    from pytest_sway.backends.hf.tokenizer_copies import RustRecord
-    from pytest_sway.backends.shared import Share
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
+    from pytest_sway.backends.hf.model.adapter import Adapter
+    from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.bound_model import Side
+    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.local.tokenizer_copies import RustRecord
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -131,7 +131,7 @@ class HFBackend:
             BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
         """
         side, adapter = self._tuned("as_scaled_adapter"), self._adapter("as_scaled_adapter")
-        with self._view(f"scaled_{lam:.2f}", sides.scaled(side, adapter, lam), own=True) as view:
+        with self._view(f"scaled_{lam:.2f}", bound_model.scaled(side, adapter, lam), own=True) as view:
             yield view
 
     @contextmanager
@@ -150,7 +150,7 @@ class HFBackend:
         """
         side, adapter = self._tuned("as_null_adapter"), self._adapter("as_null_adapter")
         view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
-        with self._view(view_id, sides.null(side, adapter, seed, init_scale, rank_scale), own=True) as view:
+        with self._view(view_id, bound_model.null(side, adapter, seed, init_scale, rank_scale), own=True) as view:
             yield view
 
     # --- for the cache, the hygiene and dlm-sway ----------------------------------------------------------------------

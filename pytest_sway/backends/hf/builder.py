@@ -8,29 +8,29 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_sway.backends.exhaustion import out_of_memory
+from pytest_sway.backends.checkpoints.lineage import require_same_base
+from pytest_sway.backends.checkpoints.sizes import estimated
 from pytest_sway.backends.hf.check import check_spec, require_fit
-from pytest_sway.backends.hf.libraries import import_libraries
-from pytest_sway.backends.hf.pickles import with_entries
-from pytest_sway.backends.hf.placement import resolve_placement
-from pytest_sway.backends.hf.recall import DEFAULT_BYTES, AnswerMemory
-from pytest_sway.backends.hf.sizes import estimated
-from pytest_sway.backends.lineage import require_same_base
-from pytest_sway.backends.shared import SharedPool
-from pytest_sway.frames import forget_frames
-from pytest_sway.spec import base_key, base_spec, finetuned_spec
+from pytest_sway.backends.hf.loading.libraries import import_libraries
+from pytest_sway.backends.hf.loading.pickles import with_entries
+from pytest_sway.backends.hf.loading.placement import resolve_placement
+from pytest_sway.backends.hf.scoring.answer_cache import DEFAULT_BYTES, AnswerMemory
+from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.backends.local.pool import SharedPool
+from pytest_sway.spec.model_spec import base_key, base_spec, finetuned_spec
+from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
     from pathlib import Path
 
-    from pytest_sway.backends.hf.adapter_files import AdapterFiles
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.hf.backend import HFBackend, Loaded
-    from pytest_sway.backends.hf.base import LoadedBase
     from pytest_sway.backends.hf.check import Plan
-    from pytest_sway.backends.hf.staging import SharedWeights
-    from pytest_sway.backends.shared import Share
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
+    from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -124,9 +124,9 @@ class HFBuilder:
         import_libraries(*(model for model in (spec, finetuned_spec(spec)) if model is not None))
         import torch
 
+        from pytest_sway.backends.hf.adapters.verify_finetuned import verify_finetuned
         from pytest_sway.backends.hf.backend import HFBackend, Loaded
-        from pytest_sway.backends.hf.finetuned import verify_finetuned
-        from pytest_sway.backends.hf.soundness import verify_base
+        from pytest_sway.backends.hf.model.verify_base import verify_base
 
         if files is not None and files.entries is None:
             files = with_entries(files)
@@ -158,12 +158,12 @@ class HFBuilder:
 
     def _base_loader(self) -> Callable[..., LoadedBase]:
         """What loads a base, with its weights from where this run has them."""
-        from pytest_sway.backends.hf.base import load_base
+        from pytest_sway.backends.hf.model.base import load_base
 
         if self._share_weights is None:
             return load_base
         if self._shared_weights is None:
-            from pytest_sway.backends.hf.staging import SharedWeights
+            from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
 
             self._shared_weights = SharedWeights(self._share_weights)
         return partial(load_base, load_model=self._shared_weights.load_model)
@@ -184,12 +184,12 @@ class HFBuilder:
 
 
 def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded:
-    from pytest_sway.backends.hf.attach import attach, explained
+    from pytest_sway.backends.hf.adapters.attach import attach, explained
+    from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
     from pytest_sway.backends.hf.backend import Loaded
-    from pytest_sway.backends.hf.contents import ContentsRecord
-    from pytest_sway.backends.hf.effect import verify_effect
-    from pytest_sway.backends.hf.sides import tuned_side
-    from pytest_sway.backends.hf.tokenizers import adapter_tokenizer
+    from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
+    from pytest_sway.backends.hf.model.bound_model import tuned_side
+    from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
 
     rust = adapter_tokenizer(base, files)
     tokenizer = base.tokenizer if rust is None else rust.tokenizer
@@ -203,7 +203,7 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
 
 
 def _close_base(base: LoadedBase) -> None:
-    from pytest_sway.backends.hf.memory import collect
+    from pytest_sway.backends.hf.hygiene.weights_watch import collect
 
     device = base.device.type
     base.close()

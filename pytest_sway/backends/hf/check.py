@@ -8,25 +8,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.adapter_files import CONFIG as ADAPTER_CONFIG
-from pytest_sway.backends.hf.adapter_files import read_adapter
-from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_cached
-from pytest_sway.backends.hf.bounds import require_base_bounded, require_bounded, require_files
-from pytest_sway.backends.hf.fit import check_fit
-from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
-from pytest_sway.backends.hf.libraries import require_libraries
-from pytest_sway.backends.hf.placement import require_device
-from pytest_sway.backends.hf.sizes import base_entries
+from pytest_sway.backends.checkpoints.bounds import require_base_bounded, require_bounded, require_files
+from pytest_sway.backends.checkpoints.gguf_header import gguf_file, read_gguf
+from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, require_cached
+from pytest_sway.backends.checkpoints.lora_fit import check_fit
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONFIG
+from pytest_sway.backends.checkpoints.peft_adapter import read_adapter
+from pytest_sway.backends.checkpoints.sizes import base_entries
+from pytest_sway.backends.hf.loading.libraries import require_libraries
+from pytest_sway.backends.hf.loading.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.reading import CONFIG_BYTES, read_bounded
-from pytest_sway.spec import finetuned_spec, is_path, state_of_files
+from pytest_sway.spec.model_spec import finetuned_spec, is_path, state_of_files
+from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
-    from pytest_sway.backends.hf.adapter_files import AdapterFiles
-    from pytest_sway.backends.hf.headers import TensorEntry
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

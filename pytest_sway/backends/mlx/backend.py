@@ -8,29 +8,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.contents import summarised
-from pytest_sway.backends.hf.tokenizer_copies import RustRecord
-from pytest_sway.backends.mlx import sides
-from pytest_sway.backends.mlx.base import encoder_of, own_tokenizer_of
-from pytest_sway.backends.mlx.memory import find_leak
-from pytest_sway.backends.mlx.placement import computing_on
-from pytest_sway.backends.mlx.sides import Side
-from pytest_sway.backends.mlx.trees import own_tree_of
-from pytest_sway.backends.mlx.views import MLXView
-from pytest_sway.backends.preflight import preflight
+from pytest_sway.backends.contract import preflight
+from pytest_sway.backends.hf.hygiene.contents import summarised
+from pytest_sway.backends.local.tokenizer_copies import RustRecord
+from pytest_sway.backends.mlx.model import bound_model
+from pytest_sway.backends.mlx.model.base import encoder_of, own_tokenizer_of
+from pytest_sway.backends.mlx.model.bound_model import Side
+from pytest_sway.backends.mlx.model.placement import computing_on
+from pytest_sway.backends.mlx.model.shared_arrays import find_leak
+from pytest_sway.backends.mlx.model.trees import own_tree_of
+from pytest_sway.backends.mlx.view import MLXView
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
-from pytest_sway.frames import forget_frames
-from pytest_sway.spec import base_key, resolved_key
+from pytest_sway.spec.model_spec import base_key, resolved_key
+from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
 
-    from pytest_sway.backends.hf.memory import Leak
-    from pytest_sway.backends.mlx.adapters import Adapter
-    from pytest_sway.backends.mlx.base import LoadedBase
-    from pytest_sway.backends.mlx.memory import SharedArrays
-    from pytest_sway.backends.shared import Share
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.backends.hf.hygiene.weights_watch import Leak
+    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.mlx.adapters.attach import Adapter
+    from pytest_sway.backends.mlx.model.base import LoadedBase
+    from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -129,7 +129,7 @@ class MLXBackend:
             BackendUseError: What it has is a full fine-tune.
         """
         side = self._tuned("as_scaled_adapter")
-        model = sides.scaled(self._adapter("as_scaled_adapter"), lam)
+        model = bound_model.scaled(self._adapter("as_scaled_adapter"), lam)
         with self._view(f"scaled_{lam:.2f}", replace(side, model=model)) as view:
             del side, model
             yield view
@@ -150,7 +150,7 @@ class MLXBackend:
         """
         side = self._tuned("as_null_adapter")
         with computing_on(side.base.device):
-            model = sides.null(self._adapter("as_null_adapter"), seed, init_scale, rank_scale)
+            model = bound_model.null(self._adapter("as_null_adapter"), seed, init_scale, rank_scale)
         view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
         with self._view(view_id, replace(side, model=model)) as view:
             del side, model

@@ -7,25 +7,25 @@ import time
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
-from pytest_sway.backends.exhaustion import out_of_memory
-from pytest_sway.backends.hf.sizes import estimated
-from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
+from pytest_sway.backends.checkpoints.sizes import estimated
+from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.backends.local.pool import SharedPool
+from pytest_sway.backends.mlx.adapters.files import read_mlx_adapter
 from pytest_sway.backends.mlx.check import check_spec
-from pytest_sway.backends.mlx.libraries import import_libraries
-from pytest_sway.backends.mlx.placement import resolve_placement
-from pytest_sway.backends.shared import SharedPool
+from pytest_sway.backends.mlx.model.libraries import import_libraries
+from pytest_sway.backends.mlx.model.placement import resolve_placement
 from pytest_sway.errors import SwayError
-from pytest_sway.frames import forget_frames
-from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
+from pytest_sway.spec.model_spec import base_key, base_spec, finetuned_spec, resolved_key
+from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
 
-    from pytest_sway.backends.mlx.adapter_files import AdapterFiles
+    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.mlx.adapters.files import AdapterFiles
     from pytest_sway.backends.mlx.backend import MLXBackend
-    from pytest_sway.backends.mlx.base import LoadedBase
-    from pytest_sway.backends.shared import Share
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.backends.mlx.model.base import LoadedBase
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -98,11 +98,11 @@ class MLXBuilder:
 
     def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> MLXBackend:
         import_libraries()
-        from pytest_sway.backends.mlx.adapters import adapter_tokenizer, load_adapter
+        from pytest_sway.backends.mlx.adapters.attach import adapter_tokenizer, load_adapter
+        from pytest_sway.backends.mlx.adapters.verification import verify_effect
+        from pytest_sway.backends.mlx.adapters.verify_finetuned import verify_finetuned
         from pytest_sway.backends.mlx.backend import Loaded, MLXBackend
-        from pytest_sway.backends.mlx.finetuned import verify_finetuned
-        from pytest_sway.backends.mlx.sides import Side
-        from pytest_sway.backends.mlx.verification import verify_effect
+        from pytest_sway.backends.mlx.model.bound_model import Side
 
         base = self._clean_base(base_spec(spec), shares)
         tuned_spec = finetuned_spec(spec)
@@ -132,8 +132,8 @@ class MLXBuilder:
             shares.pop().release()
 
     def _timed(self, spec: ModelSpec) -> LoadedBase:
-        from pytest_sway.backends.mlx.base import load_base
-        from pytest_sway.backends.mlx.verification import verify_base
+        from pytest_sway.backends.mlx.adapters.verification import verify_base
+        from pytest_sway.backends.mlx.model.base import load_base
 
         started = time.perf_counter()
         base = load_base(spec)

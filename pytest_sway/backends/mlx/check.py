@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.base_files import base_file, require_cached
-from pytest_sway.backends.hf.bounds import require_bounded, require_files
-from pytest_sway.backends.lineage import MLX_FIELD, PEFT_FIELD, require_same_base
-from pytest_sway.backends.mlx.adapter_files import read_mlx_adapter
-from pytest_sway.backends.mlx.libraries import require_libraries
-from pytest_sway.backends.mlx.placement import require_device
+from pytest_sway.backends.checkpoints.bounds import require_bounded, require_files
+from pytest_sway.backends.checkpoints.hub_files import base_file, require_cached
+from pytest_sway.backends.checkpoints.lineage import MLX_FIELD, PEFT_FIELD, require_same_base
+from pytest_sway.backends.mlx.adapters.files import read_mlx_adapter
+from pytest_sway.backends.mlx.model.libraries import require_libraries
+from pytest_sway.backends.mlx.model.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.reading import CONFIG_BYTES, read_bounded
-from pytest_sway.spec import finetuned_spec, is_path
+from pytest_sway.spec.model_spec import finetuned_spec, is_path
+from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
-    from pytest_sway.backends.mlx.adapter_files import AdapterFiles
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.backends.mlx.adapters.files import AdapterFiles
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

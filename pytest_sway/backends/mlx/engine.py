@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pytest_sway.backends.hf import tokenisation
-from pytest_sway.backends.hf.scores import log_of_tail
-from pytest_sway.backends.mlx.libraries import mlx_lm_module
-from pytest_sway.scoring import TokenDist
+from pytest_sway.backends.hf.scoring.scores import log_of_tail
+from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
+from pytest_sway.backends.text import tokens
+from pytest_sway.protocols import TokenDist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from pytest_sway.backends.hf.tokenisation import Window
     from pytest_sway.backends.questions import Settings
+    from pytest_sway.backends.text.tokens import Window
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -54,7 +54,7 @@ class Engine:
     @property
     def max_length(self) -> int:
         """The most tokens that the model reads at once."""
-        return tokenisation.max_length_of(self.config, self.tokenizer)
+        return tokens.max_length_of(self.config, self.tokenizer)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class Engine:
 
     def require_known(self, ids: Sequence[int]) -> None:
         """Raise `ScoringError` for a token that the model has no embedding for."""
-        tokenisation.require_known(self.tokenizer, ids, self.embedded)
+        tokens.require_known(self.tokenizer, ids, self.embedded)
 
     def logprobs(self, window: Window) -> NDArray[np.float32]:
         """Log-probability of each scored token of a window given those before it, in nats."""

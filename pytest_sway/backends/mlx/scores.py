@@ -8,23 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf import tokenisation
-from pytest_sway.backends.hf.scores import (
-    encoded_pairs,
-    encoded_prompts,
-    encoded_texts,
-    rolling,
-    warn_of_cuts,
-)
+from pytest_sway.backends.hf.scoring.scores import encoded_pairs, encoded_prompts, encoded_texts, rolling, warn_of_cuts
 from pytest_sway.backends.mlx.engine import Engine
 from pytest_sway.backends.questions import Settings, listed, seeds
+from pytest_sway.backends.text import tokens
 from pytest_sway.errors import ScoringError
-from pytest_sway.scoring import RollingLogprob, TokenDist
+from pytest_sway.protocols import RollingLogprob, TokenDist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from pytest_sway.scoring import Prompt
+    from pytest_sway.protocols import Prompt
 
     Run = Callable[..., Any]
     Ids = tuple[int, ...]
@@ -35,7 +29,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
     """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
     encoded, max_length = run(encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
-    windows = [tokenisation.cut_left(window, max_length) for window in encoded]
+    windows = [tokens.cut_left(window, max_length) for window in encoded]
     warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
     found = {window: run(Engine.logprobs, window) for window in dict.fromkeys(windows)}
     return [float(found[window].sum()) for window in windows]
@@ -46,7 +40,7 @@ def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[Ro
     encoded, max_length = run(encoded_texts, listed(texts, "texts"), prefix)
     answers = []
     for ids in encoded:
-        windows = list(tokenisation.rolling_windows(ids, max_length))
+        windows = list(tokens.rolling_windows(ids, max_length))
         answers.append(rolling(ids, [run(Engine.logprobs, window) for window in windows]))
     return answers
 

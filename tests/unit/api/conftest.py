@@ -7,8 +7,8 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from pytest_sway import ModelSpec
-from pytest_sway.backends.api import build_api
 from pytest_sway.backends.api.backend import ApiBackend
+from pytest_sway.backends.api.builder import build_api
 from tests.unit.api.toy import Toy
 
 Build: TypeAlias = Callable[..., ApiBackend]

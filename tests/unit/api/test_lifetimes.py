@@ -13,7 +13,7 @@ import pytest
 from werkzeug import Request, Response
 
 from pytest_sway import ModelSpec
-from pytest_sway.backends.api import build_api
+from pytest_sway.backends.api.builder import build_api
 from pytest_sway.backends.api.connection import CONCURRENT_REQUESTS
 from pytest_sway.errors import BackendClosedError, ServerError, SpecError, ViewClosedError
 from tests.unit.api.conftest import Build

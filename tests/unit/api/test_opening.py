@@ -11,9 +11,10 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
 from pytest_sway import ModelSpec
-from pytest_sway.backends import Builder
-from pytest_sway.backends.api import build_api, builder
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.api import builder
+from pytest_sway.backends.api.builder import build_api
+from pytest_sway.backends.registry import Builder
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import (
     AdapterMismatchError,
     BackendNotAvailableError,
@@ -22,7 +23,7 @@ from pytest_sway.errors import (
     SpecError,
     SwayError,
 )
-from pytest_sway.scoring import DifferentialBackend, PreflightCheckable
+from pytest_sway.protocols import DifferentialBackend, PreflightCheckable
 from tests.unit.api.conftest import Build
 from tests.unit.api.toy import Toy, reply
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends.dummy import DummyBackend
+from pytest_sway.backends.dummy.backend import DummyBackend
 from pytest_sway.errors import ScoringError
 
 Ask = Callable[[Any], Any]

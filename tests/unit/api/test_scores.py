@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.errors import ScoringError
-from pytest_sway.scoring import BatchView, TokenDist, View
+from pytest_sway.protocols import BatchView, TokenDist, View
 from tests.unit.api.conftest import Build
 from tests.unit.api.toy import VOCABULARY, Toy, distribution, number, reply, text_nats, tokenize
 

@@ -12,8 +12,8 @@ import pytest
 from werkzeug import Request, Response
 
 from pytest_sway import ModelSpec
-from pytest_sway.backends.api import check_api
-from pytest_sway.backends.api.keys import Key
+from pytest_sway.backends.api.auth import Key
+from pytest_sway.backends.api.builder import check_api
 from pytest_sway.errors import ServerError, SpecError, SwayError
 from tests.unit.api.conftest import Build
 from tests.unit.api.toy import Toy, reply

@@ -20,4 +20,4 @@ def sharing() -> InformedFakeBuild:
 @pytest.fixture(autouse=True)
 def _nobody_glances(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is not woken stays asleep, and its test fails."""
-    monkeypatch.setattr("pytest_sway.cache._GLANCE", 10 * DEADLINE)
+    monkeypatch.setattr("pytest_sway.cache.backend_cache._GLANCE", 10 * DEADLINE)

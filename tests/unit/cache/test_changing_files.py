@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import FilesChangedError
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.unit.fakes import Call, FakeBuild, Watched
 
 

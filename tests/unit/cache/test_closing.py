@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.building import Listener
-from pytest_sway.cache import BackendCache, CachedBackend
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.builds import Listener
+from pytest_sway.cache.leases import CachedBackend
 from pytest_sway.errors import BackendClosedError, CacheClosedError
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.unit.fakes import Call, FakeBuild, Unclosable, Watched, names, spec
 
 

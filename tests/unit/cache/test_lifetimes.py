@@ -12,8 +12,9 @@ from functools import partial
 
 import pytest
 
-from pytest_sway.building import Listener
-from pytest_sway.cache import BackendCache, CachedBackend
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.builds import Listener
+from pytest_sway.cache.leases import CachedBackend
 from pytest_sway.errors import BackendLoadError, CacheDeadlockError, CacheFullError
 from tests.unit.fakes import DEADLINE, Call, FakeBackend, FakeBuild, InformedFakeBuild, Watched, names, spec
 

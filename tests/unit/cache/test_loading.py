@@ -8,8 +8,9 @@ from functools import partial
 
 import pytest
 
-from pytest_sway.building import Listener
-from pytest_sway.cache import BackendCache, CachedBackend, Lease
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.builds import Listener
+from pytest_sway.cache.leases import CachedBackend, Lease
 from pytest_sway.errors import BackendLoadError, CacheDeadlockError, CacheFullError, SpecError
 from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched, spec
 
@@ -333,7 +334,7 @@ def test_inv14_who_was_granted_what_it_waited_for_no_longer_waits(
 
 
 def test_the_seconds_of_imports_are_no_part_of_a_load(build: FakeBuild, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_sway.imports._seconds", seconds := [3.0])
+    monkeypatch.setattr("pytest_sway.system.imports._seconds", seconds := [3.0])
     build.inside["a"] = lambda: seconds.append(1000.0)
     cache = BackendCache(build=build)
     assert cache.get_or_load(spec("a")).load_seconds == 0.0

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.cache import BackendCache, Lease
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.entries import Budget, Entry, Operation, Parts, State, format_bytes, total_bytes
+from pytest_sway.cache.leases import Lease
 from pytest_sway.errors import CacheFullError, SpecError
-from pytest_sway.residency import Budget, Entry, Operation, Parts, State, format_bytes, total_bytes
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.unit.fakes import DEADLINE, Call, FakeBuild, InformedFakeBuild, Watched, name_of, names, spec
 
 
@@ -343,8 +344,8 @@ def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_th
 def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_as_long_in_other_threads(
     build: FakeBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_sway.ledger._PATIENCE_WITH_ENDED_THREADS", 0.1)
-    monkeypatch.setattr("pytest_sway.cache._GLANCE", 0.01)
+    monkeypatch.setattr("pytest_sway.cache.ledger._PATIENCE_WITH_ENDED_THREADS", 0.1)
+    monkeypatch.setattr("pytest_sway.cache.backend_cache._GLANCE", 0.01)
     cache = BackendCache(max_size=1, build=build, lease_timeout=2 * DEADLINE)
     held = Call(partial(cache.acquire, spec("a"), holder="a thread that has ended")).result()
     asker = Call(partial(cache.get_or_load, spec("b")))
@@ -359,7 +360,7 @@ def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_as_long_in_oth
 def test_inv17_a_thread_that_ends_while_its_lease_is_waited_for_is_noticed(
     build: FakeBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_sway.cache._GLANCE", 0.01)  # nobody announces the end of a thread
+    monkeypatch.setattr("pytest_sway.cache.backend_cache._GLANCE", 0.01)  # nobody announces the end of a thread
     cache = BackendCache(max_size=1, build=build, lease_timeout=1000)
     watched = Watched(cache)
     held, may_end = threading.Event(), threading.Event()

@@ -14,8 +14,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from pytest_sway.cache import BackendCache
-from pytest_sway.monitor import Bell
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.system.locking import Bell
 from tests.unit.fakes import DEADLINE
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 BEGIN = """
 import os, sys, threading
 from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache.backend_cache import BackendCache
 
 class Build(InformedFakeBuild):
     def closing(self, backend):

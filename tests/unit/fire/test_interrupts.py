@@ -16,15 +16,16 @@ from typing import Any
 
 import pytest
 
-from pytest_sway import cache as cache_module
-from pytest_sway import leases, ledger, residency
-from pytest_sway.backends import shared
-from pytest_sway.cache import BackendCache, Lease
+from pytest_sway.backends.local import pool
+from pytest_sway.cache import backend_cache as cache_module
+from pytest_sway.cache import entries, leases, ledger
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.leases import Lease
 from pytest_sway.errors import SwayError
 from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
 
-CACHE_FILES = frozenset({module.__file__ for module in (cache_module, ledger, leases, residency)})
-POOL_FILES = frozenset({shared.__file__})
+CACHE_FILES = frozenset({module.__file__ for module in (cache_module, ledger, leases, entries)})
+POOL_FILES = frozenset({pool.__file__})
 
 
 class Interrupter:
@@ -393,8 +394,8 @@ class PoolUser:
 
     def __init__(self) -> None:
         self.loads = self.closes = 0
-        self.pool: shared.SharedPool[str, int] = shared.SharedPool(self.close)
-        self.shares: list[shared.Share[int]] = []
+        self.pool: pool.SharedPool[str, int] = pool.SharedPool(self.close)
+        self.shares: list[pool.Share[int]] = []
 
     def load(self) -> int:
         self.loads += 1

@@ -11,9 +11,10 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pytest_sway.cache import BackendCache, Lease
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.entries import Parts
+from pytest_sway.cache.leases import Lease
 from pytest_sway.errors import BackendLoadError, CacheFullError, SpecError
-from pytest_sway.residency import Parts
 from tests.unit.fakes import Call, InformedFakeBuild, SharingBackend, names, spec
 from tests.unit.fire.profiles import PROFILE, machine_settings
 from tests.unit.fire.reference import Failed, Interrupted, Item, Reference, Refused, Size

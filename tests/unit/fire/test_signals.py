@@ -17,14 +17,15 @@ from types import FrameType
 
 import pytest
 
-from pytest_sway import cache, monitor
+from pytest_sway.cache import backend_cache
+from pytest_sway.system import locking
 from tests.unit.fire.profiles import PROFILE
 from tests.unit.fire.test_interrupts import CACHE_FILES, SCENARIOS, Scenario
 
-FILES = CACHE_FILES | {monitor.__file__}
+FILES = CACHE_FILES | {locking.__file__}
 CLOSES = {
-    (cache.__file__, number)
-    for number, line in enumerate(inspect.getsource(cache).splitlines(), start=1)
+    (backend_cache.__file__, number)
+    for number, line in enumerate(inspect.getsource(backend_cache).splitlines(), start=1)
     if "closers.pop()()" in line
 }
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.cache import BackendCache
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.entries import Parts
 from pytest_sway.errors import BackendLoadError, CacheFullError
-from pytest_sway.residency import Parts
 from tests.unit.fakes import Call, FakeBackend, InformedFakeBuild, name_of, spec
 from tests.unit.fire.profiles import PROFILE
 
@@ -177,7 +177,7 @@ class Stress:
 def _restless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Threads change as often as they can; a dropped lease is looked for often."""
     usual = sys.getswitchinterval()
-    monkeypatch.setattr("pytest_sway.cache._GLANCE", 0.01)
+    monkeypatch.setattr("pytest_sway.cache.backend_cache._GLANCE", 0.01)
     logging.disable(logging.WARNING)
     sys.setswitchinterval(1e-6)
     yield

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.spec import ModelSpec
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.tiny import make_adapter, make_base
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def build(builder: HFBuilder) -> Iterator[Callable[..., HFBackend]]:
 @pytest.fixture
 def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have all of a model's trees share what is written to, as on an accelerator."""
-    monkeypatch.setattr("pytest_sway.backends.hf.shared_memory._can_clone_lazily", lambda: False)
+    monkeypatch.setattr("pytest_sway.backends.hf.sharing.shared_memory._can_clone_lazily", lambda: False)
 
 
 def spec_of(base: Path, adapter: Path | None = None, **fields: Any) -> ModelSpec:

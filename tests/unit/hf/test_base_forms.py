@@ -16,7 +16,7 @@ from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
-    from pytest_sway.backends.hf import HFBuilder
+    from pytest_sway.backends.hf.builder import HFBuilder
 
 FORMS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "shards": (sharded, {}),

@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.backends.hf.batches import Family, by_context, families, in_batches, worth_caching
-from pytest_sway.backends.hf.tokenisation import Window
+from pytest_sway.backends.hf.scoring.batching import Family, by_context, families, in_batches, worth_caching
+from pytest_sway.backends.text.tokens import Window
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=9)
 

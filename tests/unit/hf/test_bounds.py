@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayError, WeightsError
-from pytest_sway.reading import CONFIG_BYTES
-from pytest_sway.spec import cache_key_for
+from pytest_sway.spec.model_spec import cache_key_for
+from pytest_sway.system.reading import CONFIG_BYTES
 from tests.tiny import edit_config, edit_weights, pickled
 from tests.unit.hf.conftest import spec_of
 
@@ -153,7 +153,7 @@ WITHOUT_END = r"([a-z_.]+)+[0-9]*([a-z_.]+)+!"
 def test_an_expression_that_backtracks_without_end_is_refused(
     folders: dict[str, Path], refusal: Callable[[], SwayError], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("pytest_sway.backends.hf.bounds._PATIENCE", 1.0)
+    monkeypatch.setattr("pytest_sway.backends.checkpoints.bounds._PATIENCE", 1.0)
     edit_config(folders["adapter"], **fields)
     error = refusal()
     assert isinstance(error, SpecError)
@@ -175,7 +175,7 @@ def test_repeats_that_come_to_an_end_are_served(folders: dict[str, Path], build:
 
 
 def test_the_check_takes_nothing_from_the_cache(folders: dict[str, Path], refusal: Callable[[], SwayError]) -> None:
-    from pytest_sway.backends import Builder
+    from pytest_sway.backends.registry import Builder
 
     edit_config(folders["adapter"], r=10**7)
     with pytest.raises(AdapterMismatchError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.errors import AdapterMismatchError, BackendClosedError
 from tests.tiny import TEXT, make_adapter, make_tokenizer, poison, quiet
 from tests.unit.hf.reference import fresh, logits, view_logits
@@ -670,7 +670,7 @@ LAYOUTS: dict[str, Callable[[Any], Any]] = {
 def test_a_write_through_data_is_found_in_any_layout_of_memory(layout: str) -> None:
     import torch
 
-    from pytest_sway.backends.hf.contents import ContentsRecord
+    from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
 
     tensor = LAYOUTS[layout](torch)
     assert not tensor.is_contiguous()
@@ -683,7 +683,7 @@ def test_a_write_through_data_is_found_in_any_layout_of_memory(layout: str) -> N
 def test_what_was_written_and_put_back_is_no_change() -> None:
     import torch
 
-    from pytest_sway.backends.hf.contents import ContentsRecord
+    from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
 
     tensor = torch.arange(8000.0)
     record = ContentsRecord({"weight": tensor})

@@ -127,7 +127,7 @@ def test_a_template_without_end_is_left(build: Any, tmp_path: Path, monkeypatch:
     folder = make_base(tmp_path)
     loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     (folder / "chat_template.jinja").write_text(loops)
-    monkeypatch.setattr("pytest_sway.backends.hf.chat._PATIENCE", 0.2)
+    monkeypatch.setattr("pytest_sway.backends.text.chat._PATIENCE", 0.2)
     with (
         build(folder).as_base() as view,
         pytest.raises(ScoringError, match=r"takes more than 0.2 s. Mend the template"),

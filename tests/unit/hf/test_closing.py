@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf.memory import WeightsWatch
+from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
 from pytest_sway.errors import BackendClosedError, ScoringError
 from tests.tiny import make_base
 from tests.unit.hf.engines import WAIT, held_up

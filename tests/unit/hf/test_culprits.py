@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends.hf import models
-from pytest_sway.backends.hf.culprits import Asked, explanation
+from pytest_sway.backends.hf.loading import model
+from pytest_sway.backends.hf.loading.culprits import Asked, explanation
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SpecError, WeightsError
 from tests.tiny import edit_config, edit_weights
 from tests.unit.hf.zoo import PEFT_VERSION, TRANSFORMERS_VERSION
@@ -150,7 +150,7 @@ def test_sizes_are_named_where_memory_runs_out_for_them(
     def own(spec: Any) -> Any:
         raise RuntimeError("can't allocate memory: you tried to allocate 8 bytes")  # as transformers 4 does
 
-    monkeypatch.setattr(models, "_own", own)
+    monkeypatch.setattr(model, "_own", own)
     _edit(own_base / "config.json", intermediate_size=width)
     with pytest.raises(error, match=text):
         build(own_base)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway import scoring
+from pytest_sway import protocols
 from tests.unit.hf.engines import computing_model
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ PROTOCOLS = ["DifferentialBackend", "ScalableDifferentialBackend", "NullCalibrat
 def test_a_backend_satisfies_our_protocols(build: Any, base: Path, adapter: Path) -> None:
     backend = build(base, adapter)
     for name in (*PROTOCOLS, "Inspectable"):
-        assert isinstance(backend, getattr(scoring, name)), name
+        assert isinstance(backend, getattr(protocols, name)), name
 
 
 def test_a_backend_satisfies_dlm_sways_protocols(build: Any, base: Path, adapter: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.backends.hf.mapped_files import MappedFiles
-from pytest_sway.backends.hf.shared_memory import address_of
-from pytest_sway.backends.hf.trees import shares_objects, tensors_of
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.sharing.mapped_files import MappedFiles
+from pytest_sway.backends.hf.sharing.shared_memory import address_of
+from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of
 from pytest_sway.errors import SpecError
 from tests.tiny import quiet
 from tests.unit.hf.conftest import spec_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_sway.backends.hf.backend import HFBackend
-    from pytest_sway.backends.hf.pristine import Pristine
+    from pytest_sway.backends.hf.model.pristine import Pristine
 
 TEXTS = ((5, 17, 30, 8, 44, 61, 12, 9, 23, 33, 3, 50), (9, 6))
 """Token ids, since some families replace a tokenizer by one of their own class, to which its words are unknown."""

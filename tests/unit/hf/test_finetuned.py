@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.cache import BackendCache
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, BackendUseError, ModelTooLargeError, SpecError, WeightsError
 from tests.tiny import edit_weights, make_base, make_tokenizer, poison, quiet
 from tests.unit.hf.conftest import spec_of

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.backends.hf.gguf_files import read_gguf
+from pytest_sway.backends.checkpoints.gguf_header import read_gguf
+from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, WeightsError
-from pytest_sway.spec import ModelSpec, resolved_key
+from pytest_sway.spec.model_spec import ModelSpec, resolved_key
 from tests.tiny import TEXT, make_adapter, make_base, make_gguf, quiet
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
@@ -181,8 +181,8 @@ def test_an_estimate_is_what_will_be_measured(
 
 
 def test_workers_map_what_one_of_them_has_unpacked(gguf: Path, tmp_path: Path) -> None:
-    from pytest_sway.backends.hf.models import load_model
-    from pytest_sway.backends.hf.staging import SharedWeights
+    from pytest_sway.backends.hf.loading.model import load_model
+    from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
 
     spec = spec_of(gguf)
     expected = load_model(spec)
@@ -309,7 +309,7 @@ def test_an_architecture_that_transformers_does_not_know_is_named(build: Any, co
 def test_without_gguf_the_extra_is_named(
     build: Any, base: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch, loads: list[str]
 ) -> None:
-    libraries = import_module("pytest_sway.backends.hf.libraries")
+    libraries = import_module("pytest_sway.backends.hf.loading.libraries")
     monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     build(base)
     sentence = "needs gguf, which this environment lacks. Install them with: pip install 'pytest-sway[hf,gguf]'"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf.headers import read_any, read_header
+from pytest_sway.backends.checkpoints.safetensors_header import read_any, read_header
 from pytest_sway.errors import WeightsError
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends import Builder
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.backends.lineage import other_base
+from pytest_sway.backends.checkpoints.lineage import other_base
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.registry import Builder
 from pytest_sway.errors import AdapterMismatchError, SwayWarning
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.tiny import edit_config, edit_weights, make_base
 from tests.unit.hf.conftest import spec_of
 

@@ -80,8 +80,8 @@ def test_a_token_without_an_embedding_is_named(build: Any, tmp_path: Path) -> No
 
 _PEAK = """
 import resource, sys
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.spec import ModelSpec
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.spec.model_spec import ModelSpec
 
 with HFBuilder().build(ModelSpec(base=sys.argv[1], device="cpu", dtype="fp32")).as_base() as view:
     view.rolling_logprob("the sun rises")

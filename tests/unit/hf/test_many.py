@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.errors import ScoringError
-from pytest_sway.scoring import BatchView
+from pytest_sway.protocols import BatchView
 from tests.tiny import TEXT, WORDS
 from tests.unit.hf.engines import computing_model, passes_of
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf.shared_memory import address_of
+from pytest_sway.backends.hf.sharing.shared_memory import address_of
 from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.hf.engines import computing_model
 from tests.unit.hf.reference import fresh, logits, view_logits

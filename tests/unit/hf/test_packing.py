@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.backends.hf.batches import Family, alone, families
-from pytest_sway.backends.hf.packing import MaskedError, Row, attending_apart, longest_packed
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.scoring.batching import Family, alone, families
+from pytest_sway.backends.hf.scoring.packing import MaskedError, Row, attending_apart, longest_packed
 from tests.tiny import WORDS
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.engines import WAIT, computing_model, engine_of, held_up, passes_of

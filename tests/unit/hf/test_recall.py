@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pytest_sway.backends.hf import HFBuilder
-from pytest_sway.backends.hf.recall import AnswerMemory
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.scoring.answer_cache import AnswerMemory
 from tests.tiny import TEXT, make_tokenizer
 from tests.unit.hf.conftest import spec_of
 

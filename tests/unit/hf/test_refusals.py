@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends import Builder
+from pytest_sway.backends.registry import Builder
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError, SwayError, WeightsError
-from pytest_sway.spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec
 from tests.tiny import (
     edit_config,
     edit_weights,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from pytest_sway.backends.hf import HFBuilder
+    from pytest_sway.backends.hf.builder import HFBuilder
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_base_that_brings_code_needs_leave_to_run_it(builder: HFBuilder, tmp_p
 def test_a_missing_library_is_named_with_what_installs_it(
     builder: HFBuilder, base: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
-    from pytest_sway.backends.hf import libraries
+    from pytest_sway.backends.hf.loading import libraries
 
     monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == library else object())
     with pytest.raises(BackendNotAvailableError, match=rf"needs {library}, which.* pip install 'pytest-sway\[hf\]'"):

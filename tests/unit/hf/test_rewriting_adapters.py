@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.backends.hf.builder import HFBuilder
 from tests.tiny import edit_config, make_adapter, quiet, save_adapter
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits

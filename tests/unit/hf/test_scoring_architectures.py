@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pytest_sway.backends.hf import generation
+from pytest_sway.backends.hf.scoring import generation
 from tests.tiny import WORDS, make_adapter
 from tests.unit.hf.families import families, make_family
 from tests.unit.hf.reference import logits
@@ -102,7 +102,7 @@ def test_a_model_that_only_runs_as_a_whole_gives_the_same_numbers(
 ) -> None:
     with build(base, adapter).as_finetuned() as view:
         expected = view.logprobs_of(CHOICES), view.rolling_logprobs(TEXTS), view.next_token_dists(TEXTS)
-    monkeypatch.setattr("pytest_sway.backends.hf.forward.split_model", lambda model, trials: None)
+    monkeypatch.setattr("pytest_sway.backends.hf.scoring.forward.split_model", lambda model, trials: None)
     with build(base, adapter, allow_pickle=True).as_finetuned() as view:  # another spec, so that it is loaded anew
         found = view.logprobs_of(CHOICES), view.rolling_logprobs(TEXTS), view.next_token_dists(TEXTS)
     assert found[0] == pytest.approx(expected[0], abs=2e-4)
@@ -116,8 +116,8 @@ def test_a_model_that_makes_all_logits_gives_the_same_numbers(
 ) -> None:
     with build(base).as_base() as view:
         expected = view.logprob_of(*CHOICES[1])
-    monkeypatch.setattr("pytest_sway.backends.hf.forward.split_model", lambda model, trials: None)
-    monkeypatch.setattr("pytest_sway.backends.hf.forward._last_logits_argument", lambda model: argument)
+    monkeypatch.setattr("pytest_sway.backends.hf.scoring.forward.split_model", lambda model, trials: None)
+    monkeypatch.setattr("pytest_sway.backends.hf.scoring.forward._last_logits_argument", lambda model: argument)
     with build(base, allow_pickle=True).as_base() as view:
         assert view.logprob_of(*CHOICES[1]) == pytest.approx(expected, abs=1e-5)
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.errors import SpecError, SwayError, WeightsError
-from pytest_sway.spec import parse_spec
+from pytest_sway.spec.model_spec import parse_spec
 from tests.unit.hf.conftest import spec_of
 from tests.unit.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
-    from pytest_sway.backends.hf import HFBuilder
+    from pytest_sway.backends.hf.builder import HFBuilder
 
 
 class _Exploit:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_sway.backends.hf.mapped_files import FilePart, never_written, page_flags
-from pytest_sway.backends.hf.shared_memory import Method, SharedMemory, address_of
-from pytest_sway.backends.hf.trees import tensors_of
+from pytest_sway.backends.hf.sharing.mapped_files import FilePart, never_written, page_flags
+from pytest_sway.backends.hf.sharing.shared_memory import Method, SharedMemory, address_of
+from pytest_sway.backends.hf.sharing.trees import tensors_of
 from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.hf.engines import computing_model, engine_of
 from tests.unit.hf.reference import fresh, logits, view_logits
@@ -519,10 +519,10 @@ def test_what_runs_has_a_mapping_of_its_own_until_the_first_has_run_and_written_
 def unshareable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have models whose trees would share an object with them, or would not compute the same."""
     if request.param == "its objects":
-        monkeypatch.setattr("pytest_sway.backends.hf.pristine.shares_objects", lambda tree, original: True)
+        monkeypatch.setattr("pytest_sway.backends.hf.model.pristine.shares_objects", lambda tree, original: True)
     else:
-        monkeypatch.setattr("pytest_sway.backends.hf.base._may_hide_something", lambda spec, model: True)
-        monkeypatch.setattr("pytest_sway.backends.hf.pristine._agree", lambda one, other: False)
+        monkeypatch.setattr("pytest_sway.backends.hf.model.base._may_hide_something", lambda spec, model: True)
+        monkeypatch.setattr("pytest_sway.backends.hf.model.pristine._agree", lambda one, other: False)
 
 
 def _spoil(model: Any) -> None:
@@ -574,7 +574,7 @@ def test_an_adapter_that_starts_at_random_is_the_same_on_each_tree_and_leaves_th
 def test_a_model_that_cannot_be_copied_is_loaded_for_each_tree() -> None:
     import threading
 
-    from pytest_sway.backends.hf.pristine import Pristine
+    from pytest_sway.backends.hf.model.pristine import Pristine
 
     def load() -> Any:
         model: Any = _model()
@@ -591,7 +591,7 @@ def test_a_model_that_cannot_be_copied_is_loaded_for_each_tree() -> None:
 
 
 def test_a_model_that_holds_what_cannot_be_copied_is_loaded_for_each_tree() -> None:
-    from pytest_sway.backends.hf.pristine import Pristine
+    from pytest_sway.backends.hf.model.pristine import Pristine
 
     loaded: list[Any] = []
 
@@ -608,7 +608,7 @@ def test_a_model_that_holds_what_cannot_be_copied_is_loaded_for_each_tree() -> N
 
 
 def test_watches_forget_what_is_gone() -> None:
-    from pytest_sway.backends.hf.pristine import Pristine
+    from pytest_sway.backends.hf.model.pristine import Pristine
 
     pristine = Pristine(_model(), _model)
     kept = [pristine.tree() for _ in range(3)]

@@ -15,7 +15,7 @@ from tests.unit.hf.reference import fresh, logits, view_logits
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_sway.backends.hf import HFBuilder
+    from pytest_sway.backends.hf.builder import HFBuilder
 
 
 def test_adapters_of_one_base_load_it_once(

@@ -10,7 +10,7 @@ from tests.unit.hf.conftest import spec_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_sway.backends.hf import HFBuilder
+    from pytest_sway.backends.hf.builder import HFBuilder
 
 
 @pytest.mark.filterwarnings("ignore:the adapter .* was trained on:pytest_sway.SwayWarning")
@@ -47,7 +47,7 @@ def test_what_is_not_on_this_machine_has_no_estimate(
 ) -> None:
     import shutil
 
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.spec.model_spec import ModelSpec
 
     assert builder.estimate(ModelSpec(base="nobody/nothing", device="cpu", dtype="fp32")) is None
     assert builder.estimate(spec_of(tmp_path / "nowhere")) is None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from pytest_sway.backends.hf import HFBuilder
+    from pytest_sway.backends.hf.builder import HFBuilder
 
 _ENCODER: dict[str, Any] = {
     "hidden_size": 32,

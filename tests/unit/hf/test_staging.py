@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.errors import BackendLoadError, SwayWarning
 from tests.tiny import make_adapter, make_base, make_tokenizer, quiet
 from tests.unit.hf.conftest import spec_of
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from pytest_sway.backends.hf.staging import SharedWeights
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
+    from pytest_sway.spec.model_spec import ModelSpec
 
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -50,7 +50,7 @@ def run_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The bases that were loaded with a conversion of their own, in order."""
-    staging = import_module("pytest_sway.backends.hf.staging")
+    staging = import_module("pytest_sway.backends.hf.loading.shared_weights")
     load, bases = staging.load_model, []
 
     def counted(spec: ModelSpec, **where: Any) -> Any:
@@ -65,13 +65,13 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def worker(run_folder: Path, converted: list[str]) -> Callable[[], SharedWeights]:
     """Make what one worker of a run has."""
-    from pytest_sway.backends.hf.staging import SharedWeights
+    from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
 
     return lambda: SharedWeights(run_folder)
 
 
 def private(spec: ModelSpec) -> Any:
-    from pytest_sway.backends.hf.models import load_model
+    from pytest_sway.backends.hf.loading.model import load_model
 
     return load_model(spec)
 
@@ -284,7 +284,7 @@ def hub(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_base_from_a_hub_is_shared(worker: Callable[[], SharedWeights], hub: str, converted: list[str]) -> None:
-    from pytest_sway.spec import ModelSpec
+    from pytest_sway.spec.model_spec import ModelSpec
 
     spec = ModelSpec(base=hub, device="cpu", dtype="fp32")
     for _ in range(2):
@@ -330,7 +330,7 @@ def test_a_base_that_is_saved_again_into_its_folder_is_shared_anew(
 def test_a_base_that_is_saved_while_it_is_loaded_is_not_shared(
     worker: Callable[[], SharedWeights], tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    staging = import_module("pytest_sway.backends.hf.staging")
+    staging = import_module("pytest_sway.backends.hf.loading.shared_weights")
     spec = spec_of(make_base(tmp_path / "base", dtype="bfloat16"))
     load = staging.load_model
 
@@ -496,7 +496,7 @@ def test_one_who_has_failed_is_not_followed_by_others(
 def test_a_copy_that_is_read_back_otherwise_goes_to_nobody(
     worker: Callable[[], SharedWeights], half: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    staging = import_module("pytest_sway.backends.hf.staging")
+    staging = import_module("pytest_sway.backends.hf.loading.shared_weights")
     write = staging.write_tensors
 
     def write_wrongly(path: Path, tensors: dict[str, Any]) -> None:
@@ -529,8 +529,8 @@ WRITER = """
 import sys
 from pathlib import Path
 
-from pytest_sway.backends.hf import staging
-from pytest_sway.spec import ModelSpec
+from pytest_sway.backends.hf.loading import shared_weights as staging
+from pytest_sway.spec.model_spec import ModelSpec
 
 def write(path, tensors):
     path.write_bytes(b"half of it")

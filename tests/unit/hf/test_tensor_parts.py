@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_sway.backends.hf.contents import ContentsRecord
-from pytest_sway.backends.hf.memory import WeightsWatch
-from pytest_sway.backends.hf.shared_memory import SharedMemory
-from pytest_sway.backends.hf.sizes import measured
-from pytest_sway.backends.hf.tensor_parts import parts_of
+from pytest_sway.backends.checkpoints.sizes import measured
+from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
+from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
+from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory
+from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
 
 
 class Quantized(torch.Tensor):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.backends.hf.tokenisation import (
+from pytest_sway.backends.text.tokens import (
     Window,
     cut_left,
     encode_pair,

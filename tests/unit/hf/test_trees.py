@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_sway.backends.hf.trees import shares_objects, tensors_of, tree_of
+from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of, tree_of
 from tests.unit.hf.reference import fresh
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ def test_a_method_of_a_tensor_is_the_trees_own_or_noticed() -> None:
 def test_modules_come_as_in_torch_each_once_in_order(base: Path, adapter: Path) -> None:
     from peft import PeftModel
 
-    from pytest_sway.backends.hf.trees import modules_of
+    from pytest_sway.backends.hf.sharing.trees import modules_of
 
     model, _ = fresh(base, adapter)
     assert isinstance(model, PeftModel)

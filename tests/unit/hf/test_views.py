@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pytest_sway.backends.hf.tokenisation import encode_pair, encode_prompt
+from pytest_sway.backends.text.tokens import encode_pair, encode_prompt
 from pytest_sway.errors import NoAdapterError, ScoringError, ViewClosedError
-from pytest_sway.scoring import RawView
+from pytest_sway.protocols import RawView
 from tests.tiny import TEXT, make_base, make_tokenizer
 from tests.unit.hf.engines import computing_model
 from tests.unit.hf.reference import fresh, logits, view_logits

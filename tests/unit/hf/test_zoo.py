@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway import errors
-from pytest_sway.backends.hf import HFBuilder, generation
-from pytest_sway.backends.hf.adapter import public_name
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.model.adapter import public_name
+from pytest_sway.backends.hf.scoring import generation
 from pytest_sway.errors import AdapterMismatchError
 from tests.tiny import TEXT, make_adapter, make_base
 from tests.unit.hf.conftest import spec_of

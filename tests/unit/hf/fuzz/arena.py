@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf import HFBuilder
+from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.errors import ScoringError, SwayError
 from tests.tiny import TEXT, make_base, quiet
 from tests.unit.hf.conftest import spec_of

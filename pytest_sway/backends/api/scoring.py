@@ -1,0 +1,130 @@
+"""From a server's answers to numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from pytest_sway.errors import ScoringError
+from pytest_sway.protocols import RollingLogprob, TokenDist
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_sway.backends.api.completions import Token
+    from pytest_sway.backends.api.echo import Echo
+    from pytest_sway.backends.api.served_model import ServedModel
+    from pytest_sway.protocols import Prompt
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_SMALLEST_TAIL: Final = 1e-12
+
+
+async def logprob_of(model: ServedModel, prompt: Prompt, completion: str) -> float:
+    """Sum of the log-probabilities of the completion's tokens, in nats.
+
+    The parts are told apart as lm-evaluation-harness does: the prompt's trailing whitespace goes to the completion,
+    the text is tokenised as one, and the completion has the tokens that come after as many as the prompt alone has.
+    Where a token straddles the boundary, those are scored in the text as it is, which is all that a server is given;
+    the harness, with the model at hand, puts the prompt's own tokens before them.
+    """
+    prompt = _text(model, prompt)
+    context, text = prompt.rstrip(), prompt + completion
+    scored: Sequence[Token] = ()
+    if len(text) > len(context):
+        await model.require_echo()
+        echo = await model.echo(text)
+        scored = echo.tokens[await _tokens_of_prompt(model, echo, context) :]
+    if not scored:
+        raise ScoringError(
+            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r}; there is nothing to score."
+        )
+    return math.fsum(_logprobs(model, scored))
+
+
+async def rolling_logprob(model: ServedModel, text: str, *, prefix: bool) -> RollingLogprob:
+    """Log-probability of each token but the first: the server's BOS, or where it shows none, the text's own."""
+    if not text:
+        return RollingLogprob(np.array([], np.int64), np.array([], np.float32), 0, 0.0)
+    await model.require_echo()
+    if prefix and not model.shows_bos:
+        raise ScoringError(
+            f"rolling_logprob scores a text's every token unless told otherwise, and {model} shows no BOS in front of a"
+            " text, so it has no log-probability for the first one. Pass prefix=False to score the tokens after it;"
+            " compare such numbers only with others of prefix=False."
+        )
+    echo = await model.echo(text, ids=model.tells_ids)
+    logprobs = _logprobs(model, echo.tokens[1:])
+    return RollingLogprob(
+        token_ids=np.array([token.token_id for token in echo.tokens], np.int64),
+        logprobs=np.array(logprobs, np.float32),
+        num_tokens=len(echo.tokens),
+        total_logprob=math.fsum(logprobs),
+    )
+
+
+async def next_token_dist(model: ServedModel, prompt: Prompt, *, top_k: int) -> TokenDist:
+    """Distribution of the token after ``prompt``: as many tokens of ``top_k`` as the server gives."""
+    if top_k < 1:
+        raise ScoringError(f"top_k must be at least 1, not {top_k}.")
+    prompt = _text(model, prompt)
+    ids = {"return_tokens_as_token_ids": True} if model.tells_ids else {}
+    completion = await model.complete_scored(top_k, prompt=prompt, max_tokens=1, **ids)
+    top = completion.tokens[0].top[:top_k] if completion.tokens else ()
+    if not top:
+        raise ScoringError(
+            f"{model} gave no distribution of the token after {prompt[-80:]!r}. Servers leave it out where the text"
+            " ends there, and for an empty prompt."
+        )
+    logprobs = np.array([logprob for _, logprob in top], np.float32)
+    tail: float | None = None
+    if len(top) != model.vocabulary:
+        mass = 1.0 - math.fsum(np.exp(logprobs.astype(np.float64)))
+        tail = math.log(mass) if mass > _SMALLEST_TAIL else (0.0 if math.isfinite(mass) else mass)
+    return TokenDist(np.array([token for token, _ in top], np.int64), logprobs, model.vocabulary, tail)
+
+
+async def generate(
+    model: ServedModel, prompt: Prompt, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> str:
+    """Continue ``prompt``."""
+    completion = await model.complete(
+        prompt=_text(model, prompt), max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    return completion.text
+
+
+def no_template(model: ServedModel) -> ScoringError:
+    """The error of a prompt of messages."""
+    return ScoringError(
+        f"a prompt of messages was given to {model}, whose chat template is not known here. Make a text of them first,"
+        " with the model's tokenizer: tokenizer.apply_chat_template(messages, tokenize=False)."
+    )
+
+
+def _text(model: ServedModel, prompt: Prompt) -> str:
+    if not isinstance(prompt, str):
+        raise no_template(model)
+    return prompt
+
+
+async def _tokens_of_prompt(model: ServedModel, echo: Echo, context: str) -> int:
+    """How many of the echoed tokens are the prompt's."""
+    if not context:
+        return int(echo.bos)
+    if echo.starts is not None and len(context) in echo.starts:
+        return echo.starts.index(len(context))
+    return len((await model.echo(context)).tokens)  # a token straddles the boundary, or its place is not known
+
+
+def _logprobs(model: ServedModel, tokens: Sequence[Token]) -> list[float]:
+    found = [token.logprob for token in tokens if token.logprob is not None]
+    if len(found) < len(tokens):
+        raise ScoringError(
+            f"{model} gives no log-probability for the first token of a text, since nothing comes before it. Score a"
+            " completion after a prompt."
+        )
+    return found

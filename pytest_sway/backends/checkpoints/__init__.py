@@ -1,0 +1,1 @@
+"""Files of models and adapters on disk, read without torch: so loading, checking and estimating agree."""

@@ -1,0 +1,197 @@
+"""Whether an adapter is put on the base that it was trained on, as far as its config and the files tell.
+
+An adapter fits every model of its base's shapes, and computes something else on each. PEFT and mlx-lm write the base's
+name into the adapter's config; what it named may have moved since, so only what is known of both is compared, and
+silence means that nothing is known against it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pytest_sway.backends.checkpoints.hub_files import base_file
+from pytest_sway.backends.checkpoints.safetensors_header import read_any
+from pytest_sway.errors import AdapterMismatchError, SwayError, SwayWarning
+from pytest_sway.spec.model_spec import GGUF_SUFFIX, ModelSpec, is_path
+from pytest_sway.system.reading import CONFIG_BYTES, open_regular, read_bounded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+PEFT_FIELD: Final = "base_model_name_or_path"
+MLX_FIELD: Final = "model"
+"""Where an ``adapter_config.json`` names the base that it was trained on."""
+_IN_HUB_CACHE: Final = re.compile(r".*[/\\]models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?")
+_CONVERTED_COPY: Final = re.compile(
+    r"(-unsloth)?-bnb-[48]bit$|-(\d(\.\d)?bit|mxfp[48]|nvfp4|bf16|fp16|fp32)(-(dwq|awq|gptq)[\w.-]*)?$"
+)
+_MIRRORS: Final = frozenset({"unsloth", "mlx-community"})
+"""Who publishes copies of others' models under their names, with and without `_CONVERTED_COPY`."""
+_SAYS_NOTHING: Final = frozenset(
+    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "quantization_config"}
+)
+"""Fields of a config that differ between copies of one model."""
+_WRITTEN_BY_MLX: Final = frozenset({"quantization", "eos_token_id", "vision_config"})
+"""Fields that mlx-lm adds, takes from elsewhere or leaves out when it converts a model."""
+_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 4096
+
+
+class _Model(NamedTuple):
+    """What is known of a model: its id on a hub, and the folder of its files on this machine."""
+
+    hub_id: str | None
+    folder: Path | None
+
+
+def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: str, field: str = PEFT_FIELD) -> None:
+    """Refuse an adapter that names another base than its spec, or warn of it.
+
+    Args:
+        spec: The spec.
+        config: The adapter's config.
+        on_mismatch: What such an adapter gets: ``error``, ``warn`` or ``ignore``.
+        field: Where it names its base.
+
+    Raises:
+        AdapterMismatchError: It names another, and that is an error.
+    """
+    found = None if on_mismatch == "ignore" else other_base(spec, config, field)
+    if found is None:
+        return
+    if on_mismatch == "error":
+        raise AdapterMismatchError(found)
+    warnings.warn(found, SwayWarning, stacklevel=3)
+
+
+def other_base(spec: ModelSpec, config: Mapping[str, Any], field: str = PEFT_FIELD) -> str | None:
+    """Return in words how a spec's base is another model than the one its adapter names; ``None`` if nothing says so.
+
+    Args:
+        spec: The spec.
+        config: The adapter's config.
+        field: Where it names its base.
+    """
+    named = config.get(field)
+    if not isinstance(named, str) or not named.strip() or spec.base.endswith(GGUF_SUFFIX):
+        return None
+    why = _unlike(_known(spec.base, spec.revision), _known(named.strip(), None), by_mlx=spec.kind == "mlx")
+    if why is None:
+        return None
+    return (
+        f"the adapter {str(spec.adapter)!r} was trained on {named!r} ({field} in its adapter_config.json), and it is"
+        f" put on {spec.base!r}: {why}. Name the base that it was trained on; if they are the same model, set"
+        " sway_on_base_mismatch = ignore."
+    )
+
+
+def _unlike(asked: _Model, trained: _Model, *, by_mlx: bool) -> str | None:
+    names_known = asked.hub_id is not None and trained.hub_id is not None
+    if names_known and _same_name(str(asked.hub_id), str(trained.hub_id)):
+        return None
+    if asked.folder is not None and trained.folder is not None:
+        same = os.path.realpath(asked.folder) == os.path.realpath(trained.folder)
+        return None if same else _difference(asked.folder, trained.folder, by_mlx=by_mlx)
+    return "they have other names" if names_known else None
+
+
+def _known(name: str, revision: str | None) -> _Model:
+    path = Path(os.path.expanduser(name))
+    cached = _IN_HUB_CACHE.fullmatch(name) or _IN_HUB_CACHE.fullmatch(str(path))
+    hub_id = f"{cached[1]}/{cached[2]}" if cached else None
+    try:
+        if path.is_dir():
+            return _Model(hub_id, path)
+    except OSError:  # a name too long for a path
+        return _Model(hub_id, None)
+    if hub_id is not None or is_path(name):
+        return _Model(hub_id, None)
+    config = base_file(ModelSpec(base=name, revision=revision), "config.json")
+    return _Model(name, None if config is None else config.parent)
+
+
+def _same_name(one: str, other: str) -> bool:
+    """Whether two ids name one model, whatever their case, with an owner or none, or as a copy that is converted."""
+    (owner, name), (others_owner, others_name) = (_parts(hub_id) for hub_id in (one, other))
+    owners = {owner, others_owner}
+    return name == others_name and (len(owners) == 1 or bool(owners & {"", *_MIRRORS}))
+
+
+def _parts(hub_id: str) -> tuple[str, str]:
+    owner, _, name = hub_id.lower().rpartition("/")
+    return owner, _CONVERTED_COPY.sub("", name)
+
+
+def _difference(one: Path, other: Path, *, by_mlx: bool) -> str | None:
+    """What tells two folders' models apart, by their configs and weights; ``None`` if nothing does, or is there.
+
+    Args:
+        one: A model's folder.
+        other: Another one.
+        by_mlx: Whether one may be a copy that mlx-lm has converted, and quantized or given other names for weights.
+    """
+    config, others = _config(one), _config(other)
+    if by_mlx and config is not None and others is not None:
+        quantized = "quantization" in {*config, *others}
+        config, others = (
+            {name: value for name, value in fields.items() if name not in _WRITTEN_BY_MLX}
+            for fields in (config, others)
+        )
+    else:
+        quantized = False
+    if config is not None and others is not None and config != others:
+        fields = sorted(name for name in {*config, *others} if config.get(name) != others.get(name))
+        return f"their configs differ in {', '.join(fields[:3])}{', ...' if len(fields) > 3 else ''}"
+    ours, theirs = _shapes(one), _shapes(other)
+    if ours is None or theirs is None or quantized:
+        return None
+    if by_mlx:
+        ours, theirs = ({name: shapes[name] for name in ours.keys() & theirs.keys()} for shapes in (ours, theirs))
+    if ours != theirs:
+        return "their weights have other names or sizes"
+    return None if _equal_samples(one, other) else "their weights have other values"
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads(read_bounded(folder / "config.json", CONFIG_BYTES))
+        return {name: value for name, value in config.items() if name not in _SAYS_NOTHING}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    try:
+        entries = read_any(folder, "model")
+    except SwayError:
+        return None
+    return None if entries is None else {name: entry.shape for name, entry in entries.items()}
+
+
+def _equal_samples(one: Path, other: Path) -> bool:
+    """Whether two files of weights are equal in some places; those of unequal form cannot be laid side by side."""
+    paths = [folder / "model.safetensors" for folder in (one, other)]
+    try:
+        sizes = [path.stat().st_size for path in paths]
+        if sizes[0] != sizes[1]:
+            return True
+        with open_regular(paths[0]) as ours, open_regular(paths[1]) as theirs:
+            length = 8 + int.from_bytes(ours.read(8), "little")
+            theirs.seek(8)
+            if ours.read(length - 8) != theirs.read(length - 8):
+                return True  # other headers: other dtypes, or another order
+            for place in range(length, sizes[0], max(1, sizes[0] // _SAMPLES)):
+                ours.seek(place)
+                theirs.seek(place)
+                if ours.read(_SAMPLE_BYTES) != theirs.read(_SAMPLE_BYTES):
+                    return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,85 @@
+"""Whether a LoRA adapter fits a base, judged by the headers of their files alone."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.model.adapter import NAME, ROOT, some
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+# Types of models whose files name the tensors as the loaded model does; others are renamed, split or fused on loading.
+_NAMED_AS_LOADED: Final = frozenset(
+    {"gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
+)
+_FACTOR: Final = re.compile(re.escape(ROOT) + rf"(.+)\.lora_([AB])(?:\.{NAME})?\.weight")
+
+
+def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
+    """Raise if the adapter surely does not fit; what cannot be known from headers is left to the load.
+
+    Args:
+        spec: What is to be loaded.
+        files: The adapter.
+        base: The tensors of the base's files, by name.
+        config: The base's ``config.json``.
+
+    Raises:
+        AdapterMismatchError: Modules that the adapter changes are missing in the base, or have other sizes there.
+    """
+    if files.peft_type != "LORA" or files.entries is None or config.get("quantization_config"):
+        return
+    factors = list(_factors(files.entries))
+    if (
+        config.get("model_type") in _NAMED_AS_LOADED
+        and any(name.startswith("model.layers.") for name in base)
+        and not files.config.get("layer_replication")  # which numbers the layers anew
+    ):
+        missing = sorted({m for m, _, _ in factors if f"{m}.weight" not in base and m != "lm_head"})
+        if missing:
+            raise AdapterMismatchError(
+                f"the adapter {str(files.folder)!r} does not fit the base {spec.base!r}: {len(missing)} of the"
+                f" {len({m for m, _, _ in factors})} modules that its tensors change are not in the base"
+                f" ({some(missing)}). Name the base that it was trained on."
+            )
+    if files.config.get("use_bdlora"):
+        return  # its matrices are blocks of the base's size
+    text = config.get("text_config")
+    words = [each.get("vocab_size") for each in (config, text) if isinstance(each, dict)]
+    wrong = sorted(set(_of_other_size(factors, base, words)))
+    if wrong:
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} does not fit the base {spec.base!r}: {len(wrong)} of its tensors have"
+            f" other sizes than the base's modules ({some(wrong)}). Name the base that it was trained on."
+        )
+
+
+def _factors(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, str, TensorEntry]]:
+    for name, entry in entries.items():
+        match = _FACTOR.fullmatch(name)
+        if match and len(entry.shape) == 2:
+            yield match[1], match[2], entry
+
+
+def _of_other_size(
+    factors: list[tuple[str, str, TensorEntry]], base: Mapping[str, TensorEntry], words: Collection[Any]
+) -> Iterator[str]:
+    for module, letter, entry in factors:
+        weight = base.get(f"{module}.weight")
+        if weight is None or not weight.floating or len(weight.shape) != 2:
+            continue
+        if letter == "B" and weight.shape[0] in words:
+            continue  # the output layer, which gets a row for each word that the adapter has
+        size = entry.shape[1] if letter == "A" else entry.shape[0]
+        # GPT-2's layers store their weights transposed, so either side may be the one
+        if size not in weight.shape:
+            yield f"{module}.lora_{letter} is for {size} features, the base has {' x '.join(map(str, weight.shape))}"

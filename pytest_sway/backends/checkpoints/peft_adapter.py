@@ -1,0 +1,221 @@
+"""What an adapter's folder says about itself: its type, its tensors, and whether its base can be shared.
+
+Neither torch nor PEFT is needed to know that, so it is known before anything is loaded or evicted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.checkpoints.bounds import require_own_tensors, require_types, shown
+from pytest_sway.backends.checkpoints.peft_types import (
+    ADDITIVE_TYPES,
+    LOCAL_LORA_FIELDS,
+    PLAIN_INITIALISATIONS,
+    PROMPT_TYPES,
+    RESTORABLE_LORA_FIELDS,
+    UNWRITING_LORA_FIELDS,
+    UNWRITING_TYPES,
+    WHOLE_TEXT_TYPES,
+    refusal,
+)
+from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
+from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+PICKLED: Final = "adapter_model.bin"
+_OF_BASE: Final = (".base_layer.", ".original_module.")
+"""What PEFT has in the names of the base's own tensors, inside of its layers."""
+_CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|(pre_)?classifier|classification_head|qa_outputs|v_head)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter's folder, read but not loaded.
+
+    Attributes:
+        folder: The folder.
+        config: Its ``adapter_config.json``.
+        entries: Its tensors by name; ``None`` where they exist only as a pickle.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, TensorEntry] | None
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method, such as ``LORA``."""
+        return str(self.config["peft_type"])
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is plain LoRA, by its config: it brings only LoRA tensors, and PEFT writes nothing of the base."""
+        return self.peft_type == "LORA" and not self._special_fields() and self._brings_only("lora_")
+
+    @property
+    def additive(self) -> bool:
+        """Whether it only adds to its base, so that the base is what is left without it.
+
+        One that brings layers of the base's own does not: PEFT saves those where the vocabulary was changed.
+        """
+        if self.peft_type in PROMPT_TYPES:
+            return True
+        marker = ADDITIVE_TYPES.get(self.peft_type)
+        if marker is None or self.config.get("bias", "none") != "none" or self._brings_any(*_OF_BASE):
+            return False
+        if self.peft_type == "LORA" and not self._special_fields() <= RESTORABLE_LORA_FIELDS:
+            return False
+        return self._brings_only(
+            marker, "token_adapter", "trainable_tokens", *(self.config.get("modules_to_save") or ())
+        )
+
+    @property
+    def told_by_weights(self) -> bool:
+        """Whether its weights alone tell that it changes anything: the product of two factors, or what stands apart."""
+        return self.plain and self.config.get("init_lora_weights") != "orthogonal"  # whose product is zero
+
+    @property
+    def rewrites_targets(self) -> bool:
+        """Whether PEFT rewrites the weights that it is for when it is loaded, as far as that is known."""
+        start = self.config.get("init_lora_weights")
+        rewriting = isinstance(start, str) and start.startswith(("pissa", "olora"))
+        return self.peft_type == "LORA" and (rewriting or self.config.get("kasa_config") is not None)
+
+    @property
+    def may_rewrite_anything(self) -> bool:
+        """Whether nothing is known about what PEFT writes of the base's when it is loaded."""
+        if self.peft_type == "LORA":
+            return not self._special_fields() <= UNWRITING_LORA_FIELDS | {"init_lora_weights", "kasa_config"}
+        return self.peft_type not in PROMPT_TYPES | UNWRITING_TYPES
+
+    @property
+    def through_inner_model(self) -> bool:
+        """Whether its layers do all of its work, so that the model inside the ``PeftModel`` can be called directly."""
+        if self.one_text_at_a_time:
+            return False
+        return self.peft_type in ADDITIVE_TYPES and self._special_fields() <= RESTORABLE_LORA_FIELDS
+
+    @property
+    def one_text_at_a_time(self) -> bool:
+        """Whether what it computes for a text depends on all that is in the same pass."""
+        return self.peft_type in WHOLE_TEXT_TYPES
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a token may change what is computed for those before it: aLoRA begins at its last invocation."""
+        return self.one_text_at_a_time or bool(self.config.get("alora_invocation_tokens"))
+
+    def _special_fields(self) -> frozenset[str]:
+        special = {
+            name for name, value in self.config.items() if name not in LOCAL_LORA_FIELDS and not _is_unset(name, value)
+        }
+        if self.config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
+            special.add("init_lora_weights")
+        return frozenset(special) if self.peft_type == "LORA" else frozenset()
+
+    def _brings_any(self, *markers: str) -> bool:
+        return any(marker in name for marker in markers for name in self.entries or ())
+
+    def _brings_only(self, *markers: str) -> bool:
+        return self.entries is not None and all(any(marker in name for marker in markers) for name in self.entries)
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    """Whether a field says nothing. An empty object does not: PEFT takes some for a configuration of its own."""
+    return (
+        value is None
+        or value is False
+        or (name, value) in (("bias", "none"), ("modules_to_save", []), ("target_parameters", []))
+    )
+
+
+def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
+    """Read what a folder says about its adapter.
+
+    Raises:
+        SpecError: There is no such folder, no adapter in it, or one of a kind that cannot be served.
+        AdapterMismatchError: The adapter was made for another task than language modelling.
+        WeightsError: Its weights are missing, broken, or only there as a pickle that the spec does not allow.
+    """
+    config = _config(folder)
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise AdapterMismatchError(
+            f"the adapter {str(folder)!r} was trained for the task {task[:80]} (task_type in its {CONFIG}), and"
+            " pytest-sway tests causal language models. Name an adapter whose task_type is CAUSAL_LM."
+        )
+    refused = refusal(config)
+    if refused is not None:
+        raise SpecError(f"the adapter {str(folder)!r} {refused[:400]}.")
+    weights, pickle = folder / WEIGHTS, folder / PICKLED
+    if weights.is_file():
+        entries = read_header(weights)
+        return checked(AdapterFiles(folder, config, entries))
+    if not pickle.is_file():
+        raise WeightsError(f"the adapter {str(folder)!r} has no weights: expected {WEIGHTS} beside its {CONFIG}.")
+    if not allow_pickle:
+        raise WeightsError(
+            f"the adapter {str(folder)!r} has its weights only in {PICKLED}, a pickle, which can run code when it is"
+            f" read. Save it as safetensors, or set allow_pickle=True in the spec if you trust it."
+        )
+    return AdapterFiles(folder, config, None)
+
+
+def checked(files: AdapterFiles) -> AdapterFiles:
+    """Return an adapter whose tensors are known, unless they are none that PEFT could put on a language model.
+
+    Raises:
+        WeightsError: They hold nothing, or have names that a wrapper has left.
+        AdapterMismatchError: They are those of a classifier.
+    """
+    entries = files.entries or {}
+    file = WEIGHTS if (files.folder / WEIGHTS).is_file() else PICKLED
+    require_own_tensors(files.folder / file, entries)
+    head = next((name for name in entries if _CLASSIFIER.match(name)), None)
+    if files.config.get("task_type") is None and head is not None:
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} brings the head of a classifier ({shown(head)}), and its {CONFIG} names"
+            " no task_type; pytest-sway tests causal language models. Name an adapter that was trained on one."
+        )
+    return files
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise SpecError(
+            f"the adapter {str(folder)!r} {what}. Name the folder that PEFT's save_pretrained"
+            f" wrote; an adapter on a hub is fetched first (hf download {_hub_id(folder)})."
+        )
+    path = folder / CONFIG
+    try:
+        config = json.loads(read_bounded(path, CONFIG_BYTES))
+    except FileNotFoundError:
+        raise SpecError(
+            f"the adapter folder {str(folder)!r} has no {CONFIG}. Name the folder that PEFT's save_pretrained wrote"
+            " (in a training run's output, it may be a checkpoint-* subfolder)."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the adapter again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise SpecError(f"{str(path)!r} names no peft_type, so it describes no adapter. Save the adapter again.")
+    require_types(path, config)
+    return config
+
+
+def _hub_id(folder: Path) -> str:
+    """The id that somebody may have meant who named a folder that is not there."""
+    near = folder.parent.parent == Path.cwd()
+    return "/".join(folder.parts[-2:]) if near else "org/name"

@@ -1,0 +1,203 @@
+"""Putting an adapter on its base, and making sure that it is really there.
+
+PEFT puts it on a tree of the base, so the base stays as it is, whatever PEFT does. The result is kept as a skeleton,
+without the adapter's weights. For the next adapter of the same configuration, a copy of the skeleton with other weights
+comes to the same, bit by bit, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.checkpoints.bounds import shown
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS, read_adapter
+from pytest_sway.backends.hf.adapters.peft_errors import refused
+from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
+from pytest_sway.backends.hf.adapters.verify_weights import verify_keys, verify_trained, verify_values
+from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
+from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
+from pytest_sway.backends.hf.model.adapter import NAME, Adapter, adapter_parameters, largest_scaling
+from pytest_sway.backends.hf.model.pristine import Pristine
+from pytest_sway.backends.hf.model.skeletons import OnSkeleton, name_in_file
+from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.errors import SpecError, SwayError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.skeletons import Skeleton
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_READ_WHOLE: Final = 2**26
+"""Bytes of a file that is read at once, and not mapped."""
+
+
+def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
+    """Put an adapter on a model of its own, which shares the base's memory, and verify it.
+
+    Args:
+        base: The base.
+        files: The adapter.
+        tokenizer: What makes the adapter's tokens.
+
+    Raises:
+        AdapterMismatchError: It does not fit the base, was not applied in full, is not finite, or does nothing.
+        WeightsError: Its file of weights cannot be read.
+        SpecError: PEFT does not take a field of its config.
+    """
+    explaining = explained(base, files, tokenizer)
+    with explaining, quiet_process(), seeded(base.device):  # what starts at random does so alike each time
+        adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
+    verify_values(base.spec, adapter)
+    return adapter
+
+
+@contextmanager
+def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator[None]:
+    """Have errors out of PEFT name the adapter's file and the field that they come from."""
+
+    def attempt(folder: Path) -> None:
+        import torch
+
+        model = _loaded_again(base, with_entries(read_adapter(folder, allow_pickle=True)), tokenizer)
+        with torch.inference_mode():
+            model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only then
+
+    try:
+        yield
+    except SwayError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise refused(base.spec, files, error, attempt) from error
+
+
+# --- by PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
+    known: dict[int, Any] = {}
+    peft_model = _loaded(base, files, tokenizer, known)
+    base.record_classes(peft_model)
+    ways = base.pristine.memory.settle(peft_model, known)
+    named = [*peft_model.named_parameters(), *peft_model.named_buffers()]
+    own = {name: tensor for name, tensor in named if id(tensor) not in ways}
+    again = partial(_loaded_again, base, files, tokenizer)
+    pristine = Pristine(peft_model, again, ways=ways, own=own.values(), trial=base.may_hide_something)
+    config = peft_model.peft_config[NAME]
+    skeleton = base.skeletons.made_of(files, config, pristine, own)
+    if skeleton is None:
+        return Adapter(files, pristine, own, largest_scaling(peft_model))
+    return _on_skeleton(files, skeleton, config, {name_in_file(name): tensor for name, tensor in own.items()})
+
+
+def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[int, Any]) -> Any:
+    """Do as ``PeftModel.from_pretrained`` does on a tree, and look at what it ignores: the keys that did not match.
+
+    Args:
+        base: The base.
+        files: The adapter.
+        tokenizer: What makes its tokens.
+        known: By the identity of things in the base's model, what stands for them in the tree; it is filled.
+    """
+    import peft
+
+    tree = base.pristine.tree(known, isolated=not files.plain)
+    fit_vocabulary(tree, files, tokenizer)
+    config = _config(files)
+    if hasattr(config, "progressbar"):
+        config.progressbar = False  # FRoD draws one wherever the terminal is
+    kind = peft.PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else peft.PeftModel
+    peft_model: Any = kind(tree, config)
+    starts = {} if files.plain or config.is_prompt_learning else _copies(adapter_parameters(peft_model))
+    key_mapping = None if config.is_prompt_learning else getattr(tree, "_checkpoint_conversion_mapping", {})
+    result = peft_model.load_adapter(str(files.folder), NAME, torch_device=str(base.device), key_mapping=key_mapping)
+    verify_keys(base.spec, files, _unloaded(peft_model, result.missing_keys), result.unexpected_keys)
+    peft_model.eval()
+    peft_model.requires_grad_(False)
+    verify_trained(base.spec, files, adapter_parameters(peft_model), starts)
+    return peft_model
+
+
+def _loaded_again(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Any:
+    with quiet_process(), seeded(base.device):
+        return _loaded(base, files, tokenizer, {})
+
+
+def _config(files: AdapterFiles) -> Any:
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    configs: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
+    if files.peft_type not in configs:
+        raise SpecError(
+            f"the adapter {str(files.folder)!r} is of the type {shown(files.peft_type)} (peft_type in its {CONFIG}),"
+            f" which the installed PEFT {peft.__version__} does not know. Upgrade PEFT."
+        )
+    kind: Any = configs[files.peft_type]
+    fields = {name: copy.deepcopy(value) for name, value in files.config.items() if name != "runtime_config"}
+    config = kind.from_peft_type(**kind.check_kwargs(**fields))  # from_pretrained reads no byte order mark
+    config.inference_mode = True
+    return config
+
+
+def _copies(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def _unloaded(peft_model: Any, missing: Iterable[str]) -> list[str]:
+    """Of the names that the file had no tensor for, those whose parameter is not loaded under another name either."""
+    places = dict(peft_model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in places.items() if name not in set(missing)}
+    return [name for name in missing if id(places.get(name)) not in loaded]
+
+
+# --- by a skeleton ----------------------------------------------------------------------------------------------------
+
+
+def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
+    """Put an adapter on as PEFT did with another one of its configuration; ``None`` if there was none.
+
+    Raises:
+        RuntimeError: A tensor's shape is not that of its place.
+    """
+    config = _config(files)
+    skeleton = base.skeletons.find(files, config)
+    if skeleton is None:
+        return None
+    tensors = _read_tensors(files, base)
+    weights = {name: _parameter(tensors[name], place, base) for name, place in skeleton.places.items()}
+    return _on_skeleton(files, skeleton, config, weights)
+
+
+def _on_skeleton(files: AdapterFiles, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> Adapter:
+    own = {skeleton.names[name]: parameter for name, parameter in weights.items()}
+    return Adapter(files, OnSkeleton(skeleton, config, weights), own, skeleton.scaling)
+
+
+def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:
+    """The tensors of an adapter's file, by name; they are copied before they are used."""
+    from safetensors.torch import load, load_file
+
+    path, device = files.folder / WEIGHTS, str(base.device)
+    if not path.is_file():
+        return read_pickle(files, device)
+    if path.stat().st_size > _READ_WHOLE:
+        return dict(load_file(str(path), device=device))
+    return dict(load(path.read_bytes()))  # a third of the time where tensors are many and small
+
+
+def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:
+    import torch
+
+    if tensor.shape != place.shape:
+        raise RuntimeError(f"size mismatch: {tuple(tensor.shape)} in the file, {tuple(place.shape)} here.")
+    return torch.nn.Parameter(tensor.to(base.device, place.dtype, copy=True), requires_grad=False)

@@ -1,0 +1,91 @@
+"""How many words an adapter was trained with: its base gets as many rows, as users of PEFT resize it before a load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.model.adapter import NAME
+from pytest_sway.backends.hf.sharing.trees import modules_of
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_AROUND: Final = frozenset({"base_layer", "modules_to_save", "original_module", "token_adapter", NAME})
+"""What PEFT puts between the name of a layer and that of its weight."""
+_WEIGHT: Final = ("weight",)
+_SIDES: Final = {_WEIGHT: 0, ("lora_embedding_A",): -1, ("lora_B", "weight"): 0}
+"""By what follows the layer in a tensor's name: which of the tensor's sides counts the words."""
+
+
+def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any) -> None:
+    """Give a model as many rows of embeddings as an adapter was trained with.
+
+    New rows that the adapter does not bring are transformers' own: about the mean of the others.
+
+    Args:
+        model: A Hugging Face model, which is changed.
+        files: The adapter.
+        tokenizer: What makes its tokens.
+
+    Raises:
+        AdapterMismatchError: It trains a word for which neither its weights nor the tokenizer have a place.
+    """
+    layers = _layers(model)
+    if not layers:
+        return
+    told = {size for name, layer in layers.items() for size in _sizes(files, name) if size != _words(layer)}
+    rows = max(told, default=_words(next(iter(layers.values()))))
+    last = max(_trained_words(files), default=-1)
+    if last >= rows:
+        if last >= len(tokenizer):
+            raise AdapterMismatchError(
+                f"the adapter {str(files.folder)!r} trains word number {last:,}, and there are rows for {rows:,} words"
+                f" and a tokenizer of {len(tokenizer):,}. Put the tokenizer that it was trained with into its folder."
+            )
+        rows = len(tokenizer)
+    elif not told:
+        return
+    brought = {id(layer.weight) for name, layer in layers.items() if _WEIGHT in dict(_tensors(files, name))}
+    model.resize_token_embeddings(rows, mean_resizing=any(id(layer.weight) not in brought for layer in layers.values()))
+    model.requires_grad_(False)
+
+
+def _layers(model: Any) -> dict[str, Any]:
+    """A model's embeddings and its output layer, by the last part of their names."""
+    try:
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # a model that brings its own code may not say which they are
+        return {}
+    names = {id(module): name.rpartition(".")[2] for name, module in modules_of(model)}
+    return {names[id(layer)]: layer for layer in layers if id(layer) in names and _words(layer)}
+
+
+def _words(layer: Any) -> int:
+    return int(getattr(layer, "num_embeddings", None) or getattr(layer, "out_features", None) or 0)
+
+
+def _sizes(files: AdapterFiles, layer: str) -> Iterator[int]:
+    """The numbers of words for which an adapter's tensors of a layer are made."""
+    for rest, shape in _tensors(files, layer):
+        if rest in _SIDES and len(shape) == 2:
+            yield shape[_SIDES[rest]]
+
+
+def _tensors(files: AdapterFiles, layer: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """What follows a layer's name in the names of an adapter's tensors, and their shapes."""
+    for name, entry in (files.entries or {}).items():
+        _, found, rest = f".{name}".rpartition(f".{layer}.")
+        if found:
+            yield tuple(part for part in rest.split(".") if part not in _AROUND), entry.shape
+
+
+def _trained_words(files: AdapterFiles) -> list[int]:
+    """The numbers of the words that an adapter trains one by one."""
+    told = files.config.get("trainable_token_indices") or files.config.get("token_indices")
+    lists = told.values() if isinstance(told, dict) else [told]
+    return [word for words in lists if isinstance(words, list) for word in words if isinstance(word, int)]

@@ -1,0 +1,93 @@
+"""Does an adapter change what its base computes? The models themselves are asked, where weights alone cannot tell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.adapters.verify_weights import without_effect
+from pytest_sway.backends.hf.loading.libraries import no_warnings
+from pytest_sway.backends.hf.model.verify_base import has_nan
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.bound_model import Side
+    from pytest_sway.backends.hf.scoring.scores import Engine
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_TOKENS: Final = 16
+_ROWS: Final = 4096
+_ROUNDING: Final = 2.0**-17
+"""What float32 leaves uncertain of logits, as a part of the largest. Untrained PiSSA, OLoRA, HRA, DEFT, OSF and FRoD,
+whose zero is a difference of large numbers, come to at most 1.4e-6 on SmolLM2-135M and on tiny models; one step of
+training at a rate of 1e-5 comes to 2.7e-5 at least."""
+
+
+def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
+    """Raise unless an adapter computes other logits than its base, for tokens from all over the vocabulary.
+
+    In half precision only equal logits count as the same: rounding is as large there as what little training does.
+
+    Args:
+        base: The base.
+        tuned: The same with the adapter.
+        files: The adapter.
+
+    Raises:
+        AdapterMismatchError: They compute the same.
+    """
+    import torch
+
+    with no_warnings(), torch.inference_mode(), base.side.engine() as plain, tuned.engine() as changed:
+        if _words(plain) != _words(changed):
+            return
+        ids = _probe(plain, files)
+        before, after = _logits(plain, ids), _logits(changed, ids)
+        if has_nan(after) and not has_nan(before):
+            raise AdapterMismatchError(
+                f"the adapter {str(files.folder)!r} makes the base {base.spec.base!r} compute NaN for {len(ids)} tokens"
+                " from all over the vocabulary. Its training diverged, or its config is not the one that it was"
+                " trained with."
+            )
+        if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed):
+            why = f"for {len(ids)} tokens from all over the vocabulary the logits stay the same"
+            raise without_effect(base.spec, files, why)
+
+
+def _words(engine: Engine) -> int:
+    return int(engine.forward.model.get_input_embeddings().weight.shape[0])
+
+
+def _probe(base: Engine, files: AdapterFiles) -> list[int]:
+    """Tokens spread over the vocabulary, after those without which an adapter of the kind aLoRA sleeps."""
+    words = _words(base)
+    return [*(files.config.get("alora_invocation_tokens") or ()), *range(0, words, max(1, words // _TOKENS))]
+
+
+def _logits(engine: Engine, ids: list[int]) -> Any:
+    import torch
+
+    return torch.stack(engine.forward.logits([(ids, len(ids))], lambda logits, *_: logits))
+
+
+def _same(plain: Any, changed: Any) -> bool:
+    import torch
+
+    if plain.dtype != torch.float32 or changed.dtype != torch.float32:
+        return bool(plain.equal(changed))
+    return bool((plain - changed).abs().max() <= plain.abs().max() * _ROUNDING)
+
+
+def _embeds_otherwise(base: Engine, tuned: Engine) -> bool:
+    """Whether any token is embedded otherwise: most are in no probe."""
+    import torch
+
+    embed, embed_tuned = base.forward.model.get_input_embeddings(), tuned.forward.model.get_input_embeddings()
+    words = _words(base)
+    for start in range(0, words, _ROWS):
+        ids = torch.arange(start, min(start + _ROWS, words), device=embed.weight.device)
+        if not embed(ids).equal(embed_tuned(ids)):
+            return True
+    return False

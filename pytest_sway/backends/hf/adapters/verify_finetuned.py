@@ -1,0 +1,76 @@
+"""Whether a whole fine-tuned model and its base can be compared, and differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.model.adapter import some
+from pytest_sway.backends.hf.model.verify_base import not_finite
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
+    """Raise unless a test of the two models can tell something.
+
+    Their architectures may differ: what is compared is what they say of tokens, so a token has to be the same in both.
+    The fine-tuned model may have more of them.
+
+    Raises:
+        AdapterMismatchError: Tokens of the base are others in the fine-tuned model, which is equal to its base, or not
+            finite.
+    """
+    require_same_tokens(base.spec, base.tokenizer, tuned.spec, tuned.tokenizer)
+    if _equal(base, tuned):
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.spec.base!r} is equal to its base {base.spec.base!r}, bit by bit, so a test"
+            " of it would test nothing. Was it saved before it was trained?"
+        )
+    _require_finite(tuned)
+
+
+def require_same_tokens(base: ModelSpec, ours: Any, tuned: ModelSpec, theirs: Any) -> None:
+    """Raise unless every token of the base is the same one in the fine-tuned model.
+
+    Args:
+        base: What names the base.
+        ours: The base's tokenizer.
+        tuned: What names the fine-tuned model.
+        theirs: Its tokenizer.
+
+    Raises:
+        AdapterMismatchError: Some are others.
+    """
+    numbers, others = ours.get_vocab(), theirs.get_vocab()
+    moved = sorted((i, token) for token, i in numbers.items() if others.get(token) != i)
+    if moved:
+        i, token = moved[0]
+        there = f"number {others[token]}" if token in others else "none"
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.base!r} cannot be compared with the base {base.base!r}:"
+            f" {len(moved):,} of the base's {len(numbers):,} tokens are others in it ({token!r} is number {i} in the"
+            f" base, {there} in it). Name the base that it was fine-tuned from."
+        )
+
+
+def _equal(base: LoadedBase, tuned: LoadedBase) -> bool:
+    import torch
+
+    ours, theirs = base.tensors(), tuned.tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _require_finite(tuned: LoadedBase) -> None:
+    tensors = tuned.tensors()
+    broken = not_finite(tensors)
+    if broken:
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.spec.base!r} has NaN or infinite values in {len(broken)} of its"
+            f" {len(tensors)} tensors ({some(broken)})."
+            " Its training diverged, or the file is damaged."
+        )

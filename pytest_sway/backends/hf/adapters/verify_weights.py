@@ -1,0 +1,202 @@
+"""Is the adapter that was asked for really on the model? PEFT itself says nothing when it is not."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.model.adapter import NAME, is_adapters, public_name, some
+from pytest_sway.backends.hf.model.verify_base import largest
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.hf.model.adapter import Adapter
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+# Loaded by other ways than the model's state dict, which can report them as unexpected: prompts, and the projections
+# that all of VeRA's and PVeRA's layers share, which some versions of PEFT draw from their seed anew.
+_PROJECTIONS: Final = ("vera_A", "vera_B", "pvera_A", "pvera_B")
+_LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in _PROJECTIONS))
+# DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
+_ROUNDING: Final = 2.0**-7
+_NAMED: Final = re.compile(
+    rf"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?:{NAME}\.)?(?!(?:{NAME}|weight|bias)(?:\.|$))([^.]{{1,100}})"
+    r"(?:\.(?:weight|bias))?$"
+)
+"""A name of a LoRA tensor that contains another adapter's; PEFT may have put its own before that."""
+
+
+def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raise unless every tensor of the file found its place, and every place its tensor.
+
+    Args:
+        base: What it was put on.
+        files: The adapter.
+        missing: Names in the model that the file has no tensor for.
+        unexpected: Names in the file that the model has no place for.
+
+    Raises:
+        AdapterMismatchError: Some did not match.
+    """
+    unexpected = [name for name in unexpected if name not in _LOADED_APART and not _saved_twice(name, files)]
+    if not missing and not unexpected:
+        return
+    if len(adapters := {named[1] for name in unexpected if (named := _NAMED.search(name))}) == 1:
+        name = adapters.pop()
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} has tensors whose names contain the adapter's name {name!r}"
+            f" ({some(unexpected)}), as those of model.state_dict() do."
+            f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the folder that this"
+            f" makes in it, {name!r}."
+        )
+    found = []
+    if unexpected:
+        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")
+    if missing:
+        found.append(f"{len(missing)} places in the base have no tensor in it ({some(missing)})")
+    raise AdapterMismatchError(
+        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {' and '.join(found)}."
+        " Name the base that it was trained on; if it is that, its adapter_config.json is not that of its weights."
+    )
+
+
+def verify_values(base: ModelSpec, adapter: Adapter) -> None:
+    """Raise unless the adapter's weights are finite and can change anything.
+
+    Raises:
+        AdapterMismatchError: They are not, or cannot.
+    """
+    parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
+    magnitudes = largest(adapter.own)
+    folder = str(adapter.files.folder)
+    broken = [name for name, value in magnitudes.items() if not math.isfinite(value)]
+    if broken:
+        raise AdapterMismatchError(
+            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(magnitudes)} tensors"
+            f" ({some(map(public_name, broken))})."
+            " Its training diverged, or the file is damaged."
+        )
+    if adapter.files.peft_type != "LORA":
+        return
+    own = {name: magnitudes[name] for name in parameters}
+    _require_room(folder, parameters, own, adapter.scaling)
+    if adapter.files.additive and _changes_nothing(adapter, parameters, own):
+        raise without_effect(base, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
+
+
+def verify_trained(
+    base: ModelSpec, files: AdapterFiles, parameters: Mapping[str, Any], starts: Mapping[str, Any]
+) -> None:
+    """Raise if an adapter holds nothing but the weights that PEFT starts its training with.
+
+    That is told here where the start is no matter of chance and all that was trained is among the parameters.
+
+    Args:
+        base: What it is on.
+        files: The adapter.
+        parameters: Its parameters, by name.
+        starts: What PEFT put into them before the file was read.
+
+    Raises:
+        AdapterMismatchError: They are equal, in each element.
+    """
+    import torch
+
+    if not starts or len(starts) < len(files.entries or ()):
+        return
+    if all(torch.equal(parameter, starts[name]) for name, parameter in parameters.items()):
+        raise without_effect(base, files, "its weights are those that PEFT starts with")
+
+
+def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMismatchError:
+    """Return the error for an adapter that changes nothing."""
+    return AdapterMismatchError(
+        f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}."
+        " Was it saved before it was trained? Or does its adapter_config.json switch it off, as lora_alpha = 0 does?"
+    )
+
+
+def _saved_twice(name: str, files: AdapterFiles) -> bool:
+    """Whether PEFT saved a tensor under this name besides its own, as it does with resized embeddings."""
+    _, tied, which = name.partition(".token_adapter.")
+    if tied and any(other != name and other.endswith(tied + which) for other in files.entries or ()):
+        return True
+    return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
+
+
+def _require_room(folder: str, parameters: Mapping[str, Any], magnitudes: Mapping[str, float], scaling: float) -> None:
+    """Raise where what a LoRA pair is multiplied to is larger than any number of its dtype, which makes NaN of it."""
+    import torch
+
+    dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
+    most = min((torch.finfo(dtype).max for dtype in dtypes), default=math.inf)
+    if scaling * max(magnitudes.values(), default=0.0) ** 2 <= most:
+        return
+    products: dict[tuple[str, str], float] = {}
+    for name, value in magnitudes.items():
+        owner, matrix = _lora_factor(name)
+        if matrix is None:
+            continue
+        products[owner] = products.get(owner, scaling) * value
+        if products[owner] > most:
+            raise AdapterMismatchError(
+                f"the adapter {folder!r} has weights of up to {value:.1e} in {public_name(name)!r}, scaled by"
+                f" {scaling:.1e}, and what they are multiplied to is too large for {parameters[name].dtype}."
+                " Its training diverged, or its lora_alpha is wrong."
+            )
+
+
+def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any], magnitudes: Mapping[str, float]) -> bool:
+    """Whether a LoRA adapter that only adds to its base is without effect, by its weights."""
+    if not adapter.scaling:
+        magnitudes = {name: 0.0 if _lora_factor(name)[1] else value for name, value in magnitudes.items()}
+    alive: dict[tuple[str, str], set[str]] = {}
+    for name, value in magnitudes.items():
+        owner, matrix = _lora_factor(name)
+        if matrix is not None and value:
+            alive.setdefault(owner, set()).add(matrix)
+    if any(len(matrices) == 2 for matrices in alive.values()):
+        return False
+    others = [name for name, value in magnitudes.items() if value and _lora_factor(name)[1] is None]
+    return all(_as_in_base(adapter.pristine.model, parameters, name) for name in others)
+
+
+def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bool:
+    """Whether a parameter that stands in for something of the base's is equal to it, as far as that can be told."""
+    import torch
+
+    parameter = parameters[name].detach()
+    module, _, rest = name.partition(f".modules_to_save.{NAME}.")
+    if rest:
+        original = peft_model.get_submodule(module).original_module.get_parameter(rest).detach()
+        return parameter.shape == original.shape and torch.equal(parameter, original.to(parameter.dtype))
+    module, marker, _ = name.partition(".trainable_tokens_delta.")
+    if marker:
+        return torch.equal(parameter, peft_model.get_submodule(module).trainable_tokens_original[NAME])
+    module, marker, _ = name.partition(".lora_magnitude_vector.")
+    if marker:
+        layer = peft_model.get_submodule(module)
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is None or not weight.is_floating_point():
+            return False
+        # PEFT's own: along which side a weight is measured differs from Linear to Conv1D, Embedding and convolutions.
+        norm = layer.lora_magnitude_vector[NAME].get_weight_norm(weight.detach().float(), weight.new_zeros(()), 0.0)
+        return parameter.numel() == norm.numel() and torch.allclose(
+            parameter.float().flatten(), norm.flatten(), rtol=_ROUNDING
+        )
+    return False
+
+
+def _lora_factor(name: str) -> tuple[tuple[str, str], str | None]:
+    """Of which product a parameter is a factor: its module and kind, and ``A`` or ``B``."""
+    owner, _, rest = name.partition(".lora_")
+    kind = "embedding" if rest.startswith("embedding_") else "linear"
+    matrix = rest.removeprefix("embedding_")[:2]
+    is_factor = matrix in ("A.", "B.") and not rest.endswith(".bias")
+    return (owner, kind), matrix[0] if is_factor else None

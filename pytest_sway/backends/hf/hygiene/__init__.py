@@ -1,0 +1,1 @@
+"""Has a test changed what others use, and is what was closed gone?"""

@@ -1,0 +1,183 @@
+"""From a spec to a Hugging Face model in memory: in evaluation mode, frozen, on its device."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.checkpoints.bounds import shown
+from pytest_sway.backends.checkpoints.gguf_header import gguf_file
+from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, require_complete
+from pytest_sway.backends.checkpoints.sizes import base_entries
+from pytest_sway.backends.hf.loading.culprits import Asked, named_culprit
+from pytest_sway.backends.hf.loading.gguf import load_gguf_model
+from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
+from pytest_sway.backends.hf.model.adapter import some
+from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
+    """Load the model of a resolved spec's base.
+
+    Args:
+        spec: What to load.
+        converted: A folder with the base's weights in the spec's dtype; the base's own where it is ``None``.
+
+    Raises:
+        WeightsError: Its weights exist only as a pickle that the spec does not allow, or are not all there.
+        SpecError: It is an adapter, or contains one.
+    """
+    gguf = gguf_file(spec)
+    with named_culprit(None if gguf is not None else _asked(spec)), quiet_process():
+        try:
+            if converted is not None:
+                model = _from(converted, spec, gguf)
+            else:
+                model = _own(spec) if gguf is None else load_gguf_model(spec, gguf)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _load_error(spec, error) from error
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise adapter_inside(spec)
+        model = model.to(spec.device)
+        model.eval()
+        model.requires_grad_(False)
+        if hasattr(model.config, "pretraining_tp"):
+            model.config.pretraining_tp = 1  # as PEFT sets it; so the base computes the same with and without adapters
+    return model
+
+
+def require_type(spec: ModelSpec) -> None:
+    """Raise where a base's config is on this machine and names a type of which there is no causal language model.
+
+    Raises:
+        SpecError: transformers does not know its type, or has no causal language model of it.
+    """
+    import transformers
+
+    path = None if gguf_file(spec) else base_file(spec, "config.json")
+    config = {} if path is None else json.loads(read_bounded(path, CONFIG_BYTES))
+    known: Any = transformers.CONFIG_MAPPING
+    kind = config.get("model_type")
+    if kind is None or (config.get("auto_map") and spec.trust_remote_code):
+        return
+    if not isinstance(kind, str) or kind not in known:
+        raise SpecError(
+            f"{str(path)!r} has model_type = {shown(kind)}, which the installed transformers"
+            f" {transformers.__version__} does not know. Upgrade transformers, or save the model again."
+        )
+    if known[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SpecError(
+            f"{str(path)!r} has model_type = {kind!r}, and transformers has no causal language model of that type,"
+            " as of a multimodal model or an encoder. Name the folder of a causal language model."
+        )
+
+
+def _own(spec: ModelSpec) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        spec.base,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+        use_safetensors=None if spec.allow_pickle else True,
+        dtype=torch_dtype(spec.dtype),
+        output_loading_info=True,
+    )
+    model, info = loaded
+    require_complete(spec, info)
+    return model
+
+
+def _from(folder: Path, spec: ModelSpec, gguf: Path | None) -> Any:
+    """The weights are the folder's, which from_pretrained maps; config, code and name are the base's.
+
+    Of a GGUF file, the config was written to the folder too.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = spec.base if gguf is None else str(folder)
+    config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        config=config,
+        trust_remote_code=spec.trust_remote_code,
+        use_safetensors=True,
+        dtype=torch_dtype(spec.dtype),
+    )
+    model.name_or_path = model.config.name_or_path = spec.base
+    return model
+
+
+def _asked(spec: ModelSpec) -> Asked | None:
+    """What transformers is asked when it loads a base, but for the weights, which can take minutes.
+
+    A base's own code is not run again and again.
+    """
+    config = base_file(spec, "config.json")
+    return (
+        None
+        if config is None or spec.trust_remote_code
+        else Asked("the base", config.parent, ("config.json",), partial(_made, spec))
+    )
+
+
+def _made(spec: ModelSpec, folder: Path) -> Any:
+    """The model that a folder's config describes, without memory for its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    with quiet_process():
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=spec.trust_remote_code)
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def _load_error(spec: ModelSpec, error: Exception) -> Exception:
+    text = str(error)
+    if not spec.allow_pickle and (("safetensors" in text and "pytorch_model.bin" in text) or "use_safetensors" in text):
+        return WeightsError(
+            f"the base {spec.base!r} has no weights in safetensors, and pickles can run code when they are read."
+            " Convert it, or set allow_pickle=True in the spec if you trust it."
+        )
+    require_type(spec)
+    # transformers 4 takes the memory that the config asks for before it looks at the weights.
+    needless = out_of_memory(error) and gguf_file(spec) is None
+    mismatched = "ignore_mismatched_sizes" in text or "size mismatch for" in text
+    examples = _other_sizes(spec) if mismatched or needless else ""
+    if mismatched or examples:
+        return WeightsError(
+            f"the weights of {spec.base!r} (model.safetensors or the like) have other sizes than its config.json asks"
+            f" for{examples}. Copy or save the model again, config and weights together."
+        )
+    return error
+
+
+def _other_sizes(spec: ModelSpec) -> str:
+    """Examples of weights whose sizes in the files are not those of the config, in brackets.
+
+    None of a quantized base, whose weights have sizes of their own in the files.
+    """
+    config, entries = base_file(spec, "config.json"), base_entries(spec)
+    if config is None or entries is None:
+        return ""
+    model = _made(spec, config.parent)
+    if getattr(model.config, "quantization_config", None):
+        return ""
+    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = [
+        f"{name}: {list(entries[name].shape)} in the file, {list(shape)} by the config"
+        for name, shape in asked.items()
+        if name in entries and entries[name].shape != shape
+    ]
+    return f" ({some(found)})" if found else ""

@@ -1,0 +1,56 @@
+"""Adapters whose weights exist only as a pickle, which is read as tensors alone: no code of it is run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.checkpoints.peft_adapter import PICKLED, checked
+from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
+from pytest_sway.errors import WeightsError
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def with_entries(files: AdapterFiles) -> AdapterFiles:
+    """Return an adapter's files with the names and shapes of its tensors, also where a pickle has them.
+
+    Raises:
+        WeightsError: The pickle cannot be read, or holds other things than tensors.
+    """
+    if files.entries is not None:
+        return files
+    import torch
+
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    entries = {
+        name: TensorEntry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor.nbytes)
+        for name, tensor in read_pickle(files, "meta").items()
+    }
+    return checked(replace(files, entries=entries))
+
+
+def read_pickle(files: AdapterFiles, device: str) -> dict[str, Any]:
+    """Read the tensors of an adapter's pickle.
+
+    Raises:
+        WeightsError: It cannot be read, or holds other things than tensors.
+    """
+    import pickle
+
+    import torch
+
+    path = files.folder / PICKLED
+    try:
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise WeightsError(
+            f"{str(path)!r} cannot be read as tensors: {why}. Save the adapter as safetensors."
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise WeightsError(f"{str(path)!r} holds other things than tensors by name. Save the adapter as safetensors.")
+    return tensors

@@ -1,0 +1,1 @@
+"""One loaded base, and what is bound to it."""

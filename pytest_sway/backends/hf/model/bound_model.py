@@ -1,0 +1,223 @@
+"""`Side`: one state of a model, such as the base, or the base with an adapter; each computes on trees of its own."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.model.adapter import adapter_parameters, inner_model, scalings_of
+from pytest_sway.backends.hf.model.runners import OwnIdle, Runner, SharedIdle
+from pytest_sway.backends.hf.model.skeletons import OnSkeleton
+from pytest_sway.backends.hf.scoring.forward import Forward
+from pytest_sway.backends.hf.scoring.scores import Engine
+from pytest_sway.backends.hf.scoring.trials import Trials
+from pytest_sway.backends.hf.sharing.trees import tensors_of
+from pytest_sway.errors import BackendClosedError, BackendUseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_sway.backends.hf.model.adapter import Adapter
+    from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.runners import Idle
+    from pytest_sway.backends.hf.scoring.answer_cache import Recall
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+class Side:
+    """One state of a model.
+
+    A tree computes one call at a time. So a side makes a tree for its first call, and another one only while all that
+    it has are in use: no call waits for another.
+
+    Args:
+        make: Returns a new tree: the ``PeftModel``, or the Hugging Face model where there is no adapter. Its argument
+            says whether the tree only computes, and no test gets it.
+        base: The base whose memory its trees share.
+        tokenizer: What turns its texts into tokens.
+        trials: What was found out about the passes of its trees.
+        through_inner_model: Whether the model inside of a ``PeftModel`` computes the same.
+        one_text_at_a_time: Whether what it computes for a text depends on all that is in the same pass.
+        recall: Answers from memory; ``None`` for a side that remembers none.
+        idle: Where its runners wait for the next call; ``None`` for a place of its own.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[bool], Any],
+        base: LoadedBase,
+        tokenizer: Any,
+        trials: Trials | None = None,
+        *,
+        through_inner_model: bool = True,
+        one_text_at_a_time: bool = False,
+        recall: Recall | None = None,
+        idle: Idle | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._open: tuple[Callable[[bool], Any], LoadedBase] | None = make, base
+        self._trials = Trials() if trials is None else trials
+        self._through_inner_model = through_inner_model
+        self._one_text_at_a_time = one_text_at_a_time
+        self._recall = recall
+        self._idle: Idle = OwnIdle() if idle is None else idle
+
+    @contextmanager
+    def engine(self) -> Iterator[Engine]:
+        """Give what computes; it is dropped when it is spent, and after an error, which leaves a tree in any state."""
+        _, base = self._require_open()
+        patched = base.is_patched()  # what runs then may write anything, and nobody else computes on it
+        runner = self._new_runner(to_run=False) if patched else self._idle.take() or self._new_runner()
+        yield Engine(runner.forward.runner, self.tokenizer, runner.forward, self._recall)
+        if patched or runner.forward.spent or self._open is None:
+            return
+        if not runner.has_run:
+            runner.has_run = True
+            base.has_run(runner.tree)
+        self._idle.give(runner)
+
+    def tree(self, *, to_run: bool = False) -> Any:
+        """Return a new tree, which is the caller's.
+
+        Args:
+            to_run: It only computes, and no test gets it.
+
+        Raises:
+            BackendClosedError: It was closed.
+        """
+        make, _ = self._require_open()
+        return make(to_run)
+
+    def _require_open(self) -> tuple[Callable[[bool], Any], LoadedBase]:
+        now = self._open
+        if now is None:
+            raise BackendClosedError(
+                "a view was used in one thread while it, or its backend, was closed in another. End the threads of a"
+                " test before the test ends, or ask for the backend again with sway_backend(spec)."
+            )
+        return now
+
+    def changed(self, change: Callable[[Any], None]) -> Side:
+        """Return a side whose trees are this one's with a change.
+
+        Args:
+            change: Makes it, on a new tree.
+        """
+
+        def make(to_run: bool) -> Any:
+            import torch
+
+            tree = self.tree(to_run=to_run)
+            with torch.inference_mode(False), torch.no_grad():  # it may be handed to a test that trains it
+                change(tree)
+            return tree
+
+        return Side(
+            make,
+            self._require_open()[1],
+            self.tokenizer,
+            self._trials,
+            through_inner_model=self._through_inner_model,
+            one_text_at_a_time=self._one_text_at_a_time,
+        )
+
+    def close(self) -> None:
+        """Let go of all trees."""
+        self._open = None
+        self._idle.close()
+
+    def _new_runner(self, *, to_run: bool = True) -> Runner:
+        tree = self.tree(to_run=to_run)
+        inner = inner_model(tree)
+        called = inner if self._through_inner_model else tree
+        return Runner(tree, Forward(inner, called, self._trials, one_text_at_a_time=self._one_text_at_a_time))
+
+
+def base_side(base: LoadedBase) -> Side:
+    """Return the side of a base as it is."""
+    pristine = base.pristine
+    return Side(
+        lambda to_run: pristine.tree(to_run=to_run),
+        base,
+        base.tokenizer,
+        base.trials,
+        recall=base.recall,
+    )
+
+
+def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
+    """Return the side of a base with an adapter.
+
+    Args:
+        base: The base.
+        adapter: The adapter.
+        tokenizer: The adapter's own tokenizer, or the base's.
+    """
+    files = adapter.files
+
+    def make(to_run: bool) -> Any:
+        tree = adapter.pristine.tree(to_run=to_run)
+        base.watches.add(tensors_of(tree))
+        return tree
+
+    return Side(
+        make,
+        base,
+        tokenizer,
+        base.trials if files.plain else Trials(looks_ahead=files.looks_ahead),
+        through_inner_model=files.through_inner_model,
+        one_text_at_a_time=files.one_text_at_a_time,
+        idle=SharedIdle(adapter.pristine) if files.plain and isinstance(adapter.pristine, OnSkeleton) else None,
+    )
+
+
+def scaled(side: Side, adapter: Adapter, lam: float) -> Side:
+    """Return the side in which an adapter's LoRA terms count ``lam`` times."""
+    _require_lora(adapter, "as_scaled_adapter")
+
+    def scale(tree: Any) -> None:
+        for scaling in scalings_of(tree):
+            scaling.update((name, factor * lam) for name, factor in list(scaling.items()))
+
+    return side.changed(scale)
+
+
+def null(side: Side, adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Side:
+    """Return the side with noise in place of an adapter's LoRA matrices: dlm-sway's, number by number.
+
+    Each is drawn from ``N(0, init_scale**2 * rank_scale)``. A product of rank r has a variance in proportion to r, so
+    scaling both factors' deviation by ``sqrt(rank_scale)`` stands for an adapter of rank ``r * rank_scale``. The
+    matrices of embeddings, which dlm-sway leaves as they are, come after all others.
+
+    Raises:
+        ValueError: ``rank_scale`` is not positive and finite.
+    """
+    if rank_scale <= 0.0 or not math.isfinite(rank_scale):
+        raise ValueError(f"rank_scale must be positive and finite; got {rank_scale!r}")
+    _require_lora(adapter, "as_null_adapter")
+    scale = init_scale * math.sqrt(rank_scale)
+
+    def replace(tree: Any) -> None:
+        import torch
+
+        generator = torch.Generator(device="cpu").manual_seed(int(seed))
+        parameters = adapter_parameters(tree)
+        names = [name for name in parameters if ".lora_A." in name or ".lora_B." in name]
+        names += [name for name in parameters if ".lora_embedding_" in name]
+        for name in names:
+            parameter = parameters[name]
+            noise = torch.randn(*parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+            noise = noise.to(dtype=parameter.dtype, device=parameter.device) * scale
+            parameter.data = noise
+
+    return side.changed(replace)
+
+
+def _require_lora(adapter: Adapter, what: str) -> None:
+    if adapter.files.peft_type != "LORA" or not adapter.files.additive:
+        raise BackendUseError(
+            f"{what} needs a LoRA adapter that only adds to its base; {str(adapter.files.folder)!r} is of the type"
+            f" {adapter.files.peft_type} or changes the base's own weights."
+        )

@@ -1,0 +1,109 @@
+"""Whether a model answers as a causal language model does: with numbers, and with none that later tokens change."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.loading.libraries import no_warnings
+from pytest_sway.backends.hf.model.adapter import public_name, some
+from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
+from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
+from pytest_sway.errors import ScoringError, SpecError, WeightsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.scoring.scores import Engine
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_SAME: Final = 2
+"""How many tokens the two texts of a trial begin with in common."""
+
+
+def verify_base(base: LoadedBase, role: str = "base") -> None:
+    """Raise unless a base computes numbers, and computes them from left to right; tried once, in one small pass.
+
+    A model whose trees are each loaded anew is not tried here, since that would double the load.
+
+    Args:
+        base: The base, or a whole fine-tuned model.
+        role: What the spec calls it.
+
+    Raises:
+        SpecError: What it computes for a token depends on those after it.
+        WeightsError: It computes NaN, and has weights that are no numbers.
+    """
+    import torch
+
+    if base.is_tried or not base.pristine.shares:
+        return
+    with no_warnings(), torch.inference_mode(), base.side.engine() as engine:
+        model = engine.forward.model
+        first = trial_tokens(model)
+        texts = [first, (*first[:_SAME], *first[: len(first) - _SAME])]
+        try:
+            logits = model(input_ids=torch.tensor(texts, device=model.device), use_cache=False).logits
+        except Exception:  # a model of an unforeseen shape can fail in any way; the first score will say how
+            logits = None
+    if logits is None:
+        pass
+    elif has_nan(logits):
+        tensors = base.tensors()
+        broken = not_finite(tensors)
+        if broken:
+            raise WeightsError(
+                f"the {role} {base.spec.base!r} has NaN or infinite values in {len(broken)} of its {len(tensors)}"
+                f" tensors ({some(broken)}). Its training diverged, or the file is damaged."
+            )
+    elif not agree(logits[0, :_SAME], logits[1, :_SAME]):
+        raise SpecError(
+            f"the {role} {base.spec.base!r} is no causal language model: in its {type(model).__name__}, later tokens"
+            " change what is computed for those before them, as in BERT and other encoders. Name a model that was"
+            " trained to predict the next token."
+        )
+    base.is_tried = True
+
+
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """Return the names of tensors that have a value which is NaN or infinite, sorted."""
+    return sorted(name for name, value in largest(tensors).items() if not math.isfinite(value))
+
+
+def largest(tensors: Mapping[str, Any]) -> dict[str, float]:
+    """Return the largest magnitude in each tensor; NaN or infinite if it has any such value, 0 for whole numbers."""
+    import torch
+
+    parts = [(name, part.detach()) for name, tensor in tensors.items() for _, part in parts_of(tensor)]
+    floats = [(name, part) for name, part in parts if part.is_floating_point() and part.numel()]
+    norms = torch._foreach_norm([part for _, part in floats], math.inf) if floats else []
+    found = dict.fromkeys(tensors, 0.0)
+    for (name, _), norm in zip(floats, map(float, norms), strict=True):
+        if not norm <= found[name]:  # which is so for NaN, too
+            found[name] = norm
+    return found
+
+
+def has_nan(logits: Any) -> bool:
+    """Whether there is no distribution of tokens in some logits: they are NaN, or one of them is infinite."""
+    import torch
+
+    return bool(torch.isnan(torch.log_softmax(logits.float(), dim=-1)).any())
+
+
+def no_number(engine: Engine) -> ScoringError:
+    """Return the error for an answer that is NaN, which says where that comes from."""
+    tensors = dict(engine.model.named_parameters())
+    broken = not_finite(tensors)
+    if broken:
+        return ScoringError(
+            f"the model computes NaN: {len(broken)} of its {len(tensors)} weights have NaN or infinite values"
+            f" ({some(map(public_name, broken))}). Training diverged, or a file is damaged."
+        )
+    return ScoringError(
+        f"the model computes NaN, though all of its weights are finite: what it computes on the way is too large for"
+        f" {engine.forward.model.dtype}. Try dtype='fp32'; if that does not help, its weights or an adapter's scaling"
+        " are far too large."
+    )

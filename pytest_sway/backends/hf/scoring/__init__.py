@@ -1,0 +1,1 @@
+"""From tokens to logits, and from logits to numbers and new text."""

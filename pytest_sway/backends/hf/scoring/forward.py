@@ -1,0 +1,225 @@
+"""Forward passes that compute the logits of chosen positions, and no others.
+
+The head's answer is the large one: 2,048 positions of a vocabulary of 262,144 are 2 GiB in float32. So a model's body
+runs once, and its head on a few of its rows at a time; a model that cannot be divided runs as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+from pytest_sway.backends.hf.hygiene.weights_watch import reuse_freed_memory, trim_heap
+from pytest_sway.backends.hf.scoring import batching
+from pytest_sway.backends.hf.scoring.body_and_head import joined, padded, split_model
+from pytest_sway.backends.hf.scoring.rope import RopeRegimes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_sway.backends.hf.scoring.batching import Family, Limits
+    from pytest_sway.backends.hf.scoring.body_and_head import SplitModel
+    from pytest_sway.backends.hf.scoring.trials import Trials
+    from pytest_sway.backends.text.tokens import Window
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_FEWEST_ROWS: Final = 64
+"""The head reads all of its weights for any number of rows; for fewer than these, that takes most of its time."""
+
+_T = TypeVar("_T")
+Reduce: TypeAlias = Callable[[Any, Sequence[int], Sequence[int]], Iterable[_T]]
+
+
+class Forward:
+    """The forward passes of one tree.
+
+    Args:
+        model: The Hugging Face model.
+        runner: What is called: the model, or the ``PeftModel`` around it.
+        trials: What was found out about the model's passes.
+        one_text_at_a_time: Pass each text alone.
+
+    Attributes:
+        model: The model.
+        runner: What is called.
+        config: Its configuration.
+        limits: What one pass may hold.
+        trials: What was found out about the model's passes.
+        virtual_tokens: How many positions an adapter puts before each text.
+        rope: Which texts may be in one pass.
+        spent: Whether the tree computes otherwise from now on, since what it has computed leaves a trace.
+    """
+
+    def __init__(self, model: Any, runner: Any, trials: Trials, *, one_text_at_a_time: bool = False) -> None:
+        self.model = model
+        self.runner = runner
+        self.config = model.config
+        self.trials = trials
+        self.virtual_tokens = _virtual_tokens(runner)
+        self.rope = RopeRegimes(model.config, self.virtual_tokens)
+        self.spent = False
+        self._argument = _last_logits_argument(model)
+        self._split: SplitModel | None = None
+        limits: Limits = batching.CPU if model.device.type == "cpu" else batching.ACCELERATOR
+        self.limits = replace(limits, tokens=1, few_logits_tokens=1) if one_text_at_a_time else limits
+        reuse_freed_memory()
+
+    @property
+    def embedded(self) -> int | None:
+        """How many tokens the model has embeddings for; ``None`` if that cannot be told."""
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        return None if weight is None else int(weight.shape[0])
+
+    def split(self) -> SplitModel | None:
+        """Return the model in two parts; ``None`` where it cannot be divided, or a ``PeftModel`` has to be called."""
+        if self._split is None and self.runner is self.model:
+            self._split = split_model(self.model, self.trials)
+        return self._split
+
+    def packs(self, longest: int) -> bool:
+        """Whether sequences of up to ``longest`` tokens are passed without padding."""
+        split = self.split()
+        return split is not None and split.packs(longest)
+
+    def families(self, sequences: Sequence[Sequence[int]]) -> list[Family]:
+        """Return which sequences have what they begin with in common when they are passed together."""
+        if len(sequences) > 1 and self.packs(max(map(len, sequences))):
+            limits = self.limits
+            return batching.families(sequences, tokens=limits.few_logits_tokens, overhead=limits.overhead)
+        return batching.alone(sequences)
+
+    def tokens(self, *, few_logits: bool = False) -> int:
+        """Return how many token positions a pass may have: fewer where it makes logits for each of them.
+
+        Args:
+            few_logits: The logits of less than half of the positions are wanted.
+        """
+        if self.split() is not None:
+            return self.limits.few_logits_tokens if few_logits else self.limits.tokens
+        return min(self.limits.tokens, max(1, 4 * self.limits.logits_bytes // (4 * self._vocabulary())))
+
+    def logits(self, sequences: Sequence[tuple[Sequence[int], int]], reduce: Reduce[_T]) -> list[_T]:
+        """Compute the logits of the last positions of several sequences in one pass, and reduce them at once.
+
+        Sequences that are padded are so on the right, and no attention mask is passed: what comes later is hidden from
+        a causal model by its own mask.
+
+        Args:
+            sequences: Token ids, and how many of their last positions are wanted.
+            reduce: Called with logits of some places, shape ``(places, vocabulary)``, in the model's dtype; with the
+                row of each position that is wanted of these, several of which may be in one place; and with the number
+                of each such position: those of the first sequence, then those of the second, and so on. It returns an
+                answer for each. The logits are its to overwrite, and freed after it unless it returns them.
+
+        Returns:
+            The answer for each wanted position.
+
+        Raises:
+            MaskedError: It turns out that `packs` was wrong; from then on it says no.
+        """
+        split = self.split()
+        inputs = [ids for ids, _ in sequences]
+        self.spent = self.spent or self.rope.leaves_a_trace(max(map(len, inputs)))
+        if split is not None:
+            families = self.families(inputs)
+            with self._trimmed(sum(family.positions for family in families)):
+                states, places = split.hidden(inputs, families)
+                wanted = [p for runs, (_, n) in zip(places, sequences, strict=True) for p in _last(runs, n)]
+                states = _rows(states, sorted(set(wanted)))
+            return self._reduced(lambda start, end: split.logits(states[start:end]), wanted, reduce)
+        longest = max(len(ids) for ids in inputs)
+        kept = longest - min(len(ids) - n for ids, n in sequences)
+        only = {} if self._argument is None else {self._argument: kept}
+        logits = self.runner(input_ids=padded(inputs, self.model.device), **only).logits
+        width = logits.shape[1]  # with virtual tokens in front, more than were passed
+        ends = [(i + 1) * width - longest + len(ids) for i, ids in enumerate(inputs)]
+        wanted = [p for end, (_, n) in zip(ends, sequences, strict=True) for p in range(end - n, end)]
+        table = logits.flatten(0, 1)
+        return self._reduced(lambda start, end: _rows(table, wanted[start:end]), wanted, reduce)
+
+    def shares(self, windows: Sequence[Window]) -> bool:
+        """Whether windows that are not packed have one context, which will be computed once and kept in a cache."""
+        split = self.split()
+        return (
+            split is not None
+            and len({window.context for window in windows}) == 1
+            and all(self.rope.of(len(window.inputs)) == 0 for window in windows)
+            and not split.packs(max(len(window.inputs) for window in windows))
+            and batching.worth_caching(windows, self.limits.overhead)
+            and split.caches
+        )
+
+    def window_logits(self, windows: Sequence[Window], reduce: Reduce[_T]) -> list[_T]:
+        """Do what `logits` does for windows; where `shares` says so, their context is computed once."""
+        split = self.split()
+        if split is not None and self.shares(windows):
+            tails = [window.scored[:-1] for window in windows]
+            states = joined(split.hidden_after(windows[0].context, tails, self.limits.cached_tokens))
+            return self._reduced(lambda start, end: split.logits(states[start:end]), range(len(states)), reduce)
+        return self.logits([(window.inputs, len(window.scored)) for window in windows], reduce)
+
+    @contextmanager
+    def _trimmed(self, positions: int) -> Iterator[None]:
+        """Have the heap give back what was in use before a body's pass, and after it what only that needed."""
+        many = positions >= self.limits.worth_trimming
+        if many:
+            trim_heap()
+        yield
+        if many:
+            trim_heap()
+
+    def _reduced(self, logits_of: Callable[[int, int], Any], wanted: Sequence[int], reduce: Reduce[_T]) -> list[_T]:
+        """Reduce the logits of places that are wanted, each place's once.
+
+        Args:
+            logits_of: Returns the logits of places, counted in their order: from one on, before another.
+            wanted: The place of each position that is wanted.
+            reduce: See `logits`.
+        """
+        row_of = {place: row for row, place in enumerate(sorted(set(wanted)))}
+        answers: dict[int, _T] = {}
+        chunk = self._chunk()
+        in_order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+        for number, some in groupby(in_order, key=lambda i: row_of[wanted[i]] // chunk):
+            asked, start = list(some), number * chunk
+            rows = [row_of[wanted[i]] - start for i in asked]
+            # No name for the logits here: those of one chunk are gone before the next are made.
+            answers |= zip(asked, reduce(logits_of(start, start + chunk), rows, asked), strict=True)
+        return [answers[i] for i in range(len(wanted))]
+
+    def _chunk(self) -> int:
+        return max(_FEWEST_ROWS, self.limits.logits_bytes // (4 * self._vocabulary()))
+
+    def _vocabulary(self) -> int:
+        return int(getattr(self.config.get_text_config(), "vocab_size", 0) or self.embedded or 1)
+
+
+def _last(runs: Sequence[range], count: int) -> list[int]:
+    """The last ``count`` places of runs of them, in order."""
+    places: list[int] = []
+    for run in reversed(runs):
+        places = [*run[max(0, len(run) - (count - len(places))) :], *places]
+    return places
+
+
+def _rows(table: Any, wanted: Sequence[int]) -> Any:
+    import torch
+
+    return table.index_select(0, torch.tensor(wanted, device=table.device))
+
+
+def _virtual_tokens(runner: Any) -> int:
+    """How many positions a ``PeftModel`` puts before each text, as prompt, prefix and P-tuning do."""
+    config = getattr(runner, "active_peft_config", None)
+    return int(getattr(config, "num_virtual_tokens", None) or 0) if getattr(config, "is_prompt_learning", False) else 0
+
+
+def _last_logits_argument(model: Any) -> str | None:
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("logits_to_keep", "num_logits_to_keep") if name in parameters), None)

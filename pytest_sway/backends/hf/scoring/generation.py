@@ -1,0 +1,245 @@
+"""New text: greedy or sampled, for one prompt or many, and nothing of it from the base's generation settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pytest_sway.backends.hf.model.verify_base import no_number
+from pytest_sway.backends.hf.scoring import batching
+from pytest_sway.backends.hf.scoring.answer_cache import recalling
+from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
+from pytest_sway.backends.hf.scoring.memory_retry import in_parts
+from pytest_sway.backends.hf.scoring.scores import Engine, encoded_prompts, next_logits, warn_of_cuts
+from pytest_sway.backends.questions import Settings, listed, seeds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_sway.backends.hf.scoring.scores import Run
+    from pytest_sway.protocols import Prompt
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_PADDED: Final = (2, 7)
+_EQUAL: Final = (3, 3)
+_ALONE: Final = (3,)
+"""Lengths of the prompts of a trial."""
+
+_STEPS: Final = 3
+"""How many tokens are made in a trial: what is wrong with a state or a cache shows from the second or third one on."""
+
+
+class Stops(NamedTuple):
+    """The tokens that end a text, and the one that fills up shorter texts of a batch."""
+
+    ends: tuple[int, ...]
+    pad: int
+
+
+class Request(NamedTuple):
+    """A prompt's token ids, and where its sampling starts; greedy requests have no seed."""
+
+    ids: tuple[int, ...]
+    seed: int | None
+
+
+def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed: int | Sequence[int]) -> list[str]:
+    """Continue each prompt; see `HFView.generate_many`."""
+    settings.check()
+    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    room = settings.room(max_length)
+    warn_of_cuts(sum(len(ids) > room for ids in encoded), room)
+    requests = [
+        Request(ids[-room:], one if settings.temperature > 0.0 else None)
+        for ids, one in zip(encoded, seeds(seed, len(encoded)), strict=True)
+    ]
+    stops: Stops = run(_stops)
+    found: dict[Request, tuple[int, ...]] = {}
+    for batch in run(_planned, list(dict.fromkeys(requests)), settings):
+        found |= zip(batch, in_parts(run, _continued, batch, settings, stops), strict=True)
+    texts: list[str] = run(_decoded, [found[request] for request in requests])
+    return texts
+
+
+def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) -> list[list[Request]]:
+    rope = engine.forward.rope
+    recomputed = not _continues(engine, _ALONE)
+    lengths = {len(request.ids) for request in requests}
+    mixed = len(lengths) > 1 and (recomputed or _continues(engine, _PADDED))
+    equal = mixed or len(lengths) == len(requests) or recomputed or _continues(engine, _EQUAL)
+    groups: dict[tuple[str, int], list[Request]] = {}
+    for i, request in enumerate(requests):
+        alone = not equal or rope.of(len(request.ids) + settings.max_new_tokens) != 0
+        key = ("alone", i) if alone else ("any length", 0) if mixed else ("length", len(request.ids))
+        groups.setdefault(key, []).append(request)
+    planned = []
+    for group in groups.values():
+        longest = [len(request.ids) + settings.max_new_tokens for request in group]
+        limits = engine.forward.limits
+        overhead = limits.overhead * settings.max_new_tokens  # each new token is a pass
+        for batch in batching.in_batches(longest, tokens=limits.cached_tokens, overhead=overhead):
+            planned.append([group[i] for i in batch])
+    return planned
+
+
+@recalling
+def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
+    """The new tokens after each prompt, with the one that ends them."""
+    if not _continues(engine, _ALONE) or _changes_rope(engine, requests, settings):
+        return _recomputed(engine, requests, settings, stops)
+    arguments = _left_padded(engine, [request.ids for request in requests], stops.pad)
+    arguments["logits_processor"] = [
+        _checked(engine),
+        *(_sampling(settings, [request.seed for request in requests]) if settings.temperature > 0.0 else ()),
+    ]
+    forward, length = engine.forward, max(len(request.ids) for request in requests) + settings.max_new_tokens
+    forward.spent = forward.spent or forward.rope.leaves_a_trace(length)
+    ends = list(stops.ends) or None
+    fields = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": ends, "pad_token_id": stops.pad}
+    with _plain_settings(engine, **fields) as plain:
+        output = engine.model.generate(generation_config=plain, **arguments)
+    found = []
+    for new in output[:, arguments["input_ids"].shape[1] :].tolist():
+        end = next((i for i, token in enumerate(new) if token in stops.ends), len(new))
+        found.append(tuple(new[: end + 1]))
+    return found
+
+
+def _changes_rope(engine: Engine, requests: Sequence[Request], settings: Settings) -> bool:
+    """Whether a text grows beyond a length where rotary embeddings change, which leaves what a cache holds behind."""
+    rope = engine.forward.rope
+    return any(rope.of(len(r.ids)) != rope.of(len(r.ids) + settings.max_new_tokens) for r in requests)
+
+
+def _recomputed(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
+    """The same without a cache: each token comes out of a pass over all of the text before it."""
+    check = _checked(engine)
+    chosen = [_sampling(settings, [request.seed]) if settings.temperature > 0.0 else None for request in requests]
+    found: list[tuple[int, ...]] = [()] * len(requests)
+    for _ in range(settings.max_new_tokens):
+        texts: dict[tuple[int, ...], list[int]] = {}
+        for i, (request, new) in enumerate(zip(requests, found, strict=True)):
+            if not (new and new[-1] in stops.ends):
+                texts.setdefault(request.ids + new, []).append(i)
+        for text, logits in next_logits(engine, list(texts)):
+            check(None, logits)
+            for i in texts[text]:
+                sample = chosen[i]
+                scores = logits if sample is None else sample(None, logits.unsqueeze(0))[0]
+                found[i] += (int(scores.argmax()),)
+    return found
+
+
+def _decoded(engine: Engine, found: Sequence[tuple[int, ...]]) -> list[str]:
+    return [str(engine.tokenizer.decode(list(new), skip_special_tokens=True)) for new in found]
+
+
+def _left_padded(engine: Engine, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+    import torch
+
+    missing = [max(map(len, prompts)) - len(ids) for ids in prompts]
+    rows = [[*[pad] * n, *ids] for n, ids in zip(missing, prompts, strict=True)]
+    mask = [[*[0] * n, *[1] * len(ids)] for n, ids in zip(missing, prompts, strict=True)]
+    device = engine.model.device
+    return {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _checked(engine: Engine) -> Any:
+    """Raise for logits that are NaN, of which the most probable one would be the first."""
+
+    def check(_ids: Any, scores: Any) -> Any:
+        if not scores.amax(-1).isfinite().all():
+            raise no_number(engine)
+        return scores
+
+    return check
+
+
+def _sampling(settings: Settings, seeds: Sequence[int | None]) -> Any:
+    """Turn greedy decoding into sampling, row by row.
+
+    The token whose logit plus Gumbel noise is the highest is a sample from the softmax. The noise of a row comes from a
+    generator of its own, on the CPU: so a row is sampled alike alone and in a batch, on any device, and the random
+    state of the process takes no part.
+    """
+    import torch
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    generators = [torch.Generator(device="cpu").manual_seed(int(seed or 0)) for seed in seeds]
+
+    def add_noise(_ids: Any, scores: Any) -> Any:
+        noise = [torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in generators]
+        return scores - torch.stack(noise).log_().to(scores.device)
+
+    steps: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]
+    if settings.top_p < 1.0:
+        steps.append(TopPLogitsWarper(settings.top_p))
+    return LogitsProcessorList([*steps, add_noise])
+
+
+@contextmanager
+def _plain_settings(engine: Engine, **fields: Any) -> Iterator[Any]:
+    """Have the model forget its generation settings meanwhile: they fill in whatever a call leaves open."""
+    import transformers
+
+    config_class: Any = transformers.GenerationConfig
+    plain = config_class(**fields, do_sample=False, use_cache=True)
+    owner = engine.forward.model
+    before, owner.generation_config = owner.generation_config, plain
+    try:
+        yield plain
+    finally:
+        owner.generation_config = before
+
+
+def _stops(engine: Engine) -> Stops:
+    ends = _ends(engine)
+    pad = next((token for token in (engine.tokenizer.pad_token_id, *ends) if token is not None), 0)
+    return Stops(tuple(ends), pad)
+
+
+def _ends(engine: Engine) -> list[int]:
+    """Return the tokens that end a text: what the base's generation settings say, else the tokenizer's EOS."""
+    configured = getattr(engine.forward.model.generation_config, "eos_token_id", None)
+    ends = engine.tokenizer.eos_token_id if configured is None else configured
+    if ends is None:
+        return []
+    return [int(end) for end in (ends if isinstance(ends, Iterable) else [ends])]
+
+
+def _continues(engine: Engine, lengths: tuple[int, ...]) -> bool:
+    """Whether prompts of these lengths go on from a cache as the model scores them; tried once, on a few tokens.
+
+    Not so where a model has a recurrent state that takes in padding, or that is made for one text at a time; where
+    virtual tokens stand in front of the padding; or where what a token computes depends on those that come later.
+    """
+    trials = engine.forward.trials
+    known = trials.continues
+    if trials.looks_ahead:
+        return False
+    if lengths not in known:
+        tokens = trial_tokens(engine.forward.model) * 2
+        prompts = [tokens[i : i + length] for i, length in enumerate(lengths)]
+        try:
+            known[lengths] = _as_scored(engine, prompts)
+        except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
+            known[lengths] = False
+    return known[lengths]
+
+
+def _as_scored(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> bool:
+    import torch
+
+    fields = {"max_new_tokens": _STEPS, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    arguments = _left_padded(engine, prompts, 0)
+    with _plain_settings(engine, **fields) as plain:
+        output = engine.model.generate(generation_config=plain, **arguments)
+    made = output.sequences[:, arguments["input_ids"].shape[1] :].tolist()
+    texts = [[prompt + tuple(new[:step]) for prompt, new in zip(prompts, made, strict=True)] for step in range(_STEPS)]
+    scored = dict(next_logits(engine, list(dict.fromkeys(text for step in texts for text in step))))
+    return all(
+        agree(logits, torch.stack([scored[text] for text in step]))
+        for logits, step in zip(output.logits, texts, strict=True)
+    )

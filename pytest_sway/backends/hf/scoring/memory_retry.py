@@ -1,0 +1,47 @@
+"""A batch that runs out of memory is tried again in halves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.errors import ScoringError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_T = TypeVar("_T")
+
+
+def in_parts(run: Callable[..., Any], work: Callable[..., list[Any]], batch: Sequence[_T], *args: Any) -> list[Any]:
+    """Return ``run(work, batch, *args)``, one answer for each item; where memory runs out, of each half by itself.
+
+    Raises:
+        ScoringError: There is not enough memory for a single item.
+    """
+    try:
+        answers: list[Any] = run(work, batch, *args)
+        return answers
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise ScoringError(
+                "there is not enough memory to run this model on a single text of this length. Shorten the text,"
+                f" load fewer or smaller models (--sway-cache-size, dtype), or use another device. ({error})"
+            ) from error
+    _return_memory()  # outside of the handler: its error keeps the tensors of the failed pass
+    middle = len(batch) // 2
+    return [
+        *in_parts(run, work, batch[:middle], *args),
+        *in_parts(run, work, batch[middle:], *args),
+    ]
+
+
+def _return_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,256 @@
+"""Sequences of any lengths in one row, without padding: each attends to itself alone.
+
+All that a transformer computes token by token, which is nearly all of it, does not care which sequence a token is
+from. Only attention does, so it is taken over while such a row goes through the model: transformers lets a model's
+attention be exchanged by name. Sequences of similar length are put side by side for it, by transformers' own function.
+What several sequences begin with in common, their stem, can stand in a row once. What comes after it stands at the
+row's end as branches: a tree, in which what some of them go on with in common is there once again.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pytest_sway.backends.hf.scoring import batching
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pytest_sway.backends.hf.scoring.batching import Family
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_NAME: Final = "pytest_sway_packed"
+_STOOD_IN_FOR: Final = "sdpa"
+_CHOICE: Final = "_attn_implementation_internal"
+_WINDOWS: Final = ("sliding_window", "attention_chunk_size")
+
+_CALL_POSITIONS: Final = 256
+"""What one call of attention costs besides its positions, as a number of positions."""
+
+
+class MaskedError(Exception):
+    """A model has a mask of its own for what it was given in a row; nobody outside of the scoring sees this."""
+
+
+class _Group(NamedTuple):
+    """Neighbours in a row that attend side by side.
+
+    Attributes:
+        start: Where the first begins in the row.
+        end: Where the last ends.
+        size: How many they are.
+        gather: For each of ``size`` times the longest's positions, the one in the row that stands there.
+        valid: Which of these are no padding, in the row's order; ``None`` if all are.
+    """
+
+    start: int
+    end: int
+    size: int
+    gather: Any
+    valid: Any
+
+
+class _Branches(NamedTuple):
+    """What comes after the stem of one family.
+
+    Attributes:
+        stem: Where the stem begins and ends in the row.
+        own: Where the branches do.
+        mask: Which positions of both each position of the latter heeds, shape ``(1, 1, latter, both)``.
+    """
+
+    stem: slice
+    own: slice
+    mask: Any
+
+
+class _Laid(NamedTuple):
+    """Where a sequence's tokens are laid out in a row.
+
+    Attributes:
+        sequence: Its index.
+        places: Of all its tokens, in runs of neighbours; the last run is of those that no sequence before it had.
+    """
+
+    sequence: int
+    places: list[range]
+
+
+class Row:
+    """Several sequences as one.
+
+    Args:
+        sequences: Token ids of each.
+        device: Where its tensors go.
+        families: Which sequences have what they begin with in common in the row, by their indices; each sequence is in
+            one. By default each is alone.
+
+    Attributes:
+        input_ids: All tokens, shape ``(1, positions)``.
+        position_ids: The position of each in its own sequence, of the same shape.
+        places: Where in the row each sequence's tokens stand, in runs of neighbours.
+    """
+
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], device: Any, families: Sequence[Family] | None = None
+    ) -> None:
+        import torch
+
+        families = batching.alone(sequences) if families is None else families
+        stems = [sequences[family.members[0]][: family.stem] for family in families]
+        lengths = list(map(len, stems))
+        side_by_side = batching.in_batches(lengths, tokens=len(lengths) * max(lengths), overhead=_CALL_POSITIONS)
+        order = [f for group in side_by_side for f in group]
+        starts = dict(zip(order, accumulate((lengths[f] for f in order), initial=0), strict=False))
+        self._groups = [self._group([(starts[f], lengths[f]) for f in group], device) for group in side_by_side]
+        tokens = [token for f in order for token in stems[f]]
+        positions = [p for f in order for p in range(lengths[f])]
+        self.places: list[list[range]] = [[]] * len(sequences)
+        self._branches: list[_Branches] = []
+        for f, family in enumerate(families):
+            stem, own = slice(starts[f], starts[f] + family.stem), slice(len(tokens), len(tokens) + family.branches)
+            laid = _laid(sequences, family, stem.start, own.start)
+            for i, places in laid:
+                self.places[i] = places
+                known = len(sequences[i]) - len(places[-1])
+                tokens += sequences[i][known:]
+                positions += range(known, len(sequences[i]))
+            if family.branches:
+                self._branches.append(_Branches(stem, own, _heeded(laid, family, own.start, device)))
+        self.input_ids = torch.tensor([tokens], device=device)
+        self.position_ids = torch.tensor([positions], device=device)
+
+    def attention(self, attend: Any, module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
+        """Return what ``attend`` gives for each sequence by itself.
+
+        Its shape is ``(1, positions, heads, head size)``.
+
+        Args:
+            attend: transformers' attention, causal unless there is a mask.
+            module: The attention module.
+            tensors: Queries, keys and values of the row, each ``(1, heads, positions, head size)``.
+            **kwargs: What else the module passes.
+        """
+        import torch
+
+        parts = []
+        for group in self._groups:
+            mine = [tensor[:, :, group.start : group.end] for tensor in tensors]
+            if group.size == 1:
+                parts.append(attend(module, *mine, None, **kwargs)[0])
+                continue
+            output = attend(module, *(_side_by_side(tensor, group) for tensor in mine), None, **kwargs)[0].flatten(0, 1)
+            parts.append((output if group.valid is None else output.index_select(0, group.valid)).unsqueeze(0))
+        for stem, own, mask in self._branches:
+            query, *others = tensors
+            heeded = (torch.cat([tensor[:, :, stem], tensor[:, :, own]], dim=2) for tensor in others)
+            parts.append(attend(module, query[:, :, own], *heeded, mask, **kwargs)[0])
+        return torch.cat(parts, dim=1)
+
+    def _group(self, places: Sequence[tuple[int, int]], device: Any) -> _Group:
+        import torch
+
+        first, longest = places[0][0], max(length for _, length in places)
+        gather = [start - first + min(p, length - 1) for start, length in places for p in range(longest)]
+        valid = [i * longest + p for i, (_, length) in enumerate(places) for p in range(length)]
+        return _Group(
+            first,
+            places[-1][0] + places[-1][1],
+            len(places),
+            torch.tensor(gather, device=device),
+            None if len(valid) == len(gather) else torch.tensor(valid, device=device),
+        )
+
+
+_ROW: ContextVar[Row] = ContextVar("row")
+
+
+@contextmanager
+def attending_apart(config: Any, row: Row) -> Iterator[None]:
+    """Have a model with this configuration attend within each of the row's sequences."""
+    _interface().register(_NAME, _attend)
+    attributes = vars(config)
+    before, token = attributes[_CHOICE], _ROW.set(row)
+    attributes[_CHOICE] = _NAME
+    try:
+        yield
+    finally:
+        attributes[_CHOICE] = before
+        _ROW.reset(token)
+
+
+def longest_packed(config: Any) -> int:
+    """Return the most tokens that a sequence in a row may have; 0 where the model's attention cannot be taken over.
+
+    A model that attends within a window only does so by its mask, which a row has not. Up to the window's length that
+    is no difference.
+    """
+    if vars(config).get(_CHOICE) != _STOOD_IN_FOR:
+        return 0
+    return min([2**31, *(int(window) for name in _WINDOWS if (window := getattr(config, name, None)))])
+
+
+def _laid(sequences: Sequence[Sequence[int]], family: Family, stem: int, branches: int) -> list[_Laid]:
+    """Lay a family's tokens out, those that neighbours begin with in common once.
+
+    Args:
+        sequences: Token ids of each.
+        family: Some of them.
+        stem: Where those tokens begin that all of them begin with.
+        branches: Where the others do.
+    """
+    laid = []
+    before, places = sequences[family.members[0]][: family.stem], [range(stem, stem + family.stem)]
+    for i in family.members:
+        shared = batching.shared_length(before, sequences[i])
+        new = range(branches, branches + len(sequences[i]) - shared)
+        places = [*_first(places, shared), new]
+        laid.append(_Laid(i, places))
+        before, branches = sequences[i], new.stop
+    return laid
+
+
+def _first(runs: Sequence[range], count: int) -> Iterator[range]:
+    """The first places in runs of them."""
+    for run in runs:
+        if count > 0 and run:
+            yield run[:count]
+        count -= len(run)
+
+
+def _heeded(laid: Sequence[_Laid], family: Family, branches: int, device: Any) -> Any:
+    """The mask of a family's branches: each position heeds the stem, and what comes before it in its own sequence."""
+    import torch
+
+    mask = torch.zeros(family.branches, family.positions, dtype=torch.bool)
+    mask[:, : family.stem] = True
+    own = mask[:, family.stem :]
+    for _, (_, *before, new) in laid:
+        rows = own[new.start - branches : new.stop - branches]
+        for run in before:
+            rows[:, run.start - branches : run.stop - branches] = True
+        rows[:, new.start - branches : new.stop - branches] = torch.ones(len(new), len(new), dtype=torch.bool).tril()
+    return mask[None, None].to(device)
+
+
+def _side_by_side(tensor: Any, group: _Group) -> Any:
+    """``(1, heads, positions, size)`` as ``(sequences, heads, longest, size)``."""
+    rows = tensor[0].index_select(1, group.gather)
+    return rows.unflatten(1, (group.size, -1)).transpose(0, 1)
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
+    if attention_mask is not None:
+        raise MaskedError("this model masks more than what comes later")
+    attend = _interface()()[_STOOD_IN_FOR]
+    return _ROW.get().attention(attend, module, (query, key, value), **kwargs), None
+
+
+def _interface() -> Any:
+    from transformers import AttentionInterface
+
+    return AttentionInterface

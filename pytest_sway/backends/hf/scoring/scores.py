@@ -1,0 +1,302 @@
+"""From texts to log-probabilities: tokenised, planned, passed through the model batch by batch, put in order again.
+
+Nothing here knows of adapters or locks. A view's ``run(work, *args)`` returns ``work(engine, *args)`` with the model in
+the state that is meant, and keeps everybody else off it meanwhile; it is called once for each batch, so that others
+get their turn between two.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import numpy as np
+
+from pytest_sway.backends.hf.model.verify_base import no_number
+from pytest_sway.backends.hf.scoring import batching
+from pytest_sway.backends.hf.scoring.answer_cache import recalling
+from pytest_sway.backends.hf.scoring.memory_retry import in_parts
+from pytest_sway.backends.hf.scoring.packing import MaskedError
+from pytest_sway.backends.questions import checked_pair, checked_text, listed
+from pytest_sway.backends.text import tokens as tokenisation
+from pytest_sway.backends.text.chat import prompt_text
+from pytest_sway.backends.text.tokens import Window
+from pytest_sway.errors import ScoringError, SwayWarning
+from pytest_sway.protocols import RollingLogprob, TokenDist
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from pytest_sway.backends.hf.scoring.answer_cache import Recall
+    from pytest_sway.backends.hf.scoring.forward import Forward
+    from pytest_sway.protocols import Prompt
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+Run = Callable[..., Any]
+Ids = tuple[int, ...]
+_T = TypeVar("_T")
+
+_SLICE_BYTES: Final = 2**20
+"""Logits that are normalised at once on a CPU: what stays in a core's cache."""
+
+_SMALLEST_TAIL: Final = 1e-12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Engine:
+    """What computes a view's answers, while its model is in the view's state.
+
+    Attributes:
+        model: The model, or the ``PeftModel`` around it.
+        tokenizer: The view's tokenizer.
+        forward: The passes of the base.
+        recall: What the base has answered before; ``None`` where the model is not a base as it is.
+    """
+
+    model: Any
+    tokenizer: Any
+    forward: Forward
+    recall: Recall | None = None
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text that the model reads at once, beside an adapter's virtual tokens.
+
+        Raises:
+            ScoringError: None.
+        """
+        positions, virtual = (
+            tokenisation.max_length_of(self.forward.config, self.tokenizer),
+            self.forward.virtual_tokens,
+        )
+        if positions <= virtual:
+            raise ScoringError(
+                f"the adapter's {virtual} virtual tokens leave no room for a text: the model reads at most {positions}"
+                " tokens at once."
+            )
+        return positions - virtual
+
+    def require_known(self, ids: Ids) -> None:
+        """Raise `ScoringError` for a token that the model has no embedding for."""
+        tokenisation.require_known(self.tokenizer, ids, self.forward.embedded)
+
+
+def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
+    """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
+    encoded, max_length = run(encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
+    windows = [tokenisation.cut_left(window, max_length) for window in encoded]
+    warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
+    found = _scored(run, windows)
+    return [float(found[window].sum()) for window in windows]
+
+
+def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[RollingLogprob]:
+    """Log-probability of each token of each text given those before it, in the texts' order."""
+    encoded, max_length = run(encoded_texts, listed(texts, "texts"), prefix)
+    rolled = [(ids, list(tokenisation.rolling_windows(ids, max_length))) for ids in encoded]
+    found = _scored(run, [window for _, windows in rolled for window in windows])
+    return [rolling(ids, [found[window] for window in windows]) for ids, windows in rolled]
+
+
+def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[TokenDist]:
+    """Distribution of the token after each prompt, cut to the ``top_k`` most probable, in the prompts' order."""
+    if top_k < 1:
+        raise ScoringError(f"top_k must be at least 1, not {top_k}.")
+    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    read: list[Ids] = [ids[-max_length:] for ids in encoded]
+    warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
+    found = _answered(run, _planned_prompts, _dists, list(dict.fromkeys(read)), top_k)
+    return [found[ids] for ids in read]
+
+
+def warn_of_cuts(count: int, max_length: int) -> None:
+    """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
+    if count:
+        warnings.warn(
+            f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
+            " were dropped from their beginning, as lm-evaluation-harness does.",
+            SwayWarning,
+            stacklevel=4,
+        )
+
+
+def encoded_prompts(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Ids], int]:
+    """Return the token ids of prompts, and how many of them the model reads at once."""
+    encoded = []
+    for prompt in prompts:
+        text, rendered = prompt_text(engine.tokenizer, prompt)
+        encoded.append(tokenisation.encode_prompt(engine.tokenizer, text, rendered=rendered))
+        engine.require_known(encoded[-1])
+    return encoded, engine.max_length
+
+
+def encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
+    """Return pairs as windows, and how many tokens of each the model reads at once."""
+    windows = []
+    for pair in pairs:
+        prompt, completion = checked_pair(pair)
+        text, rendered = prompt_text(engine.tokenizer, prompt)
+        windows.append(tokenisation.encode_pair(engine.tokenizer, text, completion, rendered=rendered))
+        engine.require_known(windows[-1].context + windows[-1].scored)
+    return windows, engine.max_length
+
+
+def encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
+    """Return the token ids of texts, and how many of them the model reads at once."""
+    encoded = []
+    for text in texts:
+        encoded.append(tokenisation.encode_text(engine.tokenizer, checked_text(text), prefix=prefix))
+        engine.require_known(encoded[-1])
+    return encoded, engine.max_length
+
+
+def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob:
+    """Put the log-probabilities of a text's windows together."""
+    joined = np.concatenate([np.array([], dtype=np.float32), *logprobs])
+    return RollingLogprob(np.array(ids, dtype=np.int64), joined, len(ids), float(joined.sum()))
+
+
+# --- what runs with the engine --------------------------------------------------------------------------------------
+
+
+def _planned_prompts(engine: Engine, prompts: Sequence[Ids]) -> list[list[Ids]]:
+    return _planned(engine, prompts, [(ids, 1) for ids in prompts])
+
+
+def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Window]]:
+    sharing: list[list[Window]] = []
+    others: list[Window] = []
+    for group in batching.by_context(windows):
+        if engine.forward.shares(group):
+            lengths, tokens = [len(window.scored) for window in group], engine.forward.limits.cached_tokens
+            sharing += [[group[i] for i in part] for part in batching.in_turn(range(len(group)), lengths, tokens)]
+        else:
+            others += group
+    return sharing + _planned(engine, others, [(window.inputs, len(window.scored)) for window in others])
+
+
+def _planned(engine: Engine, items: Sequence[_T], sequences: Sequence[tuple[Ids, int]]) -> list[list[_T]]:
+    """Divide items into batches, in which those of a family are neighbours.
+
+    Args:
+        engine: What computes them.
+        items: What is divided.
+        sequences: What the model reads for each, and of how many positions logits are wanted.
+    """
+    forward, planned = engine.forward, []
+    kinds = [(forward.packs(len(ids)), forward.rope.of(len(ids))) for ids, _ in sequences]
+    for kind in dict.fromkeys(kinds):
+        packs, _ = kind
+        chosen = [i for i, its in enumerate(kinds) if its == kind]
+        families = forward.families([sequences[i][0] for i in chosen])
+        lengths = [family.positions for family in families]
+        few_logits = 2 * sum(sequences[i][1] for i in chosen) < sum(lengths)
+        tokens = forward.tokens(few_logits=few_logits)
+        overhead = forward.limits.overhead
+        for batch in batching.in_batches(lengths, tokens=tokens, overhead=overhead, padded=not packs):
+            planned.append([items[chosen[i]] for f in batch for i in families[f].members])
+    return planned
+
+
+@recalling
+def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[np.float32]]:
+    targets = [token for window in windows for token in window.scored]
+
+    def reduce(logits: Any, rows: Sequence[int], asked: Sequence[int]) -> list[float]:
+        return _chosen_logprobs(logits, rows, [targets[i] for i in asked])
+
+    flat = np.array(engine.forward.window_logits(windows, reduce), dtype=np.float32)
+    if np.isnan(flat).any():
+        raise no_number(engine)
+    return np.split(flat, np.cumsum([len(window.scored) for window in windows])[:-1])
+
+
+@recalling
+def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist]:
+    def reduce(logits: Any, rows: Sequence[int], _: Sequence[int]) -> list[TokenDist]:
+        found = _most_probable(logits, top_k)
+        return [found[row] for row in rows]
+
+    dists = engine.forward.logits([(ids, 1) for ids in prompts], reduce)
+    if any(np.isnan(dist.logprobs[0]) for dist in dists):
+        raise no_number(engine)
+    return dists
+
+
+def next_logits(engine: Engine, prompts: Sequence[Ids]) -> Iterator[tuple[Ids, Any]]:
+    """Yield each prompt with the logits of the token after it, in float32: those of `next_token_dists`.
+
+    Args:
+        engine: What computes them.
+        prompts: Token ids of each; no two are equal.
+    """
+    for batch in _planned_prompts(engine, prompts):
+        try:
+            found = engine.forward.logits([(ids, 1) for ids in batch], lambda logits, rows, _: logits[rows].float())
+        except MaskedError:  # as in `_answered`
+            yield from next_logits(engine, batch)
+        else:
+            yield from zip(batch, found, strict=True)
+
+
+# --- from logits to answers -----------------------------------------------------------------------------------------
+
+
+def _scored(run: Run, windows: Iterable[Window]) -> dict[Window, NDArray[np.float32]]:
+    return _answered(run, _planned_windows, _window_logprobs, list(dict.fromkeys(windows)))
+
+
+def _answered(run: Run, plan: Any, work: Any, items: Sequence[Any], *args: Any) -> dict[Any, Any]:
+    """The answer of ``work`` for each item, batch by batch as ``plan`` divides them."""
+    found: dict[Any, Any] = {}
+    for batch in run(plan, items):
+        try:
+            found |= zip(batch, in_parts(run, work, batch, *args), strict=True)
+        except MaskedError:  # planned for a row, which this model does not do, as it knows from now on
+            found |= _answered(run, plan, work, batch, *args)
+    return found
+
+
+def _chosen_logprobs(logits: Any, rows: Sequence[int], targets: Sequence[int]) -> list[float]:
+    """Log-probability of each target in its row, in nats, computed in float32; overwrites the logits.
+
+    On a CPU a few rows are normalised at a time, while they are in its cache.
+    """
+    import torch
+
+    row = torch.tensor(rows, device=logits.device)
+    chosen = logits[row, torch.tensor(targets, device=logits.device)].float()
+    at_once = max(1, _SLICE_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+    highest, sums = [], []
+    for some in logits.split(at_once):
+        numbers = some.float()
+        highest.append(numbers.amax(-1))
+        sums.append(numbers.sub_(highest[-1].unsqueeze(-1)).exp_().sum(-1).log_())
+    logprobs: list[float] = (chosen - torch.cat(highest)[row] - torch.cat(sums)[row]).tolist()
+    return logprobs
+
+
+def _most_probable(logits: Any, top_k: int) -> list[TokenDist]:
+    import torch
+
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    vocabulary = int(logprobs.shape[-1])
+    top = torch.topk(logprobs, k=min(top_k, vocabulary))
+    rests = (1.0 - torch.exp(top.values).sum(-1)).tolist()
+    return [
+        TokenDist(ids.copy(), values.copy(), vocabulary, None if top_k >= vocabulary else log_of_tail(rest))
+        for ids, values, rest in zip(top.indices.cpu().numpy(), top.values.cpu().numpy(), rests, strict=True)
+    ]
+
+
+def log_of_tail(mass: float) -> float:
+    """Return the log of the mass outside of a distribution's tokens, as `TokenDist` has it."""
+    if math.isnan(mass):
+        return mass
+    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0

@@ -1,0 +1,187 @@
+"""Putting an adapter on a base: mlx-lm's layers in a tree of their own, around the base's arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.model.tokenizers import brings_tokenizer, completed
+from pytest_sway.backends.mlx.adapters.conversion import as_mlx, copied_from_base, inexact, pairs_of
+from pytest_sway.backends.mlx.adapters.verification import verify_names, verify_shapes, verify_values
+from pytest_sway.backends.mlx.model.base import load_tokenizer
+from pytest_sway.backends.mlx.model.libraries import mlx_lm_module, quiet_process
+from pytest_sway.backends.mlx.model.placement import computing_on
+from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
+from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
+from pytest_sway.backends.mlx.model.trees import arrays_of, modules_of, put_arrays, put_modules, tree_of
+from pytest_sway.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_sway.backends.mlx.adapters.conversion import Pair
+    from pytest_sway.backends.mlx.adapters.files import AdapterFiles
+    from pytest_sway.backends.mlx.model.base import LoadedBase
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+LEAVES: Final = ("lora_a", "lora_b", "m")
+"""What mlx-lm's layers call an adapter's arrays: the pair of matrices, and DoRA's magnitudes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """An adapter on a base, in memory.
+
+    Attributes:
+        files: What it was loaded from.
+        model: The base with the adapter on it: a pristine tree, which is never run, handed out or changed.
+        arrays: Its own arrays, by their names in the model.
+        layers: mlx-lm's layers by their names in the model; none for a full fine-tune.
+        shared: Its own arrays, for hygiene.
+        classes: The classes of its layers.
+    """
+
+    files: AdapterFiles
+    model: Any
+    arrays: Mapping[str, Any]
+    layers: Mapping[str, Any]
+    shared: SharedArrays
+    classes: ClassesRecord
+
+
+def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
+    """Load an adapter for a base, and verify it; the base is left as it is.
+
+    Raises:
+        AdapterMismatchError: It does not fit the base, holds NaN, or changes nothing.
+    """
+    import mlx.core as mx
+
+    model = tree_of(base.model)
+    with computing_on(base.device), quiet_process():
+        tensors = mx.load(str(files.weights))
+        if files.fine_tune_type == "full":
+            layers, arrays = {}, _in_the_bases_place(base, files, tensors)
+        else:
+            layers = _converted_layers(base, files, model, tensors) if files.peft else _own_layers(base, files, model)
+            arrays = _by_place(files, tensors)
+            _verify_places(base, files, layers, arrays)
+        put_arrays(model, arrays)
+        model.eval()
+        mx.eval(arrays_of(model))  # all of them: a thread can't evaluate what is left to another thread's stream
+        verify_values(base, files, layers, arrays)
+    shared = SharedArrays("adapter weight", model, arrays)
+    return Adapter(files, model, arrays, layers, shared, ClassesRecord(layers.values()))
+
+
+def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
+    """Return the tokenizer of an adapter's side: its base's, unless the adapter's folder brings another one."""
+    if not brings_tokenizer(base.spec, files.folder):
+        return base.tokenizer
+    with completed(base.encoder, files.folder) as folder:
+        return load_tokenizer(base.spec, folder, vars(base.config))
+
+
+def _own_layers(base: LoadedBase, files: AdapterFiles, model: Any) -> dict[str, Any]:
+    """Have mlx-lm put its layers into a tree of the base, by its own rules."""
+    utils = mlx_lm_module("tuner.utils")
+    parameters = dict(files.config["lora_parameters"])
+    settings = parameters | {"dropout": 0.0, "scale": float(parameters["scale"])}  # MLX casts no large whole number
+    try:
+        utils.linear_to_lora_layers(
+            model, files.config["num_layers"], settings, use_dora=files.fine_tune_type == "dora"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterMismatchError(
+            f"mlx-lm cannot put the adapter {str(files.folder)!r} on the base {base.spec.base!r}: {error}."
+            " Name the base that it was trained on."
+        ) from error
+    before = modules_of(base.model)
+    return {
+        name: now for name, now in modules_of(model).items() if name in before and type(now) is not type(before[name])
+    }
+
+
+def _converted_layers(base: LoadedBase, files: AdapterFiles, model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put mlx-lm's layers for an adapter of PEFT into a tree of the base."""
+    pairs, others = pairs_of(files)
+    own, modules = arrays_of(model), modules_of(model)
+    copies = {name: copied for name in others if (copied := copied_from_base(name)) in own}
+    unexpected = [*(name for name in others if name not in copies), *_homeless(modules, pairs)]
+    verify_names(base.spec, files, unexpected=unexpected, missing=_halves(files, pairs))
+    for name, copied in copies.items():
+        if not _equal(tensors[name], own[copied]):
+            raise inexact(files.folder, f"it brings other values than the base's for {copied}")
+    layers = {name: _layer(files, modules, name, pair) for name, pair in pairs.items()}
+    put_modules(model, layers)
+    return layers
+
+
+def _equal(tensor: Any, array: Any) -> bool:
+    import mlx.core as mx
+
+    return tensor.shape == array.shape and bool(mx.array_equal(tensor.astype(array.dtype), array).item())
+
+
+def _homeless(modules: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[str]:
+    """The tensors of modules that the MLX model has not, or that are of another kind there."""
+    from mlx import nn
+
+    kinds: Any = {True: (nn.Embedding, nn.QuantizedEmbedding), False: (nn.Linear, nn.QuantizedLinear)}
+    return [
+        tensor
+        for name, pair in pairs.items()
+        if not isinstance(modules.get(name), kinds[pair.embedding])
+        for tensor in pair.tensors.values()
+    ]
+
+
+def _halves(files: AdapterFiles, pairs: Mapping[str, Pair]) -> list[str]:
+    """The tensors that a module's others need beside them."""
+    wanted = LEAVES if files.fine_tune_type == "dora" else LEAVES[:2]
+    return [f"{name}.{leaf}" for name, pair in pairs.items() for leaf in wanted if leaf not in pair.tensors]
+
+
+def _layer(files: AdapterFiles, modules: Mapping[str, Any], name: str, pair: Pair) -> Any:
+    lora, dora = mlx_lm_module("tuner.lora"), mlx_lm_module("tuner.dora")
+    if pair.embedding:
+        if files.fine_tune_type == "dora":
+            raise inexact(files.folder, "it has DoRA on an embedding, which mlx-lm computes in another way")
+        if "lm_head" not in modules:
+            raise inexact(files.folder, "the base's embeddings are its output layer too, and MLX would change both")
+        return lora.LoRAEmbedding.from_base(modules[name], r=pair.rank, scale=pair.scale)
+    kind = dora.DoRALinear if files.fine_tune_type == "dora" else lora.LoRALinear
+    return kind.from_base(modules[name], r=pair.rank, scale=pair.scale)
+
+
+def _by_place(files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter's arrays by the names that they will have in the model."""
+    if not files.peft:
+        return dict(tensors)
+    pairs, _ = pairs_of(files)
+    return {
+        f"{name}.{leaf}": as_mlx(leaf, tensors[tensor])
+        for name, pair in pairs.items()
+        for leaf, tensor in pair.tensors.items()
+    }
+
+
+def _verify_places(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    """Raise unless the adapter has an array for each place in its layers, as large as that, and no other."""
+    places = {
+        f"{name}.{inner}": array
+        for name, layer in layers.items()
+        for inner, array in arrays_of(layer).items()
+        if inner.rpartition(".")[2] in LEAVES
+    }
+    verify_names(base.spec, files, unexpected=arrays.keys() - places.keys(), missing=places.keys() - arrays.keys())
+    verify_shapes(base.spec, files, arrays, places)
+
+
+def _in_the_bases_place(base: LoadedBase, files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays that stand in for the base's own, as mlx-lm saves a full fine-tune of some of the layers."""
+    own = arrays_of(base.model)
+    verify_names(base.spec, files, unexpected=tensors.keys() - own.keys(), missing=())
+    verify_shapes(base.spec, files, tensors, own)
+    return {name: tensor.astype(own[name].dtype) for name, tensor in tensors.items()}

@@ -1,0 +1,140 @@
+"""What an adapter's folder says: mlx-lm's own form, or PEFT's, told apart by its adapter_config.json.
+
+Both are a folder with an ``adapter_config.json``: PEFT's names a ``peft_type``, and mlx-lm's a ``fine_tune_type`` or
+``lora_parameters``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter
+from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
+from pytest_sway.backends.mlx.adapters.conversion import refuse_inexact
+from pytest_sway.backends.questions import shortened
+from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+WEIGHTS: Final = "adapters.safetensors"
+PEFT_WEIGHTS: Final = "adapter_model.safetensors"
+FINE_TUNE_TYPES: Final = ("lora", "dora", "full")
+LARGEST_FLOAT32: Final = 3.4028234663852886e38
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter's folder, read but not loaded.
+
+    Attributes:
+        folder: The folder.
+        peft: Whether PEFT wrote it.
+        config: Its ``adapter_config.json``.
+        entries: Its tensors by name.
+    """
+
+    folder: Path
+    peft: bool
+    config: Mapping[str, Any]
+    entries: Mapping[str, TensorEntry]
+
+    @property
+    def weights(self) -> Path:
+        """The file of its tensors."""
+        return self.folder / (PEFT_WEIGHTS if self.peft else WEIGHTS)
+
+    @property
+    def fine_tune_type(self) -> str:
+        """``lora``, ``dora`` or ``full``: what it does to a layer."""
+        if self.peft:
+            return "dora" if self.config.get("use_dora") else "lora"
+        return str(self.config.get("fine_tune_type", "lora"))
+
+
+def read_mlx_adapter(folder: Path) -> AdapterFiles:
+    """Read what a folder says about its adapter.
+
+    Raises:
+        SpecError: There is no such folder, or no adapter in it, or mlx-lm would not know what to do with it.
+        WeightsError: Its weights are missing, broken, or only there in a format that is not read.
+        AdapterMismatchError: It is an adapter of PEFT that cannot be converted exactly.
+    """
+    config = _config(folder)
+    if config is None or "peft_type" in config:
+        files = read_adapter(folder)  # which knows what else can be wrong with a folder
+        assert files.entries is not None
+        refuse_inexact(files)
+        _check_numbers(folder / CONFIG, files.config)
+        return AdapterFiles(folder, True, files.config, files.entries)
+    _check_config(folder, config)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        hint = (
+            f" Its {weights.stem}.npz is the format of the first versions of mlx-lm, which is not read; train it again."
+            if weights.with_suffix(".npz").is_file()
+            else ""
+        )
+        raise WeightsError(f"the adapter {str(folder)!r} has no weights: expected {WEIGHTS} beside its {CONFIG}.{hint}")
+    return AdapterFiles(folder, False, config, read_header(weights))
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    """Return the configuration if it is one; whatever else there is, PEFT's reader finds words for it."""
+    try:
+        config = json.loads(read_bounded(folder / CONFIG, CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_adapter = isinstance(config, dict) and {"peft_type", "fine_tune_type", "lora_parameters"} & config.keys()
+    return config if is_adapter else None
+
+
+def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in FINE_TUNE_TYPES:
+        raise SpecError(
+            f"the adapter {str(folder)!r} has the fine_tune_type {kind!r}, and those known are"
+            f" {', '.join(FINE_TUNE_TYPES)}. Save the adapter again with a current mlx-lm."
+        )
+    if kind == "full":
+        return
+    path, layers, parameters = folder / CONFIG, config.get("num_layers"), config.get("lora_parameters")
+    if not isinstance(layers, int) or not isinstance(parameters, dict) or not {"rank", "scale"} <= parameters.keys():
+        raise SpecError(
+            f"{str(path)!r} does not say which layers mlx-lm is to change: it needs num_layers, and"
+            " lora_parameters with rank and scale. Save the adapter again with a current mlx-lm."
+        )
+    _require_rank(path, "rank in lora_parameters", parameters["rank"])
+    _require_number(path, "scale in lora_parameters", parameters["scale"])
+
+
+def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless the ranks and alphas in PEFT's configuration are such."""
+    _require_rank(path, "r", config.get("r"))
+    _require_number(path, "lora_alpha", config.get("lora_alpha"))
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        _require_rank(path, f"rank_pattern[{shortened(pattern)}]", rank)
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        _require_number(path, f"alpha_pattern[{shortened(pattern)}]", alpha)
+
+
+def _require_rank(path: Path, field: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise _unfit(path, field, value, "a whole number of 1 or more")
+
+
+def _require_number(path: Path, field: str, value: Any) -> None:
+    if type(value) not in (int, float) or not abs(value) <= LARGEST_FLOAT32:
+        raise _unfit(path, field, value, "a number that float32 holds")
+
+
+def _unfit(path: Path, field: str, value: Any, wanted: str) -> SpecError:
+    return SpecError(
+        f"{str(path)!r} has {field} = {shortened(value)}, and it must be {wanted}. Save the adapter again."
+    )

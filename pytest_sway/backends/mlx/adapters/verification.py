@@ -1,0 +1,178 @@
+"""Is the adapter that was asked for really on the model, and does it do anything?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from pytest_sway.backends.mlx.model.bound_model import Side
+from pytest_sway.backends.mlx.model.placement import computing_on
+from pytest_sway.backends.mlx.model.trees import arrays_of, not_finite, parameters_of
+from pytest_sway.backends.text.tokens import Window
+from pytest_sway.errors import AdapterMismatchError, WeightsError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from pytest_sway.backends.mlx.adapters.files import AdapterFiles
+    from pytest_sway.backends.mlx.model.base import LoadedBase
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+# DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
+_ROUNDING: Final = 2.0**-7
+_TOKENS: Final = 16
+
+
+def verify_names(
+    base: ModelSpec, files: AdapterFiles, *, unexpected: Collection[str], missing: Collection[str]
+) -> None:
+    """Raise unless every tensor of the file found its place, and every place its tensor.
+
+    Args:
+        base: What it is put on.
+        files: The adapter.
+        unexpected: Names in the file that the model has no place for.
+        missing: Names in the model that the file has no tensor for.
+
+    Raises:
+        AdapterMismatchError: Some did not match.
+    """
+    found = []
+    if unexpected:
+        found.append(f"{len(unexpected)} of its tensors have no place in the base ({_some(unexpected)})")
+    if missing:
+        found.append(f"{len(missing)} places in the base have no tensor in it ({_some(missing)})")
+    if found:
+        raise _mismatch(base, files, " and ".join(found))
+
+
+def verify_shapes(base: ModelSpec, files: AdapterFiles, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise unless every tensor is as large as its place.
+
+    Raises:
+        AdapterMismatchError: Some are not.
+    """
+    wrong = [
+        f"{name} is {_shape(array)}, its place {_shape(wanted[name])}"
+        for name, array in found.items()
+        if array.shape != wanted[name].shape
+    ]
+    if wrong:
+        raise _mismatch(base, files, f"{len(wrong)} of its tensors have other sizes ({_some(wrong)})")
+
+
+def verify_base(base: LoadedBase) -> None:
+    """Raise unless a model's weights are finite, and what it computes with them.
+
+    Raises:
+        WeightsError: They are not.
+    """
+    weights = parameters_of(base.model)
+    broken = not_finite(weights)
+    if broken:
+        raise WeightsError(
+            f"the model {base.spec.base!r} has NaN or infinite values in {len(broken)} of its {len(weights)} tensors"
+            f" ({_some(broken)}). Its training diverged, or the file is damaged."
+        )
+    if not _computes_finite(Side(base, base.model, base.tokenizer)):
+        raise WeightsError(
+            f"the model {base.spec.base!r} computes NaN or infinite log-probabilities in {base.spec.dtype}: its weights"
+            " are too large for that. Ask for dtype 'fp32'; or the file is damaged."
+        )
+
+
+def verify_effect(side: Side, files: AdapterFiles) -> None:
+    """Raise unless what a base computes with an adapter on it is finite.
+
+    Raises:
+        AdapterMismatchError: It is not.
+    """
+    if not _computes_finite(side):
+        raise AdapterMismatchError(
+            f"with the adapter {str(files.folder)!r} the base {side.base.spec.base!r} computes NaN or infinite"
+            f" log-probabilities in {side.base.spec.dtype}: its weights or its scale are too large. Its training"
+            " diverged, or the files are damaged."
+        )
+
+
+def verify_values(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    """Raise unless an adapter's arrays are finite and can change anything.
+
+    Args:
+        base: What it is put on.
+        files: The adapter.
+        layers: mlx-lm's layers with its arrays; none for a full fine-tune.
+        arrays: Its arrays, by their names in the model.
+
+    Raises:
+        AdapterMismatchError: They are not, or cannot.
+    """
+    folder = str(files.folder)
+    broken = not_finite(arrays)
+    if broken:
+        raise AdapterMismatchError(
+            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(arrays)} tensors"
+            f" ({_some(broken)}). Its training diverged, or the file is damaged."
+        )
+    if all(map(_changes_nothing, layers.values())) if layers else _equal_in_base(base, arrays):
+        why = (
+            "its tensors are the base's own"
+            if not layers
+            else "in each of its LoRA pairs, A, B or the scale is zero, so that every product is zero"
+        )
+        raise AdapterMismatchError(
+            f"the adapter {folder!r} changes nothing on the base {base.spec.base!r}: {why}."
+            " Was it saved before it was trained?"
+        )
+
+
+def _changes_nothing(layer: Any) -> bool:
+    """Whether a layer of LoRA or DoRA computes what the module inside it does."""
+    import mlx.core as mx
+
+    if layer.scale and all(mx.any(layer[leaf] != 0).item() for leaf in ("lora_a", "lora_b")):
+        return False
+    if "m" not in layer:
+        return True
+    inner = layer.linear if "linear" in layer else layer.embedding
+    if "scales" in inner:  # its norms are those of what it stands for, which only mlx-lm's own layer knows
+        return False
+    norms = mx.linalg.norm(inner.weight.astype(mx.float32), axis=1)
+    return bool(mx.allclose(layer.m.astype(mx.float32), norms, rtol=_ROUNDING).item())
+
+
+def _equal_in_base(base: LoadedBase, arrays: Mapping[str, Any]) -> bool:
+    """Whether a full fine-tune's arrays are the base's."""
+    import mlx.core as mx
+
+    own = arrays_of(base.model)
+    return all(mx.array_equal(array, own[name]).item() for name, array in arrays.items())
+
+
+def _computes_finite(side: Side) -> bool:
+    """Whether a model's log-probabilities are finite, for tokens from all over the vocabulary."""
+    words = side.base.embedded or _TOKENS
+    ids = tuple(range(0, words, max(1, words // _TOKENS)))[:_TOKENS]
+    if len(ids) < 2:
+        return True
+    with computing_on(side.base.device):
+        return bool(np.isfinite(side.engine().logprobs(Window(ids[:1], ids[1:]))).all())
+
+
+def _mismatch(base: ModelSpec, files: AdapterFiles, what: str) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {what}."
+        " Name the base that it was trained on."
+    )
+
+
+def _shape(array: Any) -> str:
+    return " x ".join(map(str, array.shape))
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,0 +1,1 @@
+"""One loaded base, its arrays, and what computes with them."""

@@ -1,0 +1,214 @@
+"""A loaded base: one MLX model and its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.local.tokenizer_copies import RustRecord, copied
+from pytest_sway.backends.mlx.model.libraries import mlx_lm_module, quiet_process
+from pytest_sway.backends.mlx.model.placement import computing_on, mlx_device, mlx_dtype
+from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
+from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
+from pytest_sway.backends.mlx.model.trees import arrays_of
+from pytest_sway.errors import BackendLoadError
+from pytest_sway.spec.model_spec import is_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_LAYER_TYPES: Final = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+
+
+class LoadedBase:
+    """A base model in memory.
+
+    Attributes:
+        spec: The resolved spec that it was loaded from.
+        model: The model, in evaluation mode: a pristine tree, which is never run, handed out or changed.
+        tokenizer: mlx-lm's wrapper around the tokenizer.
+        encoder: The Hugging Face tokenizer inside.
+        config: The model's configuration, as attributes.
+        device: What computes it.
+        embedded: How many tokens it has embeddings for; ``None`` if that is unknown.
+        shared: Its arrays.
+    """
+
+    def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
+        self.spec = spec
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = encoder_of(tokenizer)
+        self.config = as_attributes(config)
+        self.device = mlx_device(spec)
+        self.embedded = _embedded(model)
+        self.shared = SharedArrays("base weight", model, arrays_of(model))
+        self._rust = RustRecord(self.encoder)
+        self._classes = ClassesRecord(model.modules())
+
+    @property
+    def closed(self) -> bool:
+        """Whether its last user has left."""
+        return self.model is None
+
+    def changes(self) -> list[str]:
+        """One line for each thing that all trees of the base share and that is no longer as it was."""
+        return [*self._rust.changes(), *self._classes.changes(), *self.shared.changes()]
+
+    def close(self) -> None:
+        """Let go of the model, and give its memory back."""
+        import gc
+
+        import mlx.core as mx
+
+        self.model = self.tokenizer = self.encoder = self._rust = None  # type: ignore[assignment] # it is closed
+        gc.collect()
+        mx.clear_cache()
+
+
+def load_base(spec: ModelSpec) -> LoadedBase:
+    """Load the base of a resolved spec, in evaluation mode, in its dtype.
+
+    Raises:
+        BackendLoadError: mlx-lm cannot load it, or does not understand its configuration.
+    """
+    import mlx.core as mx
+
+    utils = mlx_lm_module("utils")
+    with computing_on(mlx_device(spec)), quiet_process():
+        folder = _folder(spec)
+        settings = legacy_rope(json.loads((folder / "config.json").read_bytes()))
+        try:
+            model, config = utils.load_model(
+                folder, lazy=True, model_config=settings, trust_remote_code=spec.trust_remote_code
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise BackendLoadError(f"mlx-lm cannot load the base {spec.base!r}: {error}") from error
+        _require_rope(spec, model, config)
+        _set_dtype(model, mlx_dtype(spec))
+        model.eval()
+        mx.eval(arrays_of(model))  # all of them: a thread can't evaluate what is left to another thread's stream
+        tokenizer = load_tokenizer(spec, folder, config)
+    return LoadedBase(spec, model, tokenizer, config)
+
+
+def load_tokenizer(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> Any:
+    """Load mlx-lm's wrapper around the tokenizer in a folder.
+
+    Args:
+        spec: Says whether code that comes with it may run.
+        folder: The folder.
+        config: The configuration of the model that it is for.
+    """
+    trust = {"trust_remote_code": True} if spec.trust_remote_code else None
+    with quiet_process():
+        return mlx_lm_module("tokenizer_utils").load(folder, trust, eos_token_ids=config.get("eos_token_id"))
+
+
+def encoder_of(tokenizer: Any) -> Any:
+    """Return the Hugging Face tokenizer inside of mlx-lm's wrapper, which cannot be called itself."""
+    return tokenizer._tokenizer
+
+
+def own_tokenizer_of(tokenizer: Any) -> Any:
+    """Return a wrapper with settings of its own, around a tokenizer with settings of its own."""
+    encoder, detokenizer = encoder_of(tokenizer), copy.copy(tokenizer._detokenizer)
+    own = copied(encoder)
+    for name, value in vars(detokenizer).items():  # the rest is a table of all tokens, which is only read
+        if value is encoder:
+            setattr(detokenizer, name, own)
+    return copy.deepcopy(tokenizer, {id(encoder): own, id(tokenizer._detokenizer): detokenizer})
+
+
+def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration by which models of mlx-lm know their rotary embeddings.
+
+    transformers 5 writes them as ``rope_parameters``. Most of mlx-lm's models know only the fields of transformers 4,
+    and take their own default, without a word, where these are missing.
+    """
+    fields: dict[str, Any] = {}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        nested = {name: value for name, value in rope.items() if isinstance(value, dict)}
+        fields = _legacy_fields(rope) if not nested else {}
+        for layer_type, field in _LAYER_TYPES.items():
+            if "rope_theta" in nested.get(layer_type, {}):
+                fields[field] = nested[layer_type]["rope_theta"]
+        if "full_attention" in nested:
+            fields |= _legacy_fields(nested["full_attention"])
+        fields = {name: value for name, value in fields.items() if config.get(name) is None}
+    if isinstance(config.get("text_config"), dict):
+        text_fields = legacy_rope(config["text_config"])
+        if text_fields:
+            fields["text_config"] = config["text_config"] | text_fields
+    return fields
+
+
+def _require_rope(spec: ModelSpec, model: Any, config: Mapping[str, Any]) -> None:
+    """Raise if the model's rotary embeddings are described in a way that `legacy_rope` cannot put for it."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or hasattr(model.args, "rope_parameters"):
+        return
+    nested = {name: value for name, value in rope.items() if isinstance(value, dict)}
+    unknown = sorted(nested.keys() - _LAYER_TYPES.keys())
+    if unknown or nested.get("sliding_attention", {}).get("rope_type", "default") != "default":
+        raise BackendLoadError(
+            f"mlx-lm's {config.get('model_type')} does not understand the rope_parameters of the base {spec.base!r}"
+            f" ({', '.join(nested)}), and would compute with other ones. Convert the base with mlx_lm.convert, or use"
+            " kind='hf'."
+        )
+
+
+def _folder(spec: ModelSpec) -> Path:
+    """Return the base's folder, downloaded if it is on a hub and not here yet."""
+    if is_path(spec.base):
+        return Path(spec.base)
+    from huggingface_hub import snapshot_download
+
+    patterns = mlx_lm_module("utils").DEFAULT_ALLOW_PATTERNS
+    return Path(snapshot_download(spec.base, revision=spec.revision, allow_patterns=patterns))
+
+
+def _embedded(model: Any) -> int | None:
+    """The rows of the first embedding of a model, which is that of its tokens."""
+    from mlx import nn
+    from mlx.utils import tree_flatten
+
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    first = next((m for _, m in leaves if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)), None)
+    return None if first is None else int(first.weight.shape[0])
+
+
+def _set_dtype(model: Any, dtype: Any) -> None:
+    """Convert a model's floating-point arrays, but those that it needs in float32, as mlx_lm.convert does."""
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+
+    coarse = getattr(model, "cast_predicate", lambda _name: True)
+
+    def converted(name: str, array: Any) -> Any:
+        wanted = mx.issubdtype(array.dtype, mx.floating) and (dtype == mx.float32 or coarse(name))
+        return array.astype(dtype) if wanted else array
+
+    model.update(tree_map_with_path(converted, model.parameters()))
+
+
+def _legacy_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = dict(rope)
+    return fields
+
+
+def as_attributes(config: Any) -> Any:
+    """Return a configuration with its fields as attributes, as transformers has it."""
+    if not isinstance(config, dict):
+        return config
+    return SimpleNamespace(**{str(name): as_attributes(value) for name, value in config.items()})

@@ -1,0 +1,107 @@
+"""Prompts that are conversations: from messages to the text that the tokenizer's chat template makes of them."""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import Future
+from functools import partial
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.questions import checked_messages
+from pytest_sway.errors import ScoringError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pytest_sway.protocols import Message, Prompt
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+_MOST_ADDED: Final = 2**20
+"""Characters that a template adds of its own: instructions and descriptions of tools take thousands."""
+
+_PATIENCE: Final = 4.0
+"""Seconds for a template, which usually takes a thousandth of one."""
+
+_END_OF_CONTENT: Final = "CONTINUE_FINAL_MESSAGE_TAG"
+"""What transformers puts behind a last message that is continued, to cut the text there; it finds one of them only."""
+
+
+def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
+    """Return a prompt as text, and whether a chat template made it.
+
+    Raises:
+        ScoringError: It is neither a text nor a list of messages, or the template refuses the messages.
+    """
+    if isinstance(prompt, str):
+        return prompt, False
+    return render(tokenizer, prompt), True
+
+
+def render(tokenizer: Any, messages: Iterable[Message]) -> str:
+    """Return what the tokenizer's chat template makes of a conversation, up to where the answer goes on.
+
+    That is where the assistant's turn begins; or, where the last message is the assistant's, where its content ends, so
+    that this turn is continued.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: Mappings such as ``{"role": "user", "content": "Hello"}``, in order.
+
+    Raises:
+        ScoringError: The tokenizer has no template, a message is malformed, or the template refuses them.
+    """
+    conversation, continues = checked_messages(messages)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ScoringError(
+            "the tokenizer has no chat template, so messages cannot be rendered. Pass the prompt as text, or use the"
+            " model's instruction-tuned variant."
+        )
+    how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
+    try:
+        text = str(_in_time(partial(tokenizer.apply_chat_template, conversation, tokenize=False, **how)))
+    except ScoringError:
+        raise
+    except Exception as error:  # a template is a program, and can raise anything
+        roles = ", ".join(str(message["role"]) for message in conversation)
+        raise ScoringError(f"the tokenizer's chat template refuses messages with the roles {roles}: {error}") from error
+    said = sum(len(str(message)) for message in conversation)
+    if len(text) > _MOST_ADDED + 4 * said:
+        raise ScoringError(
+            f"the tokenizer's chat template makes {len(text):,} characters of messages of {said:,}, which no model"
+            " reads. Mend the template (chat_template.jinja, or chat_template in tokenizer_config.json)."
+        )
+    if continues and _END_OF_CONTENT in text and not any(_END_OF_CONTENT in str(each) for each in conversation):
+        raise ScoringError(
+            "the tokenizer's chat template prints the last message more than once, so the assistant's turn cannot be"
+            " continued. End the messages with a user's, or mend the template (chat_template.jinja, or chat_template"
+            " in tokenizer_config.json)."
+        )
+    return text
+
+
+def _in_time(render: Callable[[], Any]) -> Any:
+    """Return what a template makes; it is a program, which may not end, and so runs in a thread that can be left."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(render())
+        except BaseException as error:  # it is the caller's
+            outcome.set_exception(error)
+
+    thread = Thread(target=run, name="chat template", daemon=True)
+    thread.start()
+    try:
+        thread.join(_PATIENCE)
+    finally:
+        if not outcome.done():  # SystemExit ends the thread without a word
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    if not outcome.done():
+        raise ScoringError(
+            f"the tokenizer's chat template takes more than {_PATIENCE:g} s. Mend the template (chat_template.jinja, or"
+            " chat_template in tokenizer_config.json)."
+        )
+    return outcome.result()

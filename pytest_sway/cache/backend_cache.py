@@ -1,0 +1,400 @@
+"""`BackendCache`: an LRU cache of live backends that are leased, evicted and closed.
+
+Its invariants, each with a test of its number:
+
+ 1. Per key at most one load runs at a time, and all who wait for it get the same object.
+ 2. ``close()`` never starts while the entry is leased.
+ 3. Each loaded backend is closed at most once, and exactly once after `BackendCache.shutdown`.
+ 4. loading + ready + closing <= max_size, always: room is made before the load.
+ 5. Becoming READY and granting leases to those who waited is one atomic step.
+ 6. A CLOSING entry is never handed out; who asks for it waits, then gets a new one.
+ 7. The victim is the least recently used idle entry.
+ 8. A late completion, release or eviction of one generation never touches the next.
+ 9. A failed load is not cached: leader and waiters get the error, and the next call tries again.
+10. An interrupted load undoes its reservation; the interrupt goes up where it struck, and a waiter takes over.
+11. A ``close()`` that raises fails nobody else's request.
+12. Backends without ``close()`` are dropped.
+13. When nothing is in flight, no waiter or error is left, and none keeps a backend alive.
+14. A load that waits for itself, also through other threads, gets an error, not a deadlock.
+15. Releasing a lease twice is harmless, from any thread.
+16. A base is loaded once, closed after its last adapter, and its bytes count once.
+17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else the request waits. What a
+    test keeps to its end is the test's in all its threads, and what an ended thread has left is the main thread's.
+18. With a byte budget, sizes are estimated before the load, and unknown counts as the whole budget.
+19. After a fork the child starts empty and closes nothing of its parent's.
+20. `BackendCache.evict_all` closes every idle entry even when some raise, and can be called twice.
+
+How a request goes: `acquire` opens an `Operation`, its record of what it has taken. The atomic steps of the `Ledger`
+are all that touches the entries. Between them, outside its lock, backends are loaded and closed here. Whatever error
+comes up, `_abandon` gives back all that the operation's record names; every step may be repeated, since an interrupt
+can strike in the clean-up too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, final
+
+from pytest_sway.cache import messages
+from pytest_sway.cache.builds import Build, Listener, informed
+from pytest_sway.cache.entries import Budget, Claim, Entry, Operation, Parts, State, closers_of
+from pytest_sway.cache.leases import CachedBackend, Lease
+from pytest_sway.cache.ledger import Ledger
+from pytest_sway.cache.stats import SwayStats
+from pytest_sway.errors import FilesChangedError, SwayError
+from pytest_sway.spec.model_spec import Key, ModelSpec, SpecLike, parse_spec, resolved_key, state_of_files, with_adapter
+from pytest_sway.system.imports import import_seconds
+from pytest_sway.system.locking import Bell
+from pytest_sway.system.redaction import redacted, without_secrets
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_log = logging.getLogger(__name__)
+
+_TRIES: Final = 3
+"""How often a load is tried whose files change meanwhile."""
+
+_GLANCE: Final = 1.0
+"""Seconds after which who waits looks again for what nobody announces: a lease that was dropped, not released."""
+
+
+@final
+class BackendCache:
+    """At most ``max_size`` live backends, loaded once each, leased while in use, closed when evicted.
+
+    Thread-safe, and local to its process.
+
+    Args:
+        max_size: The most backends that are loading, ready or closing at one time; at least 1.
+        max_bytes: The most bytes of weights that are resident at one time; ``None`` for no bound.
+        build: What makes a backend of a spec; an `InformedBuild` is asked more. By default the backends of this
+            package, with bases shared among the adapters of this cache.
+        named: Specs that may be asked for by name.
+        listener: Who is told of loads and closes.
+        who: Names whoever asks without a name of his own; by default by the calling thread.
+        remedy: What to do when there is no room, at the end of a sentence.
+        lease_timeout: Seconds that a request waits for others to release what keeps it from being loaded.
+
+    Attributes:
+        stats: What happened so far.
+
+    Raises:
+        ValueError: ``max_size`` or ``max_bytes`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        max_size: int = 2,
+        *,
+        max_bytes: int | None = None,
+        build: Build | None = None,
+        named: Mapping[str, Any] = MappingProxyType({}),
+        listener: Listener | None = None,
+        who: Callable[[], str] = lambda: threading.current_thread().name,
+        remedy: str = "raise the size of the cache",
+        lease_timeout: float = 300.0,
+    ) -> None:
+        if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1:
+            raise ValueError(f"max_size must be a whole number of at least 1; found {max_size!r}.")
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, or None for no bound; found {max_bytes!r}.")
+        self.stats: Final = SwayStats()
+        self._budget: Final = Budget(max_size, max_bytes)
+        self._ledger: Final = Ledger(self._budget, self.stats, remedy, self._release)
+        self._build: Final = informed(build)
+        self._named: Final = named
+        self._listener: Final = listener or Listener()
+        self._who: Final = who
+        self._lease_timeout: Final = lease_timeout
+
+    # --- what callers use ---------------------------------------------------------------------------------------------
+
+    @property
+    def max_size(self) -> int:
+        """The most backends that are resident at one time."""
+        return self._budget.max_size
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The most bytes of weights that are resident at one time, or ``None``."""
+        return self._budget.max_bytes
+
+    def resolve(self, spec: SpecLike, *, adapter_path: Path | None = None) -> ModelSpec:
+        """Return ``spec`` parsed, with the device and dtype that it is loaded with here.
+
+        Raises:
+            SpecError: It is malformed.
+        """
+        return self._resolve(spec, adapter_path)
+
+    def get_or_load(self, spec: SpecLike, *, adapter_path: Path | None = None) -> CachedBackend:
+        """Return the entry of ``spec``, loaded if need be. It is not pinned: a later load may evict it.
+
+        Args:
+            spec: What to load, in any form that `pytest_sway.spec.model_spec.parse_spec` takes.
+            adapter_path: An adapter that takes the place of the spec's own, in the key as in the load.
+
+        Raises:
+            SwayError: As `acquire`.
+        """
+        lease = self.acquire(spec, adapter_path=adapter_path)
+        try:
+            return lease.cached
+        finally:
+            lease.release()
+
+    @contextmanager
+    def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Iterator[Any]:
+        """Give the backend of ``spec``, pinned until the block ends.
+
+        Args:
+            spec: What to load.
+            adapter_path: An adapter that takes the place of the spec's own.
+            holder: Who is named to others when the cache is full.
+
+        Raises:
+            SwayError: As `acquire`.
+        """
+        with self.acquire(spec, adapter_path=adapter_path, holder=holder) as backend:
+            yield backend
+
+    def acquire(
+        self,
+        spec: SpecLike,
+        *,
+        adapter_path: Path | None = None,
+        holder: str | None = None,
+        to_the_end: bool = False,
+    ) -> Lease:
+        """Return a lease on the backend of ``spec``, which is loaded if need be.
+
+        Args:
+            spec: What to load.
+            adapter_path: An adapter that takes the place of the spec's own.
+            holder: Who is named to others when the cache is full; by default as the cache's ``who`` says.
+            to_the_end: The holder, such as a test, releases at its own end, whichever of its threads asked: so nothing
+                that it asks for meanwhile waits for that.
+
+        Raises:
+            SpecError: The spec is malformed.
+            CacheFullError: No room can be made.
+            CacheDeadlockError: The load waits for itself.
+            CacheClosedError: The cache was shut down.
+            SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
+        """
+        resolved = self._resolve(spec, adapter_path)
+        for _ in range(_TRIES - 1):
+            with suppress(FilesChangedError):  # the next look at them gives another key
+                return self._acquire(resolved, holder, to_the_end)
+        return self._acquire(resolved, holder, to_the_end)
+
+    def _acquire(self, resolved: ModelSpec, holder: str | None, to_the_end: bool) -> Lease:
+        operation = Operation(holder or self._who(), to_the_end)
+        try:
+            try:
+                lease = self._serve(operation, resolved, resolved_key(resolved))
+                self._listener.leased(lease.cached)
+                return lease
+            except BaseException:
+                self._abandon(operation)
+                raise
+        except BaseException as error:
+            self._abandon(operation)  # an interrupt may have struck in the handler above
+            without_secrets(error)  # in place: what is not an Exception goes up as it is
+            raise
+
+    def loaded_keys(self) -> list[Key]:
+        """The keys of what is ready now, most recently used last."""
+        return self._ledger.loaded_keys()
+
+    def loaded_specs(self) -> list[ModelSpec]:
+        """The specs of what is ready now, most recently used last."""
+        return self._ledger.loaded_specs()
+
+    def leased(self) -> list[CachedBackend]:
+        """What is leased now and not retired."""
+        return self._ledger.leased()
+
+    def ready(self) -> list[CachedBackend]:
+        """What is ready now, leased or idle, most recently used last; not what is retired."""
+        return self._ledger.ready()
+
+    def retire(self, cached: CachedBackend) -> None:
+        """Hand ``cached`` out to nobody new, and close it: now if it is idle, else after its last lease."""
+        self._close_each(lambda operation: self._ledger.retire(operation, lambda entry: entry.cached is cached))
+
+    def evict_all(self) -> None:
+        """Close everything: what is idle now, what is leased after its last lease. Loads under way go on."""
+        self._close_each(lambda operation: self._ledger.retire(operation, lambda entry: entry.state is State.READY))
+
+    def shutdown(self, timeout: float | None = None) -> list[str]:
+        """Close everything for good, waiting for loads and closes under way; later requests get `CacheClosedError`.
+
+        Args:
+            timeout: Seconds to wait for them; by default as long as for leases. What is still loading then is closed
+                by its own thread when it is done.
+
+        Returns:
+            The holders of leases that were still open; their backends were closed all the same.
+        """
+        try:
+            self._ledger.refuse_from_now_on()
+            deadline = time.monotonic() + (self._lease_timeout if timeout is None else timeout)
+            while time.monotonic() < deadline and (bell := self._ledger.under_way()) is not None:
+                self._wait(bell, min(_GLANCE, max(0.0, deadline - time.monotonic())))
+            return self._ledger.revoke_leases()
+        finally:
+            self._close_each(self._ledger.take_idle)
+
+    # --- one request --------------------------------------------------------------------------------------------------
+
+    def _resolve(self, spec: SpecLike, adapter_path: Path | None) -> ModelSpec:
+        try:
+            return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
+        except Exception as error:
+            without_secrets(error)  # somebody may have put one into a field
+            raise
+
+    def _serve(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease:
+        lease = self._claim(operation, spec, key)
+        return lease if lease is not None else self._load(operation, spec)
+
+    def _claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | None:
+        try:
+            while isinstance(claimed := self._ledger.try_to_claim(operation, spec, key), Bell):
+                self._wait(claimed, _GLANCE)
+            return claimed
+        finally:
+            if operation.waits_for is not None:
+                self._ledger.stop_waiting(operation)
+
+    def _load(self, operation: Operation, spec: ModelSpec) -> Lease:
+        """Load what this operation leads; the lease is its own, those who waited have theirs."""
+        files = state_of_files(spec)
+        try:
+            self._require_key(operation, spec)
+            self._build.check(spec)
+            estimate = self._build.estimate(spec)
+            self._refuse_if_over_budget(spec, estimate)
+            with self._build.hold(spec):
+                self._make_room(operation, estimate)
+                with self._listener.loading(spec):
+                    seconds = self._build_in_memory(operation, spec, estimate)
+            if state_of_files(spec) != files:
+                raise messages.files_changed(spec)
+            lease = self._ledger.admit(operation, seconds, self._build.measure(operation.built[0]))
+        except Exception as error:
+            # Frames that have ended would keep a half-loaded model alive for as long as the error's report lives.
+            traceback.clear_frames(error.__traceback__)
+            shown = without_secrets(error)
+            failure = shown if isinstance(shown, SwayError) else messages.load_failed(shown, spec)
+            self._ledger.fail(operation, failure)
+            if failure is error:
+                raise
+            raise failure from shown
+        self._close_victims(operation)
+        self._listener.loaded(lease.cached)
+        return lease
+
+    def _build_in_memory(self, operation: Operation, spec: ModelSpec, estimate: Parts | None) -> float:
+        """Build, and once more without all that is idle if the memory runs out; return the seconds without imports."""
+        started = time.perf_counter() - import_seconds()
+        for attempt in (1, 2):
+            try:
+                operation.built.extend(map(self._build, [spec]))  # in C: nothing comes between build and record
+                break
+            except Exception as error:
+                if not self._build.exhausted(error):
+                    raise
+                if attempt == 2:
+                    raise messages.out_of_memory(spec, estimate, self._ledger.residents()) from error
+                traceback.clear_frames(error.__traceback__)
+            self._ledger.evict_idle(operation)
+            self._close_victims(operation)
+        return max(0.0, time.perf_counter() - import_seconds() - started)
+
+    def _require_key(self, operation: Operation, spec: ModelSpec) -> None:
+        """Raise if the files have changed since the request was made: they are loaded under a key of what they hold."""
+        if operation.entry is not None and resolved_key(spec) != operation.entry.key:
+            raise messages.files_changed(spec)
+
+    def _refuse_if_over_budget(self, spec: ModelSpec, parts: Parts | None) -> None:
+        if parts is not None and self.max_bytes is not None and sum(parts.values()) > self.max_bytes:
+            raise messages.too_large(spec, sum(parts.values()), self.max_bytes)
+
+    def _make_room(self, operation: Operation, estimate: Parts | None) -> None:
+        since, patience = time.monotonic(), self._lease_timeout
+        while (bell := self._ledger.reserve(operation, estimate, since, patience)) is not None:
+            if operation.victims:
+                self._close_victims(operation)
+            else:
+                self._wait(bell, min(_GLANCE, max(0.0, since + patience - time.monotonic())))
+
+    def _close_victims(self, operation: Operation) -> None:
+        while operation.victims:
+            self._close(operation, operation.victims[0])
+
+    def _close_each(self, take: Callable[[Operation], None]) -> None:
+        """Close what ``take`` puts among the victims of an operation, whatever some of the closes raise."""
+        operation = Operation(self._who())
+        try:
+            try:
+                take(operation)
+                self._close_victims(operation)
+            except BaseException:
+                self._abandon(operation)
+                raise
+        except BaseException as error:
+            self._abandon(operation)
+            without_secrets(error)
+            raise
+
+    def _close(self, operation: Operation, entry: Entry) -> None:
+        """Close a CLOSING entry; the only place where a backend's ``close()`` is called."""
+        try:
+            while entry.closers:
+                entry.closers.pop()()
+        except Exception as raised:
+            self._note_close_error(f"closing {entry.spec} failed", raised)
+        finally:
+            cached = self._ledger.forget(operation, entry)
+        if cached is not None:
+            self._listener.evicted(cached)
+
+    def _note_close_error(self, what: str, error: Exception) -> None:
+        _log.warning(what, exc_info=without_secrets(error))
+        self.stats.close_errors.append(f"{what}: {type(error).__name__}: {redacted(str(error))}")
+
+    def _release(self, entry: Entry, claim: Claim) -> None:
+        self._close_each(lambda operation: self._ledger.unclaim(operation, entry, claim))
+
+    # --- the steps: each is atomic, and can be repeated ---------------------------------------------------------------
+
+    def _abandon(self, operation: Operation) -> None:
+        """Give back all that an operation has taken, after an error or an interrupt."""
+        entry = operation.entry
+        if entry is not None and entry.state is State.LOADING:
+            if operation.built:
+                entry.closers[:] = closers_of(operation.built)
+                operation.built.clear()
+            try:
+                while entry.closers:
+                    entry.closers.pop()()
+            except Exception as raised:
+                self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
+        self._ledger.undo(operation)
+
+    def _wait(self, bell: Bell, timeout: float) -> None:
+        bell.wait(timeout)
+
+    # --- parts of steps, under the lock -------------------------------------------------------------------------------

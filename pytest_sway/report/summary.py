@@ -1,0 +1,104 @@
+"""The summary that stands at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pytest_sway.cache.entries import format_bytes
+from pytest_sway.system.redaction import redacted
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_sway.cache.stats import BackendStats, SwayStats
+    from pytest_sway.run.controller import WorkerReport
+    from pytest_sway.run.settings import SwaySettings
+
+_WORTH_A_LINE = 0.05
+_COLUMNS = ("backend", "loads", "hits", "seconds", "evicted", "failed")
+
+
+def write_summary(
+    terminal: pytest.TerminalReporter, stats: SwayStats, settings: SwaySettings, workers: Sequence[WorkerReport] = ()
+) -> None:
+    """Write the summary's section, if a test asked for a backend, and whether what was found fails the run."""
+    lines = list(summary_lines(stats, workers))
+    if lines:
+        terminal.section("sway")
+        for line in lines:
+            terminal.write_line(redacted(line))
+    if settings.fails_run(stats.leaks):
+        terminal.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
+
+
+def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Iterator[str]:
+    """The lines of the summary; none where no test asked for a backend.
+
+    Args:
+        stats: What happened, over all workers where there are some.
+        workers: What happened in each worker.
+    """
+    if stats.backends:
+        yield from _table(stats)
+    elif not any(worker.loading for worker in workers):
+        return
+    for name, base in stats.bases.items():
+        line = f"base {name}: {_times(base.loads, 'load')}, {base.load_seconds:.2f} s"
+        if (recalled := stats.recalled.get(name)) is not None:
+            line += f"; {_times(recalled.answers, 'answer')} from memory saved {recalled.seconds:.1f} s"
+        yield line
+    if stats.import_seconds >= _WORTH_A_LINE:
+        each = ", over all workers" if workers else ""
+        yield f"imports of libraries: {stats.import_seconds:.1f} s, once in each process{each}"
+    saved = f"saved about {stats.saved_seconds():.1f} s of loading"
+    yield f"{saved}, over all workers" if workers else f"{_peak(stats)}; {saved}"
+    if (avoidable := stats.avoidable()).loads:
+        least = sum(stats.fewest_base_loads.values())
+        seconds = f"about {avoidable.load_seconds:.1f} s less"
+        yield f"base loads: {least + avoidable.loads}; with --dist loadgroup {least}, {seconds} of loading"
+    for worker in workers:
+        yield from _worker_line(worker)
+    for title, found in (
+        ("left changed", stats.mutations),
+        ("leaked", stats.leaks),
+        ("failed to close", stats.close_errors),
+        ("raised", stats.hook_errors),
+        ("never released", stats.unreleased),
+    ):
+        for text in found:
+            yield f"{title}: {text}"
+
+
+def _table(stats: SwayStats) -> Iterator[str]:
+    rows = [_COLUMNS, *(_row(label, backend) for label, backend in stats.backends.items())]
+    if len(stats.backends) > 1:
+        rows.append(_row("total", stats.total()))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    for label, *numbers in rows:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        yield "  ".join([label.ljust(widths[0]), *cells])
+
+
+def _row(label: str, stats: BackendStats) -> tuple[str, ...]:
+    numbers = (stats.loads, stats.hits, f"{stats.load_seconds:.2f}", stats.evictions, stats.failures)
+    return (label, *(str(number) for number in numbers))
+
+
+def _worker_line(worker: WorkerReport) -> Iterator[str]:
+    if worker.error is not None:
+        loading = f" while it loaded {', '.join(worker.loading)}" if worker.loading else ""
+        yield f"{worker.name}: {worker.error}{loading}; what it did is not counted"
+    elif worker.stats is not None:
+        total = worker.stats.total()
+        counts = f"{_times(total.loads, 'load')}, {_times(total.hits, 'hit')}, {total.load_seconds:.2f} s"
+        yield f"{worker.name}: {counts}; {_peak(worker.stats)}"
+
+
+def _peak(stats: SwayStats) -> str:
+    peak = f"peak: {_times(stats.peak_resident, 'backend')}"
+    return f"{peak}, {format_bytes(stats.peak_bytes)} of weights" if stats.peak_bytes else peak
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,168 @@
+"""Hooks that put the collected tests into the order of fewest loads, and tell xdist which belong together.
+
+Imported in every run of pytest, so what it needs itself is imported once a test names a spec before it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_sway.run.settings import SwaySettings, named_specs
+
+if TYPE_CHECKING:
+    from pytest_sway.run.scheduling import Needs
+
+_GROUP: Final = "pytest-sway-"
+"""What the names of groups begin with; they exist only between xdist's workers and its scheduler."""
+
+_needs = pytest.StashKey["Needs"]()
+
+fewest_base_loads = pytest.StashKey[dict[str, int]]()
+"""In a worker without ``--dist loadgroup``: how often each base would be loaded with it, by its name in the summary."""
+
+
+class Collection:
+    """The hooks of one run.
+
+    To be registered after those of all installed plugins, so that these run first and a plugin that shuffles wins.
+    """
+
+    def __init__(self, settings: SwaySettings) -> None:
+        self._settings = settings
+        self._known = False
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> Generator[None, object, object]:
+        """Put tests of equal models together."""
+        specs = [_spec_values(item) for item in items]
+        self._known = any(specs)
+        if self._known:
+            self._reorder(config, items, specs)
+        return (yield)
+
+    def _reorder(self, config: pytest.Config, items: list[pytest.Item], specs: Sequence[Sequence[Any]]) -> None:
+        from pytest_sway.run.scheduling import needs_of, ordered
+        from pytest_sway.spec.model_spec import parse_spec
+
+        try:
+            named = named_specs(config.rootpath)
+        except Exception:  # the first test that uses a backend says what is wrong with the file
+            named = {}
+        for item, values in zip(items, specs, strict=True):
+            try:
+                parsed = [parse_spec(value, named=named) for value in values]
+                needs = needs_of(parsed, device=self._settings.device, dtype=self._settings.dtype)
+            except Exception:  # the test itself says what is wrong with its spec
+                needs = None
+            if needs is not None:
+                item.stash[_needs] = needs
+        items[:] = [items[position] for position in ordered(_known(items))]
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Under ``--dist loadgroup``, send xdist the groups; by now all is deselected that will be."""
+        config = session.config
+        if not self._known or not hasattr(config, "workerinput"):
+            return (yield)
+        if not config.getoption("loadgroup", False):
+            config.stash[fewest_base_loads] = _fewest_base_loads(session.items, config.workerinput["workercount"])
+            return (yield)
+        with _groups_sent(session):
+            return (yield)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, report: pytest.TestReport) -> None:
+        """Take the group out of the report that xdist makes for a test that killed its worker."""
+        nodeid, at, _ = report.nodeid.rpartition(f"@{_GROUP}")
+        if at:
+            report.longrepr = str(report.longrepr).replace(report.nodeid, nodeid)
+            report.nodeid = nodeid
+
+
+def _spec_values(item: pytest.Item) -> list[Any]:
+    """What a test says about its specs before it runs: its marker's arguments, and parameters that are specs."""
+    marker = item.get_closest_marker("sway_spec") if "sway_spec" in item.keywords else None
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return [*(() if marker is None else marker.args), *(value for value in parameters.values() if _is_spec(value))]
+
+
+def _is_spec(value: object) -> bool:
+    """Whether a parameter is a ``ModelSpec``, ours or dlm-sway's; all are asked, so nothing is imported for it."""
+    return any(cls.__name__ == "ModelSpec" for cls in type(value).__mro__)
+
+
+def _known(items: Sequence[pytest.Item]) -> list[Needs | None]:
+    return [item.stash.get(_needs, None) for item in items]
+
+
+# --- xdist ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _groups_sent(session: pytest.Session) -> Iterator[None]:
+    """While this lasts, what xdist's worker sends its controller about the collected tests has their groups in it.
+
+    xdist's scheduler reads a test's group from the end of its node id. Its own way to put it there, the mark
+    ``xdist_group``, changes the node id itself, and with it what ``--lf`` stores and what reports show; with pytest 9.2
+    it has no effect at all. So the groups are put into the message alone, and the tests keep their node ids.
+    """
+    config: Any = session.config
+    worker = next(plugin for plugin in config.pluginmanager.get_plugins() if hasattr(plugin, "sendevent"))
+    send = worker.sendevent
+
+    def sendevent(name: str, **values: Any) -> None:
+        if name == "collectionfinish":
+            values["ids"] = _grouped_ids(session.items, config.workerinput["workercount"])
+        send(name, **values)
+
+    worker.sendevent = sendevent
+    try:
+        yield
+    finally:
+        del worker.sendevent
+
+
+def _grouped_ids(items: Sequence[pytest.Item], workers: int) -> list[str]:
+    """The tests' node ids, each with the group that it is in, if it is in one."""
+    suffixes = ["" if group is None else f"@{group}" for group in _groups(items, workers)]
+    # xdist itself has put the user's groups there, where it can.
+    return [
+        item.nodeid if item.nodeid.endswith(suffix) else item.nodeid + suffix
+        for item, suffix in zip(items, suffixes, strict=True)
+    ]
+
+
+def _groups(items: Sequence[pytest.Item], workers: int) -> list[str | None]:
+    """The group of each test: the user's where there is one, ours where its needs are known, or ``None``."""
+    from pytest_sway.run.scheduling import dealt
+
+    own = [_own_group(item) for item in items]
+    needs = [None if group else known for group, known in zip(own, _known(items), strict=True)]
+    ours = (None if number is None else f"{_GROUP}{number}" for number in dealt(needs, workers))
+    return [group or number for group, number in zip(own, ours, strict=True)]
+
+
+def _own_group(item: pytest.Item) -> str | None:
+    """The name that xdist gives to the group in which the user has put a test."""
+    marks = item.iter_markers("xdist_group")
+    names = {str(mark.args[0] if mark.args else mark.kwargs.get("name", "default")) for mark in marks}
+    return "_".join(sorted(names)) or None
+
+
+def _fewest_base_loads(items: Sequence[pytest.Item], workers: int) -> dict[str, int]:
+    """How often each base would be loaded with those groups, by its name in the summary."""
+    from pytest_sway.run.scheduling import base_loads
+    from pytest_sway.spec.model_spec import ModelSpec, short_name
+
+    loads: dict[str, int] = {}
+    for base, count in base_loads(_known(items), _groups(items, workers)).items():
+        assert isinstance(base, ModelSpec)
+        name = short_name(base.base)
+        loads[name] = loads.get(name, 0) + count
+    return loads

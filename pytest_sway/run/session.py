@@ -1,0 +1,367 @@
+"""`SwaySession`: one run's cache and all that happens around it, without pytest's hooks.
+
+It parses and remembers, names the holders of leases, compares what a test leaves behind with what it was given, and
+looks for what outlives its backend.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from pytest_sway.backends.registry import Builder, require_differential
+from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.cache.builds import Listener
+from pytest_sway.cache.leases import CachedBackend, Lease
+from pytest_sway.errors import BackendUseError, MutationError, SpecError, SwayError, SwayWarning
+from pytest_sway.run.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
+from pytest_sway.spec.model_spec import Key, ModelSpec, SpecLike, resolved_key, short_name, with_adapter
+from pytest_sway.system.imports import import_seconds, keep_modules
+from pytest_sway.system.redaction import redacted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_sway.cache.stats import SwayStats
+    from pytest_sway.protocols import DifferentialBackend
+    from pytest_sway.report.progress import LoadProgress
+    from pytest_sway.run.settings import SwaySettings
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+_PATIENCE_AT_END: Final = 3.0
+"""Seconds that the end of a session waits for threads that still load. pytest-xdist kills a worker after ten, of which
+five may have passed before the worker hears of an interrupt."""
+
+
+class SwayBackend(Protocol):
+    """The type of the fixture ``sway_backend``."""
+
+    def __call__(self, spec: SpecLike | None = None, *, adapter_path: Path | None = None) -> DifferentialBackend:
+        """Return the live backend of ``spec``, which stays loaded until the test's teardown.
+
+        Args:
+            spec: A `ModelSpec`, a mapping of its fields, a configured name, or any object with the same attributes.
+                It can be left out under a marker ``sway_spec`` with exactly one spec.
+            adapter_path: An adapter that takes the place of the spec's own.
+
+        Raises:
+            SwayError: The spec is wrong, or cannot be loaded; the message says why and what to do.
+        """
+        ...
+
+
+class BuildHooks(Protocol):
+    """The user's part in building and watching backends."""
+
+    def build(self, spec: ModelSpec) -> Any | None:
+        """Return a backend, or ``None`` to leave it to pytest-sway."""
+        ...
+
+    def builds(self) -> bool:
+        """Whether anybody implements `build`."""
+        ...
+
+    def loaded(self, cached: CachedBackend) -> None:
+        """Tell the user of a load."""
+        ...
+
+    def evicted(self, spec: ModelSpec) -> None:
+        """Tell the user of a close."""
+        ...
+
+
+class HookedBuilder(Builder):
+    """A builder that asks the user's hook first."""
+
+    def __init__(self, hooks: BuildHooks, **options: Any) -> None:
+        super().__init__(**options)
+        self._hooks = hooks
+
+    def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
+        """Build the backend of ``spec``, by the hook if it takes it."""
+        spec = self.resolve(with_adapter(spec, adapter_path))
+        built = self._hooks.build(spec)
+        if built is not None:
+            return require_differential(built, "the hook pytest_sway_build_backend")
+        super().check(spec)
+        return super().__call__(spec)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Check what can be checked before the load; where a hook may take the spec, that is nothing."""
+        if not self._hooks.builds():
+            super().check(spec)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A load that failed for good."""
+
+    error_type: type[SwayError]
+    text: str
+    holder: str
+
+    def again(self) -> SwayError:
+        return self.error_type(f"{self.text}\n(First met by {self.holder}; the load is not tried again.)")
+
+
+class _Pins:
+    """The leases of one test. They end with it, whichever of its threads asked, and those that come later at once."""
+
+    def __init__(self, test: str) -> None:
+        self._test = test
+        self._leases: dict[Key, Lease] = {}
+        self._over = False
+        self._lock = threading.Lock()
+
+    def require_open(self, what: str) -> None:
+        if self._over:
+            raise BackendUseError(
+                f"the sway_backend of {self._test} {what}. Ask for the fixture in the test that needs it and wait for"
+                " its threads there, or lease from sway_cache."
+            )
+
+    def get(self, key: Key) -> Lease | None:
+        return self._leases.get(key)
+
+    def keep(self, key: Key, lease: Lease) -> Lease:
+        """Keep a lease to the test's end; another thread may have brought one for the same key meanwhile."""
+        with self._lock:
+            kept = None if self._over else self._leases.setdefault(key, lease)
+        if kept is not lease:
+            lease.release()
+        if kept is None:
+            self.require_open("was called in a thread of that test, which ended while the backend was loaded")
+        return kept or lease
+
+    def release(self) -> None:
+        with self._lock:
+            self._over = True
+        while self._leases:
+            self._leases.popitem()[1].release()
+
+
+class SwaySession(Listener):
+    """What one run holds, and what it has found out.
+
+    Args:
+        settings: What is in force.
+        hooks: The user's hooks.
+        named: Specs by name.
+        progress: Shows loads that take long.
+        who: Names whoever runs now, for leases that no fixture ``sway_backend`` took.
+        share_weights: A folder through which the workers of this host hold one copy of converted weights.
+    """
+
+    def __init__(
+        self,
+        settings: SwaySettings,
+        hooks: BuildHooks,
+        named: Mapping[str, Any],
+        progress: LoadProgress,
+        who: Callable[[], str],
+        share_weights: Path | None = None,
+    ) -> None:
+        self._settings = settings
+        self._hooks = hooks
+        self._progress = progress
+        self._who = who
+        self._failures: dict[Hashable, _Failure] = {}
+        self._touched: list[CachedBackend] = []
+        self._spoilt: list[tuple[CachedBackend, str]] = []
+        self._users: dict[int, deque[str]] = {}
+        self._unreported_seconds = 0.0
+        self._seconds_before = import_seconds()
+        builder = HookedBuilder(
+            hooks,
+            device=settings.device,
+            dtype=settings.dtype,
+            on_base_load=self._base_loaded,
+            share_weights=share_weights,
+            score_cache=settings.score_cache,
+            on_recall=self._recalled,
+            on_base_mismatch=settings.on_base_mismatch,
+        )
+        self.cache = BackendCache(
+            settings.cache_size,
+            max_bytes=settings.cache_memory,
+            build=builder,
+            named=named,
+            listener=self,
+            who=who,
+            remedy=f"raise --sway-cache-size (now {settings.cache_size}) or --sway-cache-memory",
+        )
+
+    @property
+    def stats(self) -> SwayStats:
+        """What happened so far."""
+        return self.cache.stats
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def backends_for(self, test: str, marked: Sequence[SpecLike]) -> Iterator[SwayBackend]:
+        """Give what hands a test its backends and pins them until the block's end.
+
+        Args:
+            test: The test's node id.
+            marked: The specs of its marker.
+        """
+        pins = _Pins(test)
+
+        def sway_backend(spec: SpecLike | None = None, *, adapter_path: Path | None = None) -> DifferentialBackend:
+            pins.require_open("was called after that test had ended")
+            resolved = self._resolve(_marked_spec(marked) if spec is None else spec, adapter_path, test)
+            key = resolved_key(resolved)
+            lease = pins.get(key)
+            if lease is None:
+                lease = pins.keep(key, self._acquire((key, resolved.trust_remote_code), resolved, test))
+            backend: DifferentialBackend = lease.backend
+            return backend
+
+        try:
+            yield sway_backend
+        finally:
+            pins.release()
+
+    def _resolve(self, spec: SpecLike, adapter_path: Path | None, test: str) -> ModelSpec:
+        try:
+            return self.cache.resolve(spec, adapter_path=adapter_path)
+        except SpecError as error:
+            if isinstance(spec, Mapping | str):  # of other objects, the same words can mean different things
+                self._fail_once(("malformed", repr(spec), repr(adapter_path)), error, test)
+            raise
+
+    def _acquire(self, request: Hashable, spec: ModelSpec, test: str) -> Lease:
+        failure = self._failures.get(request)
+        if failure is not None:
+            raise failure.again()
+        try:
+            return self.cache.acquire(spec, holder=test, to_the_end=True)
+        except SwayError as error:
+            self._fail_once(request, error, test)
+            raise
+
+    def _fail_once(self, request: Hashable, error: SwayError, test: str) -> None:
+        """Remember a failure for good, or raise the one that is remembered."""
+        if request in self._failures:
+            raise self._failures[request].again()
+        if error.permanent:
+            self._failures[request] = _Failure(type(error), str(error), test)
+
+    # --- hygiene ------------------------------------------------------------------------------------------------------
+
+    def leased(self, cached: CachedBackend) -> None:
+        """Note that the running test has, or its fixtures have, laid hands on a backend."""
+        self._touched.append(cached)
+        users = self._users.setdefault(id(cached), deque(maxlen=3))
+        if (user := self._who()) not in users:
+            users.append(user)
+
+    def end_test(self, test: str) -> MutationError | None:
+        """Compare all that was leased during a test, or is, with what it was; retire what is changed.
+
+        To be called when the test and its own fixtures have ended, so that what they put back counts as put back.
+
+        Returns:
+            The error for the test, where changes are errors.
+        """
+        touched, self._touched = self._touched, []
+        if self._settings.on_mutation == "ignore":
+            return None
+        used = {id(cached): cached for cached in (*touched, *self.cache.leased())}
+        ready = self.cache.ready()  # what is retired was reported when that was done
+        changed = [(cached, lines) for cached in ready if id(cached) in used and (lines := changes(cached.backend))]
+        if not changed:
+            return None
+        for cached in ready:  # what shares a changed base is changed too, and nobody else is to blame
+            if changes(cached.backend):
+                self._spoilt.append((cached, test))
+                self.cache.retire(cached)
+        message = mutation_message(test, [(cached.model_spec, lines) for cached, lines in changed])
+        self.stats.mutations.append(message)
+        if self._settings.on_mutation == "warn":
+            warnings.warn(message, SwayWarning, stacklevel=2)
+            return None
+        return MutationError(message)
+
+    def check_fixtures(self, values: Mapping[str, Any]) -> None:
+        """Refuse a test whose fixtures hold a backend that an earlier test has changed.
+
+        Args:
+            values: The values of its fixtures, by name.
+
+        Raises:
+            MutationError: One of them is such a backend.
+        """
+        for cached, culprit in self._spoilt:
+            for name, value in values.items():
+                if value is cached.backend:
+                    raise MutationError(spoilt_message(name, cached.model_spec, culprit))
+
+    # --- loads and closes ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loading(self, spec: ModelSpec) -> Iterator[None]:
+        """Show a load that takes long."""
+        with self._progress.loading(str(spec)):
+            yield
+
+    def loaded(self, cached: CachedBackend) -> None:
+        """Count the seconds of a load apart from the test, and tell the user's hook."""
+        self._unreported_seconds += cached.load_seconds
+        with self._noted("pytest_sway_backend_loaded", cached):
+            self._hooks.loaded(cached)
+
+    def evicted(self, cached: CachedBackend) -> None:
+        """Look for what outlived its close, and tell the user's hook."""
+        users = tuple(self._users.pop(id(cached), ()))
+        with self._noted("looking for leaks", cached):
+            if self._settings.on_leak != "ignore" and (found := leak(cached.backend)) is not None:
+                self.stats.leaks.append(leak_message(cached.model_spec, found, users))
+        with self._noted("pytest_sway_backend_evicted", cached):
+            self._hooks.evicted(cached.model_spec)
+
+    @contextmanager
+    def _noted(self, what: str, cached: CachedBackend) -> Iterator[None]:
+        """Keep an error for the summary: a request fails for no listener's sake."""
+        try:
+            yield
+        except Exception as error:
+            text = f"{what}, {cached.model_spec}: {type(error).__name__}: {redacted(str(error))}"
+            self.stats.hook_errors.append(text)
+
+    def _base_loaded(self, name: str, seconds: float) -> None:
+        self.stats.base_loaded(short_name(name), seconds)
+
+    def _recalled(self, name: str, answers: int, seconds: float) -> None:
+        self.stats.base_recalled(short_name(name), answers, seconds)
+
+    def take_load_seconds(self) -> float:
+        """The seconds spent in loads and in imports for them since this was last asked."""
+        imported, self._seconds_before = import_seconds() - self._seconds_before, import_seconds()
+        self.stats.import_seconds += imported
+        seconds, self._unreported_seconds = self._unreported_seconds + imported, 0.0
+        return seconds
+
+    def close(self) -> None:
+        """Close everything for good; a thread that still loads then closes what it loads itself."""
+        self.stats.unreleased += self.cache.shutdown(timeout=_PATIENCE_AT_END)
+        self.take_load_seconds()
+        keep_modules()
+
+
+def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:
+    if len(marked) != 1:
+        found = "it has no such marker" if not marked else f"its marker has {len(marked)}"
+        raise SpecError(
+            f"sway_backend() without a spec needs a marker sway_spec with exactly one on the test; {found}."
+            " Pass the spec: sway_backend(spec)."
+        )
+    return marked[0]

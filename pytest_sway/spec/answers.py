@@ -1,0 +1,183 @@
+"""Canned answers for backends of kind ``dummy``: the forms that they come in, and the one in which a spec keeps them.
+
+For each side, ``base`` and ``finetuned``, up to four tables, named as in dlm-sway's ``DummyResponses``::
+
+    logprobs     {prompt: {completion: nats}}, or {(prompt, completion): nats}
+    rolling      {text: [nats of the second token, of the third, ...]}, or {text: a RollingLogprob or its fields}
+    token_dists  {prompt: a TokenDist or its fields; vocab_size and tail_logprob may be left out}
+    generations  {prompt: text}
+
+A mapping of them in Python, a JSON file and a TOML file are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pytest_sway.errors import SpecError
+from pytest_sway.system.reading import INDEX_BYTES, read_bounded
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+SIDES: Final = ("base", "finetuned")
+VOCABULARY: Final = 1000
+"""Tokens of a canned distribution that does not say how many there are."""
+
+_SMALLEST_TAIL: Final = 1e-12
+
+
+def canonical(answers: Mapping[str, Any] | str) -> str:
+    """Return answers as JSON text that is equal for equal answers.
+
+    Args:
+        answers: A mapping by side, or such text.
+
+    Raises:
+        SpecError: They are in none of the forms.
+    """
+    if isinstance(answers, str):
+        try:
+            answers = json.loads(answers)
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"spec field 'answers' is no JSON: {error}.") from error
+    sides = {_known(side, SIDES, "side"): _tables(side, tables) for side, tables in _mapping(answers, "").items()}
+    return json.dumps(sides, sort_keys=True)
+
+
+def read_answers(path: Path) -> str:
+    """Return the answers in a JSON or, by its name, TOML file, as `canonical` does.
+
+    Raises:
+        SpecError: It cannot be read, or holds something else.
+    """
+    import tomllib
+
+    try:
+        text = read_bounded(path, INDEX_BYTES).decode("utf-8-sig")
+        parsed = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(f"the answers {str(path)!r} cannot be read: {error}. Name a JSON or TOML file.") from error
+    try:
+        return canonical(parsed)
+    except SpecError as error:
+        raise SpecError(f"{error} (Read from {str(path)!r}.)") from error
+
+
+def tail(logprobs: list[float], vocabulary: int) -> float | None:
+    """The log of the mass that a distribution's tokens leave, by `pytest_sway.TokenDist`'s convention."""
+    if len(logprobs) >= vocabulary:
+        return None
+    mass = 1.0 - sum(map(math.exp, logprobs))
+    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0
+
+
+def _tables(side: str, tables: Any) -> dict[str, Any]:
+    return {
+        _known(table, _FORMS, f"table of side {side!r}"): _FORMS[table](content, f"{side}.{table}")
+        for table, content in _mapping(tables, side).items()
+    }
+
+
+def _logprobs(content: Any, where: str) -> dict[str, dict[str, float]]:
+    by_prompt: dict[str, dict[str, float]] = {}
+    for key, value in _mapping(content, where).items():
+        if isinstance(key, tuple) and len(key) == 2:
+            by_prompt.setdefault(_text(key[0], where), {})[_text(key[1], where)] = _number(value, where)
+        else:
+            for completion, number in _mapping(value, where).items():
+                by_prompt.setdefault(_text(key, where), {})[_text(completion, where)] = _number(number, where)
+    return by_prompt
+
+
+def _rolling(content: Any, where: str) -> dict[str, dict[str, Any]]:
+    rolling = {}
+    for text, value in _mapping(content, where).items():
+        fields = {"logprobs": value} if isinstance(value, list | tuple) else _fields(value, ("token_ids", "logprobs"))
+        logprobs = _numbers(fields.get("logprobs"), where)
+        ids = _ids(fields.get("token_ids", range(len(logprobs) + 1)), where)
+        if len(ids) != len(logprobs) + 1:
+            raise _wrong(where, "one token more than log-probabilities", f"{len(ids)} and {len(logprobs)}")
+        rolling[_text(text, where)] = {"token_ids": ids, "logprobs": logprobs}
+    return rolling
+
+
+def _dists(content: Any, where: str) -> dict[str, dict[str, Any]]:
+    dists = {}
+    for prompt, value in _mapping(content, where).items():
+        fields = _fields(value, ("token_ids", "logprobs", "vocab_size", "tail_logprob"))
+        logprobs = _numbers(fields.get("logprobs"), where)
+        ids = _ids(fields.get("token_ids"), where)
+        if len(ids) != len(logprobs) or not ids:
+            raise _wrong(where, "as many tokens as log-probabilities", f"{len(ids)} and {len(logprobs)}")
+        vocabulary = int(_number(fields.get("vocab_size", max(VOCABULARY, max(ids) + 1)), where))
+        left = fields["tail_logprob"] if "tail_logprob" in fields else tail(logprobs, vocabulary)
+        ranked = sorted(zip(logprobs, ids, strict=True), key=lambda pair: -pair[0])
+        dists[_text(prompt, where)] = {
+            "token_ids": [i for _, i in ranked],
+            "logprobs": [logprob for logprob, _ in ranked],
+            "vocab_size": vocabulary,
+            "tail_logprob": None if left is None else _number(left, where),
+        }
+    return dists
+
+
+def _generations(content: Any, where: str) -> dict[str, str]:
+    return {_text(prompt, where): _text(text, where) for prompt, text in _mapping(content, where).items()}
+
+
+_FORMS: Final[dict[str, Callable[[Any, str], Any]]] = {
+    "logprobs": _logprobs,
+    "rolling": _rolling,
+    "token_dists": _dists,
+    "generations": _generations,
+}
+
+
+def _fields(value: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _known(name: Any, names: Any, what: str) -> str:
+    if name not in names:
+        raise SpecError(f"spec field 'answers' has no {what} {name!r}; there are {', '.join(names)}.")
+    return str(name)
+
+
+def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong(where, "a mapping", repr(value))
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _wrong(where, "text", repr(value))
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, str | bool) or not hasattr(type(value), "__float__"):
+        raise _wrong(where, "a number", repr(value))
+    return float(value)
+
+
+def _numbers(values: Any, where: str) -> list[float]:
+    try:
+        return [_number(value, where) for value in values]
+    except TypeError:
+        raise _wrong(where, "a list of numbers", repr(values)) from None
+
+
+def _ids(values: Any, where: str) -> list[int]:
+    return [int(number) for number in _numbers(values, where)]
+
+
+def _wrong(where: str, wanted: str, found: str) -> SpecError:
+    place = f" at {where!r}" if where else ""
+    return SpecError(f"spec field 'answers'{place} must hold {wanted}; found {found}.")
