@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_sway.backends.registry import cache_key_for
     from pytest_sway.cache.backend_cache import BackendCache
-    from pytest_sway.cache.leases import CachedBackend, Lease
+    from pytest_sway.cache.entries import CachedBackend, Lease
     from pytest_sway.errors import SwayError, SwayWarning
     from pytest_sway.protocols import DifferentialBackend, RollingLogprob, TokenDist, View
     from pytest_sway.run.session import SwayBackend
-    from pytest_sway.spec.model_spec import ModelSpec, cache_key_for
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __all__ = [
     "BackendCache",
@@ -33,12 +34,11 @@ __all__ = [
 __version__: str
 
 _HOMES = {
-    "cache.backend_cache": ("BackendCache",),
-    "cache.leases": ("CachedBackend", "Lease"),
+    "cache": ("BackendCache", "CachedBackend", "Lease"),
     "errors": ("SwayError", "SwayWarning"),
-    "protocols": ("DifferentialBackend", "RollingLogprob", "TokenDist", "View"),
-    "run.session": ("SwayBackend",),
-    "spec.model_spec": ("ModelSpec", "cache_key_for"),
+    "scoring": ("DifferentialBackend", "RollingLogprob", "TokenDist", "View"),
+    "session": ("SwayBackend",),
+    "spec": ("ModelSpec", "cache_key_for"),
 }
 
 

@@ -18,9 +18,10 @@ from pytest_sway.system.imports import restore_modules
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
-    from pytest_sway.cache.leases import CachedBackend
+    from pytest_sway.cache.entries import CachedBackend
     from pytest_sway.run.session import SwayBackend, SwaySession
-    from pytest_sway.spec.model_spec import ModelSpec, SpecLike
+    from pytest_sway.spec.model_spec import ModelSpec
+    from pytest_sway.spec.parsing import SpecLike
 
 _settings = pytest.StashKey[SwaySettings]()
 _session = pytest.StashKey["SwaySession"]()

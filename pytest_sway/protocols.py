@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -23,6 +24,11 @@ Message: TypeAlias = Mapping[str, Any]
 
 Prompt: TypeAlias = str | Sequence[Message]
 """What is to be continued: a text, or messages, which the tokenizer's chat template makes a text of."""
+
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_SMALLEST_TAIL: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,3 +225,10 @@ class Inspectable(Protocol):
     def changes(self) -> list[str]:
         """One line for each thing that is no longer as it was after the load; empty when nothing is."""
         ...
+
+
+def log_of_tail(mass: float) -> float:
+    """Return the log of the mass outside of a distribution's tokens, as `TokenDist` has it."""
+    if math.isnan(mass):
+        return mass
+    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.registry import require_differential
+from pytest_sway.backends.contract import require_differential
 from pytest_sway.errors import BackendLoadError, SpecError
 from pytest_sway.system.redaction import redacted
 

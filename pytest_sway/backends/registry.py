@@ -6,20 +6,22 @@ answers the cache's questions about a spec before anything is loaded.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.local.out_of_memory import out_of_memory
-from pytest_sway.cache.entries import closers_of
-from pytest_sway.errors import BackendLoadError
-from pytest_sway.spec.model_spec import ModelSpec, with_adapter
+from pytest_sway.backends.contract import PooledBuilder
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
+from pytest_sway.spec.identity import Key, resolved_key, with_adapter
+from pytest_sway.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable
 
     from pytest_sway.protocols import DifferentialBackend
+
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -58,49 +60,6 @@ def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> Mo
 
         return resolve_mlx_placement(spec)
     return spec
-
-
-def require_differential(backend: Any, made_by: str) -> DifferentialBackend:
-    """Return ``backend``, if it has what a differential backend needs; close it otherwise.
-
-    Args:
-        backend: What somebody else's code made.
-        made_by: Whose, for the message.
-
-    Raises:
-        BackendLoadError: It lacks a method.
-    """
-    missing = [name for name in ("as_base", "as_finetuned") if not callable(getattr(backend, name, None))]
-    if missing:
-        with suppress(Exception):  # the error to tell of is the one below
-            for close in closers_of([backend]):
-                close()
-        raise BackendLoadError(
-            f"{made_by} made a {type(backend).__name__}, which is no differential backend: it lacks"
-            f" {' and '.join(missing)}."
-        )
-    checked: DifferentialBackend = backend
-    return checked
-
-
-class PooledBuilder(Protocol):
-    """Builds backends of one kind, which share what is loaded for them; see `Builder` for what each does."""
-
-    def build(self, spec: ModelSpec) -> DifferentialBackend:
-        """Load what a spec asks for and is not loaded yet."""
-        ...
-
-    def check(self, spec: ModelSpec) -> Any:
-        """Find what can be found wrong with a spec without loading it."""
-        ...
-
-    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
-        """Return the bytes that each part of a spec will take."""
-        ...
-
-    def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
-        """Keep what a spec shares with others from being closed."""
-        ...
 
 
 class Builder:
@@ -222,3 +181,17 @@ class Builder:
 
             self._pooled["mlx"] = MLXBuilder(on_base_load=self._on_base_load, on_base_mismatch=self._on_base_mismatch)
         return self._pooled.get(spec.kind)
+
+
+def cache_key_for(spec: ModelSpec, *, adapter_path: Path | None = None) -> Key:
+    """Return the identity of what ``spec`` loads.
+
+    The key begins ``(kind, base, str(adapter) or None, dtype, device)``, with the device and dtype that ``auto`` stands
+    for on this machine; asking that imports torch when the kind needs it and it is installed. It goes on with every
+    other field that changes what is loaded, and with the state of the files.
+
+    Args:
+        spec: What is asked for.
+        adapter_path: An adapter that takes the place of the spec's own.
+    """
+    return resolved_key(resolve(with_adapter(spec, adapter_path)))

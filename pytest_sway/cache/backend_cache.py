@@ -41,14 +41,17 @@ from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
+from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
+from pytest_sway.cache.budget import Budget
 from pytest_sway.cache.builds import Build, Listener, informed
-from pytest_sway.cache.entries import Budget, Claim, Entry, Operation, Parts, State, closers_of
-from pytest_sway.cache.leases import CachedBackend, Lease
+from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Parts, State
 from pytest_sway.cache.ledger import Ledger
 from pytest_sway.cache.stats import SwayStats
 from pytest_sway.errors import FilesChangedError, SwayError
-from pytest_sway.spec.model_spec import Key, ModelSpec, SpecLike, parse_spec, resolved_key, state_of_files, with_adapter
+from pytest_sway.spec.identity import Key, resolved_key, state_of_files, with_adapter
+from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.spec.parsing import SpecLike, parse_spec
 from pytest_sway.system.imports import import_seconds
 from pytest_sway.system.locking import Bell
 from pytest_sway.system.redaction import redacted, without_secrets
@@ -56,6 +59,7 @@ from pytest_sway.system.redaction import redacted, without_secrets
 if TYPE_CHECKING:
     from pathlib import Path
 
+__all__ = ["BackendCache", "CachedBackend", "Lease"]
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -141,7 +145,7 @@ class BackendCache:
         """Return the entry of ``spec``, loaded if need be. It is not pinned: a later load may evict it.
 
         Args:
-            spec: What to load, in any form that `pytest_sway.spec.model_spec.parse_spec` takes.
+            spec: What to load, in any form that `pytest_sway.spec.parsing.parse_spec` takes.
             adapter_path: An adapter that takes the place of the spec's own, in the key as in the load.
 
         Raises:

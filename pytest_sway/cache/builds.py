@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_sway.cache.entries import Parts
-    from pytest_sway.cache.leases import CachedBackend
+    from pytest_sway.cache.entries import CachedBackend, Parts
     from pytest_sway.spec.model_spec import ModelSpec
 
 

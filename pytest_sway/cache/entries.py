@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 if TYPE_CHECKING:
-    from pytest_sway.cache.leases import CachedBackend, Lease
-    from pytest_sway.spec.model_spec import Key, ModelSpec
+    from types import TracebackType
+
+    from pytest_sway.cache.ledger import Ledger
+    from pytest_sway.spec.identity import Key
+    from pytest_sway.spec.model_spec import ModelSpec
+
 
 Parts: TypeAlias = Mapping[Hashable, int]
 """Bytes by part; backends that share a part, such as a base, name it by the same key."""
+
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
 class State(enum.Enum):
@@ -132,80 +139,57 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """What may be resident at one time.
+class CachedBackend:
+    """A backend in the cache.
 
     Attributes:
-        max_size: Backends, at least 1.
-        max_bytes: Bytes of weights, or ``None`` for no bound.
+        key: Its identity, `pytest_sway.backends.registry.cache_key_for`.
+        backend: What the build returned.
+        model_spec: The spec it was loaded from, with device and dtype resolved.
+        load_seconds: How long the load took, its base included where that was loaded too, and the import of libraries
+            not.
     """
 
-    max_size: int
-    max_bytes: int | None
-
-    def allows(self, entries: Iterable[Entry]) -> bool:
-        """Whether these may be resident together; one of unknown size takes up all the bytes."""
-        together = list(entries)
-        if len(together) > self.max_size:
-            return False
-        if self.max_bytes is None or len(together) <= 1:
-            return True
-        total = total_bytes(together)
-        return total is not None and total <= self.max_bytes
-
-    def victims(self, residents: Iterable[Entry], newcomer: Entry) -> list[Entry] | None:
-        """The idle entries to close so that ``newcomer`` fits, least recently used first; ``None`` if it cannot fit.
-
-        Args:
-            residents: What is resident, least recently used first.
-            newcomer: What is to be loaded, with its estimated parts.
-        """
-        oldest_idle, fits = self._oldest_idle(residents, newcomer)
-        return oldest_idle if fits else None
-
-    def surplus(self, residents: Iterable[Entry], newest: Entry) -> list[Entry]:
-        """The idle entries to close because ``newest`` turned out larger than was estimated."""
-        return self._oldest_idle([entry for entry in residents if entry is not newest], newest)[0]
-
-    def _oldest_idle(self, residents: Iterable[Entry], newcomer: Entry) -> tuple[list[Entry], bool]:
-        """The idle entries without which ``newcomer`` fits, or all of them; and whether it fits then."""
-        staying = list(residents)
-        victims: list[Entry] = []
-        for entry in [entry for entry in staying if entry.idle]:
-            if self.allows([*staying, newcomer]):
-                break
-            staying.remove(entry)
-            victims.append(entry)
-        return victims, self.allows([*staying, newcomer])
+    key: Key
+    backend: Any
+    model_spec: ModelSpec
+    load_seconds: float
 
 
-def total_bytes(entries: Iterable[Entry]) -> int | None:
-    """The bytes of these together, each part counted once; ``None`` if one's size is unknown."""
-    parts: dict[Hashable, int] = {}
-    for entry in entries:
-        if entry.parts is None:
-            return None
-        for part, size in entry.parts.items():
-            parts[part] = max(size, parts.get(part, 0))
-    return sum(parts.values())
+@final
+class Lease:
+    """A claim on an entry, which is not evicted before `release`; also a context manager that gives the backend.
 
+    A lease that is dropped without a release counts as released once it is collected.
 
-def closers_of(built: Iterable[Any]) -> list[Callable[[], object]]:
-    """The ``close`` methods of what was built; what has none is merely dropped."""
-    closes = (getattr(backend, "close", None) for backend in built)
-    return [close for close in closes if callable(close)]
+    Attributes:
+        cached: What is leased.
+    """
 
+    __slots__ = ("__weakref__", "_claim", "_entry", "_ledger", "cached")
 
-def format_bytes(size: int) -> str:
-    """``size`` for people, in binary units: ``1.5 GiB``."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
+    def __init__(self, ledger: Ledger, entry: Entry, claim: Claim, cached: CachedBackend) -> None:
+        self._ledger = ledger
+        self._entry = entry
+        self.cached = cached
+        self._claim = claim  # last: a lease that an interrupt left half made has none
 
+    @property
+    def backend(self) -> Any:
+        """The leased backend."""
+        return self.cached.backend
 
-def format_parts(parts: Parts | None) -> str:
-    """The size of something for people, where it is known."""
-    return "an unknown size" if parts is None else format_bytes(sum(parts.values()))
+    def release(self) -> None:
+        """Give the claim up. Again, or from another thread, is harmless."""
+        self._ledger.release(self._entry, self._claim)
+
+    def __enter__(self) -> Any:
+        return self.backend
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        # A collection can come at any moment, also under the lock: so only leave a note, for the next step to read.
+        if hasattr(self, "_claim") and self._claim in self._entry.claims:
+            self._ledger.dropped.append((self._entry, self._claim))

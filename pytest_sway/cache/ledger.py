@@ -12,9 +12,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, cast, final
 
+from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
-from pytest_sway.cache.entries import RESIDENT, Budget, Claim, Entry, Operation, Parts, State, closers_of, total_bytes
-from pytest_sway.cache.leases import CachedBackend, Lease
+from pytest_sway.cache.budget import Budget, total_bytes
+from pytest_sway.cache.entries import RESIDENT, CachedBackend, Claim, Entry, Lease, Operation, Parts, State
 from pytest_sway.errors import CacheError
 from pytest_sway.system.forking import call_in_forked_child
 from pytest_sway.system.locking import Bell, atomic
@@ -22,7 +23,8 @@ from pytest_sway.system.locking import Bell, atomic
 if TYPE_CHECKING:
     from pytest_sway.cache.stats import SwayStats
     from pytest_sway.errors import CacheFullError, SwayError
-    from pytest_sway.spec.model_spec import Key, ModelSpec
+    from pytest_sway.spec.identity import Key
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

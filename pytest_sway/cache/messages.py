@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pytest_sway.cache.entries import State, format_bytes, format_parts, total_bytes
+from pytest_sway.cache.budget import format_parts, total_bytes
+from pytest_sway.cache.entries import State
 from pytest_sway.errors import (
     BackendLoadError,
     CacheClosedError,
@@ -14,11 +15,13 @@ from pytest_sway.errors import (
     ModelTooLargeError,
 )
 from pytest_sway.system.redaction import RedactedError, redacted
+from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_sway.cache.entries import Budget, Entry, Parts
+    from pytest_sway.cache.budget import Budget
+    from pytest_sway.cache.entries import Entry, Parts
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all

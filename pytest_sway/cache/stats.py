@@ -182,3 +182,20 @@ class SwayStats:
                 "recalled": {name: RecallStats(**stats) for name, stats in values["recalled"].items()},
             }
         )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What one worker handed back.
+
+    Attributes:
+        name: The worker's, such as ``gw0``.
+        stats: What happened in it, or ``None`` where it used no backend or did not live to say so.
+        error: How it ended without handing back anything, or ``None``.
+        loading: What it was loading then.
+    """
+
+    name: str
+    stats: SwayStats | None
+    error: str | None = None
+    loading: tuple[str, ...] = ()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pytest_sway.cache.entries import format_bytes
 from pytest_sway.system.redaction import redacted
+from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_sway.cache.stats import BackendStats, SwayStats
-    from pytest_sway.run.controller import WorkerReport
+    from pytest_sway.cache.stats import BackendStats, SwayStats, WorkerReport
     from pytest_sway.run.settings import SwaySettings
 
 _WORTH_A_LINE = 0.05

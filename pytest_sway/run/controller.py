@@ -11,13 +11,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TextIO
 
 import pytest
 
-from pytest_sway.cache.stats import SwayStats
+from pytest_sway.cache.stats import SwayStats, WorkerReport
 from pytest_sway.report.progress import LoadProgress, noted_loads
 from pytest_sway.report.summary import write_summary
 from pytest_sway.system.machine import WORKER_SLOT, threads_for
@@ -75,23 +74,6 @@ def load_progress(config: pytest.Config, terminal: TextIO | None) -> LoadProgres
     worker = getattr(config, "workerinput", {}).get("workerid")
     folder = worker_data(config).get("folder")
     return LoadProgress(terminal, worker=worker, note=_note(folder, worker) if folder and worker else None)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerReport:
-    """What one worker handed back.
-
-    Attributes:
-        name: The worker's, such as ``gw0``.
-        stats: What happened in it, or ``None`` where it used no backend or did not live to say so.
-        error: How it ended without handing back anything, or ``None``.
-        loading: What it was loading then.
-    """
-
-    name: str
-    stats: SwayStats | None
-    error: str | None = None
-    loading: tuple[str, ...] = ()
 
 
 class Controller:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_sway.cache.leases import CachedBackend
+    from pytest_sway.cache.entries import CachedBackend
     from pytest_sway.protocols import DifferentialBackend
     from pytest_sway.spec.model_spec import ModelSpec
 

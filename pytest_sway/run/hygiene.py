@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_sway.cache.entries import format_bytes
 from pytest_sway.errors import BackendClosedError
 from pytest_sway.system.redaction import redacted
+from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec

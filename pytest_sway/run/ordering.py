@@ -48,7 +48,7 @@ class Collection:
 
     def _reorder(self, config: pytest.Config, items: list[pytest.Item], specs: Sequence[Sequence[Any]]) -> None:
         from pytest_sway.run.scheduling import needs_of, ordered
-        from pytest_sway.spec.model_spec import parse_spec
+        from pytest_sway.spec.parsing import parse_spec
 
         try:
             named = named_specs(config.rootpath)
@@ -158,7 +158,8 @@ def _own_group(item: pytest.Item) -> str | None:
 def _fewest_base_loads(items: Sequence[pytest.Item], workers: int) -> dict[str, int]:
     """How often each base would be loaded with those groups, by its name in the summary."""
     from pytest_sway.run.scheduling import base_loads
-    from pytest_sway.spec.model_spec import ModelSpec, short_name
+    from pytest_sway.spec.model_spec import ModelSpec
+    from pytest_sway.spec.paths import short_name
 
     loads: dict[str, int] = {}
     for base, count in base_loads(_known(items), _groups(items, workers)).items():

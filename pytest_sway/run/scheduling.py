@@ -14,7 +14,8 @@ from functools import lru_cache
 from itertools import chain, repeat
 from typing import Any, Final, NamedTuple
 
-from pytest_sway.spec.model_spec import ModelSpec, base_spec, finetuned_spec
+from pytest_sway.spec.identity import base_spec, finetuned_spec
+from pytest_sway.spec.model_spec import ModelSpec
 
 _ROOM_IN_TENTHS: Final = 12  # the largest share that a worker may get, in tenths of the mean
 _TRIALS: Final = 32

@@ -14,13 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from pytest_sway.backends.registry import Builder, require_differential
+from pytest_sway.backends.contract import require_differential
+from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
-from pytest_sway.cache.leases import CachedBackend, Lease
+from pytest_sway.cache.entries import CachedBackend, Lease
 from pytest_sway.errors import BackendUseError, MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.run.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
-from pytest_sway.spec.model_spec import Key, ModelSpec, SpecLike, resolved_key, short_name, with_adapter
+from pytest_sway.spec.identity import Key, resolved_key, with_adapter
+from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.spec.parsing import SpecLike
+from pytest_sway.spec.paths import short_name
 from pytest_sway.system.imports import import_seconds, keep_modules
 from pytest_sway.system.redaction import redacted
 

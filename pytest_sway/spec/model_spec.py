@@ -6,21 +6,17 @@ else. The contents of an adapter's folder are part of it: retraining into the sa
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import math
 import os
 import re
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
-from pytest_sway.system.reading import open_regular
+from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,32 +36,9 @@ _DTYPE_ALIASES: Final = {
     "float": "fp32",
 }
 _DEVICE: Final = re.compile(r"(auto|[a-z]+(:\d+)?)")
-GGUF_SUFFIX: Final = ".gguf"
-_WEIGHTS: Final = re.compile(r"(.*\.(safetensors|gguf)|pytorch_model.*\.bin)(\.index\.json)?")
-"""Files that are looked at whenever a model is asked for, beside its config.json."""
-_MODEL_FILES: Final = re.compile(
-    r".*\.(safetensors|gguf|model|jinja|py)|pytorch_model.*\.bin|(vocab|merges)\.txt"
-    r"|(generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json"
-)
-"""Files that decide what a model's folder loads, beside its config.json; reports and logs are not among them."""
-_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _ENDPOINTS: Final = ("endpoint", "finetuned_endpoint")
 _ENTRY_POINT: Final = re.compile(r"[^\d\W][\w.]*:[^\d\W][\w.]*")
-
-Key: TypeAlias = tuple[Hashable, ...]
-
-
-class SpecAttributes(Protocol):
-    """The least that an object needs to be taken for a spec; dlm-sway's ``ModelSpec`` has it."""
-
-    @property
-    def base(self) -> str:
-        """A hub id or a folder."""
-        ...
-
-
-SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +60,8 @@ class ModelSpec:
         endpoint: The server's address, for ``kind="api"``.
         allow_pickle: Read weights that exist only in pickle files, which can run code when they are read.
         finetuned: A whole fine-tuned model in an adapter's place, named as ``base`` is; ``None`` where there is none.
-        answers: For ``kind="dummy"``, what it answers (see `pytest_sway.spec.answers`): a mapping, which is kept as
-            JSON text, or the path of a JSON or TOML file.
+        answers: For ``kind="dummy"``, what it answers (see `pytest_sway.spec.answers`): a mapping, which is kept as JSON
+            text, or the path of a JSON or TOML file.
         finetuned_endpoint: For ``kind="api"``, the address of the server of ``finetuned``; ``None`` for the base's.
         api_key_env: For ``kind="api"``, the name of the environment variable that holds the key; never the key itself.
         timeout: For ``kind="api"``, the seconds that the server may take for one answer.
@@ -168,67 +141,6 @@ class ModelSpec:
         return f"{kind}{short_name(self.base)}{adapter}{finetuned}"
 
 
-_FIELDS: Final = tuple(field.name for field in fields(ModelSpec))
-
-
-def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
-    """Return the spec that ``value`` stands for.
-
-    Args:
-        value: A `ModelSpec`, a mapping of its fields, a name from ``named``, or any object with the same attributes.
-        named: Specs by name, from the configuration; each in one of the other forms.
-
-    Raises:
-        SpecError: It is none of those, has a field that does not exist, or a value that its field does not take.
-    """
-    if isinstance(value, ModelSpec):
-        return value
-    if isinstance(value, Mapping):
-        return _from_mapping(value)
-    if isinstance(value, str):
-        if value not in named:
-            known = ", ".join(sorted(named)) or "none are configured"
-            raise SpecError(
-                f"no spec is named {value!r} (named specs: {known}). Pass a mapping such as"
-                " {'base': ..., 'adapter': ...}, or configure the name under [tool.pytest-sway.specs]."
-            )
-        return parse_spec(named[value])
-    if hasattr(value, "base"):
-        return _from_mapping({name: getattr(value, name) for name in _FIELDS if hasattr(value, name)})
-    raise SpecError(
-        f"a spec is a ModelSpec, a mapping of its fields or a configured name; found {type(value).__name__}: {value!r}."
-    )
-
-
-def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
-    for name in values:
-        if name not in _FIELDS:
-            close = difflib.get_close_matches(str(name), _FIELDS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
-    try:
-        spec, steady = _memoised(os.getcwd(), tuple(values.items()))
-    except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
-        steady = False
-    return spec if steady else ModelSpec(**values)
-
-
-@lru_cache(maxsize=256)
-def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
-    """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
-
-    A path through ``~`` or a link can be led elsewhere at any time, and a hub id can become the name of a folder.
-    """
-    values = dict(items)
-    spec = ModelSpec(**values)
-    paths = {name: getattr(spec, name) for name in ("base", "adapter", "finetuned", "answers")}
-    return spec, all(_leads_nowhere_else(values[name], path) for name, path in paths.items() if path is not None)
-
-
-def _leads_nowhere_else(given: Any, path: Path | str) -> bool:
-    return os.path.isabs(path) and str(path) in (given, os.path.abspath(given))
-
-
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
     valid = tuple(valid)
     if value not in valid:
@@ -249,14 +161,14 @@ def _seconds(name: str, value: object) -> float:
 
 def _model(field: str, value: object, kind: Kind) -> str:
     if isinstance(value, os.PathLike):
-        return str(_resolved_model(value))
+        return str(resolved_model(value))
     if not isinstance(value, str) or not value.strip():
         needs = "a spec needs 'base'," if field == "base" else f"spec field {field!r} must be"
         raise SpecError(f"{needs} a hub id or the folder of a model; found {value!r}.")
     if kind in ("api", "dummy"):  # a name, whatever it looks like
         return value
     if is_path(value) or Path(value).is_dir():
-        return str(_resolved_model(value))
+        return str(resolved_model(value))
     return value
 
 
@@ -265,7 +177,7 @@ def _adapter(value: object) -> Path | None:
         return None
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
         raise SpecError(f"spec field 'adapter' must be the folder of a PEFT adapter or None; found {value!r}.")
-    return _resolved(value)
+    return resolved_path(value)
 
 
 def _answers(value: object, kind: Kind) -> str | Path | None:
@@ -281,230 +193,7 @@ def _answers(value: object, kind: Kind) -> str | Path | None:
         raise SpecError(
             f"spec field 'answers' must be a mapping, or the path of a JSON or TOML file of one; found {value!r}."
         )
-    return _resolved(value)
-
-
-def is_path(base: str) -> bool:
-    """Whether a base is written as a folder or a GGUF file, not as a hub id such as ``org/name``."""
-    return (
-        base.startswith(("/", "~", "."))
-        or base.endswith(GGUF_SUFFIX)
-        or os.path.isabs(base)
-        or not _HUB_ID.fullmatch(base)
-    )
-
-
-def _resolved_model(path: str | os.PathLike[str]) -> Path:
-    """A file's own link is not followed: in a hub's cache, it leads to one whose name says nothing of GGUF."""
-    path = Path(path)
-    return _resolved(path.parent) / path.name if path.suffix == GGUF_SUFFIX else _resolved(path)
-
-
-def _resolved(path: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(path).expanduser().resolve()
-    except (RuntimeError, ValueError, OSError) as error:  # an unknown user's ~, a null byte, a loop of links
-        raise SpecError(f"the path {os.fspath(path)!r} cannot be resolved: {str(error).rstrip('.')}.") from error
-
-
-def short_name(text: str) -> str:
-    """Return the last two parts of a path or hub id: enough for a person, and short."""
-    return "/".join(text.rstrip(os.sep).split(os.sep)[-2:]).lstrip("/")
+    return resolved_path(value)
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
-
-
-def cache_key_for(spec: ModelSpec, *, adapter_path: Path | None = None) -> Key:
-    """Return the identity of what ``spec`` loads.
-
-    The key begins ``(kind, base, str(adapter) or None, dtype, device)``, with the device and dtype that ``auto`` stands
-    for on this machine; asking that imports torch when the kind needs it and it is installed. It goes on with every
-    other field that changes what is loaded, and with the state of the files.
-
-    Args:
-        spec: What is asked for.
-        adapter_path: An adapter that takes the place of the spec's own.
-    """
-    from pytest_sway.backends.registry import (
-        resolve,  # upwards, and only here: what `auto` means is the backends' to say
-    )
-
-    return resolved_key(resolve(with_adapter(spec, adapter_path)))
-
-
-def resolved_key(spec: ModelSpec) -> Key:
-    """Return the identity of a spec whose device and dtype are already those that will be used."""
-    adapter = None if spec.adapter is None else str(spec.adapter)
-    return (
-        spec.kind,
-        spec.base,
-        adapter,
-        spec.dtype,
-        spec.device,
-        spec.revision,
-        spec.entry_point,
-        spec.endpoint,
-        spec.allow_pickle,
-        spec.finetuned,
-        _answers_identity(spec.answers),
-        spec.finetuned_endpoint,
-        spec.api_key_env,
-        spec.timeout,
-        _model_identity(spec.base),
-        None if spec.finetuned is None else _model_identity(spec.finetuned),
-        None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
-    )
-
-
-def state_of_files(spec: ModelSpec) -> Hashable:
-    """Return what changes whenever somebody writes to the files of a spec, also where they hold the same afterwards.
-
-    It says nothing of the kinds whose files are others' to read and write.
-    """
-    if spec.kind not in ("hf", "mlx", "dummy"):
-        return None
-    return (
-        _model_signature(spec.base, _MODEL_FILES),
-        None if spec.finetuned is None else _model_signature(spec.finetuned, _MODEL_FILES),
-        None if spec.adapter is None else _adapter_signature(str(spec.adapter)),
-        _stats((str(spec.answers),)) if isinstance(spec.answers, Path) else None,
-    )
-
-
-def base_key(spec: ModelSpec) -> Key:
-    """Return the identity of the base of a resolved spec: equal for all adapters that can share it."""
-    return resolved_key(base_spec(spec))
-
-
-def base_spec(spec: ModelSpec) -> ModelSpec:
-    """Return the spec of the base alone."""
-    if spec.adapter is None and spec.finetuned is None:
-        return spec
-    return replace(spec, adapter=None, finetuned=None, finetuned_endpoint=None)
-
-
-def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
-    """Return the spec of the fine-tuned model as a base of its own; ``None`` where there is none.
-
-    The revision is the base's, and so is not the fine-tuned model's.
-    """
-    return None if spec.finetuned is None else replace(spec, base=spec.finetuned, finetuned=None, revision=None)
-
-
-def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
-    """Return ``spec`` with ``adapter_path`` in its adapter's place, or as it is where that is ``None``."""
-    return spec if adapter_path is None else replace(spec, adapter=adapter_path)  # type: ignore[arg-type] # checked
-
-
-def _answers_identity(answers: Mapping[str, Any] | str | Path | None) -> Hashable:
-    if not isinstance(answers, Path):
-        return answers if answers is None else str(answers)
-    return (str(answers), _file_digest(str(answers), _stats((str(answers),))))
-
-
-_Signature: TypeAlias = tuple[tuple[int, int, int, int], ...]
-
-_IDENTITY_FILES: Final = re.compile(
-    r".*\.(safetensors|jinja|model|txt)|(?!trainer_state).*\.json|(adapter_model|new_embeddings).*\.bin"
-)
-"""Files that decide what an adapter's folder loads; a checkpoint's optimizer state and README do not."""
-
-
-def _model_signature(model: str, files: re.Pattern[str] = _WEIGHTS) -> _Signature | None:
-    """The state of files that a local model is loaded from; their contents are too much to read."""
-    if not os.path.isabs(model):
-        return None
-    if model.endswith(GGUF_SUFFIX):
-        return _stats((model,))
-    return _stats((f"{model}/config.json", *_listed(model, files)))
-
-
-def _model_identity(model: str) -> Hashable:
-    """What tells one state of a local model from another, at each request.
-
-    Its config.json and its weights are looked at each time. Its other files are looked at when the folder itself has
-    changed, as it does when a file is replaced, added or removed: it would take as long again to look at all of them.
-    """
-    if not os.path.isabs(model) or model.endswith(GGUF_SUFFIX):
-        return _model_signature(model)
-    try:
-        folder = os.stat(model)
-    except OSError:
-        return _model_signature(model)
-    others = _other_files(model, folder.st_mtime_ns, folder.st_ino)
-    return _stats((f"{model}/config.json", *_files(model, _WEIGHTS, folder.st_mtime_ns, folder.st_ino))), others
-
-
-@lru_cache(maxsize=256)
-def _other_files(model: str, mtime_ns: int, inode: int) -> _Signature:
-    """The state that a model's files besides its weights were in when its folder changed."""
-    return _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
-
-
-def _adapter_signature(folder: str) -> _Signature:
-    """The state of the files that an adapter is loaded from."""
-    return _stats(_listed(folder, _IDENTITY_FILES))
-
-
-def _listed(folder: str, names: re.Pattern[str]) -> tuple[str, ...]:
-    """The paths of a folder's files of such names; none if there is no such folder."""
-    try:
-        listed = os.stat(folder)
-        return _files(folder, names, listed.st_mtime_ns, listed.st_ino)
-    except OSError:
-        return ()
-
-
-def _stats(paths: tuple[str, ...]) -> _Signature:
-    signature = []
-    for path in paths:
-        try:
-            st = os.stat(path)
-        except OSError:
-            signature.append((0, 0, 0, 0))
-        else:
-            signature.append((st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino))
-    return tuple(signature)
-
-
-_TEMPLATES: Final = "additional_chat_templates"
-"""The folder inside of a tokenizer's where transformers puts chat templates that have names."""
-
-
-@lru_cache(maxsize=256)
-def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> tuple[str, ...]:
-    """They are the same until the folder's modification time changes."""
-    with os.scandir(folder) as entries:
-        found = [e.path for e in entries if e.is_file() and names.fullmatch(e.name)]
-    return (*sorted(found), *sorted(str(path) for path in Path(folder, _TEMPLATES).glob("*.jinja")))
-
-
-_MOST_DIGESTED: Final = 2**30
-"""Bytes, which take a second or two; most adapters have far less."""
-
-
-@lru_cache(maxsize=256)
-def _file_digest(path: str, signature: _Signature) -> str:
-    """A digest of a file's content, which is read again only when its signature has changed.
-
-    For a file that takes long to read, the signature itself stands, as for the files of a model.
-    """
-    if any(size > _MOST_DIGESTED for size, *_ in signature):
-        return str(signature)
-    try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return "unreadable"
-
-
-@lru_cache(maxsize=256)
-def _adapter_digest(folder: str, signature: _Signature) -> str | None:
-    """A digest of the contents of an adapter's files; they are read again only when their signature has changed."""
-    if not signature:
-        return None
-    digest = hashlib.sha256()
-    for path in _listed(folder, _IDENTITY_FILES):
-        digest.update(f"{os.path.basename(path)}\0{_file_digest(path, _stats((path,)))}".encode())
-    return digest.hexdigest()

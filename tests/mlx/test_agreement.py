@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pytest_sway.backends.mlx.engine import _log_normaliser
+from pytest_sway.backends.mlx.model.engine import _log_normaliser
 from tests.tiny import TEXT, make_adapter, make_base, set_template
 
 PAIRS = [("the sun rises in the", " east and sets in the west ."), ("", "the cat"), ("the cat sat ", "on the mat .")]
@@ -165,8 +165,8 @@ def test_a_long_text_is_scored_in_chunks_as_in_one(
 ) -> None:
     with build(base).as_base() as view:
         whole, prompted = view.rolling_logprob(TEXT * 3), view.logprob_of(TEXT * 2, TEXT * 2)
-        monkeypatch.setattr("pytest_sway.backends.mlx.engine.CHUNK_POSITIONS", 5)
-        monkeypatch.setattr("pytest_sway.backends.mlx.engine.PREFILL_POSITIONS", 7)
+        monkeypatch.setattr("pytest_sway.backends.mlx.model.engine.CHUNK_POSITIONS", 5)
+        monkeypatch.setattr("pytest_sway.backends.mlx.model.engine.PREFILL_POSITIONS", 7)
         assert np.allclose(view.rolling_logprob(TEXT * 3).logprobs, whole.logprobs, atol=1e-5)
         assert view.logprob_of(TEXT * 2, TEXT * 2) == pytest.approx(prompted, abs=1e-4)
 

@@ -8,7 +8,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
-from tests.unit.api.toy import Toy, reply
+from tests.unit.backends.api.toy import Toy, reply
 
 KEY = "k-abcdefgh12345678"
 

@@ -125,8 +125,7 @@ import sys
 
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
-        heavy = {"torch", "transformers", "peft", "pytest_sway.cache.backend_cache"}
-        print("imported", sorted(heavy & set(sys.modules)))
+        print("imported", sorted({"torch", "transformers", "peft", "pytest_sway.cache"} & set(sys.modules)))
 """
     )
     result = suite.run_apart(FOUR_TESTS, "-n2", "-p", "looks", "-s")

@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import make_adapter, make_base
 
 if TYPE_CHECKING:
-    from pytest_sway.cache.leases import CachedBackend
+    from pytest_sway.cache.entries import CachedBackend
 
 SUITE = """
 import functools

@@ -13,8 +13,8 @@ import pytest
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
 from tests.tiny import make_adapter, make_base, make_tokenizer, quiet
-from tests.unit.hf.conftest import spec_of
-from tests.unit.hf.reference import fresh, logits, view_logits
+from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ import pytest
 
 from examples.smollm2 import smollm2_folder
 from pytest_sway.backends.registry import Builder
-from pytest_sway.spec.model_spec import parse_spec
+from pytest_sway.spec.parsing import parse_spec
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, INDEX_BYTES, TOKENIZER_BYTES, open_regular
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -323,12 +324,3 @@ def _require_quick(where: str, field: str, expression: str, tensors: Iterable[st
             " match the names of the modules: its repeats backtrack into each other. Write it without a repeat inside"
             " of a repeat, or list the modules by name."
         ) from None
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """Return the ``repr`` of what a file holds, cut to a length that fits into an error."""
-    try:
-        text = repr(value[: limit + 1] if isinstance(value, str | list) else value)
-    except RecursionError:
-        text = f"a {type(value).__name__} of many levels"
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

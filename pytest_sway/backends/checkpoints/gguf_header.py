@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.model_spec import GGUF_SUFFIX, is_path
+from pytest_sway.spec.paths import GGUF_SUFFIX, is_path
 from pytest_sway.system.reading import open_regular
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.model.adapter import some
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.model_spec import is_path
+from pytest_sway.spec.paths import is_path
+from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.backends.checkpoints.safetensors_header import read_any
 from pytest_sway.errors import AdapterMismatchError, SwayError, SwayWarning
-from pytest_sway.spec.model_spec import GGUF_SUFFIX, ModelSpec, is_path
+from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.spec.paths import GGUF_SUFFIX, is_path
 from pytest_sway.system.reading import CONFIG_BYTES, open_regular, read_bounded
 
 if TYPE_CHECKING:

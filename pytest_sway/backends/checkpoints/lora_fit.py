@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.model.adapter import NAME, ROOT, some
+from pytest_sway.backends.checkpoints.peft_adapter import NAME, ROOT
 from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.bounds import require_own_tensors, require_types, shown
+from pytest_sway.backends.checkpoints.bounds import require_own_tensors, require_types
 from pytest_sway.backends.checkpoints.peft_types import (
     ADDITIVE_TYPES,
     LOCAL_LORA_FIELDS,
@@ -26,9 +26,11 @@ from pytest_sway.backends.checkpoints.peft_types import (
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -38,6 +40,12 @@ PICKLED: Final = "adapter_model.bin"
 _OF_BASE: Final = (".base_layer.", ".original_module.")
 """What PEFT has in the names of the base's own tensors, inside of its layers."""
 _CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|(pre_)?classifier|classification_head|qa_outputs|v_head)\.")
+
+
+ROOT: Final = "base_model.model."
+"""What PEFT puts before the names of the base's modules."""
+NAME: Final = "default"
+"""PEFT's own name for an adapter that is the only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +227,13 @@ def _hub_id(folder: Path) -> str:
     """The id that somebody may have meant who named a folder that is not there."""
     near = folder.parent.parent == Path.cwd()
     return "/".join(folder.parts[-2:]) if near else "org/name"
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a name in the ``PeftModel`` is that of something that came with the adapter."""
+    return f".{NAME}." in f".{name}."
+
+
+def public_name(name: str) -> str:
+    """Return a parameter's or module's name without what PEFT puts into it."""
+    return name.removeprefix(ROOT).replace(f".{NAME}", "")

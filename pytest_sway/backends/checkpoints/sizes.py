@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file, read_gguf
 from pytest_sway.backends.checkpoints.hub_files import base_file
-from pytest_sway.backends.checkpoints.peft_adapter import read_adapter
+from pytest_sway.backends.checkpoints.peft_adapter import ROOT, read_adapter
 from pytest_sway.backends.checkpoints.safetensors_header import read_any
-from pytest_sway.backends.hf.model.adapter import ROOT
-from pytest_sway.backends.hf.sharing.shared_memory import address_of
-from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
 from pytest_sway.errors import SwayError
-from pytest_sway.spec.model_spec import base_key, base_spec, finetuned_spec, resolved_key
+from pytest_sway.spec.identity import base_key, base_spec, finetuned_spec, resolved_key
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Hashable, Mapping
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
-    from pytest_sway.backends.hf.check import Plan
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -61,15 +58,6 @@ def estimated(spec: ModelSpec, plan: Plan | None = None) -> Mapping[Hashable, in
         base_bytes if files.may_rewrite_anything else 0
     )
     return {base_key(spec): base_bytes, ("adapter", *resolved_key(spec)): own}
-
-
-def measured(tensors: Iterable[Any]) -> int:
-    """Return the bytes of some tensors; what is in the same place counts once."""
-    places: dict[tuple[Any, int], int] = {}
-    for tensor in (part for whole in tensors for _, part in parts_of(whole)):
-        place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
-        places[place] = max(places.get(place, 0), tensor.nbytes)
-    return sum(places.values())
 
 
 def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:

@@ -8,17 +8,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.checkpoints.sizes import measured
 from pytest_sway.backends.contract import preflight
-from pytest_sway.backends.hf.hygiene.contents import summarised
-from pytest_sway.backends.hf.hygiene.weights_watch import Leak, WeightsWatch, find_leak
-from pytest_sway.backends.hf.loading.libraries import forget_layers, no_warnings
+from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch, find_leak, measured
+from pytest_sway.backends.hf.loading.libraries import forget_layers
 from pytest_sway.backends.hf.model import bound_model
 from pytest_sway.backends.hf.view import HFView
+from pytest_sway.backends.libraries.process import no_warnings
+from pytest_sway.backends.local.leaks import Leak
 from pytest_sway.backends.local.tokenizer_copies import copied
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
-from pytest_sway.spec.model_spec import base_key, resolved_key
+from pytest_sway.spec.identity import base_key, resolved_key
 from pytest_sway.system.frames import forget_frames
+from pytest_sway.system.wording import summarised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping

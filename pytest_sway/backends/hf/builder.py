@@ -15,9 +15,9 @@ from pytest_sway.backends.hf.loading.libraries import import_libraries
 from pytest_sway.backends.hf.loading.pickles import with_entries
 from pytest_sway.backends.hf.loading.placement import resolve_placement
 from pytest_sway.backends.hf.scoring.answer_cache import DEFAULT_BYTES, AnswerMemory
-from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.backends.local.pool import SharedPool
-from pytest_sway.spec.model_spec import base_key, base_spec, finetuned_spec
+from pytest_sway.spec.identity import base_key, base_spec, finetuned_spec
 from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.backends.hf.backend import HFBackend, Loaded
-    from pytest_sway.backends.hf.check import Plan
     from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
     from pytest_sway.backends.hf.model.base import LoadedBase
     from pytest_sway.backends.local.pool import Share
@@ -185,10 +185,10 @@ class HFBuilder:
 
 def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded:
     from pytest_sway.backends.hf.adapters.attach import attach, explained
+    from pytest_sway.backends.hf.adapters.overlays import tuned_side
     from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
     from pytest_sway.backends.hf.backend import Loaded
     from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
-    from pytest_sway.backends.hf.model.bound_model import tuned_side
     from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
 
     rust = adapter_tokenizer(base, files)
@@ -203,7 +203,7 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
 
 
 def _close_base(base: LoadedBase) -> None:
-    from pytest_sway.backends.hf.hygiene.weights_watch import collect
+    from pytest_sway.backends.hf.hygiene.heap import collect
 
     device = base.device.type
     base.close()

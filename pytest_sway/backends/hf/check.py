@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,44 +13,23 @@ from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file
 from pytest_sway.backends.checkpoints.lora_fit import check_fit
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.checkpoints.peft_adapter import read_adapter
+from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.libraries import require_libraries
 from pytest_sway.backends.hf.loading.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.model_spec import finetuned_spec, is_path, state_of_files
+from pytest_sway.spec.identity import finetuned_spec, state_of_files
+from pytest_sway.spec.paths import is_path
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Mapping
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the files of a spec say, read once for all the steps of a load.
-
-    Attributes:
-        spec: The resolved spec.
-        state: The state that its files were in.
-        files: What the adapter's folder says; ``None`` without an adapter.
-        config: What the base's ``config.json`` says; empty if it is not on this machine.
-        entries: The tensors of the base's files, by name; ``None`` where they are not known.
-    """
-
-    spec: ModelSpec
-    state: Hashable
-    files: AdapterFiles | None
-    config: Mapping[str, Any]
-    entries: Mapping[str, TensorEntry] | None
-
-    def holds_for(self, spec: ModelSpec) -> bool:
-        """Whether it is of this spec, and nobody has written to the files since."""
-        return self.spec == spec and self.state == state_of_files(spec)
 
 
 def check_spec(spec: ModelSpec) -> Plan:

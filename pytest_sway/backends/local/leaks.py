@@ -7,29 +7,18 @@ import gc
 import inspect
 import sys
 import types
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
+
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 MAX_DEPTH: Final = 12
 MAX_WIDTH: Final = 200
 _OURS: Final = "pytest_sway"
-
-
-def holders_of(storages: Iterable[int], limit: int = 5) -> list[str]:
-    """Describe by what chains of references the tensors on some storages are held.
-
-    Args:
-        storages: Addresses of storages, as `torch.UntypedStorage._cdata` gives them.
-        limit: The most chains to return.
-
-    Returns:
-        Chains such as ``module tests.test_x global 'KEEP' -> list -> PeftModel``.
-    """
-    return chains_to(_outermost_holders(set(storages)), limit)
 
 
 def chains_to(roots: list[Any], limit: int = 5) -> list[str]:
@@ -43,52 +32,6 @@ def chains_to(roots: list[Any], limit: int = 5) -> list[str]:
     del roots
     found = search.chains(limit)
     return found or ["nothing that Python's garbage collector knows of (native code, such as an autograd graph)"]
-
-
-def _outermost_holders(storages: set[int]) -> list[Any]:
-    """The modules that contain such tensors and are in no other such module; the tensors that are in none."""
-    import torch
-
-    tensors, modules = [], []
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if issubclass(kind, torch.Tensor):
-            if _on_storage(thing, storages):
-                tensors.append(thing)
-        elif issubclass(kind, torch.nn.Module) and "_modules" in vars(thing):
-            modules.append(thing)
-    wanted = {id(tensor) for tensor in tensors}
-    holding = {id(module): module for module in modules if any(id(tensor) in wanted for tensor in _own_tensors(module))}
-    inside = {id(tensor) for module in holding.values() for tensor in _own_tensors(module)}
-    outer, parents = dict(holding), _parents(modules)
-    while True:
-        up = {id(parent): parent for module in outer.values() for parent in parents.get(id(module), ())}
-        kept = {key: module for key, module in outer.items() if key not in parents}
-        if up.keys() <= kept.keys():
-            break
-        outer = kept | up
-    return [*outer.values(), *(tensor for tensor in tensors if id(tensor) not in inside)]
-
-
-def _own_tensors(module: Any) -> Iterator[Any]:
-    yield from module._parameters.values()
-    yield from module._buffers.values()
-
-
-def _on_storage(tensor: Any, storages: set[int]) -> bool:
-    try:
-        return tensor.untyped_storage()._cdata in storages
-    except (RuntimeError, NotImplementedError):  # a tensor without storage, such as a sparse or a fake one
-        return False
-
-
-def _parents(modules: list[Any]) -> dict[int, list[Any]]:
-    parents: dict[int, list[Any]] = {}
-    for module in modules:
-        for child in module._modules.values():
-            if child is not None:
-                parents.setdefault(id(child), []).append(module)
-    return parents
 
 
 class _Search:
@@ -229,3 +172,16 @@ _NAMED: Final[dict[type, Callable[[Any, Any], str | None]]] = {
 def _kind(thing: Any) -> str:
     kind = type(thing)
     return kind.__name__ if kind.__module__ in ("builtins", "torch", "collections") else kind.__qualname__
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """Weights that outlived their backend.
+
+    Attributes:
+        nbytes: How much memory they hold.
+        holders: By what chains of references they are held, each from a name that a person can find.
+    """
+
+    nbytes: int
+    holders: tuple[str, ...]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.contract import preflight
-from pytest_sway.backends.hf.hygiene.contents import summarised
 from pytest_sway.backends.local.tokenizer_copies import RustRecord
 from pytest_sway.backends.mlx.model import bound_model
 from pytest_sway.backends.mlx.model.base import encoder_of, own_tokenizer_of
@@ -19,13 +18,14 @@ from pytest_sway.backends.mlx.model.shared_arrays import find_leak
 from pytest_sway.backends.mlx.model.trees import own_tree_of
 from pytest_sway.backends.mlx.view import MLXView
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError
-from pytest_sway.spec.model_spec import base_key, resolved_key
+from pytest_sway.spec.identity import base_key, resolved_key
 from pytest_sway.system.frames import forget_frames
+from pytest_sway.system.wording import summarised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
 
-    from pytest_sway.backends.hf.hygiene.weights_watch import Leak
+    from pytest_sway.backends.local.leaks import Leak
     from pytest_sway.backends.local.pool import Share
     from pytest_sway.backends.mlx.adapters.attach import Adapter
     from pytest_sway.backends.mlx.model.base import LoadedBase

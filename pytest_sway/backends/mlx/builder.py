@@ -8,14 +8,14 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from pytest_sway.backends.checkpoints.sizes import estimated
-from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.backends.local.pool import SharedPool
 from pytest_sway.backends.mlx.adapters.files import read_mlx_adapter
 from pytest_sway.backends.mlx.check import check_spec
 from pytest_sway.backends.mlx.model.libraries import import_libraries
 from pytest_sway.backends.mlx.model.placement import resolve_placement
 from pytest_sway.errors import SwayError
-from pytest_sway.spec.model_spec import base_key, base_spec, finetuned_spec, resolved_key
+from pytest_sway.spec.identity import base_key, base_spec, finetuned_spec, resolved_key
 from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from pytest_sway.backends.mlx.adapters.files import read_mlx_adapter
 from pytest_sway.backends.mlx.model.libraries import require_libraries
 from pytest_sway.backends.mlx.model.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.model_spec import finetuned_spec, is_path
+from pytest_sway.spec.identity import finetuned_spec
+from pytest_sway.spec.paths import is_path
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.scoring.scores import encoded_pairs, encoded_prompts, encoded_texts, rolling, warn_of_cuts
-from pytest_sway.backends.mlx.engine import Engine
+from pytest_sway.backends.mlx.model.engine import Engine
 from pytest_sway.backends.questions import Settings, listed, seeds
 from pytest_sway.backends.text import tokens
+from pytest_sway.backends.text.requests import encoded_pairs, encoded_prompts, encoded_texts, rolling, warn_of_cuts
 from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import RollingLogprob, TokenDist
 

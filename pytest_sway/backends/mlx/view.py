@@ -12,7 +12,7 @@ from pytest_sway.errors import ViewClosedError
 
 if TYPE_CHECKING:
     from pytest_sway.backends.mlx.backend import MLXBackend
-    from pytest_sway.backends.mlx.engine import Engine
+    from pytest_sway.backends.mlx.model.engine import Engine
     from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all

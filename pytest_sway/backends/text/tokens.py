@@ -5,12 +5,14 @@ What a model is asked to score is always a `Window`: some tokens, given those be
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
+
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -19,6 +21,9 @@ DEFAULT_MAX_LENGTH: Final = 2048
 
 _LENGTH_FIELDS: Final = ("n_positions", "max_position_embeddings", "n_ctx")
 _UNSET_LENGTH: Final = 10**29  # tokenizers say "no limit" with int(1e30)
+
+
+Ids = tuple[int, ...]
 
 
 class Window(NamedTuple):

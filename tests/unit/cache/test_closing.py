@@ -11,7 +11,7 @@ import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
-from pytest_sway.cache.leases import CachedBackend
+from pytest_sway.cache.entries import CachedBackend
 from pytest_sway.errors import BackendClosedError, CacheClosedError
 from pytest_sway.spec.model_spec import ModelSpec
 from tests.unit.fakes import Call, FakeBuild, Unclosable, Watched, names, spec

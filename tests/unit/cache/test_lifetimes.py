@@ -14,7 +14,7 @@ import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
-from pytest_sway.cache.leases import CachedBackend
+from pytest_sway.cache.entries import CachedBackend
 from pytest_sway.errors import BackendLoadError, CacheDeadlockError, CacheFullError
 from tests.unit.fakes import DEADLINE, Call, FakeBackend, FakeBuild, InformedFakeBuild, Watched, names, spec
 

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
-from pytest_sway.cache.leases import CachedBackend, Lease
+from pytest_sway.cache.entries import CachedBackend, Lease
 from pytest_sway.errors import BackendLoadError, CacheDeadlockError, CacheFullError, SpecError
 from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched, spec
 

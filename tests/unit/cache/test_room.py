@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.entries import Budget, Entry, Operation, Parts, State, format_bytes, total_bytes
-from pytest_sway.cache.leases import Lease
+from pytest_sway.cache.budget import Budget, total_bytes
+from pytest_sway.cache.entries import Entry, Lease, Operation, Parts, State
 from pytest_sway.errors import CacheFullError, SpecError
 from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.system.wording import format_bytes
 from tests.unit.fakes import DEADLINE, Call, FakeBuild, InformedFakeBuild, Watched, name_of, names, spec
 
 

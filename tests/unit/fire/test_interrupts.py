@@ -20,7 +20,7 @@ from pytest_sway.backends.local import pool
 from pytest_sway.cache import backend_cache as cache_module
 from pytest_sway.cache import entries, leases, ledger
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.leases import Lease
+from pytest_sway.cache.entries import Lease
 from pytest_sway.errors import SwayError
 from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
 

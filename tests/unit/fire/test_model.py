@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.entries import Parts
-from pytest_sway.cache.leases import Lease
+from pytest_sway.cache.entries import Lease, Parts
 from pytest_sway.errors import BackendLoadError, CacheFullError, SpecError
 from tests.unit.fakes import Call, InformedFakeBuild, SharingBackend, names, spec
 from tests.unit.fire.profiles import PROFILE, machine_settings

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pytest_sway.cache import backend_cache as cache_module
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.leases import Lease
+from pytest_sway.cache.entries import Lease
 from pytest_sway.errors import BackendLoadError, CacheFullError
 from tests.unit.fakes import DEADLINE, FakeBackend, Gate, InformedFakeBuild, spec
 from tests.unit.fire.board import Board, Status, Worker, note_waits

@@ -12,18 +12,19 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.bounds import shown
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS, read_adapter
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, read_adapter
 from pytest_sway.backends.hf.adapters.peft_errors import refused
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify_weights import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
-from pytest_sway.backends.hf.model.adapter import NAME, Adapter, adapter_parameters, largest_scaling
+from pytest_sway.backends.hf.model.adapter import Adapter
+from pytest_sway.backends.hf.model.peft_model import adapter_parameters, largest_scaling
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.skeletons import OnSkeleton, name_in_file
-from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, SwayError
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

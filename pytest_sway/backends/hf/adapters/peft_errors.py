@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pytest_sway.backends.checkpoints.bounds import shown
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
-from pytest_sway.backends.hf.loading.culprits import Asked, explanation, said
+from pytest_sway.backends.libraries.culprits import Asked, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.model.adapter import NAME
+from pytest_sway.backends.checkpoints.peft_adapter import NAME
 from pytest_sway.backends.hf.sharing.trees import modules_of
 from pytest_sway.errors import AdapterMismatchError
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapters.verify_weights import without_effect
-from pytest_sway.backends.hf.loading.libraries import no_warnings
-from pytest_sway.backends.hf.model.verify_base import has_nan
+from pytest_sway.backends.hf.hygiene.finite import has_nan
+from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.hf.model.base import LoadedBase
     from pytest_sway.backends.hf.model.bound_model import Side
-    from pytest_sway.backends.hf.scoring.scores import Engine
+    from pytest_sway.backends.hf.scoring.engine import Engine
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

@@ -6,9 +6,10 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.model.adapter import NAME, is_adapters, public_name, some
-from pytest_sway.backends.hf.model.verify_base import largest
+from pytest_sway.backends.checkpoints.peft_adapter import NAME, is_adapters, public_name
+from pytest_sway.backends.hf.hygiene.finite import largest
 from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

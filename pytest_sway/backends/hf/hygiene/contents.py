@@ -154,8 +154,3 @@ def _global_hooks() -> Iterable[tuple[str, Any]]:
 
 def _is_hooks(name: str, value: Any) -> bool:
     return name.startswith("_global_") and name.endswith("_hooks") and isinstance(value, dict)
-
-
-def summarised(lines: list[str], limit: int = 10) -> list[str]:
-    """Return at most ``limit`` lines, and how many more there are."""
-    return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import warnings
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.hub_files import base_file
+from pytest_sway.backends.libraries.process import PROCESS_STATE, quiet_libraries
 from pytest_sway.errors import BackendNotAvailableError
 from pytest_sway.system.imports import import_apart
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
@@ -30,10 +29,6 @@ _PARTS: Final = (
     "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
 """What transformers imports when it is first asked for it, and every load asks for."""
-
-PROCESS_STATE: Final = threading.RLock()
-"""Held by whoever changes what the whole process shares: the random state, warning filters, and the defaults that
-`from_pretrained` sets while it runs. Whoever needs a base's lock as well takes that one first."""
 
 
 def require_libraries(spec: ModelSpec, *, gguf: bool = False) -> None:
@@ -80,26 +75,6 @@ def quiet_process() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Run code of transformers that warns, logs or draws progress bars, without a trace of it; torch is not needed."""
-    transformers: Any = import_module("transformers.utils.logging")
-    hub: Any = import_module("huggingface_hub.utils")
-    with PROCESS_STATE, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        verbosity, shows_bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
-        hub_shows_bars = not hub.are_progress_bars_disabled()
-        transformers.set_verbosity_error()
-        transformers.disable_progress_bar()
-        try:
-            yield
-        finally:
-            transformers.set_verbosity(verbosity)
-            if shows_bars:
-                transformers.enable_progress_bar()
-            (hub.enable_progress_bars if hub_shows_bars else hub.disable_progress_bars)()
-
-
-@contextmanager
 def seeded(device: Any, seed: int = 0) -> Iterator[None]:
     """Run library code that draws random numbers from ``seed`` on; the state of the process and the device comes back.
 
@@ -111,14 +86,6 @@ def seeded(device: Any, seed: int = 0) -> Iterator[None]:
 
     with PROCESS_STATE, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def no_warnings() -> Iterator[None]:
-    """Run library code that warns of what it is meant to do."""
-    with PROCESS_STATE, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         yield
 
 

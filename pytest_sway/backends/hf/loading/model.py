@@ -6,17 +6,16 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.checkpoints.bounds import shown
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
-from pytest_sway.backends.hf.loading.culprits import Asked, named_culprit
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
-from pytest_sway.backends.hf.model.adapter import some
-from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.backends.libraries.culprits import Asked, named_culprit
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
+from pytest_sway.system.wording import shown, some
 
 if TYPE_CHECKING:
     from pathlib import Path

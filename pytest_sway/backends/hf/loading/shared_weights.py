@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.backends.checkpoints.sizes import base_entries
-from pytest_sway.backends.hf.hygiene.weights_watch import collect
-from pytest_sway.backends.hf.loading.libraries import PROCESS_STATE
+from pytest_sway.backends.hf.hygiene.heap import collect
 from pytest_sway.backends.hf.loading.model import load_model
 from pytest_sway.backends.hf.loading.safetensors_writer import raw_bytes, write_tensors
+from pytest_sway.backends.libraries.process import PROCESS_STATE
 from pytest_sway.errors import SwayError, SwayWarning
-from pytest_sway.spec.model_spec import base_key, short_name
+from pytest_sway.spec.identity import base_key
+from pytest_sway.spec.paths import short_name
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.redaction import redacted
 

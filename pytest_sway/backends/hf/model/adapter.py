@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
-
-from pytest_sway.backends.hf.sharing.trees import modules_of
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.hf.model.pristine import Pristine
     from pytest_sway.backends.hf.model.skeletons import OnSkeleton
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-ROOT: Final = "base_model.model."
-"""What PEFT puts before the names of the base's modules."""
-
-NAME: Final = "default"
-"""PEFT's own name for an adapter that is the only one."""
-
-_LONGEST_NAME: Final = 150
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,43 +28,3 @@ class Adapter:
     pristine: Pristine | OnSkeleton
     own: dict[str, Any]
     scaling: float
-
-
-def adapter_parameters(peft_model: Any) -> dict[str, Any]:
-    """Return the parameters that came with the adapter, by name, in the order of ``named_parameters()``."""
-    return {name: parameter for name, parameter in peft_model.named_parameters() if is_adapters(name)}
-
-
-def is_adapters(name: str) -> bool:
-    """Whether a name in the ``PeftModel`` is that of something that came with the adapter."""
-    return f".{NAME}." in f".{name}."
-
-
-def scalings_of(peft_model: Any) -> list[dict[str, float]]:
-    """Return the dictionaries of the LoRA layers that hold the adapter's scaling, a factor without unit."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = (module for _, module in modules_of(peft_model) if isinstance(module, LoraLayer))
-    return [layer.scaling for layer in layers if NAME in layer.scaling]
-
-
-def largest_scaling(peft_model: Any) -> float:
-    """Return the largest factor that the product of two LoRA matrices is multiplied by; 1 where there are none."""
-    return max((abs(scaling[NAME]) for scaling in scalings_of(peft_model)), default=1.0)
-
-
-def inner_model(peft_model: Any) -> Any:
-    """Return the Hugging Face model inside of a ``PeftModel``, with PEFT's layers in it; any other model as it is."""
-    return peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
-
-
-def public_name(name: str) -> str:
-    """Return a parameter's or module's name without what PEFT puts into it."""
-    return name.removeprefix(ROOT).replace(f".{NAME}", "")
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """Return the first of some names, for an error that has no room for all, or for one without end."""
-    names = sorted(names)
-    few = (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names[:limit])
-    return ", ".join(few) + (", ..." if len(names) > limit else "")

@@ -11,24 +11,25 @@ from weakref import WeakValueDictionary
 
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import base_file
-from pytest_sway.backends.checkpoints.sizes import measured
 from pytest_sway.backends.hf.hygiene.contents import ContentsRecord, PatchRecord
-from pytest_sway.backends.hf.loading.culprits import Asked, named_culprit
+from pytest_sway.backends.hf.hygiene.weights_watch import measured
 from pytest_sway.backends.hf.loading.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.loading.libraries import quiet_process
 from pytest_sway.backends.hf.loading.model import load_model, require_type
-from pytest_sway.backends.hf.model.bound_model import base_side
+from pytest_sway.backends.hf.model.bound_model import Side
+from pytest_sway.backends.hf.model.known_skeletons import Skeletons
 from pytest_sway.backends.hf.model.pristine import Pristine
-from pytest_sway.backends.hf.model.skeletons import Skeletons
 from pytest_sway.backends.hf.scoring.answer_cache import AnswerMemory, circumstances
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.backends.hf.sharing.trees import tensors_of
+from pytest_sway.backends.libraries.culprits import Asked, named_culprit
 from pytest_sway.backends.local.tokenizer_copies import RustRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_sway.spec.model_spec import ModelSpec
+
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -195,3 +196,15 @@ def _from_files(spec: ModelSpec, source: str, revision: str | None = None) -> An
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
+
+
+def base_side(base: LoadedBase) -> Side:
+    """Return the side of a base as it is."""
+    pristine = base.pristine
+    return Side(
+        lambda to_run: pristine.tree(to_run=to_run),
+        base,
+        base.tokenizer,
+        base.trials,
+        recall=base.recall,
+    )

@@ -8,35 +8,24 @@ has the other's weights; so they take turns, and nobody makes a tree for each.
 from __future__ import annotations
 
 import copy
-import json
 import threading
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_sway.backends.hf.model.adapter import NAME, largest_scaling
+from pytest_sway.backends.checkpoints.peft_adapter import NAME
+from pytest_sway.backends.hf.model.peft_model import largest_scaling
 from pytest_sway.backends.hf.model.pristine import Watches
 from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory, SharedTensors
 from pytest_sway.backends.hf.sharing.trees import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Mapping
 
-    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.hf.model.pristine import Pristine
-    from pytest_sway.backends.hf.model.runners import Runner
+    from pytest_sway.backends.hf.scoring.forward import Forward
+
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-_UNSEEN_FIELDS: Final = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
-)
-"""Fields of a config that do not show in what PEFT makes of it."""
-
-_ORDERED_FIELDS: Final = ("alpha_pattern", "rank_pattern")
-"""Of their expressions, PEFT takes the first that matches."""
-
-_MOST: Final = 8
-"""So many skeletons are kept for each base, those that were used last."""
 
 
 class Skeleton:
@@ -136,53 +125,104 @@ class OnSkeleton:
         return self.skeleton.tree(weights, copy.deepcopy(self._config), to_run=to_run)
 
 
-class Skeletons:
-    """The skeletons of a base: those that were used last."""
-
-    def __init__(self) -> None:
-        self._skeletons: OrderedDict[Hashable, Skeleton] = OrderedDict()
-
-    def find(self, files: AdapterFiles, config: Any) -> Skeleton | None:
-        """Return the skeleton of an adapter with all of its tensors; ``None`` if there is none.
-
-        Args:
-            files: The adapter.
-            config: Its configuration, as PEFT has read it.
-        """
-        signature = _signature(files, config)
-        skeleton = self._skeletons.get(signature)
-        if skeleton is not None:
-            self._skeletons.move_to_end(signature)
-        return skeleton
-
-    def made_of(self, files: AdapterFiles, config: Any, pristine: Pristine, own: Mapping[str, Any]) -> Skeleton | None:
-        """Return a new skeleton, which the next adapters find; ``None`` if no adapter is like another of its kind.
-
-        Args:
-            files: The adapter.
-            config: Its configuration, as PEFT has read it.
-            pristine: The ``PeftModel`` with the adapter.
-            own: The adapter's tensors, by their names in the ``PeftModel``.
-        """
-        is_all_in_file = files.entries is not None and set(map(name_in_file, own)) == files.entries.keys()
-        if files.peft_type != "LORA" or not is_all_in_file or not pristine.shares:
-            return None  # something depends on the base's weights, or trees share no memory
-        skeleton = self._skeletons[_signature(files, config)] = Skeleton(pristine, own)
-        while len(self._skeletons) > _MOST:
-            self._skeletons.popitem(last=False)
-        return skeleton
-
-
 def name_in_file(name: str) -> str:
     """Return the name of a tensor of the adapter in its file."""
     return name.replace(f".{NAME}", "")
 
 
-def _signature(files: AdapterFiles, config: Any) -> Hashable:
-    """Equal for adapters of which PEFT makes the same, but for their weights."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_FIELDS}
-    fields |= {name: list(fields[name].items()) for name in _ORDERED_FIELDS if fields.get(name)}
-    text = json.dumps(
-        fields, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
-    )
-    return text, frozenset((name, entry.dtype, entry.shape) for name, entry in (files.entries or {}).items())
+@dataclass(slots=True, eq=False)
+class Runner:
+    """A tree that computes, for one call at a time.
+
+    Attributes:
+        tree: The tree: a ``PeftModel``, or the Hugging Face model where there is no adapter.
+        forward: Its passes.
+        adapter: The adapter whose weights it has, where trees take turns with adapters.
+        has_run: Whether it has computed an answer.
+    """
+
+    tree: Any
+    forward: Forward
+    adapter: OnSkeleton | None = None
+    has_run: bool = False
+    _slots: list[tuple[dict[str, Any], str, str]] = field(default_factory=list)
+
+    def serve(self, adapter: OnSkeleton | None, skeleton: Skeleton) -> None:
+        """Exchange its weights for those of another adapter on the same skeleton, or for none."""
+        if adapter is self.adapter:
+            return
+        self._slots = self._slots or skeleton.slots(self.tree)
+        self.adapter = adapter
+        tensors = skeleton.places if adapter is None else adapter.weights
+        for parameters, key, name in self._slots:
+            parameters[key] = tensors[name]
+
+
+class Idle(Protocol):
+    """The runners of a side that are in no call."""
+
+    def take(self) -> Runner | None:
+        """Return one for a call; ``None`` if there is none."""
+
+    def give(self, runner: Runner) -> None:
+        """Take back one that a call is done with."""
+
+    def close(self) -> None:
+        """Let go of what is the side's."""
+
+
+class OwnIdle:
+    """The idle runners of one side alone."""
+
+    def __init__(self) -> None:
+        self._idle: list[Runner] | None = []
+
+    def take(self) -> Runner | None:
+        """Return one for a call; ``None`` if there is none."""
+        return self._idle.pop() if self._idle else None
+
+    def give(self, runner: Runner) -> None:
+        """Take back one that a call is done with."""
+        if self._idle is not None:
+            self._idle.append(runner)
+
+    def close(self) -> None:
+        """Let go of all."""
+        self._idle = None
+
+
+class SharedIdle:
+    """The idle runners of an adapter, which are those of all adapters on its skeleton.
+
+    Args:
+        adapter: The adapter.
+    """
+
+    def __init__(self, adapter: OnSkeleton) -> None:
+        self._adapter: OnSkeleton | None = adapter
+        self._skeleton = adapter.skeleton
+
+    def take(self) -> Runner | None:
+        """Return one with the adapter's weights; ``None`` if there is none."""
+        adapter, idle = self._adapter, self._skeleton.idle
+        with self._skeleton.lock:
+            if adapter is None or not idle:
+                return None
+            runner = next((each for each in reversed(idle) if each.adapter is adapter), idle[0])
+            idle.remove(runner)
+        runner.serve(adapter, self._skeleton)
+        return runner
+
+    def give(self, runner: Runner) -> None:
+        """Take back one that a call is done with."""
+        with self._skeleton.lock:
+            runner.serve(self._adapter, self._skeleton)
+            self._skeleton.idle.append(runner)
+
+    def close(self) -> None:
+        """Leave the adapter's weights in no runner."""
+        with self._skeleton.lock:
+            adapter, self._adapter = self._adapter, None
+            for runner in self._skeleton.idle:
+                if runner.adapter is adapter:
+                    runner.serve(None, self._skeleton)

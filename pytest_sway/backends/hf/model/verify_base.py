@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from pytest_sway.backends.hf.loading.libraries import no_warnings
-from pytest_sway.backends.hf.model.adapter import public_name, some
+from pytest_sway.backends.hf.hygiene.finite import has_nan, not_finite
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
-from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
-from pytest_sway.errors import ScoringError, SpecError, WeightsError
+from pytest_sway.backends.libraries.process import no_warnings
+from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pytest_sway.backends.hf.model.base import LoadedBase
-    from pytest_sway.backends.hf.scoring.scores import Engine
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -65,45 +61,3 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
             " trained to predict the next token."
         )
     base.is_tried = True
-
-
-def not_finite(tensors: Mapping[str, Any]) -> list[str]:
-    """Return the names of tensors that have a value which is NaN or infinite, sorted."""
-    return sorted(name for name, value in largest(tensors).items() if not math.isfinite(value))
-
-
-def largest(tensors: Mapping[str, Any]) -> dict[str, float]:
-    """Return the largest magnitude in each tensor; NaN or infinite if it has any such value, 0 for whole numbers."""
-    import torch
-
-    parts = [(name, part.detach()) for name, tensor in tensors.items() for _, part in parts_of(tensor)]
-    floats = [(name, part) for name, part in parts if part.is_floating_point() and part.numel()]
-    norms = torch._foreach_norm([part for _, part in floats], math.inf) if floats else []
-    found = dict.fromkeys(tensors, 0.0)
-    for (name, _), norm in zip(floats, map(float, norms), strict=True):
-        if not norm <= found[name]:  # which is so for NaN, too
-            found[name] = norm
-    return found
-
-
-def has_nan(logits: Any) -> bool:
-    """Whether there is no distribution of tokens in some logits: they are NaN, or one of them is infinite."""
-    import torch
-
-    return bool(torch.isnan(torch.log_softmax(logits.float(), dim=-1)).any())
-
-
-def no_number(engine: Engine) -> ScoringError:
-    """Return the error for an answer that is NaN, which says where that comes from."""
-    tensors = dict(engine.model.named_parameters())
-    broken = not_finite(tensors)
-    if broken:
-        return ScoringError(
-            f"the model computes NaN: {len(broken)} of its {len(tensors)} weights have NaN or infinite values"
-            f" ({some(map(public_name, broken))}). Training diverged, or a file is damaged."
-        )
-    return ScoringError(
-        f"the model computes NaN, though all of its weights are finite: what it computes on the way is too large for"
-        f" {engine.forward.model.dtype}. Try dtype='fp32'; if that does not help, its weights or an adapter's scaling"
-        " are far too large."
-    )

@@ -21,12 +21,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
-    from pytest_sway.backends.hf.scoring.scores import Engine
+    from pytest_sway.backends.hf.scoring.engine import Engine
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-Recall = Callable[[tuple[Any, ...], Callable[[], list[Any]]], list[Any]]
-"""``recall(question, compute)`` returns the answers to ``question``, from memory or from ``compute()``."""
 
 DEFAULT_BYTES: Final = 64 * 2**20
 

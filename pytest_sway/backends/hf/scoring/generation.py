@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_sway.backends.hf.model.verify_base import no_number
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
+from pytest_sway.backends.hf.scoring.engine import Engine, no_number
 from pytest_sway.backends.hf.scoring.memory_retry import in_parts
-from pytest_sway.backends.hf.scoring.scores import Engine, encoded_prompts, next_logits, warn_of_cuts
+from pytest_sway.backends.hf.scoring.scores import next_logits
 from pytest_sway.backends.questions import Settings, listed, seeds
+from pytest_sway.backends.text.requests import encoded_prompts, warn_of_cuts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

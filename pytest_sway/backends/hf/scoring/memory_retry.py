@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pytest_sway.backends.local.out_of_memory import out_of_memory
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:

@@ -7,84 +7,37 @@ get their turn between two.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
-from pytest_sway.backends.hf.model.verify_base import no_number
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
+from pytest_sway.backends.hf.scoring.engine import Engine, no_number
 from pytest_sway.backends.hf.scoring.memory_retry import in_parts
 from pytest_sway.backends.hf.scoring.packing import MaskedError
-from pytest_sway.backends.questions import checked_pair, checked_text, listed
+from pytest_sway.backends.questions import listed
 from pytest_sway.backends.text import tokens as tokenisation
-from pytest_sway.backends.text.chat import prompt_text
-from pytest_sway.backends.text.tokens import Window
-from pytest_sway.errors import ScoringError, SwayWarning
-from pytest_sway.protocols import RollingLogprob, TokenDist
+from pytest_sway.backends.text.requests import encoded_pairs, encoded_prompts, encoded_texts, rolling, warn_of_cuts
+from pytest_sway.backends.text.tokens import Ids, Window
+from pytest_sway.errors import ScoringError
+from pytest_sway.protocols import RollingLogprob, TokenDist, log_of_tail
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from pytest_sway.backends.hf.scoring.answer_cache import Recall
-    from pytest_sway.backends.hf.scoring.forward import Forward
     from pytest_sway.protocols import Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 Run = Callable[..., Any]
-Ids = tuple[int, ...]
 _T = TypeVar("_T")
 
 _SLICE_BYTES: Final = 2**20
 """Logits that are normalised at once on a CPU: what stays in a core's cache."""
-
-_SMALLEST_TAIL: Final = 1e-12
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Engine:
-    """What computes a view's answers, while its model is in the view's state.
-
-    Attributes:
-        model: The model, or the ``PeftModel`` around it.
-        tokenizer: The view's tokenizer.
-        forward: The passes of the base.
-        recall: What the base has answered before; ``None`` where the model is not a base as it is.
-    """
-
-    model: Any
-    tokenizer: Any
-    forward: Forward
-    recall: Recall | None = None
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens of a text that the model reads at once, beside an adapter's virtual tokens.
-
-        Raises:
-            ScoringError: None.
-        """
-        positions, virtual = (
-            tokenisation.max_length_of(self.forward.config, self.tokenizer),
-            self.forward.virtual_tokens,
-        )
-        if positions <= virtual:
-            raise ScoringError(
-                f"the adapter's {virtual} virtual tokens leave no room for a text: the model reads at most {positions}"
-                " tokens at once."
-            )
-        return positions - virtual
-
-    def require_known(self, ids: Ids) -> None:
-        """Raise `ScoringError` for a token that the model has no embedding for."""
-        tokenisation.require_known(self.tokenizer, ids, self.forward.embedded)
 
 
 def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
@@ -113,53 +66,6 @@ def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[To
     warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
     found = _answered(run, _planned_prompts, _dists, list(dict.fromkeys(read)), top_k)
     return [found[ids] for ids in read]
-
-
-def warn_of_cuts(count: int, max_length: int) -> None:
-    """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
-    if count:
-        warnings.warn(
-            f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
-            " were dropped from their beginning, as lm-evaluation-harness does.",
-            SwayWarning,
-            stacklevel=4,
-        )
-
-
-def encoded_prompts(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Ids], int]:
-    """Return the token ids of prompts, and how many of them the model reads at once."""
-    encoded = []
-    for prompt in prompts:
-        text, rendered = prompt_text(engine.tokenizer, prompt)
-        encoded.append(tokenisation.encode_prompt(engine.tokenizer, text, rendered=rendered))
-        engine.require_known(encoded[-1])
-    return encoded, engine.max_length
-
-
-def encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
-    """Return pairs as windows, and how many tokens of each the model reads at once."""
-    windows = []
-    for pair in pairs:
-        prompt, completion = checked_pair(pair)
-        text, rendered = prompt_text(engine.tokenizer, prompt)
-        windows.append(tokenisation.encode_pair(engine.tokenizer, text, completion, rendered=rendered))
-        engine.require_known(windows[-1].context + windows[-1].scored)
-    return windows, engine.max_length
-
-
-def encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
-    """Return the token ids of texts, and how many of them the model reads at once."""
-    encoded = []
-    for text in texts:
-        encoded.append(tokenisation.encode_text(engine.tokenizer, checked_text(text), prefix=prefix))
-        engine.require_known(encoded[-1])
-    return encoded, engine.max_length
-
-
-def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob:
-    """Put the log-probabilities of a text's windows together."""
-    joined = np.concatenate([np.array([], dtype=np.float32), *logprobs])
-    return RollingLogprob(np.array(ids, dtype=np.int64), joined, len(ids), float(joined.sum()))
 
 
 # --- what runs with the engine --------------------------------------------------------------------------------------
@@ -293,10 +199,3 @@ def _most_probable(logits: Any, top_k: int) -> list[TokenDist]:
         TokenDist(ids.copy(), values.copy(), vocabulary, None if top_k >= vocabulary else log_of_tail(rest))
         for ids, values, rest in zip(top.indices.cpu().numpy(), top.values.cpu().numpy(), rests, strict=True)
     ]
-
-
-def log_of_tail(mass: float) -> float:
-    """Return the log of the mass outside of a distribution's tokens, as `TokenDist` has it."""
-    if math.isnan(mass):
-        return mass
-    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.model.tokenizers import brings_tokenizer, completed
+from pytest_sway.backends.local.tokenizer_files import brings_tokenizer, completed
 from pytest_sway.backends.mlx.adapters.conversion import as_mlx, copied_from_base, inexact, pairs_of
 from pytest_sway.backends.mlx.adapters.verification import verify_names, verify_shapes, verify_values
 from pytest_sway.backends.mlx.model.base import load_tokenizer

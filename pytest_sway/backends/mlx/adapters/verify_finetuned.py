@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_sway.backends.hf.adapters.verify_finetuned import require_same_tokens
 from pytest_sway.backends.mlx.model.trees import arrays_of
+from pytest_sway.backends.text.vocabulary import require_same_tokens
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:

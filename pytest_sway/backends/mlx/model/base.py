@@ -15,7 +15,7 @@ from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
 from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
 from pytest_sway.backends.mlx.model.trees import arrays_of
 from pytest_sway.errors import BackendLoadError
-from pytest_sway.spec.model_spec import is_path
+from pytest_sway.spec.paths import is_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.mlx.engine import Engine
 from pytest_sway.backends.mlx.model.base import encoder_of
-from pytest_sway.backends.mlx.model.trees import modules_of, put_arrays, tree_of
-from pytest_sway.errors import BackendUseError
+from pytest_sway.backends.mlx.model.engine import Engine
+from pytest_sway.backends.mlx.model.trees import tree_of
 
 if TYPE_CHECKING:
-    from pytest_sway.backends.mlx.adapters.attach import Adapter
     from pytest_sway.backends.mlx.model.base import LoadedBase
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -41,45 +38,3 @@ class Side:
     def _running(self) -> Any:
         """The tree that computes: the modules of some models keep things when they run."""
         return tree_of(self.model)
-
-
-def scaled(adapter: Adapter, lam: float) -> Any:
-    """Return a tree in which the adapter's LoRA terms count ``lam`` times."""
-    _require_lora(adapter, "as_scaled_adapter")
-    model = tree_of(adapter.model)
-    modules = modules_of(model)
-    for name in adapter.layers:
-        modules[name].scale *= lam
-    return model
-
-
-def null(adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Any:
-    """Return a tree with noise in place of the adapter's LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
-
-    Raises:
-        ValueError: ``rank_scale`` is not positive and finite.
-    """
-    if rank_scale <= 0.0 or not math.isfinite(rank_scale):
-        raise ValueError(f"rank_scale must be positive and finite; got {rank_scale!r}")
-    _require_lora(adapter, "as_null_adapter")
-    import mlx.core as mx
-
-    matrices = {name: array for name, array in sorted(adapter.arrays.items()) if not name.endswith(".m")}
-    keys = mx.random.split(mx.random.key(seed % 2**64), len(matrices))
-    scale = init_scale * math.sqrt(rank_scale)
-    noise = {
-        name: mx.random.normal(array.shape, scale=scale, key=key).astype(array.dtype)
-        for key, (name, array) in zip(keys, matrices.items(), strict=True)
-    }
-    mx.eval(noise)
-    model = tree_of(adapter.model)
-    put_arrays(model, noise)
-    return model
-
-
-def _require_lora(adapter: Adapter, what: str) -> None:
-    if not adapter.layers:
-        raise BackendUseError(
-            f"{what} needs a LoRA adapter; {str(adapter.files.folder)!r} is a full fine-tune, whose weights take the"
-            " place of the base's. Use as_finetuned()."
-        )

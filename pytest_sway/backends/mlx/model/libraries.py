@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.loading.libraries import quiet_libraries
+from pytest_sway.backends.libraries.process import quiet_libraries
 from pytest_sway.errors import BackendNotAvailableError
 from pytest_sway.system.imports import import_apart
 

@@ -7,8 +7,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_sway.backends.hf.hygiene.weights_watch import Leak
-from pytest_sway.backends.local.leaks import chains_to
+from pytest_sway.backends.local.leaks import Leak, chains_to
 from pytest_sway.backends.mlx.model.snapshots import checksums
 
 if TYPE_CHECKING:

@@ -1,0 +1,95 @@
+"""Sides of a base with an adapter: as it is, scaled, or with noise in its place."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.hf.model.bound_model import Side
+from pytest_sway.backends.hf.model.peft_model import adapter_parameters, scalings_of
+from pytest_sway.backends.hf.model.skeletons import OnSkeleton, SharedIdle
+from pytest_sway.backends.hf.scoring.trials import Trials
+from pytest_sway.backends.hf.sharing.trees import tensors_of
+from pytest_sway.errors import BackendUseError
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.hf.model.adapter import Adapter
+    from pytest_sway.backends.hf.model.base import LoadedBase
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
+    """Return the side of a base with an adapter.
+
+    Args:
+        base: The base.
+        adapter: The adapter.
+        tokenizer: The adapter's own tokenizer, or the base's.
+    """
+    files = adapter.files
+
+    def make(to_run: bool) -> Any:
+        tree = adapter.pristine.tree(to_run=to_run)
+        base.watches.add(tensors_of(tree))
+        return tree
+
+    return Side(
+        make,
+        base,
+        tokenizer,
+        base.trials if files.plain else Trials(looks_ahead=files.looks_ahead),
+        through_inner_model=files.through_inner_model,
+        one_text_at_a_time=files.one_text_at_a_time,
+        idle=SharedIdle(adapter.pristine) if files.plain and isinstance(adapter.pristine, OnSkeleton) else None,
+    )
+
+
+def scaled(side: Side, adapter: Adapter, lam: float) -> Side:
+    """Return the side in which an adapter's LoRA terms count ``lam`` times."""
+    _require_lora(adapter, "as_scaled_adapter")
+
+    def scale(tree: Any) -> None:
+        for scaling in scalings_of(tree):
+            scaling.update((name, factor * lam) for name, factor in list(scaling.items()))
+
+    return side.changed(scale)
+
+
+def null(side: Side, adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Side:
+    """Return the side with noise in place of an adapter's LoRA matrices: dlm-sway's, number by number.
+
+    Each is drawn from ``N(0, init_scale**2 * rank_scale)``. A product of rank r has a variance in proportion to r, so
+    scaling both factors' deviation by ``sqrt(rank_scale)`` stands for an adapter of rank ``r * rank_scale``. The
+    matrices of embeddings, which dlm-sway leaves as they are, come after all others.
+
+    Raises:
+        ValueError: ``rank_scale`` is not positive and finite.
+    """
+    if rank_scale <= 0.0 or not math.isfinite(rank_scale):
+        raise ValueError(f"rank_scale must be positive and finite; got {rank_scale!r}")
+    _require_lora(adapter, "as_null_adapter")
+    scale = init_scale * math.sqrt(rank_scale)
+
+    def replace(tree: Any) -> None:
+        import torch
+
+        generator = torch.Generator(device="cpu").manual_seed(int(seed))
+        parameters = adapter_parameters(tree)
+        names = [name for name in parameters if ".lora_A." in name or ".lora_B." in name]
+        names += [name for name in parameters if ".lora_embedding_" in name]
+        for name in names:
+            parameter = parameters[name]
+            noise = torch.randn(*parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+            noise = noise.to(dtype=parameter.dtype, device=parameter.device) * scale
+            parameter.data = noise
+
+    return side.changed(replace)
+
+
+def _require_lora(adapter: Adapter, what: str) -> None:
+    if adapter.files.peft_type != "LORA" or not adapter.files.additive:
+        raise BackendUseError(
+            f"{what} needs a LoRA adapter that only adds to its base; {str(adapter.files.folder)!r} is of the type"
+            f" {adapter.files.peft_type} or changes the base's own weights."
+        )

@@ -1,0 +1,72 @@
+"""Who holds some tensors: the modules and tensors from which the search for a name begins."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.local.leaks import chains_to
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def holders_of(storages: Iterable[int], limit: int = 5) -> list[str]:
+    """Describe by what chains of references the tensors on some storages are held.
+
+    Args:
+        storages: Addresses of storages, as `torch.UntypedStorage._cdata` gives them.
+        limit: The most chains to return.
+
+    Returns:
+        Chains such as ``module tests.test_x global 'KEEP' -> list -> PeftModel``.
+    """
+    return chains_to(_outermost_holders(set(storages)), limit)
+
+
+def _outermost_holders(storages: set[int]) -> list[Any]:
+    """The modules that contain such tensors and are in no other such module; the tensors that are in none."""
+    import torch
+
+    tensors, modules = [], []
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if issubclass(kind, torch.Tensor):
+            if _on_storage(thing, storages):
+                tensors.append(thing)
+        elif issubclass(kind, torch.nn.Module) and "_modules" in vars(thing):
+            modules.append(thing)
+    wanted = {id(tensor) for tensor in tensors}
+    holding = {id(module): module for module in modules if any(id(tensor) in wanted for tensor in _own_tensors(module))}
+    inside = {id(tensor) for module in holding.values() for tensor in _own_tensors(module)}
+    outer, parents = dict(holding), _parents(modules)
+    while True:
+        up = {id(parent): parent for module in outer.values() for parent in parents.get(id(module), ())}
+        kept = {key: module for key, module in outer.items() if key not in parents}
+        if up.keys() <= kept.keys():
+            break
+        outer = kept | up
+    return [*outer.values(), *(tensor for tensor in tensors if id(tensor) not in inside)]
+
+
+def _own_tensors(module: Any) -> Iterator[Any]:
+    yield from module._parameters.values()
+    yield from module._buffers.values()
+
+
+def _on_storage(tensor: Any, storages: set[int]) -> bool:
+    try:
+        return tensor.untyped_storage()._cdata in storages
+    except (RuntimeError, NotImplementedError):  # a tensor without storage, such as a sparse or a fake one
+        return False
+
+
+def _parents(modules: list[Any]) -> dict[int, list[Any]]:
+    parents: dict[int, list[Any]] = {}
+    for module in modules:
+        for child in module._modules.values():
+            if child is not None:
+                parents.setdefault(id(child), []).append(module)
+    return parents

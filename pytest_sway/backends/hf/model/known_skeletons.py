@@ -1,0 +1,75 @@
+"""`Skeletons`: those of a base that were used last, found by what an adapter's configuration makes."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.backends.hf.model.skeletons import Skeleton, name_in_file
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.hf.model.pristine import Pristine
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_UNSEEN_FIELDS: Final = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+)
+"""Fields of a config that do not show in what PEFT makes of it."""
+
+_ORDERED_FIELDS: Final = ("alpha_pattern", "rank_pattern")
+"""Of their expressions, PEFT takes the first that matches."""
+
+_MOST: Final = 8
+"""So many skeletons are kept for each base, those that were used last."""
+
+
+class Skeletons:
+    """The skeletons of a base: those that were used last."""
+
+    def __init__(self) -> None:
+        self._skeletons: OrderedDict[Hashable, Skeleton] = OrderedDict()
+
+    def find(self, files: AdapterFiles, config: Any) -> Skeleton | None:
+        """Return the skeleton of an adapter with all of its tensors; ``None`` if there is none.
+
+        Args:
+            files: The adapter.
+            config: Its configuration, as PEFT has read it.
+        """
+        signature = _signature(files, config)
+        skeleton = self._skeletons.get(signature)
+        if skeleton is not None:
+            self._skeletons.move_to_end(signature)
+        return skeleton
+
+    def made_of(self, files: AdapterFiles, config: Any, pristine: Pristine, own: Mapping[str, Any]) -> Skeleton | None:
+        """Return a new skeleton, which the next adapters find; ``None`` if no adapter is like another of its kind.
+
+        Args:
+            files: The adapter.
+            config: Its configuration, as PEFT has read it.
+            pristine: The ``PeftModel`` with the adapter.
+            own: The adapter's tensors, by their names in the ``PeftModel``.
+        """
+        is_all_in_file = files.entries is not None and set(map(name_in_file, own)) == files.entries.keys()
+        if files.peft_type != "LORA" or not is_all_in_file or not pristine.shares:
+            return None  # something depends on the base's weights, or trees share no memory
+        skeleton = self._skeletons[_signature(files, config)] = Skeleton(pristine, own)
+        while len(self._skeletons) > _MOST:
+            self._skeletons.popitem(last=False)
+        return skeleton
+
+
+def _signature(files: AdapterFiles, config: Any) -> Hashable:
+    """Equal for adapters of which PEFT makes the same, but for their weights."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_FIELDS}
+    fields |= {name: list(fields[name].items()) for name in _ORDERED_FIELDS if fields.get(name)}
+    text = json.dumps(
+        fields, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+    )
+    return text, frozenset((name, entry.dtype, entry.shape) for name, entry in (files.entries or {}).items())

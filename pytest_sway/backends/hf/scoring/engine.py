@@ -1,0 +1,79 @@
+"""`Engine`: what computes a view's answers, while its model is in the view's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.checkpoints.peft_adapter import public_name
+from pytest_sway.backends.hf.hygiene.finite import not_finite
+from pytest_sway.backends.text import tokens as tokenisation
+from pytest_sway.backends.text.tokens import Ids
+from pytest_sway.errors import ScoringError
+from pytest_sway.system.wording import some
+
+if TYPE_CHECKING:
+    from pytest_sway.backends.hf.scoring.forward import Forward
+
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+Recall = Callable[[tuple[Any, ...], Callable[[], list[Any]]], list[Any]]
+"""``recall(question, compute)`` returns the answers to ``question``, from memory or from ``compute()``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Engine:
+    """What computes a view's answers, while its model is in the view's state.
+
+    Attributes:
+        model: The model, or the ``PeftModel`` around it.
+        tokenizer: The view's tokenizer.
+        forward: The passes of the base.
+        recall: What the base has answered before; ``None`` where the model is not a base as it is.
+    """
+
+    model: Any
+    tokenizer: Any
+    forward: Forward
+    recall: Recall | None = None
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text that the model reads at once, beside an adapter's virtual tokens.
+
+        Raises:
+            ScoringError: None.
+        """
+        positions, virtual = (
+            tokenisation.max_length_of(self.forward.config, self.tokenizer),
+            self.forward.virtual_tokens,
+        )
+        if positions <= virtual:
+            raise ScoringError(
+                f"the adapter's {virtual} virtual tokens leave no room for a text: the model reads at most {positions}"
+                " tokens at once."
+            )
+        return positions - virtual
+
+    def require_known(self, ids: Ids) -> None:
+        """Raise `ScoringError` for a token that the model has no embedding for."""
+        tokenisation.require_known(self.tokenizer, ids, self.forward.embedded)
+
+
+def no_number(engine: Engine) -> ScoringError:
+    """Return the error for an answer that is NaN, which says where that comes from."""
+    tensors = dict(engine.model.named_parameters())
+    broken = not_finite(tensors)
+    if broken:
+        return ScoringError(
+            f"the model computes NaN: {len(broken)} of its {len(tensors)} weights have NaN or infinite values"
+            f" ({some(map(public_name, broken))}). Training diverged, or a file is damaged."
+        )
+    return ScoringError(
+        f"the model computes NaN, though all of its weights are finite: what it computes on the way is too large for"
+        f" {engine.forward.model.dtype}. Try dtype='fp32'; if that does not help, its weights or an adapter's scaling"
+        " are far too large."
+    )

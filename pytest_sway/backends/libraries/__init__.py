@@ -1,0 +1,1 @@
+"""Other people's code: kept quiet while it runs, and its errors traced to the file and field at fault."""

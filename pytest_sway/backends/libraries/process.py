@@ -1,0 +1,47 @@
+"""What a whole process shares and a load changes: warnings, logs, progress bars, defaults. One at a time changes it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+PROCESS_STATE: Final = threading.RLock()
+"""Held by whoever changes what the whole process shares: the random state, warning filters, and the defaults that
+`from_pretrained` sets while it runs. Whoever needs a base's lock as well takes that one first."""
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Run code of transformers that warns, logs or draws progress bars, without a trace of it; torch is not needed."""
+    transformers: Any = import_module("transformers.utils.logging")
+    hub: Any = import_module("huggingface_hub.utils")
+    with PROCESS_STATE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        verbosity, shows_bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+        hub_shows_bars = not hub.are_progress_bars_disabled()
+        transformers.set_verbosity_error()
+        transformers.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers.set_verbosity(verbosity)
+            if shows_bars:
+                transformers.enable_progress_bar()
+            (hub.enable_progress_bars if hub_shows_bars else hub.disable_progress_bars)()
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Run library code that warns of what it is meant to do."""
+    with PROCESS_STATE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,172 @@
+"""What computes a view's answers: token ids through an MLX model, to log-probabilities and new tokens.
+
+Nothing here knows of adapters or views. MLX is lazy, so everything is evaluated before it is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
+from pytest_sway.backends.text import tokens
+from pytest_sway.protocols import TokenDist, log_of_tail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from pytest_sway.backends.questions import Settings
+    from pytest_sway.backends.text.tokens import Window
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+CHUNK_POSITIONS: Final = 128
+"""Positions whose logits exist at once."""
+
+PREFILL_POSITIONS: Final = 2048
+"""Positions that go through the model at once where no logits are wanted."""
+
+_BLOCK: Final = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Engine:
+    """A model with its tokenizer.
+
+    Attributes:
+        model: A model of mlx-lm.
+        tokenizer: The Hugging Face tokenizer.
+        config: The model's configuration, as attributes.
+        embedded: How many tokens the model has embeddings for; ``None`` if that is unknown.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: Any
+    embedded: int | None
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the model reads at once."""
+        return tokens.max_length_of(self.config, self.tokenizer)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text: what the base's generation settings say, else the tokenizer's EOS."""
+        configured = getattr(self.config, "eos_token_id", None)
+        ends = self.tokenizer.eos_token_id if configured is None else configured
+        if ends is None:
+            return ()
+        return tuple(int(end) for end in (ends if isinstance(ends, Iterable) else [ends]))
+
+    def require_known(self, ids: Sequence[int]) -> None:
+        """Raise `ScoringError` for a token that the model has no embedding for."""
+        tokens.require_known(self.tokenizer, ids, self.embedded)
+
+    def logprobs(self, window: Window) -> NDArray[np.float32]:
+        """Log-probability of each scored token of a window given those before it, in nats."""
+        import mlx.core as mx
+
+        cache = self._prefilled(window.context[:-1])
+        ids = (window.context[-1], *window.scored)
+        parts = []
+        for start in range(0, len(window.scored), CHUNK_POSITIONS):
+            end = min(start + CHUNK_POSITIONS, len(window.scored))
+            logits = self.model(mx.array([ids[start:end]]), cache=cache)[0].astype(mx.float32)
+            chosen = mx.take_along_axis(logits, mx.array(ids[start + 1 : end + 1])[:, None], axis=-1)
+            part = chosen[:, 0] - _log_normaliser(logits)
+            mx.eval(part)
+            parts.append(np.array(part))
+        return np.concatenate(parts)
+
+    def dist(self, ids: Sequence[int], top_k: int) -> TokenDist:
+        """Distribution of the token after a prompt, cut to the ``top_k`` most probable."""
+        import mlx.core as mx
+
+        logits = self._last_logits(ids, self._prefilled(ids[:-1]))
+        logprobs = logits - _log_normaliser(logits)
+        vocabulary = int(logprobs.shape[-1])
+        k = min(top_k, vocabulary)
+        order = mx.argsort(-logprobs)[:k]
+        top = logprobs[order]
+        mass = float((1.0 - mx.exp(top).sum()).item())
+        tail = None if k == vocabulary else log_of_tail(mass)
+        return TokenDist(np.array(order).astype(np.int64), np.array(top), vocabulary, tail)
+
+    def continued(self, ids: Sequence[int], settings: Settings, seed: int) -> str:
+        """Continue a prompt and return the new text, without special tokens."""
+        choose = _sampler(settings, seed) if settings.temperature > 0.0 else _greedy
+        cache, last, new = self._prefilled(ids[:-1]), ids[-1:], list[int]()
+        while len(new) < settings.max_new_tokens and not (new and new[-1] in self.ends):
+            new.append(int(choose(self._last_logits(last, cache)).item()))
+            last = new[-1:]
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+
+    def _prefilled(self, ids: Sequence[int]) -> Any:
+        """Return a key-value cache that holds some tokens. Their logits are not evaluated, so not computed."""
+        import mlx.core as mx
+
+        cache = mlx_lm_module("models.cache").make_prompt_cache(self.model)
+        for start in range(0, len(ids), PREFILL_POSITIONS):
+            self.model(mx.array([ids[start : start + PREFILL_POSITIONS]]), cache=cache)
+            mx.eval([layer.state for layer in cache])
+        return cache
+
+    def _last_logits(self, ids: Sequence[int], cache: Any) -> Any:
+        import mlx.core as mx
+
+        return self.model(mx.array([ids[-1:]]), cache=cache)[0, -1].astype(mx.float32)
+
+
+def _log_normaliser(logits: Any) -> Any:
+    """Return the log-sum-exp over the last axis, in two steps.
+
+    On a CPU, MLX adds up a row of float32 one number after the other. Over a vocabulary of 49,152 that loses 1e-4 nats,
+    always to the same side, which a sum over many tokens does not forgive; in blocks it loses 2e-6.
+    """
+    import mlx.core as mx
+
+    missing = -logits.shape[-1] % _BLOCK
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+    blocks = mx.pad(logits, padding, constant_values=-mx.inf).reshape(*logits.shape[:-1], -1, _BLOCK)
+    return mx.logsumexp(mx.logsumexp(blocks, axis=-1), axis=-1)
+
+
+def _greedy(logits: Any) -> Any:
+    """Return the most probable token."""
+    import mlx.core as mx
+
+    return mx.argmax(logits)
+
+
+def _sampler(settings: Settings, seed: int) -> Callable[[Any], Any]:
+    """Return what samples tokens: with keys of its own, so that MLX's random state takes no part."""
+    import mlx.core as mx
+
+    key = mx.random.key(seed % 2**64)
+
+    def choose(logits: Any) -> Any:
+        nonlocal key
+        key, now = mx.random.split(key)
+        logits = logits / settings.temperature
+        if settings.top_p < 1.0:
+            logits = _nucleus(logits, settings.top_p)
+        return mx.random.categorical(logits, key=now)
+
+    return choose
+
+
+def _nucleus(logits: Any, top_p: float) -> Any:
+    """Take from the tokens all that are not in the smallest set of the most probable ones with a mass of ``top_p``."""
+    import mlx.core as mx
+
+    order = mx.argsort(-logits)
+    probabilities = mx.softmax(logits[order])
+    before = mx.cumsum(probabilities) - probabilities
+    kept = mx.where(before < top_p, logits[order], -mx.inf)
+    return kept[mx.argsort(order)]

@@ -1,0 +1,72 @@
+"""From what a test asks to token ids, and from the log-probabilities of windows to answers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pytest_sway.backends.hf.scoring.engine import Engine
+from pytest_sway.backends.questions import checked_pair, checked_text
+from pytest_sway.backends.text import tokens as tokenisation
+from pytest_sway.backends.text.chat import prompt_text
+from pytest_sway.backends.text.tokens import Ids, Window
+from pytest_sway.errors import SwayWarning
+from pytest_sway.protocols import RollingLogprob
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from pytest_sway.protocols import Prompt
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+def warn_of_cuts(count: int, max_length: int) -> None:
+    """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
+    if count:
+        warnings.warn(
+            f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
+            " were dropped from their beginning, as lm-evaluation-harness does.",
+            SwayWarning,
+            stacklevel=4,
+        )
+
+
+def encoded_prompts(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Ids], int]:
+    """Return the token ids of prompts, and how many of them the model reads at once."""
+    encoded = []
+    for prompt in prompts:
+        text, rendered = prompt_text(engine.tokenizer, prompt)
+        encoded.append(tokenisation.encode_prompt(engine.tokenizer, text, rendered=rendered))
+        engine.require_known(encoded[-1])
+    return encoded, engine.max_length
+
+
+def encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
+    """Return pairs as windows, and how many tokens of each the model reads at once."""
+    windows = []
+    for pair in pairs:
+        prompt, completion = checked_pair(pair)
+        text, rendered = prompt_text(engine.tokenizer, prompt)
+        windows.append(tokenisation.encode_pair(engine.tokenizer, text, completion, rendered=rendered))
+        engine.require_known(windows[-1].context + windows[-1].scored)
+    return windows, engine.max_length
+
+
+def encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
+    """Return the token ids of texts, and how many of them the model reads at once."""
+    encoded = []
+    for text in texts:
+        encoded.append(tokenisation.encode_text(engine.tokenizer, checked_text(text), prefix=prefix))
+        engine.require_known(encoded[-1])
+    return encoded, engine.max_length
+
+
+def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob:
+    """Put the log-probabilities of a text's windows together."""
+    joined = np.concatenate([np.array([], dtype=np.float32), *logprobs])
+    return RollingLogprob(np.array(ids, dtype=np.int64), joined, len(ids), float(joined.sum()))

@@ -1,0 +1,88 @@
+"""The forms in which a spec is accepted: a `ModelSpec`, a mapping, a configured name, or an object like one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Protocol, TypeAlias
+
+from pytest_sway.errors import SpecError
+from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+class SpecAttributes(Protocol):
+    """The least that an object needs to be taken for a spec; dlm-sway's ``ModelSpec`` has it."""
+
+    @property
+    def base(self) -> str:
+        """A hub id or a folder."""
+        ...
+
+
+SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
+_FIELDS: Final = tuple(field.name for field in fields(ModelSpec))
+
+
+def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
+    """Return the spec that ``value`` stands for.
+
+    Args:
+        value: A `ModelSpec`, a mapping of its fields, a name from ``named``, or any object with the same attributes.
+        named: Specs by name, from the configuration; each in one of the other forms.
+
+    Raises:
+        SpecError: It is none of those, has a field that does not exist, or a value that its field does not take.
+    """
+    if isinstance(value, ModelSpec):
+        return value
+    if isinstance(value, Mapping):
+        return _from_mapping(value)
+    if isinstance(value, str):
+        if value not in named:
+            known = ", ".join(sorted(named)) or "none are configured"
+            raise SpecError(
+                f"no spec is named {value!r} (named specs: {known}). Pass a mapping such as"
+                " {'base': ..., 'adapter': ...}, or configure the name under [tool.pytest-sway.specs]."
+            )
+        return parse_spec(named[value])
+    if hasattr(value, "base"):
+        return _from_mapping({name: getattr(value, name) for name in _FIELDS if hasattr(value, name)})
+    raise SpecError(
+        f"a spec is a ModelSpec, a mapping of its fields or a configured name; found {type(value).__name__}: {value!r}."
+    )
+
+
+def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
+    for name in values:
+        if name not in _FIELDS:
+            close = difflib.get_close_matches(str(name), _FIELDS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
+    try:
+        spec, steady = _memoised(os.getcwd(), tuple(values.items()))
+    except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
+        steady = False
+    return spec if steady else ModelSpec(**values)
+
+
+@lru_cache(maxsize=256)
+def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
+    """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
+
+    A path through ``~`` or a link can be led elsewhere at any time, and a hub id can become the name of a folder.
+    """
+    values = dict(items)
+    spec = ModelSpec(**values)
+    paths = {name: getattr(spec, name) for name in ("base", "adapter", "finetuned", "answers")}
+    return spec, all(_leads_nowhere_else(values[name], path) for name, path in paths.items() if path is not None)
+
+
+def _leads_nowhere_else(given: Any, path: Path | str) -> bool:
+    return os.path.isabs(path) and str(path) in (given, os.path.abspath(given))

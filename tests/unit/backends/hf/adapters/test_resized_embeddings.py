@@ -1,0 +1,194 @@
+"""Adapters of more or fewer words than their base: PEFT's numbers on a resized base, and the base as it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sway.errors import AdapterMismatchError
+from tests.tiny import WORDS, make_base, make_tokenizer, pickled, quiet
+from tests.unit.backends.hf.reference import fresh
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+N = len(WORDS) + 4
+NEW = [N, N + 1]
+EMBEDDINGS = ["embed_tokens", "lm_head"]
+
+
+def make_resized(
+    folder: Path, base: Path, rows: int, *, words: int | None = None, seed: int = 1, saved: Any = "auto", **fields: Any
+) -> Path:
+    """Save an adapter that was trained on a base of another number of rows.
+
+    Args:
+        folder: Where it goes.
+        base: The folder of the base.
+        rows: Rows of embeddings.
+        words: How many the tokenizer in its folder knows, but no fewer than the base's; by default one for each row.
+        seed: Seeds its weights.
+        saved: PEFT's ``save_embedding_layers``.
+        fields: Fields of its configuration.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model, _ = fresh(base)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        config = LoraConfig(**settings | fields)
+        model = get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.save_pretrained(str(folder), save_embedding_layers=saved)
+    more = max(rows if words is None else words, N) - N
+    make_tokenizer(folder, extra=("quark", "lepton", *(f"word{i}" for i in range(more)))[:more])
+    return folder
+
+
+def expected(base: Path, adapter: Path, rows: int) -> Any:
+    """The logits of the last word beside others, by PEFT on a resized base."""
+    import torch
+    from peft import PeftModel
+
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, _ = fresh(base)
+        model.resize_token_embeddings(rows)
+        return _logits(PeftModel.from_pretrained(model, str(adapter)).eval(), rows)
+
+
+def _logits(model: Any, rows: int) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return model(torch.tensor([[4, 5, rows - 1, 6, rows - 2]])).logits
+
+
+def check(backend: Any, base: Path, adapter: Path, rows: int) -> None:
+    model, tokenizer = fresh(base)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert _logits(tuned.model, rows).equal(expected(base, adapter, rows))
+        assert _logits(plain.model, N).equal(_logits(model, N))
+        assert len(plain.tokenizer) == len(tokenizer)
+        assert plain.next_token_dist("the quark").vocab_size == model.config.vocab_size
+        assert tuned.next_token_dist("the quark").vocab_size == rows
+        assert plain.logprob_of("the", " quark") == plain.logprob_of("the", " <unk>")
+        assert tuned.generate("the sun", max_new_tokens=2)
+    assert backend.changes() == []
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def spare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with more rows than its tokenizer has words."""
+    return make_base(tmp_path_factory.mktemp("spare"), vocab_size=N + 20)
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "trained one by one": {"trainable_token_indices": NEW},
+    "trained one by one, nothing else saved": {"trainable_token_indices": NEW, "saved": False},
+    "trained whole": {"modules_to_save": EMBEDDINGS},
+    "targets": {"target_modules": ["q_proj", *EMBEDDINGS]},
+    "targets, nothing else saved": {"target_modules": ["q_proj", *EMBEDDINGS], "saved": False},
+    "a target, nothing else saved": {"target_modules": ["embed_tokens"], "saved": False},
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+@pytest.mark.parametrize("of", ["base", "tied"])
+def test_new_words_have_the_numbers_of_peft_on_a_resized_base(
+    build: Any, request: pytest.FixtureRequest, tmp_path: Path, kind: str, of: str
+) -> None:
+    base = request.getfixturevalue(of)
+    adapter = make_resized(tmp_path, base, N + 2, **MORE[kind])
+    check(build(base, adapter), base, adapter, N + 2)
+
+
+def test_new_words_have_these_numbers_where_trees_share_what_is_written(
+    build: Any, base: Path, tmp_path: Path, exposed: None
+) -> None:
+    adapter = make_resized(tmp_path, base, N + 2, target_modules=["q_proj", *EMBEDDINGS], saved=False)
+    check(build(base, adapter), base, adapter, N + 2)
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": EMBEDDINGS}, {}], ids=["trained whole", "saved only"])
+def test_spare_rows_that_an_adapter_does_not_have_are_cut(
+    build: Any, spare: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    adapter = make_resized(tmp_path, spare, N, **fields)
+    check(build(spare, adapter), spare, adapter, N)
+
+
+def test_new_words_may_be_in_a_pickle(build: Any, base: Path, tmp_path: Path) -> None:
+    adapter = pickled(make_resized(tmp_path, base, N + 2, modules_to_save=EMBEDDINGS))
+    check(build(base, adapter, allow_pickle=True), base, adapter, N + 2)
+
+
+def test_rows_beyond_the_tokenizer_are_kept(build: Any, base: Path, tmp_path: Path) -> None:
+    adapter = make_resized(tmp_path, base, N + 5, words=N + 2, modules_to_save=EMBEDDINGS)
+    check(build(base, adapter), base, adapter, N + 5)
+
+
+def test_new_words_in_spare_rows_need_no_others(build: Any, spare: Path, tmp_path: Path) -> None:
+    adapter = make_resized(tmp_path, spare, N + 20, words=N + 2, trainable_token_indices=NEW)
+    check(build(spare, adapter), spare, adapter, N + 20)
+
+
+def test_adapters_of_several_numbers_of_words_share_a_base(
+    build: Any, base: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    fields: dict[str, Any] = {"target_modules": ["q_proj", *EMBEDDINGS]}
+    sizes = [N + 2, N + 5, N + 1, N + 2]
+    adapters = [make_resized(tmp_path / str(i), base, rows, seed=i, **fields) for i, rows in enumerate(sizes)]
+    backends = [build(base, adapter) for adapter in adapters]
+    for backend, adapter, rows in zip(backends, adapters, sizes, strict=True):
+        check(backend, base, adapter, rows)
+    assert len(loads) == 1
+
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2}
+_HEADS = {"num_attention_heads": 4, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes", "target", "embeddings"),
+    [
+        ("mamba", _SIZES | {"state_size": 4}, "in_proj", "embeddings"),
+        ("rwkv", _SIZES | {"attention_hidden_size": 32}, "key", "embeddings"),
+        ("gpt_neox", _SIZES | _HEADS, "query_key_value", "embed_in"),
+    ],
+)
+@pytest.mark.parametrize("how", ["saved only", "one by one"])
+def test_embeddings_are_found_whatever_their_name(
+    build: Any, tmp_path: Path, architecture: str, sizes: dict[str, int], target: str, embeddings: str, how: str
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    make_tokenizer(base)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(architecture, vocab_size=N, bos_token_id=1, eos_token_id=2, **sizes)
+        auto: Any = AutoModelForCausalLM
+        auto.from_config(config).save_pretrained(base)
+    fields: dict[str, Any] = {} if how == "saved only" else {"trainable_token_indices": {embeddings: NEW}}
+    adapter = make_resized(tmp_path / "adapter", base, N + 2, target_modules=[target], **fields)
+    check(build(base, adapter), base, adapter, N + 2)
+
+
+def test_a_trained_word_that_no_tokenizer_has_is_refused(build: Any, base: Path, tmp_path: Path) -> None:
+    adapter = make_resized(tmp_path, base, N + 2, words=N, trainable_token_indices=NEW, saved=False)
+    text = f"trains word number {N + 1}, and there are rows for {N} words and a tokenizer of {N}. Put the tokenizer"
+    with pytest.raises(AdapterMismatchError, match=text):
+        build(base, adapter)

@@ -1,0 +1,43 @@
+"""Whatever is in a file, the answer is PEFT's, or an error that names the file and the field, and comes in time.
+
+An input that fails is named with its seed and number: ``broken(kind, seed, number, arena.files)`` makes it again.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.unit.backends.hf.fuzz.arena import Arena
+from tests.unit.backends.hf.fuzz.inputs import KINDS, broken
+from tests.unit.backends.hf.fuzz.profiles import PROFILE, SEED
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what an input allocates is bounded on Linux alone")
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ENOUGH = 10
+"""Failures after which the rest is not tried."""
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    arena = Arena(tmp_path_factory.mktemp("arena"), PROFILE.adapters)
+    yield arena
+    arena.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_file_is_served_as_by_peft_or_named(arena: Arena, kind: str) -> None:
+    failures: list[str] = []
+    for number in range(PROFILE.inputs[kind]):
+        tried = broken(kind, SEED, number, arena.files)
+        complaint = arena.complaint(tried)
+        if complaint is not None:
+            failures.append(f"seed {SEED}, input {number}, {tried}\n    {complaint}")
+        if len(failures) == _ENOUGH:
+            break
+    assert not failures, f"{len(failures)} of {number + 1} inputs of the kind {kind} failed:\n" + "\n".join(failures)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import transformers
+
+from pytest_sway.errors import ScoringError
+from tests.tiny import make_base
+from tests.unit.backends.hf.engines import WAIT, computing_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ m.role == 'user' and 'he' or 'she' }} said : {{ m.content }} . {% endfor %}"
+    "{% if add_generation_prompt %}she said :{% endif %}"
+)
+MESSAGES = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "world"},
+    {"role": "user", "content": "hello"},
+]
+RENDERED = "<s>he said : hello . she said : world . he said : hello . she said :"
+BEGUN = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+
+
+@pytest.fixture(scope="module")
+def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has a chat template, and begins each text with BOS of its own accord."""
+    folder = make_base(tmp_path_factory.mktemp("chat"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_messages_are_rendered_by_the_template_up_to_the_answer(build: Any, chat_base: Path) -> None:
+    with build(chat_base).as_base() as view:
+        assert view.render(MESSAGES) == view.render(iter(MESSAGES)) == RENDERED
+
+
+def test_messages_stand_for_the_prompt_that_they_render_to(build: Any, chat_base: Path) -> None:
+    with build(chat_base).as_base() as view:
+        assert view.logprob_of(MESSAGES, " hello") == view.logprob_of(RENDERED, " hello")
+        assert view.logprobs_of([(MESSAGES, " hello")]) == [view.logprob_of(RENDERED, " hello")]
+        assert view.generate(MESSAGES, max_new_tokens=5) == view.generate(RENDERED, max_new_tokens=5)
+        dists = [view.next_token_dist(prompt).logprobs.tolist() for prompt in (MESSAGES, RENDERED)]
+        assert dists[0] == dists[1]
+
+
+def test_a_turn_that_the_assistant_has_begun_is_continued(build: Any, chat_base: Path) -> None:
+    continued = "<s>he said : hello . she said : world"
+    with build(chat_base).as_base() as view:
+        assert view.render(BEGUN) == continued
+        assert view.logprob_of(BEGUN, " .") == view.logprob_of(continued, " .")
+        assert view.generate(BEGUN, max_new_tokens=5) == view.generate(continued, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_a_turn_without_content_is_one_that_begins(build: Any, chat_base: Path, content: str) -> None:
+    with build(chat_base).as_base() as view:
+        assert view.render([*MESSAGES, {"role": "assistant", "content": content}]) == RENDERED
+        with pytest.raises(ScoringError, match="the only message is an assistant's without content"):
+            view.render([{"role": "assistant", "content": content}])
+
+
+def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:
+    with build(chat_base).as_base() as view:
+        read: list[list[int]] = []
+        computing_model(view).model.embed_tokens.register_forward_pre_hook(
+            lambda _, args: read.extend(args[0].tolist())
+        )
+        view.next_token_dist(MESSAGES)
+        view.next_token_dist(RENDERED)
+        view.next_token_dist("hello")
+        assert [row.count(1) for row in read[-3:]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([], "the list of messages is empty"),
+        ({"role": "user", "content": "a"}, "a prompt is a text or a list of messages .* is neither"),
+        ([{"role": "user"}], r"a message is a mapping with 'role' and 'content', and \{'role': 'user'\} is not"),
+        (["hello"], "a message is a mapping .* and 'hello' is not"),
+        ([{"role": "system", "content": "a"}], "template refuses messages with the roles system: no system role"),
+    ],
+)
+def test_malformed_messages_are_refused(build: Any, chat_base: Path, messages: Any, text: str) -> None:
+    with build(chat_base).as_base() as view:
+        with pytest.raises(ScoringError, match=text):
+            view.render(messages)
+        with pytest.raises(ScoringError, match=text):
+            view.next_token_dist(messages)
+
+
+def test_a_tokenizer_without_a_template_says_so(build: Any, base: Path) -> None:
+    with build(base).as_base() as view, pytest.raises(ScoringError, match="the tokenizer has no chat template"):
+        view.render(MESSAGES)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 cuts behind the last of both, without a tag")
+def test_a_template_that_prints_the_last_message_twice_cannot_be_continued(build: Any, tmp_path: Path) -> None:
+    folder = make_base(tmp_path)
+    twice = "{% for m in messages %}{{ m.content }} . {% endfor %}{{ messages[-1].content }} the"
+    (folder / "chat_template.jinja").write_text(twice)
+    with build(folder).as_base() as view:
+        with pytest.raises(ScoringError, match=r"prints the last message more than once.* End the messages with a us"):
+            view.logprob_of(BEGUN, " hello")
+        assert view.render(MESSAGES) == "hello . world . hello . hello the"
+
+
+def test_a_template_without_end_is_left(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_base(tmp_path)
+    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (folder / "chat_template.jinja").write_text(loops)
+    monkeypatch.setattr("pytest_sway.backends.text.chat._PATIENCE", 0.2)
+    with (
+        build(folder).as_base() as view,
+        pytest.raises(ScoringError, match=r"takes more than 0.2 s. Mend the template"),
+    ):
+        view.render(MESSAGES)
+    for thread in threading.enumerate():
+        if thread.name == "chat template":
+            thread.join(WAIT)
+            assert not thread.is_alive()

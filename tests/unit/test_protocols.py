@@ -1,0 +1,172 @@
+"""The types of the answers, and what the Protocols take for a backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import FrozenInstanceError
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pytest_sway.backends.hf.view import HFView
+from pytest_sway.protocols import (
+    DifferentialBackend,
+    Inspectable,
+    Model,
+    NullCalibratedBackend,
+    PreflightCheckable,
+    RawView,
+    RollingLogprob,
+    ScalableDifferentialBackend,
+    ScoringBackend,
+    TokenDist,
+    View,
+)
+
+
+def _rolling(*logprobs: float) -> RollingLogprob:
+    return RollingLogprob(
+        token_ids=np.arange(len(logprobs) + 1, dtype=np.int64),
+        logprobs=np.asarray(logprobs, dtype=np.float32),
+        num_tokens=len(logprobs) + 1,
+        total_logprob=float(sum(logprobs)),
+    )
+
+
+def test_the_mean_is_over_the_tokens_that_were_scored() -> None:
+    assert _rolling(-1.0, -2.0, -3.0).mean_logprob == pytest.approx(-2.0)
+
+
+def test_perplexity_is_the_exponential_of_minus_the_mean() -> None:
+    assert _rolling(math.log(0.5), math.log(0.125)).perplexity == pytest.approx(4.0)
+    assert _rolling(0.0).perplexity == 1.0
+
+
+def test_a_text_of_which_nothing_was_scored_has_mean_zero_and_perplexity_one() -> None:
+    assert _rolling().mean_logprob == 0.0
+    assert _rolling().perplexity == 1.0
+
+
+def test_answers_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        _rolling(-1.0).num_tokens = 7  # type: ignore[misc]
+    dist = TokenDist(np.array([1]), np.array([0.0], dtype=np.float32), vocab_size=1)
+    assert dist.tail_logprob is None
+    with pytest.raises(FrozenInstanceError):
+        dist.vocab_size = 2  # type: ignore[misc]
+
+
+class _Text:
+    id = "fake"
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        return prompt
+
+    def close(self) -> None: ...
+
+
+class _Scores(_Text):
+    def logprob_of(self, prompt: str, completion: str) -> float:
+        return 0.0
+
+    def rolling_logprob(self, text: str) -> RollingLogprob:
+        return _rolling()
+
+    def next_token_dist(self, prompt: str, *, top_k: int = 256) -> TokenDist:
+        raise NotImplementedError
+
+
+class _Raw(_Scores):
+    model = object()
+    tokenizer = object()
+
+
+class _Sides:
+    def as_base(self) -> AbstractContextManager[_Scores]:
+        return nullcontext(_Scores())
+
+    def as_finetuned(self) -> AbstractContextManager[_Scores]:
+        return nullcontext(_Scores())
+
+
+class _Everything(_Sides):
+    def as_scaled_adapter(self, lam: float) -> AbstractContextManager[_Scores]:
+        return nullcontext(_Scores())
+
+    def as_null_adapter(self, seed: int, **scales: float) -> AbstractContextManager[_Scores]:
+        return nullcontext(_Scores())
+
+    def preflight_finite_check(self) -> tuple[bool, str]:
+        return True, ""
+
+    def changes(self) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("made", "protocols"),
+    [
+        (_Text(), {Model}),
+        (_Scores(), {Model, ScoringBackend, View}),
+        (_Raw(), {Model, ScoringBackend, View, RawView}),
+        (_Sides(), {DifferentialBackend}),
+        (
+            _Everything(),
+            {
+                DifferentialBackend,
+                ScalableDifferentialBackend,
+                NullCalibratedBackend,
+                PreflightCheckable,
+                Inspectable,
+            },
+        ),
+        (object(), set()),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, set) else "",
+)
+def test_the_protocols_tell_who_can_do_what(made: object, protocols: set[type]) -> None:
+    known = (
+        Model,
+        ScoringBackend,
+        View,
+        RawView,
+        DifferentialBackend,
+        ScalableDifferentialBackend,
+        NullCalibratedBackend,
+        PreflightCheckable,
+        Inspectable,
+    )
+    assert {protocol for protocol in known if isinstance(made, protocol)} == protocols
+
+
+def test_they_are_those_of_dlm_sway() -> None:
+    model = pytest.importorskip("dlm_sway.core.model", reason="dlm-sway is not installed")
+    scoring = pytest.importorskip("dlm_sway.core.scoring")
+    assert isinstance(_Scores(), model.Model)
+    assert isinstance(_Scores(), scoring.ScoringBackend)
+    assert isinstance(_Sides(), scoring.DifferentialBackend)
+    assert isinstance(_Everything(), scoring.ScalableDifferentialBackend)
+    assert isinstance(_Everything(), scoring.NullCalibratedBackend)
+
+
+CALLS = (
+    "render", "logprob_of", "logprobs_of", "rolling_logprob", "rolling_logprobs", "next_token_dist",
+    "next_token_dists", "generate", "generate_many",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("view", ["mlx.views:MLXView", "api.views:ApiView", "dummy.backend:DummyView"])
+def test_a_call_has_the_same_defaults_for_every_kind(view: str, call: str) -> None:
+    module, _, name = view.partition(":")
+    kind = getattr(import_module(f"pytest_sway.backends.{module}"), name)
+    assert _defaults(getattr(kind, call)) == _defaults(getattr(HFView, call))
+
+
+def _defaults(call: Callable[..., object]) -> dict[str, object]:
+    return {parameter.name: parameter.default for parameter in signature(call).parameters.values()}
