@@ -37,7 +37,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -194,10 +194,13 @@ class BackendCache:
             SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
         """
         resolved = self._resolve(spec, adapter_path)
-        for _ in range(_TRIES - 1):
-            with suppress(FilesChangedError):  # the next look at them gives another key
+        for tries_left in reversed(range(_TRIES)):
+            try:
                 return self._acquire(resolved, holder, to_the_end)
-        return self._acquire(resolved, holder, to_the_end)
+            except FilesChangedError:  # the next look at them gives another key
+                if not tries_left:
+                    raise
+        raise AssertionError("the last try has returned or raised")
 
     def _acquire(self, resolved: ModelSpec, holder: str | None, to_the_end: bool) -> Lease:
         operation = Operation(holder or self._who(), to_the_end)
@@ -377,7 +380,8 @@ class BackendCache:
         self.stats.close_errors.append(f"{what}: {type(error).__name__}: {redacted(str(error))}")
 
     def _release(self, entry: Entry, claim: Claim) -> None:
-        self._close_each(lambda operation: self._ledger.unclaim(operation, entry, claim))
+        if self._ledger.unclaim(entry, claim):
+            self._close_each(self._ledger.take_retired)
 
     # --- the steps: each is atomic, and can be repeated ---------------------------------------------------------------
 

@@ -208,10 +208,16 @@ class Ledger:
         self._announce()
 
     @atomic
-    def unclaim(self, operation: Operation, entry: Entry, claim: Claim) -> None:
-        """Strike a lease out; what was retired and is idle now is the operation's to close."""
+    def unclaim(self, entry: Entry, claim: Claim) -> bool:
+        """Strike a lease out; return whether something that was retired is idle now."""
         self._collect_dropped()
         entry.claims.discard(claim)
+        self._announce()
+        return any(entry.idle for entry in self._retired)
+
+    @atomic
+    def take_retired(self, operation: Operation) -> None:
+        """Make what was retired and is idle the operation's to close."""
         self._take(operation, [entry for entry in self._retired if entry.idle])
         self._announce()
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -112,8 +112,16 @@ class ModelSpec:
     finetuned_endpoint: str | None = None
     api_key_env: str | None = None
     timeout: float = 120.0
+    _label: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._check()
+        self._set("_label", self._described())
+
+    def __hash__(self) -> int:
+        return hash((self.base, self.adapter))  # enough to tell most apart; all fields would cost each request 1 us
+
+    def _check(self) -> None:
         self._set("kind", _one_of("kind", self.kind, KINDS))
         dtype = _DTYPE_ALIASES.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         self._set("dtype", _one_of("dtype", dtype, DTYPES))
@@ -162,13 +170,16 @@ class ModelSpec:
 
     def __str__(self) -> str:
         """A short label for people: the kind where it is not ``hf``, the base, the adapter or the fine-tuned model."""
+        return self._label
+
+    def _described(self) -> str:
         kind = "" if self.kind == "hf" else f"{self.kind}:"
         adapter = "" if self.adapter is None else f" + {short_name(str(self.adapter))}"
         finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}"
         return f"{kind}{short_name(self.base)}{adapter}{finetuned}"
 
 
-_FIELDS: Final = tuple(field.name for field in fields(ModelSpec))
+_FIELDS: Final = tuple(each.name for each in fields(ModelSpec) if each.init)
 
 
 def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
@@ -207,17 +218,18 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
     try:
-        spec, steady = _memoised(os.getcwd(), tuple(values.items()))
+        spec, steady = _memoised(tuple(values.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
         steady = False
     return spec if steady else ModelSpec(**values)
 
 
 @lru_cache(maxsize=256)
-def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
+def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
     """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
 
-    A path through ``~`` or a link can be led elsewhere at any time, and a hub id can become the name of a folder.
+    A path through ``~``, a link or the working folder can be led elsewhere at any time, and a hub id can become the
+    name of a folder.
     """
     values = dict(items)
     spec = ModelSpec(**values)
@@ -226,7 +238,7 @@ def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec,
 
 
 def _leads_nowhere_else(given: Any, path: Path | str) -> bool:
-    return os.path.isabs(path) and str(path) in (given, os.path.abspath(given))
+    return os.path.isabs(given) and str(path) == os.path.normpath(given)
 
 
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
@@ -335,9 +347,21 @@ def resolved_key(spec: ModelSpec) -> Key:
     """Return the identity of a spec whose device and dtype are already those that will be used."""
     adapter = None if spec.adapter is None else str(spec.adapter)
     return (
+        *_settings(spec),
+        _answers_identity(spec.answers),
+        _model_identity(spec.base),
+        None if spec.finetuned is None else _model_identity(spec.finetuned),
+        None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
+    )
+
+
+@lru_cache(maxsize=256)
+def _settings(spec: ModelSpec) -> Key:
+    """What a spec's own fields add to its key, whatever the files hold that they name."""
+    return (
         spec.kind,
         spec.base,
-        adapter,
+        None if spec.adapter is None else str(spec.adapter),
         spec.dtype,
         spec.device,
         spec.revision,
@@ -345,13 +369,9 @@ def resolved_key(spec: ModelSpec) -> Key:
         spec.endpoint,
         spec.allow_pickle,
         spec.finetuned,
-        _answers_identity(spec.answers),
         spec.finetuned_endpoint,
         spec.api_key_env,
         spec.timeout,
-        _model_identity(spec.base),
-        None if spec.finetuned is None else _model_identity(spec.finetuned),
-        None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
     )
 
 
@@ -430,14 +450,15 @@ def _model_identity(model: str) -> Hashable:
         folder = os.stat(model)
     except OSError:
         return _model_signature(model)
-    others = _other_files(model, folder.st_mtime_ns, folder.st_ino)
-    return _stats((f"{model}/config.json", *_files(model, _WEIGHTS, folder.st_mtime_ns, folder.st_ino))), others
+    looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
+    return _stats(looked_at), others
 
 
 @lru_cache(maxsize=256)
-def _other_files(model: str, mtime_ns: int, inode: int) -> _Signature:
-    """The state that a model's files besides its weights were in when its folder changed."""
-    return _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
+def _model_folder(model: str, mtime_ns: int, inode: int) -> tuple[tuple[str, ...], _Signature]:
+    """The files to look at each time, and the state that all others were in when the folder changed."""
+    looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode))
+    return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
 
 
 def _adapter_signature(folder: str) -> _Signature:

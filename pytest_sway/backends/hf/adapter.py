@@ -34,12 +34,14 @@ class Adapter:
         pristine: What makes trees with it.
         own: The tensors that are not the base's, or no longer, by their names in the ``PeftModel``.
         scaling: The largest factor that the product of two LoRA matrices is multiplied by; 1 where there are none.
+        memory: Tensors that together hold just those: themselves, or what they are parts of.
     """
 
     files: AdapterFiles
     pristine: Pristine | OnSkeleton
     own: dict[str, Any]
     scaling: float
+    memory: tuple[Any, ...]
 
 
 def adapter_parameters(peft_model: Any) -> dict[str, Any]:

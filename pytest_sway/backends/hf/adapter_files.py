@@ -55,6 +55,11 @@ class AdapterFiles:
     entries: Mapping[str, TensorEntry] | None
 
     @property
+    def weights(self) -> Path:
+        """The file of its tensors, where it is no pickle."""
+        return self.folder / WEIGHTS
+
+    @property
     def peft_type(self) -> str:
         """PEFT's name of the method, such as ``LORA``."""
         return str(self.config["peft_type"])

@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters, largest_scaling
 from pytest_sway.backends.hf.adapter_errors import refused
-from pytest_sway.backends.hf.adapter_files import CONFIG, WEIGHTS, read_adapter
+from pytest_sway.backends.hf.adapter_files import CONFIG, read_adapter
 from pytest_sway.backends.hf.bounds import shown
 from pytest_sway.backends.hf.libraries import quiet_process, seeded
+from pytest_sway.backends.hf.packed_weights import read_packed
 from pytest_sway.backends.hf.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.pristine import Pristine
 from pytest_sway.backends.hf.skeletons import OnSkeleton, name_in_file
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.skeletons import Skeleton
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-_READ_WHOLE: Final = 2**26
-"""Bytes of a file that is read at once, and not mapped."""
 
 
 def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
@@ -95,7 +93,7 @@ def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     config = peft_model.peft_config[NAME]
     skeleton = base.skeletons.made_of(files, config, pristine, own)
     if skeleton is None:
-        return Adapter(files, pristine, own, largest_scaling(peft_model))
+        return Adapter(files, pristine, own, largest_scaling(peft_model), tuple(own.values()))
     return _on_skeleton(files, skeleton, config, {name_in_file(name): tensor for name, tensor in own.items()})
 
 
@@ -173,26 +171,29 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     skeleton = base.skeletons.find(files, config)
     if skeleton is None:
         return None
+    packed = None if files.entries is None else read_packed(files.weights, files.entries, skeleton.places, base.device)
+    if packed is not None:
+        weights, whole = packed
+        return _on_skeleton(files, skeleton, config, weights, (whole,))
     tensors = _read_tensors(files, base)
     weights = {name: _parameter(tensors[name], place, base) for name, place in skeleton.places.items()}
     return _on_skeleton(files, skeleton, config, weights)
 
 
-def _on_skeleton(files: AdapterFiles, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> Adapter:
+def _on_skeleton(
+    files: AdapterFiles, skeleton: Skeleton, config: Any, weights: dict[str, Any], memory: tuple[Any, ...] = ()
+) -> Adapter:
     own = {skeleton.names[name]: parameter for name, parameter in weights.items()}
-    return Adapter(files, OnSkeleton(skeleton, config, weights), own, skeleton.scaling)
+    memory = memory or tuple(own.values())
+    return Adapter(files, OnSkeleton(skeleton, config, weights, memory), own, skeleton.scaling, memory)
 
 
 def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:
     """The tensors of an adapter's file, by name; they are copied before they are used."""
-    from safetensors.torch import load, load_file
+    from safetensors.torch import load_file
 
-    path, device = files.folder / WEIGHTS, str(base.device)
-    if not path.is_file():
-        return read_pickle(files, device)
-    if path.stat().st_size > _READ_WHOLE:
-        return dict(load_file(str(path), device=device))
-    return dict(load(path.read_bytes()))  # a third of the time where tensors are many and small
+    device = str(base.device)
+    return dict(load_file(str(files.weights), device=device)) if files.weights.is_file() else read_pickle(files, device)
 
 
 def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:

@@ -169,7 +169,7 @@ class HFBackend:
         loaded = self._require()
         sizes: dict[Hashable, int] = {base_key(share.value.spec): share.value.nbytes for share in loaded.shares}
         if loaded.adapter is not None:
-            sizes["adapter", *resolved_key(self._spec)] = measured(loaded.adapter.own.values())
+            sizes["adapter", *resolved_key(self._spec)] = measured(loaded.adapter.memory)
         return sizes
 
     def changes(self) -> list[str]:

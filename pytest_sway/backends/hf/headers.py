@@ -62,7 +62,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of a safetensors file by name.
+    """Return the tensors of a safetensors file by name, in the order in which they lie in it.
 
     Raises:
         WeightsError: The file cannot be read, is truncated, or its header contradicts itself or the file.
@@ -132,7 +132,7 @@ def read_any(folder: Path, stem: str) -> dict[str, TensorEntry] | None:
 
 def _entries(path: Path, header: Mapping[str, Any], data_bytes: int) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
-    spans: list[tuple[int, int]] = []
+    spans: dict[str, tuple[int, int]] = {}
     for name, value in header.items():
         if not _is_text(name):
             raise _broken(path, f"its entry {name[:80]!r} has a name that is no text in UTF-8")
@@ -147,13 +147,13 @@ def _entries(path: Path, header: Mapping[str, Any], data_bytes: int) -> dict[str
             raise _broken(path, f"its tensor {name[:80]!r} ends at byte {end:,} of {data_bytes:,} bytes of data")
         if math.prod(shape) * bits != (end - start) * 8:
             raise _broken(path, f"its tensor {name[:80]!r} does not fill its place")
-        spans.append((start, end))
+        spans[name] = start, end
         entries[name] = TensorEntry(dtype, tuple(shape), end - start)
-    _check_spans(path, spans, data_bytes)
-    return entries
+    _check_spans(path, spans.values(), data_bytes)
+    return {name: entries[name] for name in sorted(spans, key=spans.__getitem__)}
 
 
-def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
+def _check_spans(path: Path, spans: Iterable[tuple[int, int]], data_bytes: int) -> None:
     """The format leaves no gaps and no overlaps."""
     position = 0
     for start, end in sorted(spans):

@@ -155,7 +155,13 @@ class SharedTensors:
     def __init__(self, tensors: Iterable[Any]) -> None:
         self._tensors = list(tensors)
         # The first lazy clone of a memory is no thread's beside another, nor beside a pass that reads it.
-        self._ways = {id(tensor): _way_of(tensor, None) for tensor in self._tensors}
+        ways: dict[int, Way] = {}  # by the identity of a storage
+        self._ways: dict[int, Way] = {}
+        for tensor in self._tensors:
+            storage = tensor.untyped_storage()._cdata
+            if storage not in ways:
+                ways[storage] = _way_of(tensor, None)
+            self._ways[id(tensor)] = ways[storage]
 
     def exposes(self, tensor: Any) -> bool:
         """Whether all trees have the same memory of a tensor."""

@@ -19,7 +19,7 @@ from pytest_sway.backends.hf.shared_memory import SharedMemory, SharedTensors
 from pytest_sway.backends.hf.trees import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.pristine import Pristine
@@ -100,6 +100,7 @@ class OnSkeleton:
         skeleton: The skeleton.
         config: The adapter's configuration.
         weights: The adapter's tensors, by their names in its file.
+        memory: Tensors that together hold just those: themselves, or what they are parts of.
 
     Attributes:
         model: The ``PeftModel``, without weights.
@@ -111,12 +112,12 @@ class OnSkeleton:
 
     shares = True
 
-    def __init__(self, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> None:
+    def __init__(self, skeleton: Skeleton, config: Any, weights: dict[str, Any], memory: Iterable[Any]) -> None:
         self.model = skeleton.model
         self.skeleton = skeleton
         self.weights = weights
         self.watches = Watches()
-        self.watches.add(weights.values())
+        self.watches.add(memory)
         self._config = config
         self._shared = SharedTensors(weights.values())
 

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import NAME, is_adapters, public_name, some
-from pytest_sway.backends.hf.soundness import largest
+from pytest_sway.backends.hf.soundness import largest, not_finite
 from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -72,21 +72,19 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     Raises:
         AdapterMismatchError: They are not, or cannot.
     """
-    parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
-    magnitudes = largest(adapter.own)
-    folder = str(adapter.files.folder)
-    broken = [name for name, value in magnitudes.items() if not math.isfinite(value)]
-    if broken:
+    most = largest({str(i): tensor for i, tensor in enumerate(adapter.memory)}).values()
+    if not all(map(math.isfinite, most)):
+        broken = not_finite(adapter.own)
         raise AdapterMismatchError(
-            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(magnitudes)} tensors"
-            f" ({some(map(public_name, broken))})."
+            f"the adapter {str(adapter.files.folder)!r} has NaN or infinite values in {len(broken)} of its"
+            f" {len(adapter.own)} tensors ({some(map(public_name, broken))})."
             " Its training diverged, or the file is damaged."
         )
     if adapter.files.peft_type != "LORA":
         return
-    own = {name: magnitudes[name] for name in parameters}
-    _require_room(folder, parameters, own, adapter.scaling)
-    if adapter.files.additive and _changes_nothing(adapter, parameters, own):
+    parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
+    _require_room(adapter, parameters, max(most, default=0.0))
+    if adapter.files.additive and _changes_nothing(adapter, parameters):
         raise without_effect(base, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
 
 
@@ -130,41 +128,42 @@ def _saved_twice(name: str, files: AdapterFiles) -> bool:
     return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
 
 
-def _require_room(folder: str, parameters: Mapping[str, Any], magnitudes: Mapping[str, float], scaling: float) -> None:
+def _require_room(adapter: Adapter, parameters: Mapping[str, Any], largest_of_all: float) -> None:
     """Raise where what a LoRA pair is multiplied to is larger than any number of its dtype, which makes NaN of it."""
     import torch
 
-    dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in adapter.memory if tensor.is_floating_point()}
     most = min((torch.finfo(dtype).max for dtype in dtypes), default=math.inf)
-    if scaling * max(magnitudes.values(), default=0.0) ** 2 <= most:
+    if adapter.scaling * largest_of_all**2 <= most:
         return
     products: dict[tuple[str, str], float] = {}
-    for name, value in magnitudes.items():
+    for name, value in largest(parameters).items():
         owner, matrix = _lora_factor(name)
         if matrix is None:
             continue
-        products[owner] = products.get(owner, scaling) * value
+        products[owner] = products.get(owner, adapter.scaling) * value
         if products[owner] > most:
             raise AdapterMismatchError(
-                f"the adapter {folder!r} has weights of up to {value:.1e} in {public_name(name)!r}, scaled by"
-                f" {scaling:.1e}, and what they are multiplied to is too large for {parameters[name].dtype}."
-                " Its training diverged, or its lora_alpha is wrong."
+                f"the adapter {str(adapter.files.folder)!r} has weights of up to {value:.1e} in {public_name(name)!r},"
+                f" scaled by {adapter.scaling:.1e}, and what they are multiplied to is too large for"
+                f" {parameters[name].dtype}. Its training diverged, or its lora_alpha is wrong."
             )
 
 
-def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any], magnitudes: Mapping[str, float]) -> bool:
+def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any]) -> bool:
     """Whether a LoRA adapter that only adds to its base is without effect, by its weights."""
-    if not adapter.scaling:
-        magnitudes = {name: 0.0 if _lora_factor(name)[1] else value for name, value in magnitudes.items()}
     alive: dict[tuple[str, str], set[str]] = {}
-    for name, value in magnitudes.items():
+    others = []
+    for name, tensor in parameters.items():
         owner, matrix = _lora_factor(name)
-        if matrix is not None and value:
-            alive.setdefault(owner, set()).add(matrix)
-    if any(len(matrices) == 2 for matrices in alive.values()):
-        return False
-    others = [name for name, value in magnitudes.items() if value and _lora_factor(name)[1] is None]
-    return all(_as_in_base(adapter.pristine.model, parameters, name) for name in others)
+        if matrix is None:
+            others.append(name)
+        elif adapter.scaling and tensor.any():
+            matrices = alive.setdefault(owner, set())
+            matrices.add(matrix)
+            if len(matrices) == 2:
+                return False
+    return all(_as_in_base(adapter.pristine.model, parameters, name) for name in others if parameters[name].any())
 
 
 def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bool:

@@ -155,16 +155,16 @@ MUTANTS = (
         "a stale release hits the next generation",
         "test_lifetimes.py::test_inv08_a_late_release_does_not_touch_the_next_generation",
         (
-            "entry.claims.discard(claim)\n        self._take(",
-            "self._entries.get(entry.key, entry).claims.clear()\n        self._take(",
+            "entry.claims.discard(claim)\n        self._announce()",
+            "self._entries.get(entry.key, entry).claims.clear()\n        self._announce()",
         ),
     ),
     _in_ledger(
         "a second release takes another's lease",
         "test_lifetimes.py::test_inv15_releasing_twice_is_harmless",
         (
-            "entry.claims.discard(claim)\n        self._take(",
-            "entry.claims and entry.claims.pop()\n        self._take(",
+            "entry.claims.discard(claim)\n        self._announce()",
+            "entry.claims and entry.claims.pop()\n        self._announce()",
         ),
     ),
     _in_ledger(
