@@ -15,6 +15,7 @@ from pytest_sway.backends.hf.culprits import Asked, named_culprit
 from pytest_sway.backends.hf.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.libraries import quiet_process
+from pytest_sway.backends.hf.memory import trim_heap
 from pytest_sway.backends.hf.models import load_model, require_type
 from pytest_sway.backends.hf.pristine import Pristine
 from pytest_sway.backends.hf.recall import AnswerMemory, circumstances
@@ -83,6 +84,7 @@ class LoadedBase:
         self._contents = ContentsRecord(self.pristine.memory.exposed)
         self._rust = RustRecord(tokenizer)
         self._patches = PatchRecord(model)
+        trim_heap()
 
     @property
     def closed(self) -> bool:

@@ -68,5 +68,5 @@ def _data(path: Path, nbytes: int) -> Any | None:
     with open_regular(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         file.seek(length, 1)
-        complete = file.readinto(memoryview(data.numpy())) == nbytes and not file.read(1)
+        complete = file.readinto(data.numpy().data) == nbytes and not file.read(1)
     return data if complete else None

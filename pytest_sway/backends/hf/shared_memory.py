@@ -69,6 +69,8 @@ class SharedMemory:
                     self._ways[id(tensor)] = way = _way_of(tensor, files) if way is None else way
                     if way is Method.EXPOSED:
                         self.exposed[f"{module_name}.{key}" if module_name else key] = tensor
+        if files is not None:
+            files.give_back()  # the model never runs
 
     def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False, to_run: bool = False) -> Any:
         """Return a tree of the model.
