@@ -251,8 +251,10 @@ def _sway(config: pytest.Config) -> SwaySession:
     """The session, made on first use."""
     if _session not in config.stash:
         from pytest_sway.distribution import load_progress, weights_folder
+        from pytest_sway.report.secrets import SecretsHidden
         from pytest_sway.session import SwaySession
 
+        config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")
         config.stash[_session] = SwaySession(
             config.stash[_settings],
             _Hooks(config),
