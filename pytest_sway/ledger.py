@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, cast, final
 
 from pytest_sway import refusals
-from pytest_sway.errors import CacheError
+from pytest_sway.errors import BackendUseError, CacheError
 from pytest_sway.forking import call_in_forked_child
 from pytest_sway.leases import CachedBackend, Lease
 from pytest_sway.monitor import Bell, atomic
@@ -21,6 +21,7 @@ from pytest_sway.residency import RESIDENT, Budget, Claim, Entry, Operation, Par
 
 if TYPE_CHECKING:
     from pytest_sway.errors import CacheFullError, SwayError
+    from pytest_sway.residency import Owner
     from pytest_sway.spec import Key, ModelSpec
     from pytest_sway.stats import SwayStats
 
@@ -103,6 +104,8 @@ class Ledger:
             raise operation.error
         if self._shut:
             raise refusals.shut_down(f"before {spec} was asked for")
+        if operation.owner.over:
+            raise refusals.ended(spec, operation.owner.name)
         entry = self._entries.get(key)
         if entry is None:
             operation.entry = self._entries[key] = Entry(key, spec, operation)
@@ -135,6 +138,8 @@ class Ledger:
         self._collect_dropped()
         if self._shut:
             raise refusals.shut_down(f"before {newcomer.spec} was loaded")
+        if operation.owner.over:
+            raise refusals.ended(newcomer.spec, operation.owner.name)
         victims = self._budget.victims(self._residents(), newcomer)
         if victims == []:
             newcomer.state = State.LOADING
@@ -194,7 +199,7 @@ class Ledger:
         began = entry.state is State.LOADING
         if began:
             self._refuse(list(entry.waiters), error)
-        if began or not isinstance(error, CacheError):  # a refusal for want of room is no failed load
+        if began or not isinstance(error, CacheError | BackendUseError):  # what was refused is no failed load
             self._stats.backend(str(entry.spec)).failures += 1
 
     @atomic
@@ -218,6 +223,15 @@ class Ledger:
     @atomic
     def take_retired(self, operation: Operation) -> None:
         """Make what was retired and is idle the operation's to close."""
+        self._take(operation, [entry for entry in self._retired if entry.idle])
+        self._announce()
+
+    @atomic
+    def unclaim_all(self, operation: Operation, owner: Owner) -> None:
+        """Strike out all leases of an owner, for good; what was retired and is idle now is the operation's to close."""
+        owner.over = True
+        for entry in self._residents():
+            entry.claims.difference_update([claim for claim in entry.claims if claim.owner is owner])
         self._take(operation, [entry for entry in self._retired if entry.idle])
         self._announce()
 
@@ -303,7 +317,7 @@ class Ledger:
         bell.ring()
 
     def _grant(self, entry: Entry, operation: Operation) -> Lease:
-        claim = Claim(operation.holder, operation.thread, operation.to_the_end)
+        claim = Claim(operation.holder, operation.owner, operation.thread)
         lease = Lease(self, entry, claim, cast("CachedBackend", entry.cached))
         entry.claims.add(claim)
         return lease

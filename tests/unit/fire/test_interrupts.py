@@ -19,7 +19,7 @@ import pytest
 from pytest_sway import cache as cache_module
 from pytest_sway import leases, ledger, residency
 from pytest_sway.backends import shared
-from pytest_sway.cache import BackendCache, Lease
+from pytest_sway.cache import BackendCache, Lease, Owner
 from pytest_sway.errors import SwayError
 from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
 
@@ -187,6 +187,16 @@ class RetiredRelease(Scenario):
             lease.release()
 
 
+class EndOfAnOwner(Scenario):
+    def arrange(self) -> None:
+        self.owner = Owner("a test")
+        self.held = [self.cache.acquire(spec("a+x"), owner=self.owner), self.cache.acquire(spec("b"))]
+        self.cache.evict_all()
+
+    def act(self) -> None:
+        self.cache.end(self.owner)
+
+
 class Retirement(Scenario):
     def arrange(self) -> None:
         self.held = [self.cache.acquire(spec("a"))]
@@ -333,6 +343,7 @@ SCENARIOS = [
     FailingMeasure,
     RaisingClose,
     RetiredRelease,
+    EndOfAnOwner,
     Retirement,
     Waiter,
     WaiterForAClose,
