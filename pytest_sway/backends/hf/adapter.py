@@ -74,7 +74,12 @@ def inner_model(peft_model: Any) -> Any:
 
 def public_name(name: str) -> str:
     """Return a parameter's or module's name without what PEFT puts into it."""
-    return name.removeprefix(ROOT).replace(f".{NAME}", "")
+    return without_name(name.removeprefix(ROOT))
+
+
+def without_name(name: str) -> str:
+    """Return a parameter's or module's name without PEFT's name for the adapter."""
+    return name.replace(f".{NAME}", "")
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

@@ -22,8 +22,9 @@ from pytest_sway.backends.hf.adapter_kinds import (
     WHOLE_TEXT_TYPES,
     refusal,
 )
-from pytest_sway.backends.hf.bounds import require_own_tensors, require_types, shown
+from pytest_sway.backends.hf.bounds import require_own_tensors, require_types
 from pytest_sway.backends.hf.headers import TensorEntry, read_header
+from pytest_sway.backends.hf.shortening import shown
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.backends.hf.adapter import NAME, Adapter, adapter_parameters, largest_scaling
-from pytest_sway.backends.hf.adapter_errors import refused
+from pytest_sway.backends.hf.adapter_errors import AdapterFaultError, refused
 from pytest_sway.backends.hf.adapter_files import CONFIG, read_adapter
-from pytest_sway.backends.hf.bounds import shown
 from pytest_sway.backends.hf.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.packed_weights import read_packed
 from pytest_sway.backends.hf.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.pristine import Pristine
+from pytest_sway.backends.hf.shortening import shown
 from pytest_sway.backends.hf.skeletons import OnSkeleton, name_in_file
 from pytest_sway.backends.hf.verification import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.vocabulary import fit_vocabulary
 from pytest_sway.errors import SpecError, SwayError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
@@ -60,6 +60,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
 @contextmanager
 def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator[None]:
     """Have errors out of PEFT name the adapter's file and the field that they come from."""
+    again: Callable[[Any], None] | None = None
 
     def attempt(folder: Path) -> None:
         import torch
@@ -67,6 +68,8 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
         model = _loaded_again(base, with_entries(read_adapter(folder, allow_pickle=True)), tokenizer)
         with torch.inference_mode():
             model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only then
+            if again is not None:
+                again(model)
 
     try:
         yield
@@ -75,6 +78,7 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
     except Exception as error:
         if out_of_memory(error):
             raise
+        again = error.again if isinstance(error, AdapterFaultError) else None
         raise refused(base.spec, files, error, attempt) from error
 
 
@@ -200,5 +204,9 @@ def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:
     import torch
 
     if tensor.shape != place.shape:
-        raise RuntimeError(f"size mismatch: {tuple(tensor.shape)} in the file, {tuple(place.shape)} here.")
+        found, asked = list(tensor.shape), list(place.shape)
+        raise RuntimeError(  # in torch's words
+            f"size mismatch for a parameter of the model: torch.Size({found}) from checkpoint, the shape in current"
+            f" model is torch.Size({asked})."
+        )
     return torch.nn.Parameter(tensor.to(base.device, place.dtype, copy=True), requires_grad=False)

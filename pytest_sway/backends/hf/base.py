@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from pytest_sway.backends.hf.base_files import base_file
@@ -23,6 +23,7 @@ from pytest_sway.backends.hf.sides import base_side
 from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.skeletons import Skeletons
 from pytest_sway.backends.hf.tokenizer_copies import RustRecord
+from pytest_sway.backends.hf.tokenizer_faults import FILES, MINIMAL, other_parts
 from pytest_sway.backends.hf.trees import tensors_of
 from pytest_sway.backends.hf.trials import Trials
 
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
     from pytest_sway.spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-_TOKENIZER_FILES: Final = (
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json",
-)  # fmt: skip
-"""Those of JSON; the small ones first, since each of their fields is tried."""
 
 
 class LoadedBase:
@@ -190,7 +186,7 @@ def _tokenizer_asked(spec: ModelSpec, source: str) -> Asked | None:
         with quiet_process():
             _from_files(spec, str(folder))("a text")
 
-    return Asked("the tokenizer", folder, _TOKENIZER_FILES, attempt)
+    return Asked("the tokenizer", folder, FILES, attempt, others=other_parts, minimal=MINIMAL)
 
 
 def _from_files(spec: ModelSpec, source: str, revision: str | None = None) -> Any:

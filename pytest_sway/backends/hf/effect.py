@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.adapter_errors import AdapterFaultError
+from pytest_sway.backends.hf.adapter_files import CONFIG, WEIGHTS
 from pytest_sway.backends.hf.libraries import no_warnings
 from pytest_sway.backends.hf.soundness import has_nan
-from pytest_sway.backends.hf.verification import without_effect
-from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.backends.hf.verification import NOT_TRAINED
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
@@ -36,7 +38,7 @@ def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
         files: The adapter.
 
     Raises:
-        AdapterMismatchError: They compute the same.
+        AdapterFaultError: They compute the same, or the adapter makes NaN of it.
     """
     import torch
 
@@ -46,14 +48,28 @@ def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
         ids = _probe(plain, files)
         before, after = _logits(plain, ids), _logits(changed, ids)
         if has_nan(after) and not has_nan(before):
-            raise AdapterMismatchError(
+            raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} makes the base {base.spec.base!r} compute NaN for {len(ids)} tokens"
-                " from all over the vocabulary. Its training diverged, or its config is not the one that it was"
-                " trained with."
+                f" from all over the vocabulary, by its {WEIGHTS} or its {CONFIG}",
+                "Its training diverged, or its config is not the one that it was trained with.",
+                partial(_require_another, ids, before[-1]),
             )
         if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed):
-            why = f"for {len(ids)} tokens from all over the vocabulary the logits stay the same"
-            raise without_effect(base.spec, files, why)
+            raise AdapterFaultError(
+                f"the adapter {str(files.folder)!r} changes nothing on the base {base.spec.base!r}: for {len(ids)}"
+                " tokens from all over the vocabulary the logits stay the same",
+                NOT_TRAINED,
+                partial(_require_another, ids, before[-1]),
+            )
+
+
+def _require_another(ids: list[int], before: Any, model: Any) -> None:
+    """Raise if what a model computes for the last of some tokens is no number, or as before."""
+    import torch
+
+    after = model(torch.tensor([ids], device=before.device)).logits[0, -1]
+    if has_nan(after) or _same(before, after.to(before.device)):
+        raise ValueError("no other")
 
 
 def _words(engine: Engine) -> int:

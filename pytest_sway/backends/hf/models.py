@@ -7,18 +7,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.exhaustion import out_of_memory
-from pytest_sway.backends.hf.adapter import some
 from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_complete
-from pytest_sway.backends.hf.bounds import shown
+from pytest_sway.backends.hf.base_misfits import other_sizes, why_lacking
 from pytest_sway.backends.hf.culprits import Asked, named_culprit
 from pytest_sway.backends.hf.gguf import load_gguf_model
 from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.libraries import quiet_process, torch_dtype
+from pytest_sway.backends.hf.shortening import shown
 from pytest_sway.backends.hf.sizes import base_entries
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from pytest_sway.spec import ModelSpec
@@ -94,7 +95,7 @@ def _own(spec: ModelSpec) -> Any:
         output_loading_info=True,
     )
     model, info = loaded
-    require_complete(spec, info)
+    _require_complete(spec, info["missing_keys"])
     return model
 
 
@@ -164,20 +165,18 @@ def _load_error(spec: ModelSpec, error: Exception) -> Exception:
 
 
 def _other_sizes(spec: ModelSpec) -> str:
-    """Examples of weights whose sizes in the files are not those of the config, in brackets.
+    config, entries = base_file(spec, "config.json"), base_entries(spec)
+    return "" if config is None or entries is None else other_sizes(config, entries, partial(_made, spec))
 
-    None of a quantized base, whose weights have sizes of their own in the files.
+
+def _require_complete(spec: ModelSpec, missing: Collection[str]) -> None:
+    """Raise unless a load found all of a model's weights.
+
+    Raises:
+        WeightsError: Some are missing.
     """
     config, entries = base_file(spec, "config.json"), base_entries(spec)
-    if config is None or entries is None:
-        return ""
-    model = _made(spec, config.parent)
-    if getattr(model.config, "quantization_config", None):
-        return ""
-    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = [
-        f"{name}: {list(entries[name].shape)} in the file, {list(shape)} by the config"
-        for name, shape in asked.items()
-        if name in entries and entries[name].shape != shape
-    ]
-    return f" ({some(found)})" if found else ""
+    why = ""
+    if missing and config is not None and entries is not None and not spec.trust_remote_code:
+        why = why_lacking(config, entries, partial(_made, spec), missing)
+    require_complete(spec, missing, why)

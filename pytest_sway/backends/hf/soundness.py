@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
+_NUMBERS: Final = 4
+"""Fields that an error has room for."""
 _SAME: Final = 2
 """How many tokens the two texts of a trial begin with in common."""
 
@@ -105,5 +107,15 @@ def no_number(engine: Engine) -> ScoringError:
     return ScoringError(
         f"the model computes NaN, though all of its weights are finite: what it computes on the way is too large for"
         f" {engine.forward.model.dtype}. Try dtype='fp32'; if that does not help, its weights or an adapter's scaling"
-        " are far too large."
+        f" are far too large, or a number in its config.json is wrong{_numbers(engine.forward.config)}."
     )
+
+
+def _numbers(config: Any) -> str:
+    """The fractions in a model's config, those first that are the farthest from 1, in brackets."""
+    fields = config.to_dict()
+    parts = [fields, *(value for value in fields.values() if isinstance(value, dict))]
+    found = {name: value for part in parts for name, value in part.items() if isinstance(value, float) and value}
+    far = sorted(found, key=lambda name: -abs(math.log(found[name])) if found[name] > 0 else -math.inf)
+    named = ", ".join(f"{name} = {found[name]:g}" for name in far[:_NUMBERS])
+    return f" (that of {config.name_or_path!r} has {named})" if named else ""

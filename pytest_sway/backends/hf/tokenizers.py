@@ -92,6 +92,7 @@ def _loaded(base: LoadedBase, folder: Path) -> Any:
     if not _has(folder, _CONFIG, *_VOCABULARIES):
         tokenizer = copied(base.tokenizer)  # a template needs no second vocabulary in memory
         tokenizer.chat_template = _read_templates(folder)
+        tokenizer.name_or_path = str(folder)  # where its errors look for what is at fault
         return tokenizer
     with completed(base.tokenizer, folder) as whole:
         tokenizer = load_tokenizer(base.spec, str(whole))
@@ -139,7 +140,7 @@ def _settings(path: Path) -> Any:
     try:
         settings = json.loads(read_bounded(path, TOKENIZER_BYTES))
         return {name: value for name, value in settings.items() if name not in _WRITTEN_BY_SAVE}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return path  # equal to nothing
 
 

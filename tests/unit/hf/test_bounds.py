@@ -153,7 +153,7 @@ WITHOUT_END = r"([a-z_.]+)+[0-9]*([a-z_.]+)+!"
 def test_an_expression_that_backtracks_without_end_is_refused(
     folders: dict[str, Path], refusal: Callable[[], SwayError], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("pytest_sway.backends.hf.bounds._PATIENCE", 1.0)
+    monkeypatch.setattr("pytest_sway.backends.hf.expressions._PATIENCE", 1.0)
     edit_config(folders["adapter"], **fields)
     error = refusal()
     assert isinstance(error, SpecError)
