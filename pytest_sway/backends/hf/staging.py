@@ -244,8 +244,7 @@ def _equal(a: Any, b: Any) -> bool:
 def _turn(path: Path) -> Iterator[None]:
     """Hold an exclusive lock, which the system lets go when its holder dies.
 
-    Not filelock's: it makes the folder of a run anew that has ended, which nobody would remove, and on a file system
-    without locks it takes one that its dying holder keeps.
+    Not filelock's, which makes the folder of a run that has ended anew, and nobody would remove that.
 
     Raises:
         OSError: The file system has no locks, or the folder is gone.
