@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.collection import Collection, fewest_base_loads
+from pytest_sway.collection import Collection
 from pytest_sway.frames import forget_frames
 from pytest_sway.imports import restore_modules
 from pytest_sway.residency import Owner
@@ -206,7 +206,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
         config.stash[_running] = Owner("the session's end")
         sway.close()
-        sway.stats.fewest_base_loads = config.stash.get(fewest_base_loads, {})
         publish(config, sway.stats)
         if config.stash[_settings].fails_run(sway.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
