@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.memory import measured
 from pytest_sway.backends.hf.trees import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
-    from pytest_sway.backends.hf.pristine import Pristine
+    from pytest_sway.backends.hf.pristine import Pristine, Watches
     from pytest_sway.backends.hf.skeletons import OnSkeleton
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -40,6 +41,16 @@ class Adapter:
     pristine: Pristine | OnSkeleton
     own: dict[str, Any]
     scaling: float
+
+    @property
+    def nbytes(self) -> int:
+        """What its own tensors take."""
+        return measured(self.own.values())
+
+    @property
+    def watches(self) -> Watches:
+        """Watches over its memory, wherever that is used."""
+        return self.pristine.watches
 
 
 def adapter_parameters(peft_model: Any) -> dict[str, Any]:
