@@ -46,7 +46,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pytest_sway import refusals
-from pytest_sway.building import Build, Listener, informed
+from pytest_sway.building import Listener, informed
 from pytest_sway.errors import FilesChangedError, SwayError
 from pytest_sway.imports import import_seconds
 from pytest_sway.leases import CachedBackend, Lease
@@ -82,8 +82,8 @@ class BackendCache:
     Args:
         max_size: The most backends that are loading, ready or closing at one time; at least 1.
         max_bytes: The most bytes of weights that are resident at one time; ``None`` for no bound.
-        build: What makes a backend of a spec; an `InformedBuild` is asked more. By default the backends of this
-            package, with bases shared among the adapters of this cache.
+        build: What makes a backend of a spec: any ``build(spec, *, adapter_path=None)``; a `Build` is asked more. By
+            default the backends of this package, with bases shared among the adapters of this cache.
         named: Specs that may be asked for by name.
         listener: Who is told of loads and closes.
         owner: Whose the lease is that the calling thread asks for now. By default it is named after the thread, and
@@ -103,7 +103,7 @@ class BackendCache:
         max_size: int = 2,
         *,
         max_bytes: int | None = None,
-        build: Build | None = None,
+        build: Callable[..., Any] | None = None,
         named: Mapping[str, Any] = MappingProxyType({}),
         listener: Listener | None = None,
         owner: Callable[[], Owner] = lambda: Owner(threading.current_thread().name),

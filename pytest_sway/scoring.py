@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -68,6 +68,14 @@ class TokenDist:
     logprobs: NDArray[np.float32]
     vocab_size: int
     tail_logprob: float | None = None
+
+
+_SMALLEST_TAIL: Final = 1e-12
+
+
+def log_of_tail(mass: float) -> float:
+    """Return the ``tail_logprob`` of a distribution whose tokens leave a mass to others; NaN and infinity stay."""
+    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0 if math.isfinite(mass) else mass
 
 
 @runtime_checkable

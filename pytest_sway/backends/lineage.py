@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from pytest_sway.backends.hf.adapter import some
 from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.headers import read_any
 from pytest_sway.errors import AdapterMismatchError, SwayError, SwayWarning
@@ -147,8 +148,8 @@ def _difference(one: Path, other: Path, *, by_mlx: bool) -> str | None:
     else:
         quantized = False
     if config is not None and others is not None and config != others:
-        fields = sorted(name for name in {*config, *others} if config.get(name) != others.get(name))
-        return f"their configs differ in {', '.join(fields[:3])}{', ...' if len(fields) > 3 else ''}"
+        fields = [name for name in {*config, *others} if config.get(name) != others.get(name)]
+        return f"their configs differ in {some(fields)}"
     ours, theirs = _shapes(one), _shapes(other)
     if ours is None or theirs is None or quantized:
         return None

@@ -4,6 +4,6 @@ Nothing is loaded here; what stands for a load is to ask the servers whether the
 two differ.
 """
 
-from pytest_sway.backends.api.builder import build_api, check_api
+from pytest_sway.backends.api.builder import ApiBuilder, build_api, check_api
 
-__all__ = ["build_api", "check_api"]
+__all__ = ["ApiBuilder", "build_api", "check_api"]

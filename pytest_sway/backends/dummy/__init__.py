@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pytest_sway.backends.dummy.backend import DummyBackend, DummyView, build_dummy
+from pytest_sway.backends.dummy.backend import DummyBackend, DummyBuilder, DummyView, build_dummy
 
-__all__ = ["DummyBackend", "DummyView", "build_dummy"]
+__all__ = ["DummyBackend", "DummyBuilder", "DummyView", "build_dummy"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.memory import measured
 from pytest_sway.backends.hf.trees import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
-    from pytest_sway.backends.hf.pristine import Pristine
+    from pytest_sway.backends.hf.pristine import Pristine, Watches
     from pytest_sway.backends.hf.skeletons import OnSkeleton
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -42,6 +43,16 @@ class Adapter:
     own: dict[str, Any]
     scaling: float
     memory: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What its own tensors take."""
+        return measured(self.memory)
+
+    @property
+    def watches(self) -> Watches:
+        """Watches over its memory, wherever that is used."""
+        return self.pristine.watches
 
 
 def adapter_parameters(peft_model: Any) -> dict[str, Any]:
@@ -80,6 +91,30 @@ def public_name(name: str) -> str:
 def without_name(name: str) -> str:
     """Return a parameter's or module's name without PEFT's name for the adapter."""
     return name.replace(f".{NAME}", "")
+
+
+def diverged(what: str, broken: Collection[str], count: int) -> str:
+    """Return the sentence that weights are not finite.
+
+    Args:
+        what: Whose.
+        broken: The names of the tensors that are not.
+        count: How many tensors there are.
+    """
+    return (
+        f"{what} has NaN or infinite values in {len(broken)} of its {count} tensors ({some(broken)})."
+        " Its training diverged, or the file is damaged."
+    )
+
+
+def unplaced(unexpected: Collection[str], missing: Collection[str]) -> str:
+    """Return in words which tensors of an adapter have no place, and which places no tensor; empty if none are."""
+    found = []
+    if unexpected:
+        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")
+    if missing:
+        found.append(f"{len(missing)} places in the base have no tensor in it ({some(missing)})")
+    return " and ".join(found)
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

@@ -15,12 +15,11 @@ from pytest_sway.backends.hf.culprits import Asked, named_culprit
 from pytest_sway.backends.hf.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.libraries import quiet_process
-from pytest_sway.backends.hf.memory import trim_heap
+from pytest_sway.backends.hf.memory import measured, trim_heap
 from pytest_sway.backends.hf.models import load_model, require_type
 from pytest_sway.backends.hf.pristine import Pristine
 from pytest_sway.backends.hf.recall import AnswerMemory, circumstances
 from pytest_sway.backends.hf.sides import base_side
-from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.skeletons import Skeletons
 from pytest_sway.backends.hf.tokenizer_copies import RustRecord
 from pytest_sway.backends.hf.tokenizer_faults import FILES, MINIMAL, other_parts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.adapter_files import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.hf.adapter_files import read_adapter
-from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_cached
+from pytest_sway.backends.hf.base_files import adapter_inside, base_file, config_of, require_another, require_cached
 from pytest_sway.backends.hf.bounds import require_base_bounded, require_bounded, require_files
 from pytest_sway.backends.hf.fit import check_fit
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
@@ -18,7 +17,6 @@ from pytest_sway.backends.hf.libraries import require_libraries
 from pytest_sway.backends.hf.placement import require_device
 from pytest_sway.backends.hf.sizes import base_entries
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import finetuned_spec, is_path, state_of_files
 
 if TYPE_CHECKING:
@@ -72,11 +70,7 @@ def check_spec(spec: ModelSpec) -> Plan:
     config, entries = _check_model(spec, "base")
     tuned = finetuned_spec(spec)
     if tuned is not None:
-        if tuned.base == spec.base and (is_path(spec.base) or spec.revision is None):
-            raise SpecError(
-                f"the fine-tuned model {tuned.base!r} is the base itself, so a test of it would test nothing. Name the"
-                " model that it was fine-tuned from as 'base'."
-            )
+        require_another(spec, tuned)
         _check_model(tuned, "fine-tuned model")
     if spec.adapter is not None:
         require_files(spec.adapter)
@@ -149,15 +143,7 @@ def _check_folder(spec: ModelSpec, role: str) -> None:
 
 def _config(spec: ModelSpec, role: str) -> dict[str, Any]:
     """The model's config, which asks for nothing that the spec does not allow; empty if it is not on this machine."""
-    path = base_file(spec, "config.json")
-    if path is None:
-        return {}
-    try:
-        config: Any = json.loads(read_bounded(path, CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
-    if not isinstance(config, dict):
-        raise SpecError(f"{str(path)!r} is not a JSON object. Save the model again.")
+    config = config_of(spec)
     if config.get("auto_map") and not spec.trust_remote_code and not _known(config):
         raise SpecError(
             f"the {role} {spec.base!r} brings its own code (auto_map in its config.json), which is not run unless the"

@@ -12,12 +12,12 @@ from pytest_sway.backends.hf.recall import recalling
 from pytest_sway.backends.hf.scores import Engine, encoded_prompts, next_logits, warn_of_cuts
 from pytest_sway.backends.hf.soundness import no_number
 from pytest_sway.backends.hf.split import agree, trial_tokens
-from pytest_sway.backends.questions import Settings, listed, seeds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_sway.backends.hf.scores import Run
+    from pytest_sway.backends.questions import Settings
     from pytest_sway.scoring import Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -45,15 +45,14 @@ class Request(NamedTuple):
     seed: int | None
 
 
-def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed: int | Sequence[int]) -> list[str]:
-    """Continue each prompt; see `HFView.generate_many`."""
-    settings.check()
-    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+def generate_many(run: Run, prompts: Sequence[Prompt], settings: Settings, seeds: Sequence[int]) -> list[str]:
+    """Continue each prompt from its seed, in the prompts' order."""
+    encoded, max_length = run(encoded_prompts, prompts)
     room = settings.room(max_length)
     warn_of_cuts(sum(len(ids) > room for ids in encoded), room)
     requests = [
-        Request(ids[-room:], one if settings.temperature > 0.0 else None)
-        for ids, one in zip(encoded, seeds(seed, len(encoded)), strict=True)
+        Request(ids[-room:], seed if settings.temperature > 0.0 else None)
+        for ids, seed in zip(encoded, seeds, strict=True)
     ]
     stops: Stops = run(_stops)
     found: dict[Request, tuple[int, ...]] = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.adapter import some
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.reading import open_regular
 from pytest_sway.spec import GGUF_SUFFIX, is_path
@@ -69,7 +70,7 @@ def gguf_file(spec: ModelSpec) -> Path | None:
     if not found or any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
         return None
     if len(found) > 1:
-        names = ", ".join(file.name for file in found[:3]) + (", ..." if len(found) > 3 else "")
+        names = some(file.name for file in found)
         raise SpecError(f"{spec.base!r} has {len(found)} GGUF files ({names}). Name one of them.")
     return found[0]
 

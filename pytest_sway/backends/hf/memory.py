@@ -1,4 +1,4 @@
-"""Whether weights are gone after a close, and if not, how much memory is still held."""
+"""How much memory weights take, and whether they are gone after a close."""
 
 from __future__ import annotations
 
@@ -62,6 +62,15 @@ class Leak:
 
     nbytes: int
     holders: tuple[str, ...]
+
+
+def measured(tensors: Iterable[Any]) -> int:
+    """Return the bytes of some tensors; what is in the same place counts once."""
+    places: dict[tuple[Any, int], int] = {}
+    for tensor in (part for whole in tensors for _, part in parts_of(whole)):
+        place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
+        places[place] = max(places.get(place, 0), tensor.nbytes)
+    return sum(places.values())
 
 
 def find_leak(watches: Iterable[WeightsWatch]) -> Leak | None:

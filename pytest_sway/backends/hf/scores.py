@@ -7,7 +7,6 @@ get their turn between two.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,9 +21,8 @@ from pytest_sway.backends.hf.packing import MaskedError
 from pytest_sway.backends.hf.recall import recalling
 from pytest_sway.backends.hf.soundness import no_number
 from pytest_sway.backends.hf.tokenisation import Window
-from pytest_sway.backends.questions import checked_pair, checked_text, listed
 from pytest_sway.errors import ScoringError, SwayWarning
-from pytest_sway.scoring import RollingLogprob, TokenDist
+from pytest_sway.scoring import RollingLogprob, TokenDist, log_of_tail
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,8 +41,6 @@ _T = TypeVar("_T")
 
 _SLICE_BYTES: Final = 2**20
 """Logits that are normalised at once on a CPU: what stays in a core's cache."""
-
-_SMALLEST_TAIL: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,28 +82,26 @@ class Engine:
         tokenisation.require_known(self.tokenizer, ids, self.forward.embedded)
 
 
-def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
+def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
     """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
-    encoded, max_length = run(encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
+    encoded, max_length = run(encoded_pairs, pairs)
     windows = [tokenisation.cut_left(window, max_length) for window in encoded]
     warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
     found = _scored(run, windows)
     return [float(found[window].sum()) for window in windows]
 
 
-def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[RollingLogprob]:
+def rolling_logprobs(run: Run, texts: Sequence[str], prefix: bool) -> list[RollingLogprob]:
     """Log-probability of each token of each text given those before it, in the texts' order."""
-    encoded, max_length = run(encoded_texts, listed(texts, "texts"), prefix)
+    encoded, max_length = run(encoded_texts, texts, prefix)
     rolled = [(ids, list(tokenisation.rolling_windows(ids, max_length))) for ids in encoded]
     found = _scored(run, [window for _, windows in rolled for window in windows])
     return [rolling(ids, [found[window] for window in windows]) for ids, windows in rolled]
 
 
-def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[TokenDist]:
+def next_token_dists(run: Run, prompts: Sequence[Prompt], top_k: int) -> list[TokenDist]:
     """Distribution of the token after each prompt, cut to the ``top_k`` most probable, in the prompts' order."""
-    if top_k < 1:
-        raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    encoded, max_length = run(encoded_prompts, prompts)
     read: list[Ids] = [ids[-max_length:] for ids in encoded]
     warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
     found = _answered(run, _planned_prompts, _dists, list(dict.fromkeys(read)), top_k)
@@ -121,7 +115,7 @@ def warn_of_cuts(count: int, max_length: int) -> None:
             f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
             " were dropped from their beginning, as lm-evaluation-harness does.",
             SwayWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -138,8 +132,7 @@ def encoded_prompts(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Ids
 def encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
     """Return pairs as windows, and how many tokens of each the model reads at once."""
     windows = []
-    for pair in pairs:
-        prompt, completion = checked_pair(pair)
+    for prompt, completion in pairs:
         text, rendered = prompt_text(engine.tokenizer, prompt)
         windows.append(tokenisation.encode_pair(engine.tokenizer, text, completion, rendered=rendered))
         engine.require_known(windows[-1].context + windows[-1].scored)
@@ -150,7 +143,7 @@ def encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[l
     """Return the token ids of texts, and how many of them the model reads at once."""
     encoded = []
     for text in texts:
-        encoded.append(tokenisation.encode_text(engine.tokenizer, checked_text(text), prefix=prefix))
+        encoded.append(tokenisation.encode_text(engine.tokenizer, text, prefix=prefix))
         engine.require_known(encoded[-1])
     return encoded, engine.max_length
 
@@ -292,10 +285,3 @@ def _most_probable(logits: Any, top_k: int) -> list[TokenDist]:
         TokenDist(ids.copy(), values.copy(), vocabulary, None if top_k >= vocabulary else log_of_tail(rest))
         for ids, values, rest in zip(top.indices.cpu().numpy(), top.values.cpu().numpy(), rests, strict=True)
     ]
-
-
-def log_of_tail(mass: float) -> float:
-    """Return the log of the mass outside of a distribution's tokens, as `TokenDist` has it."""
-    if math.isnan(mass):
-        return mass
-    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0

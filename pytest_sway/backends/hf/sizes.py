@@ -1,23 +1,21 @@
-"""How many bytes a backend takes: estimated from file headers before a load, measured after it."""
+"""How many bytes a backend will take, by the headers of its files."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pytest_sway.backends.hf.adapter import ROOT
 from pytest_sway.backends.hf.adapter_files import read_adapter
 from pytest_sway.backends.hf.base_files import base_file
 from pytest_sway.backends.hf.gguf_files import gguf_file, read_gguf
 from pytest_sway.backends.hf.headers import read_any
-from pytest_sway.backends.hf.shared_memory import address_of
-from pytest_sway.backends.hf.tensor_parts import parts_of
 from pytest_sway.errors import SwayError
 from pytest_sway.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.spec import base_key, base_spec, finetuned_spec, resolved_key
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Hashable, Mapping
 
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
     from pytest_sway.backends.hf.check import Plan
@@ -61,15 +59,6 @@ def estimated(spec: ModelSpec, plan: Plan | None = None) -> Mapping[Hashable, in
         base_bytes if files.may_rewrite_anything else 0
     )
     return {base_key(spec): base_bytes, ("adapter", *resolved_key(spec)): own}
-
-
-def measured(tensors: Iterable[Any]) -> int:
-    """Return the bytes of some tensors; what is in the same place counts once."""
-    places: dict[tuple[Any, int], int] = {}
-    for tensor in (part for whole in tensors for _, part in parts_of(whole)):
-        place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
-        places[place] = max(places.get(place, 0), tensor.nbytes)
-    return sum(places.values())
 
 
 def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:

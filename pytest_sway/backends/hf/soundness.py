@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import public_name, some
+from pytest_sway.backends.hf.adapter import diverged, public_name, some
 from pytest_sway.backends.hf.libraries import no_warnings
 from pytest_sway.backends.hf.split import agree, trial_tokens
 from pytest_sway.backends.hf.tensor_parts import parts_of
@@ -56,10 +56,7 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
         tensors = base.tensors()
         broken = not_finite(tensors)
         if broken:
-            raise WeightsError(
-                f"the {role} {base.spec.base!r} has NaN or infinite values in {len(broken)} of its {len(tensors)}"
-                f" tensors ({some(broken)}). Its training diverged, or the file is damaged."
-            )
+            raise WeightsError(diverged(f"the {role} {base.spec.base!r}", broken, len(tensors)))
     elif not agree(logits[0, :_SAME], logits[1, :_SAME]):
         raise SpecError(
             f"the {role} {base.spec.base!r} is no causal language model: in its {type(model).__name__}, later tokens"

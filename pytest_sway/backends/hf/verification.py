@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapter import NAME, is_adapters, public_name, some, without_name
+from pytest_sway.backends.hf.adapter import NAME, diverged, is_adapters, public_name, some, unplaced, without_name
 from pytest_sway.backends.hf.adapter_errors import AdapterFaultError
 from pytest_sway.backends.hf.adapter_files import CONFIG, WEIGHTS
 from pytest_sway.backends.hf.soundness import largest, not_finite
@@ -66,13 +66,9 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
             f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the folder that this"
             f" makes in it, {name!r}."
         )
-    found = []
-    if unexpected:
-        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(map(in_file, unexpected))})")
-    if missing:
-        found.append(f"{len(missing)} places in the base have no tensor in it ({some(map(in_file, missing))})")
+    found = unplaced([in_file(name) for name in unexpected], [in_file(name) for name in missing])
     raise AdapterFaultError(
-        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {' and '.join(found)}",
+        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {found}",
         f"Name the base that it was trained on; if it is that, its {CONFIG} is not that of its {WEIGHTS}.",
     )
 
@@ -85,12 +81,8 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     """
     most = largest({str(i): tensor for i, tensor in enumerate(adapter.memory)}).values()
     if not all(map(math.isfinite, most)):
-        broken = not_finite(adapter.own)
-        raise AdapterMismatchError(
-            f"the adapter {str(adapter.files.folder)!r} has NaN or infinite values in {len(broken)} of its"
-            f" {len(adapter.own)} tensors ({some(map(public_name, broken))})."
-            " Its training diverged, or the file is damaged."
-        )
+        broken = [public_name(name) for name in not_finite(adapter.own)]
+        raise AdapterMismatchError(diverged(f"the adapter {str(adapter.files.folder)!r}", broken, len(adapter.own)))
     if adapter.files.peft_type != "LORA":
         return
     parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from pytest_sway.backends.hf import tokenisation
-from pytest_sway.backends.hf.scores import log_of_tail
 from pytest_sway.backends.mlx.libraries import mlx_lm_module
-from pytest_sway.scoring import TokenDist
+from pytest_sway.scoring import TokenDist, log_of_tail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from pytest_sway.backends.hf.contents import ContentsRecord
-from pytest_sway.backends.hf.memory import WeightsWatch
+from pytest_sway.backends.hf.memory import WeightsWatch, measured
 from pytest_sway.backends.hf.shared_memory import SharedMemory
-from pytest_sway.backends.hf.sizes import measured
 from pytest_sway.backends.hf.tensor_parts import parts_of
 
 
