@@ -207,26 +207,23 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
     try:
-        spec, steady = _memoised(os.getcwd(), tuple(values.items()))
+        spec, steady = _memoised(tuple(values.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
         steady = False
     return spec if steady else ModelSpec(**values)
 
 
 @lru_cache(maxsize=256)
-def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
+def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
     """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
 
-    A path through ``~`` or a link can be led elsewhere at any time, and a hub id can become the name of a folder.
+    A path through ``~``, a link or the working folder can be led elsewhere at any time, and a hub id can become the
+    name of a folder.
     """
     values = dict(items)
     spec = ModelSpec(**values)
     paths = {name: getattr(spec, name) for name in ("base", "adapter", "finetuned", "answers")}
-    return spec, all(_leads_nowhere_else(values[name], path) for name, path in paths.items() if path is not None)
-
-
-def _leads_nowhere_else(given: Any, path: Path | str) -> bool:
-    return os.path.isabs(path) and str(path) in (given, os.path.abspath(given))
+    return spec, all(str(path) == os.fspath(values[name]) for name, path in paths.items() if path is not None)
 
 
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
@@ -430,14 +427,15 @@ def _model_identity(model: str) -> Hashable:
         folder = os.stat(model)
     except OSError:
         return _model_signature(model)
-    others = _other_files(model, folder.st_mtime_ns, folder.st_ino)
-    return _stats((f"{model}/config.json", *_files(model, _WEIGHTS, folder.st_mtime_ns, folder.st_ino))), others
+    looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
+    return _stats(looked_at), others
 
 
 @lru_cache(maxsize=256)
-def _other_files(model: str, mtime_ns: int, inode: int) -> _Signature:
-    """The state that a model's files besides its weights were in when its folder changed."""
-    return _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
+def _model_folder(model: str, mtime_ns: int, inode: int) -> tuple[tuple[str, ...], _Signature]:
+    """The files to look at each time, and the state that all others were in when the folder changed."""
+    looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode))
+    return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
 
 
 def _adapter_signature(folder: str) -> _Signature:
