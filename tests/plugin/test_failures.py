@@ -147,7 +147,9 @@ def test_x(sway_backend, spec):
     sway_backend(spec)
 """)
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["E*SpecError: spec field 'dtype' must be*", f"E*{SEE.format('SpecError', 'specerror')}"])
+    result.stdout.fnmatch_lines(
+        ["E*SpecError: spec field 'dtype' must be*", f"E*{SEE.format('SpecError', 'specerror')}"]
+    )
 
 
 def test_an_error_of_a_class_of_the_users_names_the_page_of_its_parent(suite: Suite) -> None:
