@@ -10,17 +10,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytest_sway.cache import BackendCache, CachedBackend, Lease
     from pytest_sway.errors import SwayError, SwayWarning
-    from pytest_sway.scoring import DifferentialBackend, RollingLogprob, TokenDist, View
+    from pytest_sway.scoring import (
+        BatchView,
+        DifferentialBackend,
+        Message,
+        NullCalibratedBackend,
+        Prompt,
+        RawView,
+        RollingLogprob,
+        ScalableDifferentialBackend,
+        TokenDist,
+        View,
+    )
     from pytest_sway.session import SwayBackend
     from pytest_sway.spec import ModelSpec, cache_key_for
 
 __all__ = [
     "BackendCache",
+    "BatchView",
     "CachedBackend",
     "DifferentialBackend",
     "Lease",
+    "Message",
     "ModelSpec",
+    "NullCalibratedBackend",
+    "Prompt",
+    "RawView",
     "RollingLogprob",
+    "ScalableDifferentialBackend",
     "SwayBackend",
     "SwayError",
     "SwayWarning",
@@ -34,7 +51,18 @@ __version__: str
 _HOMES = {
     "cache": ("BackendCache", "CachedBackend", "Lease"),
     "errors": ("SwayError", "SwayWarning"),
-    "scoring": ("DifferentialBackend", "RollingLogprob", "TokenDist", "View"),
+    "scoring": (
+        "BatchView",
+        "DifferentialBackend",
+        "Message",
+        "NullCalibratedBackend",
+        "Prompt",
+        "RawView",
+        "RollingLogprob",
+        "ScalableDifferentialBackend",
+        "TokenDist",
+        "View",
+    ),
     "session": ("SwayBackend",),
     "spec": ("ModelSpec", "cache_key_for"),
 }
