@@ -20,7 +20,7 @@ from pytest_sway.errors import MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
 from pytest_sway.imports import import_seconds, keep_modules
 from pytest_sway.redaction import redacted
-from pytest_sway.spec import Key, ModelSpec, SpecLike, resolved_key, short_name
+from pytest_sway.spec import Key, ModelSpec, SpecLike, look_again, resolved_key, short_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -234,6 +234,7 @@ class SwaySession(Listener):
             The error for the test, where changes are errors.
         """
         test = owner.name
+        look_again()
         self.cache.end(owner)
         touched, self._touched = self._touched, []
         if self._settings.on_mutation == "ignore":

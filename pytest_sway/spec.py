@@ -442,7 +442,8 @@ def _model_identity(model: str) -> Hashable:
     """What tells one state of a local model from another, at each request.
 
     Its config.json and its weights are looked at each time. Its other files are looked at when the folder itself has
-    changed, as it does when a file is replaced, added or removed: it would take as long again to look at all of them.
+    changed, as it does when a file is replaced, added or removed, and after `look_again`: it would take as long again
+    to look at all of them each time.
     """
     if not os.path.isabs(model) or model.endswith(GGUF_SUFFIX):
         return _model_signature(model)
@@ -452,6 +453,11 @@ def _model_identity(model: str) -> Hashable:
         return _model_signature(model)
     looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
     return _stats(looked_at), others
+
+
+def look_again() -> None:
+    """Have all files of local models be looked at once more, at the next request for each: some may be written to."""
+    _model_folder.cache_clear()
 
 
 @lru_cache(maxsize=256)

@@ -169,3 +169,26 @@ def test_late():
         ["*BackendUseError: dummy:a was asked for by test_suite.py::test_keeps, which has ended, and its leases*"]
     )
     assert suite.events() == []
+
+
+def test_a_later_test_gets_what_an_earlier_one_has_written_to_a_models_tokenizer_in_place(suite: Suite) -> None:
+    result = suite.run("""
+from pathlib import Path
+from pytest_sway import ModelSpec, cache_key_for
+MODEL, keys = Path("model").absolute(), []
+
+def key():
+    return cache_key_for(ModelSpec(base=str(MODEL), device="cpu", dtype="fp32"))
+
+def test_before(sway_backend):
+    sway_backend(dummy("a"))
+    MODEL.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        (MODEL / name).write_text("{}")
+    keys.append(key())
+    (MODEL / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+
+def test_after():
+    assert key() != keys[0]
+""")
+    result.assert_outcomes(passed=2)
