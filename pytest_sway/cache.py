@@ -226,7 +226,7 @@ class BackendCache:
             raise
 
     def end(self, owner: Owner) -> None:
-        """End all leases of an owner, released or not, and refuse him others, loads under way in threads included.
+        """End all leases of an owner, released or not, and refuse it others, those of loads under way included.
 
         What is used after that may be closed, and raises `pytest_sway.errors.BackendClosedError` then.
         """

@@ -79,8 +79,11 @@ def without_secrets(error: BaseException) -> BaseException:
             if _quotes_secret(found) or any(new is not old for new, old in zip(members, found.exceptions, strict=True)):
                 instead[id(found)] = _like(found, BaseExceptionGroup(redacted(found.message), members))
         elif _quotes_secret(found):
-            text = f"{type(found).__name__}: {redacted(_text(found))}"
-            instead[id(found)] = _like(found, RedactedError(text))
+            text = redacted(_text(found))
+            if isinstance(found, Exception):
+                instead[id(found)] = _like(found, RedactedError(f"{type(found).__name__}: {text}"))
+            else:
+                _have_it_say(found, text)
     if instead:
         for found in (*tree, *instead.values()):
             _link(found, instead)
@@ -130,6 +133,14 @@ def _text(error: BaseException) -> str:
         return str(error)
     except Exception:  # it is another library's code, and a report says as much
         return ""
+
+
+def _have_it_say(error: BaseException, text: str) -> None:
+    """Change what an error says that makes its text anew each time, and is no `Exception`, which others would catch."""
+    kind = type(error)
+    fields = {"__str__": lambda _: text, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    with suppress(TypeError):  # a type that has no subclasses, or is not written in Python: those keep their text
+        error.__class__ = type(kind.__name__, (kind,), fields)
 
 
 def _like(error: BaseException, new: BaseException) -> BaseException:

@@ -101,16 +101,19 @@ def test_it(sway_backend, way, where):
         assert secret not in shown
 
 
-def test_nor_do_they_show_that_of_what_is_no_exception(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``pytest.fail`` in a build, and the end of a program that was written as a script."""
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    suite.pytester.makepyfile(
-        leaky="""
+NO_EXCEPTIONS = """
 import os
 import sys
 import pytest
 
-WAYS = {"fail": pytest.fail, "exit": sys.exit}
+class Own(BaseException):
+    def __str__(self):
+        return f"401 for {os.environ['HF_TOKEN']}"
+
+def own(text):
+    raise Own
+
+WAYS = {"fail": pytest.fail, "exit": sys.exit, "own": own}
 
 class Backend:
     def __init__(self, way):
@@ -132,11 +135,16 @@ def pytest_sway_build_backend(spec):
     if where == "close":
         return Backend(way)
 """
-    )
+
+
+def test_nor_do_they_show_that_of_what_is_no_exception(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pytest.fail`` in a build, and the end of a program that was written as a script."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    suite.pytester.makepyfile(leaky=NO_EXCEPTIONS)
     result = suite.run(
         """
 @pytest.mark.parametrize("where", ["load", "close"])
-@pytest.mark.parametrize("way", ["fail", "exit"])
+@pytest.mark.parametrize("way", ["fail", "exit", "own"])
 def test_it(sway_cache, way, where):
     sway_cache.get_or_load(dummy(f"{way}-{where}"))
     sway_cache.evict_all()
@@ -145,11 +153,20 @@ def test_it(sway_cache, way, where):
         "leaky",
         "--junitxml=junit.xml",
     )
-    result.assert_outcomes(failed=4)
+    result.assert_outcomes(failed=6)
     shown = result.stdout.str() + result.stderr.str() + (suite.pytester.path / "junit.xml").read_text()
     assert "Failed: 401 for ***" in shown
     assert "SystemExit: 401 for ***" in shown
+    assert "Own: 401 for ***" in shown
     assert SECRET not in shown
+
+
+def test_nor_what_ends_the_run_when_the_session_closes_a_backend(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    suite.pytester.makepyfile(leaky=NO_EXCEPTIONS)
+    result = suite.run_apart("def test_it(sway_backend): sway_backend(dummy('own-close'))", "-p", "leaky")
+    result.stderr.fnmatch_lines(["leaky.Own: 401 for [*][*][*]"])
+    assert SECRET not in result.stdout.str() + result.stderr.str()
 
 
 SHOWN = {
