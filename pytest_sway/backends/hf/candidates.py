@@ -74,9 +74,8 @@ def other_values(files: AdapterFiles, said: str, contents: Contents) -> Iterator
     modules = _modules(files.entries)
     if config.get("task_type") is None:
         yield (file, "task_type"), "CAUSAL_LM"
-    numbers = {
-        name: 0 if value is None and int in get_args(hints.get(name)) else value for name, value in fields.items()
-    }
+    whole = {name for name in fields if int in _kinds(hints.get(name))}
+    numbers = fields | {name: 0 for name in whole if fields[name] is None}
     sides = sorted({side for entry in files.entries.values() for side in entry.shape})
     for name, other in other_numbers(numbers, config, pairs, files.entries, sides):
         yield (file, name), other
@@ -109,12 +108,16 @@ def _kind(files: AdapterFiles) -> Any:
     return kinds.get(files.peft_type)
 
 
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that a declared one consists of."""
+    return (hint, *get_args(hint))
+
+
 def _of_type(hint: Any, rows: Collection[int], modules: Collection[str]) -> Iterator[Any]:
     """Values that a field of a type may have."""
-    kinds = {hint, *get_args(hint)}
-    if bool in kinds:
+    if bool in _kinds(hint):
         yield from (True, False)
-    for each in kinds:
+    for each in _kinds(hint):
         if get_origin(each) is Literal:
             yield from get_args(each)
         elif get_origin(each) is list and get_args(each) == (int,):

@@ -118,11 +118,6 @@ def test_the_field_by_which_a_base_asks_for_other_weights_is_named(
     [
         ({"r": 3}, None, "has r = 3. It would work with 4. Mend this field"),
         ({}, "r", "has no r. It would work with 4. Mend this field"),
-        (
-            {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"},
-            None,
-            "of the type 'PROMPT_TUNING' (peft_type in its",
-        ),
         ({"use_dora": True}, None, "has use_dora = True. Mend this field"),
         ({"lora_bias": True}, None, "has lora_bias = True. Mend this field"),
         ({"layers_to_transform": [0]}, None, "has layers_to_transform = [0]. Mend this field"),

@@ -240,12 +240,11 @@ def test_the_field_that_adds_a_token_without_embedding_is_named(build: Any, base
     folder = shutil.copytree(base, tmp_path / "base")
     path = folder / "tokenizer.json"
     settings = json.loads(path.read_text())
-    added = {"content": "rises", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = {"content": "new", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     settings["added_tokens"].append(added | {"id": 91, "special": True})
-    settings["model"]["vocab"].pop("rises")
     path.write_text(json.dumps(settings))
     with build(folder).as_base() as view, pytest.raises(ScoringError, match=r"the tokenizer gives token 91") as caught:
-        view.logprob_of("the sun", " rises")
+        view.logprob_of("the sun", " new")
     assert f"That comes of the tokenizer: {str(path)!r} has added_tokens = " in str(caught.value)
 
 
