@@ -23,7 +23,8 @@ _SIZES: Final = re.compile(
 )
 """What torch says of a tensor that does not fit."""
 _COUNT: Final = re.compile(r"layer|block|expert|module")
-_MOST: Final = 8
+_FEW: Final = (1, 2, 3, 4)
+_MOST: Final = 12
 """Other values of one field that are tried."""
 
 
@@ -49,7 +50,7 @@ def other_numbers(
     for name, value in sorted(numbers, key=lambda item: (item[1] not in asked_sides, item[0] not in given)):
         found_sides = [found for found, asked in pairs if asked == value] or [found for found, _ in pairs]
         scaled = [value * a / b for pair in pairs for a, b in (pair, pair[::-1]) if b]
-        others = [*found_sides, *scaled] if pairs else [layers, *sides]
+        others = [*found_sides, *scaled] if pairs else [layers, *_FEW, *sides]
         most = max(layers, value) if _COUNT.search(name) else math.inf  # many of them take long to make
         whole = [int(other) for other in others if most >= other == int(other) > 0]
         yield from ((name, other) for other in [other for other in dict.fromkeys(whole) if other != value][:_MOST])
