@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.adapter import some
 from pytest_sway.backends.hf.adapter_files import CONFIG, WEIGHTS
-from pytest_sway.backends.hf.candidates import other_values
+from pytest_sway.backends.hf.candidates import defaults_of, hints_of, other_values
 from pytest_sway.backends.hf.culprits import Asked, culprit, explanation, said
 from pytest_sway.backends.hf.shortening import shown
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
@@ -52,14 +52,20 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
         return WeightsError(f"the weights {str(files.folder / WEIGHTS)!r} cannot be read: {said(error)}")
     said_of_it = str(error)
     others = partial(other_values, files, said_of_it)
-    asked = Asked("the adapter", files.folder, (CONFIG,), attempt, _hints(files), others)
+    asked = Asked("the adapter", files.folder, (CONFIG,), attempt, hints_of(files), defaults_of(files), others)
     if isinstance(error, KeyError) and error.args[0] not in files.config.values():
         error = AdapterFaultError(
             f"the adapter {folder!r} was not applied to {base.base!r}: its {CONFIG} asks for"
             f" {shown(error.args[0], 200)}, which its {WEIGHTS} lacks",
             "Save the adapter again, config and weights together.",
         )
-    elif "size mismatch" in str(error):
+    elif "not present" in said_of_it:  # as PEFT says of the projections of VeRA and PVeRA
+        error = AdapterFaultError(
+            f"the adapter {folder!r} was not applied to {base.base!r}, by its {WEIGHTS}:"
+            f" {said(error).removesuffix('.')}",
+            "Save the adapter again, config and weights together.",
+        )
+    elif "size mismatch" in said_of_it:
         error = AdapterFaultError(
             f"the adapter {folder!r} does not fit the base {base.base!r}, or its {CONFIG} does not fit its {WEIGHTS}"
             f" ({_tensors(files, str(error))}): {said(error).removesuffix('.')}",
@@ -82,11 +88,3 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
 def _tensors(files: AdapterFiles, said: str) -> str:
     """The tensors of the file that have shapes of which torch speaks."""
     return some(name for name, entry in (files.entries or {}).items() if f"({list(entry.shape)}) from" in said)
-
-
-def _hints(files: AdapterFiles) -> dict[str, Any]:
-    """The types of the fields of an adapter's config, as PEFT declares them."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    configs: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
-    return get_type_hints(configs[files.peft_type]) if files.peft_type in configs else {}

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 _PATIENCE: Final = 1.5
-"""Seconds after which no other value is tried; to make a model takes some hundredths, or longer where it is deep."""
+"""Seconds of the thread's own time after which no other value is tried; to make a model takes some hundredths, or more
+where it is deep."""
 
 _MOST: Final = 3
 """Fields that an error has room for."""
@@ -71,12 +72,12 @@ def why_lacking(path: Path, entries: Mapping[str, TensorEntry], make: Make, miss
 
 def _field(path: Path, entries: Mapping[str, TensorEntry], make: Make, config: Any, wrong: Sizes) -> str:
     """The fields of which one, at another value, would leave none of the tensors wrong, as a sentence."""
-    until = time.monotonic() + _PATIENCE
+    until = time.thread_time() + _PATIENCE
     fields: dict[str, Any] = json.loads(read_bounded(path, CONFIG_BYTES))
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="sway-") as scratch:
         for field, value in _candidates(fields, config.to_dict(), entries, wrong):
-            if time.monotonic() > until or len(found) == _MOST:
+            if time.thread_time() > until or len(found) == _MOST:
                 break
             Path(scratch, path.name).write_text(json.dumps(fields | {field: value}))
             try:
@@ -108,7 +109,7 @@ def _candidates(
         if found != asked
     }
     given = {name: all_fields.get(name, value) for name, value in fields.items()}
-    yield from other_numbers(given | {**all_fields}, fields, pairs, entries)
+    yield from other_numbers(given | {**all_fields}, fields, pairs, entries, ())
     for name, value in all_fields.items():
         if type(value) is bool:
             yield name, not value

@@ -254,7 +254,7 @@ def require_bounded(files: Any, base: Mapping[str, TensorEntry] | None) -> None:
     if files.entries:
         largest = _largest_side(files.entries)
         _require_sizes(where, _sizes(files.config), largest, "the adapter")
-        numbers = ((field, size) for field, size in files.config.items() if type(size) is int)
+        numbers = ((field, size) for field, size in files.config.items() if type(size) in (int, float))
         named = ((field, size) for field, size in numbers if _NAMED_AS_SIZES.fullmatch(field))
         _require_sizes(where, named, max(largest, _largest_side(base or {}), _LARGEST), "the adapter or its base")
     for field, expression in expressions(files.config):
@@ -265,9 +265,9 @@ def _largest_side(entries: Mapping[str, TensorEntry]) -> int:
     return max((side for entry in entries.values() for side in entry.shape), default=0)
 
 
-def _require_sizes(where: str, sizes: Iterable[tuple[str, int]], largest: int, whose: str) -> None:
+def _require_sizes(where: str, sizes: Iterable[tuple[str, float]], largest: int, whose: str) -> None:
     for field, size in sizes:
-        if size > largest:
+        if abs(size) > largest:
             raise AdapterMismatchError(
                 f"{where!r} has {field} = {size:,}, and no tensor of {whose} has a side of more than {largest:,}."
                 " Save the adapter again, config and weights together."

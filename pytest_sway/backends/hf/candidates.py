@@ -23,12 +23,17 @@ _SIZES: Final = re.compile(
 )
 """What torch says of a tensor that does not fit."""
 _COUNT: Final = re.compile(r"layer|block|expert|module")
-_MOST: Final = 8
+_FEW: Final = (1, 2, 3, 4)
+_MOST: Final = 12
 """Other values of one field that are tried."""
 
 
 def other_numbers(
-    fields: Mapping[str, Any], given: Collection[str], pairs: Collection[tuple[int, int]], names: Iterable[str]
+    fields: Mapping[str, Any],
+    given: Collection[str],
+    pairs: Collection[tuple[int, int]],
+    names: Iterable[str],
+    sides: Iterable[int],
 ) -> Iterator[tuple[str, int]]:
     """Give other values of fields that are whole numbers, those first that are the most probable.
 
@@ -37,14 +42,15 @@ def other_numbers(
         given: The names of those that it does not.
         pairs: What sides tensors have in the file, and by the config, where these differ.
         names: The names of the tensors in the file.
+        sides: Sizes that are worth a try where no pairs are known.
     """
     layers = 1 + max((int(number) for name in names for number in _NUMBER.findall(name)), default=-1)
     asked_sides = {asked for _, asked in pairs}
     numbers = [(name, value) for name, value in fields.items() if type(value) is int and not name.endswith("_id")]
     for name, value in sorted(numbers, key=lambda item: (item[1] not in asked_sides, item[0] not in given)):
-        sides = [found for found, asked in pairs if asked == value] or [found for found, _ in pairs]
+        found_sides = [found for found, asked in pairs if asked == value] or [found for found, _ in pairs]
         scaled = [value * a / b for pair in pairs for a, b in (pair, pair[::-1]) if b]
-        others = [*sides, *scaled] if pairs else [layers]
+        others = [*found_sides, *scaled] if pairs else [layers, *_FEW, *sides]
         most = max(layers, value) if _COUNT.search(name) else math.inf  # many of them take long to make
         whole = [int(other) for other in others if most >= other == int(other) > 0]
         yield from ((name, other) for other in [other for other in dict.fromkeys(whole) if other != value][:_MOST])
@@ -58,34 +64,61 @@ def other_values(files: AdapterFiles, said: str, contents: Contents) -> Iterator
         said: What PEFT says about it.
         contents: What the config holds, by its name.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    configs: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
-    if files.peft_type not in configs or files.entries is None:
+    if files.entries is None:
         return
-    kind = configs[files.peft_type]
-    hints = get_type_hints(kind)
-    ((file, config),) = contents.items()
-    fields = {field.name: field.default for field in dataclasses.fields(kind) if field.init} | dict(config)
+    hints, ((file, config),) = hints_of(files), contents.items()
+    fields = defaults_of(files) | dict(config)
     shapes = list(_shapes(said))
     alike = ((found, asked) for found, asked in shapes if len(found) == len(asked))
     pairs = {(a, b) for found, asked in alike for a, b in zip(found, asked, strict=True) if a != b}
     rows = {found[0] for found, _ in shapes if found}
     modules = _modules(files.entries)
-    for name, other in other_numbers(fields, config, pairs, files.entries):
+    if config.get("task_type") is None:
+        yield (file, "task_type"), "CAUSAL_LM"
+    whole = {name for name in fields if int in _kinds(hints.get(name))}
+    numbers = fields | {name: 0 for name in whole if fields[name] is None}
+    sides = sorted({side for entry in files.entries.values() for side in entry.shape})
+    for name, other in other_numbers(numbers, config, pairs, files.entries, sides):
         yield (file, name), other
-    for name, value in fields.items():
-        for other in _of_type(hints.get(name), rows, modules if "modules" in name else ()):
-            if other != value or type(other) is not type(value):
-                yield (file, name), other
+    typed = (
+        (name, other)
+        for name in fields
+        for other in _of_type(hints.get(name), rows, modules if "modules" in name else ())
+    )
+    for name, other in sorted(typed, key=lambda item: isinstance(item[1], str)):  # words seldom change any size
+        if other != fields[name] or type(other) is not type(fields[name]):
+            yield (file, name), other
+
+
+def hints_of(files: AdapterFiles) -> dict[str, Any]:
+    """The types of the fields of an adapter's config, as PEFT declares them."""
+    kind = _kind(files)
+    return {} if kind is None else get_type_hints(kind)
+
+
+def defaults_of(files: AdapterFiles) -> dict[str, Any]:
+    """What PEFT takes for the fields that an adapter's config does not have."""
+    kind = _kind(files)
+    return {} if kind is None else {field.name: field.default for field in dataclasses.fields(kind) if field.init}
+
+
+def _kind(files: AdapterFiles) -> Any:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
+    return kinds.get(files.peft_type)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that a declared one consists of."""
+    return (hint, *get_args(hint))
 
 
 def _of_type(hint: Any, rows: Collection[int], modules: Collection[str]) -> Iterator[Any]:
     """Values that a field of a type may have."""
-    kinds = {hint, *get_args(hint)}
-    if bool in kinds:
+    if bool in _kinds(hint):
         yield from (True, False)
-    for each in kinds:
+    for each in _kinds(hint):
         if get_origin(each) is Literal:
             yield from get_args(each)
         elif get_origin(each) is list and get_args(each) == (int,):

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 _PATIENCE: Final = 2.0
-"""Seconds after which no further field is tried; a try takes some hundredths, or longer where a model is large."""
+"""Seconds of the thread's own time after which nothing more is tried; a try takes some hundredths, or longer where a
+model is large."""
 _IDENTITY: Final = frozenset({"model_type", "peft_type"})
 """Fields that say what all the others are about: without them a library does something else, and blames nothing."""
 _SHORTEST: Final = 4
@@ -67,7 +68,8 @@ class Asked(NamedTuple):
         files: The names of the files of JSON that the library reads, those first that say most.
         attempt: Asks the library for the same in another folder.
         hints: The types that the library declares for fields.
-        others: Gives other values to try, first of all.
+        defaults: What the library takes for fields that are not there, as far as that is known.
+        others: Gives other values to try, where it is not enough to leave out a field.
         minimal: What stands for fields that cannot be left out.
     """
 
@@ -76,6 +78,7 @@ class Asked(NamedTuple):
     files: Sequence[str]
     attempt: Callable[[Path], object]
     hints: Mapping[str, Any] = {}
+    defaults: Mapping[str, Any] = {}
     others: Others = lambda _: ()
     minimal: Mapping[Field, Any] = {}
 
@@ -222,9 +225,14 @@ def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field], *, sur
         suspects: The fields to try first.
         sure: Only give one without which it does what was asked.
     """
-    until = time.monotonic() + _PATIENCE
-    all_fields = [(name, field) for name, fields in contents.items() for field in fields if field not in _IDENTITY]
-    without = ((field, _ABSENT) for field in dict.fromkeys((*suspects, *all_fields)))  # or with what stands for it
+    until = time.thread_time() + _PATIENCE
+    telling = [
+        (name, field)
+        for name, fields in contents.items()
+        for field, value in fields.items()
+        if field not in _IDENTITY and (field not in asked.defaults or asked.defaults[field] != value)
+    ]
+    without = ((field, _ABSENT) for field in dict.fromkeys((*suspects, *telling)))  # or with what stands for it
     otherwise: list[Culprit] = []
     try:
         with tempfile.TemporaryDirectory(prefix="sway-") as scratch:
@@ -235,8 +243,8 @@ def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field], *, sur
             failure = _failure(asked, folder)
             if failure is None:
                 return None  # what failed is something else
-            for (name, field), other in chain(asked.others(contents), without):
-                if time.monotonic() > until:
+            for (name, field), other in chain(without, asked.others(contents)):
+                if time.thread_time() > until:
                     return None
                 fields = contents[name]
                 instead = asked.minimal.get((name, field), _ABSENT) if other is _ABSENT else other

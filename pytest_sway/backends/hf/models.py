@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.exhaustion import out_of_memory
 from pytest_sway.backends.hf.base_files import adapter_inside, base_file, require_complete
 from pytest_sway.backends.hf.base_misfits import other_sizes, why_lacking
-from pytest_sway.backends.hf.culprits import Asked, named_culprit
+from pytest_sway.backends.hf.culprits import Asked, culprit, named_culprit, said
 from pytest_sway.backends.hf.gguf import load_gguf_model
 from pytest_sway.backends.hf.gguf_files import gguf_file
 from pytest_sway.backends.hf.libraries import quiet_process, torch_dtype
@@ -142,6 +142,24 @@ def _made(spec: ModelSpec, folder: Path) -> Any:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=spec.trust_remote_code)
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
+    """Return the error that names the field of a base's config with which its model does not run, if one is found."""
+    asked = None if gguf_file(spec) else _asked(spec)
+    if asked is None:
+        return None
+
+    def attempt(folder: Path) -> None:
+        import torch
+
+        with quiet_process(), torch.inference_mode():
+            _made(spec, folder)(input_ids=torch.zeros((1, 2), dtype=torch.long, device="meta"))
+
+    found = culprit(asked._replace(attempt=attempt), str(error))
+    return (
+        None if found is None else SpecError(f"{found}, with which the base does not run: {said(error)} {found.advice}")
+    )
 
 
 def _load_error(spec: ModelSpec, error: Exception) -> Exception:

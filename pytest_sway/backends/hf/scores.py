@@ -70,6 +70,8 @@ class Engine:
             tokenisation.max_length_of(self.forward.config, self.tokenizer),
             self.forward.virtual_tokens,
         )
+        if self.forward.positions is not None:
+            positions = min(positions, self.forward.positions)
         if positions <= virtual:
             raise ScoringError(
                 f"the adapter's {virtual} virtual tokens leave no room for a text: the model reads at most {positions}"

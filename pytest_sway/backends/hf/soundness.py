@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import diverged, public_name, some
 from pytest_sway.backends.hf.libraries import no_warnings
+from pytest_sway.backends.hf.models import why_not_run
 from pytest_sway.backends.hf.split import agree, trial_tokens
 from pytest_sway.backends.hf.tensor_parts import parts_of
 from pytest_sway.errors import ScoringError, SpecError, WeightsError
@@ -35,22 +36,25 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
         role: What the spec calls it.
 
     Raises:
-        SpecError: What it computes for a token depends on those after it.
+        SpecError: What it computes for a token depends on those after it, or it does not run by a field of its config.
         WeightsError: It computes NaN, and has weights that are no numbers.
     """
     import torch
 
     if base.is_tried or not base.pristine.shares:
         return
+    why = None
     with no_warnings(), torch.inference_mode(), base.side.engine() as engine:
         model = engine.forward.model
         first = trial_tokens(model)
         texts = [first, (*first[:_SAME], *first[: len(first) - _SAME])]
         try:
             logits = model(input_ids=torch.tensor(texts, device=model.device), use_cache=False).logits
-        except Exception:  # a model of an unforeseen shape can fail in any way; the first score will say how
-            logits = None
-    if logits is None:
+        except Exception as error:  # a model of an unforeseen shape can fail in any way
+            logits, why = None, why_not_run(base.spec, error)
+    if why is not None:
+        raise why
+    if logits is None:  # the first score will say how
         pass
     elif has_nan(logits):
         tensors = base.tensors()

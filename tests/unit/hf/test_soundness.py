@@ -155,3 +155,9 @@ def test_a_view_that_is_scaled_too_far_says_so(build: Any, base: Path, adapter: 
         pytest.raises(ScoringError, match="its weights or an adapter's scaling are far too large"),
     ):
         view.logprob_of(TEXT, " red")
+
+
+def test_a_number_of_the_config_by_which_a_base_computes_nan_is_named(build: Any, tmp_path: Path) -> None:
+    named = r"computes NaN.* config.json is wrong \(that of '.*' has rms_norm_eps = -0.5"
+    with build(make_base(tmp_path, rms_norm_eps=-0.5)).as_base() as view, pytest.raises(ScoringError, match=named):
+        view.logprob_of("the sun", " rises")

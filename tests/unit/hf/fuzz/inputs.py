@@ -189,7 +189,8 @@ def _safetensors(draw: random.Random, folder: str, file: str, content: bytes) ->
     before = {**header}
     what, data = way(draw, header, name, data)
     changed = (repr(new)[1:-1][:49] for new in header if header[new] is not before.get(new))
-    names = ("__metadata__",) if way is _metadata else (name, *changed)
+    # PEFT speaks of some tensors by their names in the model that it has wrapped
+    names = ("__metadata__",) if way is _metadata else (name, name.removeprefix("base_model."), *changed)
     return Broken(folder, file, _framed(_json(header), data), names, what)
 
 
