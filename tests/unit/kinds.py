@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,15 @@ class Question(NamedTuple):
     items: Sequence[Any]
     one: Callable[[Any, Any], Any]
     many: Callable[[Any, Any], list[Any]]
+
+    def of_one(self, view: Any) -> Any:
+        return self.one(view, self.items[0])
+
+    def of_many(self, view: Any) -> Any:
+        return self.many(view, self.items)
+
+    def of_none(self, view: Any) -> Any:
+        return self.many(view, [])
 
 
 TEXTS = ("the sun is", "a cat sat", "the sun is warm", "on the mat")
@@ -66,9 +76,9 @@ WITHOUT_MEANING: list[tuple[Ask, str]] = [
 
 CALLS: dict[str, Ask] = {
     "render": lambda view: view.render([{"role": "user", "content": "the sun"}]),
-    **{f"{name} of one": lambda view, q=q: q.one(view, q.items[0]) for name, q in QUESTIONS.items()},
-    **{f"{name} of many": lambda view, q=q: q.many(view, q.items) for name, q in QUESTIONS.items()},
-    **{f"{name} of none": lambda view, q=q: q.many(view, []) for name, q in QUESTIONS.items()},
+    **{f"{name} of one": question.of_one for name, question in QUESTIONS.items()},
+    **{f"{name} of many": question.of_many for name, question in QUESTIONS.items()},
+    **{f"{name} of none": question.of_none for name, question in QUESTIONS.items()},
 }
 
 
@@ -81,13 +91,13 @@ class Agreement:
             yield view
 
     def test_it_has_what_the_protocols_say(self, backend: Any, view: Any) -> None:
-        assert isinstance(backend, DifferentialBackend)
-        assert isinstance(backend, PreflightCheckable)
-        assert isinstance(view, BatchView)
         assert backend.safe_for_concurrent_views is True
         assert isinstance(backend.cache_identity(), str)
         assert all(isinstance(size, int) for size in backend.sizes().values())
         assert backend.preflight_finite_check() == (True, "")
+        assert isinstance(backend, DifferentialBackend)
+        assert isinstance(backend, PreflightCheckable)
+        assert isinstance(view, BatchView)
 
     def test_views_are_named_as_in_dlm_sway(self, backend: Any) -> None:
         with backend.as_base() as base, backend.as_finetuned() as tuned:
@@ -149,8 +159,7 @@ class Agreement:
             fresh.close()
             fresh.close()
             sentence = r"was used after it was closed, by eviction or at the end of the session\. Ask for it again"
-            calls = {name: call for name, call in CALLS.items() if name.endswith("of one")}
-            asked = [lambda call=call: call(view) for call in calls.values()]
+            asked = [partial(question.of_one, view) for question in QUESTIONS.values()]
             for ask in (*asked, fresh.as_base().__enter__, fresh.preflight_finite_check):
                 with pytest.raises(BackendClosedError, match=sentence):
                     ask()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pytest_httpserver import HTTPServer
@@ -15,6 +15,7 @@ from pytest_sway import ModelSpec
 from pytest_sway.backends import BUILDERS, Builder
 from pytest_sway.backends.dummy import DummyBackend
 from pytest_sway.backends.view import BaseView
+from pytest_sway.spec import Kind
 from tests.tiny import make_adapter, make_base
 from tests.unit.api.toy import Toy
 from tests.unit.kinds import Agreement
@@ -72,6 +73,10 @@ def fresh(make: Callable[[], Any]) -> Any:
 
 class TestAllKinds(Agreement):
     """In this process."""
+
+
+def test_each_kind_of_spec_has_what_builds_it() -> None:
+    assert set(BUILDERS) == set(get_args(Kind))
 
 
 @pytest.mark.parametrize("view", VIEWS)
