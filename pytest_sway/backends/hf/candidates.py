@@ -76,7 +76,7 @@ def other_values(files: AdapterFiles, said: str, contents: Contents) -> Iterator
     if config.get("task_type") is None:
         yield (file, "task_type"), "CAUSAL_LM"
     whole = {name for name in fields if int in _kinds(hints.get(name))}
-    numbers = fields | {name: 0 for name in whole if fields[name] is None}
+    numbers = fields | {name: 0 for name in whole if type(fields[name]) is not int}
     sides = sorted({side for entry in files.entries.values() for side in entry.shape})
     for name, other in other_numbers(numbers, config, pairs, files.entries, sides):
         yield (file, name), other

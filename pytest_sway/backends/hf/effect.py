@@ -10,6 +10,7 @@ from pytest_sway.backends.hf.adapter_files import CONFIG, WEIGHTS
 from pytest_sway.backends.hf.libraries import no_warnings
 from pytest_sway.backends.hf.soundness import has_nan
 from pytest_sway.backends.hf.verification import NOT_TRAINED
+from pytest_sway.backends.hf.vocabulary import trained_words
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.adapter_files import AdapterFiles
@@ -30,6 +31,9 @@ training at a rate of 1e-5 comes to 2.7e-5 at least."""
 def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
     """Raise unless an adapter computes other logits than its base, for tokens from all over the vocabulary.
 
+    Where it has another number of words than its base, those count that both have; one whose training was of other
+    words is not judged.
+
     In half precision only equal logits count as the same: rounding is as large there as what little training does.
 
     Args:
@@ -43,10 +47,13 @@ def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
     import torch
 
     with no_warnings(), torch.inference_mode(), base.side.engine() as plain, tuned.engine() as changed:
-        if _words(plain) != _words(changed):
+        words = min(_words(plain), _words(changed))
+        if max(trained_words(files), default=0) >= words:
             return
-        ids = _probe(plain, files)
+        ids = _probe(words, files)
         before, after = _logits(plain, ids), _logits(changed, ids)
+        if _words(plain) != _words(changed):
+            before, after = before[..., :words], after[..., :words]
         if has_nan(after) and not has_nan(before):
             raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} makes the base {base.spec.base!r} compute NaN for {len(ids)} tokens"
@@ -54,7 +61,7 @@ def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
                 "Its training diverged, or its config is not the one that it was trained with.",
                 partial(_require_another, ids, before[-1]),
             )
-        if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed):
+        if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed, words):
             raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} changes nothing on the base {base.spec.base!r}: for {len(ids)}"
                 " tokens from all over the vocabulary the logits stay the same",
@@ -67,7 +74,7 @@ def _require_another(ids: list[int], before: Any, model: Any) -> None:
     """Raise if what a model computes for the last of some tokens is no number, or as before."""
     import torch
 
-    after = model(torch.tensor([ids], device=before.device)).logits[0, -1]
+    after = model(torch.tensor([ids], device=before.device)).logits[0, -1, : before.shape[-1]]
     if has_nan(after) or _same(before, after.to(before.device)):
         raise ValueError("no other")
 
@@ -76,9 +83,8 @@ def _words(engine: Engine) -> int:
     return int(engine.forward.model.get_input_embeddings().weight.shape[0])
 
 
-def _probe(base: Engine, files: AdapterFiles) -> list[int]:
+def _probe(words: int, files: AdapterFiles) -> list[int]:
     """Tokens spread over the vocabulary, after those without which an adapter of the kind aLoRA sleeps."""
-    words = _words(base)
     return [*(files.config.get("alora_invocation_tokens") or ()), *range(0, words, max(1, words // _TOKENS))]
 
 
@@ -96,12 +102,11 @@ def _same(plain: Any, changed: Any) -> bool:
     return bool((plain - changed).abs().max() <= plain.abs().max() * _ROUNDING)
 
 
-def _embeds_otherwise(base: Engine, tuned: Engine) -> bool:
-    """Whether any token is embedded otherwise: most are in no probe."""
+def _embeds_otherwise(base: Engine, tuned: Engine, words: int) -> bool:
+    """Whether any of the first so many tokens is embedded otherwise: most are in no probe."""
     import torch
 
     embed, embed_tuned = base.forward.model.get_input_embeddings(), tuned.forward.model.get_input_embeddings()
-    words = _words(base)
     for start in range(0, words, _ROWS):
         ids = torch.arange(start, min(start + _ROWS, words), device=embed.weight.device)
         if not embed(ids).equal(embed_tuned(ids)):
