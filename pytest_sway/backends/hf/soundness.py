@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.adapter import diverged, public_name, some
@@ -29,7 +30,8 @@ _SAME: Final = 2
 def verify_base(base: LoadedBase, role: str = "base") -> None:
     """Raise unless a base computes numbers, and computes them from left to right; tried once, in one small pass.
 
-    A model whose trees are each loaded anew is not tried here, since that would double the load.
+    A model whose trees are each loaded anew is tried when it first computes, since a tree for that would double the
+    load.
 
     Args:
         base: The base, or a whole fine-tuned model.
@@ -39,13 +41,23 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
         SpecError: What it computes for a token depends on those after it, or it does not run by a field of its config.
         WeightsError: It computes NaN, and has weights that are no numbers.
     """
+    if base.is_tried:
+        return
+    if not base.pristine.shares:
+        base.side.at_first(partial(verify_model, base, role=role))
+        return
+    with base.side.engine() as engine:
+        verify_model(base, engine.forward.model, role)
+
+
+def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
+    """Do as `verify_base` does with a tree of a base, or of an adapter on it."""
     import torch
 
-    if base.is_tried or not base.pristine.shares:
+    if base.is_tried:
         return
     why = None
-    with no_warnings(), torch.inference_mode(), base.side.engine() as engine:
-        model = engine.forward.model
+    with no_warnings(), torch.inference_mode():
         first = trial_tokens(model)
         texts = [first, (*first[:_SAME], *first[: len(first) - _SAME])]
         try:

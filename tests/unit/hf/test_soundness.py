@@ -72,6 +72,19 @@ def test_a_base_is_tried_once_whatever_the_number_of_its_adapters(
         assert passes == []
 
 
+def test_an_encoder_whose_trees_are_loaded_anew_is_refused_where_it_first_computes(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_sway.backends.hf.pristine.shares_objects", lambda tree, original: True)
+    folder = _make(tmp_path / "base", "roberta", **ENCODERS["roberta"])
+    with quiet():
+        adapter = make_adapter(tmp_path / "adapter", folder, targets=("query",))
+    backend = build(folder, adapter)
+    for opened in (backend.as_finetuned, backend.as_base, backend.as_base):
+        with opened() as view, pytest.raises(SpecError, match=rf"the base '{folder}' is no causal language model"):
+            view.logprob_of("the sun", " rises")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_base_with_weights_that_are_no_numbers_is_refused_by_their_names(
     build: Any, builder: HFBuilder, tmp_path: Path, value: float

@@ -29,6 +29,9 @@ _MEMORY: Final = 3 * 2**30
 """What an input may allocate on top of what is there."""
 _LONGEST: Final = 3_000
 """Characters of an error."""
+_LACKING: Final = "needs what this environment lacks"
+_OF_LIBRARY: Final = re.compile(r"pip install|librar|package|module|is not available")
+"""What libraries say of one that they miss, whose name stands beside it."""
 _MESSAGES: Final = ({"role": "user", "content": "hello"},)
 _OF_TOKENIZER: Final = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)
 
@@ -116,6 +119,8 @@ class Arena:
             return f"an error that does not name the file {broken.file}: {text[:600]}"
         if broken.names and not any(name in text for name in broken.names):
             return f"an error that does not name {' or '.join(broken.names)[:200]}: {text[:600]}"
+        if _LACKING in text and not _OF_LIBRARY.search(text):
+            return f"an error that names no library: {text[:600]}"
         return None
 
     def _good_answers(self) -> list[Any]:
@@ -133,7 +138,7 @@ def _answers(backend: Any, tuned: bool) -> list[Any]:
             if getattr(view.tokenizer, "chat_template", None):
                 view.logprob_of(list(_MESSAGES), " world")
             ids = view.tokenizer(TEXT)["input_ids"]
-            with torch.inference_mode():
+            with _same_noise(), torch.inference_mode():
                 found.append((ids, view.model(torch.tensor([ids])).logits))
     return found
 
@@ -156,13 +161,23 @@ def _otherwise(base: Path, adapter: Path | None, answers: list[Any]) -> str | No
         for (ids, found), (model, tokenizer), side in zip(answers, references, sides, strict=True):
             if ids != tokenizer(TEXT)["input_ids"]:
                 return f"the {side} side has other ids than transformers': {ids}"
-            right = logits(model, tokenizer)
-            same = found.shape == right.shape and torch.allclose(found, right, rtol=0, atol=1e-5)
-            if not same and logits(model, tokenizer).equal(right):  # some draw random numbers in each pass
+            with _same_noise():
+                right = logits(model, tokenizer)
+            if found.shape != right.shape or not torch.allclose(found, right, rtol=0, atol=1e-5):
                 return f"the {side} side has other logits, by {float((found - right).abs().max())}"
     except Exception as error:
         return f"is served, and transformers and PEFT refuse it: {type(error).__name__}: {str(error)[:300]}"
     return None
+
+
+@contextmanager
+def _same_noise() -> Iterator[None]:
+    """Have what draws random numbers in each pass, as PVeRA does, draw the same ones."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 @contextmanager
