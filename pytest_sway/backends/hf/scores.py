@@ -7,6 +7,7 @@ get their turn between two.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -113,11 +114,14 @@ def next_token_dists(run: Run, prompts: Sequence[Prompt], top_k: int) -> list[To
 def warn_of_cuts(count: int, max_length: int) -> None:
     """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
     if count:
+        ours, level = __name__.partition(".")[0], 1
+        while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == ours:
+            level += 1
         warnings.warn(
             f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
             " were dropped from their beginning, as lm-evaluation-harness does.",
             SwayWarning,
-            stacklevel=5,
+            stacklevel=level + 1,
         )
 
 
