@@ -18,16 +18,20 @@ Its invariants, each with a test of its number:
 14. A load that waits for itself, also through other threads, gets an error, not a deadlock.
 15. Releasing a lease twice is harmless, from any thread.
 16. A base is loaded once, closed after its last adapter, and its bytes count once.
-17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else the request waits. What a
+17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else at the deadline. What a
     test keeps to its end is the test's in all its threads, and what an ended thread has left is the main thread's.
+    When an `Owner` ends, so do its leases, and it gets no more, whichever thread asked.
 18. With a byte budget, sizes are estimated before the load, and unknown counts as the whole budget.
 19. After a fork the child starts empty and closes nothing of its parent's.
 20. `BackendCache.evict_all` closes every idle entry even when some raise, and can be called twice.
 
 How a request goes: `acquire` opens an `Operation`, its record of what it has taken. The atomic steps of the `Ledger`
 are all that touches the entries. Between them, outside its lock, backends are loaded and closed here. Whatever error
-comes up, `_abandon` gives back all that the operation's record names; every step may be repeated, since an interrupt
-can strike in the clean-up too.
+comes up, `_abandon` gives back all that the operation's record names.
+
+An interrupt may come at any line, and the run goes on after it: pytest-timeout's signal method calls ``pytest.fail`` in
+its handler, which is no `Exception`. So each step is atomic and may be repeated. One that strikes while an error is
+being cleaned up, within microseconds, can leave a slot taken until the session ends.
 """
 
 from __future__ import annotations
@@ -37,15 +41,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget
-from pytest_sway.cache.builds import Build, Listener, informed
-from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Parts, State
+from pytest_sway.cache.builds import Listener, informed
+from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Owner, Parts, State
 from pytest_sway.cache.ledger import Ledger
 from pytest_sway.cache.stats import SwayStats
 from pytest_sway.errors import FilesChangedError, SwayError
@@ -59,7 +63,7 @@ from pytest_sway.system.redaction import redacted, without_secrets
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["BackendCache", "CachedBackend", "Lease"]
+__all__ = ["BackendCache", "CachedBackend", "Lease", "Owner"]
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -81,11 +85,12 @@ class BackendCache:
     Args:
         max_size: The most backends that are loading, ready or closing at one time; at least 1.
         max_bytes: The most bytes of weights that are resident at one time; ``None`` for no bound.
-        build: What makes a backend of a spec; an `InformedBuild` is asked more. By default the backends of this
-            package, with bases shared among the adapters of this cache.
+        build: What makes a backend of a spec: any ``build(spec, *, adapter_path=None)``; a `Build` is asked more. By
+            default the backends of this package, with bases shared among the adapters of this cache.
         named: Specs that may be asked for by name.
         listener: Who is told of loads and closes.
-        who: Names whoever asks without a name of his own; by default by the calling thread.
+        owner: Whose the lease is that the calling thread asks for now. By default it is named after the thread, and
+            its release alone ends the lease.
         remedy: What to do when there is no room, at the end of a sentence.
         lease_timeout: Seconds that a request waits for others to release what keeps it from being loaded.
 
@@ -101,10 +106,10 @@ class BackendCache:
         max_size: int = 2,
         *,
         max_bytes: int | None = None,
-        build: Build | None = None,
+        build: Callable[..., Any] | None = None,
         named: Mapping[str, Any] = MappingProxyType({}),
         listener: Listener | None = None,
-        who: Callable[[], str] = lambda: threading.current_thread().name,
+        owner: Callable[[], Owner] = lambda: Owner(threading.current_thread().name),
         remedy: str = "raise the size of the cache",
         lease_timeout: float = 300.0,
     ) -> None:
@@ -118,7 +123,7 @@ class BackendCache:
         self._build: Final = informed(build)
         self._named: Final = named
         self._listener: Final = listener or Listener()
-        self._who: Final = who
+        self._owner: Final = owner
         self._lease_timeout: Final = lease_timeout
 
     # --- what callers use ---------------------------------------------------------------------------------------------
@@ -139,7 +144,11 @@ class BackendCache:
         Raises:
             SpecError: It is malformed.
         """
-        return self._resolve(spec, adapter_path)
+        try:
+            return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
+        except Exception as error:
+            without_secrets(error)  # somebody may have put one into a field
+            raise
 
     def get_or_load(self, spec: SpecLike, *, adapter_path: Path | None = None) -> CachedBackend:
         """Return the entry of ``spec``, loaded if need be. It is not pinned: a later load may evict it.
@@ -159,7 +168,7 @@ class BackendCache:
 
     @contextmanager
     def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Iterator[Any]:
-        """Give the backend of ``spec``, pinned until the block ends.
+        """Give the backend of ``spec``, pinned until the block ends, or what it was asked in: see `end`.
 
         Args:
             spec: What to load.
@@ -178,44 +187,53 @@ class BackendCache:
         *,
         adapter_path: Path | None = None,
         holder: str | None = None,
-        to_the_end: bool = False,
+        owner: Owner | None = None,
     ) -> Lease:
         """Return a lease on the backend of ``spec``, which is loaded if need be.
 
         Args:
             spec: What to load.
             adapter_path: An adapter that takes the place of the spec's own.
-            holder: Who is named to others when the cache is full; by default as the cache's ``who`` says.
-            to_the_end: The holder, such as a test, releases at its own end, whichever of its threads asked: so nothing
-                that it asks for meanwhile waits for that.
+            holder: Who is named to others when the cache is full; by default the owner.
+            owner: With what the lease ends, unless it is released before; by default as the cache's ``owner`` says.
 
         Raises:
             SpecError: The spec is malformed.
             CacheFullError: No room can be made.
             CacheDeadlockError: The load waits for itself.
             CacheClosedError: The cache was shut down.
+            BackendUseError: The owner has ended.
             SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
         """
-        resolved = self._resolve(spec, adapter_path)
-        for _ in range(_TRIES - 1):
-            with suppress(FilesChangedError):  # the next look at them gives another key
-                return self._acquire(resolved, holder, to_the_end)
-        return self._acquire(resolved, holder, to_the_end)
-
-    def _acquire(self, resolved: ModelSpec, holder: str | None, to_the_end: bool) -> Lease:
-        operation = Operation(holder or self._who(), to_the_end)
-        try:
+        resolved = self.resolve(spec, adapter_path=adapter_path)
+        owner = owner or self._owner()
+        for tries_left in reversed(range(_TRIES)):
             try:
-                lease = self._serve(operation, resolved, resolved_key(resolved))
-                self._listener.leased(lease.cached)
-                return lease
-            except BaseException:
-                self._abandon(operation)
-                raise
+                return self._acquire(resolved, holder or owner.name, owner)
+            except FilesChangedError:  # the next look at them gives another key
+                if not tries_left:
+                    raise
+        raise AssertionError("the last try has returned or raised")
+
+    def _acquire(self, resolved: ModelSpec, holder: str, owner: Owner) -> Lease:
+        operation = Operation(holder, owner)
+        try:
+            lease = self._serve(operation, resolved, resolved_key(resolved))
+            if owner.over:  # it may have ended before the lease was granted
+                raise messages.ended(resolved, owner.name)
+            self._listener.leased(lease.cached)
+            return lease
         except BaseException as error:
-            self._abandon(operation)  # an interrupt may have struck in the handler above
+            self._abandon(operation)
             without_secrets(error)  # in place: what is not an Exception goes up as it is
             raise
+
+    def end(self, owner: Owner) -> None:
+        """End all leases of an owner, released or not, and refuse it others, those of loads under way included.
+
+        What is used after that may be closed, and raises `pytest_sway.errors.BackendClosedError` then.
+        """
+        self._close_each(lambda operation: self._ledger.unclaim_all(operation, owner))
 
     def loaded_keys(self) -> list[Key]:
         """The keys of what is ready now, most recently used last."""
@@ -261,13 +279,6 @@ class BackendCache:
             self._close_each(self._ledger.take_idle)
 
     # --- one request --------------------------------------------------------------------------------------------------
-
-    def _resolve(self, spec: SpecLike, adapter_path: Path | None) -> ModelSpec:
-        try:
-            return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
-        except Exception as error:
-            without_secrets(error)  # somebody may have put one into a field
-            raise
 
     def _serve(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease:
         lease = self._claim(operation, spec, key)
@@ -350,14 +361,10 @@ class BackendCache:
 
     def _close_each(self, take: Callable[[Operation], None]) -> None:
         """Close what ``take`` puts among the victims of an operation, whatever some of the closes raise."""
-        operation = Operation(self._who())
+        operation = Operation("")
         try:
-            try:
-                take(operation)
-                self._close_victims(operation)
-            except BaseException:
-                self._abandon(operation)
-                raise
+            take(operation)
+            self._close_victims(operation)
         except BaseException as error:
             self._abandon(operation)
             without_secrets(error)
@@ -380,25 +387,29 @@ class BackendCache:
         self.stats.close_errors.append(f"{what}: {type(error).__name__}: {redacted(str(error))}")
 
     def _release(self, entry: Entry, claim: Claim) -> None:
-        self._close_each(lambda operation: self._ledger.unclaim(operation, entry, claim))
+        if self._ledger.unclaim(entry, claim):
+            self._close_each(self._ledger.take_retired)
 
     # --- the steps: each is atomic, and can be repeated ---------------------------------------------------------------
 
     def _abandon(self, operation: Operation) -> None:
         """Give back all that an operation has taken, after an error or an interrupt."""
         entry = operation.entry
-        if entry is not None and entry.state is State.LOADING:
-            if operation.built:
-                entry.closers[:] = closers_of(operation.built)
-                operation.built.clear()
-            try:
-                while entry.closers:
-                    entry.closers.pop()()
-            except Exception as raised:
-                self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
-        self._ledger.undo(operation)
+        try:
+            if entry is not None and entry.state is State.LOADING:
+                self._close_unfinished(operation, entry)
+        finally:  # a close may take seconds, so an interrupt may well come in it
+            self._ledger.undo(operation)
 
-    def _wait(self, bell: Bell, timeout: float) -> None:
+    def _close_unfinished(self, operation: Operation, entry: Entry) -> None:
+        if operation.built:
+            entry.closers[:] = closers_of(operation.built)
+            operation.built.clear()
+        try:
+            while entry.closers:
+                entry.closers.pop()()
+        except Exception as raised:
+            self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
+
+    def _wait(self, bell: Bell, timeout: float) -> None:  # apart, so that tests can decide who goes on
         bell.wait(timeout)
-
-    # --- parts of steps, under the lock -------------------------------------------------------------------------------

@@ -9,18 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, cast, final
 
 from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget, total_bytes
 from pytest_sway.cache.entries import RESIDENT, CachedBackend, Claim, Entry, Lease, Operation, Parts, State
-from pytest_sway.errors import CacheError
+from pytest_sway.errors import BackendUseError, CacheError
 from pytest_sway.system.forking import call_in_forked_child
 from pytest_sway.system.locking import Bell, atomic
 
 if TYPE_CHECKING:
+    from pytest_sway.cache.entries import Owner
     from pytest_sway.cache.stats import SwayStats
     from pytest_sway.errors import CacheFullError, SwayError
     from pytest_sway.spec.identity import Key
@@ -105,6 +106,8 @@ class Ledger:
             raise operation.error
         if self._shut:
             raise messages.shut_down(f"before {spec} was asked for")
+        if operation.owner.over:
+            raise messages.ended(spec, operation.owner.name)
         entry = self._entries.get(key)
         if entry is None:
             operation.entry = self._entries[key] = Entry(key, spec, operation)
@@ -137,6 +140,8 @@ class Ledger:
         self._collect_dropped()
         if self._shut:
             raise messages.shut_down(f"before {newcomer.spec} was loaded")
+        if operation.owner.over:
+            raise messages.ended(newcomer.spec, operation.owner.name)
         victims = self._budget.victims(self._residents(), newcomer)
         if victims == []:
             newcomer.state = State.LOADING
@@ -145,12 +150,8 @@ class Ledger:
         if victims is not None:
             self._evict(operation, victims)
             return self._changed
-        if self._never_fits(newcomer, [operation]):
+        if self._never_fits(newcomer, operation):
             raise self._full(newcomer, f"all of it is in use by the one who asks{self._or_by_ended_threads()}")
-        queue = self._queue_behind(operation)
-        if self._never_fits(newcomer, [operation, *queue]):
-            error = self._full(newcomer, f"all of it is in use by those who wait for it{self._or_by_ended_threads()}")
-            self._refuse((behind for behind in queue if self._never_all_ends(behind)), error)
         abandoned = patience > _PATIENCE_WITH_ENDED_THREADS and self._waits_for_ended_threads(newcomer, operation)
         patience = _PATIENCE_WITH_ENDED_THREADS if abandoned else patience
         if time.monotonic() >= since + patience:
@@ -196,7 +197,7 @@ class Ledger:
         began = entry.state is State.LOADING
         if began:
             self._refuse(list(entry.waiters), error)
-        if began or not isinstance(error, CacheError):  # a refusal for want of room is no failed load
+        if began or not isinstance(error, CacheError | BackendUseError):  # what was refused is no failed load
             self._stats.backend(str(entry.spec)).failures += 1
 
     @atomic
@@ -210,10 +211,25 @@ class Ledger:
         self._announce()
 
     @atomic
-    def unclaim(self, operation: Operation, entry: Entry, claim: Claim) -> None:
-        """Strike a lease out; what was retired and is idle now is the operation's to close."""
+    def unclaim(self, entry: Entry, claim: Claim) -> bool:
+        """Strike a lease out; return whether something that was retired is idle now."""
         self._collect_dropped()
         entry.claims.discard(claim)
+        self._announce()
+        return any(entry.idle for entry in self._retired)
+
+    @atomic
+    def take_retired(self, operation: Operation) -> None:
+        """Make what was retired and is idle the operation's to close."""
+        self._take(operation, [entry for entry in self._retired if entry.idle])
+        self._announce()
+
+    @atomic
+    def unclaim_all(self, operation: Operation, owner: Owner) -> None:
+        """Strike out all leases of an owner, for good; what was retired and is idle now is the operation's to close."""
+        owner.over = True
+        for entry in self._residents():
+            entry.claims.difference_update([claim for claim in entry.claims if claim.owner is owner])
         self._take(operation, [entry for entry in self._retired if entry.idle])
         self._announce()
 
@@ -240,7 +256,7 @@ class Ledger:
         """What to wait for while other threads load or close."""
         me = Operation("")
         entries = (*self._retired, *self._entries.values())
-        under_way = any(entry.state is not State.READY and entry.ends_without([me]) for entry in entries)
+        under_way = any(entry.state is not State.READY and entry.ends_without(me) for entry in entries)
         return self._changed if under_way else None
 
     @atomic
@@ -299,7 +315,7 @@ class Ledger:
         bell.ring()
 
     def _grant(self, entry: Entry, operation: Operation) -> Lease:
-        claim = Claim(operation.holder, operation.thread, operation.to_the_end)
+        claim = Claim(operation.holder, operation.owner, operation.thread)
         lease = Lease(self, entry, claim, cast("CachedBackend", entry.cached))
         entry.claims.add(claim)
         return lease
@@ -313,8 +329,6 @@ class Ledger:
         operation.waits_for = entry
         self._waiting[operation.thread] = operation
         entry.waiters.append(operation)
-        if entry.state is State.QUEUED:
-            self._announce()  # its leader may wait for room that we hold
 
     def _leaders(self, entry: Entry | None) -> Iterator[Operation]:
         """Who loads ``entry``, who loads what that one waits for, and so on."""
@@ -323,27 +337,15 @@ class Ledger:
             waiting = self._waiting.get(entry.leader.thread)
             entry = None if waiting is None else waiting.waits_for
 
-    def _queue_behind(self, operation: Operation) -> list[Operation]:
-        """Who waits, also through others, for what this operation loads."""
-        return [
-            waiting
-            for waiting in self._waiting.values()
-            if any(leader.thread is operation.thread for leader in self._leaders(waiting.waits_for))
-        ]
-
-    def _never_fits(self, newcomer: Entry, askers: Collection[Operation]) -> bool:
-        """Whether there is no room even when all has ended that can end while these wait."""
-        return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(askers)), newcomer])
+    def _never_fits(self, newcomer: Entry, asker: Operation) -> bool:
+        """Whether there is no room even when all has ended that can end while this one waits."""
+        return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(asker)), newcomer])
 
     def _waits_for_ended_threads(self, newcomer: Entry, asker: Operation) -> bool:
         """Whether there is room only if somebody releases what a thread has left that ended."""
         left = [entry for entry in self._residents() if any(claim.orphaned for claim in entry.claims)]
-        staying = [entry for entry in self._residents() if entry in left or not entry.ends_without([asker])]
+        staying = [entry for entry in self._residents() if entry in left or not entry.ends_without(asker)]
         return bool(left) and not self._budget.allows([*staying, newcomer])
-
-    def _never_all_ends(self, asker: Operation) -> bool:
-        """Whether something stays resident for as long as this one waits."""
-        return not all(entry.ends_without([asker]) for entry in self._residents())
 
     def _or_by_ended_threads(self) -> str:
         orphaned = any(claim.orphaned for entry in self._residents() for claim in entry.claims)

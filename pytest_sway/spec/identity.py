@@ -37,9 +37,21 @@ def resolved_key(spec: ModelSpec) -> Key:
     """Return the identity of a spec whose device and dtype are already those that will be used."""
     adapter = None if spec.adapter is None else str(spec.adapter)
     return (
+        *_settings(spec),
+        _answers_identity(spec.answers),
+        _model_identity(spec.base),
+        None if spec.finetuned is None else _model_identity(spec.finetuned),
+        None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
+    )
+
+
+@lru_cache(maxsize=256)
+def _settings(spec: ModelSpec) -> Key:
+    """What a spec's own fields add to its key, whatever the files hold that they name."""
+    return (
         spec.kind,
         spec.base,
-        adapter,
+        None if spec.adapter is None else str(spec.adapter),
         spec.dtype,
         spec.device,
         spec.revision,
@@ -47,13 +59,9 @@ def resolved_key(spec: ModelSpec) -> Key:
         spec.endpoint,
         spec.allow_pickle,
         spec.finetuned,
-        _answers_identity(spec.answers),
         spec.finetuned_endpoint,
         spec.api_key_env,
         spec.timeout,
-        _model_identity(spec.base),
-        None if spec.finetuned is None else _model_identity(spec.finetuned),
-        None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
     )
 
 
@@ -123,7 +131,8 @@ def _model_identity(model: str) -> Hashable:
     """What tells one state of a local model from another, at each request.
 
     Its config.json and its weights are looked at each time. Its other files are looked at when the folder itself has
-    changed, as it does when a file is replaced, added or removed: it would take as long again to look at all of them.
+    changed, as it does when a file is replaced, added or removed, and after `look_again`: it would take as long again
+    to look at all of them each time.
     """
     if not os.path.isabs(model) or model.endswith(GGUF_SUFFIX):
         return _model_signature(model)
@@ -131,14 +140,20 @@ def _model_identity(model: str) -> Hashable:
         folder = os.stat(model)
     except OSError:
         return _model_signature(model)
-    others = _other_files(model, folder.st_mtime_ns, folder.st_ino)
-    return _stats((f"{model}/config.json", *_files(model, _WEIGHTS, folder.st_mtime_ns, folder.st_ino))), others
+    looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
+    return _stats(looked_at), others
+
+
+def look_again() -> None:
+    """Have all files of local models be looked at once more, at the next request for each: some may be written to."""
+    _model_folder.cache_clear()
 
 
 @lru_cache(maxsize=256)
-def _other_files(model: str, mtime_ns: int, inode: int) -> _Signature:
-    """The state that a model's files besides its weights were in when its folder changed."""
-    return _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
+def _model_folder(model: str, mtime_ns: int, inode: int) -> tuple[tuple[str, ...], _Signature]:
+    """The files to look at each time, and the state that all others were in when the folder changed."""
+    looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode))
+    return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
 
 
 def _adapter_signature(folder: str) -> _Signature:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -85,8 +85,16 @@ class ModelSpec:
     finetuned_endpoint: str | None = None
     api_key_env: str | None = None
     timeout: float = 120.0
+    _label: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._check()
+        self._set("_label", self._described())
+
+    def __hash__(self) -> int:
+        return hash((self.base, self.adapter))  # enough to tell most apart; all fields would cost each request 1 us
+
+    def _check(self) -> None:
         self._set("kind", _one_of("kind", self.kind, KINDS))
         dtype = _DTYPE_ALIASES.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         self._set("dtype", _one_of("dtype", dtype, DTYPES))
@@ -135,6 +143,9 @@ class ModelSpec:
 
     def __str__(self) -> str:
         """A short label for people: the kind where it is not ``hf``, the base, the adapter or the fine-tuned model."""
+        return self._label
+
+    def _described(self) -> str:
         kind = "" if self.kind == "hf" else f"{self.kind}:"
         adapter = "" if self.adapter is None else f" + {short_name(str(self.adapter))}"
         finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}"

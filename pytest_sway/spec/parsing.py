@@ -27,7 +27,7 @@ class SpecAttributes(Protocol):
 
 
 SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
-_FIELDS: Final = tuple(field.name for field in fields(ModelSpec))
+_FIELDS: Final = tuple(each.name for each in fields(ModelSpec) if each.init)
 
 
 def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
@@ -66,17 +66,18 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
     try:
-        spec, steady = _memoised(os.getcwd(), tuple(values.items()))
+        spec, steady = _memoised(tuple(values.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
         steady = False
     return spec if steady else ModelSpec(**values)
 
 
 @lru_cache(maxsize=256)
-def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
+def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
     """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
 
-    A path through ``~`` or a link can be led elsewhere at any time, and a hub id can become the name of a folder.
+    A path through ``~``, a link or the working folder can be led elsewhere at any time, and a hub id can become the
+    name of a folder.
     """
     values = dict(items)
     spec = ModelSpec(**values)
@@ -85,4 +86,4 @@ def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec,
 
 
 def _leads_nowhere_else(given: Any, path: Path | str) -> bool:
-    return os.path.isabs(path) and str(path) in (given, os.path.abspath(given))
+    return os.path.isabs(given) and str(path) == os.path.normpath(given)

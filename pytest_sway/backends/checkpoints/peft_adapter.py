@@ -24,6 +24,7 @@ from pytest_sway.backends.checkpoints.peft_types import (
     refusal,
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
+from pytest_sway.backends.hf.model.adapter import without_name
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown
@@ -61,6 +62,11 @@ class AdapterFiles:
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry] | None
+
+    @property
+    def weights(self) -> Path:
+        """The file of its tensors, where it is no pickle."""
+        return self.folder / WEIGHTS
 
     @property
     def peft_type(self) -> str:
@@ -236,4 +242,4 @@ def is_adapters(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """Return a parameter's or module's name without what PEFT puts into it."""
-    return name.removeprefix(ROOT).replace(f".{NAME}", "")
+    return without_name(name.removeprefix(ROOT))

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, read_adapter
-from pytest_sway.backends.hf.adapters.peft_errors import refused
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter
+from pytest_sway.backends.hf.adapters.packed_weights import read_packed
+from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, refused
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify_weights import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
@@ -27,7 +28,7 @@ from pytest_sway.errors import SpecError, SwayError
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.skeletons import Skeleton
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-_READ_WHOLE: Final = 2**26
-"""Bytes of a file that is read at once, and not mapped."""
 
 
 def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
@@ -63,6 +61,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
 @contextmanager
 def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator[None]:
     """Have errors out of PEFT name the adapter's file and the field that they come from."""
+    again: Callable[[Any], None] | None = None
 
     def attempt(folder: Path) -> None:
         import torch
@@ -70,6 +69,8 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
         model = _loaded_again(base, with_entries(read_adapter(folder, allow_pickle=True)), tokenizer)
         with torch.inference_mode():
             model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only then
+            if again is not None:
+                again(model)
 
     try:
         yield
@@ -78,6 +79,7 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
     except Exception as error:
         if out_of_memory(error):
             raise
+        again = error.again if isinstance(error, AdapterFaultError) else None
         raise refused(base.spec, files, error, attempt) from error
 
 
@@ -96,7 +98,7 @@ def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     config = peft_model.peft_config[NAME]
     skeleton = base.skeletons.made_of(files, config, pristine, own)
     if skeleton is None:
-        return Adapter(files, pristine, own, largest_scaling(peft_model))
+        return Adapter(files, pristine, own, largest_scaling(peft_model), tuple(own.values()))
     return _on_skeleton(files, skeleton, config, {name_in_file(name): tensor for name, tensor in own.items()})
 
 
@@ -174,31 +176,38 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     skeleton = base.skeletons.find(files, config)
     if skeleton is None:
         return None
+    packed = None if files.entries is None else read_packed(files.weights, files.entries, skeleton.places, base.device)
+    if packed is not None:
+        weights, whole = packed
+        return _on_skeleton(files, skeleton, config, weights, (whole,))
     tensors = _read_tensors(files, base)
     weights = {name: _parameter(tensors[name], place, base) for name, place in skeleton.places.items()}
     return _on_skeleton(files, skeleton, config, weights)
 
 
-def _on_skeleton(files: AdapterFiles, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> Adapter:
+def _on_skeleton(
+    files: AdapterFiles, skeleton: Skeleton, config: Any, weights: dict[str, Any], memory: tuple[Any, ...] = ()
+) -> Adapter:
     own = {skeleton.names[name]: parameter for name, parameter in weights.items()}
-    return Adapter(files, OnSkeleton(skeleton, config, weights), own, skeleton.scaling)
+    memory = memory or tuple(own.values())
+    return Adapter(files, OnSkeleton(skeleton, config, weights, memory), own, skeleton.scaling, memory)
 
 
 def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:
     """The tensors of an adapter's file, by name; they are copied before they are used."""
-    from safetensors.torch import load, load_file
+    from safetensors.torch import load_file
 
-    path, device = files.folder / WEIGHTS, str(base.device)
-    if not path.is_file():
-        return read_pickle(files, device)
-    if path.stat().st_size > _READ_WHOLE:
-        return dict(load_file(str(path), device=device))
-    return dict(load(path.read_bytes()))  # a third of the time where tensors are many and small
+    device = str(base.device)
+    return dict(load_file(str(files.weights), device=device)) if files.weights.is_file() else read_pickle(files, device)
 
 
 def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:
     import torch
 
     if tensor.shape != place.shape:
-        raise RuntimeError(f"size mismatch: {tuple(tensor.shape)} in the file, {tuple(place.shape)} here.")
+        found, asked = list(tensor.shape), list(place.shape)
+        raise RuntimeError(  # in torch's words
+            f"size mismatch for a parameter of the model: torch.Size({found}) from checkpoint, the shape in current"
+            f" model is torch.Size({asked})."
+        )
     return torch.nn.Parameter(tensor.to(base.device, place.dtype, copy=True), requires_grad=False)

@@ -6,8 +6,10 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import NAME, is_adapters, public_name
-from pytest_sway.backends.hf.hygiene.finite import largest
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, is_adapters, public_name
+from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
+from pytest_sway.backends.hf.hygiene.finite import largest, not_finite
+from pytest_sway.backends.hf.model.adapter import diverged, unplaced, without_name
 from pytest_sway.errors import AdapterMismatchError
 from pytest_sway.system.wording import some
 
@@ -26,6 +28,9 @@ _PROJECTIONS: Final = ("vera_A", "vera_B", "pvera_A", "pvera_B")
 _LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in _PROJECTIONS))
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
+NOT_TRAINED: Final = (
+    f"Was it saved before it was trained ({WEIGHTS})? Or does its {CONFIG} switch it off, as lora_alpha = 0 does?"
+)
 _NAMED: Final = re.compile(
     rf"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?:{NAME}\.)?(?!(?:{NAME}|weight|bias)(?:\.|$))([^.]{{1,100}})"
     r"(?:\.(?:weight|bias))?$"
@@ -43,8 +48,14 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
         unexpected: Names in the file that the model has no place for.
 
     Raises:
-        AdapterMismatchError: Some did not match.
+        AdapterFaultError: Some did not match.
+        AdapterMismatchError: Their names contain another adapter's.
     """
+    entries = files.entries or {}
+
+    def in_file(name: str) -> str:
+        return name if name in entries or any(f".{NAME}." in each for each in entries) else without_name(name)
+
     unexpected = [name for name in unexpected if name not in _LOADED_APART and not _saved_twice(name, files)]
     if not missing and not unexpected:
         return
@@ -56,14 +67,10 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
             f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the folder that this"
             f" makes in it, {name!r}."
         )
-    found = []
-    if unexpected:
-        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")
-    if missing:
-        found.append(f"{len(missing)} places in the base have no tensor in it ({some(missing)})")
-    raise AdapterMismatchError(
-        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {' and '.join(found)}."
-        " Name the base that it was trained on; if it is that, its adapter_config.json is not that of its weights."
+    found = unplaced([in_file(name) for name in unexpected], [in_file(name) for name in missing])
+    raise AdapterFaultError(
+        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {found}",
+        f"Name the base that it was trained on; if it is that, its {CONFIG} is not that of its {WEIGHTS}.",
     )
 
 
@@ -73,21 +80,15 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     Raises:
         AdapterMismatchError: They are not, or cannot.
     """
-    parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
-    magnitudes = largest(adapter.own)
-    folder = str(adapter.files.folder)
-    broken = [name for name, value in magnitudes.items() if not math.isfinite(value)]
-    if broken:
-        raise AdapterMismatchError(
-            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(magnitudes)} tensors"
-            f" ({some(map(public_name, broken))})."
-            " Its training diverged, or the file is damaged."
-        )
+    most = largest({str(i): tensor for i, tensor in enumerate(adapter.memory)}).values()
+    if not all(map(math.isfinite, most)):
+        broken = [public_name(name) for name in not_finite(adapter.own)]
+        raise AdapterMismatchError(diverged(f"the adapter {str(adapter.files.folder)!r}", broken, len(adapter.own)))
     if adapter.files.peft_type != "LORA":
         return
-    own = {name: magnitudes[name] for name in parameters}
-    _require_room(folder, parameters, own, adapter.scaling)
-    if adapter.files.additive and _changes_nothing(adapter, parameters, own):
+    parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
+    _require_room(adapter, parameters, max(most, default=0.0))
+    if adapter.files.additive and _changes_nothing(adapter, parameters):
         raise without_effect(base, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
 
 
@@ -118,8 +119,7 @@ def verify_trained(
 def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMismatchError:
     """Return the error for an adapter that changes nothing."""
     return AdapterMismatchError(
-        f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}."
-        " Was it saved before it was trained? Or does its adapter_config.json switch it off, as lora_alpha = 0 does?"
+        f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}. {NOT_TRAINED}"
     )
 
 
@@ -131,41 +131,42 @@ def _saved_twice(name: str, files: AdapterFiles) -> bool:
     return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
 
 
-def _require_room(folder: str, parameters: Mapping[str, Any], magnitudes: Mapping[str, float], scaling: float) -> None:
+def _require_room(adapter: Adapter, parameters: Mapping[str, Any], largest_of_all: float) -> None:
     """Raise where what a LoRA pair is multiplied to is larger than any number of its dtype, which makes NaN of it."""
     import torch
 
-    dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in adapter.memory if tensor.is_floating_point()}
     most = min((torch.finfo(dtype).max for dtype in dtypes), default=math.inf)
-    if scaling * max(magnitudes.values(), default=0.0) ** 2 <= most:
+    if adapter.scaling * largest_of_all**2 <= most:
         return
     products: dict[tuple[str, str], float] = {}
-    for name, value in magnitudes.items():
+    for name, value in largest(parameters).items():
         owner, matrix = _lora_factor(name)
         if matrix is None:
             continue
-        products[owner] = products.get(owner, scaling) * value
+        products[owner] = products.get(owner, adapter.scaling) * value
         if products[owner] > most:
             raise AdapterMismatchError(
-                f"the adapter {folder!r} has weights of up to {value:.1e} in {public_name(name)!r}, scaled by"
-                f" {scaling:.1e}, and what they are multiplied to is too large for {parameters[name].dtype}."
-                " Its training diverged, or its lora_alpha is wrong."
+                f"the adapter {str(adapter.files.folder)!r} has weights of up to {value:.1e} in {public_name(name)!r},"
+                f" scaled by {adapter.scaling:.1e}, and what they are multiplied to is too large for"
+                f" {parameters[name].dtype}. Its training diverged, or its lora_alpha is wrong."
             )
 
 
-def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any], magnitudes: Mapping[str, float]) -> bool:
+def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any]) -> bool:
     """Whether a LoRA adapter that only adds to its base is without effect, by its weights."""
-    if not adapter.scaling:
-        magnitudes = {name: 0.0 if _lora_factor(name)[1] else value for name, value in magnitudes.items()}
     alive: dict[tuple[str, str], set[str]] = {}
-    for name, value in magnitudes.items():
+    others = []
+    for name, tensor in parameters.items():
         owner, matrix = _lora_factor(name)
-        if matrix is not None and value:
-            alive.setdefault(owner, set()).add(matrix)
-    if any(len(matrices) == 2 for matrices in alive.values()):
-        return False
-    others = [name for name, value in magnitudes.items() if value and _lora_factor(name)[1] is None]
-    return all(_as_in_base(adapter.pristine.model, parameters, name) for name in others)
+        if matrix is None:
+            others.append(name)
+        elif adapter.scaling and tensor.any():
+            matrices = alive.setdefault(owner, set())
+            matrices.add(matrix)
+            if len(matrices) == 2:
+                return False
+    return all(_as_in_base(adapter.pristine.model, parameters, name) for name in others if parameters[name].any())
 
 
 def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bool:

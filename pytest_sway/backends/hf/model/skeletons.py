@@ -19,7 +19,7 @@ from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory, SharedTe
 from pytest_sway.backends.hf.sharing.trees import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pytest_sway.backends.hf.model.pristine import Pristine
     from pytest_sway.backends.hf.scoring.forward import Forward
@@ -89,6 +89,7 @@ class OnSkeleton:
         skeleton: The skeleton.
         config: The adapter's configuration.
         weights: The adapter's tensors, by their names in its file.
+        memory: Tensors that together hold just those: themselves, or what they are parts of.
 
     Attributes:
         model: The ``PeftModel``, without weights.
@@ -100,12 +101,12 @@ class OnSkeleton:
 
     shares = True
 
-    def __init__(self, skeleton: Skeleton, config: Any, weights: dict[str, Any]) -> None:
+    def __init__(self, skeleton: Skeleton, config: Any, weights: dict[str, Any], memory: Iterable[Any]) -> None:
         self.model = skeleton.model
         self.skeleton = skeleton
         self.weights = weights
         self.watches = Watches()
-        self.watches.add(weights.values())
+        self.watches.add(memory)
         self._config = config
         self._shared = SharedTensors(weights.values())
 

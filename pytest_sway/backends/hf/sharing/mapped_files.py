@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
 import threading
 import weakref
 from contextlib import contextmanager, suppress
@@ -103,6 +106,11 @@ class _Region(NamedTuple):
     path: str
     identity: tuple[int, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+        return self.end - self.start
+
 
 class MappedFiles:
     """The files that are mapped privately in this process.
@@ -114,9 +122,12 @@ class MappedFiles:
     def __init__(self, known: Iterable[MappedFile] = ()) -> None:
         self._open: dict[tuple[int, int], MappedFile | None] = {file.identity: file for file in known}
         self._regions: list[_Region] | None = None
+        self._written: dict[_Region, bool] = {}
 
     def part_of(self, start: int, nbytes: int) -> FilePart | None:
         """Return the part of a file that some memory is; ``None`` if it is none that can be mapped again.
+
+        Memory that was written to, as far as that is known, is no part of a file any more.
 
         Args:
             start: The address of its first byte.
@@ -126,7 +137,23 @@ class MappedFiles:
             self._regions = _regions()
         region = next((r for r in self._regions if r.start <= start and start + nbytes <= r.end), None)
         file = None if region is None else self._file(region)
-        return None if region is None or file is None else FilePart(file, start - region.start + region.offset, nbytes)
+        if region is None or file is None:
+            return None
+        if region not in self._written:
+            self._written[region] = _is_written(region.start, region.nbytes)
+        if self._written[region] and _is_written(start, nbytes):
+            return None
+        return FilePart(file, start - region.start + region.offset, nbytes)
+
+    def give_back(self) -> None:
+        """Have the system take the pages back that were read so far, of files that were asked for and never written to.
+
+        They are the file's. Whoever maps it again and reads them has them counted a second time otherwise.
+        """
+        with page_flags() as flags:
+            for region in self._regions or ():
+                if self._open.get(region.identity) is not None and never_written(region.start, region.nbytes, flags):
+                    _give_back(region.start, region.nbytes)
 
     def _file(self, region: _Region) -> MappedFile | None:
         if region.identity not in self._open:
@@ -145,6 +172,12 @@ def _regions() -> list[_Region]:
                 major, minor = (int(number, 16) for number in device.split(":"))
                 regions.append(_Region(start, end, int(offset, 16), path[0], (os.makedev(major, minor), int(inode))))
     return regions
+
+
+def _give_back(start: int, nbytes: int) -> None:
+    """Do as ``mmap.madvise`` does, for memory that somebody else has mapped."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), mmap.MADV_DONTNEED)
 
 
 def _opened(region: _Region) -> MappedFile | None:
@@ -169,6 +202,12 @@ def page_flags() -> Iterator[int | None]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_written(start: int, nbytes: int) -> bool:
+    """Whether a page of privately mapped memory is known to have been written to."""
+    with page_flags() as flags:
+        return flags is not None and not never_written(start, nbytes, flags)
 
 
 def never_written(start: int, nbytes: int, flags: int | None) -> bool:

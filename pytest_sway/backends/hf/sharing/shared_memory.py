@@ -69,6 +69,8 @@ class SharedMemory:
                     self._ways[id(tensor)] = way = _way_of(tensor, files) if way is None else way
                     if way is Method.EXPOSED:
                         self.exposed[f"{module_name}.{key}" if module_name else key] = tensor
+        if files is not None:
+            files.give_back()  # the model never runs
 
     def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False, to_run: bool = False) -> Any:
         """Return a tree of the model.
@@ -155,7 +157,13 @@ class SharedTensors:
     def __init__(self, tensors: Iterable[Any]) -> None:
         self._tensors = list(tensors)
         # The first lazy clone of a memory is no thread's beside another, nor beside a pass that reads it.
-        self._ways = {id(tensor): _way_of(tensor, None) for tensor in self._tensors}
+        ways: dict[int, Way] = {}  # by the identity of a storage
+        self._ways: dict[int, Way] = {}
+        for tensor in self._tensors:
+            storage = tensor.untyped_storage()._cdata
+            if storage not in ways:
+                ways[storage] = _way_of(tensor, None)
+            self._ways[id(tensor)] = ways[storage]
 
     def exposes(self, tensor: Any) -> bool:
         """Whether all trees have the same memory of a tensor."""

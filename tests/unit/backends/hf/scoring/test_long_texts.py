@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.errors import ScoringError, SwayWarning
-from tests.tiny import TEXT, WORDS, make_base, make_tokenizer
+from tests.tiny import TEXT, WORDS, make_base, make_tokenizer, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,42 @@ def test_a_long_text_rolls_through_windows(build: Any, base: Path) -> None:
     assert sums == pytest.approx(parts, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_positions_that_begin_behind_the_padding_token_are_not_counted(
+    build: Any, tmp_path: Path, kind: str, pad: int
+) -> None:
+    base = _decoder(tmp_path, kind, pad, positions=16)
+    reads = 16 - pad - 1
+    words = [word for word in WORDS if word.isalpha()]
+    with build(base).as_base() as view:
+        longest = " ".join(words[:reads])
+        assert np.isfinite(view.logprob_of("", longest))
+        with pytest.warns(SwayWarning, match=f"{reads} tokens are the most that can be read here"):
+            assert np.isfinite(view.logprob_of(longest, f" {words[0]} {words[1]}"))
+        rolled = view.rolling_logprob(" ".join(words[: 2 * reads]))
+        assert rolled.num_tokens == 2 * reads + 1
+        assert np.isfinite(rolled.total_logprob)
+        with pytest.raises(ScoringError, match=f"and the model reads at most {reads} at once"):
+            view.logprob_of("", " ".join(words[: reads + 1]))
+        with pytest.raises(ScoringError, match=f"the model reads at most {reads} tokens at once"):
+            view.generate("the", max_new_tokens=reads)
+
+
+def _decoder(folder: Path, kind: str, pad: int, positions: int) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    tokens = {"vocab_size": make_tokenizer(folder), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad}
+    config = AutoConfig.for_model(kind, **sizes, **tokens, max_position_embeddings=positions, is_decoder=True)
+    model_class: Any = AutoModelForCausalLM
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model_class.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def test_a_long_text_rolls_without_a_prefix_too(build: Any, base: Path) -> None:
     with build(base).as_base() as view:
         whole = view.rolling_logprob(LONG, prefix=False)
@@ -49,8 +85,9 @@ def test_a_long_prompt_loses_its_beginning_and_the_test_is_told(build: Any, base
             scores = view.logprobs_of([(LONG, " east"), (LONG, " west"), ("the sun", " east")])
         assert caught[0].filename == __file__
         assert scores[0] == pytest.approx(view.logprob_of(" ".join(words[-256:]), " east"), abs=2e-4)
-        with pytest.warns(SwayWarning, match="1 of the prompts are too long"):
+        with pytest.warns(SwayWarning, match="1 of the prompts are too long") as caught:
             dist = view.next_token_dist(LONG, top_k=3)
+        assert caught[0].filename == __file__
         np.testing.assert_array_equal(dist.token_ids, view.next_token_dist(" ".join(words[-256:]), top_k=3).token_ids)
 
 

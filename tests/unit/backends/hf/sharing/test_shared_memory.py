@@ -250,6 +250,34 @@ def test_a_file_whose_name_was_another_files_already_is_moved_to_memory(tmp_path
 
 
 @LINUX
+def _resident_pages(tensor: Any) -> int:
+    """How many of a tensor's pages are in memory for this process."""
+    start, nbytes = address_of(tensor) // PAGE, tensor.nbytes // PAGE
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        told = memoryview(os.pread(pagemap.fileno(), 8 * nbytes, 8 * start)).cast("Q")
+    return sum(page >> 63 for page in told)
+
+
+@LINUX
+def test_what_reading_a_file_has_brought_into_memory_goes_when_trees_are_to_be_made_of_it(tmp_path: Path) -> None:
+    model, plain = _mapped(_model(), tmp_path / "weights"), _model()
+    assert torch.equal(model[1].weight, plain[1].weight)  # reads each page
+    assert _resident_pages(model[1].weight) == 4
+    SharedMemory(model)
+    assert _resident_pages(model[1].weight) == 0
+    assert torch.equal(model[1].weight, plain[1].weight)
+
+
+@LINUX
+def test_what_was_written_to_a_mapped_file_before_trees_are_made_of_it_stays(tmp_path: Path) -> None:
+    model = _mapped(_model(), tmp_path / "weights")
+    model[1].weight[0, 0] = 7.0
+    tree = SharedMemory(model).tree()
+    assert model[1].weight[0, 0] == 7.0
+    assert tree[1].weight[0, 0] == 7.0
+    assert torch.equal(tree[0].weight, _model()[0].weight)
+
+
 def test_a_file_is_closed_with_the_last_that_needs_it(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     model = _mapped(_model(), path)
