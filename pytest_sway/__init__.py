@@ -34,11 +34,13 @@ __all__ = [
 __version__: str
 
 _HOMES = {
-    "cache": ("BackendCache", "CachedBackend", "Lease"),
+    "backends.registry": ("cache_key_for",),
+    "cache.backend_cache": ("BackendCache",),
+    "cache.entries": ("CachedBackend", "Lease"),
     "errors": ("SwayError", "SwayWarning"),
-    "scoring": ("DifferentialBackend", "RollingLogprob", "TokenDist", "View"),
-    "session": ("SwayBackend",),
-    "spec": ("ModelSpec", "cache_key_for"),
+    "protocols": ("DifferentialBackend", "RollingLogprob", "TokenDist", "View"),
+    "run.session": ("SwayBackend",),
+    "spec.model_spec": ("ModelSpec",),
 }
 
 

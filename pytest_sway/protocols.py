@@ -11,22 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
-
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    import numpy as np
     from numpy.typing import NDArray
-
 
 Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation, such as ``{"role": "user", "content": "Hello"}``."""
 
 Prompt: TypeAlias = str | Sequence[Message]
 """What is to be continued: a text, or messages, which the tokenizer's chat template makes a text of."""
-
-
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 _SMALLEST_TAIL: Final = 1e-12
 

@@ -1,4 +1,4 @@
-"""The check before a suite of probes: whether both sides answer with finite numbers."""
+"""What every backend owes: two views, a ``close()``, finite numbers; and what builds those that share their bases."""
 
 from __future__ import annotations
 

@@ -59,7 +59,6 @@ from pytest_sway.system.redaction import redacted, without_secrets
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["BackendCache", "CachedBackend", "Lease"]
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

@@ -133,7 +133,7 @@ class Controller:
         stats = self.stats()
         if terminalreporter.config.getoption("dist") == "each":  # every worker runs, and so loads, everything
             stats.fewest_base_loads.clear()
-        write_summary(terminalreporter, stats, self._settings, self.reports())
+        write_summary(terminalreporter, stats, self.reports(), fails=self._settings.fails_run(stats.leaks))
 
     @pytest.hookimpl
     def pytest_unconfigure(self) -> None:

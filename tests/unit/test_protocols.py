@@ -161,7 +161,7 @@ CALLS = (
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("view", ["mlx.views:MLXView", "api.views:ApiView", "dummy.backend:DummyView"])
+@pytest.mark.parametrize("view", ["mlx.view:MLXView", "api.view:ApiView", "dummy.backend:DummyView"])
 def test_a_call_has_the_same_defaults_for_every_kind(view: str, call: str) -> None:
     module, _, name = view.partition(":")
     kind = getattr(import_module(f"pytest_sway.backends.{module}"), name)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.contract import preflight
+from pytest_sway.backends.hf.adapters import overlays
 from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch, find_leak, measured
 from pytest_sway.backends.hf.loading.libraries import forget_layers
-from pytest_sway.backends.hf.model import bound_model
 from pytest_sway.backends.hf.view import HFView
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.backends.local.leaks import Leak
@@ -132,7 +132,7 @@ class HFBackend:
             BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
         """
         side, adapter = self._tuned("as_scaled_adapter"), self._adapter("as_scaled_adapter")
-        with self._view(f"scaled_{lam:.2f}", bound_model.scaled(side, adapter, lam), own=True) as view:
+        with self._view(f"scaled_{lam:.2f}", overlays.scaled(side, adapter, lam), own=True) as view:
             yield view
 
     @contextmanager
@@ -151,7 +151,7 @@ class HFBackend:
         """
         side, adapter = self._tuned("as_null_adapter"), self._adapter("as_null_adapter")
         view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
-        with self._view(view_id, bound_model.null(side, adapter, seed, init_scale, rank_scale), own=True) as view:
+        with self._view(view_id, overlays.null(side, adapter, seed, init_scale, rank_scale), own=True) as view:
             yield view
 
     # --- for the cache, the hygiene and dlm-sway ----------------------------------------------------------------------

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from pytest_sway.backends.hf.backend import HFBackend
+    from pytest_sway.backends.hf.scoring.engine import Engine
     from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -206,5 +207,5 @@ class HFView:
         )
 
 
-def _render(engine: scores.Engine, messages: Iterable[Message]) -> str:
+def _render(engine: Engine, messages: Iterable[Message]) -> str:
     return chat.render(engine.tokenizer, messages)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.contract import preflight
 from pytest_sway.backends.local.tokenizer_copies import RustRecord
-from pytest_sway.backends.mlx.model import bound_model
+from pytest_sway.backends.mlx.adapters import overlays
 from pytest_sway.backends.mlx.model.base import encoder_of, own_tokenizer_of
 from pytest_sway.backends.mlx.model.bound_model import Side
 from pytest_sway.backends.mlx.model.placement import computing_on
@@ -129,7 +129,7 @@ class MLXBackend:
             BackendUseError: What it has is a full fine-tune.
         """
         side = self._tuned("as_scaled_adapter")
-        model = bound_model.scaled(self._adapter("as_scaled_adapter"), lam)
+        model = overlays.scaled(self._adapter("as_scaled_adapter"), lam)
         with self._view(f"scaled_{lam:.2f}", replace(side, model=model)) as view:
             del side, model
             yield view
@@ -150,7 +150,7 @@ class MLXBackend:
         """
         side = self._tuned("as_null_adapter")
         with computing_on(side.base.device):
-            model = bound_model.null(self._adapter("as_null_adapter"), seed, init_scale, rank_scale)
+            model = overlays.null(self._adapter("as_null_adapter"), seed, init_scale, rank_scale)
         view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
         with self._view(view_id, replace(side, model=model)) as view:
             del side, model

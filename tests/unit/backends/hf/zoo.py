@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.tiny import TEXT, WORDS, make_tokenizer, quiet
 
-PAGE = Path(__file__).parents[3] / "docs" / "adapters.md"
+PAGE = Path(__file__).parents[4] / "docs" / "adapters.md"
 PEFT_VERSION = tuple(int(part) for part in re.findall(r"\d+", version("peft"))[:2])
 TRANSFORMERS_VERSION = tuple(int(part) for part in re.findall(r"\d+", version("transformers"))[:2])
 _TABLE = re.compile(r"(<!-- the zoo -->\n).*?(<!-- end -->)", re.DOTALL)
