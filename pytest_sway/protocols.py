@@ -23,8 +23,6 @@ Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message]
 """What is to be continued: a text, or messages, which the tokenizer's chat template makes a text of."""
 
-_SMALLEST_TAIL: Final = 1e-12
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RollingLogprob:
@@ -69,6 +67,14 @@ class TokenDist:
     logprobs: NDArray[np.float32]
     vocab_size: int
     tail_logprob: float | None = None
+
+
+_SMALLEST_TAIL: Final = 1e-12
+
+
+def log_of_tail(mass: float) -> float:
+    """Return the ``tail_logprob`` of a distribution whose tokens leave a mass to others; NaN and infinity stay."""
+    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0 if math.isfinite(mass) else mass
 
 
 @runtime_checkable
@@ -220,10 +226,3 @@ class Inspectable(Protocol):
     def changes(self) -> list[str]:
         """One line for each thing that is no longer as it was after the load; empty when nothing is."""
         ...
-
-
-def log_of_tail(mass: float) -> float:
-    """Return the log of the mass outside of a distribution's tokens, as `TokenDist` has it."""
-    if math.isnan(mass):
-        return mass
-    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.contract import require_differential
+from pytest_sway.backends.contract import Build, require_differential
 from pytest_sway.errors import BackendLoadError, SpecError
 from pytest_sway.system.redaction import redacted
 
@@ -58,6 +58,18 @@ def build_custom(spec: ModelSpec) -> DifferentialBackend:
     """
     backend = import_class(spec)(base_spec=spec, adapter_path=spec.adapter)
     return require_differential(backend, f"entry_point {spec.entry_point!r}")
+
+
+class CustomBuilder(Build):
+    """Builds backends of kind ``custom``."""
+
+    def build(self, spec: ModelSpec) -> DifferentialBackend:
+        """Call the class that ``spec`` names; see `build_custom`."""
+        return build_custom(spec)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Import the class that ``spec`` names; see `import_class`."""
+        import_class(spec)
 
 
 def _module(spec: ModelSpec, name: str) -> Any:

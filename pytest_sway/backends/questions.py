@@ -71,7 +71,8 @@ def checked_pair(pair: Any) -> tuple[Prompt, str]:
     Raises:
         ScoringError: They are no pair.
     """
-    if isinstance(pair, str | bytes | Mapping) or len(pair) != 2 or not isinstance(pair[1], str):
+    sized = hasattr(pair, "__len__") and not isinstance(pair, str | bytes | Mapping)
+    if not sized or len(pair) != 2 or not isinstance(pair[1], str):
         raise ScoringError(f"a pair is a prompt and a completion, and {shortened(pair)} is none.")
     prompt, completion = pair
     return prompt, completion

@@ -7,13 +7,15 @@ answers the cache's questions about a spec before anything is loaded.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.contract import PooledBuilder
-from pytest_sway.backends.libraries.out_of_memory import out_of_memory
+from pytest_sway.backends.contract import Build
 from pytest_sway.spec.identity import Key, resolved_key, with_adapter
 from pytest_sway.spec.model_spec import ModelSpec
 
@@ -24,6 +26,18 @@ if TYPE_CHECKING:
 
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+BUILDERS: Final = {
+    "hf": "pytest_sway.backends.hf.builder:HFBuilder",
+    "mlx": "pytest_sway.backends.mlx.builder:MLXBuilder",
+    "api": "pytest_sway.backends.api.builder:ApiBuilder",
+    "dummy": "pytest_sway.backends.dummy.backend:DummyBuilder",
+    "custom": "pytest_sway.backends.custom:CustomBuilder",
+}
+"""What builds each kind: a `Build`, whose module is imported when the kind is first asked for.
+
+It is made with those of `Builder`'s options that it has parameters for.
+"""
 
 
 def build(spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
@@ -36,7 +50,8 @@ def build(spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialB
     Raises:
         SwayError: The spec cannot be loaded; the message says why and what to do.
     """
-    return Builder()(spec, adapter_path=adapter_path)
+    built: DifferentialBackend = Builder()(spec, adapter_path=adapter_path)
+    return built
 
 
 def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> ModelSpec:
@@ -51,18 +66,10 @@ def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> Mo
         spec = replace(spec, device=device)
     if spec.dtype == "auto" and dtype != "auto":
         spec = replace(spec, dtype=dtype)  # type: ignore[arg-type] # checked by ModelSpec itself
-    if spec.kind == "hf":
-        from pytest_sway.backends.hf.loading.placement import resolve_placement
-
-        return resolve_placement(spec)
-    if spec.kind == "mlx":
-        from pytest_sway.backends.mlx.model.placement import resolve_placement as resolve_mlx_placement
-
-        return resolve_mlx_placement(spec)
-    return spec
+    return _builder_class(spec.kind).placed(spec)
 
 
-class Builder:
+class Builder(Build):
     """Builds backends of every kind and keeps what they share.
 
     Args:
@@ -89,30 +96,19 @@ class Builder:
     ) -> None:
         self._device = device
         self._dtype = dtype
-        self._on_base_load = on_base_load
-        self._share_weights = share_weights
-        self._score_cache = score_cache
-        self._on_recall = on_recall
-        self._on_base_mismatch = on_base_mismatch
-        self._pooled: dict[str, PooledBuilder] = {}
+        self._options: dict[str, Any] = {
+            "on_base_load": on_base_load,
+            "share_weights": share_weights,
+            "score_cache": score_cache,
+            "on_recall": on_recall,
+            "on_base_mismatch": on_base_mismatch,
+        }
+        self._builders: dict[str, Build] = {}
 
-    def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
-        """Build the backend of ``spec``."""
-        spec = self.resolve(with_adapter(spec, adapter_path))
-        pooled = self._pooled_builder(spec)
-        if pooled is not None:
-            return pooled.build(spec)
-        if spec.kind == "dummy":
-            from pytest_sway.backends.dummy.backend import build_dummy
-
-            return build_dummy(spec)
-        if spec.kind == "api":
-            from pytest_sway.backends.api.builder import build_api
-
-            return build_api(spec)
-        from pytest_sway.backends.custom import build_custom
-
-        return build_custom(spec)
+    def build(self, spec: ModelSpec) -> DifferentialBackend:
+        """Build the backend of a resolved spec."""
+        built: DifferentialBackend = self._builder(spec).build(spec)
+        return built
 
     def resolve(self, spec: ModelSpec) -> ModelSpec:
         """Return ``spec`` with the device and dtype that it will be loaded with."""
@@ -124,63 +120,28 @@ class Builder:
         Raises:
             SwayError: Loading it would fail.
         """
-        pooled = self._pooled_builder(spec)
-        if pooled is not None:
-            pooled.check(spec)
-        elif spec.kind == "dummy":
-            from pytest_sway.backends.dummy.backend import build_dummy
-
-            build_dummy(spec)  # which is as quick as a check
-        elif spec.kind == "api":
-            from pytest_sway.backends.api.builder import check_api
-
-            check_api(spec)
-        else:
-            from pytest_sway.backends.custom import import_class
-
-            import_class(spec)
+        self._builder(spec).check(spec)
 
     def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
-        """Return the bytes that each part of a resolved spec will take, or ``None`` if that cannot be known.
-
-        Parts that several backends share, such as a base, have equal keys, and count once.
-        """
-        pooled = self._pooled_builder(spec)
-        if pooled is not None:
-            return pooled.estimate(spec)
-        return {} if spec.kind in ("dummy", "api") else None  # no model here, no weights
-
-    def measure(self, backend: Any) -> Mapping[Hashable, int] | None:
-        """Return the bytes that each part of a loaded backend takes, keyed as in `estimate`."""
-        sizes = getattr(backend, "sizes", None)
-        return sizes() if callable(sizes) else None
+        """Return the bytes that each part of a resolved spec will take, or ``None`` if that cannot be known."""
+        return self._builder(spec).estimate(spec)
 
     def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
         """Keep what a resolved spec will share with others from being closed while room is made for it."""
-        pooled = self._pooled_builder(spec)
-        return nullcontext() if pooled is None else pooled.hold(spec)
+        return self._builder(spec).hold(spec)
 
-    def exhausted(self, error: Exception) -> bool:
-        """Return whether ``error`` says that the memory of a device, or of the machine, ran out."""
-        return out_of_memory(error)
+    def _builder(self, spec: ModelSpec) -> Build:
+        if spec.kind not in self._builders:
+            made_by = _builder_class(spec.kind)
+            options = {name: self._options[name] for name in signature(made_by).parameters if name in self._options}
+            self._builders.setdefault(spec.kind, made_by(**options))  # another thread may have been here, too
+        return self._builders[spec.kind]
 
-    def _pooled_builder(self, spec: ModelSpec) -> PooledBuilder | None:
-        """What builds the kinds whose backends share their bases; ``None`` for the other kinds."""
-        if spec.kind == "hf" and "hf" not in self._pooled:
-            from pytest_sway.backends.hf.builder import HFBuilder
 
-            self._pooled["hf"] = HFBuilder(
-                on_base_load=self._on_base_load,
-                share_weights=self._share_weights,
-                score_cache=self._score_cache,
-                on_recall=self._on_recall,
-                on_base_mismatch=self._on_base_mismatch,
-            )
-        elif spec.kind == "mlx" and "mlx" not in self._pooled:
-            from pytest_sway.backends.mlx.builder import MLXBuilder
-
-            self._pooled["mlx"] = MLXBuilder(on_base_load=self._on_base_load, on_base_mismatch=self._on_base_mismatch)
-        return self._pooled.get(spec.kind)
+@cache
+def _builder_class(kind: str) -> type[Build]:
+    module, _, name = BUILDERS[kind].partition(":")
+    return getattr(import_module(module), name)  # type: ignore[no-any-return] # as the table says
 
 
 def cache_key_for(spec: ModelSpec, *, adapter_path: Path | None = None) -> Key:

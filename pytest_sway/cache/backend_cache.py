@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget
-from pytest_sway.cache.builds import Build, Listener, informed
+from pytest_sway.cache.builds import Listener, informed
 from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Parts, State
 from pytest_sway.cache.ledger import Ledger
 from pytest_sway.cache.stats import SwayStats
@@ -80,8 +80,8 @@ class BackendCache:
     Args:
         max_size: The most backends that are loading, ready or closing at one time; at least 1.
         max_bytes: The most bytes of weights that are resident at one time; ``None`` for no bound.
-        build: What makes a backend of a spec; an `InformedBuild` is asked more. By default the backends of this
-            package, with bases shared among the adapters of this cache.
+        build: What makes a backend of a spec: any ``build(spec, *, adapter_path=None)``; a `Build` is asked more. By
+            default the backends of this package, with bases shared among the adapters of this cache.
         named: Specs that may be asked for by name.
         listener: Who is told of loads and closes.
         who: Names whoever asks without a name of his own; by default by the calling thread.
@@ -100,7 +100,7 @@ class BackendCache:
         max_size: int = 2,
         *,
         max_bytes: int | None = None,
-        build: Build | None = None,
+        build: Callable[..., Any] | None = None,
         named: Mapping[str, Any] = MappingProxyType({}),
         listener: Listener | None = None,
         who: Callable[[], str] = lambda: threading.current_thread().name,

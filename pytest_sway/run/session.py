@@ -21,7 +21,7 @@ from pytest_sway.cache.builds import Listener
 from pytest_sway.cache.entries import CachedBackend, Lease
 from pytest_sway.errors import BackendUseError, MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.run.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
-from pytest_sway.spec.identity import Key, resolved_key, with_adapter
+from pytest_sway.spec.identity import Key, resolved_key
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import SpecLike
 from pytest_sway.spec.paths import short_name
@@ -88,14 +88,13 @@ class HookedBuilder(Builder):
         super().__init__(**options)
         self._hooks = hooks
 
-    def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
+    def build(self, spec: ModelSpec) -> DifferentialBackend:
         """Build the backend of ``spec``, by the hook if it takes it."""
-        spec = self.resolve(with_adapter(spec, adapter_path))
         built = self._hooks.build(spec)
         if built is not None:
             return require_differential(built, "the hook pytest_sway_build_backend")
         super().check(spec)
-        return super().__call__(spec)
+        return super().build(spec)
 
     def check(self, spec: ModelSpec) -> None:
         """Check what can be checked before the load; where a hook may take the spec, that is nothing."""

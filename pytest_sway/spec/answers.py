@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pytest_sway.errors import SpecError
+from pytest_sway.protocols import log_of_tail
 from pytest_sway.system.reading import INDEX_BYTES, read_bounded
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -26,8 +27,6 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 SIDES: Final = ("base", "finetuned")
 VOCABULARY: Final = 1000
 """Tokens of a canned distribution that does not say how many there are."""
-
-_SMALLEST_TAIL: Final = 1e-12
 
 
 def canonical(answers: Mapping[str, Any] | str) -> str:
@@ -71,8 +70,7 @@ def tail(logprobs: list[float], vocabulary: int) -> float | None:
     """The log of the mass that a distribution's tokens leave, by `pytest_sway.TokenDist`'s convention."""
     if len(logprobs) >= vocabulary:
         return None
-    mass = 1.0 - sum(map(math.exp, logprobs))
-    return math.log(mass) if mass > _SMALLEST_TAIL else 0.0
+    return log_of_tail(1.0 - sum(map(math.exp, logprobs)))
 
 
 def _tables(side: str, tables: Any) -> dict[str, Any]:

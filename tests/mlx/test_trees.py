@@ -128,7 +128,7 @@ def test_the_trees_have_no_module_in_common(build: Build, base: Path, adapter: P
         with backend.as_base() as plain, backend.as_finetuned() as tuned, backend.as_scaled_adapter(0.5) as half:
             for view in (plain, tuned, half):
                 view.logprob_of(*PAIR)
-            sides = [backend._opened(view).side for view in (plain, tuned, half)]
+            sides = [backend._handed(view).side for view in (plain, tuned, half)]
             models = [view.model for view in (plain, tuned, half)] + [side.engine().model for side in sides]
             models += [side.model for side in sides]
             modules = [id(module) for model in models for module in model.modules()]

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import Share, SharedPool
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.entries import Parts
@@ -204,7 +205,7 @@ class SharingBackend(FakeBackend):
             super().close()
 
 
-class InformedFakeBuild(FakeBuild):
+class InformedFakeBuild(FakeBuild, Build):
     """A build that answers the cache's questions, with bases that the adapters share.
 
     A base takes 100 bytes and an adapter 10, unless ``estimates`` or ``sizes`` say otherwise by name.

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import FrozenInstanceError
-from importlib import import_module
-from inspect import signature
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pytest_sway.backends.hf.view import HFView
 from pytest_sway.protocols import (
     DifferentialBackend,
     Inspectable,
@@ -152,21 +148,3 @@ def test_they_are_those_of_dlm_sway() -> None:
     assert isinstance(_Sides(), scoring.DifferentialBackend)
     assert isinstance(_Everything(), scoring.ScalableDifferentialBackend)
     assert isinstance(_Everything(), scoring.NullCalibratedBackend)
-
-
-CALLS = (
-    "render", "logprob_of", "logprobs_of", "rolling_logprob", "rolling_logprobs", "next_token_dist",
-    "next_token_dists", "generate", "generate_many",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("view", ["mlx.view:MLXView", "api.view:ApiView", "dummy.backend:DummyView"])
-def test_a_call_has_the_same_defaults_for_every_kind(view: str, call: str) -> None:
-    module, _, name = view.partition(":")
-    kind = getattr(import_module(f"pytest_sway.backends.{module}"), name)
-    assert _defaults(getattr(kind, call)) == _defaults(getattr(HFView, call))
-
-
-def _defaults(call: Callable[..., object]) -> dict[str, object]:
-    return {parameter.name: parameter.default for parameter in signature(call).parameters.values()}

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.api.event_loop import LoopClosedError
 from pytest_sway.backends.api.view import ApiView
 from pytest_sway.backends.contract import preflight
-from pytest_sway.errors import BackendClosedError, NoAdapterError
+from pytest_sway.backends.view import closed_error
+from pytest_sway.errors import NoAdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Hashable, Iterator, Mapping
+    from collections.abc import Callable, Coroutine, Hashable, Iterator, Mapping
 
     from pytest_sway.backends.api.connection import Connection
     from pytest_sway.backends.api.event_loop import EventLoopThread
     from pytest_sway.backends.api.served_model import ServedModel
     from pytest_sway.spec.model_spec import ModelSpec
-
-T = TypeVar("T")
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -87,6 +86,7 @@ class ApiBackend:
 
     def preflight_finite_check(self) -> tuple[bool, str]:
         """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
+        self._require()
         return preflight({"base": self.as_base} | ({} if self._tuned is None else {"ft": self.as_finetuned}))
 
     def sizes(self) -> Mapping[Hashable, int]:
@@ -99,22 +99,19 @@ class ApiBackend:
 
     @contextmanager
     def _view(self, view_id: str, model: ServedModel) -> Iterator[ApiView]:
-        if self._loop.closed:
-            raise self._closed_error()
-        view = ApiView(view_id, self, model)
-        try:
+        self._require()
+        with ApiView(view_id, self, model) as view:
             yield view
-        finally:
-            view.close()
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+    def _run(self, view: ApiView, work: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...]) -> Any:
         try:
-            return self._loop.run(work)
+            return self._loop.run(work(view.served, *args))
         except LoopClosedError:
-            raise self._closed_error() from None
+            raise closed_error(f"the backend of {self._spec}") from None
 
-    def _closed_error(self) -> BackendClosedError:
-        return BackendClosedError(
-            f"the backend of {self._spec} was used after it was closed, by eviction or at the end of the session."
-            " Ask for it again with sway_backend(spec)."
-        )
+    def _view_closed(self, view: ApiView) -> None:
+        """Nothing is kept for a view."""
+
+    def _require(self) -> None:
+        if self._loop.closed:
+            raise closed_error(f"the backend of {self._spec}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.contract import Build
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Hashable, Mapping
 
     from pytest_sway.backends.api.backend import ApiBackend
     from pytest_sway.spec.model_spec import ModelSpec
@@ -45,6 +46,22 @@ def check_api(spec: ModelSpec) -> None:
     from pytest_sway.backends.api.auth import Key
 
     Key(spec.api_key_env).require()
+
+
+class ApiBuilder(Build):
+    """Builds backends of kind ``api``."""
+
+    def build(self, spec: ModelSpec) -> ApiBackend:
+        """Ask the servers for what ``spec`` names; see `build_api`."""
+        return build_api(spec)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Find what is wrong with ``spec`` without asking a server; see `check_api`."""
+        check_api(spec)
+
+    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int]:  # noqa: ARG002 # no model here, no weights
+        """Return the bytes that it takes here: none."""
+        return {}
 
 
 def build_api(spec: ModelSpec, *, sleep: Callable[[float], Awaitable[Any]] | None = None) -> ApiBackend:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pytest_sway.errors import ScoringError
-from pytest_sway.protocols import RollingLogprob, TokenDist
+from pytest_sway.protocols import RollingLogprob, TokenDist, log_of_tail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from pytest_sway.backends.api.completions import Token
     from pytest_sway.backends.api.echo import Echo
     from pytest_sway.backends.api.served_model import ServedModel
+    from pytest_sway.backends.questions import Settings
     from pytest_sway.protocols import Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-_SMALLEST_TAIL: Final = 1e-12
 
 
 async def logprob_of(model: ServedModel, prompt: Prompt, completion: str) -> float:
@@ -45,7 +44,7 @@ async def logprob_of(model: ServedModel, prompt: Prompt, completion: str) -> flo
     return math.fsum(_logprobs(model, scored))
 
 
-async def rolling_logprob(model: ServedModel, text: str, *, prefix: bool) -> RollingLogprob:
+async def rolling_logprob(model: ServedModel, text: str, prefix: bool) -> RollingLogprob:
     """Log-probability of each token but the first: the server's BOS, or where it shows none, the text's own."""
     if not text:
         return RollingLogprob(np.array([], np.int64), np.array([], np.float32), 0, 0.0)
@@ -66,10 +65,8 @@ async def rolling_logprob(model: ServedModel, text: str, *, prefix: bool) -> Rol
     )
 
 
-async def next_token_dist(model: ServedModel, prompt: Prompt, *, top_k: int) -> TokenDist:
+async def next_token_dist(model: ServedModel, prompt: Prompt, top_k: int) -> TokenDist:
     """Distribution of the token after ``prompt``: as many tokens of ``top_k`` as the server gives."""
-    if top_k < 1:
-        raise ScoringError(f"top_k must be at least 1, not {top_k}.")
     prompt = _text(model, prompt)
     ids = {"return_tokens_as_token_ids": True} if model.tells_ids else {}
     completion = await model.complete_scored(top_k, prompt=prompt, max_tokens=1, **ids)
@@ -82,17 +79,15 @@ async def next_token_dist(model: ServedModel, prompt: Prompt, *, top_k: int) -> 
     logprobs = np.array([logprob for _, logprob in top], np.float32)
     tail: float | None = None
     if len(top) != model.vocabulary:
-        mass = 1.0 - math.fsum(np.exp(logprobs.astype(np.float64)))
-        tail = math.log(mass) if mass > _SMALLEST_TAIL else (0.0 if math.isfinite(mass) else mass)
+        tail = log_of_tail(1.0 - math.fsum(np.exp(logprobs.astype(np.float64))))
     return TokenDist(np.array([token for token, _ in top], np.int64), logprobs, model.vocabulary, tail)
 
 
-async def generate(
-    model: ServedModel, prompt: Prompt, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> str:
+async def generate(model: ServedModel, prompt: Prompt, settings: Settings, seed: int) -> str:
     """Continue ``prompt``."""
+    max_tokens, temperature, top_p = settings
     completion = await model.complete(
-        prompt=_text(model, prompt), max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        prompt=_text(model, prompt), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     return completion.text
 

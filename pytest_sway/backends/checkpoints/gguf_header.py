@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec.paths import GGUF_SUFFIX, is_path
 from pytest_sway.system.reading import open_regular
+from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,7 +70,7 @@ def gguf_file(spec: ModelSpec) -> Path | None:
     if not found or any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
         return None
     if len(found) > 1:
-        names = ", ".join(file.name for file in found[:3]) + (", ..." if len(found) > 3 else "")
+        names = some(file.name for file in found)
         raise SpecError(f"{spec.base!r} has {len(found)} GGUF files ({names}). Name one of them.")
     return found[0]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec.paths import is_path
+from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
@@ -33,6 +35,37 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def config_of(spec: ModelSpec) -> dict[str, Any]:
+    """Return what the base's ``config.json`` says; empty if it is not on this machine.
+
+    Raises:
+        SpecError: It is no JSON object.
+    """
+    path = base_file(spec, "config.json")
+    if path is None:
+        return {}
+    try:
+        config: Any = json.loads(read_bounded(path, CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
+    if not isinstance(config, dict):
+        raise SpecError(f"{str(path)!r} is not a JSON object. Save the model again.")
+    return config
+
+
+def require_another(spec: ModelSpec, tuned: ModelSpec) -> None:
+    """Raise if a spec's fine-tuned model is its base.
+
+    Raises:
+        SpecError: It is.
+    """
+    if tuned.base == spec.base and (is_path(spec.base) or spec.revision is None):
+        raise SpecError(
+            f"the fine-tuned model {tuned.base!r} is the base itself, so a test of it would test nothing. Name the"
+            " model that it was fine-tuned from as 'base'."
+        )
 
 
 def require_cached(spec: ModelSpec, role: str = "base") -> None:

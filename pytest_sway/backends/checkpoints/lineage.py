@@ -20,6 +20,7 @@ from pytest_sway.errors import AdapterMismatchError, SwayError, SwayWarning
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import GGUF_SUFFIX, is_path
 from pytest_sway.system.reading import CONFIG_BYTES, open_regular, read_bounded
+from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -148,8 +149,8 @@ def _difference(one: Path, other: Path, *, by_mlx: bool) -> str | None:
     else:
         quantized = False
     if config is not None and others is not None and config != others:
-        fields = sorted(name for name in {*config, *others} if config.get(name) != others.get(name))
-        return f"their configs differ in {', '.join(fields[:3])}{', ...' if len(fields) > 3 else ''}"
+        fields = [name for name in {*config, *others} if config.get(name) != others.get(name)]
+        return f"their configs differ in {some(fields)}"
     ours, theirs = _shapes(one), _shapes(other)
     if ours is None or theirs is None or quantized:
         return None

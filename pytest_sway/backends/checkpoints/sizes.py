@@ -1,4 +1,4 @@
-"""How many bytes a backend takes: estimated from file headers before a load, measured after it."""
+"""How many bytes a backend will take, by the headers of its files."""
 
 from __future__ import annotations
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.contract import Build
 from pytest_sway.backends.dummy.canned import Between, Canned, Noisy, Side
-from pytest_sway.backends.questions import Settings, checked_messages, checked_pair, checked_text, listed, seeds
-from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
+from pytest_sway.backends.questions import Settings, checked_messages
+from pytest_sway.backends.view import BaseView, closed_error, null_id
+from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
 from pytest_sway.spec.answers import SIDES, canonical, read_answers, tail
 
 if TYPE_CHECKING:
+    from pytest_sway.backends.dummy.canned import Dist, Rolling
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -74,10 +77,7 @@ class DummyBackend:
         Raises:
             ValueError: ``rank_scale`` is not positive and finite.
         """
-        if rank_scale <= 0.0 or not math.isfinite(rank_scale):
-            raise ValueError(f"rank_scale must be positive and finite; got {rank_scale!r}")
-        view_id = f"null_{seed}" if rank_scale == 1.0 else f"null_{seed}_rank{rank_scale:.2f}"
-        with self._view(view_id, Noisy(self._base, seed, init_scale * math.sqrt(rank_scale))) as view:
+        with self._view(null_id(seed, rank_scale), Noisy(self._base, seed, init_scale * math.sqrt(rank_scale))) as view:
             yield view
 
     def preflight_finite_check(self) -> tuple[bool, str]:
@@ -101,149 +101,94 @@ class DummyBackend:
     @contextmanager
     def _view(self, view_id: str, side: Side) -> Iterator[DummyView]:
         self._require()
-        view = DummyView(view_id, self, side)
-        try:
+        with DummyView(view_id, self, side) as view:
             yield view
-        finally:
-            view.close()
+
+    def _run(self, view: DummyView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        self._require()
+        return work(view.side, *args)
+
+    def _view_closed(self, view: DummyView) -> None:
+        """Nothing is kept for a view."""
 
     def _require(self) -> None:
         if self._closed:
-            raise BackendClosedError(
-                f"the dummy backend {self._name!r} was used after it was closed, by eviction or at the end of the"
-                " session. Ask for it again with sway_backend(spec)."
-            )
+            raise closed_error(f"the dummy backend {self._name!r}")
 
 
-class DummyView:
+class DummyView(BaseView["DummyBackend"]):
     """One side of a `DummyBackend`, or something between or beside them.
 
-    Attributes:
-        id: ``base``, ``ft``, ``scaled_<lam>`` or ``null_<seed>``.
+    Where answers are canned, one that is not there is a `BackendUseError`. Where they are made up, a token is a word,
+    and the token that begins a text is 0. A canned continuation comes whole, and is the same at any temperature, from
+    any seed; one that is made up has ``max_new_tokens`` words.
     """
 
     def __init__(self, view_id: str, backend: DummyBackend, side: Side) -> None:
-        self.id = view_id
-        self._backend = backend
-        self._answers = side
-        self._closed = False
+        super().__init__(view_id, backend)
+        self.side = side
 
-    def __repr__(self) -> str:
-        return f"<DummyView {self.id!r}{', closed' if self._closed else ''}>"
+    def _rendered(self, messages: Iterable[Message]) -> str:
+        return str(self._run(lambda _: _text(messages)))
 
-    def render(self, messages: Iterable[Message]) -> str:
-        """Return ``role: content`` in a line for each message, and ``assistant:``; answers are canned for this text.
+    def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]:
+        for prompt, completion in pairs:
+            if not completion:
+                raise ScoringError(f"the completion is empty after the prompt {prompt!r}; there is nothing to score.")
+        return self._each(pairs, lambda side, pair: side.logprob(_text(pair[0]), pair[1]))
 
-        A last message of the assistant's is continued: nothing comes after it.
+    def _rolling(self, texts: list[str], prefix: bool) -> list[RollingLogprob]:
+        return self._each(texts, lambda side, text: _rolling(side.rolling(text, prefix)))
 
-        Raises:
-            ScoringError: A message is malformed.
-        """
-        self._side()
-        conversation, continues = checked_messages(messages)
-        lines = [f"{message['role']}: {message['content']}" for message in conversation]
-        return "\n".join(lines if continues else [*lines, "assistant:"])
+    def _dists(self, prompts: list[Prompt], top_k: int) -> list[TokenDist]:
+        return self._each(prompts, lambda side, prompt: _cut(side.dist(_text(prompt)), top_k))
 
-    def logprob_of(self, prompt: Prompt, completion: str) -> float:
-        """Return the log-probability of the completion given the prompt, in nats.
+    def _continued(self, prompts: list[Prompt], settings: Settings, seeds: list[int]) -> list[str]:  # noqa: ARG002
+        return self._each(prompts, lambda side, prompt: side.generation(_text(prompt), settings.max_new_tokens))
 
-        Raises:
-            ScoringError: The completion is empty.
-            BackendUseError: Answers are canned, and this one is not there; so in all that follows.
-        """
-        if not completion:
-            raise ScoringError(f"the completion is empty after the prompt {prompt!r}; there is nothing to score.")
-        return self._side().logprob(self._text(prompt), completion)
+    def _each(self, asked: Iterable[Any], answer: Callable[[Side, Any], Any]) -> list[Any]:
+        return list(self._run(lambda side: [answer(side, one) for one in asked]))
 
-    def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
-        """Return `logprob_of` for each pair of a prompt and a completion."""
-        asked = [checked_pair(pair) for pair in listed(pairs, "pairs of a prompt and a completion")]
-        return [self.logprob_of(prompt, completion) for prompt, completion in asked]
 
-    def rolling_logprob(self, text: str, *, prefix: bool = True) -> RollingLogprob:
-        """Return the canned log-probabilities of the tokens of ``text``, in nats.
+def _text(prompt: Any) -> str:
+    """Return a prompt's text: ``role: content`` for each message, and ``assistant:`` unless the last turn goes on."""
+    if isinstance(prompt, str):
+        return prompt
+    conversation, continues = checked_messages(prompt)
+    lines = [f"{message['role']}: {message['content']}" for message in conversation]
+    return "\n".join(lines if continues else [*lines, "assistant:"])
 
-        Args:
-            text: The text.
-            prefix: Where they are made up, a token is a word; score also the first one, behind a token 0.
-        """
-        import numpy as np
 
-        ids, logprobs = self._side().rolling(checked_text(text), prefix)
-        scored = np.array(logprobs, dtype=np.float32)
-        return RollingLogprob(np.array(ids, dtype=np.int64), scored, len(ids), float(sum(logprobs)))
+def _rolling(found: Rolling) -> RollingLogprob:
+    import numpy as np
 
-    def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
-        """Return `rolling_logprob` for each text."""
-        return [self.rolling_logprob(text, prefix=prefix) for text in listed(texts, "texts")]
+    ids, logprobs = found
+    scored = np.array(logprobs, dtype=np.float32)
+    return RollingLogprob(np.array(ids, dtype=np.int64), scored, len(ids), float(sum(logprobs)))
 
-    def next_token_dist(self, prompt: Prompt, *, top_k: int = 256) -> TokenDist:
-        """Return the distribution of the token after ``prompt``, cut to at most ``top_k`` tokens.
 
-        Raises:
-            ScoringError: ``top_k`` is under 1.
-        """
-        import numpy as np
+def _cut(dist: Dist, top_k: int) -> TokenDist:
+    import numpy as np
 
-        if top_k < 1:
-            raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-        dist = self._side().dist(self._text(prompt))
-        left = dist.tail_logprob if top_k >= len(dist.logprobs) else tail(dist.logprobs[:top_k], dist.vocab_size)
-        ids, logprobs = np.array(dist.token_ids[:top_k]), np.array(dist.logprobs[:top_k])
-        return TokenDist(ids.astype(np.int64), logprobs.astype(np.float32), dist.vocab_size, left)
+    left = dist.tail_logprob if top_k >= len(dist.logprobs) else tail(dist.logprobs[:top_k], dist.vocab_size)
+    ids, logprobs = np.array(dist.token_ids[:top_k]), np.array(dist.logprobs[:top_k])
+    return TokenDist(ids.astype(np.int64), logprobs.astype(np.float32), dist.vocab_size, left)
 
-    def next_token_dists(self, prompts: Iterable[Prompt], *, top_k: int = 256) -> list[TokenDist]:
-        """Return `next_token_dist` for each prompt."""
-        return [self.next_token_dist(prompt, top_k=top_k) for prompt in listed(prompts, "prompts")]
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,  # noqa: ARG002 # a canned answer is the same at any temperature, from any seed
-    ) -> str:
-        """Return the canned continuation of ``prompt``, whole; one that is made up has ``max_new_tokens`` words.
+class DummyBuilder(Build):
+    """Builds backends of kind ``dummy``."""
 
-        Raises:
-            ScoringError: An argument has no meaning.
-        """
-        Settings(max_new_tokens, temperature, top_p).check()
-        return self._side().generation(self._text(prompt), max_new_tokens)
+    def build(self, spec: ModelSpec) -> DummyBackend:
+        """Read the answers of ``spec``; see `build_dummy`."""
+        return build_dummy(spec)
 
-    def generate_many(
-        self,
-        prompts: Iterable[Prompt],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
-    ) -> list[str]:
-        """Return `generate` for each prompt; ``seed`` is one for all, or one for each."""
-        asked = listed(prompts, "prompts")
-        seeds(seed, len(asked))
-        return [
-            self.generate(prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-            for prompt in asked
-        ]
+    def check(self, spec: ModelSpec) -> None:
+        """Find what is wrong with the answers of ``spec``: to build it is as quick as a check."""
+        build_dummy(spec)
 
-    def close(self) -> None:
-        """Close the view; its backend stays open. Closing twice is harmless."""
-        self._closed = True
-
-    def _text(self, prompt: Prompt) -> str:
-        return prompt if isinstance(prompt, str) else self.render(prompt)
-
-    def _side(self) -> Side:
-        if self._closed:
-            raise ViewClosedError(
-                f"the view {self.id!r} was used after its `with` block. Keep what it returned, or open another view."
-            )
-        self._backend._require()
-        return self._answers
+    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int]:  # noqa: ARG002 # no model here, no weights
+        """Return the bytes that it takes: none."""
+        return {}
 
 
 def build_dummy(spec: ModelSpec) -> DummyBackend:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,27 +12,27 @@ from pytest_sway.backends.hf.loading.libraries import import_libraries
 from pytest_sway.backends.hf.loading.pickles import with_entries
 from pytest_sway.backends.hf.loading.placement import resolve_placement
 from pytest_sway.backends.hf.scoring.answer_cache import DEFAULT_BYTES, AnswerMemory
-from pytest_sway.backends.libraries.out_of_memory import out_of_memory
-from pytest_sway.backends.local.pool import SharedPool
-from pytest_sway.spec.identity import base_key, base_spec, finetuned_spec
-from pytest_sway.system.frames import forget_frames
+from pytest_sway.backends.local.pooled_builder import PooledBuilder
+from pytest_sway.spec.identity import base_spec, finetuned_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Mapping
     from pathlib import Path
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.checkpoints.plan import Plan
-    from pytest_sway.backends.hf.backend import HFBackend, Loaded
+    from pytest_sway.backends.hf.backend import HFBackend
     from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
     from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.bound_model import Side
     from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.local.pooled_backend import Loaded
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-class HFBuilder:
+class HFBuilder(PooledBuilder["LoadedBase"]):
     """Builds backends of kind ``hf``; those whose specs agree on the base share it.
 
     Args:
@@ -56,36 +53,14 @@ class HFBuilder:
         on_recall: Callable[[str, int, float], None] | None = None,
         on_base_mismatch: str = "warn",
     ) -> None:
-        self._on_base_load = on_base_load
+        super().__init__(on_base_load, on_base_mismatch=on_base_mismatch)
         self._score_cache = score_cache
         self._on_recall = on_recall
-        self._on_base_mismatch = on_base_mismatch
         self._share_weights = share_weights
         self._plan: Plan | None = None  # of the last check, for the build that follows it
         self._shared_weights: SharedWeights | None = None
-        self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
 
-    def build(self, spec: ModelSpec) -> HFBackend:
-        """Load what ``spec`` asks for and is not loaded yet.
-
-        Raises:
-            SwayError: It cannot be loaded; the message says why and what to do.
-        """
-        spec = resolve_placement(spec)
-        plan, self._plan = self._plan, None
-        if plan is None or not plan.holds_for(spec):
-            plan = check_spec(spec)
-        if plan.files is not None:
-            require_same_base(spec, plan.files.config, self._on_base_mismatch)
-        shares: list[Share[LoadedBase]] = []
-        handled = sys.exception()
-        try:
-            return self._assemble(plan, shares)
-        except BaseException as error:
-            forget_frames(error, handled)
-            while shares:
-                shares.pop().release()
-            raise
+    placed = staticmethod(resolve_placement)
 
     def check(self, spec: ModelSpec) -> None:
         """Find what can be found wrong with ``spec`` without loading it.
@@ -103,30 +78,23 @@ class HFBuilder:
         spec, plan = resolve_placement(spec), self._plan
         return estimated(spec, plan if plan is not None and plan.holds_for(spec) else None)
 
-    @contextmanager
-    def hold(self, spec: ModelSpec) -> Iterator[None]:
-        """Keep the bases of ``spec``, if they are loaded, from being closed inside the block."""
-        spec = resolve_placement(spec)
-        tuned = finetuned_spec(spec)
-        with (
-            self._pool.hold(base_key(spec)),
-            nullcontext() if tuned is None else self._pool.hold(base_key(tuned)),
-        ):
-            yield
+    def _planned(self, spec: ModelSpec) -> Plan:
+        plan, self._plan = self._plan, None
+        if plan is None or not plan.holds_for(spec):
+            plan = check_spec(spec)
+        if plan.files is not None:
+            require_same_base(spec, plan.files.config, self._on_base_mismatch)
+        return plan
 
-    def exhausted(self, error: Exception) -> bool:
-        """Return whether ``error`` says that memory ran out, on an accelerator or on the CPU."""
-        return out_of_memory(error)
-
-    def _assemble(self, plan: Plan, shares: list[Share[LoadedBase]]) -> HFBackend:
-        """Load the base, put the adapter on it or load the fine-tuned model, verify that, and make the backend."""
-        spec, files = plan.spec, plan.files
+    def _assemble(self, spec: ModelSpec, plan: Plan, shares: list[Share[LoadedBase]]) -> HFBackend:
+        files = plan.files
         import_libraries(*(model for model in (spec, finetuned_spec(spec)) if model is not None))
         import torch
 
         from pytest_sway.backends.hf.adapters.verify_finetuned import verify_finetuned
-        from pytest_sway.backends.hf.backend import HFBackend, Loaded
+        from pytest_sway.backends.hf.backend import HFBackend
         from pytest_sway.backends.hf.model.verify_base import verify_base
+        from pytest_sway.backends.local.pooled_backend import Loaded
 
         if files is not None and files.entries is None:
             files = with_entries(files)
@@ -146,16 +114,6 @@ class HFBuilder:
                 loaded = Loaded(list(shares), base.side)
         return HFBackend(spec, loaded, self._pool.withdraw)
 
-    def _clean_base(self, spec: ModelSpec, shares: list[Share[LoadedBase]]) -> LoadedBase:
-        """Claim the base of ``spec``; one that somebody has changed is left to its users, and loaded anew."""
-        while True:
-            share = self._pool.acquire(base_key(spec), lambda: self._timed(spec))
-            shares.append(share)
-            if share.fresh or not share.value.changes():
-                return share.value
-            self._pool.withdraw(share.value)
-            shares.pop().release()
-
     def _base_loader(self) -> Callable[..., LoadedBase]:
         """What loads a base, with its weights from where this run has them."""
         from pytest_sway.backends.hf.model.base import load_base
@@ -168,28 +126,32 @@ class HFBuilder:
             self._shared_weights = SharedWeights(self._share_weights)
         return partial(load_base, load_model=self._shared_weights.load_model)
 
-    def _timed(self, spec: ModelSpec) -> LoadedBase:
-        load = self._base_loader()
-        started = time.perf_counter()
-        base = load(spec)
+    def _load_base(self, spec: ModelSpec) -> LoadedBase:
+        base = self._base_loader()(spec)
         if self._score_cache:
             base.memory = AnswerMemory(self._score_cache, partial(self._recalled, spec.base))
-        if self._on_base_load is not None:
-            self._on_base_load(spec.base, time.perf_counter() - started)
         return base
+
+    @staticmethod
+    def _close_base(base: LoadedBase) -> None:
+        from pytest_sway.backends.hf.hygiene.heap import collect
+
+        device = base.device.type
+        base.close()
+        collect(device)
 
     def _recalled(self, name: str, answers: int, seconds: float) -> None:
         if self._on_recall is not None:
             self._on_recall(name, answers, seconds)
 
 
-def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded:
+def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded[Side]:
     from pytest_sway.backends.hf.adapters.attach import attach, explained
     from pytest_sway.backends.hf.adapters.overlays import tuned_side
     from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
-    from pytest_sway.backends.hf.backend import Loaded
     from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
     from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
+    from pytest_sway.backends.local.pooled_backend import Loaded
 
     rust = adapter_tokenizer(base, files)
     tokenizer = base.tokenizer if rust is None else rust.tokenizer
@@ -199,12 +161,4 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
         if not files.told_by_weights:
             verify_effect(base, tuned, files)
     exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}
-    return Loaded(shares, base.side, tuned, adapter, ContentsRecord(exposed), rust)
-
-
-def _close_base(base: LoadedBase) -> None:
-    from pytest_sway.backends.hf.hygiene.heap import collect
-
-    device = base.device.type
-    base.close()
-    collect(device)
+    return Loaded(shares, base.side, tuned, adapter, ContentsRecord(exposed, "adapter: "), rust)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.bounds import require_base_bounded, require_bounded, require_files
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file, read_gguf
-from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, require_cached
+from pytest_sway.backends.checkpoints.hub_files import (
+    adapter_inside,
+    base_file,
+    config_of,
+    require_another,
+    require_cached,
+)
 from pytest_sway.backends.checkpoints.lora_fit import check_fit
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.checkpoints.peft_adapter import read_adapter
@@ -20,7 +25,6 @@ from pytest_sway.backends.hf.loading.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec.identity import finetuned_spec, state_of_files
 from pytest_sway.spec.paths import is_path
-from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,11 +54,7 @@ def check_spec(spec: ModelSpec) -> Plan:
     config, entries = _check_model(spec, "base")
     tuned = finetuned_spec(spec)
     if tuned is not None:
-        if tuned.base == spec.base and (is_path(spec.base) or spec.revision is None):
-            raise SpecError(
-                f"the fine-tuned model {tuned.base!r} is the base itself, so a test of it would test nothing. Name the"
-                " model that it was fine-tuned from as 'base'."
-            )
+        require_another(spec, tuned)
         _check_model(tuned, "fine-tuned model")
     if spec.adapter is not None:
         require_files(spec.adapter)
@@ -127,15 +127,7 @@ def _check_folder(spec: ModelSpec, role: str) -> None:
 
 def _config(spec: ModelSpec, role: str) -> dict[str, Any]:
     """The model's config, which asks for nothing that the spec does not allow; empty if it is not on this machine."""
-    path = base_file(spec, "config.json")
-    if path is None:
-        return {}
-    try:
-        config: Any = json.loads(read_bounded(path, CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
-    if not isinstance(config, dict):
-        raise SpecError(f"{str(path)!r} is not a JSON object. Save the model again.")
+    config = config_of(spec)
     if config.get("auto_map") and not spec.trust_remote_code and not _known(config):
         raise SpecError(
             f"the {role} {spec.base!r} brings its own code (auto_map in its config.json), which is not run unless the"

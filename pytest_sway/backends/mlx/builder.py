@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from pytest_sway.backends.checkpoints.sizes import estimated
-from pytest_sway.backends.libraries.out_of_memory import out_of_memory
-from pytest_sway.backends.local.pool import SharedPool
+from pytest_sway.backends.local.pooled_builder import PooledBuilder
 from pytest_sway.backends.mlx.adapters.files import read_mlx_adapter
 from pytest_sway.backends.mlx.check import check_spec
 from pytest_sway.backends.mlx.model.libraries import import_libraries
 from pytest_sway.backends.mlx.model.placement import resolve_placement
 from pytest_sway.errors import SwayError
-from pytest_sway.spec.identity import base_key, base_spec, finetuned_spec, resolved_key
-from pytest_sway.system.frames import forget_frames
+from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping
+    from collections.abc import Hashable, Mapping
 
     from pytest_sway.backends.local.pool import Share
     from pytest_sway.backends.mlx.adapters.files import AdapterFiles
@@ -32,38 +27,10 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 _FLOAT32_BYTES: Final = 4
 
 
-class MLXBuilder:
-    """Builds backends of kind ``mlx``; those whose specs agree on the base share it.
+class MLXBuilder(PooledBuilder["LoadedBase"]):
+    """Builds backends of kind ``mlx``; those whose specs agree on the base share it."""
 
-    Args:
-        on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
-        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
-    """
-
-    def __init__(
-        self, on_base_load: Callable[[str, float], None] | None = None, *, on_base_mismatch: str = "warn"
-    ) -> None:
-        self._on_base_load = on_base_load
-        self._on_base_mismatch = on_base_mismatch
-        self._pool: SharedPool[Hashable, LoadedBase] = SharedPool(close=_close_base)
-
-    def build(self, spec: ModelSpec) -> MLXBackend:
-        """Load what ``spec`` asks for and is not loaded yet.
-
-        Raises:
-            SwayError: It cannot be loaded; the message says why and what to do.
-        """
-        spec = resolve_placement(spec)
-        files = check_spec(spec, on_base_mismatch=self._on_base_mismatch)
-        shares: list[Share[LoadedBase]] = []
-        handled = sys.exception()
-        try:
-            return self._assemble(spec, files, shares)
-        except BaseException as error:
-            forget_frames(error, handled)
-            while shares:
-                shares.pop().release()
-            raise
+    placed = staticmethod(resolve_placement)
 
     def check(self, spec: ModelSpec) -> None:
         """Find what can be found wrong with ``spec`` without loading it.
@@ -81,66 +48,46 @@ class MLXBuilder:
         found = [estimated(base_spec(spec)), {} if tuned is None else estimated(tuned), _adapter_bytes(spec)]
         return None if None in found else {key: size for parts in found for key, size in (parts or {}).items()}
 
-    @contextmanager
-    def hold(self, spec: ModelSpec) -> Iterator[None]:
-        """Keep the bases of ``spec``, if they are loaded, from being closed inside the block."""
-        spec = resolve_placement(spec)
-        tuned = finetuned_spec(spec)
-        with (
-            self._pool.hold(base_key(spec)),
-            nullcontext() if tuned is None else self._pool.hold(base_key(tuned)),
-        ):
-            yield
+    def _planned(self, spec: ModelSpec) -> AdapterFiles | None:
+        return check_spec(spec, on_base_mismatch=self._on_base_mismatch)
 
-    def exhausted(self, error: Exception) -> bool:
-        """Return whether ``error`` says that memory ran out."""
-        return out_of_memory(error)
-
-    def _assemble(self, spec: ModelSpec, files: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> MLXBackend:
+    def _assemble(self, spec: ModelSpec, plan: AdapterFiles | None, shares: list[Share[LoadedBase]]) -> MLXBackend:
         import_libraries()
+        from pytest_sway.backends.local.pooled_backend import Loaded
+        from pytest_sway.backends.local.tokenizer_copies import RustRecord
         from pytest_sway.backends.mlx.adapters.attach import adapter_tokenizer, load_adapter
         from pytest_sway.backends.mlx.adapters.verification import verify_effect
         from pytest_sway.backends.mlx.adapters.verify_finetuned import verify_finetuned
-        from pytest_sway.backends.mlx.backend import Loaded, MLXBackend
+        from pytest_sway.backends.mlx.backend import MLXBackend
+        from pytest_sway.backends.mlx.model.base import encoder_of
         from pytest_sway.backends.mlx.model.bound_model import Side
 
         base = self._clean_base(base_spec(spec), shares)
+        loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer))
         tuned_spec = finetuned_spec(spec)
         if tuned_spec is not None:
             tuned = self._clean_base(tuned_spec, shares)
             verify_finetuned(base, tuned)
-            sides = Side(base, base.model, base.tokenizer), Side(tuned, tuned.model, tuned.tokenizer)
-            loaded = Loaded(list(shares), *sides)
-        elif files is not None:
-            adapter = load_adapter(base, files)
-            side = Side(base, adapter.model, adapter_tokenizer(base, files))
-            verify_effect(side, files)
-            loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer), side, adapter)
-        else:
-            loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer), None)
+            loaded.shares, loaded.tuned = list(shares), Side(tuned, tuned.model, tuned.tokenizer)
+        elif plan is not None:
+            loaded.adapter = loaded.contents = load_adapter(base, plan)
+            tokenizer = adapter_tokenizer(base, plan)
+            loaded.tuned = Side(base, loaded.adapter.model, tokenizer)
+            verify_effect(loaded.tuned, plan)
+            loaded.rust = None if tokenizer is base.tokenizer else RustRecord(encoder_of(tokenizer))
         return MLXBackend(spec, loaded, self._pool.withdraw)
 
-    def _clean_base(self, spec: ModelSpec, shares: list[Share[LoadedBase]]) -> LoadedBase:
-        """Claim the base of ``spec``; one that somebody has changed is left to its users, and loaded anew."""
-        while True:
-            share = self._pool.acquire(base_key(spec), lambda: self._timed(spec))
-            shares.append(share)
-            base = share.value
-            if share.fresh or not base.changes():
-                return base
-            self._pool.withdraw(base)
-            shares.pop().release()
-
-    def _timed(self, spec: ModelSpec) -> LoadedBase:
+    def _load_base(self, spec: ModelSpec) -> LoadedBase:
         from pytest_sway.backends.mlx.adapters.verification import verify_base
         from pytest_sway.backends.mlx.model.base import load_base
 
-        started = time.perf_counter()
         base = load_base(spec)
         verify_base(base)
-        if self._on_base_load is not None:
-            self._on_base_load(spec.base, time.perf_counter() - started)
         return base
+
+    @staticmethod
+    def _close_base(base: LoadedBase) -> None:
+        base.close()
 
 
 def _adapter_bytes(spec: ModelSpec) -> Mapping[Hashable, int] | None:
@@ -153,7 +100,3 @@ def _adapter_bytes(spec: ModelSpec) -> Mapping[Hashable, int] | None:
         return None
     item_bytes = {True: lambda entry: entry.numel * _FLOAT32_BYTES, False: lambda entry: entry.nbytes}[files.peft]
     return {("adapter", *resolved_key(spec)): sum(map(item_bytes, files.entries.values()))}
-
-
-def _close_base(base: LoadedBase) -> None:
-    base.close()

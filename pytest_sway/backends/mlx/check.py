@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_sway.backends.checkpoints.bounds import require_bounded, require_files
-from pytest_sway.backends.checkpoints.hub_files import base_file, require_cached
+from pytest_sway.backends.checkpoints.hub_files import config_of, require_another, require_cached
 from pytest_sway.backends.checkpoints.lineage import MLX_FIELD, PEFT_FIELD, require_same_base
 from pytest_sway.backends.mlx.adapters.files import read_mlx_adapter
 from pytest_sway.backends.mlx.model.libraries import require_libraries
@@ -15,7 +14,6 @@ from pytest_sway.backends.mlx.model.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec.identity import finetuned_spec
 from pytest_sway.spec.paths import is_path
-from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from pytest_sway.backends.mlx.adapters.files import AdapterFiles
@@ -42,11 +40,7 @@ def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterF
     _check_model(spec, "base")
     tuned = finetuned_spec(spec)
     if tuned is not None:
-        if tuned.base == spec.base and (is_path(spec.base) or spec.revision is None):
-            raise SpecError(
-                f"the fine-tuned model {tuned.base!r} is the base itself, so a test of it would test nothing. Name the"
-                " model that it was fine-tuned from as 'base'."
-            )
+        require_another(spec, tuned)
         _check_model(tuned, "fine-tuned model")
     if spec.adapter is not None:
         require_files(spec.adapter)
@@ -76,20 +70,8 @@ def _check_model(spec: ModelSpec, role: str) -> None:
                 f"the {role} {spec.base!r} has no weights that MLX reads: expected model.safetensors in it, or"
                 " model-*.safetensors. Pickles are not read; save it as safetensors."
             )
-    path = base_file(spec, "config.json")
-    config = {} if path is None else _read(path)
-    if config.get("model_file") and not spec.trust_remote_code:
+    if config_of(spec).get("model_file") and not spec.trust_remote_code:
         raise SpecError(
             f"the {role} {spec.base!r} brings its own code (model_file in its config.json), which is not run unless"
             " the spec says trust_remote_code=True. Read that code first."
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config: Any = json.loads(read_bounded(path, CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the model again.") from error
-    if not isinstance(config, dict):
-        raise SpecError(f"{str(path)!r} is not a JSON object. Save the model again.")
-    return config

@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.mlx.model.engine import Engine
-from pytest_sway.backends.questions import Settings, listed, seeds
 from pytest_sway.backends.text import tokens
 from pytest_sway.backends.text.requests import encoded_pairs, encoded_prompts, encoded_texts, rolling, warn_of_cuts
-from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import RollingLogprob, TokenDist
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
+    from pytest_sway.backends.questions import Settings
     from pytest_sway.protocols import Prompt
 
     Run = Callable[..., Any]
@@ -26,18 +25,18 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
+def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
     """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
-    encoded, max_length = run(encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
+    encoded, max_length = run(encoded_pairs, pairs)
     windows = [tokens.cut_left(window, max_length) for window in encoded]
     warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
     found = {window: run(Engine.logprobs, window) for window in dict.fromkeys(windows)}
     return [float(found[window].sum()) for window in windows]
 
 
-def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[RollingLogprob]:
+def rolling_logprobs(run: Run, texts: Sequence[str], prefix: bool) -> list[RollingLogprob]:
     """Log-probability of each token of each text given those before it, in the texts' order."""
-    encoded, max_length = run(encoded_texts, listed(texts, "texts"), prefix)
+    encoded, max_length = run(encoded_texts, texts, prefix)
     answers = []
     for ids in encoded:
         windows = list(tokens.rolling_windows(ids, max_length))
@@ -45,22 +44,16 @@ def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[Ro
     return answers
 
 
-def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[TokenDist]:
+def next_token_dists(run: Run, prompts: Sequence[Prompt], top_k: int) -> list[TokenDist]:
     """Distribution of the token after each prompt, cut to the ``top_k`` most probable, in the prompts' order."""
-    if top_k < 1:
-        raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    encoded, max_length = run(encoded_prompts, prompts)
     warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
     return [run(Engine.dist, ids[-max_length:], top_k) for ids in encoded]
 
 
-def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed: int | Sequence[int]) -> list[str]:
-    """Continue each prompt; see `MLXView.generate_many`."""
-    settings.check()
-    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+def generate_many(run: Run, prompts: Sequence[Prompt], settings: Settings, seeds: Sequence[int]) -> list[str]:
+    """Continue each prompt from its seed, in the prompts' order."""
+    encoded, max_length = run(encoded_prompts, prompts)
     room = settings.room(max_length)
     warn_of_cuts(sum(len(ids) > room for ids in encoded), room)
-    return [
-        run(Engine.continued, ids[-room:], settings, one)
-        for ids, one in zip(encoded, seeds(seed, len(encoded)), strict=True)
-    ]
+    return [run(Engine.continued, ids[-room:], settings, seed) for ids, seed in zip(encoded, seeds, strict=True)]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pytest_sway.backends.questions import checked_pair, checked_text
 from pytest_sway.backends.text import tokens as tokenisation
 from pytest_sway.backends.text.chat import prompt_text
 from pytest_sway.backends.text.tokens import Ids, Window
@@ -49,7 +48,7 @@ def warn_of_cuts(count: int, max_length: int) -> None:
             f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
             " were dropped from their beginning, as lm-evaluation-harness does.",
             SwayWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -66,8 +65,7 @@ def encoded_prompts(engine: Encodes, prompts: Sequence[Prompt]) -> tuple[list[Id
 def encoded_pairs(engine: Encodes, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
     """Return pairs as windows, and how many tokens of each the model reads at once."""
     windows = []
-    for pair in pairs:
-        prompt, completion = checked_pair(pair)
+    for prompt, completion in pairs:
         text, rendered = prompt_text(engine.tokenizer, prompt)
         windows.append(tokenisation.encode_pair(engine.tokenizer, text, completion, rendered=rendered))
         engine.require_known(windows[-1].context + windows[-1].scored)
@@ -78,7 +76,7 @@ def encoded_texts(engine: Encodes, texts: Sequence[str], prefix: bool) -> tuple[
     """Return the token ids of texts, and how many of them the model reads at once."""
     encoded = []
     for text in texts:
-        encoded.append(tokenisation.encode_text(engine.tokenizer, checked_text(text), prefix=prefix))
+        encoded.append(tokenisation.encode_text(engine.tokenizer, text, prefix=prefix))
         engine.require_known(encoded[-1])
     return encoded, engine.max_length
 

@@ -50,7 +50,7 @@ class FaultyBuild(InformedFakeBuild):
             self.faults[fault] += strikes
         return strikes
 
-    def __call__(self, asked: Any, **options: Any) -> Any:
+    def __call__(self, asked: Any, *, adapter_path: Any = None) -> Any:
         with self.lock:
             self.loading[asked] += 1
             if self.loading[asked] > 1:
@@ -60,7 +60,7 @@ class FaultyBuild(InformedFakeBuild):
                 raise RuntimeError("a fault")
             if self.strikes("load exits", 0.02):
                 raise Exit
-            return super().__call__(asked, **options)
+            return super().__call__(asked, adapter_path=adapter_path)
         finally:
             with self.lock:
                 self.loading[asked] -= 1

@@ -45,13 +45,13 @@ class BoardBuild(InformedFakeBuild):
         self.loading: Counter[str] = Counter()
         self.broken_rules: list[str] = []
 
-    def __call__(self, asked: Any, **options: Any) -> Any:
+    def __call__(self, asked: Any, *, adapter_path: Any = None) -> Any:
         with self.lock:
             self.loading[asked] += 1
             if self.loading[asked] > 1:
                 self.broken_rules.append(f"two loads of {asked} at once")
         try:
-            return super().__call__(asked, **options)
+            return super().__call__(asked, adapter_path=adapter_path)
         finally:
             with self.lock:
                 self.loading[asked] -= 1

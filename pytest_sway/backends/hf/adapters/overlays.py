@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.model.bound_model import Side
@@ -56,20 +55,13 @@ def scaled(side: Side, adapter: Adapter, lam: float) -> Side:
     return side.changed(scale)
 
 
-def null(side: Side, adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Side:
+def null(side: Side, adapter: Adapter, seed: int, scale: float) -> Side:
     """Return the side with noise in place of an adapter's LoRA matrices: dlm-sway's, number by number.
 
-    Each is drawn from ``N(0, init_scale**2 * rank_scale)``. A product of rank r has a variance in proportion to r, so
-    scaling both factors' deviation by ``sqrt(rank_scale)`` stands for an adapter of rank ``r * rank_scale``. The
-    matrices of embeddings, which dlm-sway leaves as they are, come after all others.
-
-    Raises:
-        ValueError: ``rank_scale`` is not positive and finite.
+    Each is drawn from ``N(0, scale**2)``. The matrices of embeddings, which dlm-sway leaves as they are, come after all
+    others.
     """
-    if rank_scale <= 0.0 or not math.isfinite(rank_scale):
-        raise ValueError(f"rank_scale must be positive and finite; got {rank_scale!r}")
     _require_lora(adapter, "as_null_adapter")
-    scale = init_scale * math.sqrt(rank_scale)
 
     def replace(tree: Any) -> None:
         import torch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_sway.backends.hf.hygiene.finite import not_finite
+from pytest_sway.backends.local.verification import diverged, require_other_weights
 from pytest_sway.backends.text.vocabulary import require_same_tokens
 from pytest_sway.errors import AdapterMismatchError
-from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.base import LoadedBase
@@ -25,28 +25,15 @@ def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
         AdapterMismatchError: Tokens of the base are others in the fine-tuned model, which is equal to its base, or not
             finite.
     """
-    require_same_tokens(base.spec, base.tokenizer, tuned.spec, tuned.tokenizer)
-    if _equal(base, tuned):
-        raise AdapterMismatchError(
-            f"the fine-tuned model {tuned.spec.base!r} is equal to its base {base.spec.base!r}, bit by bit, so a test"
-            " of it would test nothing. Was it saved before it was trained?"
-        )
-    _require_finite(tuned)
-
-
-def _equal(base: LoadedBase, tuned: LoadedBase) -> bool:
     import torch
 
-    ours, theirs = base.tensors(), tuned.tensors()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    require_same_tokens(base.spec, base.tokenizer, tuned.spec, tuned.tokenizer)
+    require_other_weights(base.spec, base.tensors(), tuned.spec, tuned.tensors(), torch.equal)
+    _require_finite(tuned)
 
 
 def _require_finite(tuned: LoadedBase) -> None:
     tensors = tuned.tensors()
     broken = not_finite(tensors)
     if broken:
-        raise AdapterMismatchError(
-            f"the fine-tuned model {tuned.spec.base!r} has NaN or infinite values in {len(broken)} of its"
-            f" {len(tensors)} tensors ({some(broken)})."
-            " Its training diverged, or the file is damaged."
-        )
+        raise AdapterMismatchError(diverged(f"the fine-tuned model {tuned.spec.base!r}", broken, len(tensors)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.peft_adapter import NAME, is_adapters, public_name
 from pytest_sway.backends.hf.hygiene.finite import largest
+from pytest_sway.backends.local.verification import diverged, unplaced
 from pytest_sway.errors import AdapterMismatchError
 from pytest_sway.system.wording import some
 
@@ -56,13 +57,8 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
             f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the folder that this"
             f" makes in it, {name!r}."
         )
-    found = []
-    if unexpected:
-        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")
-    if missing:
-        found.append(f"{len(missing)} places in the base have no tensor in it ({some(missing)})")
     raise AdapterMismatchError(
-        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {' and '.join(found)}."
+        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {unplaced(unexpected, missing)}."
         " Name the base that it was trained on; if it is that, its adapter_config.json is not that of its weights."
     )
 
@@ -78,11 +74,8 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     folder = str(adapter.files.folder)
     broken = [name for name, value in magnitudes.items() if not math.isfinite(value)]
     if broken:
-        raise AdapterMismatchError(
-            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(magnitudes)} tensors"
-            f" ({some(map(public_name, broken))})."
-            " Its training diverged, or the file is damaged."
-        )
+        names = [public_name(name) for name in broken]
+        raise AdapterMismatchError(diverged(f"the adapter {folder!r}", names, len(magnitudes)))
     if adapter.files.peft_type != "LORA":
         return
     own = {name: magnitudes[name] for name in parameters}

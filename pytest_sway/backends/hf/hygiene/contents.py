@@ -20,11 +20,13 @@ class ContentsRecord:
 
     Args:
         tensors: The tensors by name.
+        whose: What stands before each name in a report.
     """
 
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Mapping[str, Any], whose: str = "") -> None:
         import torch
 
+        self._whose = whose
         named = (part for name, tensor in tensors.items() for part in parts_of(tensor, name))
         parts = {name: _plain(part) for name, part in named if part.layout is torch.strided and part.numel()}
         self._tensors = parts
@@ -45,7 +47,7 @@ class ContentsRecord:
             return []
         changed = [name for name, tensor in self._tensors.items() if _checksum(tensor) != self._sums[name]]
         self._versions = versions if not changed else self._versions
-        return [f"{name}: contents changed" for name in changed]
+        return [f"{self._whose}{name}: contents changed" for name in changed]
 
     def _current_versions(self) -> list[int]:
         return [tensor._version for tensor in self._tensors.values()]

@@ -1,4 +1,4 @@
-"""Whether weights are gone after a close, and if not, how much memory is still held."""
+"""How much memory weights take, and whether they are gone after a close."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pytest_sway.backends.local.leaks import Leak
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
@@ -44,6 +43,15 @@ class WeightsWatch:
         return sum(dict(self.alive().values()).values())
 
 
+def measured(tensors: Iterable[Any]) -> int:
+    """Return the bytes of some tensors; what is in the same place counts once."""
+    places: dict[tuple[Any, int], int] = {}
+    for tensor in (part for whole in tensors for _, part in parts_of(whole)):
+        place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
+        places[place] = max(places.get(place, 0), tensor.nbytes)
+    return sum(places.values())
+
+
 def find_leak(watches: Iterable[WeightsWatch]) -> Leak | None:
     """Return what of the watched weights is still in memory after a garbage collection; ``None`` if nothing is."""
     watches = list(watches)
@@ -53,12 +61,3 @@ def find_leak(watches: Iterable[WeightsWatch]) -> Leak | None:
     alive = {storage: memory for watch in watches for storage, memory in watch.alive().items()}
     nbytes = sum(dict(alive.values()).values())  # trees have storages of their own on the same memory
     return Leak(nbytes, tuple(holders_of(alive))) if alive else None
-
-
-def measured(tensors: Iterable[Any]) -> int:
-    """Return the bytes of some tensors; what is in the same place counts once."""
-    places: dict[tuple[Any, int], int] = {}
-    for tensor in (part for whole in tensors for _, part in parts_of(whole)):
-        place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
-        places[place] = max(places.get(place, 0), tensor.nbytes)
-    return sum(places.values())

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.hygiene.weights_watch import measured
+
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
-    from pytest_sway.backends.hf.model.pristine import Pristine
+    from pytest_sway.backends.hf.model.pristine import Pristine, Watches
     from pytest_sway.backends.hf.model.skeletons import OnSkeleton
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -28,3 +30,13 @@ class Adapter:
     pristine: Pristine | OnSkeleton
     own: dict[str, Any]
     scaling: float
+
+    @property
+    def nbytes(self) -> int:
+        """What its own tensors take."""
+        return measured(self.own.values())
+
+    @property
+    def watches(self) -> Watches:
+        """Watches over its memory, wherever that is used."""
+        return self.pristine.watches

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.peft_adapter import NAME, is_adapters
 from pytest_sway.backends.hf.sharing.trees import modules_of
+
+if TYPE_CHECKING:
+    pass
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 

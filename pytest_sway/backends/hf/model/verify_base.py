@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from pytest_sway.backends.hf.hygiene.finite import has_nan, not_finite
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.libraries.process import no_warnings
+from pytest_sway.backends.local.verification import diverged
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.base import LoadedBase
@@ -50,10 +50,7 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
         tensors = base.tensors()
         broken = not_finite(tensors)
         if broken:
-            raise WeightsError(
-                f"the {role} {base.spec.base!r} has NaN or infinite values in {len(broken)} of its {len(tensors)}"
-                f" tensors ({some(broken)}). Its training diverged, or the file is damaged."
-            )
+            raise WeightsError(diverged(f"the {role} {base.spec.base!r}", broken, len(tensors)))
     elif not agree(logits[0, :_SAME], logits[1, :_SAME]):
         raise SpecError(
             f"the {role} {base.spec.base!r} is no causal language model: in its {type(model).__name__}, later tokens"

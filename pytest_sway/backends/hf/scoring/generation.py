@@ -12,13 +12,13 @@ from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.hf.scoring.engine import Engine, no_number
 from pytest_sway.backends.hf.scoring.memory_retry import in_parts
 from pytest_sway.backends.hf.scoring.scores import next_logits
-from pytest_sway.backends.questions import Settings, listed, seeds
 from pytest_sway.backends.text.requests import encoded_prompts, warn_of_cuts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_sway.backends.hf.scoring.scores import Run
+    from pytest_sway.backends.questions import Settings
     from pytest_sway.protocols import Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -46,15 +46,14 @@ class Request(NamedTuple):
     seed: int | None
 
 
-def generate_many(run: Run, prompts: Iterable[Prompt], settings: Settings, seed: int | Sequence[int]) -> list[str]:
-    """Continue each prompt; see `HFView.generate_many`."""
-    settings.check()
-    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+def generate_many(run: Run, prompts: Sequence[Prompt], settings: Settings, seeds: Sequence[int]) -> list[str]:
+    """Continue each prompt from its seed, in the prompts' order."""
+    encoded, max_length = run(encoded_prompts, prompts)
     room = settings.room(max_length)
     warn_of_cuts(sum(len(ids) > room for ids in encoded), room)
     requests = [
-        Request(ids[-room:], one if settings.temperature > 0.0 else None)
-        for ids, one in zip(encoded, seeds(seed, len(encoded)), strict=True)
+        Request(ids[-room:], seed if settings.temperature > 0.0 else None)
+        for ids, seed in zip(encoded, seeds, strict=True)
     ]
     stops: Stops = run(_stops)
     found: dict[Request, tuple[int, ...]] = {}

@@ -17,11 +17,9 @@ from pytest_sway.backends.hf.scoring.answer_cache import recalling
 from pytest_sway.backends.hf.scoring.engine import Engine, no_number
 from pytest_sway.backends.hf.scoring.memory_retry import in_parts
 from pytest_sway.backends.hf.scoring.packing import MaskedError
-from pytest_sway.backends.questions import listed
 from pytest_sway.backends.text import tokens as tokenisation
 from pytest_sway.backends.text.requests import encoded_pairs, encoded_prompts, encoded_texts, rolling, warn_of_cuts
 from pytest_sway.backends.text.tokens import Ids, Window
-from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import RollingLogprob, TokenDist, log_of_tail
 
 if TYPE_CHECKING:
@@ -40,28 +38,26 @@ _SLICE_BYTES: Final = 2**20
 """Logits that are normalised at once on a CPU: what stays in a core's cache."""
 
 
-def logprobs_of(run: Run, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
+def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
     """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
-    encoded, max_length = run(encoded_pairs, listed(pairs, "pairs of a prompt and a completion"))
+    encoded, max_length = run(encoded_pairs, pairs)
     windows = [tokenisation.cut_left(window, max_length) for window in encoded]
     warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
     found = _scored(run, windows)
     return [float(found[window].sum()) for window in windows]
 
 
-def rolling_logprobs(run: Run, texts: Iterable[str], *, prefix: bool) -> list[RollingLogprob]:
+def rolling_logprobs(run: Run, texts: Sequence[str], prefix: bool) -> list[RollingLogprob]:
     """Log-probability of each token of each text given those before it, in the texts' order."""
-    encoded, max_length = run(encoded_texts, listed(texts, "texts"), prefix)
+    encoded, max_length = run(encoded_texts, texts, prefix)
     rolled = [(ids, list(tokenisation.rolling_windows(ids, max_length))) for ids in encoded]
     found = _scored(run, [window for _, windows in rolled for window in windows])
     return [rolling(ids, [found[window] for window in windows]) for ids, windows in rolled]
 
 
-def next_token_dists(run: Run, prompts: Iterable[Prompt], top_k: int) -> list[TokenDist]:
+def next_token_dists(run: Run, prompts: Sequence[Prompt], top_k: int) -> list[TokenDist]:
     """Distribution of the token after each prompt, cut to the ``top_k`` most probable, in the prompts' order."""
-    if top_k < 1:
-        raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-    encoded, max_length = run(encoded_prompts, listed(prompts, "prompts"))
+    encoded, max_length = run(encoded_prompts, prompts)
     read: list[Ids] = [ids[-max_length:] for ids in encoded]
     warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
     found = _answered(run, _planned_prompts, _dists, list(dict.fromkeys(read)), top_k)

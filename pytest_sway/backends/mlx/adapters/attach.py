@@ -49,6 +49,15 @@ class Adapter:
     shared: SharedArrays
     classes: ClassesRecord
 
+    @property
+    def nbytes(self) -> int:
+        """What its own arrays take."""
+        return self.shared.nbytes
+
+    def changes(self) -> list[str]:
+        """One line for each thing that its users share and that is no longer as it was."""
+        return [*self.classes.changes(), *self.shared.changes()]
+
 
 def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
     """Load an adapter for a base, and verify it; the base is left as it is.

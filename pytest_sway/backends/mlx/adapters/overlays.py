@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.mlx.model.trees import modules_of, put_arrays, tree_of
@@ -24,20 +23,13 @@ def scaled(adapter: Adapter, lam: float) -> Any:
     return model
 
 
-def null(adapter: Adapter, seed: int, init_scale: float, rank_scale: float) -> Any:
-    """Return a tree with noise in place of the adapter's LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
-
-    Raises:
-        ValueError: ``rank_scale`` is not positive and finite.
-    """
-    if rank_scale <= 0.0 or not math.isfinite(rank_scale):
-        raise ValueError(f"rank_scale must be positive and finite; got {rank_scale!r}")
+def null(adapter: Adapter, seed: int, scale: float) -> Any:
+    """Return a tree with noise in place of the adapter's LoRA matrices, each from ``N(0, scale**2)``."""
     _require_lora(adapter, "as_null_adapter")
     import mlx.core as mx
 
     matrices = {name: array for name, array in sorted(adapter.arrays.items()) if not name.endswith(".m")}
     keys = mx.random.split(mx.random.key(seed % 2**64), len(matrices))
-    scale = init_scale * math.sqrt(rank_scale)
     noise = {
         name: mx.random.normal(array.shape, scale=scale, key=key).astype(array.dtype)
         for key, (name, array) in zip(keys, matrices.items(), strict=True)

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from pytest_sway.backends.local.verification import diverged, unplaced
 from pytest_sway.backends.mlx.model.bound_model import Side
 from pytest_sway.backends.mlx.model.placement import computing_on
 from pytest_sway.backends.mlx.model.trees import arrays_of, not_finite, parameters_of
 from pytest_sway.backends.text.tokens import Window
 from pytest_sway.errors import AdapterMismatchError, WeightsError
+from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
     from pytest_sway.backends.mlx.adapters.files import AdapterFiles
     from pytest_sway.backends.mlx.model.base import LoadedBase
@@ -40,13 +42,8 @@ def verify_names(
     Raises:
         AdapterMismatchError: Some did not match.
     """
-    found = []
-    if unexpected:
-        found.append(f"{len(unexpected)} of its tensors have no place in the base ({_some(unexpected)})")
-    if missing:
-        found.append(f"{len(missing)} places in the base have no tensor in it ({_some(missing)})")
-    if found:
-        raise _mismatch(base, files, " and ".join(found))
+    if unexpected or missing:
+        raise _mismatch(base, files, unplaced(unexpected, missing))
 
 
 def verify_shapes(base: ModelSpec, files: AdapterFiles, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -61,7 +58,7 @@ def verify_shapes(base: ModelSpec, files: AdapterFiles, found: Mapping[str, Any]
         if array.shape != wanted[name].shape
     ]
     if wrong:
-        raise _mismatch(base, files, f"{len(wrong)} of its tensors have other sizes ({_some(wrong)})")
+        raise _mismatch(base, files, f"{len(wrong)} of its tensors have other sizes ({some(wrong)})")
 
 
 def verify_base(base: LoadedBase) -> None:
@@ -73,10 +70,7 @@ def verify_base(base: LoadedBase) -> None:
     weights = parameters_of(base.model)
     broken = not_finite(weights)
     if broken:
-        raise WeightsError(
-            f"the model {base.spec.base!r} has NaN or infinite values in {len(broken)} of its {len(weights)} tensors"
-            f" ({_some(broken)}). Its training diverged, or the file is damaged."
-        )
+        raise WeightsError(diverged(f"the model {base.spec.base!r}", broken, len(weights)))
     if not _computes_finite(Side(base, base.model, base.tokenizer)):
         raise WeightsError(
             f"the model {base.spec.base!r} computes NaN or infinite log-probabilities in {base.spec.dtype}: its weights"
@@ -113,10 +107,7 @@ def verify_values(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, An
     folder = str(files.folder)
     broken = not_finite(arrays)
     if broken:
-        raise AdapterMismatchError(
-            f"the adapter {folder!r} has NaN or infinite values in {len(broken)} of its {len(arrays)} tensors"
-            f" ({_some(broken)}). Its training diverged, or the file is damaged."
-        )
+        raise AdapterMismatchError(diverged(f"the adapter {folder!r}", broken, len(arrays)))
     if all(map(_changes_nothing, layers.values())) if layers else _equal_in_base(base, arrays):
         why = (
             "its tensors are the base's own"
@@ -171,8 +162,3 @@ def _mismatch(base: ModelSpec, files: AdapterFiles, what: str) -> AdapterMismatc
 
 def _shape(array: Any) -> str:
     return " x ".join(map(str, array.shape))
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

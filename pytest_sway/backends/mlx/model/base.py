@@ -58,6 +58,11 @@ class LoadedBase:
         """Whether its last user has left."""
         return self.model is None
 
+    @property
+    def nbytes(self) -> int:
+        """What its arrays take."""
+        return self.shared.nbytes
+
     def changes(self) -> list[str]:
         """One line for each thing that all trees of the base share and that is no longer as it was."""
         return [*self._rust.changes(), *self._classes.changes(), *self.shared.changes()]

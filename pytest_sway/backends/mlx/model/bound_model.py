@@ -34,6 +34,9 @@ class Side:
         """Return what computes its answers."""
         return Engine(self._running, encoder_of(self.tokenizer), self.base.config, self.base.embedded)
 
+    def close(self) -> None:
+        """Let go of nothing: what it refers to goes with it, since it keeps no tree for another call."""
+
     @cached_property
     def _running(self) -> Any:
         """The tree that computes: the modules of some models keep things when they run."""

@@ -56,7 +56,8 @@ class Family:
     @property
     def pristine(self) -> Pristine:
         assert self.backend._loaded is not None
-        return self.backend._loaded.shares[0].value.pristine
+        pristine: Pristine = self.backend._loaded.shares[0].value.pristine
+        return pristine
 
 
 @pytest.fixture(scope="module")

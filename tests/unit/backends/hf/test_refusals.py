@@ -432,7 +432,7 @@ def test_memory_that_ran_out_is_known_from_other_errors(base: Path, error: Excep
     import torch
 
     builder = Builder()
-    builder(ModelSpec(base=str(base), device="cpu", dtype="fp32")).close()  # type: ignore[attr-defined]
+    builder(ModelSpec(base=str(base), device="cpu", dtype="fp32")).close()
     assert builder.exhausted(error) is ran_out
     assert builder.exhausted(torch.OutOfMemoryError("full"))
 

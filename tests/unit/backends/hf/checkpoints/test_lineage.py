@@ -153,7 +153,7 @@ def test_a_load_warns_once_and_a_check_not_at_all(base: Path, elsewhere: Path) -
     with pytest.warns(
         SwayWarning, match=r"elsewhere' was trained on .*copy' .* their weights have other values"
     ) as told:
-        builder(spec_of(base, elsewhere)).close()  # type: ignore[attr-defined]
+        builder(spec_of(base, elsewhere)).close()
     assert len(told) == 1
 
 

@@ -1,0 +1,354 @@
+"""`PooledBackend`: a base in this process that others share, and an adapter on it, whatever computes them."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from pytest_sway.backends.contract import preflight
+from pytest_sway.backends.text import chat
+from pytest_sway.backends.view import BaseView, closed_error, null_id
+from pytest_sway.errors import BackendUseError, NoAdapterError
+from pytest_sway.spec.identity import base_key, resolved_key
+from pytest_sway.system.frames import forget_frames
+from pytest_sway.system.wording import summarised
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+
+    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.local.pooled_builder import Recorded
+    from pytest_sway.backends.local.tokenizer_copies import RustRecord
+    from pytest_sway.protocols import Message
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+class Closable(Protocol):
+    """A side, as far as its backend knows it."""
+
+    def close(self) -> None:
+        """Let go of the models that it computes with."""
+        ...
+
+
+S = TypeVar("S", bound=Closable)
+V = TypeVar("V", bound="PooledView")
+
+
+class PooledView(BaseView["PooledBackend[Any, Any]"]):
+    """A view that also gives a test a model and a tokenizer of its own."""
+
+    @property
+    def model(self) -> Any:
+        """A model of the test's own, with exactly this view's adapter or none.
+
+        It is made when it is first asked for, and is the same for as long as the view is open. It shares the memory of
+        the base and copies what is written to. So a test may do anything to it: hooks, training, merging, gradients.
+        Nothing of that reaches a view's answers, another view's model or another test.
+        """
+        return self._open()._model(self)
+
+    @property
+    def tokenizer(self) -> Any:
+        """A tokenizer of the test's own, made when it is first asked for.
+
+        Its settings are its own. Its vocabulary, normalizer, pre-tokenizer and post-processor are shared, and a test
+        that changes those, as by adding tokens, gets a `MutationError`.
+        """
+        return self._open()._tokenizer(self)
+
+    def _rendered(self, messages: Iterable[Message]) -> str:
+        return str(self._run(_render, messages))
+
+
+def _render(engine: Any, messages: Iterable[Message]) -> str:
+    return chat.render(engine.tokenizer, messages)
+
+
+@dataclass(slots=True, eq=False)
+class Handed(Generic[S]):
+    """What an open view has handed to its test.
+
+    Attributes:
+        side: The view's side.
+        own: Whether the side is this view's alone.
+        model: The test's own model; ``None`` until it is asked for.
+        tokenizer: The test's own tokenizer; ``None`` until it is asked for.
+    """
+
+    side: S
+    own: bool
+    model: Any = None
+    tokenizer: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class Loaded(Generic[S]):
+    """All that a backend has in memory; what is left of a closed backend does not refer to it.
+
+    Attributes:
+        shares: The claims on the bases that it uses: the base, and after it a whole fine-tuned model.
+        base: The base's side.
+        tuned: The tuned side, if there is one.
+        adapter: The adapter, if there is one.
+        contents: What says whether the adapter's memory holds what it held, as far as a test can write to it.
+        rust: The record of a tokenizer that the adapter brings.
+        views: What the open views have handed out.
+    """
+
+    shares: list[Share[Any]]
+    base: S
+    tuned: S | None = None
+    adapter: Any = None
+    contents: Recorded | None = None
+    rust: RustRecord | None = None
+    views: dict[PooledView, Handed[S]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class PooledBackend(ABC, Generic[S, V]):
+    """A model with an adapter, or beside what it was fine-tuned to.
+
+    Any number of views may be open at once, in any number of threads: each computes on models of its own.
+
+    Args:
+        spec: The resolved spec that it was built from.
+        loaded: What was loaded for it.
+        withdraw: Called with a base that is no longer what it was, so that nobody else gets it.
+    """
+
+    safe_for_concurrent_views = True
+    _shares_tokenizers = False
+    """Whether the adapters on a base share the equal tokenizers that they bring."""
+
+    def __init__(self, spec: ModelSpec, loaded: Loaded[S], withdraw: Callable[[Any], None]) -> None:
+        self._spec = spec
+        self._loaded: Loaded[S] | None = loaded
+        self._withdraw = withdraw
+        self._watches: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._spec}{'' if self._loaded else ', closed'}>"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The spec that it was built from, with the device and dtype that were used."""
+        return self._spec
+
+    # --- views --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def as_base(self) -> Iterator[V]:
+        """Open a view on the base."""
+        with self._view("base", self._require().base) as view:
+            yield view
+
+    @contextmanager
+    def as_finetuned(self) -> Iterator[V]:
+        """Open a view on the base with its adapter, or on the fine-tuned model.
+
+        Raises:
+            NoAdapterError: The spec has neither.
+        """
+        with self._view("ft", self._tuned("as_finetuned")) as view:
+            yield view
+
+    @contextmanager
+    def as_scaled_adapter(self, lam: float) -> Iterator[V]:
+        """Open a view in which the LoRA terms count ``lam`` times: 0 is the base, 1 the adapter.
+
+        What an adapter has besides, such as DoRA's magnitudes or ``modules_to_save``, stays as it is.
+
+        Raises:
+            NoAdapterError: The spec has no adapter.
+            BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
+        """
+        asked, view_id = "as_scaled_adapter", f"scaled_{lam:.2f}"
+        with self._view(view_id, self._scaled(self._tuned(asked), self._adapter(asked), lam), own=True) as view:
+            yield view
+
+    @contextmanager
+    def as_null_adapter(self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0) -> Iterator[V]:
+        """Open a view with noise in place of the LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
+
+        A product of rank r has a variance in proportion to r, so this stands for an adapter of rank ``r * rank_scale``.
+
+        Args:
+            seed: Where the noise starts; for kind ``hf``, equal seeds give dlm-sway's noise.
+            init_scale: Standard deviation.
+            rank_scale: The rank that the noise stands for, as a multiple of the adapter's.
+
+        Raises:
+            ValueError: ``rank_scale`` is not positive and finite.
+            NoAdapterError: The spec has no adapter.
+            BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
+        """
+        asked, view_id, scale = "as_null_adapter", null_id(seed, rank_scale), init_scale * math.sqrt(rank_scale)
+        with self._view(view_id, self._null(self._tuned(asked), self._adapter(asked), seed, scale), own=True) as view:
+            yield view
+
+    # --- for the cache, the hygiene and dlm-sway ----------------------------------------------------------------------
+
+    def cache_identity(self) -> str:
+        """Return what is equal for equal bases and adapters, or fine-tuned models; for ``hf`` what dlm-sway returns."""
+        return f"{self._spec.kind}:{self._spec.base}:{self._spec.finetuned or self._spec.adapter}"
+
+    def preflight_finite_check(self) -> tuple[bool, str]:
+        """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
+        tuned = {} if self._require().tuned is None else {"ft": self.as_finetuned}
+        return preflight({"base": self.as_base} | tuned)
+
+    def sizes(self) -> Mapping[Hashable, int]:
+        """Return the bytes that each part takes in memory, keyed as in the builder's ``estimate``."""
+        loaded = self._require()
+        sizes: dict[Hashable, int] = {base_key(share.value.spec): share.value.nbytes for share in loaded.shares}
+        if loaded.adapter is not None:
+            sizes["adapter", *resolved_key(self._spec)] = loaded.adapter.nbytes
+        return sizes
+
+    def changes(self) -> list[str]:
+        """Return one line for each thing that is no longer as it was after the load; empty when nothing is.
+
+        A test's own models and tokenizers do not count; what they share with others does. A base of which that was
+        changed is handed out to nobody else. What was patched for the whole process is put back.
+
+        Raises:
+            BackendClosedError: It was closed.
+        """
+        loaded = self._require()
+        brought = [] if loaded.rust is None else loaded.rust.changes()
+        lines = brought + ([] if loaded.contents is None else loaded.contents.changes())
+        for i, share in enumerate(loaded.shares):
+            found = share.value.changes()
+            if found or (brought and self._shares_tokenizers):
+                self._withdraw(share.value)
+            whose = "fine-tuned model: " if i else ""
+            lines += [whose + line for line in (*found, *self._put_back(share.value)) if line not in lines]
+        return summarised(lines)
+
+    def close(self) -> None:
+        """Let go of the adapter and give the base back; the last to use it frees it. Closing twice is harmless."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        shares = loaded.shares
+        self._let_go(loaded)
+        del loaded  # its sides refer to the model, which has to be gone when its base is closed
+        bases = [share.value for share in shares]
+        while shares:
+            shares.pop().release()
+        self._watches += [watch for base in bases if base.closed for watch in self._watches_of(base)]
+
+    def _let_go(self, loaded: Loaded[S]) -> None:
+        for handed in list(loaded.views.values()):
+            if handed.own:
+                handed.side.close()
+        if loaded.adapter is not None:
+            if loaded.tuned is not None:
+                loaded.tuned.close()
+            self._watches = self._watches_of(loaded.adapter)
+
+    # --- for views ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _view(self, view_id: str, side: S, *, own: bool = False) -> Iterator[V]:
+        with self._new_view(view_id) as view:
+            self._require().views[view] = Handed(side, own)
+            del side
+            yield view
+
+    def _run(self, view: PooledView, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        handled = sys.exception()
+        try:
+            return self._computed(self._handed(view).side, work, args)
+        except BaseException as error:
+            forget_frames(error, handled)  # the frames of a failed forward pass hold on to weights
+            raise
+
+    def _model(self, view: PooledView) -> Any:
+        handed = self._handed(view)
+        with self._require().lock:
+            if handed.model is None:
+                handed.model = self._new_model(handed.side)
+            return handed.model
+
+    def _tokenizer(self, view: PooledView) -> Any:
+        handed = self._handed(view)
+        with self._require().lock:
+            if handed.tokenizer is None:
+                handed.tokenizer = self._new_tokenizer(handed.side)
+            return handed.tokenizer
+
+    def _handed(self, view: PooledView) -> Handed[S]:
+        handed = self._require().views.get(view)
+        if handed is None:  # it was closed between the call and here
+            raise view._closed_error()
+        return handed
+
+    def _view_closed(self, view: PooledView) -> None:
+        handed = None if self._loaded is None else self._loaded.views.pop(view, None)
+        if handed is not None and handed.own:
+            handed.side.close()
+
+    def _require(self) -> Loaded[S]:
+        if self._loaded is None:
+            raise closed_error(f"the backend of {self._spec}")
+        return self._loaded
+
+    def _tuned(self, what: str) -> S:
+        side = self._require().tuned
+        if side is None:
+            raise NoAdapterError(
+                f"{what}() was asked of {self._spec}, whose spec has no adapter. Add 'adapter': <folder> to the spec,"
+                " or use as_base()."
+            )
+        return side
+
+    def _adapter(self, what: str) -> Any:
+        adapter = self._require().adapter
+        if adapter is None:
+            raise BackendUseError(
+                f"{what} needs a LoRA adapter that only adds to its base; {self._spec.finetuned!r} is a whole model,"
+                " with no adapter to scale or to replace. Use as_finetuned()."
+            )
+        return adapter
+
+    # --- what a kind does its own way ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _new_view(self, view_id: str) -> V: ...
+
+    @abstractmethod
+    def _computed(self, side: S, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Return ``work(engine, *args)`` with the engine of a side."""
+
+    @abstractmethod
+    def _new_model(self, side: S) -> Any:
+        """Return a model that a test may do anything to."""
+
+    @abstractmethod
+    def _new_tokenizer(self, side: S) -> Any:
+        """Return a tokenizer whose settings are a test's own."""
+
+    @abstractmethod
+    def _scaled(self, side: S, adapter: Any, lam: float) -> S:
+        """Return the side in which an adapter's LoRA terms count ``lam`` times."""
+
+    @abstractmethod
+    def _null(self, side: S, adapter: Any, seed: int, scale: float) -> S:
+        """Return the side with noise of that standard deviation in place of an adapter's LoRA matrices."""
+
+    @abstractmethod
+    def _watches_of(self, what: Any) -> list[Any]:
+        """Return what tells whether the memory of a base or an adapter is gone."""
+
+    def _put_back(self, base: Any) -> list[str]:  # noqa: ARG002 # for a kind that something can be patched of
+        """Put back what was patched for the whole process; return one line for each such thing."""
+        return []

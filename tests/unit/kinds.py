@@ -1,0 +1,177 @@
+"""What backends of all kinds promise alike, as tests for each of them: a subclass says which ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
+from pytest_sway.protocols import BatchView, DifferentialBackend, PreflightCheckable, RollingLogprob, TokenDist
+
+Ask = Callable[[Any], Any]
+
+
+class Question(NamedTuple):
+    """One question, and many of the same sort."""
+
+    items: Sequence[Any]
+    one: Callable[[Any, Any], Any]
+    many: Callable[[Any, Any], list[Any]]
+
+    def of_one(self, view: Any) -> Any:
+        return self.one(view, self.items[0])
+
+    def of_many(self, view: Any) -> Any:
+        return self.many(view, self.items)
+
+    def of_none(self, view: Any) -> Any:
+        return self.many(view, [])
+
+
+TEXTS = ("the sun is", "a cat sat", "the sun is warm", "on the mat")
+QUESTIONS = {
+    "logprob": Question(
+        [("the sun is", " warm"), ("the sun", " is cold"), ("a cat", " sat"), ("the sun is", " warm and")],
+        lambda view, pair: view.logprob_of(*pair),
+        lambda view, pairs: view.logprobs_of(pairs),
+    ),
+    "rolling": Question(TEXTS, lambda view, t: view.rolling_logprob(t), lambda view, all_: view.rolling_logprobs(all_)),
+    "dist": Question(
+        TEXTS,
+        lambda view, prompt: view.next_token_dist(prompt, top_k=3),
+        lambda view, prompts: view.next_token_dists(prompts, top_k=3),
+    ),
+    "text": Question(
+        TEXTS,
+        lambda view, prompt: view.generate(prompt, max_new_tokens=3),
+        lambda view, prompts: view.generate_many(prompts, max_new_tokens=3),
+    ),
+}
+
+WITHOUT_MEANING: list[tuple[Ask, str]] = [
+    (lambda view: view.next_token_dists("the sun"), "expected a list of prompts, and 'the sun' is none"),
+    (lambda view: view.rolling_logprobs("the sun"), "expected a list of texts, and 'the sun' is none"),
+    (lambda view: view.logprobs_of(None), "expected a list of pairs of a prompt and a completion, and None is none"),
+    (lambda view: view.generate_many("the sun", max_new_tokens=1), "expected a list of prompts"),
+    (lambda view: view.logprobs_of(("a", "b")), "a pair is a prompt and a completion, and 'a' is none"),
+    (lambda view: view.logprobs_of([("a", "b", "c")]), "a pair is a prompt and a completion, and .* is none"),
+    (lambda view: view.logprobs_of([5]), "a pair is a prompt and a completion, and 5 is none"),
+    (lambda view: view.logprob_of("a", None), "a pair is a prompt and a completion, and .* is none"),
+    (lambda view: view.logprob_of("the sun", ""), "nothing to score"),
+    (lambda view: view.rolling_logprob(None), "expected a text to score, and None is none"),
+    (lambda view: view.next_token_dist("the sun", top_k=0), "top_k must be at least 1, not 0"),
+    (lambda view: view.next_token_dists([], top_k=0), "top_k must be at least 1, not 0"),
+    (lambda view: view.generate("a", max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
+    (lambda view: view.generate("a", max_new_tokens=1, temperature=float("nan")), "temperature must be 0 or more"),
+    (lambda view: view.generate_many(["a"], max_new_tokens=1, top_p=2.0), "top_p must be over 0 and at most 1"),
+    (lambda view: view.generate_many(["a", "b"], max_new_tokens=1, seed=[1]), "there are 2 prompts and 1 seeds"),
+    (lambda view: view.render([{"role": "user"}]), "message"),
+    (lambda view: view.next_token_dist(5), "messages"),
+]
+
+CALLS: dict[str, Ask] = {
+    "render": lambda view: view.render([{"role": "user", "content": "the sun"}]),
+    **{f"{name} of one": question.of_one for name, question in QUESTIONS.items()},
+    **{f"{name} of many": question.of_many for name, question in QUESTIONS.items()},
+    **{f"{name} of none": question.of_none for name, question in QUESTIONS.items()},
+}
+
+
+class Agreement:
+    """Tests of two fixtures: ``backend``, which has two sides, and ``fresh``, another one, which a test may close."""
+
+    @pytest.fixture
+    def view(self, backend: Any) -> Iterator[Any]:
+        with backend.as_finetuned() as view:
+            yield view
+
+    def test_it_has_what_the_protocols_say(self, backend: Any, view: Any) -> None:
+        assert backend.safe_for_concurrent_views is True
+        assert isinstance(backend.cache_identity(), str)
+        assert all(isinstance(size, int) for size in backend.sizes().values())
+        assert backend.preflight_finite_check() == (True, "")
+        assert isinstance(backend, DifferentialBackend)
+        assert isinstance(backend, PreflightCheckable)
+        assert isinstance(view, BatchView)
+
+    def test_views_are_named_as_in_dlm_sway(self, backend: Any) -> None:
+        with backend.as_base() as base, backend.as_finetuned() as tuned:
+            assert (base.id, tuned.id) == ("base", "ft")
+
+    @pytest.mark.parametrize("name", QUESTIONS)
+    def test_one_question_is_many_of_one(self, view: Any, name: str) -> None:
+        question = QUESTIONS[name]
+        for item in question.items:
+            assert_equal(question.many(view, [item]), [question.one(view, item)])
+
+    @pytest.mark.parametrize("name", QUESTIONS)
+    def test_answers_come_in_the_order_of_the_questions(self, view: Any, name: str) -> None:
+        question, drawn = QUESTIONS[name], random.Random(0)
+        alone = {item: question.one(view, item) for item in question.items}
+        for count in (1, 3, 6):
+            asked = drawn.choices(question.items, k=count)  # in any order, and some more than once
+            assert_equal(question.many(view, asked), [alone[item] for item in asked])
+
+    @pytest.mark.parametrize("name", QUESTIONS)
+    def test_questions_come_from_any_iterable(self, view: Any, name: str) -> None:
+        question = QUESTIONS[name]
+        assert_equal(question.many(view, iter(question.items)), question.many(view, list(question.items)))
+        assert question.many(view, []) == []
+
+    def test_all_tokens_of_a_text_are_scored_unless_told_otherwise(self, view: Any) -> None:
+        assert_equal([view.rolling_logprob("the sun is")], [view.rolling_logprob("the sun is", prefix=True)])
+
+    def test_answers_have_the_types_and_shapes_that_are_documented(self, view: Any) -> None:
+        rolling, dist = view.rolling_logprob("the sun is"), view.next_token_dist("the sun", top_k=2)
+        assert isinstance(view.logprob_of("the sun", " is"), float)
+        assert (rolling.token_ids.dtype, rolling.logprobs.dtype) == (np.int64, np.float32)
+        assert rolling.num_tokens == rolling.token_ids.size == rolling.logprobs.size + 1
+        assert rolling.total_logprob == pytest.approx(float(rolling.logprobs.sum()), abs=1e-5)
+        assert (dist.token_ids.dtype, dist.logprobs.dtype) == (np.int64, np.float32)
+        assert dist.token_ids.shape == dist.logprobs.shape == (2,)
+        assert dist.logprobs[0] >= dist.logprobs[1]
+        assert dist.tail_logprob is None or dist.tail_logprob <= 0.0
+
+    @pytest.mark.parametrize(("ask", "sentence"), WITHOUT_MEANING)
+    def test_a_question_without_meaning_is_refused(self, view: Any, ask: Ask, sentence: str) -> None:
+        with pytest.raises(ScoringError, match=sentence):
+            ask(view)
+
+    def test_a_view_ends_with_its_block(self, backend: Any) -> None:
+        with backend.as_base() as view:
+            pass
+        view.close()
+        sentence = r"^the view 'base' was used after its `with` block\. Keep what it returned, or open another view\.$"
+        for call in CALLS.values():
+            with pytest.raises(ViewClosedError, match=sentence):
+                call(view)
+        assert repr(view).endswith("'base', closed>")
+        with backend.as_base() as view:
+            assert view.logprob_of("the sun", " is") < 0.0
+
+    def test_a_closed_backend_says_so_whatever_it_is_asked(self, fresh: Any) -> None:
+        with fresh.as_base() as view:
+            fresh.close()
+            fresh.close()
+            sentence = r"was used after it was closed, by eviction or at the end of the session\. Ask for it again"
+            asked = [partial(question.of_one, view) for question in QUESTIONS.values()]
+            for ask in (*asked, fresh.as_base().__enter__, fresh.preflight_finite_check):
+                with pytest.raises(BackendClosedError, match=sentence):
+                    ask()
+        assert repr(fresh).endswith(", closed>")
+
+
+def assert_equal(found: list[Any], expected: list[Any]) -> None:
+    """Fail unless answers are equal, but for how exactly those of many agree with those of one."""
+    assert [type(answer) for answer in found] == [type(answer) for answer in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        if isinstance(ours, RollingLogprob | TokenDist):
+            np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-4)
+        else:
+            assert ours == (theirs if isinstance(ours, str) else pytest.approx(theirs, abs=1e-3))
