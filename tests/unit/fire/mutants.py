@@ -56,7 +56,7 @@ def _in_budget(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
 
 
 def _in_pool(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
-    return Mutant(bug, "pytest_sway.backends.local.pool", changes, f"tests/unit/backends/local/{killer}")
+    return Mutant(bug, "pytest_sway.backends.local.pool", changes, f"tests/unit/{killer}")
 
 
 def _in_spec(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
@@ -224,17 +224,17 @@ MUTANTS = (
     ),
     _in_pool(
         "two load a base at once",
-        "test_pool.py::test_those_who_ask_during_a_load_wait_for_it",
+        "backends/local/test_pool.py::test_those_who_ask_during_a_load_wait_for_it",
         ("holding(slot.guard, partial(self._share, slot, user, load))", "self._share(slot, user, load)"),
     ),
     _in_pool(
         "a base that closes is handed out",
-        "test_pool.py::test_who_asks_during_a_close_waits_for_it_and_loads_anew",
+        "backends/local/test_pool.py::test_who_asks_during_a_close_waits_for_it_and_loads_anew",
         ("holding(slot.guard, partial(self._close_unused, slot))", "self._close_unused(slot)"),
     ),
     _in_pool(
         "a base is closed though somebody just asked for it",
-        "test_pool.py::test_who_asks_between_the_last_release_and_the_close_keeps_the_value",
+        "backends/local/test_pool.py::test_who_asks_between_the_last_release_and_the_close_keeps_the_value",
         ("slot.gone = slot.gone or not slot.users", "slot.gone = True"),
     ),
     _in_budget(
