@@ -51,9 +51,11 @@ __all__ = [
 __version__: str
 
 _HOMES = {
-    "cache": ("BackendCache", "CachedBackend", "Lease"),
+    "backends.registry": ("cache_key_for",),
+    "cache.backend_cache": ("BackendCache",),
+    "cache.entries": ("CachedBackend", "Lease"),
     "errors": ("SwayError", "SwayWarning"),
-    "scoring": (
+    "protocols": (
         "BatchView",
         "DifferentialBackend",
         "Message",
@@ -65,8 +67,8 @@ _HOMES = {
         "TokenDist",
         "View",
     ),
-    "session": ("SwayBackend",),
-    "spec": ("ModelSpec", "cache_key_for"),
+    "run.session": ("SwayBackend",),
+    "spec.model_spec": ("ModelSpec",),
 }
 
 

@@ -232,7 +232,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if (sway := _used(config)) is not None:
         from pytest_sway.report.summary import write_summary
 
-        write_summary(terminalreporter, sway.stats, config.stash[_settings])
+        fails = config.stash[_settings].fails_run(sway.stats.leaks)
+        write_summary(terminalreporter, sway.stats, fails=fails)
 
 
 # --- the run's state --------------------------------------------------------------------------------------------------

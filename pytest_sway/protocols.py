@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-
 Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation, such as ``{"role": "user", "content": "Hello"}``."""
 

@@ -1,4 +1,4 @@
-"""The check before a suite of probes: whether both sides answer with finite numbers."""
+"""What every backend owes: two views, a ``close()``, finite numbers. And `Build`, which makes backends."""
 
 from __future__ import annotations
 

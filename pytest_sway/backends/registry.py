@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 BUILDERS: Final = {
-    "hf": "pytest_sway.backends.hf:HFBuilder",
-    "mlx": "pytest_sway.backends.mlx:MLXBuilder",
-    "api": "pytest_sway.backends.api:ApiBuilder",
-    "dummy": "pytest_sway.backends.dummy:DummyBuilder",
+    "hf": "pytest_sway.backends.hf.builder:HFBuilder",
+    "mlx": "pytest_sway.backends.mlx.builder:MLXBuilder",
+    "api": "pytest_sway.backends.api.builder:ApiBuilder",
+    "dummy": "pytest_sway.backends.dummy.backend:DummyBuilder",
     "custom": "pytest_sway.backends.custom:CustomBuilder",
 }
 """What builds each kind: a `Build`, whose module is imported when the kind is first asked for.

@@ -1,4 +1,4 @@
-"""What the cache holds, what fits beside it, and who has to go: records and arithmetic, no locks and no loading."""
+"""What the cache holds, as records: an entry, who claims it, and what callers get. No locks, no loading."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import enum
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, final
 
 if TYPE_CHECKING:
+    from collections import deque
     from types import TracebackType
 
-    from pytest_sway.cache.ledger import Ledger
     from pytest_sway.spec.identity import Key
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -170,6 +170,20 @@ class CachedBackend:
     load_seconds: float
 
 
+class TakesBack(Protocol):
+    """Who gave a lease, and takes it back: the `Ledger`.
+
+    Attributes:
+        dropped: Leases that were collected before they were released.
+    """
+
+    dropped: deque[tuple[Entry, Claim]]
+
+    def release(self, entry: Entry, claim: Claim) -> object:
+        """Give a claim up."""
+        ...
+
+
 @final
 class Lease:
     """A claim on an entry, which is not evicted before `release`; also a context manager that gives the backend.
@@ -182,7 +196,7 @@ class Lease:
 
     __slots__ = ("__weakref__", "_claim", "_entry", "_ledger", "cached")
 
-    def __init__(self, ledger: Ledger, entry: Entry, claim: Claim, cached: CachedBackend) -> None:
+    def __init__(self, ledger: TakesBack, entry: Entry, claim: Claim, cached: CachedBackend) -> None:
         self._ledger = ledger
         self._entry = entry
         self.cached = cached

@@ -13,22 +13,28 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_sway.cache.stats import BackendStats, SwayStats, WorkerReport
-    from pytest_sway.run.settings import SwaySettings
 
 _WORTH_A_LINE = 0.05
 _COLUMNS = ("backend", "loads", "hits", "seconds", "evicted", "failed")
 
 
 def write_summary(
-    terminal: pytest.TerminalReporter, stats: SwayStats, settings: SwaySettings, workers: Sequence[WorkerReport] = ()
+    terminal: pytest.TerminalReporter, stats: SwayStats, workers: Sequence[WorkerReport] = (), *, fails: bool
 ) -> None:
-    """Write the summary's section, if a test asked for a backend, and whether what was found fails the run."""
+    """Write the summary's section, if a test asked for a backend.
+
+    Args:
+        terminal: Where it is written.
+        stats: What happened, over all workers where there are some.
+        workers: What happened in each worker.
+        fails: Whether leaks fail the run.
+    """
     lines = list(summary_lines(stats, workers, dist=terminal.config.getoption("dist", "no")))
     if lines:
         terminal.section("sway")
         for line in lines:
             terminal.write_line(redacted(line))
-    if settings.fails_run(stats.leaks):
+    if fails:
         terminal.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
 
 

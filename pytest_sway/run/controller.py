@@ -130,7 +130,8 @@ class Controller:
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print one summary over all workers, if a test used a backend."""
-        write_summary(terminalreporter, self.stats(), self._settings, self.reports())
+        stats = self.stats()
+        write_summary(terminalreporter, stats, self.reports(), fails=self._settings.fails_run(stats.leaks))
 
     @pytest.hookimpl
     def pytest_unconfigure(self) -> None:

@@ -1,8 +1,4 @@
-"""What to load: `ModelSpec`, the forms it is accepted in, and the keys under which what is loaded is shared.
-
-Two specs with equal keys are served by one backend, so a key holds everything that changes what is loaded and nothing
-else. The contents of an adapter's folder are part of it: retraining into the same folder is another adapter.
-"""
+"""`ModelSpec`: what to load, as plain data that is checked when it is made."""
 
 from __future__ import annotations
 
@@ -60,8 +56,8 @@ class ModelSpec:
         endpoint: The server's address, for ``kind="api"``.
         allow_pickle: Read weights that exist only in pickle files, which can run code when they are read.
         finetuned: A whole fine-tuned model in an adapter's place, named as ``base`` is; ``None`` where there is none.
-        answers: For ``kind="dummy"``, what it answers (see `pytest_sway.spec.answers`): a mapping, which is kept as JSON
-            text, or the path of a JSON or TOML file.
+        answers: For ``kind="dummy"``, what it answers (see `pytest_sway.spec.answers`): a mapping, which is kept as
+            JSON text, or the path of a JSON or TOML file.
         finetuned_endpoint: For ``kind="api"``, the address of the server of ``finetuned``; ``None`` for the base's.
         api_key_env: For ``kind="api"``, the name of the environment variable that holds the key; never the key itself.
         timeout: For ``kind="api"``, the seconds that the server may take for one answer.

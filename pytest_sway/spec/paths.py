@@ -26,12 +26,20 @@ def is_path(base: str) -> bool:
 
 
 def resolved_model(path: str | os.PathLike[str]) -> Path:
-    """A file's own link is not followed: in a hub's cache, it leads to one whose name says nothing of GGUF."""
+    """Return the path of a model's folder or file.
+
+    A file's own link is not followed: in a hub's cache, it leads to one whose name says nothing of GGUF.
+    """
     path = Path(path)
     return resolved_path(path.parent) / path.name if path.suffix == GGUF_SUFFIX else resolved_path(path)
 
 
 def resolved_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path without ``~``, links and ``..``.
+
+    Raises:
+        SpecError: It leads nowhere that could be named.
+    """
     try:
         return Path(path).expanduser().resolve()
     except (RuntimeError, ValueError, OSError) as error:  # an unknown user's ~, a null byte, a loop of links

@@ -125,7 +125,8 @@ import sys
 
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
-        print("imported", sorted({"torch", "transformers", "peft", "pytest_sway.cache"} & set(sys.modules)))
+        heavy = {"torch", "transformers", "peft", "pytest_sway.cache.backend_cache"}
+        print("imported", sorted(heavy & set(sys.modules)))
 """
     )
     result = suite.run_apart(FOUR_TESTS, "-n2", "-p", "looks", "-s")

@@ -198,7 +198,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def death_in_writing(monkeypatch):
-    from pytest_sway.backends.hf.loading import shared_weights as staging
+    from pytest_sway.backends.hf.loading import shared_weights
     write = staging.write_tensors
 
     def die_once(path, tensors):

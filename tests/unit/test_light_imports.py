@@ -32,7 +32,18 @@ def _imported_by(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["", "cache", "spec", "stats", "scoring", "errors", "building", "residency", "backends", "backends.custom"],
+    [
+        "",
+        "cache.backend_cache",
+        "spec.model_spec",
+        "cache.stats",
+        "protocols",
+        "errors",
+        "cache.builds",
+        "cache.entries",
+        "backends.registry",
+        "backends.custom",
+    ],
 )
 def test_a_module_is_light(module: str) -> None:
     assert _imported_by(f"import pytest_sway{'.' * bool(module)}{module}") == set()
@@ -49,7 +60,7 @@ def test_a_spec_of_a_known_placement_gets_its_key_without_anything_heavy() -> No
 
 def test_the_cache_knows_neither_pytest_nor_the_plugin() -> None:
     code = (
-        "import sys, pytest_sway.cache, pytest_sway.spec, pytest_sway.cache.stats\n"
+        "import sys, pytest_sway.cache.backend_cache, pytest_sway.spec.model_spec, pytest_sway.cache.stats\n"
         "assert 'pytest' not in sys.modules and 'pytest_sway.plugin' not in sys.modules"
     )
     assert _imported_by(code) == set()

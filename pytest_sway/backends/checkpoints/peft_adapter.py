@@ -24,7 +24,6 @@ from pytest_sway.backends.checkpoints.peft_types import (
     refusal,
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
-from pytest_sway.backends.hf.model.adapter import without_name
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown
@@ -238,6 +237,11 @@ def _hub_id(folder: Path) -> str:
 def is_adapters(name: str) -> bool:
     """Whether a name in the ``PeftModel`` is that of something that came with the adapter."""
     return f".{NAME}." in f".{name}."
+
+
+def without_name(name: str) -> str:
+    """Return a parameter's or module's name without PEFT's name for the adapter."""
+    return name.replace(f".{NAME}", "")
 
 
 def public_name(name: str) -> str:

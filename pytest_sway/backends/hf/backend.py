@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.hf.adapters import overlays
 from pytest_sway.backends.hf.hygiene.weights_watch import find_leak
 from pytest_sway.backends.hf.loading.libraries import forget_layers
-from pytest_sway.backends.hf.model import bound_model
 from pytest_sway.backends.hf.model.bound_model import Side
 from pytest_sway.backends.hf.view import HFView
 from pytest_sway.backends.libraries.process import no_warnings
@@ -53,10 +53,10 @@ class HFBackend(PooledBackend[Side, HFView]):
         return copied(side.tokenizer)
 
     def _scaled(self, side: Side, adapter: Adapter, lam: float) -> Side:
-        return bound_model.scaled(side, adapter, lam)
+        return overlays.scaled(side, adapter, lam)
 
     def _null(self, side: Side, adapter: Adapter, seed: int, scale: float) -> Side:
-        return bound_model.null(side, adapter, seed, scale)
+        return overlays.null(side, adapter, seed, scale)
 
     def _watches_of(self, what: LoadedBase | Adapter) -> list[WeightsWatch]:
         return what.watches.all()

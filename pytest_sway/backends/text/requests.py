@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pytest_sway.backends.hf.scoring.engine import Engine
 from pytest_sway.backends.text import tokens as tokenisation
 from pytest_sway.backends.text.chat import prompt_text
 from pytest_sway.backends.text.tokens import Ids, Window
@@ -25,6 +24,24 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
+class Encodes(Protocol):
+    """What of an engine turns texts into tokens."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A Hugging Face tokenizer."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text that the model reads at once."""
+        ...
+
+    def require_known(self, ids: Ids) -> None:
+        """Raise `ScoringError` for a token that the model has no embedding for."""
+        ...
+
+
 def warn_of_cuts(count: int, max_length: int) -> None:
     """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
     if count:
@@ -39,7 +56,7 @@ def warn_of_cuts(count: int, max_length: int) -> None:
         )
 
 
-def encoded_prompts(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Ids], int]:
+def encoded_prompts(engine: Encodes, prompts: Sequence[Prompt]) -> tuple[list[Ids], int]:
     """Return the token ids of prompts, and how many of them the model reads at once."""
     encoded = []
     for prompt in prompts:
@@ -49,7 +66,7 @@ def encoded_prompts(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Ids
     return encoded, engine.max_length
 
 
-def encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
+def encoded_pairs(engine: Encodes, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
     """Return pairs as windows, and how many tokens of each the model reads at once."""
     windows = []
     for prompt, completion in pairs:
@@ -59,7 +76,7 @@ def encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[
     return windows, engine.max_length
 
 
-def encoded_texts(engine: Engine, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
+def encoded_texts(engine: Encodes, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
     """Return the token ids of texts, and how many of them the model reads at once."""
     encoded = []
     for text in texts:

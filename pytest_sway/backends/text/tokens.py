@@ -5,14 +5,13 @@ What a model is asked to score is always a `Window`: some tokens, given those be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.backends.libraries.tokenizer_faults import fault
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all

@@ -168,8 +168,8 @@ def test_what_is_made_up_fits_together() -> None:
 
 def test_what_is_made_up_is_the_same_in_every_process() -> None:
     script = (
-        "import json; from tests.unit.backends.test_dummy import _everything; from pytest_sway.backends.dummy import"
-        " DummyBackend; print(json.dumps(_everything(DummyBackend())))"
+        "import json; from tests.unit.backends.test_dummy import _everything; from pytest_sway.backends.dummy.backend"
+        " import DummyBackend; print(json.dumps(_everything(DummyBackend())))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout) == _everything(DummyBackend())

@@ -40,15 +40,19 @@ class Mutant:
 
 
 def _in_cache(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
-    return Mutant(bug, "pytest_sway.cache", changes, f"tests/unit/cache/{killer}")
+    return Mutant(bug, "pytest_sway.cache.backend_cache", changes, f"tests/unit/cache/{killer}")
 
 
 def _in_ledger(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
     return Mutant(bug, "pytest_sway.cache.ledger", changes, f"tests/unit/cache/{killer}")
 
 
-def _in_residency(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
+def _in_entries(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
     return Mutant(bug, "pytest_sway.cache.entries", changes, f"tests/unit/cache/{killer}")
+
+
+def _in_budget(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
+    return Mutant(bug, "pytest_sway.cache.budget", changes, f"tests/unit/cache/{killer}")
 
 
 def _in_pool(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
@@ -56,16 +60,16 @@ def _in_pool(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
 
 
 def _in_spec(bug: str, killer: str, *changes: tuple[str, str]) -> Mutant:
-    return Mutant(bug, "pytest_sway.spec", changes, f"tests/unit/spec/test_spec.py::{killer}")
+    return Mutant(bug, "pytest_sway.spec.identity", changes, f"tests/unit/spec/test_spec.py::{killer}")
 
 
 MUTANTS = (
-    _in_residency(
+    _in_entries(
         "the victim is chosen among leased entries too",
         "test_closing.py::test_inv02_what_is_leased_is_not_closed_to_make_room",
         ("return self.state is State.READY and not self.claims", "return self.state is State.READY"),
     ),
-    _in_residency(
+    _in_entries(
         "an entry is evicted while it loads",
         "test_room.py::test_inv07_what_is_loading_is_never_a_victim",
         (
@@ -73,7 +77,7 @@ MUTANTS = (
             "return self.state in (State.LOADING, State.READY) and not self.claims",
         ),
     ),
-    _in_residency(
+    _in_entries(
         "room is credited before the close returns",
         "test_room.py::test_inv04_what_another_thread_is_closing_counts",
         ("{State.LOADING, State.READY, State.CLOSING}", "{State.LOADING, State.READY}"),
@@ -191,12 +195,12 @@ MUTANTS = (
         "test_room.py::test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all",
         ("if self._never_fits(newcomer, operation):", "if not self:"),
     ),
-    _in_residency(
+    _in_entries(
         "a lease that its thread has left is waited for by who would have to release it",
         "test_room.py::test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_thread",
         ("threading.main_thread() if self.orphaned else self.thread", "self.thread"),
     ),
-    _in_residency(
+    _in_entries(
         "a test waits for what another of its threads keeps to its end",
         "test_room.py::test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads",
         ("if self.owner.keeps and self.holder == asker.holder:", "if not asker:"),
@@ -223,25 +227,25 @@ MUTANTS = (
     ),
     _in_pool(
         "two load a base at once",
-        "test_shared_pool.py::test_those_who_ask_during_a_load_wait_for_it",
+        "backends/local/test_pool.py::test_those_who_ask_during_a_load_wait_for_it",
         ("holding(slot.guard, partial(self._share, slot, user, load))", "self._share(slot, user, load)"),
     ),
     _in_pool(
         "a base that closes is handed out",
-        "test_shared_pool.py::test_who_asks_during_a_close_waits_for_it_and_loads_anew",
+        "backends/local/test_pool.py::test_who_asks_during_a_close_waits_for_it_and_loads_anew",
         ("holding(slot.guard, partial(self._close_unused, slot))", "self._close_unused(slot)"),
     ),
     _in_pool(
         "a base is closed though somebody just asked for it",
-        "test_shared_pool.py::test_who_asks_between_the_last_release_and_the_close_keeps_the_value",
+        "backends/local/test_pool.py::test_who_asks_between_the_last_release_and_the_close_keeps_the_value",
         ("slot.gone = slot.gone or not slot.users", "slot.gone = True"),
     ),
-    _in_residency(
+    _in_budget(
         "a shared base is counted for each adapter",
         "test_room.py::test_inv16_a_shared_base_counts_once",
         ("parts[part] = max(size, parts.get(part, 0))", "parts[part] = size + parts.get(part, 0)"),
     ),
-    _in_residency(
+    _in_budget(
         "an unknown size counts as none",
         "test_room.py::test_inv18_an_unknown_size_counts_as_the_whole_budget",
         ("if entry.parts is None:\n            return None", "if entry.parts is None:\n            continue"),

@@ -6,10 +6,10 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, is_adapters, public_name
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, is_adapters, public_name, without_name
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
 from pytest_sway.backends.hf.hygiene.finite import largest, not_finite
-from pytest_sway.backends.hf.model.adapter import diverged, unplaced, without_name
+from pytest_sway.backends.local.verification import diverged, unplaced
 from pytest_sway.errors import AdapterMismatchError
 from pytest_sway.system.wording import some
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.checkpoints.peft_adapter import NAME
 from pytest_sway.backends.hf.hygiene.weights_watch import measured
-from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.hf.model.pristine import Pristine, Watches
     from pytest_sway.backends.hf.model.skeletons import OnSkeleton
@@ -46,32 +42,3 @@ class Adapter:
     def watches(self) -> Watches:
         """Watches over its memory, wherever that is used."""
         return self.pristine.watches
-
-
-def without_name(name: str) -> str:
-    """Return a parameter's or module's name without PEFT's name for the adapter."""
-    return name.replace(f".{NAME}", "")
-
-
-def diverged(what: str, broken: Collection[str], count: int) -> str:
-    """Return the sentence that weights are not finite.
-
-    Args:
-        what: Whose.
-        broken: The names of the tensors that are not.
-        count: How many tensors there are.
-    """
-    return (
-        f"{what} has NaN or infinite values in {len(broken)} of its {count} tensors ({some(broken)})."
-        " Its training diverged, or the file is damaged."
-    )
-
-
-def unplaced(unexpected: Collection[str], missing: Collection[str]) -> str:
-    """Return in words which tensors of an adapter have no place, and which places no tensor; empty if none are."""
-    found = []
-    if unexpected:
-        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")
-    if missing:
-        found.append(f"{len(missing)} places in the base have no tensor in it ({some(missing)})")
-    return " and ".join(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_sway.backends.hf.model.peft_model import inner_model
 from pytest_sway.backends.hf.model.skeletons import OwnIdle, Runner
@@ -15,11 +15,22 @@ from pytest_sway.errors import BackendClosedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_sway.backends.hf.model.base import LoadedBase
     from pytest_sway.backends.hf.model.skeletons import Idle
     from pytest_sway.backends.hf.scoring.engine import Recall
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+class Watched(Protocol):
+    """What of a `LoadedBase` the sides on it ask and tell."""
+
+    def is_patched(self) -> bool:
+        """Whether something is patched that takes part in what it computes."""
+        ...
+
+    def has_run(self, tree: Any) -> None:
+        """Look what a tree's first pass has written to."""
+        ...
 
 
 class Side:
@@ -43,7 +54,7 @@ class Side:
     def __init__(
         self,
         make: Callable[[bool], Any],
-        base: LoadedBase,
+        base: Watched,
         tokenizer: Any,
         trials: Trials | None = None,
         *,
@@ -53,7 +64,7 @@ class Side:
         idle: Idle | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._open: tuple[Callable[[bool], Any], LoadedBase] | None = make, base
+        self._open: tuple[Callable[[bool], Any], Watched] | None = make, base
         self._trials = Trials() if trials is None else trials
         self._through_inner_model = through_inner_model
         self._one_text_at_a_time = one_text_at_a_time
@@ -94,7 +105,7 @@ class Side:
         make, _ = self._require_open()
         return make(to_run)
 
-    def _require_open(self) -> tuple[Callable[[bool], Any], LoadedBase]:
+    def _require_open(self) -> tuple[Callable[[bool], Any], Watched]:
         now = self._open
         if now is None:
             raise BackendClosedError(

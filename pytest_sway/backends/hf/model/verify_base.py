@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.hygiene.finite import has_nan, not_finite
 from pytest_sway.backends.hf.loading.model import why_not_run
-from pytest_sway.backends.hf.model.adapter import diverged
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.libraries.process import no_warnings
+from pytest_sway.backends.local.verification import diverged
 from pytest_sway.errors import SpecError, WeightsError
 
 if TYPE_CHECKING:
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-_NUMBERS: Final = 4
-"""Fields that an error has room for."""
 _SAME: Final = 2
 """How many tokens the two texts of a trial begin with in common."""
 
@@ -77,13 +74,3 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
             " trained to predict the next token."
         )
     base.is_tried = True
-
-
-def _numbers(config: Any) -> str:
-    """The fractions in a model's config, those first that are the farthest from 1, in brackets."""
-    fields = config.to_dict()
-    parts = [fields, *(value for value in fields.values() if isinstance(value, dict))]
-    found = {name: value for part in parts for name, value in part.items() if isinstance(value, float) and value}
-    far = sorted(found, key=lambda name: -abs(math.log(found[name])) if found[name] > 0 else -math.inf)
-    named = ", ".join(f"{name} = {found[name]:g}" for name in far[:_NUMBERS])
-    return f" (that of {config.name_or_path!r} has {named})" if named else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.peft_adapter import public_name
 from pytest_sway.backends.hf.hygiene.finite import not_finite
-from pytest_sway.backends.hf.model.verify_base import _numbers
 from pytest_sway.backends.text import tokens as tokenisation
 from pytest_sway.backends.text.tokens import Ids
 from pytest_sway.errors import ScoringError
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+_NUMBERS: Final = 4
+"""Fields that an error has room for."""
 
 
 Recall = Callable[[tuple[Any, ...], Callable[[], list[Any]]], list[Any]]
@@ -80,3 +83,13 @@ def no_number(engine: Engine) -> ScoringError:
         f" {engine.forward.model.dtype}. Try dtype='fp32'; if that does not help, its weights or an adapter's scaling"
         f" are far too large, or a number in its config.json is wrong{_numbers(engine.forward.config)}."
     )
+
+
+def _numbers(config: Any) -> str:
+    """The fractions in a model's config, those first that are the farthest from 1, in brackets."""
+    fields = config.to_dict()
+    parts = [fields, *(value for value in fields.values() if isinstance(value, dict))]
+    found = {name: value for part in parts for name, value in part.items() if isinstance(value, float) and value}
+    far = sorted(found, key=lambda name: -abs(math.log(found[name])) if found[name] > 0 else -math.inf)
+    named = ", ".join(f"{name} = {found[name]:g}" for name in far[:_NUMBERS])
+    return f" (that of {config.name_or_path!r} has {named})" if named else ""

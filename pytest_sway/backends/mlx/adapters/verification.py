@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pytest_sway.backends.hf.model.adapter import diverged, unplaced
+from pytest_sway.backends.local.verification import diverged, unplaced
 from pytest_sway.backends.mlx.model.bound_model import Side
 from pytest_sway.backends.mlx.model.placement import computing_on
 from pytest_sway.backends.mlx.model.trees import arrays_of, not_finite, parameters_of

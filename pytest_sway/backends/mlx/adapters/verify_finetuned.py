@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_sway.backends.hf.adapters.verify_finetuned import require_other_weights
+from pytest_sway.backends.local.verification import require_other_weights
 from pytest_sway.backends.mlx.model.trees import arrays_of
 from pytest_sway.backends.text.vocabulary import require_same_tokens
 

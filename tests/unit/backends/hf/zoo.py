@@ -1,6 +1,7 @@
 """A specimen of each kind of adapter that PEFT has, and what pytest-sway does with it.
 
-`docs/pages/reference/adapters.md` shows it as a table, which `python -m tests.unit.backends.hf.zoo` writes and a test compares.
+`docs/pages/reference/adapters.md` shows it as a table, which `python -m tests.unit.backends.hf.zoo` writes and a test
+compares.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from tests.tiny import TEXT, WORDS, make_tokenizer, quiet
 
-PAGE = Path(__file__).parents[3] / "docs" / "pages" / "reference" / "adapters.md"
+PAGE = Path(__file__).parents[4] / "docs" / "pages" / "reference" / "adapters.md"
 PEFT_VERSION = tuple(int(part) for part in re.findall(r"\d+", version("peft"))[:2])
 TRANSFORMERS_VERSION = tuple(int(part) for part in re.findall(r"\d+", version("transformers"))[:2])
 _TABLE = re.compile(r"(<!-- the zoo -->\n).*?(<!-- end -->)", re.DOTALL)

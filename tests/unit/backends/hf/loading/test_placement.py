@@ -34,7 +34,8 @@ def test_a_resolved_spec_is_itself() -> None:
 def test_the_package_and_a_resolved_spec_need_no_torch() -> None:
     code = (
         "import sys; from pytest_sway.backends.hf.builder import HFBuilder; HFBuilder()\n"
-        "from pytest_sway.backends.hf.loading.placement import resolve_placement; from pytest_sway.spec.model_spec import ModelSpec\n"
+        "from pytest_sway.backends.hf.loading.placement import resolve_placement\n"
+        "from pytest_sway.spec.model_spec import ModelSpec\n"
         "resolve_placement(ModelSpec(base='org/name', device='cpu', dtype='fp32'))\n"
         "resolve_placement(ModelSpec(base='org/name', device='cpu'))\n"
         "print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
