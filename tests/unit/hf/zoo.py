@@ -174,9 +174,8 @@ def _specimens() -> list[Specimen]:
             Shares.REST,
             words=_WORDS,
             modules_to_save=["embed_tokens", "lm_head"],
-            noticed=False,
         ),
-        _lora("a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=_WORDS, noticed=False),
+        _lora("a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=_WORDS),
         _lora(
             "`trainable_token_indices`: new words",
             Shares.REST,
