@@ -196,7 +196,6 @@ def _specimens() -> list[Specimen]:
             Shares.REST,
             words=_WORDS,
             target_modules=["q_proj", "embed_tokens", "lm_head"],
-            noticed=False,
         ),
         _lora('`bias="lora_only"`', Shares.REST, base=_BIASED, bias="lora_only"),
         _lora('`bias="all"`', Shares.REST, base=_BIASED, bias="all"),
