@@ -31,7 +31,7 @@ def other_numbers(
     fields: Mapping[str, Any],
     given: Collection[str],
     pairs: Collection[tuple[int, int]],
-    names: Iterable[str],
+    names: Collection[str],
     sides: Iterable[int],
 ) -> Iterator[tuple[str, int]]:
     """Give other values of fields that are whole numbers, those first that are the most probable.
@@ -43,7 +43,8 @@ def other_numbers(
         names: The names of the tensors in the file.
         sides: Sizes that are worth a try where no pairs are known.
     """
-    layers = 1 + max((int(number) for name in names for number in _NUMBER.findall(name)), default=-1)
+    numbered = [1 + int(number) for name in names for number in _NUMBER.findall(name)]
+    layers = max((number for number in numbered if number <= len(names)), default=0)
     asked_sides = {asked for _, asked in pairs}
     numbers = [(name, value) for name, value in fields.items() if type(value) is int and not name.endswith("_id")]
     for name, value in sorted(numbers, key=lambda item: (item[1] not in asked_sides, item[0] not in given)):

@@ -73,6 +73,8 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
             "Name the base that it was trained on.",
         )
     if isinstance(error, AdapterFaultError):
+        if error.again is not None:  # most other settings have other effects, which says nothing
+            asked = asked._replace(others=lambda _: [((CONFIG, "task_type"), "CAUSAL_LM")])
         field = culprit(asked, said_of_it)
         why = "" if field is None else f" {field}. {field.advice}"
         kind = f"it is of the type {shown(files.peft_type)} (peft_type in its {CONFIG})"

@@ -136,6 +136,17 @@ def test_the_field_by_which_an_adapter_asks_for_other_weights_is_named(
     assert "adapter_model.safetensors" in str(caught.value)
 
 
+def test_a_layer_of_an_absurd_number_in_a_tensors_name_does_not_have_as_many_made(build: Any, own_base: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(
+        own_base,
+        lambda tensors: {key.replace("0", "10000000") if key == name else key: tensors[key] for key in tensors},
+        file="model.safetensors",
+    )
+    with pytest.raises(WeightsError, match=rf"lack 1 of the model's weights \({name}\)"):
+        build(own_base)
+
+
 def test_a_tensor_that_an_adapter_lacks_is_named_with_its_file(build: Any, base: Path, broken: Path) -> None:
     edit_weights(broken, lambda tensors: {name: tensors[name] for name in sorted(tensors)[1:]})
     with pytest.raises(AdapterMismatchError) as caught:
