@@ -26,19 +26,6 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
-def build(spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
-    """Build one backend by itself, sharing nothing with others.
-
-    Args:
-        spec: What to load.
-        adapter_path: An adapter that takes the place of the spec's own.
-
-    Raises:
-        SwayError: The spec cannot be loaded; the message says why and what to do.
-    """
-    return Builder()(spec, adapter_path=adapter_path)
-
-
 def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> ModelSpec:
     """Return ``spec`` with the device and dtype that ``auto`` stands for.
 

@@ -130,10 +130,7 @@ class Controller:
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print one summary over all workers, if a test used a backend."""
-        stats = self.stats()
-        if terminalreporter.config.getoption("dist") == "each":  # every worker runs, and so loads, everything
-            stats.fewest_base_loads.clear()
-        write_summary(terminalreporter, stats, self._settings, self.reports())
+        write_summary(terminalreporter, self.stats(), self._settings, self.reports())
 
     @pytest.hookimpl
     def pytest_unconfigure(self) -> None:
