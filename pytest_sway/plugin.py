@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.run.ordering import Collection, fewest_base_loads
+from pytest_sway.run.ordering import Collection
 from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
 from pytest_sway.system.frames import forget_frames
 from pytest_sway.system.imports import restore_modules
@@ -189,7 +189,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
         config.stash[_running] = "the session's end"
         sway.close()
-        sway.stats.fewest_base_loads = config.stash.get(fewest_base_loads, {})
         publish(config, sway.stats)
         if config.stash[_settings].fails_run(sway.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

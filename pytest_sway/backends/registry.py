@@ -40,20 +40,6 @@ It is made with those of `Builder`'s options that it has parameters for.
 """
 
 
-def build(spec: ModelSpec, *, adapter_path: Path | None = None) -> DifferentialBackend:
-    """Build one backend by itself, sharing nothing with others.
-
-    Args:
-        spec: What to load.
-        adapter_path: An adapter that takes the place of the spec's own.
-
-    Raises:
-        SwayError: The spec cannot be loaded; the message says why and what to do.
-    """
-    built: DifferentialBackend = Builder()(spec, adapter_path=adapter_path)
-    return built
-
-
 def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> ModelSpec:
     """Return ``spec`` with the device and dtype that ``auto`` stands for.
 

@@ -18,7 +18,7 @@ Its invariants, each with a test of its number:
 14. A load that waits for itself, also through other threads, gets an error, not a deadlock.
 15. Releasing a lease twice is harmless, from any thread.
 16. A base is loaded once, closed after its last adapter, and its bytes count once.
-17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else the request waits. What a
+17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else at the deadline. What a
     test keeps to its end is the test's in all its threads, and what an ended thread has left is the main thread's.
 18. With a byte budget, sizes are estimated before the load, and unknown counts as the whole budget.
 19. After a fork the child starts empty and closes nothing of its parent's.
@@ -26,8 +26,11 @@ Its invariants, each with a test of its number:
 
 How a request goes: `acquire` opens an `Operation`, its record of what it has taken. The atomic steps of the `Ledger`
 are all that touches the entries. Between them, outside its lock, backends are loaded and closed here. Whatever error
-comes up, `_abandon` gives back all that the operation's record names; every step may be repeated, since an interrupt
-can strike in the clean-up too.
+comes up, `_abandon` gives back all that the operation's record names.
+
+An interrupt may come at any line, and the run goes on after it: pytest-timeout's signal method calls ``pytest.fail`` in
+its handler, which is no `Exception`. So each step is atomic and may be repeated. One that strikes while an error is
+being cleaned up, within microseconds, can leave a slot taken until the session ends.
 """
 
 from __future__ import annotations
@@ -138,7 +141,11 @@ class BackendCache:
         Raises:
             SpecError: It is malformed.
         """
-        return self._resolve(spec, adapter_path)
+        try:
+            return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
+        except Exception as error:
+            without_secrets(error)  # somebody may have put one into a field
+            raise
 
     def get_or_load(self, spec: SpecLike, *, adapter_path: Path | None = None) -> CachedBackend:
         """Return the entry of ``spec``, loaded if need be. It is not pinned: a later load may evict it.
@@ -195,7 +202,7 @@ class BackendCache:
             CacheClosedError: The cache was shut down.
             SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
         """
-        resolved = self._resolve(spec, adapter_path)
+        resolved = self.resolve(spec, adapter_path=adapter_path)
         for _ in range(_TRIES - 1):
             with suppress(FilesChangedError):  # the next look at them gives another key
                 return self._acquire(resolved, holder, to_the_end)
@@ -204,15 +211,11 @@ class BackendCache:
     def _acquire(self, resolved: ModelSpec, holder: str | None, to_the_end: bool) -> Lease:
         operation = Operation(holder or self._who(), to_the_end)
         try:
-            try:
-                lease = self._serve(operation, resolved, resolved_key(resolved))
-                self._listener.leased(lease.cached)
-                return lease
-            except BaseException:
-                self._abandon(operation)
-                raise
+            lease = self._serve(operation, resolved, resolved_key(resolved))
+            self._listener.leased(lease.cached)
+            return lease
         except BaseException as error:
-            self._abandon(operation)  # an interrupt may have struck in the handler above
+            self._abandon(operation)
             without_secrets(error)  # in place: what is not an Exception goes up as it is
             raise
 
@@ -260,13 +263,6 @@ class BackendCache:
             self._close_each(self._ledger.take_idle)
 
     # --- one request --------------------------------------------------------------------------------------------------
-
-    def _resolve(self, spec: SpecLike, adapter_path: Path | None) -> ModelSpec:
-        try:
-            return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
-        except Exception as error:
-            without_secrets(error)  # somebody may have put one into a field
-            raise
 
     def _serve(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease:
         lease = self._claim(operation, spec, key)
@@ -351,12 +347,8 @@ class BackendCache:
         """Close what ``take`` puts among the victims of an operation, whatever some of the closes raise."""
         operation = Operation(self._who())
         try:
-            try:
-                take(operation)
-                self._close_victims(operation)
-            except BaseException:
-                self._abandon(operation)
-                raise
+            take(operation)
+            self._close_victims(operation)
         except BaseException as error:
             self._abandon(operation)
             without_secrets(error)
@@ -386,18 +378,21 @@ class BackendCache:
     def _abandon(self, operation: Operation) -> None:
         """Give back all that an operation has taken, after an error or an interrupt."""
         entry = operation.entry
-        if entry is not None and entry.state is State.LOADING:
-            if operation.built:
-                entry.closers[:] = closers_of(operation.built)
-                operation.built.clear()
-            try:
-                while entry.closers:
-                    entry.closers.pop()()
-            except Exception as raised:
-                self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
-        self._ledger.undo(operation)
+        try:
+            if entry is not None and entry.state is State.LOADING:
+                self._close_unfinished(operation, entry)
+        finally:  # a close may take seconds, so an interrupt may well come in it
+            self._ledger.undo(operation)
 
-    def _wait(self, bell: Bell, timeout: float) -> None:
+    def _close_unfinished(self, operation: Operation, entry: Entry) -> None:
+        if operation.built:
+            entry.closers[:] = closers_of(operation.built)
+            operation.built.clear()
+        try:
+            while entry.closers:
+                entry.closers.pop()()
+        except Exception as raised:
+            self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
+
+    def _wait(self, bell: Bell, timeout: float) -> None:  # apart, so that tests can decide who goes on
         bell.wait(timeout)
-
-    # --- parts of steps, under the lock -------------------------------------------------------------------------------

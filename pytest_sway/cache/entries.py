@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, final
 
@@ -55,12 +55,11 @@ class Claim:
         """Whether the thread that asked has ended without a release."""
         return not self.to_the_end and not self.thread.is_alive()
 
-    def ends_without(self, askers: Collection[Operation]) -> bool:
-        """Whether it can end while all of these wait; what a thread leaves behind is the main thread's to release."""
-        if self.to_the_end and any(self.holder == asker.holder for asker in askers):
+    def ends_without(self, asker: Operation) -> bool:
+        """Whether it can end while this one waits; what a thread leaves behind is the main thread's to release."""
+        if self.to_the_end and self.holder == asker.holder:
             return False
-        thread = threading.main_thread() if self.orphaned else self.thread
-        return all(thread is not asker.thread for asker in askers)
+        return asker.thread is not (threading.main_thread() if self.orphaned else self.thread)
 
 
 @dataclass(slots=True, eq=False)
@@ -123,12 +122,12 @@ class Entry:
         """Whether it may be evicted."""
         return self.state is State.READY and not self.claims
 
-    def ends_without(self, askers: Collection[Operation]) -> bool:
-        """Whether it can become idle or gone while all of these wait."""
+    def ends_without(self, asker: Operation) -> bool:
+        """Whether it can become idle or gone while this one waits."""
         if self.state is State.READY:
-            return all(claim.ends_without(askers) for claim in self.claims)
+            return all(claim.ends_without(asker) for claim in self.claims)
         worker = self.closing_thread if self.state is State.CLOSING else self.leader and self.leader.thread
-        return worker is None or all(worker is not asker.thread for asker in askers)
+        return worker is not asker.thread
 
     @property
     def occupation(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, cast, final
 
 from pytest_sway.backends.contract import closers_of
@@ -145,12 +145,8 @@ class Ledger:
         if victims is not None:
             self._evict(operation, victims)
             return self._changed
-        if self._never_fits(newcomer, [operation]):
+        if self._never_fits(newcomer, operation):
             raise self._full(newcomer, f"all of it is in use by the one who asks{self._or_by_ended_threads()}")
-        queue = self._queue_behind(operation)
-        if self._never_fits(newcomer, [operation, *queue]):
-            error = self._full(newcomer, f"all of it is in use by those who wait for it{self._or_by_ended_threads()}")
-            self._refuse((behind for behind in queue if self._never_all_ends(behind)), error)
         abandoned = patience > _PATIENCE_WITH_ENDED_THREADS and self._waits_for_ended_threads(newcomer, operation)
         patience = _PATIENCE_WITH_ENDED_THREADS if abandoned else patience
         if time.monotonic() >= since + patience:
@@ -240,7 +236,7 @@ class Ledger:
         """What to wait for while other threads load or close."""
         me = Operation("")
         entries = (*self._retired, *self._entries.values())
-        under_way = any(entry.state is not State.READY and entry.ends_without([me]) for entry in entries)
+        under_way = any(entry.state is not State.READY and entry.ends_without(me) for entry in entries)
         return self._changed if under_way else None
 
     @atomic
@@ -313,8 +309,6 @@ class Ledger:
         operation.waits_for = entry
         self._waiting[operation.thread] = operation
         entry.waiters.append(operation)
-        if entry.state is State.QUEUED:
-            self._announce()  # its leader may wait for room that we hold
 
     def _leaders(self, entry: Entry | None) -> Iterator[Operation]:
         """Who loads ``entry``, who loads what that one waits for, and so on."""
@@ -323,27 +317,15 @@ class Ledger:
             waiting = self._waiting.get(entry.leader.thread)
             entry = None if waiting is None else waiting.waits_for
 
-    def _queue_behind(self, operation: Operation) -> list[Operation]:
-        """Who waits, also through others, for what this operation loads."""
-        return [
-            waiting
-            for waiting in self._waiting.values()
-            if any(leader.thread is operation.thread for leader in self._leaders(waiting.waits_for))
-        ]
-
-    def _never_fits(self, newcomer: Entry, askers: Collection[Operation]) -> bool:
-        """Whether there is no room even when all has ended that can end while these wait."""
-        return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(askers)), newcomer])
+    def _never_fits(self, newcomer: Entry, asker: Operation) -> bool:
+        """Whether there is no room even when all has ended that can end while this one waits."""
+        return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(asker)), newcomer])
 
     def _waits_for_ended_threads(self, newcomer: Entry, asker: Operation) -> bool:
         """Whether there is room only if somebody releases what a thread has left that ended."""
         left = [entry for entry in self._residents() if any(claim.orphaned for claim in entry.claims)]
-        staying = [entry for entry in self._residents() if entry in left or not entry.ends_without([asker])]
+        staying = [entry for entry in self._residents() if entry in left or not entry.ends_without(asker)]
         return bool(left) and not self._budget.allows([*staying, newcomer])
-
-    def _never_all_ends(self, asker: Operation) -> bool:
-        """Whether something stays resident for as long as this one waits."""
-        return not all(entry.ends_without([asker]) for entry in self._residents())
 
     def _or_by_ended_threads(self) -> str:
         orphaned = any(claim.orphaned for entry in self._residents() for claim in entry.claims)

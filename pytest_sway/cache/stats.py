@@ -16,6 +16,7 @@ class BackendStats:
         failures: Loads that failed.
         evictions: Closes to make room.
         load_seconds: Seconds spent in the loads that succeeded, without the import of libraries.
+        base: The name of the shared base that it uses; empty where it shares none.
     """
 
     loads: int = 0
@@ -23,6 +24,7 @@ class BackendStats:
     failures: int = 0
     evictions: int = 0
     load_seconds: float = 0.0
+    base: str = ""
 
     def add(self, other: BackendStats) -> None:
         """Add another's counts to these."""
@@ -31,6 +33,7 @@ class BackendStats:
         self.failures += other.failures
         self.evictions += other.evictions
         self.load_seconds += other.load_seconds
+        self.base = self.base or other.base
 
     @property
     def seconds_per_load(self) -> float:
@@ -72,8 +75,6 @@ class SwayStats:
         leaks: One line for each close after which weights were still in memory.
         hook_errors: One line for each hook, and each look for leaks, that raised.
         unreleased: The holders of leases that were open when the cache was shut down.
-        fewest_base_loads: How often each base that is known before the tests run would be loaded under ``--dist
-            loadgroup``, by its name; empty in a run without workers, and in one with that option.
     """
 
     backends: dict[str, BackendStats] = field(default_factory=dict)
@@ -87,7 +88,6 @@ class SwayStats:
     leaks: list[str] = field(default_factory=list)
     hook_errors: list[str] = field(default_factory=list)
     unreleased: list[str] = field(default_factory=list)
-    fewest_base_loads: dict[str, int] = field(default_factory=dict)
 
     def backend(self, label: str) -> BackendStats:
         """The counts of one backend, made on first use."""
@@ -106,6 +106,7 @@ class SwayStats:
         total = BackendStats()
         for stats in self.backends.values():
             total.add(stats)
+        total.base = ""
         return total
 
     def saved_seconds(self) -> float:
@@ -115,31 +116,19 @@ class SwayStats:
         have loaded that base too, at the mean cost of the loads that were measured.
         """
         saved = 0.0
-        for label, backend in self.backends.items():
-            if not self._base_of(label):
+        for backend in self.backends.values():
+            if backend.base not in self.bases:
                 saved += backend.hits * backend.seconds_per_load
         for name, base in self.bases.items():
             users = BackendStats()
-            for label, backend in self.backends.items():
-                if self._base_of(label) == name:
+            for backend in self.backends.values():
+                if backend.base == name:
                     users.add(backend)
             adapters = max(0.0, users.load_seconds - base.load_seconds)
             per_adapter = adapters / users.loads if users.loads else 0.0
             reuses = max(0, users.loads - base.loads)
             saved += users.hits * (per_adapter + base.seconds_per_load) + reuses * base.seconds_per_load
         return saved
-
-    def avoidable(self) -> BackendStats:
-        """The loads of bases that ``--dist loadgroup`` would have saved, each at the mean of what was measured."""
-        known = BackendStats()
-        for name in self.fewest_base_loads:
-            known.add(self.bases.get(name, BackendStats()))
-        loads = max(0, known.loads - sum(self.fewest_base_loads.values()))
-        return BackendStats(loads=loads, load_seconds=loads * known.seconds_per_load)
-
-    def _base_of(self, label: str) -> str | None:
-        """The shared base of a backend, by the labels of both."""
-        return next((name for name in self.bases if label == name or label.startswith(f"{name} + ")), None)
 
     def merge(self, other: SwayStats, *, origin: str | None = None) -> None:
         """Add what happened in another process; peaks are per process, so the larger one stays.
@@ -156,8 +145,6 @@ class SwayStats:
         self.import_seconds += other.import_seconds
         self.peak_resident = max(self.peak_resident, other.peak_resident)
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
-        for name, loads in other.fewest_base_loads.items():  # what is planned for the whole run, by each worker
-            self.fewest_base_loads[name] = max(self.fewest_base_loads.get(name, 0), loads)
         for ours, lines in (
             (self.close_errors, other.close_errors),
             (self.mutations, other.mutations),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def write_summary(
         workers: What happened in each worker.
         fails: Whether leaks fail the run.
     """
-    lines = list(summary_lines(stats, workers))
+    lines = list(summary_lines(stats, workers, dist=terminal.config.getoption("dist", "no")))
     if lines:
         terminal.section("sway")
         for line in lines:
@@ -37,12 +38,13 @@ def write_summary(
         terminal.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
 
 
-def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Iterator[str]:
+def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = (), *, dist: str = "no") -> Iterator[str]:
     """The lines of the summary; none where no test asked for a backend.
 
     Args:
         stats: What happened, over all workers where there are some.
         workers: What happened in each worker.
+        dist: How pytest-xdist distributed the tests.
     """
     if stats.backends:
         yield from _table(stats)
@@ -58,10 +60,12 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = ()) -> Ite
         yield f"imports of libraries: {stats.import_seconds:.1f} s, once in each process{each}"
     saved = f"saved about {stats.saved_seconds():.1f} s of loading"
     yield f"{saved}, over all workers" if workers else f"{_peak(stats)}; {saved}"
-    if (avoidable := stats.avoidable()).loads:
-        least = sum(stats.fewest_base_loads.values())
-        seconds = f"about {avoidable.load_seconds:.1f} s less"
-        yield f"base loads: {least + avoidable.loads}; with --dist loadgroup {least}, {seconds} of loading"
+    loaders = Counter(name for worker in workers if worker.stats is not None for name in worker.stats.bases)
+    if dist not in ("loadgroup", "each") and max(loaders.values(), default=0) > 1:
+        yield (
+            "several workers loaded the same base; --dist loadgroup keeps the tests of a base together, as far as their"
+            " specs are known before they run"
+        )
     for worker in workers:
         yield from _worker_line(worker)
     for title, found in (

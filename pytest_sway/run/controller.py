@@ -131,8 +131,6 @@ class Controller:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print one summary over all workers, if a test used a backend."""
         stats = self.stats()
-        if terminalreporter.config.getoption("dist") == "each":  # every worker runs, and so loads, everything
-            stats.fewest_base_loads.clear()
         write_summary(terminalreporter, stats, self.reports(), fails=self._settings.fails_run(stats.leaks))
 
     @pytest.hookimpl

@@ -21,9 +21,6 @@ _GROUP: Final = "pytest-sway-"
 
 _needs = pytest.StashKey["Needs"]()
 
-fewest_base_loads = pytest.StashKey[dict[str, int]]()
-"""In a worker without ``--dist loadgroup``: how often each base would be loaded with it, by its name in the summary."""
-
 
 class Collection:
     """The hooks of one run.
@@ -68,10 +65,7 @@ class Collection:
     def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
         """Under ``--dist loadgroup``, send xdist the groups; by now all is deselected that will be."""
         config = session.config
-        if not self._known or not hasattr(config, "workerinput"):
-            return (yield)
-        if not config.getoption("loadgroup", False):
-            config.stash[fewest_base_loads] = _fewest_base_loads(session.items, config.workerinput["workercount"])
+        if not self._known or not hasattr(config, "workerinput") or not config.getoption("loadgroup", False):
             return (yield)
         with _groups_sent(session):
             return (yield)
@@ -153,17 +147,3 @@ def _own_group(item: pytest.Item) -> str | None:
     marks = item.iter_markers("xdist_group")
     names = {str(mark.args[0] if mark.args else mark.kwargs.get("name", "default")) for mark in marks}
     return "_".join(sorted(names)) or None
-
-
-def _fewest_base_loads(items: Sequence[pytest.Item], workers: int) -> dict[str, int]:
-    """How often each base would be loaded with those groups, by its name in the summary."""
-    from pytest_sway.run.scheduling import base_loads
-    from pytest_sway.spec.model_spec import ModelSpec
-    from pytest_sway.spec.paths import short_name
-
-    loads: dict[str, int] = {}
-    for base, count in base_loads(_known(items), _groups(items, workers)).items():
-        assert isinstance(base, ModelSpec)
-        name = short_name(base.base)
-        loads[name] = loads.get(name, 0) + count
-    return loads

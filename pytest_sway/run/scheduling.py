@@ -99,12 +99,6 @@ def dealt(tests: Sequence[Needs | None], workers: int) -> list[int | None]:
     return [None if needs is None else next(turns[needs.bases[0]]) for needs in tests]
 
 
-def base_loads(tests: Sequence[Needs | None], groups: Sequence[Hashable | None]) -> Counter[Hashable]:
-    """Return how often each base is loaded when each group runs in a process of its own."""
-    pairs = {(base, group) for needs, group in zip(tests, groups, strict=True) if needs for base in needs.bases}
-    return Counter(base for base, _ in pairs)
-
-
 def _packed(sizes: Sequence[int], workers: int) -> list[list[tuple[int, int]]]:
     """Return for each size the pieces that it is cut into: the group and the size of each.
 

@@ -318,6 +318,9 @@ class SwaySession(Listener):
 
     def loaded(self, cached: CachedBackend) -> None:
         """Count the seconds of a load apart from the test, and tell the user's hook."""
+        spec = cached.model_spec
+        if spec.kind in ("hf", "mlx"):  # whose backends share bases
+            self.stats.backend(str(spec)).base = short_name(spec.base)
         self._unreported_seconds += cached.load_seconds
         with self._noted("pytest_sway_backend_loaded", cached):
             self._hooks.loaded(cached)

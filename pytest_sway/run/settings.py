@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
+# As in `pytest_sway.spec`, which a run that uses no backend does not import.
 DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
 POLICIES: Final = ("error", "warn", "ignore")
 

@@ -55,7 +55,10 @@ def threads_for(workers: int, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The quotas of this process's control groups, in processors, of both versions of the kernel's interface."""
+    """The quotas of this process's control groups, in processors, of both versions of the kernel's interface.
+
+    loky counts them too; for these lines it would be a dependency of every run.
+    """
     folder = root / "sys/fs/cgroup"
     with suppress(OSError, ValueError):
         quota = int((folder / "cpu/cpu.cfs_quota_us").read_text())

@@ -1,4 +1,8 @@
-"""The hub's offline mode, for a whole process."""
+"""The hub's offline mode, for a whole process.
+
+You can set the variables yourself. The option `--sway-offline` sets them for workers too, and also where a plugin has
+imported the libraries before.
+"""
 
 from __future__ import annotations
 

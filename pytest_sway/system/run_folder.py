@@ -1,7 +1,8 @@
 """A folder of one run in the temporary directory, for what its processes share on this machine.
 
 It goes when the run ends. What a run leaves that was killed, the next run removes: a lock that the system lets go with
-its process tells which are left.
+its process tells which are left. That lock is not filelock's: here it is taken under one name and then
+renamed, so that no folder ever stands there with a lock that nobody holds, which another run would remove.
 """
 
 from __future__ import annotations

@@ -230,8 +230,8 @@ def test_importing_mlx_lm_changes_nothing_of_the_process(base: Path) -> None:
 import os, resource
 before = resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ)
 from pytest_sway import ModelSpec
-from pytest_sway.backends.registry import build
-build(ModelSpec(kind="mlx", base={str(base)!r})).close()
+from pytest_sway.backends.registry import Builder
+Builder()(ModelSpec(kind="mlx", base={str(base)!r})).close()
 assert (resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ)) == before
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -249,8 +249,8 @@ class Watch:
 
 sys.meta_path.insert(0, Watch())
 from pytest_sway import ModelSpec
-from pytest_sway.backends.registry import build
-build(ModelSpec(kind="mlx", base={str(base)!r})).close()
+from pytest_sway.backends.registry import Builder
+Builder()(ModelSpec(kind="mlx", base={str(base)!r})).close()
 assert in_main_thread.keys() >= {{"mlx.core", "mlx_lm", "transformers"}}, in_main_thread
 assert not any(in_main_thread.values()), in_main_thread
 """

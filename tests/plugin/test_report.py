@@ -76,8 +76,8 @@ def test_y(sway_backend):
 
 def test_a_shared_base_and_its_bytes_are_shown() -> None:
     stats = SwayStats(peak_resident=2, peak_bytes=3 * 2**29)
-    stats.backend("base + one").add(BackendStats(loads=1, load_seconds=3.0, hits=1))
-    stats.backend("base + two").add(BackendStats(loads=1, load_seconds=1.0))
+    stats.backend("base + one").add(BackendStats(loads=1, load_seconds=3.0, hits=1, base="base"))
+    stats.backend("base + two").add(BackendStats(loads=1, load_seconds=1.0, base="base"))
     stats.base_loaded("base", 2.0)
     text = "\n".join(summary_lines(stats))
     assert "base base: 1 load, 2.00 s" in text

@@ -1,7 +1,8 @@
 """Requests and their failures: what is tried again, for how long, and in which words the rest is told.
 
 Retries are tenacity's: unlike stamina, which is built on it, it lets the wait depend on the answer (``Retry-After``)
-and takes the clock as an argument, so that tests wait for nothing.
+and takes the clock as an argument, so that tests wait for nothing. The openai client is not used: its timeout is one
+for each read, so a server that trickles is waited for without end, and it keeps the key in an attribute.
 """
 
 from __future__ import annotations

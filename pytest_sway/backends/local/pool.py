@@ -88,17 +88,13 @@ class SharedPool(Generic[K, V]):
         """
         user = object()
         try:
-            try:
-                share = None
-                while share is None:
-                    slot = self._join(key, user)
-                    share = holding(slot.guard, partial(self._share, slot, user, load))
-                return share
-            except BaseException:
-                self._leave_all(user)
-                raise
+            share = None
+            while share is None:
+                slot = self._join(key, user)
+                share = holding(slot.guard, partial(self._share, slot, user, load))
+            return share
         except BaseException:
-            self._leave_all(user)  # an interrupt may have struck in the handler above
+            self._leave_all(user)
             raise
 
     @contextmanager

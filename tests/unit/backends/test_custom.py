@@ -13,7 +13,7 @@ import pytest
 
 from pytest_sway import ModelSpec
 from pytest_sway.backends.custom import build_custom, import_class
-from pytest_sway.backends.registry import Builder, build
+from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import BackendLoadError, SpecError
 
@@ -83,13 +83,13 @@ def _spec(entry_point: str, adapter: Path | None = None) -> ModelSpec:
 
 def test_it_is_called_with_the_spec_and_the_adapter() -> None:
     spec = _spec("my_backends:Mine", Path("/adapters/x"))
-    backend = build(spec)
+    backend = Builder()(spec)
     assert isinstance(backend, Mine)
     assert (backend.base_spec, backend.adapter_path) == (spec, Path("/adapters/x"))
 
 
 def test_an_adapter_passed_apart_is_the_one_it_gets() -> None:
-    backend = build(_spec("my_backends:Mine"), adapter_path=Path("/adapters/y"))
+    backend = Builder()(_spec("my_backends:Mine"), adapter_path=Path("/adapters/y"))
     assert isinstance(backend, Mine)
     assert backend.adapter_path == backend.base_spec.adapter == Path("/adapters/y")
 
@@ -124,14 +124,14 @@ def test_a_nested_class_is_found() -> None:
     ],
 )
 def test_what_cannot_be_found_is_said_so_before_anything_is_evicted(entry_point: str, sentence: str) -> None:
-    for refuse in (build, Builder().check):
+    for refuse in (Builder(), Builder().check):
         with pytest.raises(SpecError, match=f"^{re.escape(sentence)}$"):
             refuse(_spec(entry_point))
 
 
 @pytest.mark.parametrize("entry_point", ["my_backends:SetsItsMethods", "my_backends:make"])
 def test_an_object_with_the_methods_is_enough_whatever_made_it(entry_point: str) -> None:
-    backend = build(_spec(entry_point))
+    backend = Builder()(_spec(entry_point))
     assert callable(backend.as_base)
     assert callable(backend.as_finetuned)
 
@@ -158,7 +158,7 @@ def test_an_error_in_the_users_module_is_told_with_its_cause(
 ) -> None:
     (tmp_path / "failing_module.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    for refuse in (build, Builder().check):
+    for refuse in (Builder(), Builder().check):
         with pytest.raises(error, match=f"^{re.escape(sentence)}$") as raised:
             refuse(_spec("failing_module:Mine"))
         assert isinstance(raised.value.__cause__, ZeroDivisionError | ImportError)

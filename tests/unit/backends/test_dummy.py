@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.backends.dummy.backend import DummyBackend
-from pytest_sway.backends.registry import Builder, build
+from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import BackendClosedError, BackendUseError, ScoringError, SpecError, ViewClosedError
 from pytest_sway.protocols import (
@@ -310,9 +310,9 @@ def test_answers_come_from_a_file_that_is_checked_before_anything_is_evicted(tmp
     path = tmp_path / "answers.toml"
     path.write_text('[base.generations]\n"the sun" = " sets"\n')
     spec = ModelSpec(kind="dummy", base="mine", answers=path)
-    with build(spec).as_base() as base:
+    with Builder()(spec).as_base() as base:
         assert base.generate("the sun", max_new_tokens=1) == " sets"
     path.write_text("[base.texts]")
-    for refuse in (build, Builder().check):
+    for refuse in (Builder(), Builder().check):
         with pytest.raises(SpecError, match="has no table of side 'base' 'texts'"):
             refuse(spec)

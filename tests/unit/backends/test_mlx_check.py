@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends.registry import Builder, build
+from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError
 from pytest_sway.spec.model_spec import ModelSpec
 
 
-@pytest.mark.parametrize("refuse", [build, Builder().check, BackendCache().acquire])
+@pytest.mark.parametrize("refuse", [Builder(), Builder().check, BackendCache().acquire])
 def test_without_mlx_the_line_that_installs_it_is_named(
     refuse: Callable[[ModelSpec], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

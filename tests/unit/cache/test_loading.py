@@ -180,6 +180,18 @@ def test_inv09_what_was_built_is_closed_when_something_fails_after_the_build(
     assert sharing.base_closes == {"org/a": 1}
 
 
+def test_inv10_an_interrupt_in_the_close_of_what_a_failed_load_left_leaves_its_room_to_others(
+    sharing: InformedFakeBuild,
+) -> None:
+    cache = BackendCache(max_size=1, build=sharing)
+    sharing.measure_errors["a"] = [RuntimeError("broken measure")]
+    sharing.close_errors["a"] = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        cache.acquire(spec("a"))
+    with cache.lease(spec("b")) as backend:
+        assert backend.use() == "b"
+
+
 def test_inv09_a_request_that_found_no_room_gives_its_error_to_nobody_else(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)

@@ -1,5 +1,7 @@
 """A KeyboardInterrupt at every line of the cache in turn: after each, nothing is lost and the next request works.
 
+Lines that handle an error are left out: two faults within microseconds are nobody's promise.
+
 The line that a ``with`` statement ends on is traced too, although no real interrupt can strike before the exit there.
 `Lease.__del__` is left out: what an interpreter raises in a finaliser goes nowhere.
 """
@@ -50,7 +52,7 @@ class Interrupter:
         return self._line if code.co_filename in self._files and code.co_name != "__del__" else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        if event == "line" and sys.exc_info()[0] is None:
             self.lines += 1
             if self.lines == self._strike_at:
                 self.where = f"{frame.f_code.co_name}:{frame.f_lineno}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from xdist.remote import Producer  # type: ignore[import-untyped]
 from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]
 
-from pytest_sway.run.scheduling import Needs, base_loads, dealt, needs_of, ordered
+from pytest_sway.run.scheduling import Needs, dealt, needs_of, ordered
 from pytest_sway.spec.model_spec import ModelSpec
 
 
@@ -99,6 +99,12 @@ def test_a_whole_fine_tuned_model_is_a_second_base() -> None:
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def base_loads(tests: Sequence[Needs | None], groups: Sequence[int | None]) -> Counter[Hashable]:
+    """How often each base is loaded when each group runs in a process of its own."""
+    pairs = {(base, group) for needs, group in zip(tests, groups, strict=True) if needs for base in needs.bases}
+    return Counter(base for base, _ in pairs)
 
 
 def test_whole_bases_are_dealt_out_where_they_balance() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-REQUIRED: Final = ("torch", "transformers", "peft", "safetensors")
+REQUIRED: Final = ("torch", "transformers", "peft", "safetensors", "cachetools")
 
 _PARTS: Final = (
     "safetensors.torch", "transformers.generation.utils", "transformers.models.auto.modeling_auto",

@@ -1,6 +1,8 @@
-"""Writing tensors to a safetensors file, without a copy of them in memory.
+"""Writing tensors to a safetensors file in which each begins where torch would have put it.
 
-The library's own ``save_file`` turns every tensor into ``bytes`` first, and its errors don't tell a full disk.
+The library's own ``save_file`` puts none of the 272 tensors of SmolLM2-135M at a multiple of 64 bytes, and products of
+matrices can round otherwise elsewhere. Its errors don't tell a full disk, and before its version 0.8 it first copies
+every tensor into ``bytes``.
 """
 
 from __future__ import annotations

