@@ -71,7 +71,6 @@ class SwayStats:
         mutations: One line for each test that left a backend changed.
         leaks: One line for each close after which weights were still in memory.
         hook_errors: One line for each hook, and each look for leaks, that raised.
-        unreleased: The holders of leases that were open when the cache was shut down.
         fewest_base_loads: How often each base that is known before the tests run would be loaded under ``--dist
             loadgroup``, by its name; empty in a run without workers, and in one with that option.
     """
@@ -86,7 +85,6 @@ class SwayStats:
     mutations: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     hook_errors: list[str] = field(default_factory=list)
-    unreleased: list[str] = field(default_factory=list)
     fewest_base_loads: dict[str, int] = field(default_factory=dict)
 
     def backend(self, label: str) -> BackendStats:
@@ -163,7 +161,6 @@ class SwayStats:
             (self.mutations, other.mutations),
             (self.leaks, other.leaks),
             (self.hook_errors, other.hook_errors),
-            (self.unreleased, other.unreleased),
         ):
             ours.extend(lines if origin is None else (f"{origin}: {line}" for line in lines))
 
