@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.cache.entries import Owner
 from pytest_sway.run.ordering import Collection
 from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
 from pytest_sway.system.frames import forget_frames
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 _settings = pytest.StashKey[SwaySettings]()
 _session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
-_running = pytest.StashKey[str]()
+_running = pytest.StashKey[Owner]()
 _errors = pytest.StashKey[list[BaseException]]()
 
 
@@ -61,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "sway_spec(*specs): the model specs that a test uses; with exactly one, sway_backend() needs no argument.",
     )
     config.stash[_settings] = settings = resolve_settings(config)
+    config.stash[_running] = Owner("the session")
     config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
     if settings.reorder:
         config.pluginmanager.register(Collection(settings), "pytest_sway_collection")
@@ -103,9 +106,25 @@ def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
 def sway_cache(request: pytest.FixtureRequest) -> BackendCache:
     """The cache behind ``sway_backend``, for wider fixtures.
 
-    ``with sway_cache.lease(spec) as backend: yield backend`` pins a backend for as long as the fixture lives.
+    ``with sway_cache.lease(spec) as backend: yield backend`` pins a backend for as long as the fixture lives. A lease
+    ends with the test in which it is taken, or with the wider fixture during whose set-up it is.
     """
     return _sway(request.config).cache
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, object, object]:
+    """Let leases that are taken while a wider fixture is set up end with it, after all of its own teardown."""
+    if request.scope == "function":
+        return (yield)
+    stash = request.config.stash
+    owner = Owner(f"fixture {request.fixturename!r} of {request.node.nodeid or 'the session'}")
+    request.addfinalizer(partial(_end, request.config, owner))
+    around, stash[_running] = stash[_running], owner
+    try:
+        return (yield)
+    finally:
+        stash[_running] = around
 
 
 # --- a test's life ----------------------------------------------------------------------------------------------------
@@ -114,7 +133,7 @@ def sway_cache(request: pytest.FixtureRequest) -> BackendCache:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Name the test to the cache, and refuse a marker that says nothing."""
-    item.config.stash[_running] = item.nodeid
+    item.config.stash[_running] = Owner(item.nodeid)
     for marker in item.iter_markers("sway_spec"):
         if not marker.args or marker.kwargs:
             pytest.fail(
@@ -132,7 +151,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     finally:
         restore_modules()  # which a run inside of this test may have taken away
         session = _used(item.config)
-        error = session.end_test(item.nodeid) if session is not None else None
+        error = session.end_test(item.config.stash[_running]) if session is not None else None
         if error is not None:
             raise error
 
@@ -187,7 +206,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if (sway := _used(config)) is not None:
         from pytest_sway.run.controller import publish
 
-        config.stash[_running] = "the session's end"
+        config.stash[_running] = Owner("the session's end")
         sway.close()
         publish(config, sway.stats)
         if config.stash[_settings].fails_run(sway.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
@@ -233,18 +252,25 @@ def _used(config: pytest.Config) -> SwaySession | None:
 def _sway(config: pytest.Config) -> SwaySession:
     """The session, made on first use."""
     if _session not in config.stash:
+        from pytest_sway.report.secrets import SecretsHidden
         from pytest_sway.run.controller import load_progress, weights_folder
         from pytest_sway.run.session import SwaySession
 
+        config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")
         config.stash[_session] = SwaySession(
             config.stash[_settings],
             _Hooks(config),
             named_specs(config.rootpath),
             load_progress(config, _terminal(config)),
-            who=lambda: config.stash.get(_running, "the session"),
+            owner=lambda: config.stash[_running],
             share_weights=weights_folder(config),
         )
     return config.stash[_session]
+
+
+def _end(config: pytest.Config, owner: Owner) -> None:
+    if (session := _used(config)) is not None:
+        session.cache.end(owner)
 
 
 def _terminal(config: pytest.Config) -> Any | None:

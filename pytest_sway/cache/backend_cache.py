@@ -20,6 +20,7 @@ Its invariants, each with a test of its number:
 16. A base is loaded once, closed after its last adapter, and its bytes count once.
 17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else at the deadline. What a
     test keeps to its end is the test's in all its threads, and what an ended thread has left is the main thread's.
+    When an `Owner` ends, so do its leases, and it gets no more, whichever thread asked.
 18. With a byte budget, sizes are estimated before the load, and unknown counts as the whole budget.
 19. After a fork the child starts empty and closes nothing of its parent's.
 20. `BackendCache.evict_all` closes every idle entry even when some raise, and can be called twice.
@@ -48,7 +49,7 @@ from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget
 from pytest_sway.cache.builds import Listener, informed
-from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Parts, State
+from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Owner, Parts, State
 from pytest_sway.cache.ledger import Ledger
 from pytest_sway.cache.stats import SwayStats
 from pytest_sway.errors import FilesChangedError, SwayError
@@ -87,7 +88,8 @@ class BackendCache:
             default the backends of this package, with bases shared among the adapters of this cache.
         named: Specs that may be asked for by name.
         listener: Who is told of loads and closes.
-        who: Names whoever asks without a name of his own; by default by the calling thread.
+        owner: Whose the lease is that the calling thread asks for now. By default it is named after the thread, and
+            its release alone ends the lease.
         remedy: What to do when there is no room, at the end of a sentence.
         lease_timeout: Seconds that a request waits for others to release what keeps it from being loaded.
 
@@ -106,7 +108,7 @@ class BackendCache:
         build: Callable[..., Any] | None = None,
         named: Mapping[str, Any] = MappingProxyType({}),
         listener: Listener | None = None,
-        who: Callable[[], str] = lambda: threading.current_thread().name,
+        owner: Callable[[], Owner] = lambda: Owner(threading.current_thread().name),
         remedy: str = "raise the size of the cache",
         lease_timeout: float = 300.0,
     ) -> None:
@@ -120,7 +122,7 @@ class BackendCache:
         self._build: Final = informed(build)
         self._named: Final = named
         self._listener: Final = listener or Listener()
-        self._who: Final = who
+        self._owner: Final = owner
         self._lease_timeout: Final = lease_timeout
 
     # --- what callers use ---------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ class BackendCache:
 
     @contextmanager
     def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Iterator[Any]:
-        """Give the backend of ``spec``, pinned until the block ends.
+        """Give the backend of ``spec``, pinned until the block ends, or what it was asked in: see `end`.
 
         Args:
             spec: What to load.
@@ -184,40 +186,50 @@ class BackendCache:
         *,
         adapter_path: Path | None = None,
         holder: str | None = None,
-        to_the_end: bool = False,
+        owner: Owner | None = None,
     ) -> Lease:
         """Return a lease on the backend of ``spec``, which is loaded if need be.
 
         Args:
             spec: What to load.
             adapter_path: An adapter that takes the place of the spec's own.
-            holder: Who is named to others when the cache is full; by default as the cache's ``who`` says.
-            to_the_end: The holder, such as a test, releases at its own end, whichever of its threads asked: so nothing
-                that it asks for meanwhile waits for that.
+            holder: Who is named to others when the cache is full; by default the owner.
+            owner: With what the lease ends, unless it is released before; by default as the cache's ``owner`` says.
 
         Raises:
             SpecError: The spec is malformed.
             CacheFullError: No room can be made.
             CacheDeadlockError: The load waits for itself.
             CacheClosedError: The cache was shut down.
+            BackendUseError: The owner has ended.
             SwayError: The load failed; errors of other types are wrapped in a `BackendLoadError`.
         """
         resolved = self.resolve(spec, adapter_path=adapter_path)
+        owner = owner or self._owner()
         for _ in range(_TRIES - 1):
             with suppress(FilesChangedError):  # the next look at them gives another key
-                return self._acquire(resolved, holder, to_the_end)
-        return self._acquire(resolved, holder, to_the_end)
+                return self._acquire(resolved, holder or owner.name, owner)
+        return self._acquire(resolved, holder or owner.name, owner)
 
-    def _acquire(self, resolved: ModelSpec, holder: str | None, to_the_end: bool) -> Lease:
-        operation = Operation(holder or self._who(), to_the_end)
+    def _acquire(self, resolved: ModelSpec, holder: str, owner: Owner) -> Lease:
+        operation = Operation(holder, owner)
         try:
             lease = self._serve(operation, resolved, resolved_key(resolved))
+            if owner.over:  # it may have ended before the lease was granted
+                raise messages.ended(resolved, owner.name)
             self._listener.leased(lease.cached)
             return lease
         except BaseException as error:
             self._abandon(operation)
             without_secrets(error)  # in place: what is not an Exception goes up as it is
             raise
+
+    def end(self, owner: Owner) -> None:
+        """End all leases of an owner, released or not, and refuse it others, those of loads under way included.
+
+        What is used after that may be closed, and raises `pytest_sway.errors.BackendClosedError` then.
+        """
+        self._close_each(lambda operation: self._ledger.unclaim_all(operation, owner))
 
     def loaded_keys(self) -> list[Key]:
         """The keys of what is ready now, most recently used last."""
@@ -345,7 +357,7 @@ class BackendCache:
 
     def _close_each(self, take: Callable[[Operation], None]) -> None:
         """Close what ``take`` puts among the victims of an operation, whatever some of the closes raise."""
-        operation = Operation(self._who())
+        operation = Operation("")
         try:
             take(operation)
             self._close_victims(operation)

@@ -37,27 +37,42 @@ RESIDENT: Final = frozenset({State.LOADING, State.READY, State.CLOSING})
 
 
 @dataclass(slots=True, eq=False)
+class Owner:
+    """Whose leases are, such as a test: they end with it, whichever thread asked, and it gets no others then.
+
+    Attributes:
+        name: Who is named to others when the cache is full.
+        keeps: It gives back nothing before its end, so that what it asks for meanwhile cannot wait for that.
+        over: It has ended.
+    """
+
+    name: str
+    keeps: bool = False
+    over: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Claim:
     """One lease, as its entry knows it.
 
     Attributes:
-        holder: Who holds it.
+        holder: Who holds it, by name.
+        owner: With what it ends at the latest.
         thread: Which thread asked.
-        to_the_end: Its holder gives it back at its own end and not before, whichever thread asked.
     """
 
     holder: str
+    owner: Owner
     thread: threading.Thread
-    to_the_end: bool = False
 
     @property
     def orphaned(self) -> bool:
         """Whether the thread that asked has ended without a release."""
-        return not self.to_the_end and not self.thread.is_alive()
+        return not self.owner.keeps and not self.thread.is_alive()
 
     def ends_without(self, asker: Operation) -> bool:
         """Whether it can end while this one waits; what a thread leaves behind is the main thread's to release."""
-        if self.to_the_end and self.holder == asker.holder:
+        if self.owner.keeps and self.holder == asker.holder:
             return False
         return asker.thread is not (threading.main_thread() if self.orphaned else self.thread)
 
@@ -68,7 +83,7 @@ class Operation:
 
     Attributes:
         holder: Who is named to others when the cache is full.
-        to_the_end: Whether the holder keeps what it gets until its own end.
+        owner: With what a lease ends that this call takes.
         thread: The calling thread, as an object: the number of one that ended is given to the next.
         entry: The entry that this call loads.
         built: The backend, between its build and its admission.
@@ -79,7 +94,7 @@ class Operation:
     """
 
     holder: str
-    to_the_end: bool = False
+    owner: Owner = field(default_factory=lambda: Owner("nobody"))
     thread: threading.Thread = field(default_factory=threading.current_thread)
     entry: Entry | None = None
     built: list[Any] = field(default_factory=list)

@@ -16,11 +16,12 @@ from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget, total_bytes
 from pytest_sway.cache.entries import RESIDENT, CachedBackend, Claim, Entry, Lease, Operation, Parts, State
-from pytest_sway.errors import CacheError
+from pytest_sway.errors import BackendUseError, CacheError
 from pytest_sway.system.forking import call_in_forked_child
 from pytest_sway.system.locking import Bell, atomic
 
 if TYPE_CHECKING:
+    from pytest_sway.cache.entries import Owner
     from pytest_sway.cache.stats import SwayStats
     from pytest_sway.errors import CacheFullError, SwayError
     from pytest_sway.spec.identity import Key
@@ -105,6 +106,8 @@ class Ledger:
             raise operation.error
         if self._shut:
             raise messages.shut_down(f"before {spec} was asked for")
+        if operation.owner.over:
+            raise messages.ended(spec, operation.owner.name)
         entry = self._entries.get(key)
         if entry is None:
             operation.entry = self._entries[key] = Entry(key, spec, operation)
@@ -137,6 +140,8 @@ class Ledger:
         self._collect_dropped()
         if self._shut:
             raise messages.shut_down(f"before {newcomer.spec} was loaded")
+        if operation.owner.over:
+            raise messages.ended(newcomer.spec, operation.owner.name)
         victims = self._budget.victims(self._residents(), newcomer)
         if victims == []:
             newcomer.state = State.LOADING
@@ -192,7 +197,7 @@ class Ledger:
         began = entry.state is State.LOADING
         if began:
             self._refuse(list(entry.waiters), error)
-        if began or not isinstance(error, CacheError):  # a refusal for want of room is no failed load
+        if began or not isinstance(error, CacheError | BackendUseError):  # what was refused is no failed load
             self._stats.backend(str(entry.spec)).failures += 1
 
     @atomic
@@ -210,6 +215,15 @@ class Ledger:
         """Strike a lease out; what was retired and is idle now is the operation's to close."""
         self._collect_dropped()
         entry.claims.discard(claim)
+        self._take(operation, [entry for entry in self._retired if entry.idle])
+        self._announce()
+
+    @atomic
+    def unclaim_all(self, operation: Operation, owner: Owner) -> None:
+        """Strike out all leases of an owner, for good; what was retired and is idle now is the operation's to close."""
+        owner.over = True
+        for entry in self._residents():
+            entry.claims.difference_update([claim for claim in entry.claims if claim.owner is owner])
         self._take(operation, [entry for entry in self._retired if entry.idle])
         self._announce()
 
@@ -295,7 +309,7 @@ class Ledger:
         bell.ring()
 
     def _grant(self, entry: Entry, operation: Operation) -> Lease:
-        claim = Claim(operation.holder, operation.thread, operation.to_the_end)
+        claim = Claim(operation.holder, operation.owner, operation.thread)
         lease = Lease(self, entry, claim, cast("CachedBackend", entry.cached))
         entry.claims.add(claim)
         return lease

@@ -8,6 +8,7 @@ from pytest_sway.cache.budget import format_parts, total_bytes
 from pytest_sway.cache.entries import State
 from pytest_sway.errors import (
     BackendLoadError,
+    BackendUseError,
     CacheClosedError,
     CacheDeadlockError,
     CacheFullError,
@@ -103,6 +104,14 @@ def turned_out_too_large(spec: ModelSpec, size: int, max_bytes: int) -> ModelToo
 def shut_down(when: str) -> CacheClosedError:
     """The cache was shut down, ``when`` being before or during the load of what is asked for."""
     return CacheClosedError(f"the cache was shut down {when}; nothing can be had from it any more.")
+
+
+def ended(spec: ModelSpec, owner: str) -> BackendUseError:
+    """The test or fixture that asks, in one of its threads, has ended."""
+    return BackendUseError(
+        f"{spec} was asked for by {owner}, which has ended, and its leases with it. Wait for its threads before it"
+        " ends, and ask in the test that needs the backend."
+    )
 
 
 def load_asks_for_itself(spec: ModelSpec) -> CacheDeadlockError:

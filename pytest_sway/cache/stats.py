@@ -74,7 +74,6 @@ class SwayStats:
         mutations: One line for each test that left a backend changed.
         leaks: One line for each close after which weights were still in memory.
         hook_errors: One line for each hook, and each look for leaks, that raised.
-        unreleased: The holders of leases that were open when the cache was shut down.
     """
 
     backends: dict[str, BackendStats] = field(default_factory=dict)
@@ -87,7 +86,6 @@ class SwayStats:
     mutations: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     hook_errors: list[str] = field(default_factory=list)
-    unreleased: list[str] = field(default_factory=list)
 
     def backend(self, label: str) -> BackendStats:
         """The counts of one backend, made on first use."""
@@ -150,7 +148,6 @@ class SwayStats:
             (self.mutations, other.mutations),
             (self.leaks, other.leaks),
             (self.hook_errors, other.hook_errors),
-            (self.unreleased, other.unreleased),
         ):
             ours.extend(lines if origin is None else (f"{origin}: {line}" for line in lines))
 

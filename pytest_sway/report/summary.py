@@ -73,7 +73,6 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = (), *, dis
         ("leaked", stats.leaks),
         ("failed to close", stats.close_errors),
         ("raised", stats.hook_errors),
-        ("never released", stats.unreleased),
     ):
         for text in found:
             yield f"{title}: {text}"

@@ -6,7 +6,6 @@ looks for what outlives its backend.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -18,8 +17,8 @@ from pytest_sway.backends.contract import require_differential
 from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
-from pytest_sway.cache.entries import CachedBackend, Lease
-from pytest_sway.errors import BackendUseError, MutationError, SpecError, SwayError, SwayWarning
+from pytest_sway.cache.entries import CachedBackend, Lease, Owner
+from pytest_sway.errors import MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.run.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
 from pytest_sway.spec.identity import Key, resolved_key
 from pytest_sway.spec.model_spec import ModelSpec
@@ -114,42 +113,6 @@ class _Failure:
         return self.error_type(f"{self.text}\n(First met by {self.holder}; the load is not tried again.)")
 
 
-class _Pins:
-    """The leases of one test. They end with it, whichever of its threads asked, and those that come later at once."""
-
-    def __init__(self, test: str) -> None:
-        self._test = test
-        self._leases: dict[Key, Lease] = {}
-        self._over = False
-        self._lock = threading.Lock()
-
-    def require_open(self, what: str) -> None:
-        if self._over:
-            raise BackendUseError(
-                f"the sway_backend of {self._test} {what}. Ask for the fixture in the test that needs it and wait for"
-                " its threads there, or lease from sway_cache."
-            )
-
-    def get(self, key: Key) -> Lease | None:
-        return self._leases.get(key)
-
-    def keep(self, key: Key, lease: Lease) -> Lease:
-        """Keep a lease to the test's end; another thread may have brought one for the same key meanwhile."""
-        with self._lock:
-            kept = None if self._over else self._leases.setdefault(key, lease)
-        if kept is not lease:
-            lease.release()
-        if kept is None:
-            self.require_open("was called in a thread of that test, which ended while the backend was loaded")
-        return kept or lease
-
-    def release(self) -> None:
-        with self._lock:
-            self._over = True
-        while self._leases:
-            self._leases.popitem()[1].release()
-
-
 class SwaySession(Listener):
     """What one run holds, and what it has found out.
 
@@ -158,7 +121,7 @@ class SwaySession(Listener):
         hooks: The user's hooks.
         named: Specs by name.
         progress: Shows loads that take long.
-        who: Names whoever runs now, for leases that no fixture ``sway_backend`` took.
+        owner: The test or fixture that runs now, whose leases are that no fixture ``sway_backend`` takes.
         share_weights: A folder through which the workers of this host hold one copy of converted weights.
     """
 
@@ -168,13 +131,13 @@ class SwaySession(Listener):
         hooks: BuildHooks,
         named: Mapping[str, Any],
         progress: LoadProgress,
-        who: Callable[[], str],
+        owner: Callable[[], Owner],
         share_weights: Path | None = None,
     ) -> None:
         self._settings = settings
         self._hooks = hooks
         self._progress = progress
-        self._who = who
+        self._owner = owner
         self._failures: dict[Hashable, _Failure] = {}
         self._touched: list[CachedBackend] = []
         self._spoilt: list[tuple[CachedBackend, str]] = []
@@ -197,7 +160,7 @@ class SwaySession(Listener):
             build=builder,
             named=named,
             listener=self,
-            who=who,
+            owner=owner,
             remedy=f"raise --sway-cache-size (now {settings.cache_size}) or --sway-cache-memory",
         )
 
@@ -216,22 +179,22 @@ class SwaySession(Listener):
             test: The test's node id.
             marked: The specs of its marker.
         """
-        pins = _Pins(test)
+        owner = Owner(test, keeps=True)
+        leases: dict[Key, Lease] = {}
 
         def sway_backend(spec: SpecLike | None = None, *, adapter_path: Path | None = None) -> DifferentialBackend:
-            pins.require_open("was called after that test had ended")
             resolved = self._resolve(_marked_spec(marked) if spec is None else spec, adapter_path, test)
             key = resolved_key(resolved)
-            lease = pins.get(key)
-            if lease is None:
-                lease = pins.keep(key, self._acquire((key, resolved.trust_remote_code), resolved, test))
+            lease = None if owner.over else leases.get(key)
+            if lease is None:  # another thread of the test may bring one meanwhile
+                lease = leases.setdefault(key, self._acquire((key, resolved.trust_remote_code), resolved, owner))
             backend: DifferentialBackend = lease.backend
             return backend
 
         try:
             yield sway_backend
         finally:
-            pins.release()
+            self.cache.end(owner)
 
     def _resolve(self, spec: SpecLike, adapter_path: Path | None, test: str) -> ModelSpec:
         try:
@@ -241,14 +204,14 @@ class SwaySession(Listener):
                 self._fail_once(("malformed", repr(spec), repr(adapter_path)), error, test)
             raise
 
-    def _acquire(self, request: Hashable, spec: ModelSpec, test: str) -> Lease:
+    def _acquire(self, request: Hashable, spec: ModelSpec, owner: Owner) -> Lease:
         failure = self._failures.get(request)
         if failure is not None:
             raise failure.again()
         try:
-            return self.cache.acquire(spec, holder=test, to_the_end=True)
+            return self.cache.acquire(spec, owner=owner)
         except SwayError as error:
-            self._fail_once(request, error, test)
+            self._fail_once(request, error, owner.name)
             raise
 
     def _fail_once(self, request: Hashable, error: SwayError, test: str) -> None:
@@ -264,17 +227,19 @@ class SwaySession(Listener):
         """Note that the running test has, or its fixtures have, laid hands on a backend."""
         self._touched.append(cached)
         users = self._users.setdefault(id(cached), deque(maxlen=3))
-        if (user := self._who()) not in users:
+        if (user := self._owner().name) not in users:
             users.append(user)
 
-    def end_test(self, test: str) -> MutationError | None:
-        """Compare all that was leased during a test, or is, with what it was; retire what is changed.
+    def end_test(self, owner: Owner) -> MutationError | None:
+        """End a test's leases, compare all that was leased during it, or is, with what it was; retire what is changed.
 
         To be called when the test and its own fixtures have ended, so that what they put back counts as put back.
 
         Returns:
             The error for the test, where changes are errors.
         """
+        test = owner.name
+        self.cache.end(owner)
         touched, self._touched = self._touched, []
         if self._settings.on_mutation == "ignore":
             return None
@@ -358,7 +323,7 @@ class SwaySession(Listener):
 
     def close(self) -> None:
         """Close everything for good; a thread that still loads then closes what it loads itself."""
-        self.stats.unreleased += self.cache.shutdown(timeout=_PATIENCE_AT_END)
+        self.cache.shutdown(timeout=_PATIENCE_AT_END)
         self.take_load_seconds()
         keep_modules()
 

@@ -1,7 +1,8 @@
 """Keeping the environment's secrets out of what is shown: errors of other libraries can quote them.
 
-`redacted` does it for a text, `without_secrets` for an error and all that a report shows with it. Every way on which an
-error of a build, a close or a comparison leaves this package goes through one of them.
+`redacted` does it for a text, `redacted_values` for plain data, and `without_secrets` for an error and all that a
+report shows with it. Every way on which an error of a build, a close or a comparison leaves this package goes through
+one of them. What a report shows of views and tests besides goes through `pytest_sway.report.secrets`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -36,9 +38,29 @@ def redacted(text: str) -> str:
     These are the values of variables whose names say that they are secret, and passwords and queries in values that are
     addresses, such as ``HF_ENDPOINT``.
     """
-    for secret in _secrets():
+    for secret in _secrets_among(tuple(os.environ.items())):
         text = text.replace(secret, _HIDDEN)
     return _USER.sub(f"{_HIDDEN}@", text)
+
+
+def redacted_values(value: Any, deepest: int = _DEEPEST) -> Any:
+    """``value`` without secrets, as far as it is made of texts and containers of Python's own.
+
+    Args:
+        value: Any object.
+        deepest: How many containers within each other are looked into; they may contain themselves.
+    """
+    if type(value) is str:
+        return redacted(value)
+    if type(value) is bytes:
+        return redacted(value.decode("latin-1")).encode("latin-1", "replace")
+    if deepest < 0:
+        return value
+    if type(value) in (tuple, list, set, frozenset):
+        return type(value)(redacted_values(item, deepest - 1) for item in value)
+    if type(value) is dict:
+        return {redacted_values(key, deepest - 1): redacted_values(item, deepest - 1) for key, item in value.items()}
+    return value
 
 
 def without_secrets(error: BaseException) -> BaseException:
@@ -57,8 +79,11 @@ def without_secrets(error: BaseException) -> BaseException:
             if _quotes_secret(found) or any(new is not old for new, old in zip(members, found.exceptions, strict=True)):
                 instead[id(found)] = _like(found, BaseExceptionGroup(redacted(found.message), members))
         elif _quotes_secret(found):
-            text = f"{type(found).__name__}: {redacted(_text(found))}"
-            instead[id(found)] = _like(found, RedactedError(text))
+            text = redacted(_text(found))
+            if isinstance(found, Exception):
+                instead[id(found)] = _like(found, RedactedError(f"{type(found).__name__}: {text}"))
+            else:
+                _have_it_say(found, text)
     if instead:
         for found in (*tree, *instead.values()):
             _link(found, instead)
@@ -83,34 +108,19 @@ def _tree(error: BaseException) -> Iterator[BaseException]:
 def _redact(error: BaseException) -> None:
     """Replace what can be replaced in place; what holds no secret stays the same object."""
     if _differs(error.args):
-        error.args = _plain(error.args)
+        error.args = redacted_values(error.args)
     for name, value in list(vars(error).items()):  # notes are among them
         if _differs(value):
-            vars(error)[name] = _plain(value)
+            vars(error)[name] = redacted_values(value)
     for name in _TEXT_FIELDS:
         value = getattr(error, name, None)
         if _differs(value):
             with suppress(AttributeError, TypeError):
-                setattr(error, name, _plain(value))
+                setattr(error, name, redacted_values(value))
 
 
 def _differs(value: Any) -> bool:
-    return bool(_plain(value) != value)
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    """``value`` without secrets, as far as it is made of texts and containers of Python's own."""
-    if type(value) is str:
-        return redacted(value)
-    if type(value) is bytes:
-        return redacted(value.decode("latin-1")).encode("latin-1", "replace")
-    if depth > _DEEPEST:
-        return value
-    if type(value) in (tuple, list, set, frozenset):
-        return type(value)(_plain(item, depth + 1) for item in value)
-    if type(value) is dict:
-        return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
-    return value
+    return bool(redacted_values(value) != value)
 
 
 def _quotes_secret(error: BaseException) -> bool:
@@ -123,6 +133,14 @@ def _text(error: BaseException) -> str:
         return str(error)
     except Exception:  # it is another library's code, and a report says as much
         return ""
+
+
+def _have_it_say(error: BaseException, text: str) -> None:
+    """Change what an error says that makes its text anew each time, and is no `Exception`, which others would catch."""
+    kind = type(error)
+    fields = {"__str__": lambda _: text, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    with suppress(TypeError):  # a type that has no subclasses, or is not written in Python: those keep their text
+        error.__class__ = type(kind.__name__, (kind,), fields)
 
 
 def _like(error: BaseException, new: BaseException) -> BaseException:
@@ -144,9 +162,10 @@ def _link(error: BaseException, instead: dict[int, BaseException]) -> None:
     error.__suppress_context__ = suppressed
 
 
-def _secrets() -> list[str]:
+@lru_cache(maxsize=1)
+def _secrets_among(variables: tuple[tuple[str, str], ...]) -> list[str]:
     """What is to be hidden, the longest first, since one may be part of another."""
-    found = {part for name, value in os.environ.items() for part in _secret_parts(name, value)}
+    found = {part for name, value in variables for part in _secret_parts(name, value)}
     forms = {form for secret in found for form in (secret, quote(secret, safe=""), repr(secret)[1:-1])}
     return sorted((form for form in forms if len(form) >= _SHORTEST), key=len, reverse=True)
 

@@ -77,7 +77,7 @@ def test_two(backend, sway_backend):
     assert suite.events() == ["load wide", "load a", "close a", "load b", "close wide", "close b"]
 
 
-def test_the_holder_of_a_wide_lease_is_named_by_the_test_that_opened_it(suite: Suite) -> None:
+def test_the_holder_of_a_wide_lease_is_its_fixture(suite: Suite) -> None:
     result = suite.run(
         """
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_one(backend, sway_backend):
         "--sway-cache-size=1",
     )
     result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["*dummy:wide (held by test_suite.py::test_one)*"])
+    result.stdout.fnmatch_lines(["*dummy:wide (held by fixture 'backend' of test_suite.py)*"])
 
 
 def test_specs_come_as_mappings_names_objects_and_model_specs(any_suite: Suite) -> None:
@@ -166,6 +166,6 @@ def test_late():
 """)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
-        ["*BackendUseError: the sway_backend of test_suite.py::test_keeps was called after that test had ended.*"]
+        ["*BackendUseError: dummy:a was asked for by test_suite.py::test_keeps, which has ended, and its leases*"]
     )
     assert suite.events() == []

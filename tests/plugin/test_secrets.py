@@ -101,16 +101,19 @@ def test_it(sway_backend, way, where):
         assert secret not in shown
 
 
-def test_nor_do_they_show_that_of_what_is_no_exception(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``pytest.fail`` in a build, and the end of a program that was written as a script."""
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    suite.pytester.makepyfile(
-        leaky="""
+NO_EXCEPTIONS = """
 import os
 import sys
 import pytest
 
-WAYS = {"fail": pytest.fail, "exit": sys.exit}
+class Own(BaseException):
+    def __str__(self):
+        return f"401 for {os.environ['HF_TOKEN']}"
+
+def own(text):
+    raise Own
+
+WAYS = {"fail": pytest.fail, "exit": sys.exit, "own": own}
 
 class Backend:
     def __init__(self, way):
@@ -132,11 +135,16 @@ def pytest_sway_build_backend(spec):
     if where == "close":
         return Backend(way)
 """
-    )
+
+
+def test_nor_do_they_show_that_of_what_is_no_exception(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pytest.fail`` in a build, and the end of a program that was written as a script."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    suite.pytester.makepyfile(leaky=NO_EXCEPTIONS)
     result = suite.run(
         """
 @pytest.mark.parametrize("where", ["load", "close"])
-@pytest.mark.parametrize("way", ["fail", "exit"])
+@pytest.mark.parametrize("way", ["fail", "exit", "own"])
 def test_it(sway_cache, way, where):
     sway_cache.get_or_load(dummy(f"{way}-{where}"))
     sway_cache.evict_all()
@@ -145,8 +153,118 @@ def test_it(sway_cache, way, where):
         "leaky",
         "--junitxml=junit.xml",
     )
-    result.assert_outcomes(failed=4)
+    result.assert_outcomes(failed=6)
     shown = result.stdout.str() + result.stderr.str() + (suite.pytester.path / "junit.xml").read_text()
     assert "Failed: 401 for ***" in shown
     assert "SystemExit: 401 for ***" in shown
+    assert "Own: 401 for ***" in shown
     assert SECRET not in shown
+
+
+def test_nor_what_ends_the_run_when_the_session_closes_a_backend(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    suite.pytester.makepyfile(leaky=NO_EXCEPTIONS)
+    result = suite.run_apart("def test_it(sway_backend): sway_backend(dummy('own-close'))", "-p", "leaky")
+    result.stderr.fnmatch_lines(["leaky.Own: 401 for [*][*][*]"])
+    assert SECRET not in result.stdout.str() + result.stderr.str()
+
+
+SHOWN = {
+    "an error": "raise ValueError(quote())",
+    "an error that makes its text": "raise Stubborn",
+    "what is no Exception and makes its text": "raise Final",
+    "a cause": "raise ValueError('caused') from Stubborn()",
+    "a group": "raise ExceptionGroup('many', [ValueError('x'), Stubborn()])",
+    "a local variable": "here = quote(); raise ValueError('x')",
+    "an argument": "fails(quote())",
+    "a print": "print(quote()); raise ValueError('x')",
+    "a log": "logging.getLogger('hub').warning(quote()); raise ValueError('x')",
+    "pytest.fail": "pytest.fail(quote(), pytrace=False)",
+    "pytest.skip": "pytest.skip(quote())",
+    "pytest.exit": "pytest.exit(quote())",
+    "a warning": "warnings.warn(quote())",
+    "a thread": "thread = threading.Thread(target=fails, args=[quote()]); thread.start(); thread.join()",
+    "an assertion": "return os.environ['HF_TOKEN']",
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "workers"), [*((way, "0") for way in SHOWN), ("an error that makes its text", "1"), ("a thread", "1")]
+)
+def test_nor_what_a_custom_backends_view_or_a_test_brings_forth(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, way: str, workers: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("HF_ENDPOINT", f"https://someone:{PASSWORD}@hub.example")
+    suite.pytester.makepyfile(
+        mine="""
+import logging
+import os
+import threading
+import warnings
+from contextlib import contextmanager
+import pytest
+
+def quote():
+    return f"401 for {os.environ['HF_TOKEN']} at {os.environ['HF_ENDPOINT']}"
+
+class Stubborn(Exception):
+    def __str__(self):
+        return quote()
+
+class Final(BaseException):
+    __str__ = Stubborn.__str__
+
+def fails(text):
+    raise ValueError(text)
+
+class Mine:
+    def __init__(self, base_spec, adapter_path):
+        pass
+
+    @contextmanager
+    def as_base(self):
+        yield self
+
+    as_finetuned = as_base
+
+    def logprob_of(self, prompt, completion):
+        WAY
+""".replace("WAY", SHOWN[way])
+    )
+    result = suite.run(
+        """
+def test_it(sway_backend):
+    with sway_backend({"kind": "custom", "base": "x", "entry_point": "mine:Mine"}).as_base() as view:
+        assert view.logprob_of("a", "b") == "another"
+""",
+        "-n",
+        workers,
+        "-rA",
+        "--showlocals",
+        "--junitxml=junit.xml",
+        "-o",
+        "junit_logging=all",
+    )
+    shown = result.stdout.str() + result.stderr.str() + (suite.pytester.path / "junit.xml").read_text()
+    assert "***" in shown
+    for secret in (SECRET, PASSWORD):
+        assert secret not in shown
+
+
+def test_a_report_without_a_secret_stays_the_same_object(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        watches="""
+import pytest
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_logreport(report):
+    before = report.longrepr
+    yield
+    assert report.longrepr is before
+"""
+    )
+    result = suite.run(
+        "def test_it(sway_backend):\n    print(1)\n    assert not sway_backend(dummy('a'))", "-p", "watches"
+    )
+    result.assert_outcomes(failed=1)

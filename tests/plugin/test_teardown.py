@@ -73,17 +73,6 @@ def test_x(backend):
     assert any_suite.events() == ["load a", "fixture ends", "close a"]
 
 
-def test_a_lease_that_was_never_released_is_closed_and_its_holder_named(any_suite: Suite) -> None:
-    result = any_suite.run("""
-KEEP = []
-
-def test_forgetful(sway_cache):
-    KEEP.append(sway_cache.acquire(dummy("a")))
-""")
-    assert any_suite.events() == ["load a", "close a"]
-    result.stdout.fnmatch_lines(["never released: *test_suite.py::test_forgetful"])
-
-
 def test_a_close_that_raises_fails_no_test_and_is_reported(suite: Suite) -> None:
     result = suite.run("""
 def test_one(sway_backend):

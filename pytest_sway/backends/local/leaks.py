@@ -6,12 +6,13 @@ import functools
 import gc
 import inspect
 import sys
+import threading
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -19,18 +20,22 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 MAX_DEPTH: Final = 12
 MAX_WIDTH: Final = 200
 _OURS: Final = "pytest_sway"
+_NAMES: Final = 3
+"""How many globals of a module are named that hold something in the same way."""
 
 
-def chains_to(roots: list[Any], limit: int = 5) -> list[str]:
+def chains_to(roots: list[Any], limit: int = 5, parts: Iterable[int] = ()) -> list[str]:
     """Describe by what chains of references some objects are held.
 
     Args:
         roots: The objects.
         limit: The most chains to return.
+        parts: The identities of what is inside of them. A call that uses some of it holds the whole, in places that
+            nobody can look into.
     """
     search = _Search(roots)
     del roots
-    found = search.chains(limit)
+    found = search.chains(limit, parts)
     return found or ["nothing that Python's garbage collector knows of (native code, such as an autograd graph)"]
 
 
@@ -40,21 +45,27 @@ class _Search:
     def __init__(self, targets: list[Any]) -> None:
         self._targets = targets
         self._next: dict[int, tuple[Any, int | None]] = {id(target): (target, None) for target in targets}
-        self._found: list[str] = []
+        self._found: dict[str, None] = {}  # in order, each once
 
-    def chains(self, limit: int) -> list[str]:
+    def chains(self, limit: int, parts: Iterable[int]) -> list[str]:
         """The chains that were found, shortest first."""
+        used = dict.fromkeys(parts)
+        self._note(call for frame, call in _running_frames() if call and _local_names(frame, used))
         frontier = list(self._targets)
         for _ in range(MAX_DEPTH):
             if not frontier or len(self._found) >= limit:
                 break
             frontier = self._level(frontier)
-        return list(dict.fromkeys(self._found))[:limit]
+        return list(self._found)[:limit]
+
+    def _note(self, chains: Iterable[str]) -> None:
+        self._found.update(dict.fromkeys(chains))
 
     def _level(self, frontier: list[Any]) -> list[Any]:
         below = {id(thing): thing for thing in frontier}
-        for frame in _running_frames():  # which the garbage collector does not look into
-            self._found += [" -> ".join([name, *self._path(key)]) for key, name in _local_names(frame, below)]
+        for frame, call in _running_frames():  # which the garbage collector does not look into
+            found = _local_names(frame, below)
+            self._note(call or " -> ".join([name, *self._path(key)]) for key, name in found)
         own = {id(frontier), id(below), id(self._next), id(self._targets), id(vars(self))}
         own |= {id(entry) for entry in self._next.values()}
         upper = []
@@ -70,12 +81,26 @@ class _Search:
         held = next((thing for thing in gc.get_referents(referrer) if id(thing) in below), None)
         if held is None:
             return True
+        module = _module_of(referrer)
+        if module is not None:
+            self._note(self._globals(module, referrer, below))
+            return True
         name = _name(referrer, held)
         if name is None:
             self._next[id(referrer)] = (referrer, id(held))
             return False
-        self._found.append(" -> ".join([name, *self._path(id(held))]))
+        self._note([" -> ".join([name, *self._path(id(held))])])
         return True
+
+    def _globals(self, module: str, namespace: dict[str, Any], below: dict[int, Any]) -> Iterator[str]:
+        """All names of a module that hold something, by the path from there."""
+        names: dict[str, list[str]] = {}
+        for name, value in namespace.items():
+            if id(value) in below:
+                names.setdefault(" -> ".join(self._path(id(value))), []).append(repr(name))
+        for path, found in names.items():
+            more = f" and {len(found) - _NAMES} more" if len(found) > _NAMES else ""
+            yield f"module {module} global{'s'[: len(found) - 1]} {', '.join(found[:_NAMES])}{more} -> {path}"
 
     def _path(self, key: int | None) -> Iterator[str]:
         steps = []
@@ -88,20 +113,31 @@ class _Search:
                 yield _kind(thing)
 
 
-def _running_frames() -> Iterator[types.FrameType]:
-    for frame in sys._current_frames().values():
-        current: types.FrameType | None = frame
-        while current is not None:
-            if not _is_ours(current):
-                yield current
-            current = current.f_back
+def _running_frames() -> Iterator[tuple[types.FrameType, str | None]]:
+    """The frames of all threads, and for those of a call of ours in another thread, what to say of them."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for thread, innermost in sys._current_frames().items():
+        own = thread == threading.get_ident()
+        frames = [frame for frame in _frames_from(innermost) if not (own and _is_ours(frame))]
+        ours = [number for number, frame in enumerate(frames) if _is_ours(frame)]
+        call = f"a call that is still running in thread {names.get(thread, '?')!r}"
+        for number, frame in enumerate(frames):
+            yield frame, call if ours and number <= ours[-1] else None
+    del innermost  # else this frame holds itself, and through its callers what they look for
+
+
+def _frames_from(innermost: types.FrameType) -> Iterator[types.FrameType]:
+    frame: types.FrameType | None = innermost
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _is_ours(thing: Any) -> bool:
     return isinstance(thing, types.FrameType) and str(thing.f_globals.get("__name__", "")).startswith(_OURS)
 
 
-def _local_names(frame: types.FrameType, wanted: dict[int, Any]) -> list[tuple[int, str]]:
+def _local_names(frame: types.FrameType, wanted: Collection[int]) -> list[tuple[int, str]]:
     """The local variables of a running frame that are among the objects wanted."""
     if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
         return []  # a module's or class's body, whose names are found in its namespace
@@ -146,24 +182,27 @@ def _held_by_cell(cell: types.CellType, _held: Any) -> str | None:
         if isinstance(closure, tuple):
             for function in gc.get_referrers(closure):
                 if isinstance(function, types.FunctionType) and function.__closure__ is closure:
-                    return f"closure of {function.__qualname__}"
+                    return _function_name("closure", function)
     return None
 
 
-def _held_by_dict(held_in: dict[Any, Any], held: Any) -> str | None:
-    name = held_in.get("__name__")
-    if isinstance(name, str) and getattr(sys.modules.get(name), "__dict__", None) is held_in:
-        key = next((key for key, value in held_in.items() if value is held), None)
-        return f"module {name} global {key!r}"
-    return None
+def _function_name(part: str, function: types.FunctionType) -> str | None:
+    """What a function holds, unless it is ours: then who holds the function has the name that a person can find."""
+    return None if str(function.__module__).startswith(_OURS) else f"{part} of {function.__qualname__}"
+
+
+def _module_of(namespace: Any) -> str | None:
+    """The module whose namespace it is."""
+    name = namespace.get("__name__") if type(namespace) is dict else None
+    held = isinstance(name, str) and getattr(sys.modules.get(name), "__dict__", None) is namespace
+    return name if held else None
 
 
 _NAMED: Final[dict[type, Callable[[Any, Any], str | None]]] = {
     types.FrameType: _held_by_frame,
     types.CellType: _held_by_cell,
-    dict: _held_by_dict,
     types.ModuleType: lambda module, _: f"module {module.__name__}",
-    types.FunctionType: lambda function, _: f"default argument of {function.__qualname__}",
+    types.FunctionType: lambda function, _: _function_name("default argument", function),
     functools._lru_cache_wrapper: lambda cached, _: f"functools.lru_cache of {getattr(cached, '__qualname__', '?')}",
     type: lambda kind, _: f"class {kind.__qualname__}",
 }

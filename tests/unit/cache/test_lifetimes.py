@@ -14,8 +14,8 @@ import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
-from pytest_sway.cache.entries import CachedBackend
-from pytest_sway.errors import BackendLoadError, CacheDeadlockError, CacheFullError
+from pytest_sway.cache.entries import CachedBackend, Owner
+from pytest_sway.errors import BackendClosedError, BackendLoadError, BackendUseError, CacheDeadlockError, CacheFullError
 from tests.unit.fakes import DEADLINE, Call, FakeBackend, FakeBuild, InformedFakeBuild, Watched, names, spec
 
 
@@ -268,6 +268,85 @@ def _in_child(work: Callable[[], bool]) -> int:
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 forks = [needs_fork, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")]
+
+
+class TestOwner:
+    """What an owner has leased ends with it, and nothing else does."""
+
+    def test_inv17_its_leases_end_with_it_however_they_are_kept(self, build: FakeBuild) -> None:
+        cache = BackendCache(max_size=3, build=build)
+        owner, other = Owner("a test"), Owner("another")
+        kept = cache.acquire(spec("a"), owner=owner)
+        Call(partial(cache.acquire, spec("b"), owner=owner)).result()
+        cache.acquire(spec("c"), owner=other, holder="a test")
+        lives_on = cache.acquire(spec("a"), owner=other)
+        cache.end(owner)
+        assert [cached.model_spec for cached in cache.leased()] == [spec("a")]
+        lives_on.release()
+        assert not cache.leased()
+        kept.release()
+
+    def test_inv17_a_block_is_left_without_harm_after_its_end(self, build: FakeBuild) -> None:
+        owner = Owner("a test")
+        cache = BackendCache(max_size=1, build=build, owner=lambda: owner)
+        with cache.lease(spec("a")) as backend:
+            cache.end(owner)
+            with cache.acquire(spec("b"), owner=Owner("another")) as next_one:
+                assert next_one.use() == "b"
+            with pytest.raises(BackendClosedError):
+                backend.use()
+        assert build.closes == {"a": [1], "b": [0]}
+
+    def test_inv17_what_was_retired_is_closed_with_it(self, build: FakeBuild) -> None:
+        owner = Owner("a test")
+        cache = BackendCache(build=build)
+        lease = cache.acquire(spec("a"), owner=owner)
+        cache.evict_all()
+        assert build.closes == {"a": [0]}
+        cache.end(owner)
+        assert build.closes == {"a": [1]}
+        lease.release()
+
+    def test_inv17_it_gets_nothing_after_its_end(self, build: FakeBuild) -> None:
+        owner = Owner("a test")
+        cache = BackendCache(build=build)
+        cache.end(owner)
+        with pytest.raises(BackendUseError, match=r"^dummy:org/a was asked for by a test, which has ended"):
+            cache.acquire(spec("a"), owner=owner)
+        assert not build.loads
+        assert not cache.stats.total().failures
+
+    def test_inv17_a_load_under_way_at_its_end_is_pinned_by_nobody(self, build: FakeBuild) -> None:
+        owner = Owner("a test")
+        cache = BackendCache(max_size=1, build=build)
+        watched = Watched(cache)
+        gate = build.load_gate("a")
+        leader = Call(partial(cache.acquire, spec("a"), owner=owner))
+        gate.wait()
+        follower = Call(partial(cache.acquire, spec("a"), owner=owner))
+        stranger = Call(partial(cache.acquire, spec("a")))
+        watched.until_waiting(2)
+        cache.end(owner)
+        assert isinstance(follower.error(), BackendUseError)
+        gate.open()
+        assert isinstance(leader.error(), BackendUseError)
+        with stranger.result() as backend:
+            assert backend.use() == "a"
+        assert not cache.leased()
+        assert build.closes == {"a": [0]}
+
+    def test_inv17_who_waits_for_room_at_its_end_waits_no_longer(self, build: FakeBuild) -> None:
+        owner = Owner("a test")
+        cache = BackendCache(max_size=1, build=build)
+        watched = Watched(cache)
+        held = cache.acquire(spec("a"))
+        asker = Call(partial(cache.acquire, spec("b"), owner=owner))
+        watched.until_waiting()
+        cache.end(owner)
+        assert isinstance(asker.error(), BackendUseError)
+        assert not cache.stats.total().failures
+        held.release()
+        assert names(cache) == ["a"]
 
 
 class TestFork:

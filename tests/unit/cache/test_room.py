@@ -13,7 +13,7 @@ import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.budget import Budget, total_bytes
-from pytest_sway.cache.entries import Entry, Lease, Operation, Parts, State
+from pytest_sway.cache.entries import Entry, Lease, Operation, Owner, Parts, State
 from pytest_sway.errors import CacheFullError, SpecError
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.wording import format_bytes
@@ -342,7 +342,7 @@ def test_inv17_a_thread_that_ends_while_its_lease_is_waited_for_is_noticed(
 @pytest.mark.parametrize("ended", [False, True], ids=["thread alive", "thread ended"])
 def test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads(build: FakeBuild, ended: bool) -> None:
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.5)
-    keep = partial(cache.acquire, holder="a test", to_the_end=True)
+    keep = partial(cache.acquire, owner=Owner("a test", keeps=True))
     may_end, held = threading.Event(), threading.Event()
 
     def lease_and_stay() -> Lease:
@@ -366,8 +366,8 @@ def test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads(build:
 def test_inv17_another_test_waits_for_that_end(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)
-    held = Call(partial(cache.acquire, spec("a"), holder="a test", to_the_end=True)).result()
-    asker = Call(partial(cache.acquire, spec("b"), holder="another test", to_the_end=True))
+    held = Call(partial(cache.acquire, spec("a"), owner=Owner("a test", keeps=True))).result()
+    asker = Call(partial(cache.acquire, spec("b"), owner=Owner("another test", keeps=True)))
     watched.until_waiting(1)
     held.release()
     assert asker.result().backend.use() == "b"

@@ -203,7 +203,17 @@ MUTANTS = (
     _in_entries(
         "a test waits for what another of its threads keeps to its end",
         "test_room.py::test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads",
-        ("if self.to_the_end and self.holder == asker.holder:", "if not asker:"),
+        ("if self.owner.keeps and self.holder == asker.holder:", "if not asker:"),
+    ),
+    _in_cache(
+        "a load that was under way when its test ended is pinned",
+        "test_lifetimes.py::TestOwner::test_inv17_a_load_under_way_at_its_end_is_pinned_by_nobody",
+        ("if owner.over:  # it may", "if not self:  # it may"),
+    ),
+    _in_ledger(
+        "the end of a test ends the leases of another",
+        "test_lifetimes.py::TestOwner::test_inv17_its_leases_end_with_it_however_they_are_kept",
+        ("[claim for claim in entry.claims if claim.owner is owner]", "list(entry.claims)"),
     ),
     _in_cache(
         "the base is closed while room is made for its next adapter",

@@ -22,7 +22,7 @@ from pytest_sway.backends.local import pool
 from pytest_sway.cache import backend_cache as cache_module
 from pytest_sway.cache import budget, entries, ledger
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.entries import Lease
+from pytest_sway.cache.entries import Lease, Owner
 from pytest_sway.errors import SwayError
 from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
 
@@ -190,6 +190,16 @@ class RetiredRelease(Scenario):
             lease.release()
 
 
+class EndOfAnOwner(Scenario):
+    def arrange(self) -> None:
+        self.owner = Owner("a test")
+        self.held = [self.cache.acquire(spec("a+x"), owner=self.owner), self.cache.acquire(spec("b"))]
+        self.cache.evict_all()
+
+    def act(self) -> None:
+        self.cache.end(self.owner)
+
+
 class Retirement(Scenario):
     def arrange(self) -> None:
         self.held = [self.cache.acquire(spec("a"))]
@@ -336,6 +346,7 @@ SCENARIOS = [
     FailingMeasure,
     RaisingClose,
     RetiredRelease,
+    EndOfAnOwner,
     Retirement,
     Waiter,
     WaiterForAClose,

@@ -217,3 +217,16 @@ def test_an_error_that_quotes_no_secret_stays_as_it_is(monkeypatch: pytest.Monke
     assert group.exceptions[0].args is not None
     assert group.exceptions[0].args[1] is args[1]
     assert _with(ValueError("x"), cause=group).__cause__ is group
+
+
+class _StubbornExit(BaseException):
+    def __str__(self) -> str:
+        return f"cannot use {SECRET}"
+
+
+def test_what_is_no_exception_and_makes_its_text_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    error = _StubbornExit()
+    assert without_secrets(error) is error
+    assert isinstance(error, _StubbornExit)
+    assert traceback.format_exception_only(error) == [f"{__name__}._StubbornExit: cannot use ***\n"]

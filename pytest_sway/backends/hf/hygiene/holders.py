@@ -23,11 +23,15 @@ def holders_of(storages: Iterable[int], limit: int = 5) -> list[str]:
     Returns:
         Chains such as ``module tests.test_x global 'KEEP' -> list -> PeftModel``.
     """
-    return chains_to(_outermost_holders(set(storages)), limit)
+    roots, parts = _outermost_holders(set(storages))
+    return chains_to(roots, limit, parts)
 
 
-def _outermost_holders(storages: set[int]) -> list[Any]:
-    """The modules that contain such tensors and are in no other such module; the tensors that are in none."""
+def _outermost_holders(storages: set[int]) -> tuple[list[Any], set[int]]:
+    """The modules that contain such tensors and are in no other such module, and the tensors that are in none.
+
+    Behind them, the identities of all such modules and tensors.
+    """
     import torch
 
     tensors, modules = [], []
@@ -43,12 +47,13 @@ def _outermost_holders(storages: set[int]) -> list[Any]:
     inside = {id(tensor) for module in holding.values() for tensor in _own_tensors(module)}
     outer, parents = dict(holding), _parents(modules)
     while True:
+        wanted |= outer.keys()
         up = {id(parent): parent for module in outer.values() for parent in parents.get(id(module), ())}
         kept = {key: module for key, module in outer.items() if key not in parents}
         if up.keys() <= kept.keys():
             break
         outer = kept | up
-    return [*outer.values(), *(tensor for tensor in tensors if id(tensor) not in inside)]
+    return [*outer.values(), *(tensor for tensor in tensors if id(tensor) not in inside)], wanted
 
 
 def _own_tensors(module: Any) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -247,6 +248,44 @@ def test_a_global_that_holds_the_model_is_named(build: Any, base: Path, adapter:
     assert leak.nbytes > 0
     assert f"module {__name__} global 'KEEP' -> list -> PeftModelForCausalLM" in leak.holders
     KEEP.clear()
+    assert backend.leak() is None
+
+
+def test_all_globals_of_a_module_that_hold_a_model_are_named(
+    build: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, model = _model(build, base, adapter)
+    first, second = ModuleType("first_module"), ModuleType("second_module")
+    for module in (first, second):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(first).update(ONE=model, TWO=model, KEPT={"model": model})
+    vars(second).update({name: [model] for name in "ABCDE"})
+    del model
+    backend.close()
+    leak = backend.leak()
+    assert leak is not None
+    assert set(leak.holders) >= {
+        "module first_module globals 'ONE', 'TWO' -> PeftModelForCausalLM",
+        "module first_module global 'KEPT' -> dict -> PeftModelForCausalLM",
+        "module second_module globals 'A', 'B', 'C' and 2 more -> list -> PeftModelForCausalLM",
+    }
+
+
+@pytest.mark.parametrize("opened", ["as_base", "as_finetuned", "as_scaled_adapter"])
+def test_a_call_that_still_runs_is_named_by_its_thread(build: Any, base: Path, adapter: Path, opened: str) -> None:
+    backend = build(base, adapter)
+    arguments = (0.5,) if opened == "as_scaled_adapter" else ()
+    with ThreadPoolExecutor(1, thread_name_prefix="scorer") as pool, getattr(backend, opened)(*arguments) as view:
+        view.next_token_dist("the moon")
+        with held_up(view) as begun:
+            call = pool.submit(view.next_token_dist, "the sun")
+            assert begun.wait(WAIT)
+            backend.close()
+            leak = backend.leak()
+        call.result(WAIT)
+    del call
+    assert leak is not None
+    assert leak.holders == ("a call that is still running in thread 'scorer_0'",)
     assert backend.leak() is None
 
 
