@@ -24,6 +24,7 @@ from pytest_sway.backends.checkpoints.peft_types import (
     refusal,
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
+from pytest_sway.backends.hf.model.adapter import without_name
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown
@@ -236,4 +237,4 @@ def is_adapters(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """Return a parameter's or module's name without what PEFT puts into it."""
-    return name.removeprefix(ROOT).replace(f".{NAME}", "")
+    return without_name(name.removeprefix(ROOT))

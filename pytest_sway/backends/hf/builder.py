@@ -190,12 +190,15 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
     from pytest_sway.backends.hf.backend import Loaded
     from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
     from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
+    from pytest_sway.backends.hf.model.verify_base import verify_model
 
     rust = adapter_tokenizer(base, files)
     tokenizer = base.tokenizer if rust is None else rust.tokenizer
     adapter = attach(base, files, tokenizer)
     with explained(base, files, tokenizer):
         tuned = tuned_side(base, adapter, tokenizer)
+        if not base.is_tried:
+            tuned.at_first(partial(verify_model, base))
         if not files.told_by_weights:
             verify_effect(base, tuned, files)
     exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}

@@ -6,8 +6,10 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import NAME, is_adapters, public_name
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, is_adapters, public_name
+from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
 from pytest_sway.backends.hf.hygiene.finite import largest
+from pytest_sway.backends.hf.model.adapter import without_name
 from pytest_sway.errors import AdapterMismatchError
 from pytest_sway.system.wording import some
 
@@ -26,6 +28,9 @@ _PROJECTIONS: Final = ("vera_A", "vera_B", "pvera_A", "pvera_B")
 _LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in _PROJECTIONS))
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
+NOT_TRAINED: Final = (
+    f"Was it saved before it was trained ({WEIGHTS})? Or does its {CONFIG} switch it off, as lora_alpha = 0 does?"
+)
 _NAMED: Final = re.compile(
     rf"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?:{NAME}\.)?(?!(?:{NAME}|weight|bias)(?:\.|$))([^.]{{1,100}})"
     r"(?:\.(?:weight|bias))?$"
@@ -43,8 +48,14 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
         unexpected: Names in the file that the model has no place for.
 
     Raises:
-        AdapterMismatchError: Some did not match.
+        AdapterFaultError: Some did not match.
+        AdapterMismatchError: Their names contain another adapter's.
     """
+    entries = files.entries or {}
+
+    def in_file(name: str) -> str:
+        return name if name in entries or any(f".{NAME}." in each for each in entries) else without_name(name)
+
     unexpected = [name for name in unexpected if name not in _LOADED_APART and not _saved_twice(name, files)]
     if not missing and not unexpected:
         return
@@ -58,12 +69,12 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
         )
     found = []
     if unexpected:
-        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")
+        found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(map(in_file, unexpected))})")
     if missing:
-        found.append(f"{len(missing)} places in the base have no tensor in it ({some(missing)})")
-    raise AdapterMismatchError(
-        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {' and '.join(found)}."
-        " Name the base that it was trained on; if it is that, its adapter_config.json is not that of its weights."
+        found.append(f"{len(missing)} places in the base have no tensor in it ({some(map(in_file, missing))})")
+    raise AdapterFaultError(
+        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {' and '.join(found)}",
+        f"Name the base that it was trained on; if it is that, its {CONFIG} is not that of its {WEIGHTS}.",
     )
 
 
@@ -118,8 +129,7 @@ def verify_trained(
 def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMismatchError:
     """Return the error for an adapter that changes nothing."""
     return AdapterMismatchError(
-        f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}."
-        " Was it saved before it was trained? Or does its adapter_config.json switch it off, as lora_alpha = 0 does?"
+        f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}. {NOT_TRAINED}"
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.checkpoints.peft_adapter import NAME
+
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.hf.model.pristine import Pristine
@@ -28,3 +30,8 @@ class Adapter:
     pristine: Pristine | OnSkeleton
     own: dict[str, Any]
     scaling: float
+
+
+def without_name(name: str) -> str:
+    """Return a parameter's or module's name without PEFT's name for the adapter."""
+    return name.replace(f".{NAME}", "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.peft_adapter import public_name
 from pytest_sway.backends.hf.hygiene.finite import not_finite
+from pytest_sway.backends.hf.model.verify_base import _numbers
 from pytest_sway.backends.text import tokens as tokenisation
 from pytest_sway.backends.text.tokens import Ids
 from pytest_sway.errors import ScoringError
@@ -51,6 +52,8 @@ class Engine:
             tokenisation.max_length_of(self.forward.config, self.tokenizer),
             self.forward.virtual_tokens,
         )
+        if self.forward.positions is not None:
+            positions = min(positions, self.forward.positions)
         if positions <= virtual:
             raise ScoringError(
                 f"the adapter's {virtual} virtual tokens leave no room for a text: the model reads at most {positions}"
@@ -75,5 +78,5 @@ def no_number(engine: Engine) -> ScoringError:
     return ScoringError(
         f"the model computes NaN, though all of its weights are finite: what it computes on the way is too large for"
         f" {engine.forward.model.dtype}. Try dtype='fp32'; if that does not help, its weights or an adapter's scaling"
-        " are far too large."
+        f" are far too large, or a number in its config.json is wrong{_numbers(engine.forward.config)}."
     )
