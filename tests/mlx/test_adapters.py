@@ -175,7 +175,7 @@ def test_a_pipe_in_an_adapters_folder_is_not_waited_for(build: Build, base: Path
 def test_an_expression_that_backtracks_without_end_is_refused(
     build: Build, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_sway.backends.checkpoints.bounds._PATIENCE", 0.5)
+    monkeypatch.setattr("pytest_sway.backends.checkpoints.expressions._PATIENCE", 0.5)
     adapter = edit_config(make_adapter(tmp_path / "adapter", base), rank_pattern={r"(\w*\.?)+\d\d$": 4})
     with pytest.raises(SpecError, match=r"takes more than 0\.5 s to match the names of the modules"):
         build(base, adapter)

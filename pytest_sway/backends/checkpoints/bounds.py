@@ -7,14 +7,12 @@ asks for. What they would hang on, or die of, is refused here by its name, befor
 from __future__ import annotations
 
 import math
-import os
 import re
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.expressions import expressions, require_quick
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, INDEX_BYTES, TOKENIZER_BYTES, open_regular
 from pytest_sway.system.wording import shown
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
+_MORE_TEMPLATES: Final = "additional_chat_templates"
 _READ: Final = re.compile(r".*\.(json|jinja|txt|model|py|safetensors|bin|gguf)")
 _LIMITS: Final = (
     (
@@ -44,7 +43,7 @@ _READ_BY_LIBRARIES: Final = re.compile(
 _BYTE_ORDER_MARKS: Final = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _SIZES: Final = ("r", "num_virtual_tokens")
 _NAMED_AS_SIZES: Final = re.compile(
-    r"(\w+_)?(size|dim|length|len|heads|layers|tokens|vectors|frequency|depth|rank|terms|[rk])"
+    r"(\w+_)?(size|dim|length|len|heads|layers|submodules|tokens|vectors|frequency|depth|rank|terms|[rk])"
 )
 _LARGEST: Final = 2**16
 """No side of an adapter's parts is larger, unless its own tensors or the base's have such sides."""
@@ -53,9 +52,6 @@ _COUNTS: Final = re.compile(r"(?!max_)(\w+_)?(layers?|blocks|experts)|num_labels
 _NUMBERS_OF: Final = re.compile(r"(num|n)_(\w+_)?(layers?|blocks|experts)")
 """Those that can be nothing else; some others are places, such as ``vision_feature_layer``, and count from the end."""
 _MOST_LABELS: Final = 10**6
-_EXPRESSIONS: Final = ("target_modules", "exclude_modules", "layers_pattern")
-_KEYED_BY_EXPRESSIONS: Final = ("rank_pattern", "alpha_pattern")
-_QUANTIFIER_IN_GROUP: Final = re.compile(r"\)(\*|\+|\{\d*,)")
 _NUMBERS: Final = (int, float)
 _TYPES: Final[Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]]] = {
     "r": ((int,), ()),
@@ -96,13 +92,6 @@ _WRAPPERS: Final = {
     "_checkpoint_wrapped_module.": ("activation checkpointing", _GATHERED),
 }
 """What a wrapper around a model puts into the names of its tensors, whose it is, and how to save without."""
-_LONGEST_EXPRESSION: Final = 2**16
-_PATIENCE: Final = 4.0
-"""Seconds for matching an expression against the names of all modules, which usually takes a thousandth of one."""
-_MATCH: Final = (
-    "import json, re, sys; expression, names = json.load(sys.stdin); e = re.compile(expression);"
-    "[(e.fullmatch(name), e.match(name)) for name in names]"
-)
 
 
 def require_files(folder: Path) -> None:
@@ -112,11 +101,7 @@ def require_files(folder: Path) -> None:
         WeightsError: A file of weights is a pipe, a device or the like.
         SpecError: Another file is, is too large for what it should be, or begins with a mark that no library reads.
     """
-    try:
-        found = sorted(folder.iterdir())
-    except OSError:
-        return  # what is missing is told elsewhere
-    for path in found:
+    for path in (*_listed(folder), *_listed(folder / _MORE_TEMPLATES)):
         if not _READ.fullmatch(path.name):
             continue
         try:
@@ -138,6 +123,13 @@ def require_files(folder: Path) -> None:
                 f"{str(path)!r} begins with a byte order mark, and transformers does not read such a file. Save it as"
                 " UTF-8 without one."
             )
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []  # what is missing is told elsewhere
 
 
 def _is_marked(path: Path) -> bool:
@@ -256,26 +248,26 @@ def require_bounded(files: Any, base: Mapping[str, TensorEntry] | None) -> None:
 
     Raises:
         AdapterMismatchError: A size is larger than any side of the tensors that are saved.
-        SpecError: An expression is broken, far too long, or takes for ever to match a module's name.
+        SpecError: An expression is far too long, or takes for ever to match a module's name.
     """
     where = str(files.folder / "adapter_config.json")
     if files.entries:
         largest = _largest_side(files.entries)
         _require_sizes(where, _sizes(files.config), largest, "the adapter")
-        numbers = ((field, size) for field, size in files.config.items() if type(size) is int)
+        numbers = ((field, size) for field, size in files.config.items() if type(size) in (int, float))
         named = ((field, size) for field, size in numbers if _NAMED_AS_SIZES.fullmatch(field))
         _require_sizes(where, named, max(largest, _largest_side(base or {}), _LARGEST), "the adapter or its base")
-    for field, expression in _expressions(files.config):
-        _require_quick(where, field, expression, (*(files.entries or ()), *(base or ())))
+    for field, expression in expressions(files.config):
+        require_quick(where, field, expression, (*(files.entries or ()), *(base or ())))
 
 
 def _largest_side(entries: Mapping[str, TensorEntry]) -> int:
     return max((side for entry in entries.values() for side in entry.shape), default=0)
 
 
-def _require_sizes(where: str, sizes: Iterable[tuple[str, int]], largest: int, whose: str) -> None:
+def _require_sizes(where: str, sizes: Iterable[tuple[str, float]], largest: int, whose: str) -> None:
     for field, size in sizes:
-        if size > largest:
+        if abs(size) > largest:
             raise AdapterMismatchError(
                 f"{where!r} has {field} = {size:,}, and no tensor of {whose} has a side of more than {largest:,}."
                 " Save the adapter again, config and weights together."
@@ -289,38 +281,3 @@ def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     pattern = config.get("rank_pattern")
     if isinstance(pattern, dict):
         yield from ((f"rank_pattern[{shown(key)}]", size) for key, size in pattern.items() if type(size) is int)
-
-
-def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for field in _EXPRESSIONS:
-        value = config.get(field)
-        if isinstance(value, str):
-            yield field, value
-        elif field == "layers_pattern" and isinstance(value, list):
-            yield from ((field, each) for each in value if isinstance(each, str))
-    for field in _KEYED_BY_EXPRESSIONS:
-        value = config.get(field)
-        if isinstance(value, dict):
-            yield from ((field, key) for key in value)
-
-
-def _require_quick(where: str, field: str, expression: str, tensors: Iterable[str]) -> None:
-    if len(expression) > _LONGEST_EXPRESSION:
-        raise SpecError(f"{where!r} has an expression of {len(expression):,} characters as {field}. Save it again.")
-    if not _QUANTIFIER_IN_GROUP.search(expression):
-        return  # repeats that stand side by side take a power of a short name's length, and not for ever
-    import json
-
-    names = {name.rpartition(".")[0] for name in tensors}
-    asked = json.dumps([expression, sorted(names)])
-    command = [sys.executable, "-I", "-S", "-c", _MATCH]
-    try:
-        subprocess.run(  # noqa: S603 # our own code; a match holds the interpreter, so no thread could end it
-            command, input=asked, text=True, capture_output=True, timeout=_PATIENCE, check=False, env=dict(os.environ)
-        )
-    except subprocess.TimeoutExpired:
-        raise SpecError(
-            f"{where!r} has the expression {shown(expression)} as {field}, which takes more than {_PATIENCE:g} s to"
-            " match the names of the modules: its repeats backtrack into each other. Write it without a repeat inside"
-            " of a repeat, or list the modules by name."
-        ) from None

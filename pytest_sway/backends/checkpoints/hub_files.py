@@ -13,7 +13,7 @@ from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection
 
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -87,21 +87,21 @@ def require_cached(spec: ModelSpec, role: str = "base") -> None:
         )
 
 
-def require_complete(spec: ModelSpec, info: Mapping[str, Any]) -> None:
+def require_complete(spec: ModelSpec, missing: Collection[str], why: str = "") -> None:
     """Raise unless a load found all of a model's weights: transformers makes up, from noise, what is missing.
 
     Args:
         spec: What was loaded.
-        info: What ``from_pretrained`` returns for ``output_loading_info``.
+        missing: The names of the weights that were missing, as ``from_pretrained`` tells.
+        why: More about it, as the end of a sentence.
 
     Raises:
         WeightsError: Some are missing.
     """
-    missing = info["missing_keys"]
     if missing:
         raise WeightsError(
             f"the files of {spec.base!r} lack {len(missing)} of the model's weights ({some(missing)}), which would be"
-            " noise. Copy or save the model again: config.json and model.safetensors together, or the .gguf file."
+            f" noise{why}. Copy or save the model again: config.json and model.safetensors together, or the .gguf file."
         )
 
 

@@ -236,4 +236,9 @@ def is_adapters(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """Return a parameter's or module's name without what PEFT puts into it."""
-    return name.removeprefix(ROOT).replace(f".{NAME}", "")
+    return without_name(name.removeprefix(ROOT))
+
+
+def without_name(name: str) -> str:
+    """Return a parameter's or module's name without PEFT's name for the adapter."""
+    return name.replace(f".{NAME}", "")

@@ -90,7 +90,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _parsed(path: Path, raw: bytes, data_bytes: int) -> dict[str, TensorEntry]:
     """The tensors that a header describes; each load reads the same ones several times."""
     try:
-        header = json.loads(raw.decode())
+        header = json.loads(raw.decode(), object_pairs_hook=_once)
+    except KeyError as error:
+        raise _broken(path, f"its header has {error.args[0][:80]!r} twice") from error
     except (ValueError, RecursionError) as error:
         raise _broken(path, "its header is not JSON") from error
     if not isinstance(header, dict):
@@ -136,7 +138,7 @@ def read_any(folder: Path, stem: str) -> dict[str, TensorEntry] | None:
 
 def _entries(path: Path, header: Mapping[str, Any], data_bytes: int) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
-    spans: list[tuple[int, int]] = []
+    spans: list[tuple[int, int, str]] = []
     for name, value in header.items():
         if not _is_text(name):
             raise _broken(path, f"its entry {name[:80]!r} has a name that is no text in UTF-8")
@@ -151,21 +153,36 @@ def _entries(path: Path, header: Mapping[str, Any], data_bytes: int) -> dict[str
             raise _broken(path, f"its tensor {name[:80]!r} ends at byte {end:,} of {data_bytes:,} bytes of data")
         if math.prod(shape) * bits != (end - start) * 8:
             raise _broken(path, f"its tensor {name[:80]!r} does not fill its place")
-        spans.append((start, end))
+        spans.append((start, end, name))
         entries[name] = TensorEntry(dtype, tuple(shape), end - start)
     _check_spans(path, spans, data_bytes)
     return entries
 
 
-def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_bytes: int) -> None:
     """The format leaves no gaps and no overlaps."""
-    position = 0
-    for start, end in sorted(spans):
+    position, before = 0, ""
+    for start, end, name in sorted(spans):
         if start != position:
-            raise _broken(path, "its tensors overlap or leave gaps")
-        position = end
+            pair = f"{before[:80]!r} and {name[:80]!r}" if before else f"the first, {name[:80]!r},"
+            raise _broken(path, f"its tensors overlap or leave gaps: {pair} do not adjoin")
+        position, before = end, name
     if position != data_bytes:
         raise _broken(path, f"its tensors take {position:,} of {data_bytes:,} bytes of data")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, each of whose names is there once; of two, readers take one or the other.
+
+    Raises:
+        KeyError: One is there twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise KeyError(name)
+        found[name] = value
+    return found
 
 
 def _is_text(value: object) -> bool:

@@ -151,6 +151,7 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
     from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
     from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
     from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
+    from pytest_sway.backends.hf.model.verify_base import verify_model
     from pytest_sway.backends.local.pooled_backend import Loaded
 
     rust = adapter_tokenizer(base, files)
@@ -158,6 +159,8 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[Load
     adapter = attach(base, files, tokenizer)
     with explained(base, files, tokenizer):
         tuned = tuned_side(base, adapter, tokenizer)
+        if not base.is_tried:
+            tuned.at_first(partial(verify_model, base))
         if not files.told_by_weights:
             verify_effect(base, tuned, files)
     exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}

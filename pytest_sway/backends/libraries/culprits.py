@@ -1,8 +1,8 @@
 """Which file, and which field of it, a library has stumbled over.
 
 An error out of transformers or PEFT tells of their code ("'str' object has no attribute 'keys'"), and you need to know
-what to mend. So the library is asked again, in a copy of the folder, without one field of the config after the other:
-the field without which it succeeds is the one.
+what to mend. So the library is asked again, in a copy of the folder, without one field of the config after the other,
+or with another value in it: the field without which it succeeds is the one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import tempfile
 import time
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin
@@ -23,12 +24,13 @@ from pytest_sway.system.reading import TOKENIZER_BYTES, read_bounded
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-_PATIENCE: Final = 1.5
-"""Seconds after which no further field is tried; a try takes some hundredths, or longer where a model is large."""
+_PATIENCE: Final = 2.0
+"""Seconds of the thread's own time after which nothing more is tried; a try takes some hundredths, or longer where a
+model is large."""
 _IDENTITY: Final = frozenset({"model_type", "peft_type"})
 """Fields that say what all the others are about: without them a library does something else, and blames nothing."""
 _SHORTEST: Final = 4
@@ -48,6 +50,14 @@ Contents: TypeAlias = "Mapping[str, Mapping[str, Any]]"
 Field: TypeAlias = tuple[str, str]
 """The names of a file and of a field in it."""
 
+Others: TypeAlias = "Callable[[Contents], Iterable[tuple[Field, Any]]]"
+"""Other values of fields that are worth a try, where files hold what they do."""
+
+_ABSENT: Final = object()
+"""Stands for the value of a field that is not there."""
+_PLACE: Final = re.compile(r" at line \d+ column \d+")
+"""What an error says of a place in a file, which is another one after each change."""
+
 
 class Asked(NamedTuple):
     """What a library was asked to load.
@@ -58,6 +68,9 @@ class Asked(NamedTuple):
         files: The names of the files of JSON that the library reads, those first that say most.
         attempt: Asks the library for the same in another folder.
         hints: The types that the library declares for fields.
+        defaults: What the library takes for fields that are not there, as far as that is known.
+        others: Gives other values to try, where it is not enough to leave out a field.
+        minimal: What stands for fields that cannot be left out.
     """
 
     what: str
@@ -65,6 +78,36 @@ class Asked(NamedTuple):
     files: Sequence[str]
     attempt: Callable[[Path], object]
     hints: Mapping[str, Any] = {}
+    defaults: Mapping[str, Any] = {}
+    others: Others = lambda _: ()
+    minimal: Mapping[Field, Any] = {}
+
+
+class Culprit(NamedTuple):
+    """The field that a library has stumbled over.
+
+    Attributes:
+        path: The file.
+        field: The field.
+        value: What it has; ``_ABSENT`` if it is not there.
+        other: A value with which the library succeeds; ``_ABSENT`` if it does without one, or none is known.
+    """
+
+    path: Path
+    field: str
+    value: Any
+    other: Any = _ABSENT
+
+    def __str__(self) -> str:
+        has = f"no {self.field[:100]}" if self.value is _ABSENT else f"{self.field[:100]} = {shown(self.value)}"
+        return f"{str(self.path)!r} has {has}"
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, as a sentence."""
+        if self.other is _ABSENT:
+            return "Mend this field, or save the file again."
+        return f"It would work with {shown(self.other)}. Mend this field, or save the file again."
 
 
 @contextmanager
@@ -92,38 +135,66 @@ def named_culprit(asked: Asked | None) -> Iterator[None]:
 def explanation(asked: Asked, error: Exception) -> SwayError:
     """Return the error that says which file and field a library's error comes from."""
     where = f"{asked.what} {str(asked.folder)!r}"
-    lacking = BackendNotAvailableError(f"{where} needs what this environment lacks: {said(error)}")
     first = _first(error)
-    if isinstance(first, ImportError):
-        return lacking
-    present = [name for name in asked.files if (asked.folder / name).is_file()]
-    for name in present:
-        path = str(asked.folder / name)
-        try:
-            fields = json.loads(read_bounded(asked.folder / name, TOKENIZER_BYTES))
-        except (OSError, ValueError, RecursionError) as broken:
-            return SpecError(f"{path!r} cannot be read as JSON: {said(broken)} Save it again.")
-        if not isinstance(fields, dict):
-            return SpecError(f"{path!r} is not a JSON object. Save it again.")
-    contents = {name: json.loads((asked.folder / name).read_bytes()) for name in present}
+    contents = _contents(asked)
+    if isinstance(contents, SwayError):
+        return contents
     suspects = _suspects(asked, contents, str(first))
     found = _culprit(asked, contents, suspects)
-    if found is None and first is not error:
-        return lacking
-    found = found or (suspects[0] if suspects else None)
-    if found is not None:
-        name, field = found
-        return SpecError(
-            f"{str(asked.folder / name)!r} has {field[:100]} = {shown(contents[name][field])}, with which {asked.what}"
-            f" cannot be loaded: {said(first)} Mend this field, or save the file again."
+    if _is_lacking(error) and (found is None or first is error):
+        by = f"by its files ({_described(contents)})" if found is None else f"where {found}"
+        return BackendNotAvailableError(
+            f"{where} needs what this environment lacks: {said(error)} It is asked for {by}."
         )
+    if found is None and suspects:
+        name, field = suspects[0]
+        found = Culprit(asked.folder / name, field, contents[name][field])
+    if found is not None:
+        return SpecError(f"{found}, with which {asked.what} cannot be loaded: {said(first)} {found.advice}")
+    return BackendLoadError(f"{where} cannot be loaded by its files ({_described(contents)}): {said(error)}")
+
+
+def culprit(asked: Asked, text: str) -> Culprit | None:
+    """Return the field that the failure of what was asked comes from, as far as that shows.
+
+    Args:
+        asked: What was asked.
+        text: What the library said.
+    """
+    contents = _contents(asked)
+    if isinstance(contents, SwayError):
+        return None
+    return _culprit(asked, contents, _suspects(asked, contents, text), sure=True)
+
+
+def _contents(asked: Asked) -> Contents | SwayError:
+    """What the files hold that are there; or the error for one that is no JSON."""
+    contents = {}
+    for path in (asked.folder / name for name in asked.files):
+        if not path.is_file():
+            continue
+        try:
+            fields = json.loads(read_bounded(path, TOKENIZER_BYTES))
+        except (OSError, ValueError, RecursionError) as broken:
+            return SpecError(f"{str(path)!r} cannot be read as JSON: {said(broken)} Save it again.")
+        if not isinstance(fields, dict):
+            return SpecError(f"{str(path)!r} is not a JSON object. Save it again.")
+        contents[path.name] = fields
+    return contents
+
+
+def _described(contents: Contents) -> str:
     kinds = [
         f"{field} = {shown(value)}"
         for fields in contents.values()
         for field, value in fields.items()
         if field in _IDENTITY
     ]
-    return BackendLoadError(f"{where} cannot be loaded by its files ({', '.join([*present, *kinds])}): {said(error)}")
+    return ", ".join([*contents, *kinds])
+
+
+def _is_lacking(error: Exception) -> bool:
+    return isinstance(error, ImportError) or "is not available" in str(error)
 
 
 def _first(error: BaseException) -> BaseException:
@@ -145,11 +216,24 @@ def said(error: BaseException, limit: int = 300) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field]) -> Field | None:
-    """The field without which the library does what was asked, or is the only one without which it fails otherwise."""
-    until = time.monotonic() + _PATIENCE
-    others = [(name, field) for name, fields in contents.items() for field in fields if field not in _IDENTITY]
-    otherwise: list[Field] = []
+def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field], *, sure: bool = False) -> Culprit | None:
+    """The field without which the library does what was asked, or is the only one without which it fails otherwise.
+
+    Args:
+        asked: What was asked.
+        contents: What the files hold.
+        suspects: The fields to try first.
+        sure: Only give one without which it does what was asked.
+    """
+    until = time.thread_time() + _PATIENCE
+    telling = [
+        (name, field)
+        for name, fields in contents.items()
+        for field, value in fields.items()
+        if field not in _IDENTITY and (field not in asked.defaults or asked.defaults[field] != value)
+    ]
+    without = ((field, _ABSENT) for field in dict.fromkeys((*suspects, *telling)))  # or with what stands for it
+    otherwise: list[Culprit] = []
     try:
         with tempfile.TemporaryDirectory(prefix="sway-") as scratch:
             folder = Path(scratch)
@@ -159,20 +243,23 @@ def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field]) -> Fie
             failure = _failure(asked, folder)
             if failure is None:
                 return None  # what failed is something else
-            for name, field in dict.fromkeys((*suspects, *others)):
-                if time.monotonic() > until:
+            for (name, field), other in chain(without, asked.others(contents)):
+                if time.thread_time() > until:
                     return None
                 fields = contents[name]
-                _replace(folder / name, json.dumps({key: fields[key] for key in fields if key != field}))
-                without = _failure(asked, folder)
+                instead = asked.minimal.get((name, field), _ABSENT) if other is _ABSENT else other
+                rest = {key: fields[key] for key in fields if key != field}
+                _replace(folder / name, json.dumps(rest if instead is _ABSENT else rest | {field: instead}))
+                now = _failure(asked, folder)
                 _replace(folder / name, json.dumps(fields))
-                if without is None:
-                    return name, field
-                if without != failure:
-                    otherwise.append((name, field))
+                found = Culprit(asked.folder / name, field, fields.get(field, _ABSENT), other)
+                if now is None:
+                    return found
+                if now != failure and other is _ABSENT:
+                    otherwise.append(found)
     except (OSError, ValueError):  # no room for the copy, or no links here
         return None
-    return otherwise[0] if len(otherwise) == 1 else None
+    return otherwise[0] if len(otherwise) == 1 and not sure else None
 
 
 def _replace(path: Path, text: str) -> None:
@@ -185,7 +272,7 @@ def _failure(asked: Asked, folder: Path) -> str | None:
     try:
         asked.attempt(folder)
     except Exception as error:  # whatever a library raises
-        return f"{type(error).__name__}: {error}"
+        return _PLACE.sub("", f"{type(error).__name__}: {error}")
     return None
 
 

@@ -107,7 +107,7 @@ def _settings(path: Path) -> Any:
     try:
         settings = json.loads(read_bounded(path, TOKENIZER_BYTES))
         return {name: value for name, value in settings.items() if name not in _WRITTEN_BY_SAVE}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return path  # equal to nothing
 
 

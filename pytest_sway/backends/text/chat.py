@@ -8,6 +8,7 @@ from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.libraries.tokenizer_faults import template_place
 from pytest_sway.backends.questions import checked_messages
 from pytest_sway.errors import ScoringError
 
@@ -61,28 +62,31 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
         )
     how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
     try:
-        text = str(_in_time(partial(tokenizer.apply_chat_template, conversation, tokenize=False, **how)))
+        text = str(_in_time(tokenizer, partial(tokenizer.apply_chat_template, conversation, tokenize=False, **how)))
     except ScoringError:
         raise
     except Exception as error:  # a template is a program, and can raise anything
         roles = ", ".join(str(message["role"]) for message in conversation)
-        raise ScoringError(f"the tokenizer's chat template refuses messages with the roles {roles}: {error}") from error
+        raise ScoringError(
+            f"the tokenizer's chat template refuses messages with the roles {roles}: {str(error)[:300].rstrip('.')}."
+            f" The template is {template_place(tokenizer)}."
+        ) from error
     said = sum(len(str(message)) for message in conversation)
     if len(text) > _MOST_ADDED + 4 * said:
         raise ScoringError(
             f"the tokenizer's chat template makes {len(text):,} characters of messages of {said:,}, which no model"
-            " reads. Mend the template (chat_template.jinja, or chat_template in tokenizer_config.json)."
+            f" reads. Mend the template ({template_place(tokenizer)})."
         )
     if continues and _END_OF_CONTENT in text and not any(_END_OF_CONTENT in str(each) for each in conversation):
         raise ScoringError(
             "the tokenizer's chat template prints the last message more than once, so the assistant's turn cannot be"
-            " continued. End the messages with a user's, or mend the template (chat_template.jinja, or chat_template"
-            " in tokenizer_config.json)."
+            " continued. End the messages with a user's, or mend the template"
+            f" ({template_place(tokenizer)})."
         )
     return text
 
 
-def _in_time(render: Callable[[], Any]) -> Any:
+def _in_time(tokenizer: Any, render: Callable[[], Any]) -> Any:
     """Return what a template makes; it is a program, which may not end, and so runs in a thread that can be left."""
     outcome: Future[Any] = Future()
 
@@ -101,7 +105,7 @@ def _in_time(render: Callable[[], Any]) -> Any:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
     if not outcome.done():
         raise ScoringError(
-            f"the tokenizer's chat template takes more than {_PATIENCE:g} s. Mend the template (chat_template.jinja, or"
-            " chat_template in tokenizer_config.json)."
+            f"the tokenizer's chat template takes more than {_PATIENCE:g} s. Mend the template"
+            f" ({template_place(tokenizer)})."
         )
     return outcome.result()

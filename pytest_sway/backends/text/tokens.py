@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from pytest_sway.backends.libraries.tokenizer_faults import fault
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
@@ -75,7 +76,10 @@ def prefix_token(tokenizer: Any, what: str = "the prompt is empty, and") -> int:
     """
     token = _bos_or_eos(tokenizer)
     if token is None:
-        raise ScoringError(f"{what} the tokenizer has no BOS or EOS token that could stand for it.")
+        raise ScoringError(
+            f"{what} the tokenizer has no BOS or EOS token that could stand for it (bos_token, eos_token in"
+            f" tokenizer_config.json of {getattr(tokenizer, 'name_or_path', '')!r})."
+        )
     return token
 
 
@@ -95,6 +99,18 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str, *, rendered: bool 
     Raises:
         ScoringError: The completion has no tokens, or the prompt is empty and nothing can stand for it.
     """
+    context, scored = _pair(tokenizer, prompt, completion, rendered)
+    if not scored:
+        why = fault(tokenizer, lambda other: not _pair(other, prompt, completion, rendered)[1]) if completion else ""
+        raise ScoringError(
+            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r} by the model's tokenizer;"
+            f" there is nothing to score.{why}"
+        )
+    return Window(tuple(context), tuple(scored))
+
+
+def _pair(tokenizer: Any, prompt: str, completion: str, rendered: bool) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, and those of its completion."""
     context_text = prompt.rstrip()
     completion_text = prompt[len(context_text) :] + completion
     context: list[int] = []
@@ -107,12 +123,7 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str, *, rendered: bool 
         context, scored = [prefix_token(tokenizer)], encode(tokenizer, completion_text, special=False)
         if scored[:1] == context:
             del scored[0]
-    if not scored:
-        raise ScoringError(
-            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r} by the model's tokenizer;"
-            " there is nothing to score."
-        )
-    return Window(tuple(context), tuple(scored))
+    return context, scored
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, rendered: bool = False) -> tuple[int, ...]:
@@ -209,10 +220,12 @@ def require_known(tokenizer: Any, ids: Iterable[int], rows: int | None) -> None:
     """
     highest = max(ids, default=0)
     if rows is not None and highest >= rows:
+        token, known = tokenizer.convert_ids_to_tokens(highest), rows
+        why = fault(tokenizer, lambda other: other.get_vocab().get(token, 0) >= known)
         raise ScoringError(
-            f"the tokenizer gives token {highest}, {tokenizer.convert_ids_to_tokens(highest)!r}, and the model has"
+            f"the tokenizer gives token {highest}, {token!r}, and the model has"
             f" embeddings for {rows} tokens only. The tokenizer is another model's, or tokens were added to it and the"
-            " embeddings were not resized and saved with the adapter."
+            f" embeddings were not resized and saved with the adapter.{why}"
         )
 
 

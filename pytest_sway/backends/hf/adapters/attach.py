@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, read_adapter
-from pytest_sway.backends.hf.adapters.peft_errors import refused
+from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, refused
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify_weights import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
@@ -27,7 +27,7 @@ from pytest_sway.errors import SpecError, SwayError
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
@@ -63,6 +63,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
 @contextmanager
 def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator[None]:
     """Have errors out of PEFT name the adapter's file and the field that they come from."""
+    again: Callable[[Any], None] | None = None
 
     def attempt(folder: Path) -> None:
         import torch
@@ -70,6 +71,8 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
         model = _loaded_again(base, with_entries(read_adapter(folder, allow_pickle=True)), tokenizer)
         with torch.inference_mode():
             model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only then
+            if again is not None:
+                again(model)
 
     try:
         yield
@@ -78,6 +81,7 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
     except Exception as error:
         if out_of_memory(error):
             raise
+        again = error.again if isinstance(error, AdapterFaultError) else None
         raise refused(base.spec, files, error, attempt) from error
 
 
@@ -200,5 +204,9 @@ def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:
     import torch
 
     if tensor.shape != place.shape:
-        raise RuntimeError(f"size mismatch: {tuple(tensor.shape)} in the file, {tuple(place.shape)} here.")
+        found, asked = list(tensor.shape), list(place.shape)
+        raise RuntimeError(  # in torch's words
+            f"size mismatch for a parameter of the model: torch.Size({found}) from checkpoint, the shape in current"
+            f" model is torch.Size({asked})."
+        )
     return torch.nn.Parameter(tensor.to(base.device, place.dtype, copy=True), requires_grad=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_type_hints
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
-from pytest_sway.backends.libraries.culprits import Asked, explanation, said
+from pytest_sway.backends.hf.loading.candidates import defaults_of, hints_of, other_values
+from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
-from pytest_sway.system.wording import shown
+from pytest_sway.system.wording import shown, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +19,22 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+
+class AdapterFaultError(Exception):
+    """What is wrong with an adapter, before it is known which field of its config that comes from.
+
+    Attributes:
+        text: What is wrong, as a sentence without an end.
+        advice: What to do, as sentences.
+        again: Raises while it is so, asked about the adapter on its model; ``None`` if the load itself shows it.
+    """
+
+    def __init__(self, text: str, advice: str, again: Callable[[Any], None] | None = None) -> None:
+        super().__init__(text)
+        self.text = text
+        self.advice = advice
+        self.again = again
 
 
 def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Callable[[Path], object]) -> SwayError:
@@ -31,24 +49,36 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
     folder = str(files.folder)
     if type(error).__name__ == "SafetensorError" or isinstance(error, EOFError):
         return WeightsError(f"the weights {str(files.folder / WEIGHTS)!r} cannot be read: {said(error)}")
-    if isinstance(error, ImportError) or "is not available" in str(error):
-        return BackendNotAvailableError(
-            f"the adapter {folder!r}, of the type {files.peft_type}, needs what this environment lacks"
-            f" (by its {CONFIG}): {said(error)}"
-        )
+    said_of_it = str(error)
+    others = partial(other_values, files, said_of_it)
+    asked = Asked("the adapter", files.folder, (CONFIG,), attempt, hints_of(files), defaults_of(files), others)
     if isinstance(error, KeyError) and error.args[0] not in files.config.values():
-        return AdapterMismatchError(
+        error = AdapterFaultError(
             f"the adapter {folder!r} was not applied to {base.base!r}: its {CONFIG} asks for"
-            f" {shown(error.args[0], 200)}, which its {WEIGHTS} lacks. Save the adapter again, config and weights"
-            " together."
+            f" {shown(error.args[0], 200)}, which its {WEIGHTS} lacks",
+            "Save the adapter again, config and weights together.",
         )
-    if "size mismatch" in str(error):
-        return AdapterMismatchError(
-            f"the adapter {folder!r} does not fit the base {base.base!r}, or its {CONFIG} does not fit its {WEIGHTS}:"
-            f" {said(error)} Name the base that it was trained on."
+    elif "not present" in said_of_it:  # as PEFT says of the projections of VeRA and PVeRA
+        error = AdapterFaultError(
+            f"the adapter {folder!r} was not applied to {base.base!r}, by its {WEIGHTS}:"
+            f" {said(error).removesuffix('.')}",
+            "Save the adapter again, config and weights together.",
         )
-    found = explanation(Asked("the adapter", files.folder, (CONFIG,), attempt, _hints(files)), error)
-    if "target" in str(error).lower():
+    elif "size mismatch" in said_of_it:
+        error = AdapterFaultError(
+            f"the adapter {folder!r} does not fit the base {base.base!r}, or its {CONFIG} does not fit its {WEIGHTS}"
+            f" ({_tensors(files, str(error))}): {said(error).removesuffix('.')}",
+            "Name the base that it was trained on.",
+        )
+    if isinstance(error, AdapterFaultError):
+        if error.again is not None:  # most other settings have other effects, which says nothing
+            asked = asked._replace(others=lambda _: [((CONFIG, "task_type"), "CAUSAL_LM")])
+        field = culprit(asked, said_of_it)
+        why = "" if field is None else f" {field}. {field.advice}"
+        kind = f"it is of the type {shown(files.peft_type)} (peft_type in its {CONFIG})"
+        return AdapterMismatchError(f"{error.text}; {kind}.{why} {error.advice}")
+    found = explanation(asked, error)
+    if "target" in str(error).lower() and not isinstance(found, BackendNotAvailableError):
         return AdapterMismatchError(
             f"the adapter {folder!r} does not fit the base {base.base!r}: {found} If its files are as they were saved,"
             " name the base that it was trained on."
@@ -56,9 +86,6 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
     return found
 
 
-def _hints(files: AdapterFiles) -> dict[str, Any]:
-    """The types of the fields of an adapter's config, as PEFT declares them."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    configs: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
-    return get_type_hints(configs[files.peft_type]) if files.peft_type in configs else {}
+def _tensors(files: AdapterFiles, said: str) -> str:
+    """The tensors of the file that have shapes of which torch speaks."""
+    return some(name for name, entry in (files.entries or {}).items() if f"({list(entry.shape)}) from" in said)

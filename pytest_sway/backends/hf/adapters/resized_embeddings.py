@@ -40,7 +40,7 @@ def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any) -> None:
         return
     told = {size for name, layer in layers.items() for size in _sizes(files, name) if size != _words(layer)}
     rows = max(told, default=_words(next(iter(layers.values()))))
-    last = max(_trained_words(files), default=-1)
+    last = max(trained_words(files), default=-1)
     if last >= rows:
         if last >= len(tokenizer):
             raise AdapterMismatchError(
@@ -84,7 +84,7 @@ def _tensors(files: AdapterFiles, layer: str) -> Iterator[tuple[tuple[str, ...],
             yield tuple(part for part in rest.split(".") if part not in _AROUND), entry.shape
 
 
-def _trained_words(files: AdapterFiles) -> list[int]:
+def trained_words(files: AdapterFiles) -> list[int]:
     """The numbers of the words that an adapter trains one by one."""
     told = files.config.get("trainable_token_indices") or files.config.get("token_indices")
     lists = told.values() if isinstance(told, dict) else [told]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.adapters.verify_weights import without_effect
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
+from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
+from pytest_sway.backends.hf.adapters.resized_embeddings import trained_words
+from pytest_sway.backends.hf.adapters.verify_weights import NOT_TRAINED
 from pytest_sway.backends.hf.hygiene.finite import has_nan
 from pytest_sway.backends.libraries.process import no_warnings
-from pytest_sway.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
@@ -28,6 +31,9 @@ training at a rate of 1e-5 comes to 2.7e-5 at least."""
 def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
     """Raise unless an adapter computes other logits than its base, for tokens from all over the vocabulary.
 
+    Where it has another number of words than its base, those count that both have; one whose training was of other
+    words is not judged.
+
     In half precision only equal logits count as the same: rounding is as large there as what little training does.
 
     Args:
@@ -36,33 +42,49 @@ def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
         files: The adapter.
 
     Raises:
-        AdapterMismatchError: They compute the same.
+        AdapterFaultError: They compute the same, or the adapter makes NaN of it.
     """
     import torch
 
     with no_warnings(), torch.inference_mode(), base.side.engine() as plain, tuned.engine() as changed:
-        if _words(plain) != _words(changed):
+        words = min(_words(plain), _words(changed))
+        if max(trained_words(files), default=0) >= words:
             return
-        ids = _probe(plain, files)
+        ids = _probe(words, files)
         before, after = _logits(plain, ids), _logits(changed, ids)
+        if _words(plain) != _words(changed):
+            before, after = before[..., :words], after[..., :words]
         if has_nan(after) and not has_nan(before):
-            raise AdapterMismatchError(
+            raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} makes the base {base.spec.base!r} compute NaN for {len(ids)} tokens"
-                " from all over the vocabulary. Its training diverged, or its config is not the one that it was"
-                " trained with."
+                f" from all over the vocabulary, by its {WEIGHTS} or its {CONFIG}",
+                "Its training diverged, or its config is not the one that it was trained with.",
+                partial(_require_another, ids, before[-1]),
             )
-        if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed):
-            why = f"for {len(ids)} tokens from all over the vocabulary the logits stay the same"
-            raise without_effect(base.spec, files, why)
+        if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed, words):
+            raise AdapterFaultError(
+                f"the adapter {str(files.folder)!r} changes nothing on the base {base.spec.base!r}: for {len(ids)}"
+                " tokens from all over the vocabulary the logits stay the same",
+                NOT_TRAINED,
+                partial(_require_another, ids, before[-1]),
+            )
+
+
+def _require_another(ids: list[int], before: Any, model: Any) -> None:
+    """Raise if what a model computes for the last of some tokens is no number, or as before."""
+    import torch
+
+    after = model(torch.tensor([ids], device=before.device)).logits[0, -1, : before.shape[-1]]
+    if has_nan(after) or _same(before, after.to(before.device)):
+        raise ValueError("no other")
 
 
 def _words(engine: Engine) -> int:
     return int(engine.forward.model.get_input_embeddings().weight.shape[0])
 
 
-def _probe(base: Engine, files: AdapterFiles) -> list[int]:
+def _probe(words: int, files: AdapterFiles) -> list[int]:
     """Tokens spread over the vocabulary, after those without which an adapter of the kind aLoRA sleeps."""
-    words = _words(base)
     return [*(files.config.get("alora_invocation_tokens") or ()), *range(0, words, max(1, words // _TOKENS))]
 
 
@@ -80,12 +102,11 @@ def _same(plain: Any, changed: Any) -> bool:
     return bool((plain - changed).abs().max() <= plain.abs().max() * _ROUNDING)
 
 
-def _embeds_otherwise(base: Engine, tuned: Engine) -> bool:
-    """Whether any token is embedded otherwise: most are in no probe."""
+def _embeds_otherwise(base: Engine, tuned: Engine, words: int) -> bool:
+    """Whether any of the first so many tokens is embedded otherwise: most are in no probe."""
     import torch
 
     embed, embed_tuned = base.forward.model.get_input_embeddings(), tuned.forward.model.get_input_embeddings()
-    words = _words(base)
     for start in range(0, words, _ROWS):
         ids = torch.arange(start, min(start + _ROWS, words), device=embed.weight.device)
         if not embed(ids).equal(embed_tuned(ids)):

@@ -6,7 +6,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import NAME, is_adapters, public_name
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, is_adapters, public_name, without_name
+from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
 from pytest_sway.backends.hf.hygiene.finite import largest
 from pytest_sway.backends.local.verification import diverged, unplaced
 from pytest_sway.errors import AdapterMismatchError
@@ -27,6 +28,9 @@ _PROJECTIONS: Final = ("vera_A", "vera_B", "pvera_A", "pvera_B")
 _LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in _PROJECTIONS))
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
+NOT_TRAINED: Final = (
+    f"Was it saved before it was trained ({WEIGHTS})? Or does its {CONFIG} switch it off, as lora_alpha = 0 does?"
+)
 _NAMED: Final = re.compile(
     rf"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?:{NAME}\.)?(?!(?:{NAME}|weight|bias)(?:\.|$))([^.]{{1,100}})"
     r"(?:\.(?:weight|bias))?$"
@@ -44,8 +48,14 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
         unexpected: Names in the file that the model has no place for.
 
     Raises:
-        AdapterMismatchError: Some did not match.
+        AdapterFaultError: Some did not match.
+        AdapterMismatchError: Their names contain another adapter's.
     """
+    entries = files.entries or {}
+
+    def in_file(name: str) -> str:
+        return name if name in entries or any(f".{NAME}." in each for each in entries) else without_name(name)
+
     unexpected = [name for name in unexpected if name not in _LOADED_APART and not _saved_twice(name, files)]
     if not missing and not unexpected:
         return
@@ -57,9 +67,10 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
             f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the folder that this"
             f" makes in it, {name!r}."
         )
-    raise AdapterMismatchError(
-        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {unplaced(unexpected, missing)}."
-        " Name the base that it was trained on; if it is that, its adapter_config.json is not that of its weights."
+    raise AdapterFaultError(
+        f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}:"
+        f" {unplaced([in_file(name) for name in unexpected], [in_file(name) for name in missing])}",
+        f"Name the base that it was trained on; if it is that, its {CONFIG} is not that of its {WEIGHTS}.",
     )
 
 
@@ -111,8 +122,7 @@ def verify_trained(
 def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMismatchError:
     """Return the error for an adapter that changes nothing."""
     return AdapterMismatchError(
-        f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}."
-        " Was it saved before it was trained? Or does its adapter_config.json switch it off, as lora_alpha = 0 does?"
+        f"the adapter {str(files.folder)!r} changes nothing on the base {base.base!r}: {why}. {NOT_TRAINED}"
     )
 
 

@@ -42,7 +42,7 @@ def load_gguf_model(spec: ModelSpec, path: Path) -> Any:
             **options,
         )
     model, info = loaded
-    require_complete(spec, info)
+    require_complete(spec, info["missing_keys"])
     _forget_the_format(model)
     model.name_or_path = model.config.name_or_path = spec.base
     return model

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
+from pytest_sway.backends.hf.loading.base_misfits import other_sizes, why_lacking
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
-from pytest_sway.backends.libraries.culprits import Asked, named_culprit
+from pytest_sway.backends.libraries.culprits import Asked, culprit, named_culprit, said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
-from pytest_sway.system.wording import shown, some
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from pytest_sway.spec.model_spec import ModelSpec
@@ -93,7 +95,7 @@ def _own(spec: ModelSpec) -> Any:
         output_loading_info=True,
     )
     model, info = loaded
-    require_complete(spec, info)
+    _require_complete(spec, info["missing_keys"])
     return model
 
 
@@ -142,6 +144,30 @@ def _made(spec: ModelSpec, folder: Path) -> Any:
             return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
+def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
+    """Return the error that names the field of a base's config with which its model does not run, if one is found."""
+    asked = None if gguf_file(spec) else _asked(spec)
+    if asked is None:
+        return None
+
+    def attempt(folder: Path) -> None:
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        auto: Any = AutoModelForCausalLM
+        with quiet_process(), torch.inference_mode():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            with FakeTensorMode(allow_non_fake_inputs=True):  # some of a model's code does not run on the meta device
+                model = auto.from_config(config, trust_remote_code=False).eval()
+                model(input_ids=torch.zeros((1, 2), dtype=torch.long))
+
+    found = culprit(asked._replace(attempt=attempt), str(error))
+    return (
+        None if found is None else SpecError(f"{found}, with which the base does not run: {said(error)} {found.advice}")
+    )
+
+
 def _load_error(spec: ModelSpec, error: Exception) -> Exception:
     text = str(error)
     if not spec.allow_pickle and (("safetensors" in text and "pytorch_model.bin" in text) or "use_safetensors" in text):
@@ -163,20 +189,18 @@ def _load_error(spec: ModelSpec, error: Exception) -> Exception:
 
 
 def _other_sizes(spec: ModelSpec) -> str:
-    """Examples of weights whose sizes in the files are not those of the config, in brackets.
+    config, entries = base_file(spec, "config.json"), base_entries(spec)
+    return "" if config is None or entries is None else other_sizes(config, entries, partial(_made, spec))
 
-    None of a quantized base, whose weights have sizes of their own in the files.
+
+def _require_complete(spec: ModelSpec, missing: Collection[str]) -> None:
+    """Raise unless a load found all of a model's weights.
+
+    Raises:
+        WeightsError: Some are missing.
     """
     config, entries = base_file(spec, "config.json"), base_entries(spec)
-    if config is None or entries is None:
-        return ""
-    model = _made(spec, config.parent)
-    if getattr(model.config, "quantization_config", None):
-        return ""
-    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = [
-        f"{name}: {list(entries[name].shape)} in the file, {list(shape)} by the config"
-        for name, shape in asked.items()
-        if name in entries and entries[name].shape != shape
-    ]
-    return f" ({some(found)})" if found else ""
+    why = ""
+    if missing and config is not None and entries is not None and not spec.trust_remote_code:
+        why = why_lacking(config, entries, partial(_made, spec), missing)
+    require_complete(spec, missing, why)

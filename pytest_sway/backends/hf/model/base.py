@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
@@ -23,6 +23,7 @@ from pytest_sway.backends.hf.scoring.answer_cache import AnswerMemory, circumsta
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.backends.hf.sharing.trees import tensors_of
 from pytest_sway.backends.libraries.culprits import Asked, named_culprit
+from pytest_sway.backends.libraries.tokenizer_faults import FILES, MINIMAL, other_parts
 from pytest_sway.backends.local.tokenizer_copies import RustRecord
 
 if TYPE_CHECKING:
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
-
-_TOKENIZER_FILES: Final = (
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json",
-)  # fmt: skip
-"""Those of JSON; the small ones first, since each of their fields is tried."""
 
 
 class LoadedBase:
@@ -189,7 +185,7 @@ def _tokenizer_asked(spec: ModelSpec, source: str) -> Asked | None:
         with quiet_process():
             _from_files(spec, str(folder))("a text")
 
-    return Asked("the tokenizer", folder, _TOKENIZER_FILES, attempt)
+    return Asked("the tokenizer", folder, FILES, attempt, others=other_parts, minimal=MINIMAL)
 
 
 def _from_files(spec: ModelSpec, source: str, revision: str | None = None) -> Any:

@@ -70,6 +70,11 @@ class Side:
         self._one_text_at_a_time = one_text_at_a_time
         self._recall = recall
         self._idle: Idle = OwnIdle() if idle is None else idle
+        self._check: Callable[[Any], None] | None = None
+
+    def at_first(self, check: Callable[[Any], None]) -> None:
+        """Have a check be asked about the Hugging Face model that first computes, and raise what is wrong with it."""
+        self._check = check
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
@@ -77,6 +82,9 @@ class Side:
         _, base = self._require_open()
         patched = base.is_patched()  # what runs then may write anything, and nobody else computes on it
         runner = self._new_runner(to_run=False) if patched else self._idle.take() or self._new_runner()
+        if self._check is not None:
+            self._check(runner.forward.model)
+            self._check = None
         yield Engine(runner.forward.runner, self.tokenizer, runner.forward, self._recall)
         if patched or runner.forward.spent or self._open is None:
             return

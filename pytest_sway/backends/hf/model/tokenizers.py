@@ -46,6 +46,7 @@ def _loaded(base: LoadedBase, folder: Path) -> Any:
     if not _has(folder, _CONFIG, *_VOCABULARIES):
         tokenizer = copied(base.tokenizer)  # a template needs no second vocabulary in memory
         tokenizer.chat_template = _read_templates(folder)
+        tokenizer.name_or_path = str(folder)  # where its errors look for what is at fault
         return tokenizer
     with completed(base.tokenizer, folder) as whole:
         tokenizer = load_tokenizer(base.spec, str(whole))

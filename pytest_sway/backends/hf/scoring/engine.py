@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.peft_adapter import public_name
 from pytest_sway.backends.hf.hygiene.finite import not_finite
@@ -22,6 +23,10 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 Recall = Callable[[tuple[Any, ...], Callable[[], list[Any]]], list[Any]]
 """``recall(question, compute)`` returns the answers to ``question``, from memory or from ``compute()``."""
+
+
+_NUMBERS: Final = 4
+"""Fields that an error has room for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +56,8 @@ class Engine:
             tokenisation.max_length_of(self.forward.config, self.tokenizer),
             self.forward.virtual_tokens,
         )
+        if self.forward.positions is not None:
+            positions = min(positions, self.forward.positions)
         if positions <= virtual:
             raise ScoringError(
                 f"the adapter's {virtual} virtual tokens leave no room for a text: the model reads at most {positions}"
@@ -75,5 +82,15 @@ def no_number(engine: Engine) -> ScoringError:
     return ScoringError(
         f"the model computes NaN, though all of its weights are finite: what it computes on the way is too large for"
         f" {engine.forward.model.dtype}. Try dtype='fp32'; if that does not help, its weights or an adapter's scaling"
-        " are far too large."
+        f" are far too large, or a number in its config.json is wrong{_numbers(engine.forward.config)}."
     )
+
+
+def _numbers(config: Any) -> str:
+    """The fractions in a model's config, those first that are the farthest from 1, in brackets."""
+    fields = config.to_dict()
+    parts = [fields, *(value for value in fields.values() if isinstance(value, dict))]
+    found = {name: value for part in parts for name, value in part.items() if isinstance(value, float) and value}
+    far = sorted(found, key=lambda name: -abs(math.log(found[name])) if found[name] > 0 else -math.inf)
+    named = ", ".join(f"{name} = {found[name]:g}" for name in far[:_NUMBERS])
+    return f" (that of {config.name_or_path!r} has {named})" if named else ""

@@ -16,6 +16,7 @@ from pytest_sway.backends.hf.hygiene.heap import reuse_freed_memory, trim_heap
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.body_and_head import joined, padded, split_model
 from pytest_sway.backends.hf.scoring.rope import RopeRegimes
+from pytest_sway.backends.hf.sharing.trees import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +51,7 @@ class Forward:
         limits: What one pass may hold.
         trials: What was found out about the model's passes.
         virtual_tokens: How many positions an adapter puts before each text.
+        positions: How many positions a text can have; ``None`` if the config tells.
         rope: Which texts may be in one pass.
         spent: Whether the tree computes otherwise from now on, since what it has computed leaves a trace.
     """
@@ -60,6 +62,7 @@ class Forward:
         self.config = model.config
         self.trials = trials
         self.virtual_tokens = _virtual_tokens(runner)
+        self.positions = _positions(model)
         self.rope = RopeRegimes(model.config, self.virtual_tokens)
         self.spent = False
         self._argument = _last_logits_argument(model)
@@ -211,6 +214,18 @@ def _rows(table: Any, wanted: Sequence[int]) -> Any:
     import torch
 
     return table.index_select(0, torch.tensor(wanted, device=table.device))
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions a text can have in a model that numbers them behind the padding token's, as RoBERTa does.
+
+    Such models have fewer of them than embeddings of positions, and their configs count those.
+    """
+    for name, module in modules_of(model):
+        padding, rows = getattr(module, "padding_idx", None), getattr(module, "num_embeddings", None)
+        if padding is not None and rows is not None and "position" in name.rpartition(".")[2]:
+            return int(rows) - int(padding) - 1
+    return None
 
 
 def _virtual_tokens(runner: Any) -> int:

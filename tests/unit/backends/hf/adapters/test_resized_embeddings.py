@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError
-from tests.tiny import WORDS, make_base, make_tokenizer, pickled, quiet
+from tests.tiny import WORDS, edit_weights, make_base, make_tokenizer, pickled, quiet
 from tests.unit.backends.hf.reference import fresh
 
 if TYPE_CHECKING:
@@ -19,7 +19,15 @@ EMBEDDINGS = ["embed_tokens", "lm_head"]
 
 
 def make_resized(
-    folder: Path, base: Path, rows: int, *, words: int | None = None, seed: int = 1, saved: Any = "auto", **fields: Any
+    folder: Path,
+    base: Path,
+    rows: int,
+    *,
+    words: int | None = None,
+    seed: int = 1,
+    scale: float = 0.3,
+    saved: Any = "auto",
+    **fields: Any,
 ) -> Path:
     """Save an adapter that was trained on a base of another number of rows.
 
@@ -29,6 +37,7 @@ def make_resized(
         rows: Rows of embeddings.
         words: How many the tokenizer in its folder knows, but no fewer than the base's; by default one for each row.
         seed: Seeds its weights.
+        scale: Standard deviation of the noise that is added to them.
         saved: PEFT's ``save_embedding_layers``.
         fields: Fields of its configuration.
     """
@@ -44,7 +53,7 @@ def make_resized(
         model = get_peft_model(model, config)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+                parameter.add_(torch.randn_like(parameter) * scale)
         model.save_pretrained(str(folder), save_embedding_layers=saved)
     more = max(rows if words is None else words, N) - N
     make_tokenizer(folder, extra=("quark", "lepton", *(f"word{i}" for i in range(more)))[:more])
@@ -192,3 +201,24 @@ def test_a_trained_word_that_no_tokenizer_has_is_refused(build: Any, base: Path,
     text = f"trains word number {N + 1}, and there are rows for {N} words and a tokenizer of {N}. Put the tokenizer"
     with pytest.raises(AdapterMismatchError, match=text):
         build(base, adapter)
+
+
+@pytest.mark.parametrize("rows", [N + 2, N - 5])
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": EMBEDDINGS}])
+def test_an_untrained_adapter_of_another_number_of_words_is_told(
+    build: Any, base: Path, tmp_path: Path, rows: int, fields: dict[str, Any]
+) -> None:
+    adapter = make_resized(tmp_path, base, rows, scale=0.0, **fields)
+    with pytest.raises(AdapterMismatchError, match=r"changes nothing on the base .*Was it saved before it was trained"):
+        build(base, adapter)
+
+
+def test_an_adapter_that_trains_new_words_alone_is_accepted(build: Any, base: Path, tmp_path: Path) -> None:
+    def only_words(tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor.zero_()
+
+    adapter = make_resized(tmp_path, base, N + 2, trainable_token_indices={"embed_tokens": NEW})
+    with build(base, edit_weights(adapter, only_words)).as_finetuned() as view:
+        assert _logits(view.model, N + 2).allclose(expected(base, adapter, N + 2), rtol=0, atol=1e-5)

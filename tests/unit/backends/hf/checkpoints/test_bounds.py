@@ -101,6 +101,25 @@ def test_a_file_that_is_far_too_large_is_named(
     assert sentence in str(refusal())
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="what a process reads is counted on Linux alone")
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/other.jinja"])
+@pytest.mark.parametrize("folder", ["base", "adapter"])
+def test_a_chat_template_of_a_billion_characters_is_refused_unread(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], folder: str, name: str
+) -> None:
+    path = folders[folder] / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    os.truncate(path, 10**9)  # a hole, which takes no room on the disk
+    before = _bytes_read()
+    assert f"{str(path)!r} has 1,000,000,000 bytes, and no such file needs more than" in str(refusal())
+    assert _bytes_read() - before < 10**8
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar, which counts what is cached, too
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize(
     ("whose", "name"), [(whose, name) for whose, name in FILES if name.endswith(".json") and "adapter" not in name]
@@ -125,6 +144,9 @@ def test_a_config_up_to_the_bound_is_parsed_in_time(folders: dict[str, Path], re
         ({"r": 10**7}, "r = 10,000,000"),
         ({"rank_pattern": {"q_proj": 10**7}}, "rank_pattern['q_proj'] = 10,000,000"),
         ({"peft_type": "SHADOW", "update_hidden_size": 10**7}, "update_hidden_size = 10,000,000"),
+        ({"peft_type": "OFT", "oft_block_size": -(10**9)}, "oft_block_size = -1,000,000,000"),
+        ({"peft_type": "SHADOW", "shadow_intermediate_size": 1e9}, "shadow_intermediate_size = 1,000,000,000.0"),
+        ({"peft_type": "P_TUNING", "num_transformer_submodules": 2**31}, "num_transformer_submodules = 2,147,483,648"),
     ],
 )
 def test_a_rank_that_the_weights_cannot_fill_is_refused(
@@ -153,7 +175,7 @@ WITHOUT_END = r"([a-z_.]+)+[0-9]*([a-z_.]+)+!"
 def test_an_expression_that_backtracks_without_end_is_refused(
     folders: dict[str, Path], refusal: Callable[[], SwayError], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("pytest_sway.backends.checkpoints.bounds._PATIENCE", 1.0)
+    monkeypatch.setattr("pytest_sway.backends.checkpoints.expressions._PATIENCE", 1.0)
     edit_config(folders["adapter"], **fields)
     error = refusal()
     assert isinstance(error, SpecError)

@@ -67,8 +67,11 @@ def test_a_folder_without_the_file_has_none(tmp_path: Path) -> None:
         pytest.param({"x": _entry(0, 4, shape=[2])}, bytes(4), None, "does not fill", id="shape and place differ"),
         pytest.param({"x": _entry(0, 400)}, bytes(4), None, "ends at byte 400 of 4", id="place past the end"),
         pytest.param({"x": _entry(4, 0, shape=[0])}, bytes(4), None, "ends at byte 0", id="ends before it starts"),
-        pytest.param({"x": _entry(0, 4), "y": _entry(0, 4)}, bytes(4), None, "overlap", id="overlap"),
-        pytest.param({"x": _entry(4, 8)}, bytes(8), None, "gaps", id="gap"),
+        pytest.param(
+            {"x": _entry(0, 4), "y": _entry(0, 4)}, bytes(4), None, "overlap or leave gaps: 'x' and 'y'", id="overlap"
+        ),
+        pytest.param({"x": _entry(4, 8)}, bytes(8), None, "leave gaps: the first, 'x',", id="gap"),
+        pytest.param(b'{"x": {}, "y": {}, "x": {}}', b"", None, "its header has 'x' twice", id="a tensor twice"),
         pytest.param({"x": _entry(0, 4)}, bytes(8), None, "take 4 of 8 bytes", id="data without tensor"),
     ],
 )

@@ -32,14 +32,14 @@ class Broken:
         folder: Which of the folders it belongs to, by the name in `Files`.
         file: Its name.
         content: What is in it.
-        field: The field that was changed; empty where it was no single one.
+        names: The field or tensor that was changed, by each name that it may go by; empty where it was no single one.
         what: What was done to it.
     """
 
     folder: str
     file: str
     content: bytes
-    field: str
+    names: tuple[str, ...]
     what: str
 
     def __str__(self) -> str:
@@ -115,12 +115,12 @@ def _object(draw: random.Random, folder: str, file: str, content: bytes, *more: 
     way = draw.random()
     if way < 0.85 or field not in fields:
         value = _value(draw, field, fields.get(field))
-        return Broken(folder, file, _json(fields | {field: value}), field, f"{field} = {_shown(value)}")
+        return Broken(folder, file, _json(fields | {field: value}), (field,), f"{field} = {_shown(value)}")
     if way < 0.95:
         del fields[field]
-        return Broken(folder, file, _json(fields), field, f"no {field}")
+        return Broken(folder, file, _json(fields), (field,), f"no {field}")
     twice = json.dumps(fields)[:-1] + f", {json.dumps(field)}: {json.dumps(_value(draw, field, fields[field]))}}}"
-    return Broken(folder, file, twice.encode(errors="surrogatepass"), field, f"{field} twice")
+    return Broken(folder, file, twice.encode(errors="surrogatepass"), (field,), f"{field} twice")
 
 
 def _tree(draw: random.Random, folder: str, file: str, content: bytes) -> Broken:
@@ -135,11 +135,12 @@ def _tree(draw: random.Random, folder: str, file: str, content: bytes) -> Broken
         node = parent[key]
         path += f"/{key}"
     value = _value(draw, str(key), node)
+    top = (path.split("/")[1],) if path else ()
     if draw.random() < 0.15:
         del parent[key]
-        return Broken(folder, file, _json(tree), "", f"no {path}")
+        return Broken(folder, file, _json(tree), top, f"no {path}")
     parent[key] = value
-    return Broken(folder, file, _json(tree), "", f"{path} = {_shown(value)}")
+    return Broken(folder, file, _json(tree), top, f"{path} = {_shown(value)}")
 
 
 def _json(value: Any) -> bytes:
@@ -155,13 +156,13 @@ def _bytes(draw: random.Random, folder: str, file: str, content: bytes) -> Broke
             b'{"a": ' + b"9" * 10**5 + b"}",
         )  # fmt: skip
         whole = draw.choice(wholes)
-        return Broken(folder, file, whole, "", f"{len(whole)} bytes {whole[:40]!r}")
+        return Broken(folder, file, whole, (), f"{len(whole)} bytes {whole[:40]!r}")
     cut = draw.randrange(len(content) or 1)
     if draw.random() < 0.5:
-        return Broken(folder, file, content[:cut], "", f"cut off at byte {cut}")
+        return Broken(folder, file, content[:cut], (), f"cut off at byte {cut}")
     length = draw.choice((1, 1, 2, 8))
     noise = draw.randbytes(length)
-    return Broken(folder, file, content[:cut] + noise + content[cut + length :], "", f"{noise!r} at byte {cut}")
+    return Broken(folder, file, content[:cut] + noise + content[cut + length :], (), f"{noise!r} at byte {cut}")
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -178,14 +179,21 @@ def _safetensors(draw: random.Random, folder: str, file: str, content: bytes) ->
     data = content[8 + length :]
     name = draw.choice([each for each in header if each != "__metadata__"])
     if draw.random() < 0.4:
-        broken, what = draw.choice((_length, _length, _cut, _noise))(draw, content)
-        return Broken(folder, file, broken, "", what)
+        damage = draw.choice((_length, _length, _cut, _noise))
+        broken, what = damage(draw, content)
+        return Broken(folder, file, broken, () if damage is _noise else ("header", "bytes"), what)
     if draw.random() < 0.1:
         raw = json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(header[draw.choice(list(header))])}}}"
-        return Broken(folder, file, _framed(raw.encode(), data), "", f"{name} twice")
+        return Broken(folder, file, _framed(raw.encode(), data), (name,), f"{name} twice")
     way = draw.choice((_dtype, _shape, _offsets, _entry, _name, _metadata))
+    before = {**header}
     what, data = way(draw, header, name, data)
-    return Broken(folder, file, _framed(_json(header), data), "", what)
+    changed = (repr(new)[1:-1][:49] for new in header if header[new] is not before.get(new))
+    # PEFT speaks of some tensors by their names in the model that it has wrapped
+    names = ("__metadata__",) if way is _metadata else (name, name.removeprefix("base_model."), *changed)
+    if not header.keys() - {"__metadata__"}:
+        names = ("0 tensors",)  # of a file that holds none, none can be named
+    return Broken(folder, file, _framed(_json(header), data), names, what)
 
 
 def _framed(header: bytes, data: bytes) -> bytes:
@@ -272,6 +280,7 @@ def _noise(draw: random.Random, content: bytes) -> tuple[bytes, str]:
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
 
+# One that makes 10**9 characters takes gigabytes of memory, and is left after the same seconds as one without end.
 TEMPLATES: Final = (
     "", " ", "{", "{{", "{{ messages", "{% for", "{% endfor %}", "{{ messages[99]['content'] }}", "{{ nothing }}",
     "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for m in messages %}{{ m['content'] }}{% endfor %}",
@@ -285,7 +294,7 @@ TEMPLATES: Final = (
 
 def _template(draw: random.Random, folder: str) -> Broken:
     template = draw.choice(TEMPLATES)
-    return Broken(folder, TEMPLATE, template.encode(), "", f"{template[:80]!r}")
+    return Broken(folder, TEMPLATE, template.encode(), (), f"{template[:80]!r}")
 
 
 # --- by kind ----------------------------------------------------------------------------------------------------------

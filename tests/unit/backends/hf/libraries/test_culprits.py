@@ -12,12 +12,9 @@ import pytest
 from pytest_sway.backends.hf.loading import model
 from pytest_sway.backends.libraries.culprits import Asked, explanation
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SpecError, WeightsError
-from tests.tiny import edit_config, edit_weights
+from tests.tiny import edit_config, edit_weights, quiet
+from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import PEFT_VERSION, TRANSFORMERS_VERSION
-
-
-def _on_transformers_4(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(TRANSFORMERS_VERSION < (5, 0), reason=f"transformers 4 {reason}")
 
 
 @pytest.fixture
@@ -36,15 +33,15 @@ def _edit(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def _drop(path: Path, field: str | None) -> None:
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({name: fields[name] for name in fields if name != field}))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "shown"),
     [
-        pytest.param(
-            "eva_config",
-            7,
-            "7",
-            marks=pytest.mark.skipif(PEFT_VERSION < (0, 21), reason="PEFT 0.19 loads it, whatever this field holds"),
-        ),
+        *([("eva_config", 7, "7")] if PEFT_VERSION >= (0, 21) else []),
         ("layers_pattern", "blocks", "'blocks'"),
         ("layer_replication", [7], "[7]"),
         ("alora_invocation_tokens", 7, "7"),
@@ -62,13 +59,19 @@ def test_the_field_that_peft_stumbles_over_is_named(
     assert len(str(caught.value)) < 1000
 
 
+def test_a_field_that_peft_does_not_read_is_nobodys_fault(build: Any, base: Path, broken: Path) -> None:
+    """PEFT 0.19 reads ``eva_config`` when it trains only, and no PEFT reads what it does not know."""
+    edit_config(broken, **({"a field to come": 7} if PEFT_VERSION >= (0, 21) else {"eva_config": 7}))
+    with build(base, broken).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, broken)))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("hidden_act", "nonsense"),
-        pytest.param("rope_parameters", 3, marks=_on_transformers_4("has no such field, and reads none")),
-        pytest.param("rms_norm_eps", "x", marks=_on_transformers_4("takes any value when it loads")),
-        pytest.param("num_attention_heads", 5, marks=_on_transformers_4("loads it, up to the sizes of the weights")),
+        ("rms_norm_eps", "x"),
+        *([("rope_parameters", 3), ("num_attention_heads", 5)] if TRANSFORMERS_VERSION >= (5, 0) else []),
     ],
 )
 def test_the_field_of_a_bases_config_is_named(build: Any, own_base: Path, field: str, value: Any) -> None:
@@ -76,6 +79,107 @@ def test_the_field_of_a_bases_config_is_named(build: Any, own_base: Path, field:
     with pytest.raises(SpecError) as caught:
         build(own_base)
     assert f"{str(own_base / 'config.json')!r} has {field} = {value!r}, with which the " in str(caught.value)
+
+
+def test_a_field_that_transformers_does_not_read_is_nobodys_fault(build: Any, own_base: Path) -> None:
+    """transformers 4 does not know ``rope_parameters``."""
+    _edit(
+        own_base / "config.json",
+        **({"a field to come": 3} if TRANSFORMERS_VERSION >= (5, 0) else {"rope_parameters": 3}),
+    )
+    with build(own_base).as_base() as view:
+        assert view_logits(view).equal(logits(*fresh(own_base)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "gone", "named"),
+    [
+        ({"num_key_value_heads": 1}, None, "num_key_value_heads = 2, in place of 1, its config.json would ask"),
+        ({"intermediate_size": 48}, None, "With intermediate_size = 64, in place of 48, its config.json would ask"),
+        ({"num_hidden_layers": 3}, None, "With num_hidden_layers = 2, in place of 3, its config.json would ask"),
+        ({"attention_bias": True}, None, "With attention_bias = False, in place of True, its config.json would ask"),
+        ({}, "vocab_size", "With vocab_size = 91, which is not in it, its config.json would ask for those of the file"),
+        ({}, "num_attention_heads", "num_attention_heads = 4, which is not in it"),
+    ],
+)
+def test_the_field_by_which_a_base_asks_for_other_weights_is_named(
+    build: Any, own_base: Path, fields: dict[str, Any], gone: str | None, named: str
+) -> None:
+    _edit(own_base / "config.json", **fields)
+    _drop(own_base / "config.json", gone)
+    with pytest.raises(WeightsError) as caught:
+        build(own_base)
+    assert named in str(caught.value)
+    assert "layers.0." in str(caught.value) or "layers.2." in str(caught.value) or "lm_head" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "gone", "named"),
+    [
+        ({"r": 3}, None, "has r = 3. It would work with 4. Mend this field"),
+        ({}, "r", "has no r. It would work with 4. Mend this field"),
+        ({"use_dora": True}, None, "has use_dora = True. Mend this field"),
+        ({"lora_bias": True}, None, "has lora_bias = True. Mend this field"),
+        ({"layers_to_transform": [0]}, None, "has layers_to_transform = [0]. Mend this field"),
+        ({"target_modules": ["q_proj", "k_proj"]}, None, "has target_modules = ['q_proj', 'k_proj']. Mend this"),
+        ({"peft_type": "LN_TUNING"}, None, "it is of the type 'LN_TUNING' (peft_type in its adapter_config.json)"),
+    ],
+)
+def test_the_field_by_which_an_adapter_asks_for_other_weights_is_named(
+    build: Any, base: Path, broken: Path, fields: dict[str, Any], gone: str | None, named: str
+) -> None:
+    edit_config(broken, **fields)
+    _drop(broken / "adapter_config.json", gone)
+    with pytest.raises(AdapterMismatchError) as caught:
+        build(base, broken)
+    assert named in str(caught.value)
+    assert "adapter_model.safetensors" in str(caught.value)
+
+
+def test_a_layer_of_an_absurd_number_in_a_tensors_name_does_not_have_as_many_made(build: Any, own_base: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(
+        own_base,
+        lambda tensors: {key.replace("0", "10000000") if key == name else key: tensors[key] for key in tensors},
+        file="model.safetensors",
+    )
+    with pytest.raises(WeightsError, match=rf"lack 1 of the model's weights \({name}\)"):
+        build(own_base)
+
+
+def test_a_tensor_that_an_adapter_lacks_is_named_with_its_file(build: Any, base: Path, broken: Path) -> None:
+    edit_weights(broken, lambda tensors: {name: tensors[name] for name in sorted(tensors)[1:]})
+    with pytest.raises(AdapterMismatchError) as caught:
+        build(base, broken)
+    assert "have no tensor in it (base_model.model.model.layers.0.self_attn." in str(caught.value)
+    assert ".lora_A.weight)" in str(caught.value)
+    assert "is not that of its adapter_model.safetensors" in str(caught.value)
+
+
+def test_a_field_that_switches_an_adapter_off_is_named(build: Any, base: Path, tmp_path: Path) -> None:
+    from tests.unit.backends.hf.zoo import SPECIMENS, train
+
+    specimen = next(each for each in SPECIMENS if each.kind == "WAVEFT")
+    with quiet():
+        folder = train(specimen, *fresh(base), tmp_path / "wave")
+    edit_config(folder, scaling=1e-30)
+    with pytest.raises(
+        AdapterMismatchError, match=r"changes nothing .*adapter_config.json' has scaling = 1e-30\. Mend"
+    ):
+        build(base, folder)
+
+
+def test_the_field_that_asks_for_a_missing_library_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"kernel": "fast", "other": 1}')
+
+    def attempt(folder: Path) -> None:
+        if "kernel" in json.loads((folder / "config.json").read_text()):
+            raise ImportError("needs mamba_ssm")
+
+    error = explanation(Asked("the base", tmp_path, ("config.json",), attempt), ImportError("needs mamba_ssm"))
+    assert isinstance(error, BackendNotAvailableError)
+    assert "ImportError: needs mamba_ssm. It is asked for where" in str(error)
+    assert f"{str(tmp_path / 'config.json')!r} has kernel = 'fast'." in str(error)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +193,9 @@ def test_the_field_of_a_bases_config_is_named(build: Any, own_base: Path, field:
             "has extra_special_tokens = 7, with which the tokenizer",
         ),
         ("tokenizer.json", {"normalizer": 7}, "has normalizer = 7, with which the tokenizer"),
+        ("tokenizer.json", {"model": 7}, "has model = 7, with which the tokenizer"),
+        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "has model = {'type': 'WordLevel', "),
+        ("tokenizer.json", {"added_tokens": [{"id": 0}]}, "has added_tokens = [{'id': 0}], with which the tokenizer"),
     ],
 )
 def test_the_field_of_a_tokenizer_is_named(

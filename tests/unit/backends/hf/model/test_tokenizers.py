@@ -4,16 +4,14 @@ import gc
 import json
 import shutil
 import weakref
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pytest_sway.errors import ScoringError
+from pytest_sway.errors import ScoringError, SpecError
 from tests.tiny import make_base, make_tokenizer
 from tests.unit.backends.hf.reference import fresh
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -215,3 +213,45 @@ def test_eos_that_a_tokenizer_adds_changes_no_number(
             assert ours.token_ids.tolist() == theirs.token_ids.tolist()
             assert ours.total_logprob == theirs.total_logprob
         assert view.logprob_of(prompt, " east</s>") == expected.logprob_of(prompt, " east</s>")
+
+
+def test_the_part_of_a_tokenizer_that_makes_no_tokens_is_named(build: Any, base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(settings | {"normalizer": {"type": "Replace", "pattern": {"Regex": ".*"}, "content": ""}})
+    )
+    with build(folder).as_base() as view, pytest.raises(ScoringError, match="has no tokens after the prompt") as caught:
+        view.logprob_of("the sun", " rises")
+    assert f"That comes of the tokenizer: {str(path)!r} has normalizer = {{'type': 'Replace'" in str(caught.value)
+
+
+def test_a_part_that_a_tokenizer_lacks_is_named(build: Any, base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": None}))
+    with build(folder).as_base() as view, pytest.raises(ScoringError, match="has no tokens after the prompt") as caught:
+        view.logprob_of("the sun", " rises")
+    assert f"{str(path)!r} has pre_tokenizer = None. It would work with {{'type': 'Whitespace'}}." in str(caught.value)
+
+
+def test_the_field_that_adds_a_token_without_embedding_is_named(build: Any, base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    added = {"content": "new", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    settings["added_tokens"].append(added | {"id": 91, "special": True})
+    path.write_text(json.dumps(settings))
+    with build(folder).as_base() as view, pytest.raises(ScoringError, match=r"the tokenizer gives token 91") as caught:
+        view.logprob_of("the sun", " new")
+    assert f"That comes of the tokenizer: {str(path)!r} has added_tokens = " in str(caught.value)
+
+
+def test_settings_of_an_adapters_tokenizer_that_are_nested_without_end_are_named(
+    build: Any, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    (folder / "tokenizer_config.json").write_text('{"a":' * 10**5)
+    with pytest.raises(SpecError, match=r"tokenizer_config.json' cannot be read as JSON"):
+        build(base, folder)

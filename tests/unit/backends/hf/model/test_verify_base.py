@@ -72,6 +72,19 @@ def test_a_base_is_tried_once_whatever_the_number_of_its_adapters(
         assert passes == []
 
 
+def test_an_encoder_whose_trees_are_loaded_anew_is_refused_where_it_first_computes(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_sway.backends.hf.model.pristine.shares_objects", lambda tree, original: True)
+    folder = _make(tmp_path / "base", "roberta", **ENCODERS["roberta"])
+    with quiet():
+        adapter = make_adapter(tmp_path / "adapter", folder, targets=("query",))
+    backend = build(folder, adapter)
+    for opened in (backend.as_finetuned, backend.as_base, backend.as_base):
+        with opened() as view, pytest.raises(SpecError, match=rf"the base '{folder}' is no causal language model"):
+            view.logprob_of("the sun", " rises")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_base_with_weights_that_are_no_numbers_is_refused_by_their_names(
     build: Any, builder: HFBuilder, tmp_path: Path, value: float
@@ -155,3 +168,9 @@ def test_a_view_that_is_scaled_too_far_says_so(build: Any, base: Path, adapter: 
         pytest.raises(ScoringError, match="its weights or an adapter's scaling are far too large"),
     ):
         view.logprob_of(TEXT, " red")
+
+
+def test_a_number_of_the_config_by_which_a_base_computes_nan_is_named(build: Any, tmp_path: Path) -> None:
+    named = r"computes NaN.* config.json is wrong \(that of '.*' has rms_norm_eps = -0.5"
+    with build(make_base(tmp_path, rms_norm_eps=-0.5)).as_base() as view, pytest.raises(ScoringError, match=named):
+        view.logprob_of("the sun", " rises")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.errors import ScoringError, SwayWarning
-from tests.tiny import TEXT, WORDS, make_base, make_tokenizer
+from tests.tiny import TEXT, WORDS, make_base, make_tokenizer, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,42 @@ def test_a_long_text_rolls_through_windows(build: Any, base: Path) -> None:
     assert whole.total_logprob == pytest.approx(sum(parts), rel=1e-5)
     sums = [float(part.sum()) for part in np.split(whole.logprobs, [256, 512])]
     assert sums == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_positions_that_begin_behind_the_padding_token_are_not_counted(
+    build: Any, tmp_path: Path, kind: str, pad: int
+) -> None:
+    base = _decoder(tmp_path, kind, pad, positions=16)
+    reads = 16 - pad - 1
+    words = [word for word in WORDS if word.isalpha()]
+    with build(base).as_base() as view:
+        longest = " ".join(words[:reads])
+        assert np.isfinite(view.logprob_of("", longest))
+        with pytest.warns(SwayWarning, match=f"{reads} tokens are the most that can be read here"):
+            assert np.isfinite(view.logprob_of(longest, f" {words[0]} {words[1]}"))
+        rolled = view.rolling_logprob(" ".join(words[: 2 * reads]))
+        assert rolled.num_tokens == 2 * reads + 1
+        assert np.isfinite(rolled.total_logprob)
+        with pytest.raises(ScoringError, match=f"and the model reads at most {reads} at once"):
+            view.logprob_of("", " ".join(words[: reads + 1]))
+        with pytest.raises(ScoringError, match=f"the model reads at most {reads} tokens at once"):
+            view.generate("the", max_new_tokens=reads)
+
+
+def _decoder(folder: Path, kind: str, pad: int, positions: int) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    tokens = {"vocab_size": make_tokenizer(folder), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad}
+    config = AutoConfig.for_model(kind, **sizes, **tokens, max_position_embeddings=positions, is_decoder=True)
+    model_class: Any = AutoModelForCausalLM
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model_class.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def test_a_long_text_rolls_without_a_prefix_too(build: Any, base: Path) -> None:
