@@ -12,17 +12,34 @@ if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend, Lease
     from pytest_sway.errors import SwayError, SwayWarning
-    from pytest_sway.protocols import DifferentialBackend, RollingLogprob, TokenDist, View
+    from pytest_sway.protocols import (
+        BatchView,
+        DifferentialBackend,
+        Message,
+        NullCalibratedBackend,
+        Prompt,
+        RawView,
+        RollingLogprob,
+        ScalableDifferentialBackend,
+        TokenDist,
+        View,
+    )
     from pytest_sway.run.session import SwayBackend
     from pytest_sway.spec.model_spec import ModelSpec
 
 __all__ = [
     "BackendCache",
+    "BatchView",
     "CachedBackend",
     "DifferentialBackend",
     "Lease",
+    "Message",
     "ModelSpec",
+    "NullCalibratedBackend",
+    "Prompt",
+    "RawView",
     "RollingLogprob",
+    "ScalableDifferentialBackend",
     "SwayBackend",
     "SwayError",
     "SwayWarning",
@@ -36,7 +53,18 @@ __version__: str
 _HOMES = {
     "cache": ("BackendCache", "CachedBackend", "Lease"),
     "errors": ("SwayError", "SwayWarning"),
-    "scoring": ("DifferentialBackend", "RollingLogprob", "TokenDist", "View"),
+    "scoring": (
+        "BatchView",
+        "DifferentialBackend",
+        "Message",
+        "NullCalibratedBackend",
+        "Prompt",
+        "RawView",
+        "RollingLogprob",
+        "ScalableDifferentialBackend",
+        "TokenDist",
+        "View",
+    ),
     "session": ("SwayBackend",),
     "spec": ("ModelSpec", "cache_key_for"),
 }

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.spec.model_spec import ModelSpec, _model_folder
 from pytest_sway.spec.paths import GGUF_SUFFIX
 from pytest_sway.system.reading import open_regular
 
@@ -131,14 +131,8 @@ def _model_identity(model: str) -> Hashable:
         folder = os.stat(model)
     except OSError:
         return _model_signature(model)
-    others = _other_files(model, folder.st_mtime_ns, folder.st_ino)
-    return _stats((f"{model}/config.json", *_files(model, _WEIGHTS, folder.st_mtime_ns, folder.st_ino))), others
-
-
-@lru_cache(maxsize=256)
-def _other_files(model: str, mtime_ns: int, inode: int) -> _Signature:
-    """The state that a model's files besides its weights were in when its folder changed."""
-    return _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
+    looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
+    return _stats(looked_at), others
 
 
 def _adapter_signature(folder: str) -> _Signature:

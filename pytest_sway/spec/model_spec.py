@@ -11,11 +11,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
+from pytest_sway.spec.identity import _MODEL_FILES, _WEIGHTS, _files, _Signature, _stats
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 
 if TYPE_CHECKING:
@@ -197,3 +199,10 @@ def _answers(value: object, kind: Kind) -> str | Path | None:
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _model_folder(model: str, mtime_ns: int, inode: int) -> tuple[tuple[str, ...], _Signature]:
+    """The files to look at each time, and the state that all others were in when the folder changed."""
+    looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode))
+    return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
