@@ -12,17 +12,34 @@ if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend, Lease
     from pytest_sway.errors import SwayError, SwayWarning
-    from pytest_sway.protocols import DifferentialBackend, RollingLogprob, TokenDist, View
+    from pytest_sway.protocols import (
+        BatchView,
+        DifferentialBackend,
+        Message,
+        NullCalibratedBackend,
+        Prompt,
+        RawView,
+        RollingLogprob,
+        ScalableDifferentialBackend,
+        TokenDist,
+        View,
+    )
     from pytest_sway.run.session import SwayBackend
     from pytest_sway.spec.model_spec import ModelSpec
 
 __all__ = [
     "BackendCache",
+    "BatchView",
     "CachedBackend",
     "DifferentialBackend",
     "Lease",
+    "Message",
     "ModelSpec",
+    "NullCalibratedBackend",
+    "Prompt",
+    "RawView",
     "RollingLogprob",
+    "ScalableDifferentialBackend",
     "SwayBackend",
     "SwayError",
     "SwayWarning",
@@ -38,7 +55,18 @@ _HOMES = {
     "cache.backend_cache": ("BackendCache",),
     "cache.entries": ("CachedBackend", "Lease"),
     "errors": ("SwayError", "SwayWarning"),
-    "protocols": ("DifferentialBackend", "RollingLogprob", "TokenDist", "View"),
+    "protocols": (
+        "BatchView",
+        "DifferentialBackend",
+        "Message",
+        "NullCalibratedBackend",
+        "Prompt",
+        "RawView",
+        "RollingLogprob",
+        "ScalableDifferentialBackend",
+        "TokenDist",
+        "View",
+    ),
     "run.session": ("SwayBackend",),
     "spec.model_spec": ("ModelSpec",),
 }

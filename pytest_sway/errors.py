@@ -23,7 +23,8 @@ The tree::
     └── MutationError                     a test left a shared model changed
 
 Each takes one argument, the message, so that an error can be raised again in another test with a word about the
-first. The message says what was asked, what was found and what to do.
+first. The message says what was asked, what was found and what to do. Where an error fails a test, a last line names
+its place in the docs (`name_page`).
 """
 
 from __future__ import annotations
@@ -124,3 +125,18 @@ class MutationError(SwayError):
 
 class SwayWarning(UserWarning):
     """Something that the user should know and that does not make a result wrong."""
+
+
+def name_page(error: BaseException) -> bool:
+    """Add a note to an error of this module that says where the docs explain it, and return whether it is one.
+
+    The plugin calls it when an error fails a test or a collection, not the error itself when it is made: so the line
+    stands once, at the end, and ``pytest.raises(match=...)`` compares the message alone.
+    """
+    name = next((base.__name__ for base in type(error).__mro__ if base.__module__ == __name__), None)
+    if name is None:
+        return False
+    note = f"See {name} in the docs of pytest-sway: reference/errors.md#{name.lower()}"
+    if note not in getattr(error, "__notes__", ()):  # one error can fail several tests
+        error.add_note(note)
+    return True

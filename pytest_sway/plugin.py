@@ -184,8 +184,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Charge the seconds of a load as such, not to the test that came first."""
+    """Name the page of an error, and charge the seconds of a load as such, not to the test that came first."""
     if call.excinfo is not None:
+        from pytest_sway.errors import name_page
+
+        name_page(call.excinfo.value)
         item.stash.setdefault(_errors, []).append(call.excinfo.value)
     session = _used(item.config)
     seconds = session.take_load_seconds() if session else 0.0
@@ -194,6 +197,17 @@ def pytest_runtest_makereport(
     report = yield
     report.duration = max(0.0, report.duration - seconds)
     return report
+
+
+def pytest_exception_interact(
+    node: pytest.Item | pytest.Collector, call: pytest.CallInfo[Any], report: pytest.TestReport | pytest.CollectReport
+) -> None:
+    """Name the page of an error that fails a collection, such as a spec among the parameters that is wrong."""
+    if isinstance(node, pytest.Collector) and call.excinfo is not None:
+        from pytest_sway.errors import name_page
+
+        if name_page(call.excinfo.value):
+            report.longrepr = node.repr_failure(call.excinfo)
 
 
 # --- the end of the run -----------------------------------------------------------------------------------------------

@@ -131,14 +131,8 @@ def _model_identity(model: str) -> Hashable:
         folder = os.stat(model)
     except OSError:
         return _model_signature(model)
-    others = _other_files(model, folder.st_mtime_ns, folder.st_ino)
-    return _stats((f"{model}/config.json", *_files(model, _WEIGHTS, folder.st_mtime_ns, folder.st_ino))), others
-
-
-@lru_cache(maxsize=256)
-def _other_files(model: str, mtime_ns: int, inode: int) -> _Signature:
-    """The state that a model's files besides its weights were in when its folder changed."""
-    return _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
+    looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
+    return _stats(looked_at), others
 
 
 def _adapter_signature(folder: str) -> _Signature:
@@ -207,3 +201,10 @@ def _adapter_digest(folder: str, signature: _Signature) -> str | None:
     for path in _listed(folder, _IDENTITY_FILES):
         digest.update(f"{os.path.basename(path)}\0{_file_digest(path, _stats((path,)))}".encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _model_folder(model: str, mtime_ns: int, inode: int) -> tuple[tuple[str, ...], _Signature]:
+    """The files to look at each time, and the state that all others were in when the folder changed."""
+    looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode))
+    return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode))

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -66,23 +65,20 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
     try:
-        spec, steady = _memoised(os.getcwd(), tuple(values.items()))
+        spec, steady = _memoised(tuple(values.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
         steady = False
     return spec if steady else ModelSpec(**values)
 
 
 @lru_cache(maxsize=256)
-def _memoised(_cwd: str, items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
+def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
     """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
 
-    A path through ``~`` or a link can be led elsewhere at any time, and a hub id can become the name of a folder.
+    A path through ``~``, a link or the working folder can be led elsewhere at any time, and a hub id can become the
+    name of a folder.
     """
     values = dict(items)
     spec = ModelSpec(**values)
     paths = {name: getattr(spec, name) for name in ("base", "adapter", "finetuned", "answers")}
-    return spec, all(_leads_nowhere_else(values[name], path) for name, path in paths.items() if path is not None)
-
-
-def _leads_nowhere_else(given: Any, path: Path | str) -> bool:
-    return os.path.isabs(path) and str(path) in (given, os.path.abspath(given))
+    return spec, all(str(path) == os.fspath(values[name]) for name, path in paths.items() if path is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.plugin.conftest import Suite
 
 MANY = """
@@ -112,3 +114,52 @@ def pytest_sway_build_backend(spec):
     result.assert_outcomes(failed=5)
     assert suite.events().count("load large") == 1
     result.stdout.fnmatch_lines(["*ModelTooLargeError: dummy:large turned out to take 2.0 MiB, more than the whole*"])
+
+
+SEE = "See {0} in the docs of pytest-sway: reference/errors.md#{1}"
+MISMATCH = SEE.format("AdapterMismatchError", "adaptermismatcherror")
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+def test_an_error_names_its_page_once_in_the_report_and_in_junit(suite: Suite, workers: tuple[str, ...]) -> None:
+    result = suite.run(MANY.format(spec='dummy("mismatch")'), *workers, "--junit-xml=report.xml")
+    assert result.stdout.str().count(MISMATCH) == 4
+    assert (suite.pytester.path / "report.xml").read_text("utf-8").count(MISMATCH) >= 4
+
+
+def test_the_page_is_no_part_of_what_a_test_matches(suite: Suite) -> None:
+    result = suite.run("""
+import pytest_sway.errors
+
+def test_x(sway_backend):
+    with pytest.raises(pytest_sway.errors.AdapterMismatchError, match="^the adapter does not fit.$"):
+        sway_backend(dummy("mismatch"))
+""")
+    result.assert_outcomes(passed=1)
+
+
+def test_an_error_of_the_collection_names_its_page(suite: Suite) -> None:
+    result = suite.run("""
+from pytest_sway import ModelSpec
+
+@pytest.mark.parametrize("spec", [ModelSpec(base="a", dtype="int8")])
+def test_x(sway_backend, spec):
+    sway_backend(spec)
+""")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(
+        ["E*SpecError: spec field 'dtype' must be*", f"E*{SEE.format('SpecError', 'specerror')}"]
+    )
+
+
+def test_an_error_of_a_class_of_the_users_names_the_page_of_its_parent(suite: Suite) -> None:
+    result = suite.run("""
+import pytest_sway.errors
+
+class TownError(pytest_sway.errors.ScoringError):
+    pass
+
+def test_x():
+    raise TownError("no such town")
+""")
+    result.stdout.fnmatch_lines(["E*TownError: no such town", f"E*{SEE.format('ScoringError', 'scoringerror')}"])

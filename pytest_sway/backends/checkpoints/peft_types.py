@@ -1,6 +1,7 @@
 """What is known of PEFT's kinds of adapters: which leave their base exact, which rewrite it, and which are refused.
 
-`docs/adapters.md` has the table; `tests/unit/backends/hf/zoo.py` has a specimen of each row, on which the tests rest.
+`docs/pages/reference/adapters.md` has the table; `tests/unit/backends/hf/zoo.py` has a specimen of each row, on which
+the tests rest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A specimen of each kind of adapter that PEFT has, and what pytest-sway does with it.
 
-`docs/adapters.md` shows it as a table, which `python -m tests.unit.backends.hf.zoo` writes and a test compares.
+`docs/pages/reference/adapters.md` shows it as a table, which `python -m tests.unit.backends.hf.zoo` writes and a test
+compares.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from tests.tiny import TEXT, WORDS, make_tokenizer, quiet
 
-PAGE = Path(__file__).parents[4] / "docs" / "adapters.md"
+PAGE = Path(__file__).parents[4] / "docs" / "pages" / "reference" / "adapters.md"
 PEFT_VERSION = tuple(int(part) for part in re.findall(r"\d+", version("peft"))[:2])
 TRANSFORMERS_VERSION = tuple(int(part) for part in re.findall(r"\d+", version("transformers"))[:2])
 _TABLE = re.compile(r"(<!-- the zoo -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -347,7 +348,7 @@ def loaded(specimen: Specimen, model: Any, folder: Path) -> Any:
 
 
 def table() -> str:
-    """The table of `docs/adapters.md`."""
+    """The table of `docs/pages/reference/adapters.md`."""
     rows = [(s.kind, s.name, s.shares.value, "refused" if s.noticed else "not told") for s in ALL]
     rows += [(r.kind, r.name, f"refused: {r.why}", "") for r in REFUSALS]
     rows.sort(key=lambda row: (row[0] != "LORA", row[0]))
@@ -356,7 +357,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """`docs/adapters.md` as it should be."""
+    """`docs/pages/reference/adapters.md` as it should be."""
     return _TABLE.sub(lambda match: match[1] + table() + "\n" + match[2], PAGE.read_text())
 
 

@@ -1,0 +1,134 @@
+"""The code blocks of README.md and of the docs as tests: ``pytest -p tests.docs.plugin README.md docs``.
+
+The title of a block is the name of a file. The block is written to that file, beside those of the earlier blocks of its
+page. If the name begins with ``test_``, pytest runs the file, and all of its tests must pass. A block of the language
+``console`` is a command of pytest and lines of its output, which must come in that order (`_pattern`).
+
+The model and the adapters lie there under the names that the pages give them: SmolLM2-135M-Instruct, and what the
+quickstart trains on it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sybil import Example, Sybil
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from sybil.region import Region
+
+from examples.quickstart.train import fingerprint, train
+from examples.smollm2 import made_once, smollm2_folder
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SERVER = "http://localhost:8000"
+HOME = "/home/you/project"
+"""How the pages name the folder that they are about."""
+UNTRAINED = "untrained"
+STRENGTHS = {
+    "v2": 0.9,
+    "v3": 1.0,
+    "town/checkpoint-8": 0.6,
+    "town/checkpoint-16": 0.8,
+    "town/checkpoint-24": 1.0,
+    UNTRAINED: 0.0,
+}
+"""What the trained adapter is multiplied with, so that the others in ``runs`` learned less, or nothing."""
+
+
+@pytest.fixture(scope="session")
+def _base() -> Path:
+    return smollm2_folder()
+
+
+@pytest.fixture(scope="session")
+def _runs(_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of adapters, by the names that the pages give them."""
+    from safetensors.torch import load_file, save_file
+
+    trained = made_once(f"quickstart/{fingerprint(_base)}", lambda folder: train(_base, folder))
+    runs = tmp_path_factory.mktemp("runs")
+    weights = load_file(trained / "adapter_model.safetensors")
+    for name, strength in STRENGTHS.items():
+        shutil.copytree(trained, runs / name)
+        scaled = {key: value * strength if "lora_B" in key else value for key, value in weights.items()}
+        save_file(scaled, runs / name / "adapter_model.safetensors", metadata={"format": "pt"})
+    return runs
+
+
+@pytest.fixture
+def _world(_base: Path, _runs: Path, pytester: pytest.Pytester) -> pytest.Pytester:
+    """The folder in which a page's files are tested."""
+    base = pytester.mkdir(BASE.split("/", maxsplit=1)[0]) / BASE.split("/", maxsplit=1)[1]
+    base.mkdir()
+    for file in _base.iterdir():
+        (base / file.name).symlink_to(file)
+    shutil.copytree(_runs, pytester.path / "runs")
+    return pytester
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[str]:
+    """The address of a server of toy models, under the names that the pages give them."""
+    from pytest_httpserver import HTTPServer
+
+    from tests.unit.backends.api.toy import Toy
+
+    with HTTPServer(threaded=True) as server:
+        yield Toy(server, "vllm", (BASE, "v3")).url
+
+
+def _blocks(document: Any) -> Iterator[Region]:
+    info = re.compile(r'(?P<language>python|toml|ini|console)(?: title="(?P<title>[^"\n]+)")?[ \t]*\n')
+    for region in RawFencedCodeBlockLexer(info)(document):
+        region.parsed = region.lexemes["source"]
+        region.evaluator = _evaluate
+        yield region
+
+
+def _evaluate(example: Example) -> None:
+    language, title = (str(example.region.lexemes[name] or "") for name in ("language", "title"))
+    world: pytest.Pytester = example.namespace["_world"]
+    files: dict[str, str] = example.namespace.setdefault("files", {})
+    if language != "console":
+        assert title, "a block needs a title: the file in which it belongs"
+        files[title] = str(example.parsed).replace(SERVER, example.namespace["_server"])
+    for name, text in files.items():
+        path = world.path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    if language == "console":
+        _compare(world, str(example.parsed), untrained=UNTRAINED in title)
+    elif Path(title).name.startswith("test_"):
+        result = world.runpytest(title, "-p", "no:cacheprovider")
+        assert result.ret == pytest.ExitCode.OK, f"{example.path}:{example.line}"
+
+
+def _compare(world: pytest.Pytester, block: str, *, untrained: bool) -> None:
+    command, *lines = re.sub(r"\n +\.\.\.", " ...", block).splitlines()  # a line may go on in the next
+    program, *arguments = shlex.split(command.removeprefix("$ "))
+    assert program == "pytest", f"a console shows a run of pytest, not of {program}"
+    if untrained:
+        shutil.rmtree(world.path / "runs" / "v3")
+        os.rename(world.path / "runs" / UNTRAINED, world.path / "runs" / "v3")
+    result = world.runpytest(*arguments, "-p", "no:cacheprovider")
+    output = [line.replace(str(world.path), HOME) for line in result.outlines]
+    pytest.LineMatcher(output).re_match_lines([_pattern(line) for line in lines if line.strip() not in ("", "...")])
+
+
+def _pattern(line: str) -> str:
+    """A line of output: blanks, rulers, seconds and sizes may be others, and three dots stand for anything."""
+    words = re.sub(r"={3,}", "===", line).split()
+    exact = r"\s+".join(re.escape(word) for word in words).replace(r"\.\.\.", ".*")
+    return r"^\s*" + re.sub(r"\d+\\\.\d+", r"[\\d.]+", exact).replace("===", "=+") + r"\s*$"
+
+
+pytest_collect_file = Sybil(
+    [_blocks], path=str(Path(__file__).parents[2]), patterns=["*.md"], fixtures=["_world", "_server"]
+).pytest()
