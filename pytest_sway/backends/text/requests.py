@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,11 +45,14 @@ class Encodes(Protocol):
 def warn_of_cuts(count: int, max_length: int) -> None:
     """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
     if count:
+        ours, level = __name__.partition(".")[0], 1
+        while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == ours:
+            level += 1
         warnings.warn(
             f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
             " were dropped from their beginning, as lm-evaluation-harness does.",
             SwayWarning,
-            stacklevel=5,
+            stacklevel=level + 1,
         )
 
 

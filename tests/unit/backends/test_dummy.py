@@ -15,7 +15,7 @@ import pytest
 from pytest_sway.backends.dummy.backend import DummyBackend
 from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.errors import BackendClosedError, BackendUseError, ScoringError, SpecError, ViewClosedError
+from pytest_sway.errors import BackendClosedError, BackendUseError, ScoringError, SpecError
 from pytest_sway.protocols import (
     BatchView,
     DifferentialBackend,
@@ -242,14 +242,6 @@ def test_the_noise_grows_with_its_rank(canned: DummyBackend) -> None:
 
 
 # --- as with a model --------------------------------------------------------------------------------------------------
-
-
-def test_a_view_is_closed_with_its_block(canned: DummyBackend) -> None:
-    with canned.as_base() as base:
-        pass
-    with pytest.raises(ViewClosedError, match=r"^the view 'base' was used after its `with` block\."):
-        base.logprob_of("the sun", " rises")
-    assert repr(base) == "<DummyView 'base', closed>"
 
 
 def test_a_closed_backend_says_so(canned: DummyBackend) -> None:

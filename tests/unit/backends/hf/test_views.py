@@ -101,11 +101,6 @@ def test_the_next_tokens_come_most_probable_first_with_the_mass_of_the_rest(buil
         assert math.exp(cut.tail_logprob) == pytest.approx(float(np.exp(full.logprobs[5:]).sum()), abs=1e-5)
 
 
-def test_top_k_starts_at_one(build: Any, base: Path) -> None:
-    with build(base).as_base() as view, pytest.raises(ScoringError, match="top_k must be at least 1, not 0"):
-        view.next_token_dist(PROMPT, top_k=0)
-
-
 class _NoSpecialTokens:
     bos_token_id = eos_token_id = None
 

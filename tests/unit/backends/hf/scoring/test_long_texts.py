@@ -85,8 +85,9 @@ def test_a_long_prompt_loses_its_beginning_and_the_test_is_told(build: Any, base
             scores = view.logprobs_of([(LONG, " east"), (LONG, " west"), ("the sun", " east")])
         assert caught[0].filename == __file__
         assert scores[0] == pytest.approx(view.logprob_of(" ".join(words[-256:]), " east"), abs=2e-4)
-        with pytest.warns(SwayWarning, match="1 of the prompts are too long"):
+        with pytest.warns(SwayWarning, match="1 of the prompts are too long") as caught:
             dist = view.next_token_dist(LONG, top_k=3)
+        assert caught[0].filename == __file__
         np.testing.assert_array_equal(dist.token_ids, view.next_token_dist(" ".join(words[-256:]), top_k=3).token_ids)
 
 
