@@ -86,7 +86,9 @@ def _field(path: Path, entries: Mapping[str, TensorEntry], make: Make, config: A
             if not any(name in asked and (name not in entries or entries[name].shape != asked[name]) for name in wrong):
                 now = f"in place of {shown(fields[field])}" if field in fields else "which is not in it"
                 found.setdefault(field, f"{field} = {value}, {now}")
-    return f". With {', or '.join(found.values())}, its config.json would ask for those of the file" if found else ""
+    if not found:
+        return f", by model_type = {shown(fields.get('model_type'))} in its config.json"
+    return f". With {', or '.join(found.values())}, its config.json would ask for those of the file"
 
 
 def _candidates(
