@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
-from pytest_sway.backends.libraries.candidates import other_values
+from pytest_sway.backends.hf.loading.candidates import defaults_of, hints_of, other_values
 from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
 from pytest_sway.system.wording import shown, some
@@ -51,9 +50,8 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
     if type(error).__name__ == "SafetensorError" or isinstance(error, EOFError):
         return WeightsError(f"the weights {str(files.folder / WEIGHTS)!r} cannot be read: {said(error)}")
     said_of_it = str(error)
-    hints, defaults = _hints_of(files), _defaults_of(files)
-    others = partial(other_values, files, hints, defaults, said_of_it)
-    asked = Asked("the adapter", files.folder, (CONFIG,), attempt, hints, defaults, others)
+    others = partial(other_values, files, said_of_it)
+    asked = Asked("the adapter", files.folder, (CONFIG,), attempt, hints_of(files), defaults_of(files), others)
     if isinstance(error, KeyError) and error.args[0] not in files.config.values():
         error = AdapterFaultError(
             f"the adapter {folder!r} was not applied to {base.base!r}: its {CONFIG} asks for"
@@ -91,22 +89,3 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
 def _tensors(files: AdapterFiles, said: str) -> str:
     """The tensors of the file that have shapes of which torch speaks."""
     return some(name for name, entry in (files.entries or {}).items() if f"({list(entry.shape)}) from" in said)
-
-
-def _hints_of(files: AdapterFiles) -> dict[str, Any]:
-    """The types of the fields of an adapter's config, as PEFT declares them."""
-    kind = _kind(files)
-    return {} if kind is None else get_type_hints(kind)
-
-
-def _defaults_of(files: AdapterFiles) -> dict[str, Any]:
-    """What PEFT takes for the fields that an adapter's config does not have."""
-    kind = _kind(files)
-    return {} if kind is None else {field.name: field.default for field in dataclasses.fields(kind) if field.init}
-
-
-def _kind(files: AdapterFiles) -> Any:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    kinds: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
-    return kinds.get(files.peft_type)

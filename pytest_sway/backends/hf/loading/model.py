@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
+from pytest_sway.backends.hf.loading.base_misfits import other_sizes, why_lacking
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
-from pytest_sway.backends.libraries.base_misfits import other_sizes, why_lacking
 from pytest_sway.backends.libraries.culprits import Asked, culprit, named_culprit, said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, WeightsError

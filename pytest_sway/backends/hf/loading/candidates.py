@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -56,22 +57,18 @@ def other_numbers(
         yield from ((name, other) for other in [other for other in dict.fromkeys(whole) if other != value][:_MOST])
 
 
-def other_values(
-    files: AdapterFiles, hints: Mapping[str, Any], defaults: dict[str, Any], said: str, contents: Contents
-) -> Iterator[tuple[Field, Any]]:
+def other_values(files: AdapterFiles, said: str, contents: Contents) -> Iterator[tuple[Field, Any]]:
     """Give other values of the fields of an ``adapter_config.json``, with which it may fit its weights.
 
     Args:
         files: The adapter.
-        hints: The types of its config's fields, as PEFT declares them.
-        defaults: What PEFT takes for fields that its config does not have.
         said: What PEFT says about it.
         contents: What the config holds, by its name.
     """
     if files.entries is None:
         return
-    ((file, config),) = contents.items()
-    fields = defaults | dict(config)
+    hints, ((file, config),) = hints_of(files), contents.items()
+    fields = defaults_of(files) | dict(config)
     shapes = list(_shapes(said))
     alike = ((found, asked) for found, asked in shapes if len(found) == len(asked))
     pairs = {(a, b) for found, asked in alike for a, b in zip(found, asked, strict=True) if a != b}
@@ -92,6 +89,25 @@ def other_values(
     for name, other in sorted(typed, key=lambda item: isinstance(item[1], str)):  # words seldom change any size
         if other != fields[name] or type(other) is not type(fields[name]):
             yield (file, name), other
+
+
+def hints_of(files: AdapterFiles) -> dict[str, Any]:
+    """The types of the fields of an adapter's config, as PEFT declares them."""
+    kind = _kind(files)
+    return {} if kind is None else get_type_hints(kind)
+
+
+def defaults_of(files: AdapterFiles) -> dict[str, Any]:
+    """What PEFT takes for the fields that an adapter's config does not have."""
+    kind = _kind(files)
+    return {} if kind is None else {field.name: field.default for field in dataclasses.fields(kind) if field.init}
+
+
+def _kind(files: AdapterFiles) -> Any:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING}
+    return kinds.get(files.peft_type)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
