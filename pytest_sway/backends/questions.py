@@ -15,7 +15,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 _ASSISTANT: Final = "assistant"
 
 
-class Settings(NamedTuple):
+class SamplingParams(NamedTuple):
     """How new text is made.
 
     Attributes:

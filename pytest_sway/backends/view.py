@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pytest_sway.backends.questions import Settings, checked_pair, checked_text, listed, seeds
+from pytest_sway.backends.questions import SamplingParams, checked_pair, checked_text, listed, seeds
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class BaseView(ABC, Generic[O]):
             seed: Where sampling starts: one for all prompts, so that equal prompts get equal texts, or one for each.
         """
         self._open()
-        settings = Settings(max_new_tokens, temperature, top_p)
+        settings = SamplingParams(max_new_tokens, temperature, top_p)
         settings.check()
         asked = listed(prompts, "prompts")
         return self._continued(asked, settings, seeds(seed, len(asked)))
@@ -204,7 +204,7 @@ class BaseView(ABC, Generic[O]):
     def _dists(self, prompts: list[Prompt], top_k: int) -> list[TokenDist]: ...
 
     @abstractmethod
-    def _continued(self, prompts: list[Prompt], settings: Settings, seeds: list[int]) -> list[str]: ...
+    def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]: ...
 
     # --- what a kind asks ---------------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ from pytest_sway.spec.identity import Key, resolved_key, state_of_files, with_ad
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import SpecLike, parse_spec
 from pytest_sway.system.imports import import_seconds
-from pytest_sway.system.locking import Bell
+from pytest_sway.system.locking import OneShotEvent
 from pytest_sway.system.redaction import redacted, without_secrets
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class BackendCache:
 
     def _claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | None:
         try:
-            while isinstance(claimed := self._ledger.try_to_claim(operation, spec, key), Bell):
+            while isinstance(claimed := self._ledger.try_to_claim(operation, spec, key), OneShotEvent):
                 self._wait(claimed, _GLANCE)
             return claimed
         finally:
@@ -411,5 +411,5 @@ class BackendCache:
         except Exception as raised:
             self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
 
-    def _wait(self, bell: Bell, timeout: float) -> None:  # apart, so that tests can decide who goes on
+    def _wait(self, bell: OneShotEvent, timeout: float) -> None:  # apart, so that tests can decide who goes on
         bell.wait(timeout)

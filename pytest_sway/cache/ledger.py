@@ -18,7 +18,7 @@ from pytest_sway.cache.budget import Budget, total_bytes
 from pytest_sway.cache.entries import RESIDENT, CachedBackend, Claim, Entry, Lease, Operation, Parts, State
 from pytest_sway.errors import BackendUseError, CacheError
 from pytest_sway.system.forking import call_in_forked_child
-from pytest_sway.system.locking import Bell, atomic
+from pytest_sway.system.locking import OneShotEvent, atomic
 
 if TYPE_CHECKING:
     from pytest_sway.cache.entries import Owner
@@ -59,7 +59,7 @@ class Ledger:
     def _start_empty(self) -> None:
         """Begin with nothing: as a new cache does, and as a forked child's must, whose locks nobody will free."""
         self._lock = threading.Lock()
-        self._changed = Bell()
+        self._changed = OneShotEvent()
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._retired: list[Entry] = []
         self._waiting: dict[threading.Thread, Operation] = {}
@@ -97,7 +97,7 @@ class Ledger:
     # --- the steps ----------------------------------------------------------------------------------------------------
 
     @atomic
-    def try_to_claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | Bell | None:
+    def try_to_claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | OneShotEvent | None:
         """Lease what is ready, wait for what is loading, or (``None``) lead the load of what is neither."""
         self._collect_dropped()
         if operation.lease is not None:
@@ -129,7 +129,9 @@ class Ledger:
         operation.error = None
 
     @atomic
-    def reserve(self, operation: Operation, estimate: Parts | None, since: float, patience: float) -> Bell | None:
+    def reserve(
+        self, operation: Operation, estimate: Parts | None, since: float, patience: float
+    ) -> OneShotEvent | None:
         """Take room for the operation's entry, which is LOADING from then on; or, to come again, victims to close.
 
         Returns:
@@ -252,7 +254,7 @@ class Ledger:
         self._announce()
 
     @atomic
-    def under_way(self) -> Bell | None:
+    def under_way(self) -> OneShotEvent | None:
         """What to wait for while other threads load or close."""
         me = Operation("")
         entries = (*self._retired, *self._entries.values())
@@ -311,7 +313,7 @@ class Ledger:
 
     def _announce(self) -> None:
         """Wake all who wait, to look again."""
-        bell, self._changed = self._changed, Bell()
+        bell, self._changed = self._changed, OneShotEvent()
         bell.ring()
 
     def _grant(self, entry: Entry, operation: Operation) -> Lease:

@@ -44,7 +44,7 @@ def holding(lock: threading.Lock, step: Callable[[], R]) -> R:
         return step()
 
 
-class Bell:
+class OneShotEvent:
     """Rung once, for all who wait for it."""
 
     def __init__(self) -> None:

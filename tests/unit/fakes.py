@@ -24,7 +24,7 @@ from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.entries import Parts
 from pytest_sway.errors import BackendClosedError
 from pytest_sway.spec.model_spec import ModelSpec
-from pytest_sway.system.locking import Bell
+from pytest_sway.system.locking import OneShotEvent
 
 T = TypeVar("T")
 
@@ -266,7 +266,7 @@ class Watched:
         self._usual = cache._wait
         cache._wait = self._wait  # type: ignore[method-assign]
 
-    def _wait(self, bell: Bell, timeout: float) -> None:
+    def _wait(self, bell: OneShotEvent, timeout: float) -> None:
         self._count(+1)
         self.on_wait()
         try:

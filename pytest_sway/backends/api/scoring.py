@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.api.completions import Token
     from pytest_sway.backends.api.echo import Echo
     from pytest_sway.backends.api.served_model import ServedModel
-    from pytest_sway.backends.questions import Settings
+    from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -83,7 +83,7 @@ async def next_token_dist(model: ServedModel, prompt: Prompt, top_k: int) -> Tok
     return TokenDist(np.array([token for token, _ in top], np.int64), logprobs, model.vocabulary, tail)
 
 
-async def generate(model: ServedModel, prompt: Prompt, settings: Settings, seed: int) -> str:
+async def generate(model: ServedModel, prompt: Prompt, settings: SamplingParams, seed: int) -> str:
     """Continue ``prompt``."""
     max_tokens, temperature, top_p = settings
     completion = await model.complete(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
     from pytest_sway.backends.api.served_model import ServedModel
-    from pytest_sway.backends.questions import Settings
+    from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -52,7 +52,7 @@ class ApiView(BaseView[ViewOwner]):
     def _dists(self, prompts: list[Prompt], top_k: int) -> list[TokenDist]:
         return self._each(scoring.next_token_dist, [(prompt, top_k) for prompt in prompts])
 
-    def _continued(self, prompts: list[Prompt], settings: Settings, seeds: list[int]) -> list[str]:
+    def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]:
         asked = zip(prompts, seeds, strict=True)
         return self._each(scoring.generate, [(prompt, settings, seed) for prompt, seed in asked])
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.dummy.canned import Between, Canned, Noisy, Side
-from pytest_sway.backends.questions import Settings, checked_messages
+from pytest_sway.backends.questions import SamplingParams, checked_messages
 from pytest_sway.backends.view import BaseView, closed_error, null_id
 from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
@@ -143,7 +143,7 @@ class DummyView(BaseView["DummyBackend"]):
     def _dists(self, prompts: list[Prompt], top_k: int) -> list[TokenDist]:
         return self._each(prompts, lambda side, prompt: _cut(side.dist(_text(prompt)), top_k))
 
-    def _continued(self, prompts: list[Prompt], settings: Settings, seeds: list[int]) -> list[str]:  # noqa: ARG002
+    def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]:  # noqa: ARG002
         return self._each(prompts, lambda side, prompt: side.generation(_text(prompt), settings.max_new_tokens))
 
     def _each(self, asked: Iterable[Any], answer: Callable[[Side, Any], Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from pytest_sway.backends.hf.check import check_spec, require_fit
 from pytest_sway.backends.hf.loading.libraries import import_libraries
 from pytest_sway.backends.hf.loading.pickles import with_entries
 from pytest_sway.backends.hf.loading.placement import resolve_placement
-from pytest_sway.backends.hf.scoring.answer_cache import DEFAULT_BYTES, AnswerMemory
+from pytest_sway.backends.hf.scoring.answer_cache import DEFAULT_BYTES, AnswerCache
 from pytest_sway.backends.local.pooled_builder import PooledBuilder
 from pytest_sway.spec.identity import base_spec, finetuned_spec
 
@@ -129,7 +129,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
     def _load_base(self, spec: ModelSpec) -> LoadedBase:
         base = self._base_loader()(spec)
         if self._score_cache:
-            base.memory = AnswerMemory(self._score_cache, partial(self._recalled, spec.base))
+            base.memory = AnswerCache(self._score_cache, partial(self._recalled, spec.base))
         return base
 
     @staticmethod

@@ -8,7 +8,7 @@ from pytest_sway.backends.hf.scoring import generation, scores
 from pytest_sway.backends.local.pooled_backend import PooledView
 
 if TYPE_CHECKING:
-    from pytest_sway.backends.questions import Settings
+    from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Prompt, RollingLogprob, TokenDist
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -38,5 +38,5 @@ class HFView(PooledView):
     def _dists(self, prompts: list[Prompt], top_k: int) -> list[TokenDist]:
         return scores.next_token_dists(self._run, prompts, top_k)
 
-    def _continued(self, prompts: list[Prompt], settings: Settings, seeds: list[int]) -> list[str]:
+    def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]:
         return generation.generate_many(self._run, prompts, settings, seeds)

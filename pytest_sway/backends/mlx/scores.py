@@ -16,7 +16,7 @@ from pytest_sway.protocols import RollingLogprob, TokenDist
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pytest_sway.backends.questions import Settings
+    from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Prompt
 
     Run = Callable[..., Any]
@@ -51,7 +51,7 @@ def next_token_dists(run: Run, prompts: Sequence[Prompt], top_k: int) -> list[To
     return [run(Engine.dist, ids[-max_length:], top_k) for ids in encoded]
 
 
-def generate_many(run: Run, prompts: Sequence[Prompt], settings: Settings, seeds: Sequence[int]) -> list[str]:
+def generate_many(run: Run, prompts: Sequence[Prompt], settings: SamplingParams, seeds: Sequence[int]) -> list[str]:
     """Continue each prompt from its seed, in the prompts' order."""
     encoded, max_length = run(encoded_prompts, prompts)
     room = settings.room(max_length)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.system.locking import Bell
+from pytest_sway.system.locking import OneShotEvent
 from tests.unit.fakes import DEADLINE
 
 
@@ -87,9 +87,9 @@ class Board:
 def note_waits(cache: BackendCache, board: Board) -> None:
     """Have the board know who waits in the cache; who was woken runs again, even before it does."""
     usual_wait, usual_announce = cache._wait, cache._ledger._announce
-    rung: weakref.WeakSet[Bell] = weakref.WeakSet()
+    rung: weakref.WeakSet[OneShotEvent] = weakref.WeakSet()
 
-    def wait(bell: Bell, timeout: float) -> None:
+    def wait(bell: OneShotEvent, timeout: float) -> None:
         with board.changed:
             if bell not in rung:
                 board.note(Status.WAITING)

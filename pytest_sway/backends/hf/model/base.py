@@ -20,7 +20,7 @@ from pytest_sway.backends.hf.loading.model import load_model, require_type
 from pytest_sway.backends.hf.model.bound_model import Side
 from pytest_sway.backends.hf.model.known_skeletons import Skeletons
 from pytest_sway.backends.hf.model.pristine import Pristine
-from pytest_sway.backends.hf.scoring.answer_cache import AnswerMemory, circumstances
+from pytest_sway.backends.hf.scoring.answer_cache import AnswerCache, circumstances
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.backends.hf.sharing.trees import tensors_of
 from pytest_sway.backends.libraries.culprits import Asked, named_culprit
@@ -73,7 +73,7 @@ class LoadedBase:
         self.watches = self.pristine.watches
         self.trials = Trials()
         self.is_tried = False
-        self.memory: AnswerMemory | None = None
+        self.memory: AnswerCache | None = None
         self.side = base_side(self)
         self.skeletons = Skeletons()
         self.tokenizers: WeakValueDictionary[str, RustRecord] = WeakValueDictionary()

@@ -43,7 +43,7 @@ class _Entry(NamedTuple):
     nbytes: int
 
 
-class AnswerMemory:
+class AnswerCache:
     """The latest answers of one base, up to a number of bytes.
 
     Args:

@@ -24,7 +24,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 _TRIAL_LENGTH: Final = 4
 
 
-class SplitModel:
+class BodyAndHead:
     """A model whose body and head can run apart.
 
     Args:
@@ -148,7 +148,7 @@ class SplitModel:
         return self._body(input_ids=inputs, **{field: cache}, use_cache=True).last_hidden_state
 
 
-def split_model(model: Any, trials: Trials) -> SplitModel | None:
+def split_model(model: Any, trials: Trials) -> BodyAndHead | None:
     """Return a model in two parts; ``None`` if none of its modules is a body whose states make its own logits.
 
     Args:
@@ -159,7 +159,7 @@ def split_model(model: Any, trials: Trials) -> SplitModel | None:
         _try_to_divide(model, trials)
     if not trials.divides:
         return None
-    return SplitModel(model, trials, model.get_submodule(trials.body), trials.output_class)
+    return BodyAndHead(model, trials, model.get_submodule(trials.body), trials.output_class)
 
 
 def _try_to_divide(model: Any, trials: Trials) -> None:
@@ -181,7 +181,7 @@ def _output_class(model: Any, body: Any, ids: Any, whole: Any) -> type | None:
     """The class of what a module returns, if it is a body whose states make the model's logits."""
     try:
         output = body(input_ids=ids, use_cache=False)
-        parts = SplitModel(model, Trials(), body, type(output)).logits(output.last_hidden_state[0])
+        parts = BodyAndHead(model, Trials(), body, type(output)).logits(output.last_hidden_state[0])
     except Exception:  # a model of an unforeseen shape can fail in any way; it still runs as a whole
         return None
     return type(output) if agree(parts, whole) else None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_sway.backends.hf.scoring.batching import Family, Limits
-    from pytest_sway.backends.hf.scoring.body_and_head import SplitModel
+    from pytest_sway.backends.hf.scoring.body_and_head import BodyAndHead
     from pytest_sway.backends.hf.scoring.trials import Trials
     from pytest_sway.backends.text.tokens import Window
 
@@ -66,7 +66,7 @@ class Forward:
         self.rope = RopeRegimes(model.config, self.virtual_tokens)
         self.spent = False
         self._argument = _last_logits_argument(model)
-        self._split: SplitModel | None = None
+        self._split: BodyAndHead | None = None
         limits: Limits = batching.CPU if model.device.type == "cpu" else batching.ACCELERATOR
         self.limits = replace(limits, tokens=1, few_logits_tokens=1) if one_text_at_a_time else limits
         if model.device.type == "cpu":
@@ -78,7 +78,7 @@ class Forward:
         weight = getattr(self.model.get_input_embeddings(), "weight", None)
         return None if weight is None else int(weight.shape[0])
 
-    def split(self) -> SplitModel | None:
+    def split(self) -> BodyAndHead | None:
         """Return the model in two parts; ``None`` where it cannot be divided, or a ``PeftModel`` has to be called."""
         if self._split is None and self.runner is self.model:
             self._split = split_model(self.model, self.trials)

@@ -10,7 +10,7 @@ from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.hf.scoring.engine import Engine, no_number
-from pytest_sway.backends.hf.scoring.memory_retry import in_parts
+from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.hf.scoring.scores import next_logits
 from pytest_sway.backends.text.requests import encoded_prompts, warn_of_cuts
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_sway.backends.hf.scoring.scores import Run
-    from pytest_sway.backends.questions import Settings
+    from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Prompt
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -46,7 +46,7 @@ class Request(NamedTuple):
     seed: int | None
 
 
-def generate_many(run: Run, prompts: Sequence[Prompt], settings: Settings, seeds: Sequence[int]) -> list[str]:
+def generate_many(run: Run, prompts: Sequence[Prompt], settings: SamplingParams, seeds: Sequence[int]) -> list[str]:
     """Continue each prompt from its seed, in the prompts' order."""
     encoded, max_length = run(encoded_prompts, prompts)
     room = settings.room(max_length)
@@ -58,12 +58,12 @@ def generate_many(run: Run, prompts: Sequence[Prompt], settings: Settings, seeds
     stops: Stops = run(_stops)
     found: dict[Request, tuple[int, ...]] = {}
     for batch in run(_planned, list(dict.fromkeys(requests)), settings):
-        found |= zip(batch, in_parts(run, _continued, batch, settings, stops), strict=True)
+        found |= zip(batch, in_halves(run, _continued, batch, settings, stops), strict=True)
     texts: list[str] = run(_decoded, [found[request] for request in requests])
     return texts
 
 
-def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) -> list[list[Request]]:
+def _planned(engine: Engine, requests: Sequence[Request], settings: SamplingParams) -> list[list[Request]]:
     rope = engine.forward.rope
     recomputed = not _continues(engine, _ALONE)
     lengths = {len(request.ids) for request in requests}
@@ -85,7 +85,9 @@ def _planned(engine: Engine, requests: Sequence[Request], settings: Settings) ->
 
 
 @recalling
-def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
+def _continued(
+    engine: Engine, requests: Sequence[Request], settings: SamplingParams, stops: Stops
+) -> list[tuple[int, ...]]:
     """The new tokens after each prompt, with the one that ends them."""
     if not _continues(engine, _ALONE) or _changes_rope(engine, requests, settings):
         return _recomputed(engine, requests, settings, stops)
@@ -107,13 +109,15 @@ def _continued(engine: Engine, requests: Sequence[Request], settings: Settings, 
     return found
 
 
-def _changes_rope(engine: Engine, requests: Sequence[Request], settings: Settings) -> bool:
+def _changes_rope(engine: Engine, requests: Sequence[Request], settings: SamplingParams) -> bool:
     """Whether a text grows beyond a length where rotary embeddings change, which leaves what a cache holds behind."""
     rope = engine.forward.rope
     return any(rope.of(len(r.ids)) != rope.of(len(r.ids) + settings.max_new_tokens) for r in requests)
 
 
-def _recomputed(engine: Engine, requests: Sequence[Request], settings: Settings, stops: Stops) -> list[tuple[int, ...]]:
+def _recomputed(
+    engine: Engine, requests: Sequence[Request], settings: SamplingParams, stops: Stops
+) -> list[tuple[int, ...]]:
     """The same without a cache: each token comes out of a pass over all of the text before it."""
     check = _checked(engine)
     chosen = [_sampling(settings, [request.seed]) if settings.temperature > 0.0 else None for request in requests]
@@ -157,7 +161,7 @@ def _checked(engine: Engine) -> Any:
     return check
 
 
-def _sampling(settings: Settings, seeds: Sequence[int | None]) -> Any:
+def _sampling(settings: SamplingParams, seeds: Sequence[int | None]) -> Any:
     """Turn greedy decoding into sampling, row by row.
 
     The token whose logit plus Gumbel noise is the highest is a sample from the softmax. The noise of a row comes from a

@@ -15,7 +15,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 _T = TypeVar("_T")
 
 
-def in_parts(run: Callable[..., Any], work: Callable[..., list[Any]], batch: Sequence[_T], *args: Any) -> list[Any]:
+def in_halves(run: Callable[..., Any], work: Callable[..., list[Any]], batch: Sequence[_T], *args: Any) -> list[Any]:
     """Return ``run(work, batch, *args)``, one answer for each item; where memory runs out, of each half by itself.
 
     Raises:
@@ -35,8 +35,8 @@ def in_parts(run: Callable[..., Any], work: Callable[..., list[Any]], batch: Seq
     _return_memory()  # outside of the handler: its error keeps the tensors of the failed pass
     middle = len(batch) // 2
     return [
-        *in_parts(run, work, batch[:middle], *args),
-        *in_parts(run, work, batch[middle:], *args),
+        *in_halves(run, work, batch[:middle], *args),
+        *in_halves(run, work, batch[middle:], *args),
     ]
 
 

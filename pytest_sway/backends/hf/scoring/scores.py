@@ -15,7 +15,7 @@ import numpy as np
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
 from pytest_sway.backends.hf.scoring.engine import Engine, no_number
-from pytest_sway.backends.hf.scoring.memory_retry import in_parts
+from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.hf.scoring.packing import MaskedError
 from pytest_sway.backends.text import tokens as tokenisation
 from pytest_sway.backends.text.requests import encoded_pairs, encoded_prompts, encoded_texts, rolling, warn_of_cuts
@@ -159,7 +159,7 @@ def _answered(run: Run, plan: Any, work: Any, items: Sequence[Any], *args: Any) 
     found: dict[Any, Any] = {}
     for batch in run(plan, items):
         try:
-            found |= zip(batch, in_parts(run, work, batch, *args), strict=True)
+            found |= zip(batch, in_halves(run, work, batch, *args), strict=True)
         except MaskedError:  # planned for a row, which this model does not do, as it knows from now on
             found |= _answered(run, plan, work, batch, *args)
     return found

@@ -1,4 +1,4 @@
-"""What views show: the sides of a loaded backend, and those with the adapter scaled or replaced by noise."""
+"""`Side`: what a view shows of a loaded backend, and what computes its answers."""
 
 from __future__ import annotations
 

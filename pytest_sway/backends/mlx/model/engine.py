@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pytest_sway.backends.questions import Settings
+    from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.backends.text.tokens import Window
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -98,7 +98,7 @@ class Engine:
         tail = None if k == vocabulary else log_of_tail(mass)
         return TokenDist(np.array(order).astype(np.int64), np.array(top), vocabulary, tail)
 
-    def continued(self, ids: Sequence[int], settings: Settings, seed: int) -> str:
+    def continued(self, ids: Sequence[int], settings: SamplingParams, seed: int) -> str:
         """Continue a prompt and return the new text, without special tokens."""
         choose = _sampler(settings, seed) if settings.temperature > 0.0 else _greedy
         cache, last, new = self._prefilled(ids[:-1]), ids[-1:], list[int]()
@@ -144,7 +144,7 @@ def _greedy(logits: Any) -> Any:
     return mx.argmax(logits)
 
 
-def _sampler(settings: Settings, seed: int) -> Callable[[Any], Any]:
+def _sampler(settings: SamplingParams, seed: int) -> Callable[[Any], Any]:
     """Return what samples tokens: with keys of its own, so that MLX's random state takes no part."""
     import mlx.core as mx
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.backends.hf.scoring.answer_cache import AnswerMemory
+from pytest_sway.backends.hf.scoring.answer_cache import AnswerCache
 from tests.tiny import TEXT, make_tokenizer
 from tests.unit.backends.hf.conftest import spec_of
 
@@ -54,21 +54,21 @@ def _never() -> list[Any]:
 
 
 def test_a_question_is_computed_once() -> None:
-    memory = AnswerMemory()
+    memory = AnswerCache()
     assert memory.answers(("a", 1), lambda: [1.5]) == [1.5]
     assert memory.answers(("a", 1), _never) == [1.5]
     assert memory.answers(("a", 2), lambda: [2.5]) == [2.5]
 
 
 def test_what_is_recalled_is_the_askers_own() -> None:
-    memory = AnswerMemory()
+    memory = AnswerCache()
     memory.answers("question", lambda: [np.zeros(3)])[0][:] = 1
     memory.answers("question", _never)[0][:] = 2
     np.testing.assert_array_equal(memory.answers("question", _never)[0], np.zeros(3))
 
 
 def test_it_takes_no_more_bytes_than_it_may_and_forgets_what_was_not_asked_for_longest() -> None:
-    memory = AnswerMemory(max_bytes=3000)
+    memory = AnswerCache(max_bytes=3000)
     for question in ("a", "b"):
         memory.answers(question, lambda: ["x" * 1000])
     memory.answers("a", _never)
@@ -81,7 +81,7 @@ def test_it_takes_no_more_bytes_than_it_may_and_forgets_what_was_not_asked_for_l
 
 
 def test_an_answer_larger_than_all_of_it_drops_nothing() -> None:
-    memory = AnswerMemory(max_bytes=2000)
+    memory = AnswerCache(max_bytes=2000)
     memory.answers("small", lambda: ["x"])
     memory.answers("large", lambda: ["x" * 3000])
     assert len(memory) == 1
@@ -89,7 +89,7 @@ def test_an_answer_larger_than_all_of_it_drops_nothing() -> None:
 
 
 def test_it_can_forget_all() -> None:
-    memory = AnswerMemory()
+    memory = AnswerCache()
     memory.answers("a", lambda: [1])
     memory.forget()
     assert (memory.nbytes, len(memory)) == (0, 0)
@@ -97,7 +97,7 @@ def test_it_can_forget_all() -> None:
 
 
 def test_what_fails_is_not_remembered() -> None:
-    memory = AnswerMemory()
+    memory = AnswerCache()
     with pytest.raises(AssertionError, match="computed again"):
         memory.answers("a", _never)
     assert memory.answers("a", lambda: [1]) == [1]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends.hf.scoring.memory_retry import in_parts
+from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.errors import ScoringError
 
 
@@ -33,7 +33,7 @@ def test_a_batch_that_runs_out_of_memory_is_tried_again_in_halves(error: BaseExc
             raise error
         return [item + add for item in batch]
 
-    assert in_parts(_run, work, [1, 2, 3, 4, 5], 10) == [11, 12, 13, 14, 15]
+    assert in_halves(_run, work, [1, 2, 3, 4, 5], 10) == [11, 12, 13, 14, 15]
     assert tried == [5, 2, 3, 1, 2]
 
 
@@ -42,7 +42,7 @@ def test_what_is_too_large_alone_is_an_error_that_says_so() -> None:
         raise MemoryError("8 GiB")
 
     with pytest.raises(ScoringError, match=r"not enough memory to run this model on a single text .* \(8 GiB\)"):
-        in_parts(_run, work, [1, 2])
+        in_halves(_run, work, [1, 2])
 
 
 def test_other_errors_go_up_unchanged_and_at_once() -> None:
@@ -53,7 +53,7 @@ def test_other_errors_go_up_unchanged_and_at_once() -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        in_parts(_run, work, [1, 2])
+        in_halves(_run, work, [1, 2])
     assert tried == [2]
 
 

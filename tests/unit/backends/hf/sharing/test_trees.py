@@ -200,7 +200,7 @@ def test_a_module_in_a_container_is_the_trees_own(container: str, known: bool) -
     _require_own(tree, model)
 
 
-class Settings(dict[str, Any]):
+class SamplingParams(dict[str, Any]):
     """A dictionary with attributes, as configurations often are."""
 
     def __getattr__(self, name: str) -> Any:
@@ -212,9 +212,9 @@ class Settings(dict[str, Any]):
 
 def test_a_subclass_of_a_dictionary_stays_one_and_is_the_trees_own() -> None:
     model = model_with()
-    model.settings = Settings(size=3, layers=[1], module=model.layer)
+    model.settings = SamplingParams(size=3, layers=[1], module=model.layer)
     tree = tree_of(model, _zeros)
-    assert type(tree.settings) is Settings
+    assert type(tree.settings) is SamplingParams
     assert tree.settings.module is tree.layer
     tree.settings["layers"].append(2)
     assert model.settings == {"size": 3, "layers": [1], "module": model.layer}
