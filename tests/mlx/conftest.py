@@ -10,28 +10,6 @@ import pytest
 
 from pytest_sway.backends.registry import Builder
 from pytest_sway.spec.model_spec import ModelSpec
-from tests.tiny import make_adapter, make_base
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("adapter"), base)
-
-
-@pytest.fixture(scope="session")
-def other_adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("other"), base, seed=2, targets=("q_proj", "up_proj", "down_proj"))
-
-
-@pytest.fixture
-def loads() -> list[str]:
-    """The names of the bases that were loaded, in order."""
-    return []
 
 
 @pytest.fixture

@@ -14,6 +14,14 @@ from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
 from tests.tiny import TEXT
 
 LORA = {"rank": 4, "scale": 5.0, "dropout": 0.1}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def make_native(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pytest_sway.backends.mlx.model.engine import _log_normaliser
+from tests.mlx.native import LLAMA3
 from tests.tiny import TEXT, make_adapter, make_base, set_template
 
 PAIRS = [("the sun rises in the", " east and sets in the west ."), ("", "the cat"), ("the cat sat ", "on the mat .")]
@@ -91,14 +92,7 @@ def test_a_base_with_tied_embeddings_gives_what_the_hf_backend_gives(build: Call
     [
         {"rope_type": "default", "rope_theta": 70_000.0},
         {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
-        {
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
+        LLAMA3,
     ],
     ids=lambda rope: rope["rope_type"],
 )

@@ -22,19 +22,11 @@ from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
 from pytest_sway.backends.mlx.model.trees import arrays_of
 from pytest_sway.backends.registry import Builder
 from pytest_sway.spec.model_spec import ModelSpec
-from tests.mlx.native import fresh_logits, logits, make_native, view_logits
+from tests.mlx.native import LLAMA3, fresh_logits, logits, make_native, view_logits
 from tests.tiny import TEXT, make_base
 
 Build = Callable[..., Any]
 PAIR = ("the sun rises in the", " east and sets in the west .")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 
 
 def _ids(view: Any) -> Any:

@@ -90,6 +90,16 @@ def dummy(name):
 """
 
 
+WIDE = """
+@pytest.fixture(scope="module")
+def backend(sway_cache):
+    with sway_cache.lease(dummy("wide")) as backend:
+        yield backend
+        note("fixture ends")
+"""
+"""The text of a fixture that leases from the cache, wider than a test."""
+
+
 OTHERS = ("anyio", "benchmark", "hypothesispytest", "pytest_httpserver", "sway")
 """Plugins that may be installed. Loading them takes longer than most of the runs; `test_dlm_sway` loads them all."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.plugin.conftest import Suite
+from tests.plugin.conftest import WIDE, Suite
 
 
 def test_one_backend_serves_all_tests_that_ask_for_its_spec(suite: Suite) -> None:
@@ -57,12 +57,8 @@ def test_unharmed(sway_backend):
 
 def test_a_wider_fixture_leases_from_the_cache(suite: Suite) -> None:
     result = suite.run(
-        """
-@pytest.fixture(scope="module")
-def backend(sway_cache):
-    with sway_cache.lease(dummy("wide")) as backend:
-        yield backend
-
+        WIDE
+        + """
 def test_one(backend, sway_backend):
     sway_backend(dummy("a"))
     assert not backend.closed
@@ -74,17 +70,13 @@ def test_two(backend, sway_backend):
         "--sway-cache-size=2",
     )
     result.assert_outcomes(passed=2)
-    assert suite.events() == ["load wide", "load a", "close a", "load b", "close wide", "close b"]
+    assert suite.events() == ["load wide", "load a", "close a", "load b", "fixture ends", "close wide", "close b"]
 
 
 def test_the_holder_of_a_wide_lease_is_its_fixture(suite: Suite) -> None:
     result = suite.run(
-        """
-@pytest.fixture(scope="module")
-def backend(sway_cache):
-    with sway_cache.lease(dummy("wide")) as backend:
-        yield backend
-
+        WIDE
+        + """
 def test_first(sway_backend):
     sway_backend(dummy("a"))
 

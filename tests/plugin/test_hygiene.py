@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.plugin.conftest import Suite
+from tests.plugin.conftest import WIDE, Suite
 
 MUTATES = """
 def test_clean(sway_backend):
@@ -52,12 +52,9 @@ def test_mutations_can_warn_or_be_ignored(suite: Suite) -> None:
 
 
 def test_a_mutation_through_a_wider_fixture_is_blamed_on_the_test_not_on_the_fixture(suite: Suite) -> None:
-    result = suite.run("""
-@pytest.fixture(scope="module")
-def backend(sway_cache):
-    with sway_cache.lease(dummy("wide")) as backend:
-        yield backend
-
+    result = suite.run(
+        WIDE
+        + """
 def test_clean(backend):
     pass
 
@@ -69,7 +66,8 @@ def test_after(backend):
 
 def test_others_go_on(sway_backend):
     assert sway_backend(dummy("wide")).dirty == []
-""")
+"""
+    )
     result.assert_outcomes(passed=3, failed=1, errors=1)
     result.stdout.fnmatch_lines(
         ["*MutationError: the fixture 'backend' holds dummy:wide, which test_suite.py::test_dirty left changed; what*"]
@@ -116,19 +114,16 @@ def test_a_leak_can_warn_or_be_ignored(suite: Suite, policy: str) -> None:
 
 
 def test_a_comparison_that_raises_is_the_test_s_error_and_every_fixture_still_ends(suite: Suite) -> None:
-    result = suite.run("""
-@pytest.fixture(scope="module")
-def backend(sway_cache):
-    with sway_cache.lease(dummy("wide")) as backend:
-        yield backend
-        note("fixture ends")
-
+    result = suite.run(
+        WIDE
+        + """
 def test_x(backend, sway_backend):
     def changes():
         raise RuntimeError("cannot compare")
     backend.changes = changes
     sway_backend(dummy("a"))
-""")
+"""
+    )
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["*it cannot be compared with what it was: RuntimeError: cannot compare"])
     assert suite.events() == ["load wide", "load a", "fixture ends", "close wide", "close a"]

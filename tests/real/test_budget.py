@@ -25,9 +25,10 @@ def test_an_estimate_is_within_two_percent_of_what_is_loaded(
     estimated = builder.estimate(spec)
     backend: Any = builder(spec)
     try:
-        model = backend._loaded.adapter.pristine.model
-        adapter_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" in n)
-        base_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
+        with backend.as_finetuned() as view:
+            sizes_of = {name: p.numel() * p.element_size() for name, p in view.model.named_parameters()}
+        adapter_bytes = sum(size for name, size in sizes_of.items() if "lora_" in name)
+        base_bytes = sum(sizes_of.values()) - adapter_bytes
         measured = backend.sizes()
     finally:
         backend.close()

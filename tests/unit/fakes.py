@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import Share, SharedPool
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.entries import Parts
+from pytest_sway.cache.entries import Lease, Parts
 from pytest_sway.errors import BackendClosedError
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.locking import OneShotEvent
@@ -263,6 +263,7 @@ class Watched:
         self.waiting = 0
         self.on_wait: Callable[[], object] = lambda: None
         self._seen = threading.Condition()
+        self._cache = cache
         self._usual = cache._wait
         cache._wait = self._wait  # type: ignore[method-assign]
 
@@ -280,6 +281,15 @@ class Watched:
             if not self._seen.wait_for(lambda: self.waiting >= threads, DEADLINE):
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
                 raise AssertionError(f"{self.waiting} threads wait in the cache, not {threads}")
+
+    def crowd(self, build: FakeBuild, waiters: int) -> tuple[Gate, list[Call[Lease]]]:
+        """Requests for ``a``: the first loads it, and stands at its gate; the others wait for that."""
+        gate = build.load_gate("a")
+        calls = [Call(partial(self._cache.acquire, spec("a")))]
+        gate.wait()
+        calls += [Call(partial(self._cache.acquire, spec("a"))) for _ in range(waiters)]
+        self.until_waiting(waiters)
+        return gate, calls
 
     def _count(self, change: int) -> None:
         with self._seen:

@@ -8,7 +8,6 @@ import re
 
 import pytest
 
-import pytest_sway
 from pytest_sway import errors
 
 _CLASSES = [error for _, error in inspect.getmembers(errors, inspect.isclass) if error.__module__ == errors.__name__]
@@ -54,8 +53,3 @@ def test_what_would_fail_again_is_permanent() -> None:
         "AdapterMismatchError",
         "ModelTooLargeError",
     }
-
-
-def test_the_package_exports_the_root_and_the_warning() -> None:
-    assert pytest_sway.SwayError is errors.SwayError
-    assert pytest_sway.SwayWarning is errors.SwayWarning

@@ -80,11 +80,7 @@ def test_inv03_each_backend_is_closed_exactly_once_after_shutdown(build: FakeBui
 def test_inv03_shutdown_waits_for_a_load_under_way_and_closes_what_it_built(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
     watched = Watched(cache)
-    gate = build.load_gate("a")
-    leader = Call(partial(cache.acquire, spec("a")))
-    gate.wait()
-    waiter = Call(partial(cache.acquire, spec("a")))
-    watched.until_waiting(1)
+    gate, (leader, waiter) = watched.crowd(build, 1)
     shutdown = Call(cache.shutdown)
     assert isinstance(waiter.error(), CacheClosedError)
     watched.until_waiting(1)

@@ -60,8 +60,6 @@ def test_inv08_a_close_that_ends_late_does_not_touch_the_next_generation(build: 
 
 def test_inv08_a_load_that_is_interrupted_late_does_not_touch_the_next_generation(build: FakeBuild) -> None:
     """The first load fails while it closes what it built; the next generation is there only afterwards."""
-    cache = BackendCache(max_size=1, build=build)
-    watched = Watched(cache)
 
     class InterruptFirst(Listener):
         interrupts = 1
@@ -72,12 +70,7 @@ def test_inv08_a_load_that_is_interrupted_late_does_not_touch_the_next_generatio
                 raise KeyboardInterrupt
 
     cache = BackendCache(max_size=1, build=build, listener=InterruptFirst())
-    watched = Watched(cache)
-    gate = build.load_gate("a")
-    leader = Call(partial(cache.acquire, spec("a")))
-    gate.wait()
-    waiter = Call(partial(cache.acquire, spec("a")))
-    watched.until_waiting(1)
+    gate, (leader, waiter) = Watched(cache).crowd(build, 1)
     gate.open()
     assert isinstance(leader.error(), KeyboardInterrupt)
     lease = waiter.result()
@@ -188,13 +181,8 @@ def test_inv13_a_half_built_backend_is_not_kept_by_the_error_that_stopped_it(
 def test_inv13_nothing_is_left_after_a_crowd(build: FakeBuild, weak: list[weakref.ref[object]]) -> None:
     _watch_built(build, weak)
     cache = BackendCache(max_size=1, build=build)
-    watched = Watched(cache)
-    gate = build.load_gate("a")
     build.load_errors["a"] = [KeyboardInterrupt(), RuntimeError("broken")]
-    calls = [Call(partial(cache.acquire, spec("a")))]
-    gate.wait()
-    calls += [Call(partial(cache.acquire, spec("a"))) for _ in range(3)]
-    watched.until_waiting(3)
+    gate, calls = Watched(cache).crowd(build, 3)
     gate.open()
     errors = [type(call.error()) for call in calls]
     assert errors[0] is KeyboardInterrupt

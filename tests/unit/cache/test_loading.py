@@ -17,12 +17,7 @@ from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched, spec
 
 def test_inv01_all_who_wait_for_a_load_get_its_object(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
-    watched = Watched(cache)
-    gate = build.load_gate("a")
-    leader = Call(partial(cache.acquire, spec("a")))
-    gate.wait()
-    waiters = [Call(partial(cache.acquire, spec("a"))) for _ in range(5)]
-    watched.until_waiting(5)
+    gate, (leader, *waiters) = Watched(cache).crowd(build, 5)
     gate.open()
     cached = leader.result().cached
     assert [waiter.result().cached for waiter in waiters] == [cached] * 5
@@ -94,12 +89,7 @@ def test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready(bui
             claims.extend(len(entry.claims) for entry in cache._ledger._entries.values())
 
     cache = BackendCache(build=build, listener=Count())
-    watched = Watched(cache)
-    gate = build.load_gate("a")
-    calls = [Call(partial(cache.acquire, spec("a")))]
-    gate.wait()
-    calls += [Call(partial(cache.acquire, spec("a"))) for _ in range(3)]
-    watched.until_waiting(3)
+    gate, calls = Watched(cache).crowd(build, 3)
     gate.open()
     leases = [call.result() for call in calls]
     assert claims == [4]
@@ -108,13 +98,8 @@ def test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready(bui
 
 def test_inv09_leader_and_waiters_get_the_error_of_one_load_and_the_next_call_tries_again(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
-    watched = Watched(cache)
-    gate = build.load_gate("a")
     build.load_errors["a"] = [SpecError("no such base")]
-    calls = [Call(partial(cache.acquire, spec("a")))]
-    gate.wait()
-    calls += [Call(partial(cache.acquire, spec("a"))) for _ in range(3)]
-    watched.until_waiting(3)
+    gate, calls = Watched(cache).crowd(build, 3)
     gate.open()
     errors = [call.error() for call in calls]
     assert all(error is errors[0] for error in errors)
@@ -209,13 +194,8 @@ def test_inv10_an_interrupt_goes_up_where_it_struck_and_a_waiter_takes_over(
     build: FakeBuild, interrupt: type[BaseException]
 ) -> None:
     cache = BackendCache(max_size=1, build=build)
-    watched = Watched(cache)
-    gate = build.load_gate("a")
     build.load_errors["a"] = [interrupt()]
-    leader = Call(partial(cache.acquire, spec("a")))
-    gate.wait()
-    waiters = [Call(partial(cache.acquire, spec("a"))) for _ in range(3)]
-    watched.until_waiting(3)
+    gate, (leader, *waiters) = Watched(cache).crowd(build, 3)
     gate.open()
     assert isinstance(leader.error(), interrupt)
     leases = [waiter.result() for waiter in waiters]

@@ -7,7 +7,6 @@ import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.spec.model_spec import ModelSpec
-from tests.tiny import make_adapter, make_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,27 +29,6 @@ def few_objects() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("adapter"), base)
-
-
-@pytest.fixture(scope="session")
-def other_adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("other"), base, seed=2, targets=("q_proj", "up_proj", "down_proj"))
-
-
-@pytest.fixture
-def loads() -> list[str]:
-    """The names of the bases that were loaded, in order."""
-    return []
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
 from pytest_sway.errors import BackendClosedError, ScoringError
 from tests.tiny import make_base
-from tests.unit.backends.hf.engines import WAIT, held_up
+from tests.unit.backends.hf.insides import WAIT, adapter_in, base_in, held_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,7 @@ def test_an_adapter_is_freed_without_a_collection(build: Any, base: Path, adapte
     with backend.as_finetuned() as tuned, backend.as_null_adapter(1) as null:
         tuned.logprob_of("the sun", " rises")
         assert null.model is not tuned.model
-    adapter_memory = WeightsWatch(backend._loaded.adapter.own.values())
+    adapter_memory = WeightsWatch(adapter_in(backend).own.values())
     assert adapter_memory.alive_bytes() > 0
     gc.disable()
     try:
@@ -71,11 +71,14 @@ def test_an_adapter_is_freed_without_a_collection(build: Any, base: Path, adapte
         gc.enable()
 
 
-@pytest.mark.parametrize(
+of_tuned_and_null = pytest.mark.parametrize(
     "opened",
     [lambda backend: backend.as_finetuned(), lambda backend: backend.as_null_adapter(1)],
     ids=["tuned", "null"],
 )
+
+
+@of_tuned_and_null
 def test_a_model_asked_for_during_the_close_says_that_the_backend_is_closed(
     build: Any, base: Path, adapter: Path, opened: Any
 ) -> None:
@@ -93,11 +96,7 @@ def test_a_model_asked_for_during_the_close_says_that_the_backend_is_closed(
     assert backend.leak() is None
 
 
-@pytest.mark.parametrize(
-    "opened",
-    [lambda backend: backend.as_finetuned(), lambda backend: backend.as_null_adapter(1)],
-    ids=["tuned", "null"],
-)
+@of_tuned_and_null
 def test_a_backend_closed_while_a_view_scores_in_another_thread_frees_its_weights_after_that(
     build: Any, base: Path, adapter: Path, opened: Any
 ) -> None:
@@ -160,7 +159,7 @@ def test_very_many_views_with_models_leave_nothing_behind(build: Any, base: Path
                 with opened() as view:
                     assert view.model.device.type == "cpu"
         gc.collect()
-        shared = backend._loaded.shares[0].value.watches, backend._loaded.adapter.pristine.watches
+        shared = base_in(backend).watches, adapter_in(backend).pristine.watches
         alive = [watch for watches in shared for watch in watches.all() if watch.alive()]
         return len(alive), sum(len(watches.all()) for watches in shared)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway import protocols
-from tests.unit.backends.hf.engines import computing_model
+from tests.unit.backends.hf.insides import computing_model
 
 if TYPE_CHECKING:
     from pathlib import Path

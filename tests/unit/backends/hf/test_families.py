@@ -18,8 +18,8 @@ from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of
 from pytest_sway.errors import SpecError
 from tests.tiny import quiet
 from tests.unit.backends.hf.conftest import spec_of
-from tests.unit.backends.hf.engines import WAIT
 from tests.unit.backends.hf.families import LEFT_OUT, NOT_CAUSAL, families, make_family, targets_of
+from tests.unit.backends.hf.insides import WAIT, base_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,9 +55,7 @@ class Family:
 
     @property
     def pristine(self) -> Pristine:
-        assert self.backend._loaded is not None
-        pristine: Pristine = self.backend._loaded.shares[0].value.pristine
-        return pristine
+        return base_in(self.backend).pristine
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +72,7 @@ def family(
     with quiet():
         plain = model_class.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     backend = module_builder.build(spec_of(folder))
-    assert backend._loaded is not None
-    contents = {name: tensor.clone() for name, tensor in backend._loaded.shares[0].value.tensors().items()}
+    contents = {name: tensor.clone() for name, tensor in base_in(backend).tensors().items()}
     gc.freeze()  # each close collects garbage, and has no need to look at all that was imported till now
     yield Family(request.param, folder, plain, [_logits(plain, text) for text in TEXTS], backend, contents)
     backend.close()
@@ -163,8 +160,7 @@ def _adapter(family: Family, folder: Path) -> tuple[Path, Any]:
 
 
 def test_all_that_was_done_left_the_pristine_model_as_it_was(family: Family) -> None:
-    assert family.backend._loaded is not None
-    now = family.backend._loaded.shares[0].value.tensors()
+    now = base_in(family.backend).tensors()
     assert now.keys() == family.contents.keys()
     assert all(_bits(now[name]).equal(_bits(before)) for name, before in family.contents.items())
     assert family.backend.changes() == []

@@ -10,7 +10,7 @@ from pytest_sway.backends.text.tokens import encode_pair, encode_prompt
 from pytest_sway.errors import NoAdapterError, ScoringError, ViewClosedError
 from pytest_sway.protocols import RawView
 from tests.tiny import TEXT, make_base, make_tokenizer
-from tests.unit.backends.hf.engines import computing_model
+from tests.unit.backends.hf.insides import computing_model
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:

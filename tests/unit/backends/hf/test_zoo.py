@@ -19,6 +19,7 @@ from pytest_sway.backends.hf.scoring import generation
 from pytest_sway.errors import AdapterMismatchError
 from tests.tiny import TEXT, make_adapter, make_base
 from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.insides import adapter_in, base_in
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import ALL, PAGE, REFUSALS, SPECIMENS, Refusal, Shares, Specimen, loaded, page, train
 
@@ -129,13 +130,9 @@ def text_logits(all_logits: Any) -> Any:
 
 def shared_by(backend: HFBackend) -> Shares:
     """How much of the base's memory an adapter shares, by what it has of its own."""
-    loaded_backend = backend._loaded
-    assert loaded_backend is not None
-    assert loaded_backend.adapter is not None
-    base = loaded_backend.shares[0].value.tensors().keys()
+    base = base_in(backend).tensors().keys()
     names = (
-        public_name(name).replace(".token_adapter", "").replace(".base_layer", "")
-        for name in loaded_backend.adapter.own
+        public_name(name).replace(".token_adapter", "").replace(".base_layer", "") for name in adapter_in(backend).own
     )
     return Shares.REST if any(name.replace(".original_module", "") in base for name in names) else Shares.ALL
 

@@ -13,7 +13,7 @@ from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, BackendUseError, ModelTooLargeError, SpecError, WeightsError
 from tests.tiny import edit_weights, make_base, make_tokenizer, poison, quiet
 from tests.unit.backends.hf.conftest import spec_of
-from tests.unit.backends.hf.engines import computing_model
+from tests.unit.backends.hf.insides import bases_in, computing_model
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def test_what_cannot_be_tested_is_refused_and_leaves_nothing(
     change(broken)
     with pytest.raises(error, match=f"^the fine-tuned model '{re.escape(str(broken))}' .*{re.escape(sentence)}"):
         build(base, finetuned=broken)
-    assert builder._pool.keys() == []
+    assert bases_in(builder) == []
 
 
 def test_a_fine_tuned_model_that_is_its_base_is_refused_before_the_load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -301,38 +302,40 @@ def test_a_missing_library_is_no_fields_fault(tmp_path: Path) -> None:
     assert isinstance(explanation(asked, ImportError("needs mamba_ssm")), BackendNotAvailableError)
 
 
-def test_what_failed_before_another_library_was_tried_is_explained(tmp_path: Path) -> None:
+def _misreads_a_field(folder: Path) -> None:
+    try:
+        json.loads((folder / "config.json").read_text()).get("token", "").upper()
+    except AttributeError:
+        raise ImportError("needs protobuf")  # noqa: B904 - as libraries do
+
+
+def _never_works(folder: Path) -> None:
+    try:
+        raise ValueError("no token")
+    except ValueError:
+        raise ImportError("needs protobuf")  # noqa: B904 - as libraries do
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "sentence"),
+    [
+        (
+            _misreads_a_field,
+            SpecError,
+            "has token = 7, with which the tokenizer cannot be loaded: AttributeError: 'int' object",
+        ),
+        (_never_works, BackendNotAvailableError, "needs what this environment lacks: ImportError: needs protobuf."),
+    ],
+)
+def test_what_failed_before_another_library_was_tried_is_explained(
+    tmp_path: Path, attempt: Callable[[Path], None], error: type[Exception], sentence: str
+) -> None:
     (tmp_path / "config.json").write_text('{"token": 7, "other": 1}')
-
-    def attempt(folder: Path) -> None:
-        try:
-            json.loads((folder / "config.json").read_text()).get("token", "").upper()
-        except AttributeError:
-            raise ImportError("needs protobuf")  # noqa: B904 - as libraries do
-
-    asked = Asked("the tokenizer", tmp_path, ("config.json",), attempt)
     with pytest.raises(ImportError) as caught:
         attempt(tmp_path)
-    error = explanation(asked, caught.value)
-    assert isinstance(error, SpecError)
-    assert "has token = 7, with which the tokenizer cannot be loaded: AttributeError: 'int' object" in str(error)
-
-
-def test_a_missing_library_is_told_where_no_field_is_the_culprit(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"token": 7}')
-
-    def attempt(folder: Path) -> None:
-        try:
-            raise ValueError("no token")
-        except ValueError:
-            raise ImportError("needs protobuf")  # noqa: B904 - as libraries do
-
-    asked = Asked("the tokenizer", tmp_path, ("config.json",), attempt)
-    with pytest.raises(ImportError) as caught:
-        attempt(tmp_path)
-    error = explanation(asked, caught.value)
-    assert isinstance(error, BackendNotAvailableError)
-    assert "needs what this environment lacks: ImportError: needs protobuf." in str(error)
+    explained = explanation(Asked("the tokenizer", tmp_path, ("config.json",), attempt), caught.value)
+    assert isinstance(explained, error)
+    assert sentence in str(explained)
 
 
 def test_the_search_leaves_the_folder_as_it_is(build: Any, base: Path, broken: Path) -> None:

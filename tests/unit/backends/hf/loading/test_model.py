@@ -9,7 +9,7 @@ import pytest
 
 from pytest_sway.backends.hf.sharing.shared_memory import address_of
 from tests.tiny import TEXT, make_adapter, make_base, quiet
-from tests.unit.backends.hf.engines import computing_model
+from tests.unit.backends.hf.insides import base_in, computing_model, handed_to
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def test_a_view_that_only_scores_makes_no_model(build: Any, base: Path, adapter:
             view.rolling_logprob(TEXT)
             view.next_token_dist(TEXT)
             view.generate_many([TEXT, "the sun"], max_new_tokens=2)
-            handed = backend._handed(view)
+            handed = handed_to(view)
             assert handed.model is None
             assert handed.tokenizer is None
             assert view.model is handed.model
@@ -114,7 +114,7 @@ def test_no_two_models_have_an_object_in_common(build: Any, base: Path, adapter:
     backend = build(base, adapter)
     with backend.as_base() as a, backend.as_finetuned() as b, backend.as_finetuned() as c:
         found = [_things(view.model) for view in (a, b, c)] + [_things(computing_model(view)) for view in (a, b)]
-        found.append(_things(backend._loaded.shares[0].value.pristine.model))
+        found.append(_things(base_in(backend).pristine.model))
         assert len(set.union(*found)) == sum(map(len, found))
 
 

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from pytest_sway.backends.hf.loading import placement
 from pytest_sway.backends.hf.loading.placement import resolve_placement
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.machine import WORKER_SLOT
@@ -46,8 +45,7 @@ def test_the_package_and_a_resolved_spec_need_no_torch() -> None:
 
 def test_without_torch_the_spec_comes_back_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    placement._resolved.cache_clear()
-    spec = ModelSpec(base="org/name")
+    spec = ModelSpec(base="org/without-torch")
     assert resolve_placement(spec) is spec
 
 
@@ -60,11 +58,9 @@ def test_cuda_is_the_current_device_in_bf16_where_it_can(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
-    placement._resolved.cache_clear()
     for asked in ("auto", "cuda"):
-        spec = resolve_placement(ModelSpec(base="org/name", device=asked))
+        spec = resolve_placement(ModelSpec(base=f"org/on-cuda-{supported}", device=asked))
         assert (spec.device, spec.dtype) == ("cuda:1", dtype)
-    placement._resolved.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -80,6 +76,4 @@ def test_workers_take_turns_among_the_visible_devices_unless_code_has_chosen_one
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv(WORKER_SLOT, slot)
-    placement._resolved.cache_clear()
-    assert resolve_placement(ModelSpec(base="org/name", dtype="fp32")).device == device
-    placement._resolved.cache_clear()
+    assert resolve_placement(ModelSpec(base=f"org/{current}-{slot}", dtype="fp32")).device == device

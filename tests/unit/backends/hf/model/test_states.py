@@ -8,7 +8,7 @@ import pytest
 
 from pytest_sway.errors import BackendUseError
 from tests.tiny import make_adapter
-from tests.unit.backends.hf.engines import WAIT, computing_model, held_up
+from tests.unit.backends.hf.insides import WAIT, computing_model, held_up
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:

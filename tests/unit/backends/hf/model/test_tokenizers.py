@@ -11,6 +11,7 @@ import pytest
 
 from pytest_sway.errors import ScoringError, SpecError
 from tests.tiny import make_base, make_tokenizer
+from tests.unit.backends.hf.insides import tokenizer_in
 from tests.unit.backends.hf.reference import fresh
 
 
@@ -147,7 +148,7 @@ def test_parts_that_are_the_bases_own_are_shared(build: Any, chatting: Path, cop
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copy(chatting / name, copied)
     backend = build(chatting, copied)
-    assert backend._loaded.rust is None
+    assert tokenizer_in(backend) is None
     with backend.as_finetuned() as tuned:
         assert tuned.render(MESSAGES) == "hello ."
 
@@ -166,9 +167,9 @@ def test_an_adapters_tokenizer_goes_with_the_last_backend_that_uses_it(
     make_tokenizer(copied, extra=("quark",))
     twin = shutil.copytree(copied, tmp_path / "twin")
     plain, first, second = build(base), build(base, copied), build(base, twin)
-    tokenizer = weakref.ref(first._loaded.rust.tokenizer)
+    tokenizer = weakref.ref(tokenizer_in(first).tokenizer)  # type: ignore[union-attr]
     with first.as_finetuned() as view:
-        assert _rust(view) is first._loaded.rust.tokenizer.backend_tokenizer
+        assert _rust(view) is tokenizer().backend_tokenizer
     first.close()
     assert tokenizer() is not None
     second.close()
@@ -215,37 +216,36 @@ def test_eos_that_a_tokenizer_adds_changes_no_number(
         assert view.logprob_of(prompt, " east</s>") == expected.logprob_of(prompt, " east</s>")
 
 
-def test_the_part_of_a_tokenizer_that_makes_no_tokens_is_named(build: Any, base: Path, tmp_path: Path) -> None:
+ERASES = {"type": "Replace", "pattern": {"Regex": ".*"}, "content": ""}
+NEW = {"id": 91, "content": "new", "special": True}
+NEW |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "completion", "fault", "named"),
+    [
+        ("normalizer", ERASES, " rises", "has no tokens after the prompt", "has normalizer = {'type': 'Replace'"),
+        (
+            "pre_tokenizer",
+            None,
+            " rises",
+            "has no tokens after the prompt",
+            "has pre_tokenizer = None. It would work with {'type': 'Whitespace'}.",
+        ),
+        ("added_tokens", [NEW], " new", "the tokenizer gives token 91", "has added_tokens = "),
+    ],
+    ids=["it makes no tokens", "it lacks a part", "it adds a token without embedding"],
+)
+def test_the_part_of_a_tokenizer_that_is_at_fault_is_named(
+    build: Any, base: Path, tmp_path: Path, part: str, value: Any, completion: str, fault: str, named: str
+) -> None:
     folder = shutil.copytree(base, tmp_path / "base")
     path = folder / "tokenizer.json"
     settings = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(settings | {"normalizer": {"type": "Replace", "pattern": {"Regex": ".*"}, "content": ""}})
-    )
-    with build(folder).as_base() as view, pytest.raises(ScoringError, match="has no tokens after the prompt") as caught:
-        view.logprob_of("the sun", " rises")
-    assert f"That comes of the tokenizer: {str(path)!r} has normalizer = {{'type': 'Replace'" in str(caught.value)
-
-
-def test_a_part_that_a_tokenizer_lacks_is_named(build: Any, base: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(base, tmp_path / "base")
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": None}))
-    with build(folder).as_base() as view, pytest.raises(ScoringError, match="has no tokens after the prompt") as caught:
-        view.logprob_of("the sun", " rises")
-    assert f"{str(path)!r} has pre_tokenizer = None. It would work with {{'type': 'Whitespace'}}." in str(caught.value)
-
-
-def test_the_field_that_adds_a_token_without_embedding_is_named(build: Any, base: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(base, tmp_path / "base")
-    path = folder / "tokenizer.json"
-    settings = json.loads(path.read_text())
-    added = {"content": "new", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    settings["added_tokens"].append(added | {"id": 91, "special": True})
-    path.write_text(json.dumps(settings))
-    with build(folder).as_base() as view, pytest.raises(ScoringError, match=r"the tokenizer gives token 91") as caught:
-        view.logprob_of("the sun", " new")
-    assert f"That comes of the tokenizer: {str(path)!r} has added_tokens = " in str(caught.value)
+    path.write_text(json.dumps(settings | {part: settings[part] + value if part == "added_tokens" else value}))
+    with build(folder).as_base() as view, pytest.raises(ScoringError, match=fault) as caught:
+        view.logprob_of("the sun", completion)
+    assert f"That comes of the tokenizer: {str(path)!r} {named}" in str(caught.value)
 
 
 def test_settings_of_an_adapters_tokenizer_that_are_nested_without_end_are_named(

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_sway.errors import AdapterMismatchError, ScoringError, SpecError, WeightsError
 from tests.tiny import TEXT, edit_config, edit_weights, make_adapter, make_base, make_tokenizer, quiet, save_adapter
-from tests.unit.backends.hf.engines import passes_of
+from tests.unit.backends.hf.insides import bases_in, passes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +95,7 @@ def test_a_base_with_weights_that_are_no_numbers_is_refused_by_their_names(
     folder = edit_weights(make_base(tmp_path), change, file="model.safetensors")
     with pytest.raises(WeightsError, match=r"NaN or infinite values in 1 of its \d+ tensors \(model.layers.1.mlp"):
         build(folder)
-    assert builder._pool.keys() == []
+    assert bases_in(builder) == []
 
 
 def _infinite_for_one_word(tensors: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import BatchView
 from tests.tiny import TEXT, WORDS
-from tests.unit.backends.hf.engines import computing_model, passes_of
+from tests.unit.backends.hf.insides import computing_model, passes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

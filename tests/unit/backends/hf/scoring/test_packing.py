@@ -15,7 +15,7 @@ from pytest_sway.backends.hf.scoring.batching import Family, alone, families
 from pytest_sway.backends.hf.scoring.packing import MaskedError, Row, attending_apart, longest_packed
 from tests.tiny import WORDS
 from tests.unit.backends.hf.conftest import spec_of
-from tests.unit.backends.hf.engines import WAIT, computing_model, engine_of, held_up, passes_of
+from tests.unit.backends.hf.insides import WAIT, computing_model, engine_of, held_up, passes_of
 from tests.unit.backends.hf.reference import fresh, logits
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pytest_sway.backends.hf.sharing.mapped_files import FilePart, never_written
 from pytest_sway.backends.hf.sharing.shared_memory import Method, SharedMemory, address_of
 from pytest_sway.backends.hf.sharing.trees import tensors_of
 from tests.tiny import TEXT, make_adapter, make_base, quiet
-from tests.unit.backends.hf.engines import computing_model, engine_of
+from tests.unit.backends.hf.insides import adapter_in, base_in, computing_model, engine_of
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -474,9 +474,9 @@ def test_an_adapter_that_is_put_on_copies_no_memory_of_a_converted_base(build: A
     kinds: list[dict[str, Any]] = [{}, {"seed": 5}, {"use_dora": True}, {"bias": "all"}]
     for number, fields in enumerate(kinds):
         backend = build(half, make_adapter(tmp_path / str(number), half, **fields))
-        pristine = backend._loaded.shares[0].value.pristine.model
+        pristine = base_in(backend).pristine.model
         base_memory = base_memory or {address_of(tensor) for tensor in pristine.parameters()}
-        model = backend._loaded.adapter.pristine.model
+        model = adapter_in(backend).pristine.model
         shared = {address_of(tensor) for name, tensor in model.named_parameters() if "lora_" not in name}
         assert shared == base_memory, fields
 
@@ -489,7 +489,7 @@ def _written(model: Any) -> list[str]:
 
 
 def _require_mapped(backend: Any) -> None:
-    ways = backend._loaded.shares[0].value.pristine.memory._ways.values()
+    ways = base_in(backend).pristine.memory._ways.values()
     if not any(isinstance(way, FilePart) for way in ways):
         pytest.skip("this transformers does not map its files")
 
@@ -565,8 +565,8 @@ def test_a_model_whose_trees_cannot_share_is_loaded_for_each_and_right(
     backends = build(base, adapter), build(base, other_adapter)
     rewriting = make_adapter(tmp_path, base, init_lora_weights="pissa")
     third = build(base, rewriting)
-    assert not backends[0]._loaded.shares[0].value.pristine.shares
-    assert not any(backend._loaded.adapter.pristine.shares for backend in (*backends, third))
+    assert not base_in(backends[0]).pristine.shares
+    assert not any(adapter_in(backend).pristine.shares for backend in (*backends, third))
     with (
         backends[0].as_base() as plain,
         backends[0].as_finetuned() as tuned,

@@ -11,7 +11,7 @@ import transformers
 
 from pytest_sway.errors import ScoringError
 from tests.tiny import make_base
-from tests.unit.backends.hf.engines import WAIT, computing_model
+from tests.unit.backends.hf.insides import WAIT, computing_model
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
