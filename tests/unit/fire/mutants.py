@@ -85,10 +85,10 @@ MUTANTS = (
     _in_cache(
         "room is made after the load",
         "test_room.py::test_inv04_room_is_freed_before_the_load_begins",
-        ("                self._make_room(operation, estimate)\n", ""),
+        ("                self._make_room(operation, plan.sizes)\n", ""),
         (
-            "operation.built.extend(map(self._build, [spec]))",
-            "operation.built.extend(map(self._build, [spec])); self._make_room(operation, estimate)",
+            "operation.built.extend(map(self._build.build, [plan]))",
+            "operation.built.extend(map(self._build.build, [plan])); self._make_room(operation, plan.sizes)",
         ),
     ),
     _in_ledger(
@@ -218,7 +218,7 @@ MUTANTS = (
     _in_cache(
         "the base is closed while room is made for its next adapter",
         "test_room.py::test_inv16_a_swap_of_adapters_at_max_size_1_never_reloads_the_base",
-        ("with self._build.hold(spec):", "with self._listener.loading(spec):"),
+        ("with self._build.hold(plan):", "with self._listener.loading(spec):"),
     ),
     _in_pool(
         "a base is closed with an adapter alive",
@@ -258,7 +258,7 @@ MUTANTS = (
     _in_cache(
         "what is over the whole budget evicts first",
         "test_room.py::test_inv18_what_is_over_the_whole_budget_is_refused_before_anything_is_evicted",
-        ("            self._refuse_if_over_budget(spec, estimate)\n", ""),
+        ("            self._refuse_if_over_budget(plan)\n", ""),
     ),
     _in_ledger(
         "a forked child has what its parent loaded",
