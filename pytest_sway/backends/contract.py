@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import BackendLoadError
 from pytest_sway.spec.identity import with_adapter
@@ -56,10 +57,9 @@ def not_finite(label: str, dist: TokenDist) -> str:
 
 
 class Build:
-    """Makes backends of specs, and answers the cache's questions about them.
+    """Makes backends of specs: `resolve` the spec, `check` it once, then `hold` and `build` what the plan says.
 
-    Override `build`, and the questions that you know more about: the answers here are those where nothing is known
-    before the load. All but `resolve` get specs that `resolve` returned.
+    Override `build`, and what you know more about: the answers here are those where nothing is known before the load.
     """
 
     def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> Any:
@@ -69,15 +69,7 @@ class Build:
             spec: Any spec.
             adapter_path: An adapter that takes the place of the spec's own.
         """
-        return self.build(self.resolve(with_adapter(spec, adapter_path)))
-
-    def build(self, spec: ModelSpec) -> Any:
-        """Load what a resolved spec describes and is not loaded yet.
-
-        Raises:
-            SwayError: It cannot be loaded; the message says why and what to do.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has neither build() nor __call__() of its own: {spec}")
+        return self.build(self.check(self.resolve(with_adapter(spec, adapter_path))))
 
     def resolve(self, spec: ModelSpec) -> ModelSpec:
         """Return ``spec`` with the device and dtype that it will be loaded with."""
@@ -88,28 +80,32 @@ class Build:
         """Return ``spec`` with the device and dtype that ``auto`` stands for on this machine."""
         return spec
 
-    def check(self, spec: ModelSpec) -> None:
-        """Find what can be found wrong with a spec without loading it, before anything is evicted for it.
+    def check(self, spec: ModelSpec) -> Plan:
+        """Return the plan for a resolved spec, before anything is evicted for it or loaded.
+
+        Parts that several backends share, such as a base, have equal keys in the plan's sizes, and count once.
 
         Raises:
             SwayError: Loading it would fail.
         """
+        return Plan.of(spec)
 
-    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:  # noqa: ARG002 # for those who override it
-        """Return the bytes that each part of a spec will take, or ``None`` if that cannot be known.
+    def hold(self, plan: Plan) -> AbstractContextManager[None]:  # noqa: ARG002 # for those who override it
+        """Keep what a plan shares with others from being closed while room is made for it."""
+        return nullcontext()
 
-        Parts that several backends share, such as a base, have equal keys, and count once.
+    def build(self, plan: Plan) -> Any:
+        """Load what a plan describes and is not loaded yet.
+
+        Raises:
+            SwayError: It cannot be loaded; the message says why and what to do.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} has no build() of its own: {plan.spec}")
 
     def measure(self, backend: Any) -> Mapping[Hashable, int] | None:
-        """Return the bytes that each part of a loaded backend takes, keyed as in `estimate`."""
+        """Return the bytes that each part of a loaded backend takes, keyed as in a plan's sizes."""
         sizes = getattr(backend, "sizes", None)
         return sizes() if callable(sizes) else None
-
-    def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:  # noqa: ARG002 # for those who override it
-        """Keep what a spec will share with others from being closed while room is made for it."""
-        return nullcontext()
 
     def exhausted(self, error: Exception) -> bool:
         """Return whether a load failed because memory ran out, so that it is worth another try with more."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build, require_differential
 from pytest_sway.errors import BackendLoadError, SpecError
 from pytest_sway.system.redaction import redacted
@@ -25,7 +27,7 @@ def import_class(spec: ModelSpec) -> Callable[..., Any]:
 
     Raises:
         SpecError: The module cannot be found, has no such attribute, or has something there that cannot be called as
-            `build_custom` does.
+            `CustomBuilder` does.
         BackendLoadError: The module is there, and raised an error of its own.
     """
     module_name, _, path = (spec.entry_point or "").partition(":")
@@ -46,30 +48,25 @@ def import_class(spec: ModelSpec) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return] # getattr's value, which is callable
 
 
-def build_custom(spec: ModelSpec) -> DifferentialBackend:
-    """Call the spec's class as ``Class(base_spec=spec, adapter_path=spec.adapter)``, as dlm-sway does.
-
-    Only what is needed to open a view is asked for: a view that lacks a method shows when that is called, since opening
-    one may cost as much as the class likes.
-
-    Raises:
-        SpecError: The class cannot be imported, or takes other arguments.
-        BackendLoadError: What it makes is no differential backend.
-    """
-    backend = import_class(spec)(base_spec=spec, adapter_path=spec.adapter)
-    return require_differential(backend, f"entry_point {spec.entry_point!r}")
-
-
 class CustomBuilder(Build):
     """Builds backends of kind ``custom``."""
 
-    def build(self, spec: ModelSpec) -> DifferentialBackend:
-        """Call the class that ``spec`` names; see `build_custom`."""
-        return build_custom(spec)
-
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: ModelSpec) -> Plan:
         """Import the class that ``spec`` names; see `import_class`."""
-        import_class(spec)
+        return replace(Plan.of(spec), read=import_class(spec))
+
+    def build(self, plan: Plan) -> DifferentialBackend:
+        """Call the spec's class as ``Class(base_spec=spec, adapter_path=spec.adapter)``, as dlm-sway does.
+
+        Only what is needed to open a view is asked for: a view that lacks a method shows when that is called, since
+        opening one may cost as much as the class likes.
+
+        Raises:
+            BackendLoadError: What it makes is no differential backend.
+        """
+        spec = plan.spec
+        backend = plan.read(base_spec=spec, adapter_path=spec.adapter)
+        return require_differential(backend, f"entry_point {spec.entry_point!r}")
 
 
 def _module(spec: ModelSpec, name: str) -> Any:

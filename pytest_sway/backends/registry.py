@@ -1,21 +1,21 @@
 """From a spec to a live backend: one module or package per kind, imported when the kind is first asked for.
 
-`Builder` is what the cache builds with. It keeps what the backends of a kind share, such as the loaded bases, and
-answers the cache's questions about a spec before anything is loaded.
+`Builder` is what the cache builds with. It keeps what the backends of a kind share, such as the loaded bases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from pytest_sway.backends.contract import Build
+from pytest_sway.backends.checkpoints.plan import Plan
+from pytest_sway.backends.contract import Build, require_differential
+from pytest_sway.errors import SwayError
 from pytest_sway.spec.identity import Key, resolved_key, with_adapter
 from pytest_sway.spec.model_spec import ModelSpec
 
@@ -39,6 +39,9 @@ BUILDERS: Final = {
 It is made with those of `Builder`'s options that it has parameters for.
 """
 
+_UNCHECKED: Final = object()
+"""What is in the plan of a spec that pytest-sway refuses, and a hook may take."""
+
 
 def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> ModelSpec:
     """Return ``spec`` with the device and dtype that ``auto`` stands for.
@@ -55,10 +58,23 @@ def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> Mo
     return _builder_class(spec.kind).placed(spec)
 
 
+class BuildHooks(Protocol):
+    """The user's part in building backends."""
+
+    def build(self, spec: ModelSpec) -> Any | None:
+        """Return a backend, or ``None`` to leave it to pytest-sway."""
+        ...
+
+    def builds(self) -> bool:
+        """Whether anybody implements `build`."""
+        ...
+
+
 class Builder(Build):
     """Builds backends of every kind and keeps what they share.
 
     Args:
+        hooks: Who is asked first for each backend, by the hook ``pytest_sway_build_backend``.
         device: What ``auto`` means for devices in this run.
         dtype: What ``auto`` means for dtypes in this run.
         on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
@@ -72,6 +88,7 @@ class Builder(Build):
     def __init__(
         self,
         *,
+        hooks: BuildHooks | None = None,
         device: str = "auto",
         dtype: str = "auto",
         on_base_load: Callable[[str, float], None] | None = None,
@@ -80,6 +97,7 @@ class Builder(Build):
         on_recall: Callable[[str, int, float], None] | None = None,
         on_base_mismatch: str = "warn",
     ) -> None:
+        self._hooks = hooks
         self._device = device
         self._dtype = dtype
         self._options: dict[str, Any] = {
@@ -91,30 +109,35 @@ class Builder(Build):
         }
         self._builders: dict[str, Build] = {}
 
-    def build(self, spec: ModelSpec) -> DifferentialBackend:
-        """Build the backend of a resolved spec."""
-        built: DifferentialBackend = self._builder(spec).build(spec)
-        return built
-
     def resolve(self, spec: ModelSpec) -> ModelSpec:
         """Return ``spec`` with the device and dtype that it will be loaded with."""
         return resolve(spec, device=self._device, dtype=self._dtype)
 
-    def check(self, spec: ModelSpec) -> None:
-        """Find what can be found wrong with a resolved spec without loading it.
+    def check(self, spec: ModelSpec) -> Plan:
+        """Return the plan for a resolved spec; where a hook may build what pytest-sway refuses, one that says nothing.
 
         Raises:
             SwayError: Loading it would fail.
         """
-        self._builder(spec).check(spec)
+        try:
+            return self._builder(spec).check(spec)
+        except SwayError:
+            if self._hooks is None or not self._hooks.builds():
+                raise
+            return replace(Plan.of(spec), read=_UNCHECKED)
 
-    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
-        """Return the bytes that each part of a resolved spec will take, or ``None`` if that cannot be known."""
-        return self._builder(spec).estimate(spec)
+    def hold(self, plan: Plan) -> AbstractContextManager[None]:
+        """Keep what a plan shares with others from being closed while room is made for it."""
+        return self._builder(plan.spec).hold(plan)
 
-    def hold(self, spec: ModelSpec) -> AbstractContextManager[None]:
-        """Keep what a resolved spec will share with others from being closed while room is made for it."""
-        return self._builder(spec).hold(spec)
+    def build(self, plan: Plan) -> DifferentialBackend:
+        """Build the backend of a plan, by the hook if it takes it."""
+        built = None if self._hooks is None else self._hooks.build(plan.spec)
+        if built is not None:
+            return require_differential(built, "the hook pytest_sway_build_backend")
+        builder = self._builder(plan.spec)
+        backend: DifferentialBackend = builder.build(builder.check(plan.spec) if plan.read is _UNCHECKED else plan)
+        return backend
 
     def _builder(self, spec: ModelSpec) -> Build:
         if spec.kind not in self._builders:

@@ -63,6 +63,8 @@ from pytest_sway.system.redaction import redacted, without_secrets
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pytest_sway.backends.checkpoints.plan import Plan
+
 __all__ = ["BackendCache", "CachedBackend", "Lease", "Owner"]
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
@@ -85,7 +87,7 @@ class BackendCache:
     Args:
         max_size: The most backends that are loading, ready or closing at one time; at least 1.
         max_bytes: The most bytes of weights that are resident at one time; ``None`` for no bound.
-        build: What makes a backend of a spec: any ``build(spec, *, adapter_path=None)``; a `Build` is asked more. By
+        build: What makes a backend of a spec: any ``build(spec, *, adapter_path=None)``, or a `Build`. By
             default the backends of this package, with bases shared among the adapters of this cache.
         named: Specs that may be asked for by name.
         listener: Who is told of loads and closes.
@@ -218,7 +220,7 @@ class BackendCache:
     def _acquire(self, resolved: ModelSpec, holder: str, owner: Owner) -> Lease:
         operation = Operation(holder, owner)
         try:
-            lease = self._serve(operation, resolved, resolved_key(resolved))
+            lease = self._claim(operation, resolved, resolved_key(resolved)) or self._load(operation, resolved)
             if owner.over:  # it may have ended before the lease was granted
                 raise messages.ended(resolved, owner.name)
             self._listener.leased(lease.cached)
@@ -280,10 +282,6 @@ class BackendCache:
 
     # --- one request --------------------------------------------------------------------------------------------------
 
-    def _serve(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease:
-        lease = self._claim(operation, spec, key)
-        return lease if lease is not None else self._load(operation, spec)
-
     def _claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | None:
         try:
             while isinstance(claimed := self._ledger.try_to_claim(operation, spec, key), OneShotEvent):
@@ -295,17 +293,14 @@ class BackendCache:
 
     def _load(self, operation: Operation, spec: ModelSpec) -> Lease:
         """Load what this operation leads; the lease is its own, those who waited have theirs."""
-        files = state_of_files(spec)
         try:
-            self._require_key(operation, spec)
-            self._build.check(spec)
-            estimate = self._build.estimate(spec)
-            self._refuse_if_over_budget(spec, estimate)
-            with self._build.hold(spec):
-                self._make_room(operation, estimate)
+            plan = self._checked(operation, spec)
+            self._refuse_if_over_budget(plan)
+            with self._build.hold(plan):
+                self._make_room(operation, plan.sizes)
                 with self._listener.loading(spec):
-                    seconds = self._build_in_memory(operation, spec, estimate)
-            if state_of_files(spec) != files:
+                    seconds = self._build_in_memory(operation, plan)
+            if state_of_files(spec) != plan.state:
                 raise messages.files_changed(spec)
             lease = self._ledger.admit(operation, seconds, self._build.measure(operation.built[0]))
         except Exception as error:
@@ -321,31 +316,44 @@ class BackendCache:
         self._listener.loaded(lease.cached)
         return lease
 
-    def _build_in_memory(self, operation: Operation, spec: ModelSpec, estimate: Parts | None) -> float:
+    def _build_in_memory(self, operation: Operation, plan: Plan) -> float:
         """Build, and once more without all that is idle if the memory runs out; return the seconds without imports."""
         started = time.perf_counter() - import_seconds()
         for attempt in (1, 2):
             try:
-                operation.built.extend(map(self._build, [spec]))  # in C: nothing comes between build and record
+                operation.built.extend(map(self._build.build, [plan]))  # in C: nothing comes between build and record
                 break
             except Exception as error:
                 if not self._build.exhausted(error):
                     raise
                 if attempt == 2:
-                    raise messages.out_of_memory(spec, estimate, self._ledger.residents()) from error
+                    raise messages.out_of_memory(plan.spec, plan.sizes, self._ledger.residents()) from error
                 traceback.clear_frames(error.__traceback__)
             self._ledger.evict_idle(operation)
             self._close_victims(operation)
         return max(0.0, time.perf_counter() - import_seconds() - started)
 
-    def _require_key(self, operation: Operation, spec: ModelSpec) -> None:
-        """Raise if the files have changed since the request was made: they are loaded under a key of what they hold."""
-        if operation.entry is not None and resolved_key(spec) != operation.entry.key:
+    def _checked(self, operation: Operation, spec: ModelSpec) -> Plan:
+        """Return the plan for a load; raise if the files have changed since the request, so that their key is another.
+
+        What a check refuses may be files that somebody is writing.
+        """
+        try:
+            plan = self._build.check(spec)
+        except SwayError:
+            self._require_key(operation, spec, resolved_key(spec))
+            raise
+        self._require_key(operation, spec, plan.key)
+        return plan
+
+    def _require_key(self, operation: Operation, spec: ModelSpec, key: Key) -> None:
+        if operation.entry is not None and key != operation.entry.key:
             raise messages.files_changed(spec)
 
-    def _refuse_if_over_budget(self, spec: ModelSpec, parts: Parts | None) -> None:
-        if parts is not None and self.max_bytes is not None and sum(parts.values()) > self.max_bytes:
-            raise messages.too_large(spec, sum(parts.values()), self.max_bytes)
+    def _refuse_if_over_budget(self, plan: Plan) -> None:
+        nbytes = None if plan.sizes is None else sum(plan.sizes.values())
+        if nbytes is not None and self.max_bytes is not None and nbytes > self.max_bytes:
+            raise messages.too_large(plan.spec, nbytes, self.max_bytes)
 
     def _make_room(self, operation: Operation, estimate: Parts | None) -> None:
         since, patience = time.monotonic(), self._lease_timeout

@@ -10,8 +10,8 @@ from pytest_sway.backends.registry import Builder, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+    from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.cache.entries import CachedBackend
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -34,7 +34,7 @@ class Listener:
 
 
 def informed(build: Callable[..., Any] | None) -> Build:
-    """Return ``build`` if it answers the cache's questions, else one that does for it; by default, a new `Builder`."""
+    """Return ``build`` if it is a `Build`, else one that calls it; by default, a new `Builder`."""
     if build is None:
         return Builder()
     return build if isinstance(build, Build) else _Plain(build)
@@ -46,8 +46,8 @@ class _Plain(Build):
     def __init__(self, build: Callable[..., Any]) -> None:
         self._build = build
 
-    def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> Any:
-        return self._build(spec, adapter_path=adapter_path)
-
     def resolve(self, spec: ModelSpec) -> ModelSpec:
         return resolve(spec)
+
+    def build(self, plan: Plan) -> Any:
+        return self._build(plan.spec)

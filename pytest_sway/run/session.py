@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from pytest_sway.backends.contract import require_differential
-from pytest_sway.backends.registry import Builder
+from pytest_sway.backends.registry import Builder, BuildHooks
 from pytest_sway.cache.backend_cache import BackendCache, Owner
 from pytest_sway.cache.builds import Listener
 from pytest_sway.cache.entries import CachedBackend, Lease
@@ -60,16 +59,8 @@ class SwayBackend(Protocol):
         ...
 
 
-class BuildHooks(Protocol):
+class Hooks(BuildHooks, Protocol):
     """The user's part in building and watching backends."""
-
-    def build(self, spec: ModelSpec) -> Any | None:
-        """Return a backend, or ``None`` to leave it to pytest-sway."""
-        ...
-
-    def builds(self) -> bool:
-        """Whether anybody implements `build`."""
-        ...
 
     def loaded(self, cached: CachedBackend) -> None:
         """Tell the user of a load."""
@@ -78,27 +69,6 @@ class BuildHooks(Protocol):
     def evicted(self, spec: ModelSpec) -> None:
         """Tell the user of a close."""
         ...
-
-
-class HookedBuilder(Builder):
-    """A builder that asks the user's hook first."""
-
-    def __init__(self, hooks: BuildHooks, **options: Any) -> None:
-        super().__init__(**options)
-        self._hooks = hooks
-
-    def build(self, spec: ModelSpec) -> DifferentialBackend:
-        """Build the backend of ``spec``, by the hook if it takes it."""
-        built = self._hooks.build(spec)
-        if built is not None:
-            return require_differential(built, "the hook pytest_sway_build_backend")
-        super().check(spec)
-        return super().build(spec)
-
-    def check(self, spec: ModelSpec) -> None:
-        """Check what can be checked before the load; where a hook may take the spec, that is nothing."""
-        if not self._hooks.builds():
-            super().check(spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +98,7 @@ class SwaySession(Listener):
     def __init__(
         self,
         settings: SwaySettings,
-        hooks: BuildHooks,
+        hooks: Hooks,
         named: Mapping[str, Any],
         progress: LoadProgress,
         owner: Callable[[], Owner],
@@ -144,8 +114,8 @@ class SwaySession(Listener):
         self._users: dict[int, deque[str]] = {}
         self._unreported_seconds = 0.0
         self._seconds_before = import_seconds()
-        builder = HookedBuilder(
-            hooks,
+        builder = Builder(
+            hooks=hooks,
             device=settings.device,
             dtype=settings.dtype,
             on_base_load=self._base_loaded,

@@ -212,7 +212,7 @@ def test_an_adapter_that_names_another_base_of_the_same_sizes_is_told(build: Bui
         for ask in (strict.check, strict.build):
             with pytest.raises(AdapterMismatchError, match=r"was trained on .*set sway_on_base_mismatch = ignore\."):
                 ask(spec)
-        MLXBuilder(on_base_mismatch="ignore").build(spec).close()
+        MLXBuilder(on_base_mismatch="ignore")(spec).close()
 
 
 def test_an_adapter_in_parts_is_refused(build: Build, base: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.unit.kinds import Agreement
 
 @pytest.fixture(scope="module")
 def make(base: Path, adapter: Path) -> Callable[[], Any]:
-    return partial(MLXBuilder().build, ModelSpec(kind="mlx", base=str(base), adapter=adapter, device="cpu"))
+    return partial(MLXBuilder(), ModelSpec(kind="mlx", base=str(base), adapter=adapter, device="cpu"))
 
 
 @pytest.fixture(scope="module")

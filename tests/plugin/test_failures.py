@@ -67,7 +67,7 @@ def test_x(sway_backend):
     sway_backend(dummy("mismatch"))
 """)
     assert "in sway_backend" not in result.stdout.str()
-    assert "_serve" not in result.stdout.str()
+    assert "in _load" not in result.stdout.str()
 
 
 def test_leave_to_run_code_is_another_request(suite: Suite) -> None:

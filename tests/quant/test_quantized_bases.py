@@ -115,7 +115,7 @@ def loads() -> list[str]:
 @pytest.fixture
 def backends(models: Models, loads: list[str]) -> Iterator[list[Any]]:
     builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name))
-    built = [builder.build(spec_of(models.base, adapter)) for adapter in models.adapters]
+    built = [builder(spec_of(models.base, adapter)) for adapter in models.adapters]
     yield built
     for backend in built:
         backend.close()
@@ -126,7 +126,7 @@ def test_a_base_alone_computes_what_transformers_computes_and_is_no_change(tmp_p
     quantize(make_base(tmp_path / "plain", hidden=64), tmp_path / "quantized")
     make_tokenizer(tmp_path / "quantized")
     expected = logits(*fresh(tmp_path / "quantized"))
-    backend = HFBuilder().build(spec_of(tmp_path / "quantized"))
+    backend = HFBuilder()(spec_of(tmp_path / "quantized"))
     with backend.as_base() as first, backend.as_base() as second:
         score = first.logprob_of(PROMPT, ANSWER)
         assert view_logits(first).equal(expected)
@@ -155,11 +155,11 @@ def test_both_adapters_and_the_base_compute_what_peft_computes_in_any_order(
 
 def test_a_base_that_has_computed_takes_another_adapter(models: Models) -> None:
     builder = HFBuilder()
-    plain = builder.build(spec_of(models.base))
+    plain = builder(spec_of(models.base))
     with plain.as_base() as base:
         base.logprob_of(PROMPT, ANSWER)
         assert view_logits(base).equal(models.alone)
-    backend = builder.build(spec_of(models.base, models.adapters[0]))
+    backend = builder(spec_of(models.base, models.adapters[0]))
     with backend.as_finetuned() as tuned:
         assert view_logits(tuned).equal(models.tuned[0])
     backend.close()

@@ -22,7 +22,7 @@ def test_an_estimate_is_within_two_percent_of_what_is_loaded(
     base = _sharded(smollm2_folder(stored), tmp_path / "sharded") if sharded else smollm2_folder(stored)
     builder = Builder()
     spec = builder.resolve(parse_spec({"base": base, "adapter": adapters[0], "dtype": computed, "device": "cpu"}))
-    estimated = builder.estimate(spec)
+    estimated = builder.check(spec).sizes
     backend: Any = builder(spec)
     try:
         with backend.as_finetuned() as view:

@@ -13,11 +13,12 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import Share, SharedPool
 from pytest_sway.cache.backend_cache import BackendCache
@@ -206,7 +207,7 @@ class SharingBackend(FakeBackend):
 
 
 class InformedFakeBuild(FakeBuild, Build):
-    """A build that answers the cache's questions, with bases that the adapters share.
+    """A build that makes plans, with bases that the adapters share.
 
     A base takes 100 bytes and an adapter 10, unless ``estimates`` or ``sizes`` say otherwise by name.
     """
@@ -224,9 +225,13 @@ class InformedFakeBuild(FakeBuild, Build):
     def resolve(self, asked: ModelSpec) -> ModelSpec:
         return asked
 
-    def check(self, asked: ModelSpec) -> None:
+    def check(self, asked: ModelSpec) -> Plan:
         if self.check_errors[name_of(asked)]:
             raise self.check_errors[name_of(asked)].pop(0)
+        return replace(Plan.of(asked), sizes=self.estimate(asked))
+
+    def build(self, plan: Plan) -> Any:
+        return self(plan.spec)
 
     def estimate(self, asked: ModelSpec) -> Parts | None:
         name = name_of(asked)
@@ -237,8 +242,8 @@ class InformedFakeBuild(FakeBuild, Build):
             raise self.measure_errors[backend.name].pop(0)
         return self.sizes[backend.name] if backend.name in self.sizes else self.estimate(backend.spec)
 
-    def hold(self, asked: ModelSpec) -> AbstractContextManager[None]:
-        return self.pool.hold(asked.base)
+    def hold(self, plan: Plan) -> AbstractContextManager[None]:
+        return self.pool.hold(plan.spec.base)
 
     def make(self, asked: ModelSpec) -> FakeBackend:
         return SharingBackend(asked, self, self.pool.acquire(asked.base, partial(self._load_base, asked.base)))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Hashable, Mapping
+    from collections.abc import Awaitable, Callable
 
     from pytest_sway.backends.api.backend import ApiBackend
     from pytest_sway.spec.model_spec import ModelSpec
@@ -51,33 +53,28 @@ def check_api(spec: ModelSpec) -> None:
 class ApiBuilder(Build):
     """Builds backends of kind ``api``."""
 
-    def build(self, spec: ModelSpec) -> ApiBackend:
-        """Ask the servers for what ``spec`` names; see `build_api`."""
-        return build_api(spec)
-
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: ModelSpec) -> Plan:
         """Find what is wrong with ``spec`` without asking a server; see `check_api`."""
         check_api(spec)
+        return replace(Plan.of(spec), sizes={})  # there are no weights here
 
-    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int]:  # noqa: ARG002 # no model here, no weights
-        """Return the bytes that it takes here: none."""
-        return {}
+    def build(self, plan: Plan) -> ApiBackend:
+        """Ask the servers for what the spec names; see `build_api`."""
+        return build_api(plan.spec)
 
 
 def build_api(spec: ModelSpec, *, sleep: Callable[[float], Awaitable[Any]] | None = None) -> ApiBackend:
     """Make sure that the servers have what ``spec`` names, and return the backend that asks them.
 
     Args:
-        spec: A spec of kind ``api``.
+        spec: A spec of kind ``api`` that `check_api` took.
         sleep: How to wait before a request is tried again; ``asyncio.sleep`` by default.
 
     Raises:
         SpecError: A server does not have a model of that name.
         AdapterMismatchError: Both models give the same answers.
         ServerError: A server does not answer, or refuses.
-        SwayError: As `check_api`.
     """
-    check_api(spec)
     from pytest_sway.backends.api.auth import Key
     from pytest_sway.backends.api.backend import ApiBackend
     from pytest_sway.backends.api.connection import Connection

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-PEFT_FIELD: Final = "base_model_name_or_path"
-MLX_FIELD: Final = "model"
-"""Where an ``adapter_config.json`` names the base that it was trained on."""
 _IN_HUB_CACHE: Final = re.compile(r".*[/\\]models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?")
 _CONVERTED_COPY: Final = re.compile(
     r"(-unsloth)?-bnb-[48]bit$|-(\d(\.\d)?bit|mxfp[48]|nvfp4|bf16|fp16|fp32)(-(dwq|awq|gptq)[\w.-]*)?$"
@@ -53,19 +50,18 @@ class _Model(NamedTuple):
     folder: Path | None
 
 
-def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: str, field: str = PEFT_FIELD) -> None:
+def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: str) -> None:
     """Refuse an adapter that names another base than its spec, or warn of it.
 
     Args:
         spec: The spec.
         config: The adapter's config.
-        on_mismatch: What such an adapter gets: ``error``, ``warn`` or ``ignore``.
-        field: Where it names its base.
+        on_mismatch: What such an adapter gets: ``error`` or ``warn``.
 
     Raises:
         AdapterMismatchError: It names another, and that is an error.
     """
-    found = None if on_mismatch == "ignore" else other_base(spec, config, field)
+    found = other_base(spec, config)
     if found is None:
         return
     if on_mismatch == "error":
@@ -73,14 +69,14 @@ def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: s
     warnings.warn(found, SwayWarning, stacklevel=3)
 
 
-def other_base(spec: ModelSpec, config: Mapping[str, Any], field: str = PEFT_FIELD) -> str | None:
+def other_base(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
     """Return in words how a spec's base is another model than the one its adapter names; ``None`` if nothing says so.
 
     Args:
         spec: The spec.
-        config: The adapter's config.
-        field: Where it names its base.
+        config: The adapter's config, as PEFT or mlx-lm wrote it.
     """
+    field = "base_model_name_or_path" if "peft_type" in config or spec.kind == "hf" else "model"
     named = config.get(field)
     if not isinstance(named, str) or not named.strip() or spec.base.endswith(GGUF_SUFFIX):
         return None

@@ -1,16 +1,16 @@
-"""What the files of a spec say, read once for all the steps of a load."""
+"""`Plan`: what a check finds out about a spec, read once for all the steps of its load."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.spec.identity import state_of_files
+from pytest_sway.spec.identity import Key, resolved_key, state_of_files
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
-    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.checkpoints.gguf_header import GgufHeader
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -18,23 +18,46 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What the files of a spec say, read once for all the steps of a load.
+class ModelFiles:
+    """What the files of one model say: of a base, or of what it was fine-tuned to.
 
     Attributes:
-        spec: The resolved spec.
-        state: The state that its files were in.
-        files: What the adapter's folder says; ``None`` without an adapter.
-        config: What the base's ``config.json`` says; empty if it is not on this machine.
-        entries: The tensors of the base's files, by name; ``None`` where they are not known.
+        spec: The resolved spec of this model alone.
+        key: Its identity, under which it is shared.
+        config: What its ``config.json`` says; empty if that is not on this machine.
+        entries: The tensors of its safetensors by name; ``None`` where they are not known.
+        gguf: The header of its GGUF file, where it is one.
     """
 
     spec: ModelSpec
-    state: Hashable
-    files: AdapterFiles | None
+    key: Key
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry] | None
+    gguf: GgufHeader | None = None
 
-    def holds_for(self, spec: ModelSpec) -> bool:
-        """Whether it is of this spec, and nobody has written to the files since."""
-        return self.spec == spec and self.state == state_of_files(spec)
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a check has found out about a spec, for all the steps of its load.
+
+    Attributes:
+        spec: The resolved spec.
+        key: Its identity.
+        state: The state of its files before they were read; another state later says that somebody wrote to them.
+        read: What its kind read for the build: an adapter's files, canned answers, a class; ``None`` for nothing.
+        models: The models that it shares with others: its base, and after it a whole fine-tuned model.
+        sizes: The bytes that each part will take, by part; ``None`` where that cannot be known.
+    """
+
+    spec: ModelSpec
+    key: Key
+    state: Hashable
+    read: Any = None
+    models: tuple[ModelFiles, ...] = ()
+    sizes: Mapping[Hashable, int] | None = None
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Plan:
+        """Return the plan of a resolved spec, before anything is read for it."""
+        state = state_of_files(spec)  # before the key, so that no change comes between
+        return cls(spec, resolved_key(spec), state)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Final
 
-from pytest_sway.backends.checkpoints.gguf_header import gguf_file, read_gguf
 from pytest_sway.backends.checkpoints.hub_files import base_file
-from pytest_sway.backends.checkpoints.peft_adapter import ROOT, read_adapter
+from pytest_sway.backends.checkpoints.peft_adapter import ROOT
 from pytest_sway.backends.checkpoints.safetensors_header import read_any
-from pytest_sway.errors import SwayError
-from pytest_sway.spec.identity import base_key, base_spec, finetuned_spec, resolved_key
-from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
-    from pytest_sway.backends.checkpoints.plan import Plan
+    from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -28,36 +23,27 @@ _FLOAT32_BYTES: Final = 4
 _TIED: Final = "lm_head.weight"  # which a model with tied embeddings does not have, if a file of it may
 
 
-def estimated(spec: ModelSpec, plan: Plan | None = None) -> Mapping[Hashable, int] | None:
-    """Return the bytes that each part of a resolved spec will take; ``None`` where that cannot be known.
-
-    Args:
-        spec: The spec.
-        plan: What its files say, if that was read already.
-    """
-    tuned = finetuned_spec(spec)
-    if tuned is not None:
-        both = [estimated(base_spec(spec)), estimated(tuned)]
-        return None if None in both else {key: size for parts in both for key, size in (parts or {}).items()}
-    try:
-        entries = base_entries(spec) if plan is None else plan.entries
-        base_bytes = _base_bytes(spec, entries)
-        if plan is not None:
-            files = plan.files
-        else:
-            files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
-    except SwayError:
-        return None
-    if base_bytes is None:
-        return None
-    if files is None:
-        return {base_key(spec): base_bytes}
+def estimated(plan: Plan) -> Mapping[Hashable, int] | None:
+    """Return the bytes that each part of a plan of PEFT's will take; ``None`` where that cannot be known."""
+    sizes, files = model_sizes(plan), plan.read
+    if files is None or sizes is None:
+        return sizes
     if files.entries is None:
         return None
-    own = _adapter_bytes(files, entries or {}, _ITEM_BYTES[spec.dtype]) + (
-        base_bytes if files.may_rewrite_anything else 0
-    )
-    return {base_key(spec): base_bytes, ("adapter", *resolved_key(spec)): own}
+    base = plan.models[0]
+    own = _adapter_bytes(files, base.entries or {}, _ITEM_BYTES[plan.spec.dtype])
+    return {**sizes, ("adapter", *plan.key): own + (sizes[base.key] if files.may_rewrite_anything else 0)}
+
+
+def model_sizes(plan: Plan) -> dict[Hashable, int] | None:
+    """Return the bytes that each model of a plan will take; ``None`` where that cannot be known."""
+    sizes: dict[Hashable, int] = {}
+    for model in plan.models:
+        nbytes = _model_bytes(model)
+        if nbytes is None:
+            return None
+        sizes[model.key] = nbytes
+    return sizes
 
 
 def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:
@@ -73,27 +59,18 @@ def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:
     return None
 
 
-def _base_bytes(spec: ModelSpec, entries: Mapping[str, TensorEntry] | None) -> int | None:
-    item_bytes = _ITEM_BYTES[spec.dtype]
-    gguf = gguf_file(spec)
-    if gguf is not None:
-        return read_gguf(gguf).numel * item_bytes  # what is in blocks is unpacked
-    if entries is None:
+def _model_bytes(model: ModelFiles) -> int | None:
+    item_bytes = _ITEM_BYTES[model.spec.dtype]
+    if model.gguf is not None:
+        return model.gguf.numel * item_bytes  # what is in blocks is unpacked
+    if model.entries is None:
         return None
-    tied = _ties_embeddings(spec)
+    tied = bool(model.config.get("tie_word_embeddings", False))
     return sum(
         entry.numel * item_bytes if entry.floating else entry.nbytes
-        for name, entry in entries.items()
+        for name, entry in model.entries.items()
         if not (tied and name == _TIED)
     )
-
-
-def _ties_embeddings(spec: ModelSpec) -> bool:
-    path = base_file(spec, "config.json")
-    try:
-        return path is not None and bool(json.loads(read_bounded(path, CONFIG_BYTES)).get("tie_word_embeddings", False))
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_bytes: int) -> int:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.dummy.canned import Between, Canned, Noisy, Side
 from pytest_sway.backends.questions import SamplingParams, checked_messages
@@ -178,24 +180,16 @@ def _cut(dist: Dist, top_k: int) -> TokenDist:
 class DummyBuilder(Build):
     """Builds backends of kind ``dummy``."""
 
-    def build(self, spec: ModelSpec) -> DummyBackend:
-        """Read the answers of ``spec``; see `build_dummy`."""
-        return build_dummy(spec)
+    def check(self, spec: ModelSpec) -> Plan:
+        """Read the answers of ``spec``.
 
-    def check(self, spec: ModelSpec) -> None:
-        """Find what is wrong with the answers of ``spec``: to build it is as quick as a check."""
-        build_dummy(spec)
+        Raises:
+            SpecError: Its file of answers cannot be read, or is malformed.
+        """
+        plan = Plan.of(spec)
+        read = read_answers(spec.answers) if isinstance(spec.answers, Path) else spec.answers
+        return replace(plan, read=read, sizes={})  # there is no model, and no weights
 
-    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int]:  # noqa: ARG002 # no model here, no weights
-        """Return the bytes that it takes: none."""
-        return {}
-
-
-def build_dummy(spec: ModelSpec) -> DummyBackend:
-    """Build the dummy backend of a spec.
-
-    Raises:
-        SpecError: Its file of answers cannot be read, or is malformed.
-    """
-    answers = spec.answers
-    return DummyBackend(read_answers(answers) if isinstance(answers, Path) else answers, name=spec.base)
+    def build(self, plan: Plan) -> DummyBackend:
+        """Make a backend of the answers."""
+        return DummyBackend(plan.read, name=plan.spec.base)

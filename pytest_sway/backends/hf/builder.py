@@ -5,18 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_sway.backends.checkpoints.lineage import require_same_base
-from pytest_sway.backends.checkpoints.sizes import estimated
 from pytest_sway.backends.hf.check import check_spec, require_fit
 from pytest_sway.backends.hf.loading.libraries import import_libraries
 from pytest_sway.backends.hf.loading.pickles import with_entries
 from pytest_sway.backends.hf.loading.placement import resolve_placement
 from pytest_sway.backends.hf.scoring.answer_cache import DEFAULT_BYTES, AnswerCache
 from pytest_sway.backends.local.pooled_builder import PooledBuilder
-from pytest_sway.spec.identity import base_spec, finetuned_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
@@ -57,38 +54,15 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         self._score_cache = score_cache
         self._on_recall = on_recall
         self._share_weights = share_weights
-        self._plan: Plan | None = None  # of the last check, for the build that follows it
         self._shared_weights: SharedWeights | None = None
 
     placed = staticmethod(resolve_placement)
 
-    def check(self, spec: ModelSpec) -> None:
-        """Find what can be found wrong with ``spec`` without loading it.
+    _checked = staticmethod(check_spec)
 
-        Raises:
-            SwayError: Loading it would fail.
-        """
-        plan = check_spec(resolve_placement(spec))
-        if plan.files is not None and self._on_base_mismatch == "error":  # else the load will warn
-            require_same_base(plan.spec, plan.files.config, self._on_base_mismatch)
-        self._plan = plan
-
-    def estimate(self, spec: ModelSpec) -> Mapping[Hashable, int] | None:
-        """Return the bytes that each part of ``spec`` will take, or ``None`` if that cannot be known."""
-        spec, plan = resolve_placement(spec), self._plan
-        return estimated(spec, plan if plan is not None and plan.holds_for(spec) else None)
-
-    def _planned(self, spec: ModelSpec) -> Plan:
-        plan, self._plan = self._plan, None
-        if plan is None or not plan.holds_for(spec):
-            plan = check_spec(spec)
-        if plan.files is not None:
-            require_same_base(spec, plan.files.config, self._on_base_mismatch)
-        return plan
-
-    def _assemble(self, spec: ModelSpec, plan: Plan, shares: list[Share[LoadedBase]]) -> HFBackend:
-        files = plan.files
-        import_libraries(*(model for model in (spec, finetuned_spec(spec)) if model is not None))
+    def _assemble(self, plan: Plan, shares: list[Share[LoadedBase]]) -> HFBackend:
+        files: AdapterFiles | None = plan.read
+        import_libraries(*(model.spec for model in plan.models))
         import torch
 
         from pytest_sway.backends.hf.adapters.verify_finetuned import verify_finetuned
@@ -98,13 +72,12 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
 
         if files is not None and files.entries is None:
             files = with_entries(files)
-            require_fit(plan, files)
+            require_fit(plan.models[0], files)
         with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
-            base = self._clean_base(base_spec(spec), shares)
+            base = self._clean_base(plan.models[0], shares)
             verify_base(base)
-            tuned_spec = finetuned_spec(spec)
-            if tuned_spec is not None:
-                tuned = self._clean_base(tuned_spec, shares)
+            if len(plan.models) > 1:
+                tuned = self._clean_base(plan.models[1], shares)
                 verify_finetuned(base, tuned)
                 verify_base(tuned, "fine-tuned model")
                 loaded = Loaded(list(shares), base.side, tuned.side)
@@ -112,7 +85,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
                 loaded = _with_adapter(base, files, list(shares))
             else:
                 loaded = Loaded(list(shares), base.side)
-        return HFBackend(spec, loaded, self._pool.withdraw)
+        return HFBackend(plan, loaded, self._pool.withdraw)
 
     def _base_loader(self) -> Callable[..., LoadedBase]:
         """What loads a base, with its weights from where this run has them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,26 +19,23 @@ from pytest_sway.backends.checkpoints.hub_files import (
 from pytest_sway.backends.checkpoints.lora_fit import check_fit
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONFIG
 from pytest_sway.backends.checkpoints.peft_adapter import read_adapter
-from pytest_sway.backends.checkpoints.plan import Plan
-from pytest_sway.backends.checkpoints.sizes import base_entries
+from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
+from pytest_sway.backends.checkpoints.sizes import base_entries, estimated
 from pytest_sway.backends.hf.loading.libraries import require_libraries
 from pytest_sway.backends.hf.loading.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.identity import finetuned_spec, state_of_files
+from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key
 from pytest_sway.spec.paths import is_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
-    from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
 
 def check_spec(spec: ModelSpec) -> Plan:
-    """Check the files of a resolved spec and return what they say.
+    """Check the files of a resolved spec and return the plan for its load.
 
     Args:
         spec: What is to be loaded.
@@ -50,50 +48,49 @@ def check_spec(spec: ModelSpec) -> Plan:
         AdapterMismatchError: The adapter was made for another architecture.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
-    state = state_of_files(spec)
-    config, entries = _check_model(spec, "base")
+    plan = Plan.of(spec)
+    models = [_check_model(base_spec(spec), "base")]
     tuned = finetuned_spec(spec)
     if tuned is not None:
         require_another(spec, tuned)
-        _check_model(tuned, "fine-tuned model")
+        models.append(_check_model(tuned, "fine-tuned model"))
     if spec.adapter is not None:
         require_files(spec.adapter)
     files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
-    plan = Plan(spec, state, files, config, entries)
     if files is not None:
-        require_fit(plan, files)
-    require_libraries(spec, gguf=any(gguf_file(model) is not None for model in (spec, tuned) if model is not None))
+        require_fit(models[0], files)
+    require_libraries(spec, gguf=any(model.gguf is not None for model in models))
     require_device(spec)
     require_cached(spec)
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
-    return plan
+    plan = replace(plan, read=files, models=tuple(models))
+    return replace(plan, sizes=estimated(plan))
 
 
-def require_fit(plan: Plan, files: AdapterFiles) -> None:
+def require_fit(base: ModelFiles, files: AdapterFiles) -> None:
     """Raise if an adapter asks for what takes for ever, or surely does not fit its base, by the headers of their files.
 
     Args:
-        plan: What the base's files say.
+        base: What the base's files say.
         files: The adapter.
 
     Raises:
         SpecError: An expression in the adapter's config would take for ever.
         AdapterMismatchError: It does not fit the base, or its own weights.
     """
-    require_bounded(files, plan.entries)
-    if plan.entries is not None:
-        check_fit(plan.spec, files, plan.entries, plan.config)
+    require_bounded(files, base.entries)
+    if base.entries is not None:
+        check_fit(base.spec, files, base.entries, base.config)
 
 
-def _check_model(spec: ModelSpec, role: str) -> tuple[dict[str, Any], Mapping[str, TensorEntry] | None]:
-    """Check the files of a spec's base, whatever role the model has in the test; return its config and its tensors."""
+def _check_model(spec: ModelSpec, role: str) -> ModelFiles:
+    """Check and read the files of a spec's base, whatever role the model has in the test."""
     if is_path(spec.base):
         require_files(Path(spec.base))
     gguf = gguf_file(spec)
-    if gguf is not None:
-        read_gguf(gguf)
-    elif is_path(spec.base):
+    header = None if gguf is None else read_gguf(gguf)
+    if gguf is None and is_path(spec.base):
         _check_folder(spec, role)
     if base_file(spec, ADAPTER_CONFIG) is not None:
         raise adapter_inside(spec, role)
@@ -101,7 +98,7 @@ def _check_model(spec: ModelSpec, role: str) -> tuple[dict[str, Any], Mapping[st
     path, entries = base_file(spec, "config.json"), None if gguf is not None else base_entries(spec)
     if path is not None and entries is not None:
         require_base_bounded(path, config, entries)
-    return config, entries
+    return ModelFiles(spec, resolved_key(spec), config, entries, header)
 
 
 def _check_folder(spec: ModelSpec, role: str) -> None:

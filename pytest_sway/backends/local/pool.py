@@ -45,10 +45,12 @@ class Share(Generic[V]):
     """One user's claim on a shared value.
 
     Attributes:
+        key: Under which it is shared.
         value: The shared value.
         fresh: Whether this claim was the one that loaded it.
     """
 
+    key: Hashable
     value: V
     fresh: bool
     _give_back: Callable[[], None]
@@ -169,7 +171,7 @@ class SharedPool(Generic[K, V]):
         fresh = not slot.value
         if fresh:
             slot.value.append(load())
-        return Share(slot.value[0], fresh, partial(self._leave, slot, user))
+        return Share(slot.key, slot.value[0], fresh, partial(self._leave, slot, user))
 
     def _leave(self, slot: _Slot[K, V], user: object) -> None:
         if self._depart(slot, user):

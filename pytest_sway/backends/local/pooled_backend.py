@@ -14,13 +14,13 @@ from pytest_sway.backends.contract import preflight
 from pytest_sway.backends.text import chat
 from pytest_sway.backends.view import BaseView, closed_error, null_id
 from pytest_sway.errors import BackendUseError, NoAdapterError
-from pytest_sway.spec.identity import base_key, resolved_key
 from pytest_sway.system.frames import forget_frames
 from pytest_sway.system.wording import summarised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
+    from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.backends.local.pool import Share
     from pytest_sway.backends.local.pooled_builder import Recorded
     from pytest_sway.backends.local.tokenizer_copies import RustRecord
@@ -119,7 +119,7 @@ class PooledBackend(ABC, Generic[S, V]):
     Any number of views may be open at once, in any number of threads: each computes on models of its own.
 
     Args:
-        spec: The resolved spec that it was built from.
+        plan: What it was built from.
         loaded: What was loaded for it.
         withdraw: Called with a base that is no longer what it was, so that nobody else gets it.
     """
@@ -128,8 +128,8 @@ class PooledBackend(ABC, Generic[S, V]):
     _shares_tokenizers = False
     """Whether the adapters on a base share the equal tokenizers that they bring."""
 
-    def __init__(self, spec: ModelSpec, loaded: Loaded[S], withdraw: Callable[[Any], None]) -> None:
-        self._spec = spec
+    def __init__(self, plan: Plan, loaded: Loaded[S], withdraw: Callable[[Any], None]) -> None:
+        self._spec, self._key = plan.spec, plan.key  # and not the plan, which knows all tensors by name
         self._loaded: Loaded[S] | None = loaded
         self._withdraw = withdraw
         self._watches: list[Any] = []
@@ -206,11 +206,11 @@ class PooledBackend(ABC, Generic[S, V]):
         return preflight({"base": self.as_base} | tuned)
 
     def sizes(self) -> Mapping[Hashable, int]:
-        """Return the bytes that each part takes in memory, keyed as in the builder's ``estimate``."""
+        """Return the bytes that each part takes in memory, keyed as in its plan's sizes."""
         loaded = self._require()
-        sizes: dict[Hashable, int] = {base_key(share.value.spec): share.value.nbytes for share in loaded.shares}
+        sizes: dict[Hashable, int] = {share.key: share.value.nbytes for share in loaded.shares}
         if loaded.adapter is not None:
-            sizes["adapter", *resolved_key(self._spec)] = loaded.adapter.nbytes
+            sizes["adapter", *self._key] = loaded.adapter.nbytes
         return sizes
 
     def changes(self) -> list[str]:

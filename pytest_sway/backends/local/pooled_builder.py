@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from pytest_sway.backends.checkpoints.lineage import require_same_base
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import SharedPool
-from pytest_sway.spec.identity import base_key, finetuned_spec
 from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
+    from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
     from pytest_sway.backends.local.pool import Share
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -48,43 +49,55 @@ class PooledBuilder(Build, ABC, Generic[B]):
         self._on_base_mismatch = on_base_mismatch
         self._pool: SharedPool[Hashable, B] = SharedPool(close=self._close_base)
 
-    def build(self, spec: ModelSpec) -> Any:
-        """Load what ``spec`` asks for and is not loaded yet.
+    def check(self, spec: ModelSpec) -> Plan:
+        """Return the plan for a resolved spec.
+
+        Raises:
+            SwayError: Loading it would fail.
+        """
+        plan = self._checked(spec)
+        self._compare_base(plan, "error")
+        return plan
+
+    @contextmanager
+    def hold(self, plan: Plan) -> Iterator[None]:
+        """Keep the models of a plan, if they are loaded, from being closed inside the block."""
+        with ExitStack() as held:
+            for model in plan.models:
+                held.enter_context(self._pool.hold(model.key))
+            yield
+
+    def build(self, plan: Plan) -> Any:
+        """Load what a plan asks for and is not loaded yet.
 
         Raises:
             SwayError: It cannot be loaded; the message says why and what to do.
         """
-        spec = self.resolve(spec)
-        plan = self._planned(spec)
+        self._compare_base(plan, "warn")
         shares: list[Share[B]] = []
         handled = sys.exception()
         try:
-            return self._assemble(spec, plan, shares)
+            return self._assemble(plan, shares)
         except BaseException as error:
             forget_frames(error, handled)
             while shares:
                 shares.pop().release()
             raise
 
-    @contextmanager
-    def hold(self, spec: ModelSpec) -> Iterator[None]:
-        """Keep the bases of ``spec``, if they are loaded, from being closed inside the block."""
-        spec = self.resolve(spec)
-        tuned = finetuned_spec(spec)
-        with (
-            self._pool.hold(base_key(spec)),
-            nullcontext() if tuned is None else self._pool.hold(base_key(tuned)),
-        ):
-            yield
+    def _compare_base(self, plan: Plan, policy: str) -> None:
+        """Tell of an adapter that names another base, once for a load: an error before it, a warning with it."""
+        if plan.read is not None and self._on_base_mismatch == policy:
+            require_same_base(plan.spec, plan.read.config, policy)
 
     # --- what a kind does its own way ---------------------------------------------------------------------------------
 
+    @staticmethod
     @abstractmethod
-    def _planned(self, spec: ModelSpec) -> Any:
-        """Check a spec for its load, and return what its files say."""
+    def _checked(spec: ModelSpec) -> Plan:
+        """Check the files of a resolved spec, and return the plan for its load; ``read`` is its adapter's files."""
 
     @abstractmethod
-    def _assemble(self, spec: ModelSpec, plan: Any, shares: list[Share[B]]) -> Any:
+    def _assemble(self, plan: Plan, shares: list[Share[B]]) -> Any:
         """Load the base, put the adapter on it or load the fine-tuned model, verify that, and make the backend."""
 
     @abstractmethod
@@ -98,10 +111,10 @@ class PooledBuilder(Build, ABC, Generic[B]):
 
     # --- what a kind needs for that -----------------------------------------------------------------------------------
 
-    def _clean_base(self, spec: ModelSpec, shares: list[Share[B]]) -> B:
-        """Claim the base of ``spec``; one that somebody has changed is left to its users, and loaded anew."""
+    def _clean_base(self, model: ModelFiles, shares: list[Share[B]]) -> B:
+        """Claim a model of a plan; one that somebody has changed is left to its users, and loaded anew."""
         while True:
-            share = self._pool.acquire(base_key(spec), lambda: self._timed(spec))
+            share = self._pool.acquire(model.key, lambda: self._timed(model.spec))
             shares.append(share)
             if share.fresh or not share.value.changes():
                 return share.value

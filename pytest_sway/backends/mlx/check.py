@@ -2,61 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pytest_sway.backends.checkpoints.bounds import require_bounded, require_files
 from pytest_sway.backends.checkpoints.hub_files import config_of, require_another, require_cached
-from pytest_sway.backends.checkpoints.lineage import MLX_FIELD, PEFT_FIELD, require_same_base
+from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
+from pytest_sway.backends.checkpoints.sizes import base_entries, model_sizes
 from pytest_sway.backends.mlx.adapters.files import read_mlx_adapter
 from pytest_sway.backends.mlx.model.libraries import require_libraries
 from pytest_sway.backends.mlx.model.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.identity import finetuned_spec
+from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key
 from pytest_sway.spec.paths import is_path
 
 if TYPE_CHECKING:
-    from pytest_sway.backends.mlx.adapters.files import AdapterFiles
+    from collections.abc import Hashable, Mapping
+
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
+_FLOAT32_BYTES: Final = 4
 
-def check_spec(spec: ModelSpec, *, on_base_mismatch: str = "ignore") -> AdapterFiles | None:
-    """Check the files of a resolved spec and return what its adapter's folder says; ``None`` without an adapter.
+
+def check_spec(spec: ModelSpec) -> Plan:
+    """Check the files of a resolved spec and return the plan for its load.
 
     Args:
         spec: What is to be loaded.
-        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
 
     Raises:
         SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; the
             fine-tuned model is the base; or the device is not there.
         WeightsError: Weights are missing, broken, only there as a pickle, or would have to be fetched, offline.
-        AdapterMismatchError: The adapter is one of PEFT that cannot be converted exactly, or was made on another base
-            where that is an error.
+        AdapterMismatchError: The adapter is one of PEFT that cannot be converted exactly.
         BackendNotAvailableError: mlx or mlx-lm is not installed.
     """
-    _check_model(spec, "base")
+    plan = Plan.of(spec)
+    models = [_check_model(base_spec(spec), "base")]
     tuned = finetuned_spec(spec)
     if tuned is not None:
         require_another(spec, tuned)
-        _check_model(tuned, "fine-tuned model")
+        models.append(_check_model(tuned, "fine-tuned model"))
     if spec.adapter is not None:
         require_files(spec.adapter)
     files = None if spec.adapter is None else read_mlx_adapter(spec.adapter)
     if files is not None:
         require_bounded(files, None)
-        require_same_base(spec, files.config, on_base_mismatch, PEFT_FIELD if files.peft else MLX_FIELD)
     require_libraries(spec)
     require_device(spec)
     require_cached(spec, "base")
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
-    return files
+    plan = replace(plan, read=files, models=tuple(models))
+    return replace(plan, sizes=_estimated(plan))
 
 
-def _check_model(spec: ModelSpec, role: str) -> None:
+def _estimated(plan: Plan) -> Mapping[Hashable, int] | None:
+    """An adapter takes as much as its file, or what PEFT's takes in float32."""
+    sizes, files = model_sizes(plan), plan.read
+    if sizes is None or files is None:
+        return sizes
+    entries = files.entries.values()
+    own = sum(entry.numel * _FLOAT32_BYTES if files.peft else entry.nbytes for entry in entries)
+    return {**sizes, ("adapter", *plan.key): own}
+
+
+def _check_model(spec: ModelSpec, role: str) -> ModelFiles:
     folder = Path(spec.base)
     if is_path(spec.base):
         if not folder.is_dir():
@@ -70,8 +84,14 @@ def _check_model(spec: ModelSpec, role: str) -> None:
                 f"the {role} {spec.base!r} has no weights that MLX reads: expected model.safetensors in it, or"
                 " model-*.safetensors. Pickles are not read; save it as safetensors."
             )
-    if config_of(spec).get("model_file") and not spec.trust_remote_code:
+    config = config_of(spec)
+    if config.get("model_file") and not spec.trust_remote_code:
         raise SpecError(
             f"the {role} {spec.base!r} brings its own code (model_file in its config.json), which is not run unless"
             " the spec says trust_remote_code=True. Read that code first."
         )
+    try:
+        entries = base_entries(spec)
+    except WeightsError:  # mlx-lm may read other files than these, and its load says what is wrong with those
+        entries = None
+    return ModelFiles(spec, resolved_key(spec), config, entries)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_sway import ModelSpec
-from pytest_sway.backends.custom import build_custom, import_class
+from pytest_sway.backends.custom import import_class
 from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import BackendLoadError, SpecError
@@ -168,12 +168,12 @@ def test_an_error_in_the_users_module_is_told_with_its_cause(
 def test_what_is_no_differential_backend_is_refused(name: str, missing: str) -> None:
     sentence = f"entry_point 'my_backends:{name}' made a {name}, which is no differential backend: it lacks {missing}."
     with pytest.raises(BackendLoadError, match=f"^{re.escape(sentence)}$"):
-        build_custom(_spec(f"my_backends:{name}"))
+        Builder()(_spec(f"my_backends:{name}"))
 
 
 def test_what_is_refused_is_closed() -> None:
     with pytest.raises(BackendLoadError):
-        build_custom(_spec("my_backends:OneSided"))
+        Builder()(_spec("my_backends:OneSided"))
     assert Mine.closes == 1  # what was made and cannot be handed out is closed
 
 

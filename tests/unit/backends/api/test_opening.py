@@ -32,7 +32,7 @@ API: dict[str, Any] = {"kind": "api", "base": "base", "finetuned": "tuned", "end
 
 def _refused(spec: dict[str, Any], error: type[SwayError], sentence: str) -> None:
     """It is refused before anything is evicted for it, and when it is built without a cache."""
-    for refuse in (Builder().check, build_api):
+    for refuse in (Builder().check, Builder()):
         with pytest.raises(error, match=f"^{re.escape(sentence)}$"):
             refuse(ModelSpec(**API | spec))
 

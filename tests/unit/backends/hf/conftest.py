@@ -42,7 +42,7 @@ def build(builder: HFBuilder) -> Iterator[Callable[..., HFBackend]]:
     built: list[HFBackend] = []
 
     def _build(base: Path, adapter: Path | None = None, **fields: Any) -> HFBackend:
-        built.append(builder.build(spec_of(base, adapter, **fields)))
+        built.append(builder(spec_of(base, adapter, **fields)))
         return built[-1]
 
     yield _build

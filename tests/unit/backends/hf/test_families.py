@@ -71,7 +71,7 @@ def family(
     model_class: Any = transformers.AutoModelForCausalLM
     with quiet():
         plain = model_class.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    backend = module_builder.build(spec_of(folder))
+    backend = module_builder(spec_of(folder))
     contents = {name: tensor.clone() for name, tensor in base_in(backend).tensors().items()}
     gc.freeze()  # each close collects garbage, and has no need to look at all that was imported till now
     yield Family(request.param, folder, plain, [_logits(plain, text) for text in TEXTS], backend, contents)
@@ -131,7 +131,7 @@ def test_an_adapter_computes_as_peft_does_and_the_base_as_without_it(
 ) -> None:
     adapter, expected = _adapter(family, tmp_path)
     assert not expected.equal(family.expected[0])
-    backend = module_builder.build(spec_of(family.folder, adapter))
+    backend = module_builder(spec_of(family.folder, adapter))
     with backend.as_finetuned() as tuned, backend.as_base() as base:
         assert _logits(tuned.model).equal(expected)
         assert _logits(base.model).equal(family.expected[0])

@@ -52,7 +52,7 @@ def test_a_pickled_adapter_that_would_run_code_is_refused_and_the_code_does_not_
 ) -> None:
     folder, mark = malicious
     with pytest.raises(WeightsError, match="allow_pickle=True"):
-        builder.build(spec_of(base, folder))
+        builder(spec_of(base, folder))
     assert not mark.exists()
 
 
@@ -61,7 +61,7 @@ def test_leave_to_read_pickles_is_leave_to_read_tensors_not_to_run_code(
 ) -> None:
     folder, mark = malicious
     with pytest.raises(Exception, match=r"(?i)weights|unpickl"):
-        builder.build(spec_of(base, folder, allow_pickle=True))
+        builder(spec_of(base, folder, allow_pickle=True))
     assert not mark.exists()
 
 
@@ -101,7 +101,6 @@ def test_an_absurd_header_is_an_error_at_once_and_takes_no_memory(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert builder.estimate(spec) is None
     assert peak < 64 * 2**20
     assert seconds < 1  # of this thread's own work, whatever else the machine does
 

@@ -73,8 +73,8 @@ def keeper() -> Iterator[Callable[..., HFBackend]]:
 
     def build(enclosure: Enclosure, adapter: Path | None = None) -> HFBackend:
         if enclosure.base not in plain:
-            plain[enclosure.base] = builder.build(spec_of(enclosure.base))
-        return plain[enclosure.base] if adapter is None else builder.build(spec_of(enclosure.base, adapter))
+            plain[enclosure.base] = builder(spec_of(enclosure.base))
+        return plain[enclosure.base] if adapter is None else builder(spec_of(enclosure.base, adapter))
 
     yield build
     for backend in plain.values():
@@ -248,8 +248,8 @@ def test_in_half_precision_it_is_about_as_large_as_estimated(
     builder: HFBuilder, enclosures: Any, trained: Any, specimen: Specimen
 ) -> None:
     spec = spec_of(enclosures(specimen).base, trained(specimen)[0], dtype="bf16")
-    backend = builder.build(spec)
-    estimate, measured = builder.estimate(spec), backend.sizes()
+    backend = builder(spec)
+    estimate, measured = builder.check(spec).sizes, backend.sizes()
     backend.close()
     assert estimate is not None
     assert estimate.keys() == measured.keys()
@@ -268,7 +268,7 @@ def test_it_is_refused_with_a_reason(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
     with pytest.raises(getattr(errors, refusal.error), match=refusal.text):
-        builder.build(spec_of(base, tmp_path))
+        builder(spec_of(base, tmp_path))
 
 
 def test_the_table_in_the_docs_is_that_of_the_zoo() -> None:

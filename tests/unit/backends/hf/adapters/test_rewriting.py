@@ -114,7 +114,7 @@ def test_a_config_that_makes_peft_rewrite_or_fail_leaves_everybodys_base_intact(
     base: Path, adapter: Path, other_adapter: Path, tmp_path: Path, config: dict[str, Any], loads: list[str]
 ) -> None:
     builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name), score_cache=0)
-    plain, other = builder.build(spec_of(base)), builder.build(spec_of(base, adapter))
+    plain, other = builder(spec_of(base)), builder(spec_of(base, adapter))
     folder = edit_config(shutil.copytree(other_adapter, tmp_path / "special"), **config)
 
     def scores() -> list[float]:
@@ -125,7 +125,7 @@ def test_a_config_that_makes_peft_rewrite_or_fail_leaves_everybodys_base_intact(
     assert before[0] == before[1] != before[2]
     outcome: list[Any] = []
     try:
-        outcome.append(builder.build(spec_of(base, folder)))
+        outcome.append(builder(spec_of(base, folder)))
     except Exception as error:  # what PEFT makes of such a config differs by its version
         outcome.append(error)
     assert scores() == before
@@ -136,7 +136,7 @@ def test_a_config_that_makes_peft_rewrite_or_fail_leaves_everybodys_base_intact(
         with outcome[0].as_base() as c:
             assert view_logits(c).equal(logits(*fresh(base)))
         outcome[0].close()
-    again = builder.build(spec_of(base, other_adapter))
+    again = builder(spec_of(base, other_adapter))
     with again.as_finetuned() as d:
         assert view_logits(d).equal(logits(*fresh(base, other_adapter)))
     assert len(loads) == 1
@@ -149,6 +149,6 @@ def test_what_it_has_of_its_own_is_estimated_as_it_is_measured(
     builder: HFBuilder, build: Any, base: Path, tmp_path: Path
 ) -> None:
     folder = make_adapter(tmp_path, base, bias="all")
-    estimate = builder.estimate(spec_of(base, folder))
+    estimate = builder.check(spec_of(base, folder)).sizes
     assert estimate is not None
     assert estimate.keys() == build(base, folder).sizes().keys()

@@ -97,14 +97,14 @@ def test_both_are_held_while_room_is_made(
     build: Any, builder: HFBuilder, base: Path, tuned: Path, loads: list[str]
 ) -> None:
     backend = build(base, finetuned=tuned)
-    with builder.hold(spec_of(tuned, finetuned=base)):
+    with builder.hold(builder.check(spec_of(tuned, finetuned=base))):
         backend.close()
         build(tuned, finetuned=base)
     assert len(loads) == 2
 
 
 def test_an_estimate_is_what_will_be_measured(build: Any, builder: HFBuilder, base: Path, tuned: Path) -> None:
-    estimate = builder.estimate(spec_of(base, finetuned=tuned))
+    estimate = builder.check(spec_of(base, finetuned=tuned)).sizes
     sizes = build(base, finetuned=tuned).sizes()
     alone = build(base).sizes() | build(tuned).sizes()
     assert sizes == alone
@@ -148,7 +148,7 @@ def test_there_is_nothing_to_scale_or_replace(build: Any, base: Path, tuned: Pat
 
 
 def test_the_preflight_scores_both(base: Path, tuned: Path) -> None:
-    backend = HFBuilder(score_cache=0).build(spec_of(base, finetuned=tuned))
+    backend = HFBuilder(score_cache=0)(spec_of(base, finetuned=tuned))
     assert backend.preflight_finite_check() == (True, "")
     with backend.as_finetuned() as fine:
         computing_model(fine).lm_head.weight.data.fill_(float("nan"))

@@ -160,14 +160,14 @@ def test_a_load_warns_once_and_a_check_not_at_all(base: Path, elsewhere: Path) -
 def test_it_is_an_error_where_that_is_asked_for_before_anything_is_loaded(base: Path, elsewhere: Path) -> None:
     loads: list[str] = []
     builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name), on_base_mismatch="error")
-    for ask in (builder.check, builder.build):
+    for ask in (builder.check, builder):
         with pytest.raises(AdapterMismatchError, match=r"was trained on .*; if they are the same model, set sway_on_b"):
             ask(spec_of(base, elsewhere))
     assert loads == []
 
 
 def test_it_can_be_ignored(base: Path, elsewhere: Path) -> None:
-    backend = HFBuilder(on_base_mismatch="ignore").build(spec_of(base, elsewhere))
+    backend = HFBuilder(on_base_mismatch="ignore")(spec_of(base, elsewhere))
     with backend.as_finetuned() as view:
         assert view.logprob_of("the sun", " rises") < 0
     backend.close()
@@ -180,7 +180,7 @@ def test_a_name_of_none_is_served(build: Any, base: Path, adapter: Path, tmp_pat
 
 
 def _why_by_mlx(base: Path, named: Path) -> str | None:
-    return other_base(ModelSpec(kind="mlx", base=str(base), adapter=Path("/runs/v3")), {"model": str(named)}, "model")
+    return other_base(ModelSpec(kind="mlx", base=str(base), adapter=Path("/runs/v3")), {"model": str(named)})
 
 
 def test_a_copy_that_mlx_lm_has_quantized_says_nothing(base: Path, copy: Path) -> None:

@@ -21,7 +21,7 @@ def test_an_estimate_is_what_will_be_measured(
     builder: HFBuilder, build: Any, adapter: Path, tmp_path: Path, dtype: str, tied: bool, saved: str
 ) -> None:
     base = make_base(tmp_path, dtype=saved, tie_word_embeddings=tied)
-    estimate = builder.estimate(spec_of(base, adapter, dtype=dtype))
+    estimate = builder.check(spec_of(base, adapter, dtype=dtype)).sizes
     assert estimate is not None
     measured = build(base, adapter, dtype=dtype).sizes()
     assert estimate.keys() == measured.keys()
@@ -37,7 +37,7 @@ def test_half_precision_adapters_are_kept_in_float32(
     halved = edit_weights(
         shutil.copytree(adapter, tmp_path / "half"), lambda tensors: {n: t.half() for n, t in tensors.items()}
     )
-    estimate = builder.estimate(spec_of(base, halved))
+    estimate = builder.check(spec_of(base, halved)).sizes
     assert estimate is not None
     assert sorted(estimate.values())[0] == sorted(build(base, halved).sizes().values())[0]
 
@@ -49,9 +49,9 @@ def test_what_is_not_on_this_machine_has_no_estimate(
 
     from pytest_sway.spec.model_spec import ModelSpec
 
-    assert builder.estimate(ModelSpec(base="nobody/nothing", device="cpu", dtype="fp32")) is None
-    assert builder.estimate(spec_of(tmp_path / "nowhere")) is None
-    assert builder.estimate(spec_of(base, pickled(shutil.copytree(adapter, tmp_path / "x")), allow_pickle=True)) is None
+    assert builder.check(ModelSpec(base="nobody/nothing", device="cpu", dtype="fp32")).sizes is None
+    pickle = pickled(shutil.copytree(adapter, tmp_path / "x"))
+    assert builder.check(spec_of(base, pickle, allow_pickle=True)).sizes is None
 
 
 def test_backends_on_one_base_have_its_part_in_common(

@@ -60,7 +60,7 @@ class Arena:
             for name, folder in self._folders.items()
         }
         self._builder = HFBuilder()
-        self._good = self._builder.build(spec_of(self._folders["base"], self._folders["LORA"]))
+        self._good = self._builder(spec_of(self._folders["base"], self._folders["LORA"]))
         self._right = self._good_answers()
 
     def close(self) -> None:
@@ -93,9 +93,7 @@ class Arena:
         try:
             with _bounds():
                 spec = spec_of(base, adapter)
-                self._builder.check(spec)
-                self._builder.estimate(spec)
-                backend = self._builder.build(spec)
+                backend = self._builder(spec)
                 try:
                     answers = _answers(backend, adapter is not None)
                 finally:

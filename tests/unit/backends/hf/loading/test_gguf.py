@@ -178,7 +178,7 @@ def test_an_estimate_is_what_will_be_measured(
 ) -> None:
     base = make_base(tmp_path / "base", tie_word_embeddings=tied)
     file = make_gguf(tmp_path / "model.gguf", base, kind=kind)
-    assert builder.estimate(spec_of(file, dtype=dtype)) == pytest.approx(build(file, dtype=dtype).sizes(), rel=0.02)
+    assert builder.check(spec_of(file, dtype=dtype)).sizes == pytest.approx(build(file, dtype=dtype).sizes(), rel=0.02)
 
 
 def test_workers_map_what_one_of_them_has_unpacked(gguf: Path, tmp_path: Path) -> None:
@@ -255,14 +255,13 @@ HUGE = struct.pack("<Q", 2**62)
         (_overwrite(24, HUGE), "a name in it claims 4,611,686,018,427,387,904 bytes"),
     ],
 )
-def test_a_broken_file_is_refused_and_has_no_estimate(
+def test_a_broken_file_is_refused(
     build: Any, builder: HFBuilder, copy: Path, change: Callable[[Path], object], why: str, loads: list[str]
 ) -> None:
     change(copy)
     for refuse in (builder.check, lambda spec: build(copy)):
         with pytest.raises(WeightsError, match=why):
             refuse(spec_of(copy))
-    assert builder.estimate(spec_of(copy)) is None
     assert loads == []
 
 
@@ -287,12 +286,11 @@ def test_one_part_of_several_is_refused(build: Any, base: Path, tmp_path: Path) 
         build(file)
 
 
-def test_one_of_several_files_has_to_be_named(build: Any, builder: HFBuilder, copy: Path) -> None:
+def test_one_of_several_files_has_to_be_named(build: Any, copy: Path) -> None:
     shutil.copy(copy, copy.with_name("other.gguf"))
     sentence = f"^'{re.escape(str(copy.parent))}' has 2 GGUF files \\(copy.gguf, other.gguf\\). Name one of them.$"
     with pytest.raises(SpecError, match=sentence):
         build(copy.parent)
-    assert builder.estimate(spec_of(copy.parent)) is None
 
 
 def test_a_file_that_is_not_there_is_named(build: Any, tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def test_adapters_are_the_same_on_a_shared_copy_and_write_nothing_into_it(
     digests = set()
     for _ in range(2):
         builder = HFBuilder(share_weights=run_folder)
-        backend = builder.build(spec_of(half, adapter))
+        backend = builder(spec_of(half, adapter))
         with backend.as_base() as plain, backend.as_finetuned() as tuned:
             assert view_logits(plain).equal(logits(*fresh(half)))
             assert view_logits(tuned).equal(logits(*fresh(half, adapter)))
@@ -384,8 +384,8 @@ def test_what_a_test_writes_into_its_weights_reaches_nobody_else(
 def test_a_change_of_a_shared_copy_is_found_where_trees_cannot_copy_it(
     half: Path, run_folder: Path, adapter: Path
 ) -> None:
-    HFBuilder(share_weights=run_folder).build(spec_of(half, adapter)).close()
-    backend = HFBuilder(share_weights=run_folder).build(spec_of(half, adapter))
+    HFBuilder(share_weights=run_folder)(spec_of(half, adapter)).close()
+    backend = HFBuilder(share_weights=run_folder)(spec_of(half, adapter))
     before = _digest(run_folder)
     with backend.as_base() as view:
         next(view.model.parameters()).data.mul_(2)
@@ -398,7 +398,7 @@ def test_a_change_of_a_shared_copy_is_found_where_trees_cannot_copy_it(
 def test_what_a_test_writes_into_its_own_tree_of_a_shared_copy_stays_there(
     half: Path, run_folder: Path, adapter: Path
 ) -> None:
-    backend = HFBuilder(share_weights=run_folder, score_cache=0).build(spec_of(half, adapter))
+    backend = HFBuilder(share_weights=run_folder, score_cache=0)(spec_of(half, adapter))
     before = _digest(run_folder)
     with backend.as_base() as plain, backend.as_finetuned() as tuned:
         scores = plain.logprob_of("the sun", " rises"), tuned.logprob_of("the sun", " rises")
@@ -415,7 +415,7 @@ def test_what_a_test_writes_into_its_own_tree_of_a_shared_copy_stays_there(
 
 
 def test_a_shared_copy_counts_as_many_bytes_as_one_of_its_own(half: Path, run_folder: Path) -> None:
-    backends = [HFBuilder(share_weights=folder).build(spec_of(half)) for folder in (run_folder, None)]
+    backends = [HFBuilder(share_weights=folder)(spec_of(half)) for folder in (run_folder, None)]
     assert backends[0].sizes() == backends[1].sizes()
     for backend in backends:
         backend.close()

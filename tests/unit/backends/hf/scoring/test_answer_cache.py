@@ -125,7 +125,7 @@ def test_a_memory_changes_no_bit(base: Path, adapter: Path, question: str) -> No
     """Whatever was asked before, and in whatever company a text comes."""
     ask, answers = QUESTIONS[question], []
     for score_cache in (0, 2**20):
-        backend = HFBuilder(score_cache=score_cache).build(spec_of(base, adapter))
+        backend = HFBuilder(score_cache=score_cache)(spec_of(base, adapter))
         with backend.as_base() as view:
             given = []
             for text in TEXTS:

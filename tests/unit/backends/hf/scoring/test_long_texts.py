@@ -120,7 +120,7 @@ import resource, sys
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.spec.model_spec import ModelSpec
 
-with HFBuilder().build(ModelSpec(base=sys.argv[1], device="cpu", dtype="fp32")).as_base() as view:
+with HFBuilder()(ModelSpec(base=sys.argv[1], device="cpu", dtype="fp32")).as_base() as view:
     view.rolling_logprob("the sun rises")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = view.rolling_logprob(" ".join(["the"] * 2047)).num_tokens

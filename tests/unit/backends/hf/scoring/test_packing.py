@@ -135,7 +135,7 @@ def test_a_text_beyond_a_models_window_leaves_the_others_in_a_row(base: Path) ->
     prompt = " ".join(["the sun rises"] * 20)
     pairs = [(prompt, completion) for completion in (" in the east", " and", " a fox sees")]
     pairs.append((f"{prompt} {prompt}", " and"))
-    backend = HFBuilder(score_cache=0).build(spec_of(base))
+    backend = HFBuilder(score_cache=0)(spec_of(base))
     with backend.as_base() as view:
         computing_model(view).config.sliding_window = 70
         shapes = passes_of(view)
