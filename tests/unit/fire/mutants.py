@@ -113,7 +113,7 @@ room is credited before the close returns
     cache/test_room.py::test_inv04_what_another_thread_is_closing_counts
 room is made after the load
     cache.backend_cache:BackendCache._load: self._make_room(...) -> None
-    cache.backend_cache:BackendCache._build_in_memory: return ... -> return self._make_room(operation, plan.sizes) or 0.0
+    cache.backend_cache:BackendCache._build_in_memory: return ... -> return self._make_room(operation, plan.sizes)
     cache/test_room.py::test_inv04_room_is_freed_before_the_load_begins
 the oldest goes, not the least recently used
     cache.ledger:Ledger.try_to_claim: self._entries.move_to_end(...) -> None
