@@ -192,7 +192,7 @@ def _safetensors(draw: random.Random, folder: str, file: str, content: bytes) ->
     # PEFT speaks of some tensors by their names in the model that it has wrapped
     names = ("__metadata__",) if way is _metadata else (name, name.removeprefix("base_model."), *changed)
     if not header.keys() - {"__metadata__"}:
-        names = ("0 tensors",)  # of a file that holds none, none can be named
+        names = (*names, "0 tensors")  # of a file that holds none, none can be named
     return Broken(folder, file, _framed(_json(header), data), names, what)
 
 
