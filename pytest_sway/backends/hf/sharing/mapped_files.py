@@ -22,6 +22,10 @@ _THERE: Final = 0b11 << 62
 """Flags of a page in /proc/self/pagemap: it is in memory or in the swap, and it is a file's."""
 
 
+_CHUNK: Final = 2**24
+"""Bytes that are compared at a time."""
+
+
 class FilePart(NamedTuple):
     """A stretch of a file that is mapped.
 
@@ -127,7 +131,7 @@ class MappedFiles:
     def part_of(self, start: int, nbytes: int) -> FilePart | None:
         """Return the part of a file that some memory is; ``None`` if it is none that can be mapped again.
 
-        Memory that was written to, as far as that is known, is no part of a file any more.
+        Memory in which something else was written, as far as that is known, is no part of a file any more.
 
         Args:
             start: The address of its first byte.
@@ -141,9 +145,8 @@ class MappedFiles:
             return None
         if region not in self._written:
             self._written[region] = _is_written(region.start, region.nbytes)
-        if self._written[region] and _is_written(start, nbytes):
-            return None
-        return FilePart(file, start - region.start + region.offset, nbytes)
+        part = FilePart(file, start - region.start + region.offset, nbytes)
+        return None if self._written[region] and _is_written(start, nbytes) and not _is_as_in(part, start) else part
 
     def give_back(self) -> None:
         """Have the system take the pages back that were read so far, of files that were asked for and never written to.
@@ -202,6 +205,15 @@ def page_flags() -> Iterator[int | None]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_as_in(part: FilePart, start: int) -> bool:
+    """Whether memory holds what the part of the file does: somebody may have written just that, or beside it."""
+    for done in range(0, part.nbytes, _CHUNK):
+        nbytes = min(_CHUNK, part.nbytes - done)
+        if ctypes.string_at(start + done, nbytes) != os.pread(part.file.descriptor, nbytes, part.start + done):
+            return False
+    return True
 
 
 def _is_written(start: int, nbytes: int) -> bool:

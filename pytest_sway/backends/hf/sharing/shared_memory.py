@@ -29,6 +29,10 @@ _COPIED_BYTES: Final = 2**16
 """Buffers up to this size are copied at once. A pass may write to them, and a copy takes no longer than a clone."""
 
 
+_EVEN: Final = 64
+"""Bytes; torch allocates memory at multiples of this."""
+
+
 class Method(Enum):
     """How a tensor is shared, where its memory is no mapped file."""
 
@@ -239,9 +243,22 @@ def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
         return Method.LAZY_CLONE
     part = None if files is None else files.part_of(*_memory_of(tensor))
     if part is None:
-        tensor.data = _on_storage(tensor.untyped_storage().clone(), tensor)
+        tensor.data = _moved(tensor)
         return Method.LAZY_CLONE
     return part
+
+
+def _moved(tensor: Any) -> Any:
+    """A copy of a tensor's memory, at an address as even as its own, by which kernels choose how they sum."""
+    import torch
+
+    source = tensor.untyped_storage()
+    uneven = address_of(tensor) % _EVEN
+    uneven -= uneven % tensor.element_size()
+    storage = torch.empty(source.nbytes() + uneven, dtype=torch.uint8).untyped_storage()
+    storage[uneven:].copy_(source)
+    offset = tensor.storage_offset() + uneven // tensor.element_size()
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.size(), tensor.stride())
 
 
 def _is_exposed(tensor: Any) -> bool:
