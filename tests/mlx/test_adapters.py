@@ -208,7 +208,7 @@ def test_an_adapter_that_names_another_base_of_the_same_sizes_is_told(build: Bui
         with pytest.warns(SwayWarning, match="was trained on .*sft'.*: their weights have other values"):
             build(base, adapter)
         strict = MLXBuilder(on_base_mismatch="error")
-        spec = ModelSpec(kind="mlx", device="cpu", base=str(base), adapter=adapter)
+        spec = ModelSpec(kind="mlx", device="cpu", dtype="fp32", base=str(base), adapter=adapter)
         for ask in (strict.check, strict):
             with pytest.raises(AdapterMismatchError, match=r"was trained on .*set sway_on_base_mismatch = ignore\."):
                 ask(spec)

@@ -53,6 +53,29 @@ def pytest_sway_build_backend(spec):
     )
 
 
+def test_what_pytest_sway_refuses_a_hook_may_build_and_what_it_leaves_is_refused(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        builds="""
+def pytest_sway_build_backend(spec):
+    from pytest_sway.backends.dummy.backend import DummyBackend
+    return DummyBackend() if spec.base.endswith("theirs") else None
+"""
+    )
+    result = suite.run(
+        """
+def test_theirs(sway_backend):
+    sway_backend({"base": "/nowhere/theirs", "device": "cpu", "dtype": "fp32"}).close()
+
+def test_ours(sway_backend):
+    with pytest.raises(Exception, match="the base '/nowhere/ours' does not exist"):
+        sway_backend({"base": "/nowhere/ours", "device": "cpu", "dtype": "fp32"})
+""",
+        "-p",
+        "builds",
+    )
+    result.assert_outcomes(passed=2)
+
+
 def test_a_custom_class_is_built_from_its_entry_point(suite: Suite) -> None:
     suite.pytester.makepyfile(
         mine="""

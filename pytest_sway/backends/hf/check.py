@@ -24,7 +24,7 @@ from pytest_sway.backends.checkpoints.sizes import base_entries, estimated
 from pytest_sway.backends.hf.loading.libraries import require_libraries
 from pytest_sway.backends.hf.loading.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key
+from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key, state_of_files
 from pytest_sway.spec.paths import is_path
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_spec(spec: ModelSpec) -> Plan:
         AdapterMismatchError: The adapter was made for another architecture.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
-    plan = Plan.of(spec)
+    state = state_of_files(spec)
     models = [_check_model(base_spec(spec), "base")]
     tuned = finetuned_spec(spec)
     if tuned is not None:
@@ -64,7 +64,7 @@ def check_spec(spec: ModelSpec) -> Plan:
     require_cached(spec)
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
-    plan = replace(plan, read=files, models=tuple(models))
+    plan = Plan(spec, resolved_key(spec), state, files, tuple(models))  # its key digests files that passed the check
     return replace(plan, sizes=estimated(plan))
 
 

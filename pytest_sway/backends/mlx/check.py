@@ -14,7 +14,7 @@ from pytest_sway.backends.mlx.adapters.files import read_mlx_adapter
 from pytest_sway.backends.mlx.model.libraries import require_libraries
 from pytest_sway.backends.mlx.model.placement import require_device
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key
+from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key, state_of_files
 from pytest_sway.spec.paths import is_path
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def check_spec(spec: ModelSpec) -> Plan:
         AdapterMismatchError: The adapter is one of PEFT that cannot be converted exactly.
         BackendNotAvailableError: mlx or mlx-lm is not installed.
     """
-    plan = Plan.of(spec)
+    state = state_of_files(spec)
     models = [_check_model(base_spec(spec), "base")]
     tuned = finetuned_spec(spec)
     if tuned is not None:
@@ -56,7 +56,7 @@ def check_spec(spec: ModelSpec) -> Plan:
     require_cached(spec, "base")
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
-    plan = replace(plan, read=files, models=tuple(models))
+    plan = Plan(spec, resolved_key(spec), state, files, tuple(models))  # its key digests files that passed the check
     return replace(plan, sizes=_estimated(plan))
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.errors import FilesChangedError
+from pytest_sway.errors import FilesChangedError, WeightsError
 from pytest_sway.spec.model_spec import ModelSpec
-from tests.unit.fakes import Call, FakeBuild, Watched
+from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched
 
 
 @pytest.fixture
@@ -113,6 +114,19 @@ def test_files_that_change_before_the_load_begins_are_loaded_under_their_own_key
     lease = asker.result()
     assert cache.loaded_keys() == [lease.cached.key]
     assert cache.get_or_load(asked).backend is lease.backend
+
+
+def test_what_is_refused_because_its_files_change_is_checked_again(
+    sharing: InformedFakeBuild, asked: ModelSpec, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_half_of_a_save(asked: ModelSpec) -> Plan:
+        monkeypatch.undo()
+        _replace(weights, b"new")
+        raise WeightsError("truncated")
+
+    monkeypatch.setattr(sharing, "check", check_half_of_a_save)
+    with BackendCache(build=sharing).lease(asked) as backend:
+        assert backend is sharing.built[0]
 
 
 def test_what_an_own_backend_does_with_its_files_is_its_own_affair(build: FakeBuild, weights: Path) -> None:

@@ -199,8 +199,9 @@ def _require_complete(spec: ModelSpec, missing: Collection[str]) -> None:
     Raises:
         WeightsError: Some are missing.
     """
-    config, entries = base_file(spec, "config.json"), base_entries(spec)
     why = ""
-    if missing and config is not None and entries is not None and not spec.trust_remote_code:
-        why = why_lacking(config, entries, partial(_made, spec), missing)
+    if missing and not spec.trust_remote_code:
+        config, entries = base_file(spec, "config.json"), base_entries(spec)
+        if config is not None and entries is not None:
+            why = why_lacking(config, entries, partial(_made, spec), missing)
     require_complete(spec, missing, why)

@@ -43,12 +43,13 @@ def test_half_precision_adapters_are_kept_in_float32(
 
 
 def test_what_is_not_on_this_machine_has_no_estimate(
-    builder: HFBuilder, base: Path, adapter: Path, tmp_path: Path
+    builder: HFBuilder, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
     from pytest_sway.spec.model_spec import ModelSpec
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # so that it might be fetched
     assert builder.check(ModelSpec(base="nobody/nothing", device="cpu", dtype="fp32")).sizes is None
     pickle = pickled(shutil.copytree(adapter, tmp_path / "x"))
     assert builder.check(spec_of(base, pickle, allow_pickle=True)).sizes is None
