@@ -48,7 +48,7 @@ def bases_in(builder: HFBuilder) -> list[Any]:
 
 def handed_to(view: HFView) -> Handed[Any]:
     """What the view has handed to its test so far."""
-    return view._backend._handed(view)
+    return view._open()._handed(view)
 
 
 def engine_of(view: Any) -> Any:

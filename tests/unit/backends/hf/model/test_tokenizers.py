@@ -169,7 +169,7 @@ def test_an_adapters_tokenizer_goes_with_the_last_backend_that_uses_it(
     plain, first, second = build(base), build(base, copied), build(base, twin)
     tokenizer = weakref.ref(tokenizer_in(first).tokenizer)  # type: ignore[union-attr]
     with first.as_finetuned() as view:
-        assert _rust(view) is tokenizer().backend_tokenizer
+        assert _rust(view) is tokenizer().backend_tokenizer  # type: ignore[union-attr]
     first.close()
     assert tokenizer() is not None
     second.close()
