@@ -199,7 +199,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def death_in_writing(monkeypatch):
     from pytest_sway.backends.hf.loading import shared_weights
-    write = staging.write_tensors
+    write = shared_weights.write_tensors
 
     def die_once(path, tensors):
         if not Path("died").exists():
@@ -208,7 +208,7 @@ def death_in_writing(monkeypatch):
             os._exit(1)
         write(path, tensors)
 
-    monkeypatch.setattr(staging, "write_tensors", die_once)
+    monkeypatch.setattr(shared_weights, "write_tensors", die_once)
 """
 
 
