@@ -185,7 +185,7 @@ def test_fails(sway_backend):
     with_pdb.stdout.fnmatch_lines(["*LOCALS *'mine'*"])
 
 
-def test_a_thousand_clean_loads_raise_no_alarm(models: Path) -> None:
+def test_hundreds_of_clean_loads_raise_no_alarm(models: Path) -> None:
     """Of two adapters in turn; after each twenty, of their base too."""
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.run.hygiene import changes, leak
@@ -199,7 +199,7 @@ def test_a_thousand_clean_loads_raise_no_alarm(models: Path) -> None:
         cache.retire(cached)
         alarms.extend(filter(None, [leak(cached.backend)]))
 
-    for n in range(1000):
+    for n in range(300):
         with cache.lease(base):
             cached = cache.get_or_load({**base, "adapter": models / ("good" if n % 2 else "second")})
             with cached.backend.as_finetuned() as view:
@@ -209,4 +209,4 @@ def test_a_thousand_clean_loads_raise_no_alarm(models: Path) -> None:
         if n % 20 == 19:
             ends_clean(cache.get_or_load(base))
     assert alarms == []
-    assert cache.stats.total().loads == 1050
+    assert cache.stats.total().loads == 315

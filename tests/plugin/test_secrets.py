@@ -10,13 +10,8 @@ SECRET = "hf_abcdefgh12345678"
 PASSWORD = "p4ssw0rd-of-the-hub"
 
 
-def test_neither_the_terminal_nor_junit_shows_a_secret(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setenv("HF_ENDPOINT", f"https://someone:{PASSWORD}@hub.example")
-    suite.pytester.makepyfile(
-        leaky="""
+QUOTES = """
 import os
-import pytest
 
 def quote():
     return f"401 for {os.environ['HF_TOKEN']} at {os.environ['HF_ENDPOINT']}"
@@ -24,6 +19,17 @@ def quote():
 class Stubborn(Exception):
     def __str__(self):
         return quote()
+"""
+"""What shows secrets: the text of an answer, and an error that makes its text when it is asked for it."""
+
+
+def test_neither_the_terminal_nor_junit_shows_a_secret(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("HF_ENDPOINT", f"https://someone:{PASSWORD}@hub.example")
+    suite.pytester.makepyfile(
+        leaky=QUOTES
+        + """
+import pytest
 
 def with_note():
     error = ValueError("noted")
@@ -197,20 +203,13 @@ def test_nor_what_a_custom_backends_view_or_a_test_brings_forth(
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("HF_ENDPOINT", f"https://someone:{PASSWORD}@hub.example")
     suite.pytester.makepyfile(
-        mine="""
+        mine=QUOTES
+        + """
 import logging
-import os
 import threading
 import warnings
 from contextlib import contextmanager
 import pytest
-
-def quote():
-    return f"401 for {os.environ['HF_TOKEN']} at {os.environ['HF_ENDPOINT']}"
-
-class Stubborn(Exception):
-    def __str__(self):
-        return quote()
 
 class Final(BaseException):
     __str__ = Stubborn.__str__

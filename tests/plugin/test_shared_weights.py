@@ -199,7 +199,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def death_in_writing(monkeypatch):
     from pytest_sway.backends.hf.loading import shared_weights
-    write = staging.write_tensors
+    write = shared_weights.write_tensors
 
     def die_once(path, tensors):
         if not Path("died").exists():
@@ -208,7 +208,7 @@ def death_in_writing(monkeypatch):
             os._exit(1)
         write(path, tensors)
 
-    monkeypatch.setattr(staging, "write_tensors", die_once)
+    monkeypatch.setattr(shared_weights, "write_tensors", die_once)
 """
 
 
@@ -256,30 +256,31 @@ def test_waits(sway_backend):
 """
 
 
-def test_the_folder_goes_after_an_interrupt(runs: Runs, start: Callable[..., subprocess.Popen[str]]) -> None:
-    os.mkfifo("there")
-    os.mkfifo("go on")
+@pytest.fixture
+def waiting(runs: Runs, start: Callable[..., subprocess.Popen[str]]) -> subprocess.Popen[str]:
+    """A run that has its weights, and waits to be told to go on."""
+    for place in ("there", "go on"):
+        os.mkfifo(place)
     runs.write(WAITS)
     child = start("-n2", "--dist=each")
     os.close(os.open("there", os.O_RDONLY))
+    return child
+
+
+def test_the_folder_goes_after_an_interrupt(runs: Runs, waiting: subprocess.Popen[str]) -> None:
     assert len(runs.left()) == 1
-    os.killpg(child.pid, signal.SIGINT)
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == pytest.ExitCode.INTERRUPTED, output
+    os.killpg(waiting.pid, signal.SIGINT)
+    output, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == pytest.ExitCode.INTERRUPTED, output
     assert runs.left() == []
 
 
-def test_two_runs_at_a_time_have_one_copy_each(runs: Runs, start: Callable[..., subprocess.Popen[str]]) -> None:
-    os.mkfifo("there")
-    os.mkfifo("go on")
-    runs.write(WAITS)
-    first = start("-n2", "--dist=each")
-    os.close(os.open("there", os.O_RDONLY))
+def test_two_runs_at_a_time_have_one_copy_each(runs: Runs, waiting: subprocess.Popen[str]) -> None:
     (folder,) = runs.left()
     second = runs.run(SCORES + "    assert len(copies()) == 2\n", "-n2", "--dist=each")
     second.assert_outcomes(passed=2)
     assert runs.left() == [folder]
     os.close(os.open("go on", os.O_RDONLY))
-    output, _ = first.communicate(timeout=60)
-    assert first.returncode == 0, output
+    output, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0, output
     assert runs.left() == []

@@ -56,5 +56,11 @@ def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_sway.backends.hf.sharing.shared_memory._can_clone_lazily", lambda: False)
 
 
+@pytest.fixture
+def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a refusal not look for the field that is to blame, for which it loads the adapter again and again."""
+    monkeypatch.setattr("pytest_sway.backends.hf.adapters.peft_errors.culprit", lambda asked, error: None)
+
+
 def spec_of(base: Path, adapter: Path | None = None, **fields: Any) -> ModelSpec:
     return ModelSpec(**{"base": str(base), "adapter": adapter, "device": "cpu", "dtype": "fp32"} | fields)

@@ -298,6 +298,7 @@ def test_an_embedding_adapter_that_was_never_trained_is_refused(build: Any, base
         build(base, adapter)
 
 
+@pytest.mark.usefixtures("no_search")
 @pytest.mark.parametrize(
     "fields",
     [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [5, 6]}}],

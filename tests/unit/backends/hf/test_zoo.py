@@ -224,6 +224,7 @@ def test_it_comes_and_goes_beside_another_that_was_there_first(
     again.close()
 
 
+@pytest.mark.usefixtures("no_search")
 @pytest.mark.parametrize("specimen", [s for s in SPECIMENS if s.noticed], ids=str)
 def test_untrained_it_is_refused(keeper: Any, enclosures: Any, tmp_path: Path, specimen: Specimen) -> None:
     enclosure = enclosures(specimen)

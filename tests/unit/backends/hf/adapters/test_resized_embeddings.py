@@ -203,6 +203,7 @@ def test_a_trained_word_that_no_tokenizer_has_is_refused(build: Any, base: Path,
         build(base, adapter)
 
 
+@pytest.mark.usefixtures("no_search")
 @pytest.mark.parametrize("rows", [N + 2, N - 5])
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": EMBEDDINGS}])
 def test_an_untrained_adapter_of_another_number_of_words_is_told(

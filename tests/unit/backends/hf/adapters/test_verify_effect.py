@@ -60,6 +60,7 @@ def test_a_little_training_is_an_effect(build: Any, base: Path, tmp_path: Path, 
         assert not view_logits(view).equal(logits(*fresh(base, dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype])))
 
 
+@pytest.mark.usefixtures("no_search")
 @pytest.mark.parametrize("target", ["c_attn", "c_proj", "wte", "lm_head"])
 def test_dora_that_was_never_trained_is_refused_whichever_way_its_weights_lie(
     build: Any, gpt2: Path, tmp_path: Path, target: str

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import closing
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.errors import AdapterMismatchError, BackendClosedError
 from tests.tiny import TEXT, make_adapter, make_tokenizer, poison, quiet
+from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PROMPT, ANSWER = "the sun rises in the", " east and sets"
@@ -235,32 +237,46 @@ TO_ANY: dict[str, Callable[[Any, Any], object]] = {
 }
 
 
+class Shared(NamedTuple):
+    """Two backends on one base, what all of their sides answered, and the bases that were loaded so far."""
+
+    backend: Any
+    other: Any
+    before: list[Any]
+    loads: list[str]
+
+    def require_nothing_changed(self) -> None:
+        assert self.backend.changes() == []
+        assert self.other.changes() == []
+        assert _answers(self.backend, self.other) == self.before
+        assert len(self.loads) == 1
+
+
 @pytest.fixture
-def shared(build: Any, base: Path, adapter: Path, other_adapter: Path) -> tuple[Any, Any, list[Any]]:
-    """Two backends on one base, and what all of their sides answer."""
+def shared(build: Any, base: Path, adapter: Path, other_adapter: Path, loads: list[str]) -> Shared:
     backends = build(base, adapter), build(base, other_adapter)
-    return (*backends, _answers(*backends))
+    return Shared(*backends, _answers(*backends), loads)
 
 
-def _require_nothing_changed(shared: tuple[Any, Any, list[Any]], loads: list[str]) -> None:
-    backend, other, before = shared
-    assert backend.changes() == []
-    assert other.changes() == []
-    assert _answers(backend, other) == before
-    assert len(loads) == 1
+@pytest.fixture(scope="module")
+def kept(base: Path, adapter: Path, other_adapter: Path) -> Iterator[Shared]:
+    """The same for all tests that do nothing but to what is their own."""
+    loads: list[str] = []
+    builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name), score_cache=0)
+    one, other = (builder.build(spec_of(base, folder)) for folder in (adapter, other_adapter))
+    with closing(one), closing(other):
+        yield Shared(one, other, _answers(one, other), loads)
 
 
 @pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
 @pytest.mark.parametrize("change", TO_ANY)
-def test_what_a_test_does_to_its_own_model_changes_nothing(
-    shared: Any, loads: list[str], side: str, change: str
-) -> None:
-    with getattr(shared[0], side)() as view:
+def test_what_a_test_does_to_its_own_model_changes_nothing(kept: Shared, side: str, change: str) -> None:
+    with getattr(kept.backend, side)() as view:
         before = _scored(view)
         TO_ANY[change](view.model, view.tokenizer)
         assert _scored(view) == before
-        assert shared[0].changes() == []
-    _require_nothing_changed(shared, loads)
+        assert kept.backend.changes() == []
+    kept.require_nothing_changed()
 
 
 def _lora(model: Any) -> Any:
@@ -306,27 +322,25 @@ TO_PEFT: dict[str, Callable[[Any, Any], object]] = {
 
 
 @pytest.mark.parametrize("change", TO_PEFT)
-def test_what_a_test_does_to_its_own_adapter_changes_nothing(shared: Any, loads: list[str], change: str) -> None:
-    with shared[0].as_finetuned() as view:
+def test_what_a_test_does_to_its_own_adapter_changes_nothing(kept: Shared, change: str) -> None:
+    with kept.backend.as_finetuned() as view:
         before = _scored(view)
         TO_PEFT[change](view.model, view.tokenizer)
         assert _scored(view) == before
-    _require_nothing_changed(shared, loads)
+    kept.require_nothing_changed()
 
 
-def test_an_attention_of_a_tests_own_changes_nothing(
-    shared: Any, loads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attention_of_a_tests_own_changes_nothing(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from transformers import AttentionInterface
 
     monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
     AttentionInterface.register("mine", lambda module, query, *_, **__: (query.transpose(1, 2) * 0, None))
-    with shared[0].as_base() as view, torch.inference_mode():
+    with shared.backend.as_base() as view, torch.inference_mode():
         before = view_logits(view)
         view.model.set_attn_implementation("mine")
         assert not view_logits(view).equal(before)
-    _require_nothing_changed(shared, loads)
+    shared.require_nothing_changed()
 
 
 def test_adapters_that_come_and_go_change_nothing(
@@ -462,37 +476,37 @@ def test_a_changed_tokenizer_of_an_adapter_is_found_and_the_next_user_gets_a_cle
 
 
 def test_a_class_whose_forward_was_patched_is_found_once_and_put_back(
-    shared: Any, loads: list[str], monkeypatch: pytest.MonkeyPatch
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with shared[0].as_base() as view:
+    with shared.backend.as_base() as view:
         before = _scored(view)
         kind = type(view.model.model.layers[0].mlp)
         monkeypatch.setattr(kind, "forward", lambda self, states: states * 0)
         assert _scored(view) != before
     line = f"class {kind.__module__}.{kind.__qualname__}: its forward was replaced"
-    assert shared[0].changes() == [line]
-    _require_nothing_changed(shared, loads)
+    assert shared.backend.changes() == [line]
+    shared.require_nothing_changed()
 
 
 def test_an_attention_function_that_was_replaced_is_found_once_and_put_back(
-    shared: Any, loads: list[str], monkeypatch: pytest.MonkeyPatch
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AttentionInterface
 
     functions = AttentionInterface._global_mapping
     monkeypatch.setitem(functions, "sdpa", functions["sdpa"])
     AttentionInterface.register("sdpa", lambda module, query, *_, **__: (query.transpose(1, 2) * 0, None))
-    assert shared[0].changes() == ["transformers' attention function 'sdpa': it was replaced"]
-    _require_nothing_changed(shared, loads)
+    assert shared.backend.changes() == ["transformers' attention function 'sdpa': it was replaced"]
+    shared.require_nothing_changed()
 
 
-def test_a_hook_on_all_modules_is_found_once_and_taken_off(shared: Any, loads: list[str]) -> None:
+def test_a_hook_on_all_modules_is_found_once_and_taken_off(shared: Shared) -> None:
     from torch.nn.modules.module import register_module_forward_hook
 
     handle = register_module_forward_hook(lambda module, args, output: None)
     try:
-        assert shared[0].changes() == ["torch's global forward hooks: 1 added"]
-        _require_nothing_changed(shared, loads)
+        assert shared.backend.changes() == ["torch's global forward hooks: 1 added"]
+        shared.require_nothing_changed()
     finally:
         handle.remove()
 
@@ -601,10 +615,10 @@ def test_a_write_to_an_adapters_exposed_memory_is_found(build: Any, base: Path, 
 
 @pytest.mark.usefixtures("exposed")
 @pytest.mark.parametrize("change", ["hooks", "other forward", "train", "requires_grad", "config", "new parameter"])
-def test_with_exposed_memory_only_writes_are_changes(shared: Any, loads: list[str], change: str) -> None:
-    with shared[0].as_finetuned() as view:
+def test_with_exposed_memory_only_writes_are_changes(shared: Shared, change: str) -> None:
+    with shared.backend.as_finetuned() as view:
         TO_ANY[change](view.model, view.tokenizer)
-    _require_nothing_changed(shared, loads)
+    shared.require_nothing_changed()
 
 
 @pytest.mark.usefixtures("exposed")
