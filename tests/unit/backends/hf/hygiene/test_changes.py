@@ -263,7 +263,7 @@ def kept(base: Path, adapter: Path, other_adapter: Path) -> Iterator[Shared]:
     """The same for all tests that do nothing but to what is their own."""
     loads: list[str] = []
     builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name), score_cache=0)
-    one, other = (builder.build(spec_of(base, folder)) for folder in (adapter, other_adapter))
+    one, other = (builder(spec_of(base, folder)) for folder in (adapter, other_adapter))
     with closing(one), closing(other):
         yield Shared(one, other, _answers(one, other), loads)
 
