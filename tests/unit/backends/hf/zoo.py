@@ -175,9 +175,8 @@ def _specimens() -> list[Specimen]:
             Shares.REST,
             words=_WORDS,
             modules_to_save=["embed_tokens", "lm_head"],
-            noticed=False,
         ),
-        _lora("a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=_WORDS, noticed=False),
+        _lora("a resized vocabulary, tied embeddings", Shares.REST, base=_TIED, words=_WORDS),
         _lora(
             "`trainable_token_indices`: new words",
             Shares.REST,
@@ -198,7 +197,6 @@ def _specimens() -> list[Specimen]:
             Shares.REST,
             words=_WORDS,
             target_modules=["q_proj", "embed_tokens", "lm_head"],
-            noticed=False,
         ),
         _lora('`bias="lora_only"`', Shares.REST, base=_BIASED, bias="lora_only"),
         _lora('`bias="all"`', Shares.REST, base=_BIASED, bias="all"),
