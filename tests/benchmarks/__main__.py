@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
+from typing import Final
 
-ALL = ("startup", "warm", "hygiene", "loading", "sharing", "suite", "workers", "threads", "scoring")
+ALL: Final = ("startup", "warm", "hygiene", "loading", "sharing", "suite", "workers", "threads", "scoring")
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m tests.benchmarks", description="Measure every figure that is promised.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(ALL)}; all where none is named")
+    names = parser.parse_args(arguments).names
+    unknown = sorted(set(names) - set(ALL))
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: no such name; there are {', '.join(ALL)}")
     broken = 0
     print(f"{'figure':<62} {'promised':>9} {'measured':>9}")
     for name in names or ALL:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from xdist.remote import Producer  # type: ignore[import-untyped]
 from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]
@@ -206,6 +206,7 @@ def suites(draw: st.DrawFn) -> list[Needs | None]:
     return tests
 
 
+@settings(deadline=None)  # time passes on a busy machine, too
 @given(suites(), st.integers(1, 8), st.booleans(), st.randoms(use_true_random=False))
 def test_both_bounds_hold_under_xdists_own_scheduler(
     collected: list[Needs | None], workers: int, reorder: bool, chance: random.Random
