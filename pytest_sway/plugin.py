@@ -14,13 +14,15 @@ import pytest
 
 from pytest_sway.cache.entries import Owner
 from pytest_sway.run.ordering import Collection
-from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
+from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, resolve_settings
 from pytest_sway.system.frames import forget_frames
 from pytest_sway.system.imports import restore_modules
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend
+    from pytest_sway.comparison.comparison import Comparison
+    from pytest_sway.run.comparing import SwayCompare
     from pytest_sway.run.session import SwayBackend, SwaySession
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
@@ -30,6 +32,8 @@ _session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
 _running = pytest.StashKey[Owner]()
 _errors = pytest.StashKey[list[BaseException]]()
+_comparisons = pytest.StashKey[list["Comparison"]]()
+_changed = pytest.StashKey[str]()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -63,6 +67,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "sway_spec(*specs): the model specs that a test uses; with exactly one, sway_backend() needs no argument.",
     )
     config.stash[_settings] = settings = resolve_settings(config)
+    if config.getoption("sway_set"):
+        from pytest_sway.run.named_specs import check_changes
+
+        config.stash[_changed] = check_changes(config)
     config.stash[_running] = Owner("the session")
     config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
     if settings.reorder:
@@ -83,9 +91,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         del config.stash[_terminal_fd]
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     """Show what is in force."""
-    return config.stash[_settings].header()
+    changed = config.stash.get(_changed, None)
+    return [config.stash[_settings].header(), *(() if changed is None else (changed,))]
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
@@ -100,6 +109,25 @@ def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
     """
     with _sway(request.config).backends_for(request.node.nodeid, _marked(request.node)) as backends:
         yield backends
+
+
+@pytest.fixture
+def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
+    """Call it with questions, a candidate and a baseline to get how much more the candidate scores, in plain numbers.
+
+    ``assert sway_compare(questions, "candidate", "baseline").low > -0.1``: the candidate is shown to lose less than
+    0.1. A side is a view, a spec or a configured name.
+    """
+    from pytest_sway.run.comparing import comparing
+
+    session, made = _sway(request.config), request.node.stash.setdefault(_comparisons, [])
+    made.clear()  # those of a try before this one
+    return comparing(
+        partial(session.backends_for, request.node.nodeid, ()),
+        session.cache.resolve,
+        confidence=request.config.stash[_settings].confidence,
+        made=made.append,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -196,6 +224,9 @@ def pytest_runtest_makereport(
         item.user_properties.append(("sway_load_seconds", round(seconds, 3)))
     report = yield
     report.duration = max(0.0, report.duration - seconds)
+    if report.failed and report.when == "call":
+        for comparison in item.stash.get(_comparisons, ()):
+            report.sections.append(("sway_compare", "\n".join(comparison.report())))
     return report
 
 
@@ -268,13 +299,14 @@ def _sway(config: pytest.Config) -> SwaySession:
     if _session not in config.stash:
         from pytest_sway.report.secrets import SecretsHidden
         from pytest_sway.run.controller import load_progress, weights_folder
+        from pytest_sway.run.named_specs import named_specs
         from pytest_sway.run.session import SwaySession
 
         config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")
         config.stash[_session] = SwaySession(
             config.stash[_settings],
             _Hooks(config),
-            named_specs(config.rootpath),
+            named_specs(config),
             load_progress(config, _terminal(config)),
             owner=lambda: config.stash[_running],
             share_weights=weights_folder(config),
