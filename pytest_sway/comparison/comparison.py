@@ -96,8 +96,8 @@ class Comparison:
 
     def __repr__(self) -> str:
         return (
-            f"<Comparison {self.name!r}: mean {self.mean:+.4g}, {100 * self.confidence:.4g}% interval {self.low:+.4g} to"
-            f" {self.high:+.4g} {self.unit}, {self.n} prompts>"
+            f"<Comparison {self.name!r}: mean {self.mean:+.4g}, {100 * self.confidence:.4g}% interval {self.low:+.4g}"
+            f" to {self.high:+.4g} {self.unit}, {self.n} prompts>"
         )
 
     def report(self) -> Iterator[str]:
@@ -117,7 +117,8 @@ class Comparison:
         if detectable == 0.0:
             return
         if math.isinf(detectable):
-            yield f"so few prompts show no shift at all; {self.needed(1.0)} are the least that could, with {POWER:.0%} power"
+            least = f"{self.needed(1.0)} are the least that could, with {POWER:.0%} power"
+            yield f"so few prompts show no shift at all; {least}"
             return
         half = f"half of it takes about {self.needed(detectable / 2)}"
         yield f"as many prompts show a shift of {detectable:.4g} with {POWER:.0%} power; {half}"

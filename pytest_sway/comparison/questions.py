@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias
 
 from pytest_sway.backends.questions import checked_pair, listed, shortened
 from pytest_sway.errors import ComparisonError, ScoringError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
 
-Score: TypeAlias = "Callable[[Any, list[Any]], Iterable[float]]"
+Score: TypeAlias = "Callable[[Any, list[Any]], Iterable[SupportsFloat]]"
 """A function of a view and the questions that gives one number for each, more for a better answer."""
 
 _UNITS: Final = {"pair": "nats an answer", "text": "nats per token"}
@@ -55,10 +55,10 @@ class Questions:
         self._kind = kinds[0] if kinds else _OWN
         self.unit: Final = _UNITS.get(self._kind, "points")
         self._refuse_repeated()
-        if len(set(self._prompts())) < 2:
+        if (prompts := len(self.clusters())) < 2:
             raise ComparisonError(
-                f"a comparison needs at least 2 different prompts, and there are {len(set(self._prompts()))}: answers to"
-                " one prompt say little about others. Ask more; 20 to 200 are usual."
+                f"a comparison needs at least 2 different prompts, and there are {prompts}: answers to one prompt say"
+                " little about others. Ask more; 20 to 200 are usual."
             )
 
     def scored_by(self, view: View, name: str) -> list[float]:
@@ -77,7 +77,8 @@ class Questions:
         scores = [self._number(score, at, name) for at, score in enumerate(given)]
         if len(scores) != len(self.asked):
             raise ComparisonError(
-                f"score= gives one number for each question; found {len(scores)} for {len(self.asked)} questions of {name}."
+                f"score= gives one number for each question; found {len(scores)} for {len(self.asked)} questions"
+                f" of {name}."
             )
         return scores
 

@@ -93,8 +93,8 @@ def mean_interval(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the mean along the last axis and its bounds: Student's t interval, widened where the sample is skewed.
 
-    A bound is the farther of Student's and of one that allows for skewness: Johnson's and Hall's transformation of t, as
-    Willink gives it (Communications in Statistics: Theory and Methods 34, 2005), with the sample's skewness times
+    A bound is the farther of Student's and of one that allows for skewness: Johnson's and Hall's transformation of t,
+    as Willink gives it (Communications in Statistics: Theory and Methods 34, 2005), with the sample's skewness times
     ``1 + 14 / max(n, 14)``, since small samples show too little of it. Student's interval alone has, for exponential
     differences of 20 questions, 3.4% false alarms at a nominal 0.5%.
 
@@ -149,7 +149,7 @@ class PairedProportions:
         return Interval((self.gained - self.lost) / self.n, self._low(confidence), high)
 
     def detectable(self, confidence: float) -> float:
-        """The smallest shift that as many such questions see with `POWER`; infinite where all changing is not enough."""
+        """The smallest shift that as many such questions see with `POWER`; infinite where even 1 is not seen."""
         if self._questions(1.0, confidence) > self.n:
             return math.inf
         return _root(lambda shift: self._questions(shift, confidence) - self.n, 1e-9, 1.0)
@@ -159,7 +159,7 @@ class PairedProportions:
         return min(_MOST, max(2, math.ceil(self._questions(min(margin, 1.0), confidence))))
 
     def _questions(self, shift: float, confidence: float) -> float:
-        """Connor's formula (Biometrics 43, 1987) with the correction; as many outcomes change as here, or as the shift."""
+        """Connor's formula (Biometrics 43, 1987) with the correction, where as many outcomes change as here."""
         changing = max((self.gained + self.lost) / self.n, shift)
         z, power = (NormalDist().inv_cdf(p) for p in (0.5 + confidence / 2, POWER))
         errors = z * math.sqrt(changing) + power * math.sqrt(changing - shift**2)
@@ -214,6 +214,7 @@ def _scipy() -> Any:
         from scipy import special
     except ImportError as error:
         raise BackendNotAvailableError(
-            "sway_compare needs scipy, which this environment lacks. Install it with: pip install 'pytest-sway[compare]'"
+            "sway_compare needs scipy, which this environment lacks."
+            " Install it with: pip install 'pytest-sway[compare]'"
         ) from error
     return special

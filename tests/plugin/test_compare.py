@@ -194,7 +194,7 @@ BAD = {
     "FACTS, NEW": "sway_compare needs a baseline: pass a view, a spec or a configured name, such as *",
     "FACTS, None, OLD": "sway_compare needs a candidate: *",
     "FACTS, 3, OLD": "the candidate of a comparison is a view, a spec or a configured name; found int: 3.",
-    "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the one that you mean, as in*",
+    "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the one that you*",
     "FACTS[:1], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 1: *",
     "[], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 0: *",
     "'the sun', NEW, OLD": "expected a list of questions, and 'the sun' is none.*",

@@ -47,7 +47,7 @@ ONLY_IN = {
     ("scipy",): ("comparison",),
 }
 
-NEVER_IN = {room: ("pytest", "_pytest", "xdist") for room in ("cache", "backends", "comparison")}
+NEVER_IN = dict.fromkeys(("cache", "backends", "comparison"), ("pytest", "_pytest", "xdist"))
 
 
 @dataclass(frozen=True, order=True)
@@ -182,7 +182,9 @@ def test_a_library_is_imported_in_its_own_room_alone(found: set[Arrow]) -> None:
     assert strangers(found) == []
 
 
-@pytest.mark.parametrize("room", [*ORDER, "cache", "comparison", "run", "spec", "system", "backends.hf.scoring", "backends.text"])
+@pytest.mark.parametrize(
+    "room", [*ORDER, "cache", "comparison", "run", "spec", "system", "backends.hf.scoring", "backends.text"]
+)
 def test_a_room_says_its_purpose_and_hands_nothing_on(room: str) -> None:
     tree = ast.parse((PACKAGE.joinpath(*room.split(".")) / "__init__.py").read_text("utf-8"))
     assert ast.get_docstring(tree)

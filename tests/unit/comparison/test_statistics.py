@@ -111,7 +111,9 @@ def _false_alarms_of_proportions(n: int, nominal: float, true: float) -> Iterato
     """The probability, not simulated, of an interval wholly below the true difference, however many outcomes change."""
     gained, lost, _, high = np.array(_proportions(n, 1 - 2 * nominal)).T
     kept = n - gained - lost
-    ways = np.array([math.lgamma(n + 1) - sum(math.lgamma(k + 1) for k in row) for row in zip(gained, lost, kept)])
+    ways = np.array(
+        [math.lgamma(n + 1) - sum(math.lgamma(k + 1) for k in row) for row in zip(gained, lost, kept, strict=True)]
+    )
     for changing in np.linspace(max(abs(true), 0.01), 0.99, 40):
         shares = ((changing + true) / 2, (changing - true) / 2, 1 - changing)
         logs = [np.where(count > 0, count * math.log(max(share, 1e-300)), 0.0) for count, share in
@@ -132,7 +134,9 @@ def test_equal_outcomes_have_a_width_at_5_questions() -> None:
     assert interval == pytest.approx((0.0, -0.7182213, 0.7182213), abs=1e-6)
 
 
-@pytest.mark.parametrize(("gained", "lost", "n"), [(5, 0, 5), (0, 5, 5), (3, 1, 9), (0, 0, 2), (20, 20, 40), (1.5, 0.5, 4)])
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"), [(5, 0, 5), (0, 5, 5), (3, 1, 9), (0, 0, 2), (20, 20, 40), (1.5, 0.5, 4)]
+)
 def test_an_interval_of_proportions_holds_its_mean_and_mirrors(gained: float, lost: float, n: int) -> None:
     mean, low, high = PairedProportions(gained, lost, n).interval(0.99)
     assert -1.0 <= low < mean <= high <= 1.0 or -1.0 <= low <= mean < high <= 1.0
