@@ -222,11 +222,15 @@ def pytest_runtest_makereport(
     seconds = session.take_load_seconds() if session else 0.0
     if seconds:
         item.user_properties.append(("sway_load_seconds", round(seconds, 3)))
+    compared = item.stash.get(_comparisons, ())
+    if compared:
+        from pytest_sway.report.comparisons import set_properties
+
+        set_properties(item.user_properties, compared)
     report = yield
     report.duration = max(0.0, report.duration - seconds)
     if report.failed and report.when == "call":
-        for comparison in item.stash.get(_comparisons, ()):
-            report.sections.append(("sway_compare", "\n".join(comparison.report())))
+        report.sections += [("sway_compare", "\n".join(comparison.report())) for comparison in compared]
     return report
 
 
@@ -259,7 +263,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what happened, if a test used a backend."""
+    """Print what was compared, and what happened, if a test used a backend."""
+    if any(report for reports in terminalreporter.stats.values() for report in reports if _compares(report)):
+        from pytest_sway.report.comparisons import write_comparisons
+
+        write_comparisons(terminalreporter)
     if (sway := _used(config)) is not None:
         from pytest_sway.report.summary import write_summary
 
@@ -312,6 +320,10 @@ def _sway(config: pytest.Config) -> SwaySession:
             share_weights=weights_folder(config),
         )
     return config.stash[_session]
+
+
+def _compares(report: object) -> bool:
+    return any(name == "sway_compare" for name, _ in getattr(report, "user_properties", ()))
 
 
 def _end(config: pytest.Config, owner: Owner) -> None:

@@ -179,6 +179,7 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def _shown(question: Any) -> str:
-    """The beginning of a question, on one line."""
-    text = " ".join((question if isinstance(question, str) else repr(question)).split())
+    """The beginning of a question, on one line; a pair of texts as one."""
+    pair = isinstance(question, Sequence) and all(isinstance(part, str) for part in question)
+    text = " ".join(("".join(question) if pair else repr(question)).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -145,8 +145,8 @@ def test_it(sway_compare):
             "as many prompts show a shift of * with 80% power; half of it takes about *",
             "the worst 5 of 12:",
             "difference   candidate    baseline  question",
-            "        -6          -7          -1  ('the sun rises for the 11 time in the', ' east 11')",
-            "      -5.5        -6.5          -1  ('the sun rises for the 10 time in the', ' east 10')",
+            "        -6          -7          -1  the sun rises for the 11 time in the east 11",
+            "      -5.5        -6.5          -1  the sun rises for the 10 time in the east 10",
         ]
     )
 
