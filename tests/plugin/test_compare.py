@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -235,3 +237,88 @@ def test_it(sway_compare, monkeypatch):
     result.stdout.fnmatch_lines(
         ["E *BackendNotAvailableError: sway_compare needs scipy, *: pip install 'pytest-sway?compare?'"]
     )
+
+
+# --- the table at the end, and what reports carry ---------------------------------------------------------------------
+
+THREE = """
+def test_good(sway_compare):
+    sway_compare(FACTS, canned(0.5), canned(0.0), name="good")
+    sway_compare(FACTS, NEW, OLD, name="equal")
+
+def test_bad(sway_compare):
+    assert sway_compare(FACTS, canned(-0.5), canned(0.0), name="bad").high >= 0
+
+def test_other(sway_backend):
+    sway_backend(NEW)
+"""
+
+
+@pytest.mark.parametrize("args", [("-p", "no:xdist"), ("-n", "2")], ids=" ".join)
+def test_the_run_ends_with_a_table_failures_first(pytester: pytest.Pytester, args: tuple[str, ...]) -> None:
+    result = run(pytester, THREE, *args)
+    result.assert_outcomes(passed=2, failed=1)
+    lines = result.outlines
+    table = lines[lines.index("=============================== sway comparisons ===============================") :]
+    pytest.LineMatcher(table).re_match_lines(
+        [
+            r"comparison  test    prompts   mean     low    high  unit$",
+            r"bad         failed       12  -3\.25  -4\.\d+  -1\.\d+  nats an answer$",
+        ]
+    )
+    rest = [line.split()[:3] for line in table if line.startswith(("good", "equal"))]
+    assert rest == [["good", "passed", "12"], ["equal", "passed", "12"]]
+    assert "low to high: 99% interval of the mean" in table
+
+
+def test_a_run_that_compares_nothing_has_no_table(pytester: pytest.Pytester) -> None:
+    assert "comparisons" not in run(pytester, "def test_other(sway_backend):\n    sway_backend(NEW)\n").stdout.str()
+
+
+def test_junit_has_each_comparison_as_a_property_of_its_test(pytester: pytest.Pytester) -> None:
+    run(pytester, THREE, "--junitxml=junit.xml")
+    cases = {case.get("name"): case for case in ElementTree.parse(pytester.path / "junit.xml").iter("testcase")}
+    found = {
+        name: [json.loads(each.get("value", "")) for each in case.iter("property") if each.get("name") == "sway_compare"]
+        for name, case in cases.items()
+    }
+    assert [each["name"] for each in found["test_good"]] == ["good", "equal"]
+    assert found["test_other"] == []
+    (bad,) = found["test_bad"]
+    assert (bad["candidate"], bad["baseline"], bad["n"]) == ("dummy:shifted -0.5", "dummy:shifted 0.0", 12)
+    assert bad["mean"] == pytest.approx(-3.25)
+    assert bad["low"] < bad["mean"] < bad["high"] < 0
+
+
+def test_a_try_that_is_run_again_counts_once(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("""
+import pytest
+from _pytest.runner import runtestprotocol
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    for last in (False, True):
+        item._initrequest()
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        for report in reports:
+            if not last:
+                report.outcome = "rerun" if report.when == "call" else report.outcome
+            item.ihook.pytest_runtest_logreport(report=report)
+    return True
+
+def pytest_report_teststatus(report):
+    if report.outcome == "rerun":
+        return "rerun", "R", "RERUN"
+""")
+    result = run(
+        pytester,
+        """
+TRIES = []
+
+def test_it(sway_compare):
+    TRIES.append(1)
+    assert sway_compare(FACTS, canned(0.1 * len(TRIES)), canned(0.0), name="one").low > 0
+""",
+    )
+    table = [line.split() for line in result.outlines if line.startswith("one ")]
+    assert [row[:4] for row in table] == [["one", "passed", "12", "+1.3"]]
