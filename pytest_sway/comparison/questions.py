@@ -39,6 +39,7 @@ class Questions:
 
     def __init__(self, questions: Iterable[Any], score: Score | None = None) -> None:
         self._score = score
+        self._tokens: dict[int, int] = {}
         try:
             self.asked: Final = listed(questions, "questions")
         except ScoringError as error:
@@ -97,7 +98,19 @@ class Questions:
             return many(self.asked) if many else [view.logprob_of(*pair) for pair in self.asked]
         many = getattr(view, "rolling_logprobs", None)
         rolled = many(self.asked) if many else [view.rolling_logprob(text) for text in self.asked]
-        return [_per_token(each, at) for at, each in enumerate(rolled)]
+        return [self._per_token(each, at) for at, each in enumerate(rolled)]
+
+    def _per_token(self, rolled: Any, at: int) -> float:
+        """Nats per token, where the other side has as many."""
+        tokens = len(rolled.logprobs)
+        if tokens == 0:
+            raise ComparisonError(f"questions[{at}] has no token to score. Take the text out.")
+        if (others := self._tokens.setdefault(at, tokens)) != tokens:
+            raise ComparisonError(
+                f"questions[{at}] has {others} tokens on one side and {tokens} on the other, whose tokenizers differ: nats"
+                " per token are not comparable. Compare pairs of a prompt and an answer, or pass score=."
+            )
+        return float(rolled.total_logprob) / tokens
 
     def _number(self, score: Any, at: int, name: str) -> float:
         try:
@@ -141,14 +154,6 @@ def _kind(question: Any, at: int) -> str:
         f"a question is a text, or a pair of a prompt and an answer; questions[{at}] is {shortened(question)}. For"
         " questions of another kind, pass score=."
     )
-
-
-def _per_token(rolled: Any, at: int) -> float:
-    """Nats per token."""
-    tokens = len(rolled.logprobs)
-    if tokens == 0:
-        raise ComparisonError(f"questions[{at}] has no token to score. Take the text out.")
-    return float(rolled.total_logprob) / tokens
 
 
 def _canonical(question: Any) -> str:

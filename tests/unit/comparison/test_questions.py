@@ -59,7 +59,7 @@ def test_with_a_score_anything_is_a_question() -> None:
 
 
 def test_a_score_may_give_what_numpy_or_true_and_false_are() -> None:
-    assert Questions(TEXTS, lambda view, asked: (True, np.float32(0.5))).scored_by(VIEW, "it") == [1.0, 0.5]
+    assert Questions(TEXTS, lambda view, asked: [True, np.float32(0.5)]).scored_by(VIEW, "it") == [1.0, 0.5]
 
 
 def test_a_score_cannot_change_the_questions_of_the_other_side() -> None:
@@ -86,3 +86,14 @@ def test_a_score_that_is_no_finite_number_is_refused_with_its_question(score: An
 def test_a_repeated_question_is_refused(again: Any) -> None:
     with pytest.raises(ComparisonError, match=r"^questions\[2\] is questions\[0\] once more"):
         Questions([*PAIRS, again])
+
+
+def test_texts_with_other_tokens_on_the_other_side_are_refused() -> None:
+    class Letters(OneByOne):
+        def rolling_logprob(self, text: str) -> Any:
+            return super().rolling_logprob(" ".join(text) if text == TEXTS[1] else text)
+
+    questions = Questions(TEXTS)
+    questions.scored_by(VIEW, "words")
+    with pytest.raises(ComparisonError, match=r"^questions\[1\] has 3 tokens on one side and 10 on the other, whose"):
+        questions.scored_by(Letters(), "letters")
