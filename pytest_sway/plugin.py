@@ -21,8 +21,7 @@ from pytest_sway.system.imports import restore_modules
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend
-    from pytest_sway.comparison.comparison import Comparison
-    from pytest_sway.run.comparing import SwayCompare
+    from pytest_sway.run.comparing import Compared, SwayCompare
     from pytest_sway.run.session import SwayBackend, SwaySession
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
@@ -32,7 +31,7 @@ _session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
 _running = pytest.StashKey[Owner]()
 _errors = pytest.StashKey[list[BaseException]]()
-_comparisons = pytest.StashKey[list["Comparison"]]()
+_compared = pytest.StashKey[list["Compared"]]()
 _changed = pytest.StashKey[str]()
 
 
@@ -118,14 +117,15 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
     ``assert sway_compare(questions, "candidate", "baseline").low > -0.1``: the candidate is shown to lose less than
     0.1. A side is a view, a spec or a configured name.
     """
-    from pytest_sway.run.comparing import comparing
+    from pytest_sway.run.comparing import Compared, comparing
 
-    session, made = _sway(request.config), request.node.stash.setdefault(_comparisons, [])
-    made.clear()  # those of a try before this one
+    config = request.config
+    session, made = _sway(config), list[Compared]()
+    config.stash[_compared] = request.node.stash[_compared] = made
     return comparing(
         partial(session.backends_for, request.node.nodeid, ()),
         session.cache.resolve,
-        confidence=request.config.stash[_settings].confidence,
+        confidence=config.stash[_settings].confidence,
         made=made.append,
     )
 
@@ -192,6 +192,12 @@ def pytest_runtest_call(item: pytest.Item) -> None:
         session.check_fixtures(getattr(item, "funcargs", {}))
 
 
+def pytest_assertrepr_compare(config: pytest.Config, op: str, left: object, right: object) -> None:
+    """Note the margin of a failing assertion about a comparison; how it is shown is left to pytest."""
+    for compared in config.stash.get(_compared, ()):
+        compared.asserted(op, left, right)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Let go of what a failed test's traceback holds, once it is reported, so that the next load finds room.
@@ -222,7 +228,7 @@ def pytest_runtest_makereport(
     seconds = session.take_load_seconds() if session else 0.0
     if seconds:
         item.user_properties.append(("sway_load_seconds", round(seconds, 3)))
-    compared = item.stash.get(_comparisons, ())
+    compared = item.stash.get(_compared, ())
     if compared:
         from pytest_sway.report.comparisons import set_properties
 
@@ -230,7 +236,7 @@ def pytest_runtest_makereport(
     report = yield
     report.duration = max(0.0, report.duration - seconds)
     if report.failed and report.when == "call":
-        report.sections += [("sway_compare", "\n".join(comparison.report())) for comparison in compared]
+        report.sections += [("sway_compare", each.report()) for each in compared]
     return report
 
 

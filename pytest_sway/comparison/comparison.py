@@ -17,6 +17,7 @@ __tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest
 
 _WORST: Final = 5
 _LONGEST: Final = 60
+_MIRRORED: Final = str.maketrans("<>", "><")
 
 
 class Row(NamedTuple):
@@ -36,6 +37,16 @@ class Row(NamedTuple):
     def difference(self) -> float:
         """How much more the candidate scores."""
         return self.candidate - self.baseline
+
+
+class Claim(NamedTuple):
+    """That the true mean difference is above (``>``) or below (``<``) a margin."""
+
+    op: str
+    margin: float
+
+    def __str__(self) -> str:
+        return f"{'over' if self.op == '>' else 'under'} {self.margin:.4g}"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -100,10 +111,16 @@ class Comparison:
             f" to {self.high:+.4g} {self.unit}, {self.n} prompts>"
         )
 
-    def report(self) -> Iterator[str]:
-        """The lines that a failing test shows: the interval, how many prompts would do, and the worst questions."""
+    def report(self, claim: Claim | None = None) -> Iterator[str]:
+        """The lines that a failing test shows: the interval, how many prompts would do, and the worst questions.
+
+        Args:
+            claim: What the test has asserted, if that is known.
+        """
         yield f"{self.name}: {self.candidate} - {self.baseline} = {self.mean:+.4g} {self.unit}"
         yield f"{100 * self.confidence:.4g}% interval {self.low:+.4g} to {self.high:+.4g}, {self.n} prompts"
+        if claim is not None:
+            yield f"{claim}: {self.verdict(claim)}"
         yield from self._prompts_needed()
         worst = sorted(self.rows, key=lambda row: row.difference)[:_WORST]
         yield f"the worst {len(worst)} of {len(self.rows)}:"
@@ -111,6 +128,27 @@ class Comparison:
         for row in worst:
             numbers = (row.difference, row.candidate, row.baseline)
             yield "  ".join([*(f"{number:10.4g}" for number in numbers), _shown(row.question)])
+
+    def verdict(self, claim: Claim) -> str:
+        """Return what the interval says of a claim: shown, refuted, or undecided and how many prompts would decide."""
+        if claim.op == ">":
+            shown, refuted = self.low > claim.margin, self.high <= claim.margin
+        else:
+            shown, refuted = self.high < claim.margin, self.low >= claim.margin
+        if shown or refuted:
+            return "shown" if shown else "refuted"
+        distance = abs(self.mean - claim.margin)
+        return f"undecided, needs about {_about(self.needed(distance))} prompts" if distance else "undecided"
+
+    def claim(self, op: str, left: object, right: object) -> Claim | None:
+        """Return what a comparison of two objects claims of this one, if one of the two is a bound of its interval."""
+        if right is self.low or right is self.high:
+            left, right, op = right, left, op.translate(_MIRRORED)
+        if not (left is self.low or left is self.high) or op[:1] not in ("<", ">"):
+            return None
+        if isinstance(right, bool) or not isinstance(right, int | float) or not math.isfinite(right):
+            return None
+        return Claim(op[0], float(right))
 
     def _prompts_needed(self) -> Iterator[str]:
         detectable = self.detectable
@@ -120,10 +158,10 @@ class Comparison:
             least = f"{self.needed(1.0)} are the least that could, with {POWER:.0%} power"
             yield f"so few prompts show no shift at all; {least}"
             return
-        half = f"half of it takes about {self.needed(detectable / 2)}"
+        half = f"half of it takes about {_about(self.needed(detectable / 2))}"
         yield f"as many prompts show a shift of {detectable:.4g} with {POWER:.0%} power; {half}"
         if self.mean != 0.0 and self.low <= 0.0 <= self.high:
-            yield f"one as large as the mean here takes about {self.needed(abs(self.mean))}"
+            yield f"one as large as the mean here takes about {_about(self.needed(abs(self.mean)))}"
 
 
 def compare(
@@ -176,6 +214,12 @@ def _grouped(rows: Sequence[Row], clusters: Sequence[Sequence[int]]) -> Iterator
 
 def _mean(numbers: Sequence[float]) -> float:
     return math.fsum(numbers) / len(numbers)
+
+
+def _about(count: int) -> int:
+    """A number that promises no more than two digits."""
+    unit: int = 10 ** max(len(str(count)) - 2, 0)
+    return -(-count // unit) * unit
 
 
 def _shown(question: Any) -> str:

@@ -107,8 +107,8 @@ class Questions:
             raise ComparisonError(f"questions[{at}] has no token to score. Take the text out.")
         if (others := self._tokens.setdefault(at, tokens)) != tokens:
             raise ComparisonError(
-                f"questions[{at}] has {others} tokens on one side and {tokens} on the other, whose tokenizers differ: nats"
-                " per token are not comparable. Compare pairs of a prompt and an answer, or pass score=."
+                f"questions[{at}] has {others} tokens on one side and {tokens} on the other, whose tokenizers differ:"
+                " nats per token are not comparable. Compare pairs of a prompt and an answer, or pass score=."
             )
         return float(rolled.total_logprob) / tokens
 

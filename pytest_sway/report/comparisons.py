@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pytest_sway.system.redaction import redacted
 
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_sway.comparison.comparison import Comparison
+    from pytest_sway.comparison.comparison import Claim, Comparison
 
 PROPERTY: Final = "sway_compare"
 _FIELDS: Final = ("name", "candidate", "baseline", "unit", "mean", "low", "high", "n", "confidence")
-_COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "unit")
+_COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "unit", "asserted")
 _NUMBERS: Final = ("prompts", "mean", "low", "high")
 
 
-def set_properties(properties: list[tuple[str, object]], comparisons: Iterable[Comparison]) -> None:
+class Asserted(Protocol):
+    """A comparison, and what a failing test has asserted of it."""
+
+    comparison: Comparison
+    claim: Claim | None
+
+
+def set_properties(properties: list[tuple[str, object]], compared: Iterable[Asserted]) -> None:
     """Put comparisons among a test's ``user_properties``, in the place of those that are there."""
     properties[:] = [each for each in properties if each[0] != PROPERTY]
-    for comparison in comparisons:
-        numbers = {name: getattr(comparison, name) for name in _FIELDS}
-        properties.append((PROPERTY, json.dumps(numbers)))
+    for each in compared:
+        values = {name: getattr(each.comparison, name) for name in _FIELDS}
+        if each.claim is not None:
+            values["claim"], values["verdict"] = str(each.claim), each.comparison.verdict(each.claim)
+        properties.append((PROPERTY, json.dumps(values)))
 
 
 def write_comparisons(terminal: pytest.TerminalReporter) -> None:
@@ -43,21 +52,25 @@ def table_lines(found: Sequence[tuple[Mapping[str, Any], bool]]) -> Iterator[str
     Args:
         found: Each comparison's numbers, and whether its test failed.
     """
-    rows = [_COLUMNS, *(_row(each, failed) for each, failed in sorted(found, key=lambda pair: not pair[1]))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if column in _NUMBERS else cell.ljust(width)
-            for cell, width, column in zip(row, widths, _COLUMNS, strict=True)
-        )
-        yield "  ".join(cells).rstrip()
+    rows = [_row(each, failed) for each, failed in sorted(found, key=lambda pair: not pair[1])]
+    columns = [(name, *cells) for name, cells in zip(_COLUMNS, zip(*rows, strict=True), strict=True) if any(cells)]
+    aligned = [
+        [
+            cell.rjust(max(map(len, column))) if column[0] in _NUMBERS else cell.ljust(max(map(len, column)))
+            for cell in column
+        ]
+        for column in columns
+    ]
+    for row in zip(*aligned, strict=True):
+        yield "  ".join(row).rstrip()
     confidences = sorted({float(each["confidence"]) for each, _ in found})
     yield f"low to high: {' or '.join(f'{100 * each:.4g}%' for each in confidences)} interval of the mean"
 
 
 def _row(each: Mapping[str, Any], failed: bool) -> tuple[str, ...]:
     numbers = (f"{each[name]:+.4g}" for name in ("mean", "low", "high"))
-    return (each["name"], "failed" if failed else "passed", str(each["n"]), *numbers, each["unit"])
+    verdict = f"{each['claim']}: {each['verdict']}" if "claim" in each else ""
+    return (each["name"], "failed" if failed else "passed", str(each["n"]), *numbers, each["unit"], verdict)
 
 
 def _found(stats: Mapping[str, Sequence[Any]]) -> Iterator[tuple[Mapping[str, Any], bool]]:

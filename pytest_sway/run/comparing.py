@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pytest_sway.backends.questions import shortened
-from pytest_sway.comparison.comparison import Comparison, compare
+from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
 from pytest_sway.errors import ComparisonError, NoAdapterError
 from pytest_sway.spec.model_spec import ModelSpec
@@ -58,6 +58,22 @@ class SwayCompare(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Compared:
+    """A comparison of the running test, and what the test has asserted of it when it failed."""
+
+    comparison: Comparison
+    claim: Claim | None = None
+
+    def asserted(self, op: str, left: object, right: object) -> None:
+        """Note a failing assertion, if it is about this comparison."""
+        self.claim = self.comparison.claim(op, left, right) or self.claim
+
+    def report(self) -> str:
+        """What a failing test shows of it."""
+        return "\n".join(self.comparison.report(self.claim))
+
+
 @dataclass(frozen=True, slots=True)
 class _Side:
     """What is compared: a view, or the spec of a backend of which one is opened.
@@ -90,7 +106,7 @@ def comparing(
     resolve: Callable[[SpecLike], ModelSpec],
     *,
     confidence: float,
-    made: Callable[[Comparison], None],
+    made: Callable[[Compared], None],
 ) -> SwayCompare:
     """Return the fixture ``sway_compare`` of one test.
 
@@ -134,7 +150,7 @@ def comparing(
             name=name,
             same=same,
         )
-        made(comparison)
+        made(Compared(comparison))
         return comparison
 
     return sway_compare

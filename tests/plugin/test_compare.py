@@ -144,6 +144,7 @@ def test_it(sway_compare):
             "*- sway_compare -*",
             "the town: dummy:shifted -0.5 - dummy:shifted 0.0 = -3.25 nats an answer",
             "99% interval -* to -*, 12 prompts",
+            "over 0: refuted",
             "as many prompts show a shift of * with 80% power; half of it takes about *",
             "the worst 5 of 12:",
             "difference   candidate    baseline  question",
@@ -151,6 +152,39 @@ def test_it(sway_compare):
             "      -5.5        -6.5          -1  the sun rises for the 10 time in the east 10",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("asserted", "verdict"),
+    [
+        ("c.low > -4.0", "over -4: undecided, needs about [0-9]* prompts"),
+        ("-4 < c.low", "over -4: undecided, needs about [0-9]* prompts"),
+        ("c.high < -3", "under -3: undecided, needs about [0-9]* prompts"),
+        ("c.low > -1", "over -1: refuted"),
+        ("c.high <= -6.0", "under -6: refuted"),
+        ("-6.0 >= c.high", "under -6: refuted"),
+    ],
+)
+def test_a_failing_test_says_whether_what_it_asserts_is_refuted_or_undecided(
+    pytester: pytest.Pytester, asserted: str, verdict: str
+) -> None:
+    body = (
+        f"def test_it(sway_compare):\n    c = sway_compare(FACTS, canned(-0.5), canned(0.0))\n    assert {asserted}\n"
+    )
+    result = run(pytester, body)
+    result.stdout.fnmatch_lines(["99% interval -* to -*, 12 prompts", verdict, f"*nats an answer  {verdict}"])
+
+
+@pytest.mark.parametrize("asserted", ["c.mean > 0", "c.low == 0", "c.low > 'x'", "c.n > 12", "c.low > float('nan')"])
+def test_an_assertion_of_something_else_has_no_verdict(pytester: pytest.Pytester, asserted: str) -> None:
+    body = (
+        f"def test_it(sway_compare):\n    c = sway_compare(FACTS, canned(-0.5), canned(0.0))\n    assert {asserted}\n"
+    )
+    output = run(pytester, body).stdout
+    output.fnmatch_lines(["99% interval -* to -*, 12 prompts", "as many prompts *"])
+    assert "refuted" not in output.str()
+    assert "undecided" not in output.str()
+    assert "  asserted" not in output.str()
 
 
 def test_a_passing_test_shows_nothing(pytester: pytest.Pytester) -> None:
@@ -262,8 +296,8 @@ def test_the_run_ends_with_a_table_failures_first(pytester: pytest.Pytester, arg
     table = lines[lines.index("=============================== sway comparisons ===============================") :]
     pytest.LineMatcher(table).re_match_lines(
         [
-            r"comparison  test    prompts   mean     low    high  unit$",
-            r"bad         failed       12  -3\.25  -4\.\d+  -1\.\d+  nats an answer$",
+            r"comparison  test    prompts   mean     low    high  unit +asserted$",
+            r"bad         failed       12  -3\.25  -4\.\d+  -1\.\d+  nats an answer  over 0: refuted$",
         ]
     )
     rest = [line.split()[:3] for line in table if line.startswith(("good", "equal"))]
@@ -279,7 +313,9 @@ def test_junit_has_each_comparison_as_a_property_of_its_test(pytester: pytest.Py
     run(pytester, THREE, "--junitxml=junit.xml")
     cases = {case.get("name"): case for case in ElementTree.parse(pytester.path / "junit.xml").iter("testcase")}
     found = {
-        name: [json.loads(each.get("value", "")) for each in case.iter("property") if each.get("name") == "sway_compare"]
+        name: [
+            json.loads(each.get("value", "")) for each in case.iter("property") if each.get("name") == "sway_compare"
+        ]
         for name, case in cases.items()
     }
     assert [each["name"] for each in found["test_good"]] == ["good", "equal"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def test_texts_with_other_tokens_on_the_other_side_are_refused() -> None:
         def rolling_logprob(self, text: str) -> Any:
             return super().rolling_logprob(" ".join(text) if text == TEXTS[1] else text)
 
-    questions = Questions(TEXTS)
+    questions, letters = Questions(TEXTS), cast(Any, Letters())
     questions.scored_by(VIEW, "words")
     with pytest.raises(ComparisonError, match=r"^questions\[1\] has 3 tokens on one side and 10 on the other, whose"):
-        questions.scored_by(Letters(), "letters")
+        questions.scored_by(letters, "letters")
