@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.registry import cache_key_for
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend, Lease
+    from pytest_sway.comparison.comparison import Comparison
     from pytest_sway.errors import SwayError, SwayWarning
     from pytest_sway.protocols import (
         BatchView,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         TokenDist,
         View,
     )
+    from pytest_sway.run.comparing import SwayCompare
     from pytest_sway.run.session import SwayBackend
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -31,6 +33,7 @@ __all__ = [
     "BackendCache",
     "BatchView",
     "CachedBackend",
+    "Comparison",
     "DifferentialBackend",
     "Lease",
     "Message",
@@ -41,6 +44,7 @@ __all__ = [
     "RollingLogprob",
     "ScalableDifferentialBackend",
     "SwayBackend",
+    "SwayCompare",
     "SwayError",
     "SwayWarning",
     "TokenDist",
@@ -54,6 +58,7 @@ _HOMES = {
     "backends.registry": ("cache_key_for",),
     "cache.backend_cache": ("BackendCache",),
     "cache.entries": ("CachedBackend", "Lease"),
+    "comparison.comparison": ("Comparison",),
     "errors": ("SwayError", "SwayWarning"),
     "protocols": (
         "BatchView",
@@ -67,6 +72,7 @@ _HOMES = {
         "TokenDist",
         "View",
     ),
+    "run.comparing": ("SwayCompare",),
     "run.session": ("SwayBackend",),
     "spec.model_spec": ("ModelSpec",),
 }

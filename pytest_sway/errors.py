@@ -19,6 +19,7 @@ The tree::
     │   ├── ViewClosedError               a view was used after its ``with`` block
     │   └── NoAdapterError                the fine-tuned side of a spec without adapter
     ├── ScoringError (ValueError)         what was passed cannot be scored, or not by this model's server
+    ├── ComparisonError (ValueError)      what was passed to sway_compare cannot be compared
     ├── ServerError                       a server refused, failed, or did not answer
     └── MutationError                     a test left a shared model changed
 
@@ -113,6 +114,10 @@ class NoAdapterError(BackendUseError):
 
 class ScoringError(SwayError, ValueError):
     """What was passed leaves nothing to score, such as a completion of no tokens, or a server cannot score it."""
+
+
+class ComparisonError(SwayError, ValueError):
+    """What was passed to ``sway_compare`` cannot be compared: a side, the questions, or what a score gave."""
 
 
 class ServerError(SwayError):

@@ -14,13 +14,14 @@ import pytest
 
 from pytest_sway.cache.entries import Owner
 from pytest_sway.run.ordering import Collection
-from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, named_specs, resolve_settings
+from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, resolve_settings
 from pytest_sway.system.frames import forget_frames
 from pytest_sway.system.imports import restore_modules
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend
+    from pytest_sway.run.comparing import Compared, SwayCompare
     from pytest_sway.run.session import SwayBackend, SwaySession
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
@@ -30,6 +31,8 @@ _session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
 _running = pytest.StashKey[Owner]()
 _errors = pytest.StashKey[list[BaseException]]()
+_compared = pytest.StashKey[list["Compared"]]()
+_changed = pytest.StashKey[str]()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -63,6 +66,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "sway_spec(*specs): the model specs that a test uses; with exactly one, sway_backend() needs no argument.",
     )
     config.stash[_settings] = settings = resolve_settings(config)
+    if config.getoption("sway_set"):
+        from pytest_sway.run.named_specs import check_changes
+
+        config.stash[_changed] = check_changes(config)
     config.stash[_running] = Owner("the session")
     config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
     if settings.reorder:
@@ -83,9 +90,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         del config.stash[_terminal_fd]
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     """Show what is in force."""
-    return config.stash[_settings].header()
+    changed = config.stash.get(_changed, None)
+    return [config.stash[_settings].header(), *(() if changed is None else (changed,))]
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
@@ -100,6 +108,26 @@ def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
     """
     with _sway(request.config).backends_for(request.node.nodeid, _marked(request.node)) as backends:
         yield backends
+
+
+@pytest.fixture
+def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
+    """Call it with questions, a candidate and a baseline to get how much more the candidate scores, in plain numbers.
+
+    ``assert sway_compare(questions, "candidate", "baseline").low > -0.1``: the candidate is shown to lose less than
+    0.1. A side is a view, a spec or a configured name.
+    """
+    from pytest_sway.run.comparing import Compared, comparing
+
+    config = request.config
+    session, made = _sway(config), list[Compared]()
+    config.stash[_compared] = request.node.stash[_compared] = made
+    return comparing(
+        partial(session.backends_for, request.node.nodeid, ()),
+        session.cache.resolve,
+        confidence=config.stash[_settings].confidence,
+        made=made.append,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +192,12 @@ def pytest_runtest_call(item: pytest.Item) -> None:
         session.check_fixtures(getattr(item, "funcargs", {}))
 
 
+def pytest_assertrepr_compare(config: pytest.Config, op: str, left: object, right: object) -> None:
+    """Note the margin of a failing assertion about a comparison; how it is shown is left to pytest."""
+    for compared in config.stash.get(_compared, ()):
+        compared.asserted(op, left, right)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Let go of what a failed test's traceback holds, once it is reported, so that the next load finds room.
@@ -194,8 +228,15 @@ def pytest_runtest_makereport(
     seconds = session.take_load_seconds() if session else 0.0
     if seconds:
         item.user_properties.append(("sway_load_seconds", round(seconds, 3)))
+    compared = item.stash.get(_compared, ())
+    if compared:
+        from pytest_sway.report.comparisons import set_properties
+
+        set_properties(item.user_properties, compared)
     report = yield
     report.duration = max(0.0, report.duration - seconds)
+    if report.failed and report.when == "call":
+        report.sections += [("sway_compare", each.report()) for each in compared]
     return report
 
 
@@ -228,7 +269,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what happened, if a test used a backend."""
+    """Print what was compared, and what happened, if a test used a backend."""
+    if any(report for reports in terminalreporter.stats.values() for report in reports if _compares(report)):
+        from pytest_sway.report.comparisons import write_comparisons
+
+        write_comparisons(terminalreporter)
     if (sway := _used(config)) is not None:
         from pytest_sway.report.summary import write_summary
 
@@ -268,18 +313,23 @@ def _sway(config: pytest.Config) -> SwaySession:
     if _session not in config.stash:
         from pytest_sway.report.secrets import SecretsHidden
         from pytest_sway.run.controller import load_progress, weights_folder
+        from pytest_sway.run.named_specs import named_specs
         from pytest_sway.run.session import SwaySession
 
         config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")
         config.stash[_session] = SwaySession(
             config.stash[_settings],
             _Hooks(config),
-            named_specs(config.rootpath),
+            named_specs(config),
             load_progress(config, _terminal(config)),
             owner=lambda: config.stash[_running],
             share_weights=weights_folder(config),
         )
     return config.stash[_session]
+
+
+def _compares(report: object) -> bool:
+    return any(name == "sway_compare" for name, _ in getattr(report, "user_properties", ()))
 
 
 def _end(config: pytest.Config, owner: Owner) -> None:

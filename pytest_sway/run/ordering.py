@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_sway.run.settings import SwaySettings, named_specs
+from pytest_sway.run.settings import SwaySettings
 
 if TYPE_CHECKING:
     from pytest_sway.run.scheduling import Needs
@@ -44,11 +44,12 @@ class Collection:
         return (yield)
 
     def _reorder(self, config: pytest.Config, items: list[pytest.Item], specs: Sequence[Sequence[Any]]) -> None:
+        from pytest_sway.run.named_specs import named_specs
         from pytest_sway.run.scheduling import needs_of, ordered
         from pytest_sway.spec.parsing import parse_spec
 
         try:
-            named = named_specs(config.rootpath)
+            named = named_specs(config)
         except Exception:  # the first test that uses a backend says what is wrong with the file
             named = {}
         for item, values in zip(items, specs, strict=True):

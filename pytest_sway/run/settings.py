@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
@@ -20,6 +19,7 @@ _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2*
 # Compiled when they are first used, which most runs never do.
 _MEMORY: Final = r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B?)"
 _DEVICE: Final = r"[a-z]+(:\d+)?"
+_CONFIDENCE: Final = 0.99
 
 
 class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every run of pytest pays for it
@@ -37,6 +37,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
         offline: Whether nothing is asked of a hub.
         share_weights: ``auto`` if the workers of a host hold one copy of converted weights, else ``off``.
         score_cache: The most bytes of answers that each base remembers; 0 for none.
+        confidence: Of the intervals of ``sway_compare``.
     """
 
     cache_size: int
@@ -50,6 +51,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
     offline: bool
     share_weights: str
     score_cache: int
+    confidence: float
 
     def fails_run(self, leaks: Sequence[str]) -> bool:
         """Whether ``leaks`` fail a run in which every test passed."""
@@ -65,6 +67,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
             f"{'' if self.share_weights == 'auto' else ', weights not shared between workers'}"
             f"{'' if self.score_cache else ', answers not remembered'}"
             f"{'' if self.on_base_mismatch == 'warn' else f', on base mismatch {self.on_base_mismatch}'}"
+            f"{'' if self.confidence == _CONFIDENCE else f', confidence {self.confidence:.4g}'}"
         )
 
 
@@ -126,6 +129,17 @@ def parse_score_cache(text: str) -> int:
     if size is None:
         raise ValueError("must be a size such as 64MiB, or off")
     return size
+
+
+def parse_confidence(text: str) -> float:
+    """A probability between 0.5 and 1."""
+    try:
+        confidence = float(text)
+    except ValueError:
+        confidence = 0.0
+    if not 0.5 <= confidence < 1.0:
+        raise ValueError("must be a number from 0.5 to under 1, such as 0.99")
+    return confidence
 
 
 def parse_device(text: str) -> str:
@@ -206,6 +220,12 @@ _SETTINGS: Final = (
         parse_score_cache,
         "the most memory for what each base model has answered, which all its adapters share; off (default: 64MiB)",
     ),
+    _Setting(
+        "sway_confidence",
+        str(_CONFIDENCE),
+        parse_confidence,
+        f"the confidence of the intervals that sway_compare gives (default: {_CONFIDENCE})",
+    ),
 )
 
 
@@ -218,6 +238,12 @@ def add_options(parser: pytest.Parser) -> None:
             group.addoption(setting.option, dest=setting.name, default=None, help=setting.help, **form)
         flag: Any = "bool" if isinstance(setting.default, bool) else None
         parser.addini(setting.name, setting.help, type=flag, default=setting.default)
+    group.addoption(
+        "--sway-set",
+        action="append",
+        metavar="NAME.FIELD=VALUE",
+        help="change or make a named spec for this run, such as candidate.adapter=runs/v4; may be repeated",
+    )
 
 
 def resolve_settings(config: pytest.Config) -> SwaySettings:
@@ -237,40 +263,3 @@ def asks_for_offline(early_config: pytest.Config) -> bool:
         return bool(early_config.getini("sway_offline"))
     except (ValueError, pytest.UsageError):
         return False
-
-
-def named_specs(rootpath: Path) -> dict[str, dict[str, Any]]:
-    """The specs under ``[tool.pytest-sway.specs]`` of the root's pyproject.toml; relative folders start at the root.
-
-    Raises:
-        SpecError: The table is not one of tables.
-    """
-    path = rootpath / "pyproject.toml"
-    if not path.is_file():
-        return {}
-    import tomllib
-
-    table = tomllib.loads(path.read_text("utf-8")).get("tool", {}).get("pytest-sway", {})
-    specs = table.get("specs", {}) if isinstance(table, dict) else table
-    fields = specs.values() if isinstance(specs, dict) else [specs]
-    wrong = next((value for value in fields if not isinstance(value, dict)), None)
-    if wrong is not None:
-        from pytest_sway.errors import SpecError
-
-        raise SpecError(
-            f"{path}: [tool.pytest-sway.specs] must hold one table of fields for each name, such as"
-            f" v3 = {{ base = ..., adapter = ... }}; found {wrong!r}."
-        )
-    return {name: _rooted(spec, rootpath) for name, spec in specs.items()}
-
-
-def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
-    rooted = dict(spec)
-    for name in ("adapter", "answers"):
-        if isinstance(spec.get(name), str):
-            rooted[name] = str(rootpath / Path(spec[name]).expanduser())
-    for name in ("base", "finetuned") if spec.get("kind", "hf") not in ("api", "dummy") else ():
-        model = spec.get(name)
-        if isinstance(model, str) and (model.startswith((".", "~")) or (rootpath / model).is_dir()):
-            rooted[name] = str(rootpath / Path(model).expanduser())
-    return rooted

@@ -12,11 +12,13 @@ import pytest
 from pytest_sway import (
     BackendCache,
     CachedBackend,
+    Comparison,
     DifferentialBackend,
     Lease,
     ModelSpec,
     RollingLogprob,
     SwayBackend,
+    SwayCompare,
     SwayError,
     SwayWarning,
     TokenDist,
@@ -71,6 +73,18 @@ def test_with_the_fixture(sway_backend: SwayBackend) -> None:
     if isinstance(backend, PreflightCheckable):
         ok, reason = backend.preflight_finite_check()
         assert ok, reason
+
+
+def test_with_a_comparison(sway_backend: SwayBackend, sway_compare: SwayCompare) -> None:
+    pairs = [("prompt", " completion"), ("another", " completion")]
+    comparison = sway_compare(pairs, "candidate", SPEC, name="the town")
+    assert_type(comparison, Comparison)
+    assert_type((comparison.mean, comparison.low, comparison.high, comparison.n), tuple[float, float, float, int])
+    assert_type((comparison.detectable, comparison.needed(0.1)), tuple[float, int])
+    assert_type([row.difference for row in comparison.rows], list[float])
+    with sway_backend(SPEC).as_finetuned() as tuned:
+        sway_compare(["a text", "another"], tuned, {"base": "org/name"})
+        sway_compare([1, 2], tuned, "baseline", score=lambda view, questions: [len(view.id) for _ in questions])
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pytest_sway"
 
 ORDER = {
-    "": ("errors system", "protocols", "spec dlm_sway", "backends", "cache", "report", "run", "plugin"),
+    "": ("errors system", "protocols", "spec dlm_sway", "backends", "cache comparison", "report", "run", "plugin"),
     "backends": (
         "questions",
         "checkpoints",
@@ -44,9 +44,10 @@ ONLY_IN = {
     ("transformers",): ("backends.hf", "backends.mlx", "backends.libraries"),  # mlx-lm takes its tokenizers from there
     ("mlx", "mlx_lm"): ("backends.mlx",),
     ("httpx",): ("backends.api",),
+    ("scipy",): ("comparison",),
 }
 
-NEVER_IN = {"cache": ("pytest", "_pytest", "xdist"), "backends": ("pytest", "_pytest", "xdist")}
+NEVER_IN = dict.fromkeys(("cache", "backends", "comparison"), ("pytest", "_pytest", "xdist"))
 
 
 @dataclass(frozen=True, order=True)
@@ -181,7 +182,9 @@ def test_a_library_is_imported_in_its_own_room_alone(found: set[Arrow]) -> None:
     assert strangers(found) == []
 
 
-@pytest.mark.parametrize("room", [*ORDER, "cache", "run", "spec", "system", "backends.hf.scoring", "backends.text"])
+@pytest.mark.parametrize(
+    "room", [*ORDER, "cache", "comparison", "run", "spec", "system", "backends.hf.scoring", "backends.text"]
+)
 def test_a_room_says_its_purpose_and_hands_nothing_on(room: str) -> None:
     tree = ast.parse((PACKAGE.joinpath(*room.split(".")) / "__init__.py").read_text("utf-8"))
     assert ast.get_docstring(tree)

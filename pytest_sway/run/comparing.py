@@ -1,0 +1,175 @@
+"""The fixture ``sway_compare``: opens the views of both sides, has them answer, and keeps what was compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from pytest_sway.backends.questions import shortened
+from pytest_sway.comparison.comparison import Claim, Comparison, compare
+from pytest_sway.comparison.questions import Questions, Score
+from pytest_sway.errors import ComparisonError, NoAdapterError
+from pytest_sway.spec.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from pytest_sway.protocols import View
+    from pytest_sway.run.session import SwayBackend
+    from pytest_sway.spec.parsing import SpecLike
+
+__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+
+SideLike: TypeAlias = "View | SpecLike"
+Backends: TypeAlias = "Callable[[], AbstractContextManager[SwayBackend]]"
+
+
+class SwayCompare(Protocol):
+    """The type of the fixture ``sway_compare``."""
+
+    def __call__(
+        self,
+        questions: Iterable[Any],
+        candidate: SideLike,
+        baseline: SideLike | None = None,
+        *,
+        score: Score | None = None,
+        name: str | None = None,
+    ) -> Comparison:
+        """Return how much more ``candidate`` scores than ``baseline`` on the same questions.
+
+        Each side is a view, or a spec in any form, also a configured name: then it is the fine-tuned view of its
+        backend, or the base view where the spec has no adapter.
+
+        Args:
+            questions: Pairs of a prompt and an answer, which score the answer's log-probability in nats; or texts,
+                which score the mean log-probability of their tokens; or anything that ``score`` takes.
+            candidate: What may replace the baseline.
+            baseline: What is good enough now.
+            score: A function of a view and the list of questions that gives one number for each, more for a better
+                answer.
+            name: What reports call the comparison; by default after its sides.
+
+        Raises:
+            SwayError: A side cannot be had, or the questions or scores cannot be compared; the message says why.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class Compared:
+    """A comparison of the running test, and what the test has asserted of it when it failed."""
+
+    comparison: Comparison
+    claim: Claim | None = None
+
+    def asserted(self, op: str, left: object, right: object) -> None:
+        """Note a failing assertion, if it is about this comparison."""
+        self.claim = self.comparison.claim(op, left, right) or self.claim
+
+    def report(self) -> str:
+        """What a failing test shows of it."""
+        return "\n".join(self.comparison.report(self.claim))
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What is compared: a view, or the spec of a backend of which one is opened.
+
+    Attributes:
+        name: What reports call it.
+        model: The view or the resolved spec; equal ones are one model.
+    """
+
+    name: str
+    model: Any
+
+    @contextmanager
+    def view(self, backends: Backends) -> Iterator[Any]:
+        """Give the side's view: of a spec the fine-tuned one, or the base's where it has no other."""
+        if not isinstance(self.model, ModelSpec):
+            yield self.model
+            return
+        with ExitStack() as stack:
+            backend = stack.enter_context(backends())(self.model)
+            try:
+                view = stack.enter_context(backend.as_finetuned())
+            except NoAdapterError:
+                view = stack.enter_context(backend.as_base())
+            yield view
+
+
+def comparing(
+    backends: Backends,
+    resolve: Callable[[SpecLike], ModelSpec],
+    *,
+    confidence: float,
+    made: Callable[[Compared], None],
+) -> SwayCompare:
+    """Return the fixture ``sway_compare`` of one test.
+
+    Args:
+        backends: Gives what gets the test its backends. A side's is kept only while it is scored, so that a test can
+            compare more models than the cache holds.
+        resolve: Makes a spec of all of its forms.
+        confidence: Of the intervals.
+        made: Is told of each comparison.
+    """
+
+    def side(asked: Any, role: str) -> _Side:
+        if _is_view(asked):
+            return _Side(str(getattr(asked, "id", role)), asked)
+        if isinstance(asked, str | Mapping) or hasattr(asked, "base"):
+            spec = resolve(asked)
+            return _Side(asked if isinstance(asked, str) else str(spec), spec)
+        raise ComparisonError(_no_side(asked, role))
+
+    def scores(questions: Questions, side: _Side) -> list[float]:
+        with side.view(backends) as view:
+            return questions.scored_by(view, side.name)
+
+    def sway_compare(
+        questions: Iterable[Any],
+        candidate: SideLike,
+        baseline: SideLike | None = None,
+        *,
+        score: Score | None = None,
+        name: str | None = None,
+    ) -> Comparison:
+        checked = Questions(questions, score)
+        new, old = side(candidate, "candidate"), side(baseline, "baseline")
+        same = new.model == old.model
+        found = scores(checked, new)
+        comparison = compare(
+            checked,
+            (new.name, found),
+            (old.name, found if same else scores(checked, old)),
+            confidence=confidence,
+            name=name,
+            same=same,
+        )
+        made(Compared(comparison))
+        return comparison
+
+    return sway_compare
+
+
+def _is_view(side: object) -> bool:
+    return any(callable(getattr(side, name, None)) for name in ("logprob_of", "rolling_logprob", "generate"))
+
+
+def _no_side(found: object, role: str) -> str:
+    if found is None:
+        return (
+            f"sway_compare needs a {role}: pass a view, a spec or a configured name, such as"
+            " sway_compare(questions, candidate, baseline)."
+        )
+    if hasattr(found, "as_finetuned"):
+        return (
+            f"the {role} is a backend, which has two views. Open the one that you mean, as in `with"
+            f" backend.as_finetuned() as {role}:`, or pass its spec."
+        )
+    what = f"{type(found).__name__}: {shortened(found)}"
+    return f"the {role} of a comparison is a view, a spec or a configured name; found {what}."

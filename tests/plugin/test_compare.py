@@ -1,0 +1,360 @@
+"""The fixture ``sway_compare``: what a side may be, what a failing test shows, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.tiny import make_adapter, make_base
+
+SUITE = """
+import math
+import pytest
+from pytest_sway import ModelSpec
+
+FACTS = [(f"the sun rises for the {n} time in the", f" east {n}") for n in range(12)]
+NEW = {"kind": "dummy", "base": "new"}
+OLD = {"kind": "dummy", "base": "old"}
+
+def canned(shift, kind="logprobs"):
+    side = {"logprobs": {prompt: {answer: -1.0 + shift * (n + 1)} for n, (prompt, answer) in enumerate(FACTS)}}
+    return {"kind": "dummy", "base": f"shifted {shift}", "answers": {"finetuned": side}}
+"""
+
+
+def run(pytester: pytest.Pytester, body: str, *args: str, specs: str = "") -> pytest.RunResult:
+    pytester.makepyprojecttoml(f'[tool.pytest.ini_options]\nminversion = "8.0"\n{specs}')
+    pytester.makepyfile(test_suite=SUITE + body)
+    return pytester.runpytest_inprocess("-p", "no:cacheprovider", *args)
+
+
+NAMED = """
+[tool.pytest-sway.specs]
+new = { kind = "dummy", base = "a" }
+old = { kind = "dummy", base = "b" }
+"""
+
+
+def test_a_side_is_a_view_a_spec_or_a_name(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+def test_it(sway_backend, sway_compare):
+    by_name = sway_compare(FACTS, "new", "old")
+    assert (by_name.n, by_name.mean, by_name.confidence) == (12, 0.0, 0.99)  # both make the same answers up
+    backend = sway_backend("new")
+    with backend.as_finetuned() as tuned, backend.as_base() as base:
+        by_view = sway_compare(FACTS, tuned, base)
+        assert by_view.low > 0
+        assert sway_compare(FACTS, ModelSpec(**NEW), base).rows == by_view.rows
+        assert sway_compare(FACTS, OLD, base).mean == by_view.mean
+        expected = [tuned.logprob_of(*pair) - base.logprob_of(*pair) for pair in FACTS]
+    assert [row.difference for row in by_view.rows] == expected
+    assert by_view.mean == pytest.approx(sum(expected) / 12)
+""",
+        specs=NAMED,
+    )
+    result.assert_outcomes(passed=1)
+
+
+def test_a_spec_without_an_adapter_is_its_base(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    result = run(
+        pytester,
+        f"""
+BASE = {{"base": {str(base)!r}}}
+TUNED = {{**BASE, "adapter": {str(adapter)!r}}}
+TEXTS = ["the sun rises in the east .", "paris is the capital of france", "hello world"]
+
+def test_texts_are_nats_per_token(sway_backend, sway_compare):
+    comparison = sway_compare(TEXTS, TUNED, BASE)
+    with sway_backend(TUNED).as_finetuned() as tuned, sway_backend(BASE).as_base() as base:
+        for text, row in zip(TEXTS, comparison.rows):
+            assert row.candidate == pytest.approx(tuned.rolling_logprob(text).mean_logprob)
+            assert row.baseline == pytest.approx(base.rolling_logprob(text).mean_logprob)
+    assert comparison.unit == "nats per token"
+    assert comparison.low < comparison.mean < comparison.high
+
+def test_a_model_against_itself_is_exactly_0(sway_compare):
+    itself = sway_compare(TEXTS, TUNED, TUNED)
+    assert (itself.mean, itself.low, itself.high) == (0.0, 0.0, 0.0)
+
+def test_noise_in_the_adapters_place_is_a_side(sway_backend, sway_compare):
+    backend = sway_backend(TUNED)
+    with backend.as_finetuned() as tuned, backend.as_null_adapter(seed=1) as noise:
+        assert sway_compare(TEXTS, tuned, noise).baseline == "null_1"
+""",
+    )
+    result.assert_outcomes(passed=3)
+
+
+def test_a_test_can_compare_more_models_than_the_cache_holds(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+def test_it(sway_backend, sway_compare):
+    sway_backend(NEW)
+    for step in range(3):
+        assert sway_compare(FACTS, canned(0.1 * step + 0.1), canned(0.1 * step)).low > 0
+""",
+        "--sway-cache-size=2",
+    )
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["peak: 2 backends*"])
+
+
+def test_scores_of_ones_own_are_compared(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+def exact(view, questions):
+    return [view.generate(prompt, max_new_tokens=1) == " finetuned0" for prompt in questions]
+
+def test_it(sway_backend, sway_compare):
+    prompts = [prompt for prompt, _ in FACTS]
+    with sway_backend(NEW).as_base() as base:
+        better = sway_compare(prompts, NEW, base, score=exact)
+        equal = sway_compare(prompts, NEW, OLD, score=exact)
+    assert (better.mean, better.high, better.unit) == (1.0, 1.0, "points")
+    assert equal.mean == 0.0
+    assert equal.low < 0.0 < equal.high  # two models that agree on 12 prompts may differ on others
+    itself = sway_compare(prompts, NEW, NEW, score=exact)
+    assert (itself.low, itself.high) == (0.0, 0.0)
+""",
+    )
+    result.assert_outcomes(passed=1)
+
+
+def test_a_failing_test_shows_the_interval_how_many_prompts_would_do_and_the_worst(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+def test_it(sway_compare):
+    assert sway_compare(FACTS, canned(-0.5), canned(0.0), name="the town").high >= 0
+""",
+    )
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "E *assert -* >= 0",
+            "*- sway_compare -*",
+            "the town: dummy:shifted -0.5 - dummy:shifted 0.0 = -3.25 nats an answer",
+            "99% interval -* to -*, 12 prompts",
+            "over 0: refuted",
+            "as many prompts show a shift of * with 80% power; half of it takes about *",
+            "the worst 5 of 12:",
+            "difference   candidate    baseline  question",
+            "        -6          -7          -1  the sun rises for the 11 time in the east 11",
+            "      -5.5        -6.5          -1  the sun rises for the 10 time in the east 10",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("asserted", "verdict"),
+    [
+        ("c.low > -4.0", "over -4: undecided, needs about [0-9]* prompts"),
+        ("-4 < c.low", "over -4: undecided, needs about [0-9]* prompts"),
+        ("c.high < -3", "under -3: undecided, needs about [0-9]* prompts"),
+        ("c.low > -1", "over -1: refuted"),
+        ("c.high <= -6.0", "under -6: refuted"),
+        ("-6.0 >= c.high", "under -6: refuted"),
+    ],
+)
+def test_a_failing_test_says_whether_what_it_asserts_is_refuted_or_undecided(
+    pytester: pytest.Pytester, asserted: str, verdict: str
+) -> None:
+    body = (
+        f"def test_it(sway_compare):\n    c = sway_compare(FACTS, canned(-0.5), canned(0.0))\n    assert {asserted}\n"
+    )
+    result = run(pytester, body)
+    result.stdout.fnmatch_lines(["99% interval -* to -*, 12 prompts", verdict, f"*nats an answer  {verdict}"])
+
+
+@pytest.mark.parametrize("asserted", ["c.mean > 0", "c.low == 0", "c.low > 'x'", "c.n > 12", "c.low > float('nan')"])
+def test_an_assertion_of_something_else_has_no_verdict(pytester: pytest.Pytester, asserted: str) -> None:
+    body = (
+        f"def test_it(sway_compare):\n    c = sway_compare(FACTS, canned(-0.5), canned(0.0))\n    assert {asserted}\n"
+    )
+    output = run(pytester, body).stdout
+    output.fnmatch_lines(["99% interval -* to -*, 12 prompts", "as many prompts *"])
+    assert "refuted" not in output.str()
+    assert "undecided" not in output.str()
+    assert "  asserted" not in output.str()
+
+
+def test_a_passing_test_shows_nothing(pytester: pytest.Pytester) -> None:
+    result = run(pytester, "def test_it(sway_compare):\n    assert sway_compare(FACTS, NEW, OLD).high >= 0\n", "-rA")
+    result.assert_outcomes(passed=1)
+    assert "- sway_compare -" not in result.stdout.str()
+
+
+def test_workers_hand_over_what_a_failing_test_shows(pytester: pytest.Pytester) -> None:
+    body = "def test_it(sway_compare):\n    assert sway_compare(FACTS, canned(-0.5), canned(0.0)).high >= 0\n"
+    result = run(pytester, body, "-n", "1")
+    result.stdout.fnmatch_lines(["*- sway_compare -*", "dummy:shifted -0.5 against dummy:shifted 0.0: *"])
+
+
+def test_a_comparison_cannot_pass_by_accident(pytester: pytest.Pytester) -> None:
+    result = run(pytester, "def test_it(sway_compare):\n    assert sway_compare(FACTS, NEW, OLD)\n")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "E *TypeError: a Comparison is neither true nor false: assert one of its numbers, such as"
+            " sway_compare(...).low > -0.1. This one is <Comparison 'dummy:new against dummy:old': mean +0, 99%"
+            " interval +0 to +0 nats an answer, 12 prompts>."
+        ]
+    )
+
+
+def test_the_confidence_is_a_setting(pytester: pytest.Pytester) -> None:
+    body = "def test_it(sway_compare):\n    assert sway_compare(FACTS, NEW, OLD).confidence == 0.9\n"
+    result = run(pytester, body, "-o", "sway_confidence=0.9")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["sway: *, confidence 0.9"])
+    for value in ("high", "1", "0.4", "nan"):
+        result = run(pytester, body, "-o", f"sway_confidence={value}")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        assert (
+            f"ERROR: ini value sway_confidence: must be a number from 0.5 to under 1, such as 0.99; found '{value}'."
+            in result.stderr.str()
+        )
+
+
+BAD = {
+    'FACTS, "nwe", OLD': "no spec is named 'nwe' (named specs: new, old).*",
+    "FACTS, NEW": "sway_compare needs a baseline: pass a view, a spec or a configured name, such as *",
+    "FACTS, None, OLD": "sway_compare needs a candidate: *",
+    "FACTS, 3, OLD": "the candidate of a comparison is a view, a spec or a configured name; found int: 3.",
+    "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the one that you*",
+    "FACTS[:1], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 1: *",
+    "[], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 0: *",
+    "'the sun', NEW, OLD": "expected a list of questions, and 'the sun' is none.*",
+    "[('a', ' b'), ('a', ' c')], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 1: *",
+    "[*FACTS, 'a text'], NEW, OLD": "questions are of one kind, and questions?0? is a pair, questions?12? a text.*",
+    "[*FACTS, FACTS[3]], NEW, OLD": "questions?12? is questions?3? once more (('the sun rises for the 3 time in *",
+    "[{'a': 1}, {'a': 2}], NEW, OLD": "a question is a text, or a pair of a prompt and an answer; questions?0? is *",
+    "['a b', ''], NEW, OLD": "questions?1? has no token to score. Take the text out.",
+    "FACTS, NEW, OLD, score=3": "score= is a function of a view and the questions; found 3.",
+    "FACTS, NEW, OLD, score=lambda view, asked: [1.0]": "*one number for each question; found 1 for 12 questions of *",
+    "FACTS, NEW, OLD, score=lambda view, asked: 1.0": "score= gives one number for each question; found 1.0 for *",
+    "FACTS, NEW, OLD, score=lambda view, asked: ['1'] * 12": "the score of questions?0? (*) is '1' for dummy:new; a *",
+    "FACTS, NEW, OLD, score=lambda view, asked: [1.0] * 11 + [math.nan]": "the score of questions?11? (*) is nan for *",
+}
+
+
+def test_bad_input_is_one_error_that_names_its_page(pytester: pytest.Pytester) -> None:
+    body = "".join(
+        f"def test_{at}(sway_backend, sway_compare):\n    sway_compare({arguments})\n\n"
+        for at, arguments in enumerate(BAD)
+    )
+    result = run(pytester, body, "--tb=short", specs=NAMED)
+    result.assert_outcomes(failed=len(BAD))
+    result.stdout.fnmatch_lines([f"E *Error: {message}" for message in BAD.values()])
+    assert result.stdout.str().count("in the docs of pytest-sway: reference/errors.md#comparisonerror") == len(BAD) - 1
+
+
+def test_without_scipy_the_error_says_how_to_install_it(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+def test_it(sway_compare, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "scipy", None)
+    sway_compare(FACTS, NEW, OLD)
+""",
+    )
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["E *BackendNotAvailableError: sway_compare needs scipy, *: pip install 'pytest-sway?compare?'"]
+    )
+
+
+# --- the table at the end, and what reports carry ---------------------------------------------------------------------
+
+THREE = """
+def test_good(sway_compare):
+    sway_compare(FACTS, canned(0.5), canned(0.0), name="good")
+    sway_compare(FACTS, NEW, OLD, name="equal")
+
+def test_bad(sway_compare):
+    assert sway_compare(FACTS, canned(-0.5), canned(0.0), name="bad").high >= 0
+
+def test_other(sway_backend):
+    sway_backend(NEW)
+"""
+
+
+@pytest.mark.parametrize("args", [("-p", "no:xdist"), ("-n", "2")], ids=" ".join)
+def test_the_run_ends_with_a_table_failures_first(pytester: pytest.Pytester, args: tuple[str, ...]) -> None:
+    result = run(pytester, THREE, *args)
+    result.assert_outcomes(passed=2, failed=1)
+    lines = result.outlines
+    table = lines[lines.index("=============================== sway comparisons ===============================") :]
+    pytest.LineMatcher(table).re_match_lines(
+        [
+            r"comparison  test    prompts   mean     low    high  unit +asserted$",
+            r"bad         failed       12  -3\.25  -4\.\d+  -1\.\d+  nats an answer  over 0: refuted$",
+        ]
+    )
+    rest = [line.split()[:3] for line in table if line.startswith(("good", "equal"))]
+    assert rest == [["good", "passed", "12"], ["equal", "passed", "12"]]
+    assert "low to high: 99% interval of the mean" in table
+
+
+def test_a_run_that_compares_nothing_has_no_table(pytester: pytest.Pytester) -> None:
+    assert "comparisons" not in run(pytester, "def test_other(sway_backend):\n    sway_backend(NEW)\n").stdout.str()
+
+
+def test_junit_has_each_comparison_as_a_property_of_its_test(pytester: pytest.Pytester) -> None:
+    run(pytester, THREE, "--junitxml=junit.xml")
+    cases = {case.get("name"): case for case in ElementTree.parse(pytester.path / "junit.xml").iter("testcase")}
+    found = {
+        name: [
+            json.loads(each.get("value", "")) for each in case.iter("property") if each.get("name") == "sway_compare"
+        ]
+        for name, case in cases.items()
+    }
+    assert [each["name"] for each in found["test_good"]] == ["good", "equal"]
+    assert found["test_other"] == []
+    (bad,) = found["test_bad"]
+    assert (bad["candidate"], bad["baseline"], bad["n"]) == ("dummy:shifted -0.5", "dummy:shifted 0.0", 12)
+    assert bad["mean"] == pytest.approx(-3.25)
+    assert bad["low"] < bad["mean"] < bad["high"] < 0
+
+
+def test_a_try_that_is_run_again_counts_once(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("""
+import pytest
+from _pytest.runner import runtestprotocol
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    for last in (False, True):
+        item._initrequest()
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        for report in reports:
+            if not last:
+                report.outcome = "rerun" if report.when == "call" else report.outcome
+            item.ihook.pytest_runtest_logreport(report=report)
+    return True
+
+def pytest_report_teststatus(report):
+    if report.outcome == "rerun":
+        return "rerun", "R", "RERUN"
+""")
+    result = run(
+        pytester,
+        """
+TRIES = []
+
+def test_it(sway_compare):
+    TRIES.append(1)
+    assert sway_compare(FACTS, canned(0.1 * len(TRIES)), canned(0.0), name="one").low > 0
+""",
+    )
+    table = [line.split() for line in result.outlines if line.startswith("one ")]
+    assert [row[:4] for row in table] == [["one", "passed", "12", "+1.3"]]

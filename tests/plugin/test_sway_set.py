@@ -1,0 +1,146 @@
+"""``--sway-set NAME.FIELD=VALUE``: named specs that are changed, or made, for one run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plugin.conftest import Suite
+
+NAMED = """
+[tool.pytest.ini_options]
+minversion = "8.0"
+
+[tool.pytest-sway.specs]
+baseline = { kind = "dummy", base = "a", adapter = "runs/v3" }
+candidate = { kind = "dummy", base = "b", adapter = "runs/v3" }
+"""
+SHOWS = """
+def test_x(sway_backend):
+    for name in ("baseline", "candidate"):
+        print(name, "is", str(sway_backend(name).spec), sway_backend(name).spec.adapter)
+"""
+
+
+@pytest.fixture
+def named(suite: Suite) -> Suite:
+    suite.pytester.makepyprojecttoml(NAMED)
+    return suite
+
+
+def test_it_changes_a_named_spec_and_the_header_shows_it(named: Suite) -> None:
+    result = named.run(SHOWS, "-s", "--sway-set", "candidate.adapter=runs/v4", "--sway-set=candidate.base=c")
+    root = named.pytester.path
+    result.stdout.fnmatch_lines([f"sway: set candidate.adapter={root}/runs/v4, candidate.base=c"])
+    result.stdout.fnmatch_lines(
+        [f"*baseline is dummy:a + runs/v3 {root}/runs/v3", f"candidate is dummy:c + runs/v4 {root}/runs/v4"]
+    )
+
+
+def test_relative_folders_start_at_the_root_wherever_pytest_is_started(
+    named: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named.write(SHOWS)
+    monkeypatch.chdir(named.pytester.mkdir("elsewhere"))
+    result = named.pytester.runpytest_inprocess("..", "-s", "--sway-set=candidate.adapter=runs/v4")
+    result.stdout.fnmatch_lines([f"candidate is dummy:b + runs/v4 {named.pytester.path}/runs/v4"])
+
+
+def test_it_makes_a_spec_that_has_a_base(named: Suite) -> None:
+    body = "def test_x(sway_backend):\n    assert str(sway_backend('new').spec) == 'dummy:mine'\n"
+    named.run(body, "--sway-set=new.base=mine", "--sway-set=new.kind=dummy").assert_outcomes(passed=1)
+
+
+def test_an_empty_value_takes_a_field_away_and_the_last_one_wins(named: Suite) -> None:
+    result = named.run(
+        SHOWS, "-s", "--sway-set=candidate.adapter=", "--sway-set=candidate.base=x", "--sway-set=candidate.base=y"
+    )
+    result.stdout.fnmatch_lines(["sway: set candidate.adapter=None, candidate.base=y", "candidate is dummy:y None"])
+
+
+def test_fields_that_are_no_texts_are_read_as_what_they_are(named: Suite) -> None:
+    body = """
+def test_x(sway_backend):
+    spec = sway_backend("candidate").spec
+    assert (spec.timeout, spec.trust_remote_code) == (7.5, True)
+"""
+    settings = ("--sway-set=candidate.timeout=7.5", "--sway-set=candidate.trust_remote_code=true")
+    named.run(body, *settings).assert_outcomes(passed=1)
+
+
+def test_answers_may_be_json(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+def test_x(sway_backend):
+    with sway_backend("canned").as_base() as base:
+        assert base.generate("hello", max_new_tokens=1) == " you"
+""")
+    result = pytester.runpytest_inprocess(
+        "--sway-set=canned.kind=dummy",
+        "--sway-set=canned.base=mine",
+        '--sway-set=canned.answers={"base": {"generations": {"hello": " you"}}}',
+    )
+    result.assert_outcomes(passed=1)
+
+
+def test_the_order_knows_it(named: Suite) -> None:
+    body = """
+@pytest.mark.sway_spec("baseline")
+def test_1(): pass
+
+@pytest.mark.sway_spec(dummy("other"))
+def test_2(): pass
+
+@pytest.mark.sway_spec("candidate")
+def test_3(): pass
+"""
+
+    def order(*args: str) -> list[str]:
+        lines = named.run(body, "--collect-only", "-q", *args).outlines
+        return [line.rpartition("::")[2] for line in lines if "::" in line]
+
+    assert order() == ["test_1", "test_2", "test_3"]
+    assert order("--sway-set=candidate.base=a") == ["test_1", "test_3", "test_2"]
+
+
+def test_workers_get_it(named: Suite) -> None:
+    body = """
+@pytest.mark.parametrize("number", range(2))
+def test_x(sway_backend, number):
+    assert sway_backend("candidate").spec.adapter.name == "v4"
+"""
+    named.run(body, "-n", "2", "--sway-set=candidate.adapter=runs/v4").assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "candidate.adaptr=runs/v4",
+            "--sway-set candidate.adaptr: a spec has no field 'adaptr'; its fields are kind, base, adapter, *"
+            " Did you mean 'adapter'? (Named specs: baseline, candidate.)",
+        ),
+        (
+            "candidat.adapter=runs/v4",
+            "--sway-set candidat.adapter: no spec is named 'candidat' (named specs: baseline, candidate). To make a new"
+            " one, set its base, too: --sway-set candidat.base=...",
+        ),
+        ("candidate.dtype=int3", "--sway-set candidate.dtype: spec field 'dtype' must be one of *; found 'int3'. (*"),
+        ("candidate.timeout=long", "--sway-set candidate.timeout: spec field 'timeout' must be a number of seconds *"),
+        ("candidate.allow_pickle=maybe", "--sway-set candidate.allow_pickle: spec field 'allow_pickle' must be true *"),
+        ("candidate.api_key_env=sk-12345", "--sway-set candidate.api_key_env: spec field 'api_key_env' must be the *"),
+        ("adapter=v4", "--sway-set: must be NAME.FIELD=VALUE, such as candidate.adapter=runs/v4; found 'adapter'."),
+        ("candidate.adapter", "--sway-set: must be NAME.FIELD=VALUE, *; found 'candidate.adapter'."),
+        ("", "--sway-set: must be NAME.FIELD=VALUE, *; found ''."),
+    ],
+)
+def test_a_bad_one_ends_the_run_before_it_starts(named: Suite, setting: str, message: str) -> None:
+    result = named.run(SHOWS, f"--sway-set={setting}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {message}"])
+    assert "sk-12345" not in result.stderr.str() + result.stdout.str()
+
+
+def test_a_malformed_table_ends_a_run_that_changes_it(suite: Suite) -> None:
+    suite.pytester.makepyprojecttoml('[tool.pytest-sway]\nspecs = "v3"\n')
+    result = suite.run(SHOWS, "--sway-set=candidate.base=a")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --sway-set: *pyproject.toml: ?tool.pytest-sway.specs? must hold one table *"])

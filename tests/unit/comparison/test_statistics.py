@@ -1,0 +1,203 @@
+"""The intervals: known values, the level by simulation, and how many questions a shift takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pytest_sway.comparison.statistics import Evidence, PairedMeans, PairedProportions, mean_interval
+
+Sampler = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]
+
+CENTRED: dict[str, Sampler] = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "heavy-tailed": lambda rng, shape: rng.standard_t(3, shape),
+    "skewed": lambda rng, shape: rng.gamma(4.0, size=shape) - 4.0,
+    "very skewed": lambda rng, shape: rng.exponential(size=shape) - 1.0,
+}
+"""Differences whose true mean is 0. The skewness of the last two is 1 and 2: many losses are small, or gains large."""
+
+SAMPLES = 20_000
+NOMINAL = (0.005, 0.025)
+
+
+@cache
+def false_alarms(name: str, n: int, nominal: float) -> float:
+    """How often the interval is wholly below 0 for differences whose true mean is 0, in multiples of ``nominal``."""
+    differences = CENTRED[name](np.random.default_rng(n), (SAMPLES, n))
+    _, _, high = mean_interval(differences, 1 - 2 * nominal)
+    return float((high < 0).mean()) / nominal
+
+
+@pytest.mark.parametrize("nominal", NOMINAL)
+@pytest.mark.parametrize("n", [5, 10, 20, 50])
+@pytest.mark.parametrize("name", ["normal", "heavy-tailed"])
+def test_the_level_holds_for_symmetric_differences(name: str, n: int, nominal: float) -> None:
+    assert false_alarms(name, n, nominal) <= 1.3
+
+
+@pytest.mark.parametrize("nominal", NOMINAL)
+@pytest.mark.parametrize("n", [16, 20, 50])
+@pytest.mark.parametrize("name", ["skewed", "very skewed"])
+def test_the_level_holds_for_skewed_differences_from_16_on(name: str, n: int, nominal: float) -> None:
+    assert false_alarms(name, n, nominal) <= 1.3
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "nominal", "most"),
+    [
+        ("skewed", 5, 0.005, 2.2),
+        ("skewed", 5, 0.025, 1.5),
+        ("skewed", 10, 0.005, 1.8),
+        ("skewed", 10, 0.025, 1.3),
+        ("very skewed", 5, 0.005, 6.0),
+        ("very skewed", 5, 0.025, 2.5),
+        ("very skewed", 10, 0.005, 2.6),
+        ("very skewed", 10, 0.025, 1.3),
+    ],
+)
+def test_few_skewed_differences_have_the_false_alarms_that_the_docs_state(
+    name: str, n: int, nominal: float, most: float
+) -> None:
+    assert false_alarms(name, n, nominal) <= most
+
+
+def test_students_interval_alone_would_not_hold() -> None:
+    differences = CENTRED["very skewed"](np.random.default_rng(20), (SAMPLES, 20))
+    mean, error = differences.mean(axis=1), differences.std(axis=1, ddof=1) / math.sqrt(20)
+    assert (mean + 2.8609 * error < 0).mean() > 5 * 0.005  # the quantile of 99% with 19 degrees of freedom
+
+
+def test_a_symmetric_sample_has_students_interval() -> None:
+    interval = PairedMeans([-0.2, -0.1, 0.0, 0.1, 0.2]).interval(0.95)
+    width = 2.7764451 * math.sqrt(0.025) / math.sqrt(5)  # from a table of t with 4 degrees of freedom
+    assert interval == pytest.approx((0.0, -width, width), abs=1e-7)
+
+
+def test_skewness_widens_the_side_of_the_long_tail_alone() -> None:
+    lower = PairedMeans([-8.0, *[1.0 + step / 10 for step in range(20)]]).interval(0.95)
+    assert lower.mean - lower.low > 1.2 * (lower.high - lower.mean)
+    higher = PairedMeans([8.0, *[-1.0 - step / 10 for step in range(20)]]).interval(0.95)
+    assert (higher.mean, higher.low, higher.high) == pytest.approx((-lower.mean, -lower.high, -lower.low))
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.1, -0.3])
+def test_equal_differences_have_no_width(difference: float) -> None:
+    assert PairedMeans([difference] * 7).interval(0.99) == (difference, difference, difference)
+
+
+def test_two_differences_are_enough() -> None:
+    interval = PairedMeans([0.0, 1.0]).interval(0.99)
+    assert interval == pytest.approx((0.5, 0.5 - 63.6567 / 2, 0.5 + 63.6567 / 2), rel=1e-4)
+
+
+# --- scores of 0 and 1 ------------------------------------------------------------------------------------------------
+
+
+@cache
+def _proportions(n: int, confidence: float) -> list[tuple[int, int, float, float]]:
+    """Every outcome that ``n`` questions can have, and its interval."""
+    outcomes = [(gained, lost) for gained in range(n + 1) for lost in range(n + 1 - gained)]
+    intervals = [PairedProportions(gained, lost, n).interval(confidence) for gained, lost in outcomes]
+    return [(*outcome, each.low, each.high) for outcome, each in zip(outcomes, intervals, strict=True)]
+
+
+def _false_alarms_of_proportions(n: int, nominal: float, true: float) -> Iterator[float]:
+    """The probability, not simulated, of an interval wholly below the true difference, however many outcomes change."""
+    gained, lost, _, high = np.array(_proportions(n, 1 - 2 * nominal)).T
+    kept = n - gained - lost
+    ways = np.array(
+        [math.lgamma(n + 1) - sum(math.lgamma(k + 1) for k in row) for row in zip(gained, lost, kept, strict=True)]
+    )
+    for changing in np.linspace(max(abs(true), 0.01), 0.99, 40):
+        shares = ((changing + true) / 2, (changing - true) / 2, 1 - changing)
+        logs = [np.where(count > 0, count * math.log(max(share, 1e-300)), 0.0) for count, share in
+                zip((gained, lost, kept), shares, strict=True)]  # fmt: skip
+        yield float(np.exp(ways + sum(logs))[high < true].sum())
+
+
+@pytest.mark.parametrize("nominal", NOMINAL)
+@pytest.mark.parametrize("n", [5, 10, 20, 50])
+@pytest.mark.parametrize("true", [0.0, 0.05, 0.1, 0.2])
+def test_the_level_holds_for_scores_of_0_and_1(n: int, nominal: float, true: float) -> None:
+    assert max(_false_alarms_of_proportions(n, nominal, true)) <= 1.0 * nominal
+
+
+def test_equal_outcomes_have_a_width_at_5_questions() -> None:
+    interval = PairedProportions(0, 0, 5).interval(0.99)
+    # (5 d - 1)**2 = z**2 * 5 d (1 - d), with z = 2.575829
+    assert interval == pytest.approx((0.0, -0.7182213, 0.7182213), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"), [(5, 0, 5), (0, 5, 5), (3, 1, 9), (0, 0, 2), (20, 20, 40), (1.5, 0.5, 4)]
+)
+def test_an_interval_of_proportions_holds_its_mean_and_mirrors(gained: float, lost: float, n: int) -> None:
+    mean, low, high = PairedProportions(gained, lost, n).interval(0.99)
+    assert -1.0 <= low < mean <= high <= 1.0 or -1.0 <= low <= mean < high <= 1.0
+    assert PairedProportions(lost, gained, n).interval(0.99) == pytest.approx((-mean, -high, -low))
+
+
+def test_without_the_correction_it_is_tangos_interval() -> None:
+    """Fagerland, Lydersen and Laake (Statistics in Medicine 33, 2014) give -0.517 to -0.026 for 1 and 7 of 21."""
+    assert _tango(1, 7, 21, 1.959964) == pytest.approx((-0.517, -0.026), abs=0.0006)
+    _, low, high = PairedProportions(1, 7, 21).interval(0.95)
+    assert low < -0.517 < -0.026 < high
+
+
+def _tango(gained: int, lost: int, n: int, z: float) -> tuple[float, float]:
+    """The interval without correction, on a grid."""
+    evidence = PairedProportions(gained, lost, n)
+    grid = [step / 10_000 for step in range(-9_999, 10_000)]
+    inside = [d for d in grid if abs(gained - lost - n * d) <= z * evidence._error(d)]
+    return inside[0], inside[-1]
+
+
+# --- how much it takes ------------------------------------------------------------------------------------------------
+
+SEEN: list[Evidence] = [PairedMeans([0.3, -0.1, 0.4, 0.0, 0.2, -0.3, 0.1, 0.25]), PairedProportions(4, 6, 60)]
+
+
+@pytest.mark.parametrize("evidence", SEEN, ids=["means", "proportions"])
+def test_as_many_questions_as_there_are_see_what_is_detectable(evidence: Evidence) -> None:
+    detectable = evidence.detectable(0.99)
+    assert evidence.needed(detectable * 1.000001, 0.99) == {PairedMeans: 8, PairedProportions: 60}[type(evidence)]
+    assert evidence.needed(detectable / 2, 0.99) > 2 * evidence.needed(detectable, 0.99)
+
+
+def test_what_is_detectable_is_seen_four_times_of_five() -> None:
+    rng = np.random.default_rng(0)
+    n = 50
+    sample = PairedMeans(list(np.linspace(-1.0, 1.0, n)))
+    spread = float(np.std(sample.differences, ddof=1))
+    shifted = rng.standard_normal((SAMPLES, n)) * spread + sample.detectable(0.95)
+    _, low, _ = mean_interval(shifted, 0.95)
+    assert (low > 0).mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_what_is_detectable_in_proportions_is_seen_four_times_of_five_or_more() -> None:
+    rng = np.random.default_rng(0)
+    shift = PairedProportions(0, 0, 40).detectable(0.95)  # where as many outcomes change as the shift
+    lost = rng.binomial(40, shift, 2_000)
+    bounds = {count: PairedProportions(0, int(count), 40).interval(0.95).high for count in np.unique(lost)}
+    assert 0.8 <= np.mean([bounds[count] < 0 for count in lost]) <= 0.95  # outcomes are counted in whole ones
+
+
+def test_too_few_scores_of_0_and_1_see_nothing() -> None:
+    assert math.isinf(PairedProportions(0, 0, 5).detectable(0.99))
+    assert PairedProportions(0, 0, 5).needed(1.0, 0.99) == 9
+
+
+def test_questions_without_spread_see_everything() -> None:
+    assert PairedMeans([0.1] * 5).detectable(0.99) == 0.0
+    assert PairedMeans([0.1] * 5).needed(0.001, 0.99) == 2
+
+
+def test_a_margin_that_nothing_would_show_has_a_bound() -> None:
+    assert PairedMeans([0.0, 1.0, 5.0]).needed(1e-300, 0.99) == 10**9
+    assert PairedProportions(1, 1, 10).needed(1e-9, 0.99) == 10**9
