@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.protocols import DifferentialBackend, RollingLogprob, TokenDist
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def for_probes(backend: DifferentialBackend) -> DifferentialBackend:

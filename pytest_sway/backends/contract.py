@@ -24,7 +24,7 @@ _PROMPT: Final = "hello"
 _TOP_K: Final = 8
 
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def preflight(sides: Mapping[str, Callable[[], AbstractContextManager[View]]]) -> tuple[bool, str]:

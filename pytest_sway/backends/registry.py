@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pytest_sway.protocols import DifferentialBackend
 
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 BUILDERS: Final = {
     "hf": "pytest_sway.backends.hf.builder:HFBuilder",

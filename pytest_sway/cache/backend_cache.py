@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BackendCache", "CachedBackend", "Lease", "Owner"]
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pytest_sway.system.wording import format_bytes
 if TYPE_CHECKING:
     pass
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ Parts: TypeAlias = Mapping[Hashable, int]
 """Bytes by part; backends that share a part, such as a base, name it by the same key."""
 
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class State(enum.Enum):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_sway.spec.identity import Key
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _PATIENCE_WITH_ENDED_THREADS: Final = 10.0
 """Seconds that a request waits for a lease whose thread has ended, which few release and the main thread may."""

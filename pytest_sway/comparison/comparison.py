@@ -13,7 +13,7 @@ from pytest_sway.errors import ComparisonError
 if TYPE_CHECKING:
     from pytest_sway.comparison.questions import Questions
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _WORST: Final = 5
 _LONGEST: Final = 60

@@ -13,7 +13,7 @@ from pytest_sway.errors import ComparisonError, ScoringError
 if TYPE_CHECKING:
     from pytest_sway.protocols import View
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 Score: TypeAlias = "Callable[[Any, list[Any]], Iterable[SupportsFloat]]"
 """A function of a view and the questions that gives one number for each, more for a better answer."""

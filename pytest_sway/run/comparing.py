@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_sway.run.session import SwayBackend
     from pytest_sway.spec.parsing import SpecLike
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 SideLike: TypeAlias = "View | SpecLike"
 Backends: TypeAlias = "Callable[[], AbstractContextManager[SwayBackend]]"

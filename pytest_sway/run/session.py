@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pytest_sway.report.progress import LoadProgress
     from pytest_sway.run.settings import SwaySettings
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 _PATIENCE_AT_END: Final = 3.0

@@ -22,7 +22,7 @@ from pytest_sway.errors import SpecError
 from pytest_sway.protocols import log_of_tail
 from pytest_sway.system.reading import INDEX_BYTES, read_bounded
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 SIDES: Final = ("base", "finetuned")
 VOCABULARY: Final = 1000

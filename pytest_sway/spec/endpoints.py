@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pytest_sway.errors import SpecError
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _FORM = "'http://host:port', or the same with 'https' or a path"
 

@@ -17,7 +17,7 @@ from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 Kind = Literal["hf", "mlx", "api", "dummy", "custom"]
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class SpecAttributes(Protocol):

@@ -9,7 +9,7 @@ from typing import Final
 
 from pytest_sway.errors import SpecError
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 GGUF_SUFFIX: Final = ".gguf"
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")

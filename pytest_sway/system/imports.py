@@ -19,7 +19,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Final, final
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 # What is imported is the process's, and so is what is known of it.
 _lock: Final = threading.Lock()

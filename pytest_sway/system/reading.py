@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
     from pathlib import Path
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 CONFIG_BYTES: Final = 4 * 2**20
 """More than any config, whose size is in kilobytes; such a file is parsed in a fraction of a second."""

@@ -13,7 +13,7 @@ from pytest_sway.system.redaction import redacted
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 VARIABLE: Final = "SWAY_API_KEY"
 _OPENAI_VARIABLE: Final = "OPENAI_API_KEY"

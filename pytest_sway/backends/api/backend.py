@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.api.served_model import ServedModel
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class ApiBackend:

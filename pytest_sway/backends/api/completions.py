@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _TOKEN_ID: Final = re.compile(r"token_id:(\d+)")
 """How vLLM spells a token with ``return_tokens_as_token_ids``."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.api.auth import Key
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 CONCURRENT_REQUESTS: Final = 8
 """Requests that one backend has under way at one time."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.api.connection import Connection
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _PROBE = "1, 2, 3, 4, 5,"
 _PROBE_TOP = 5

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Prompt
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 async def logprob_of(model: ServedModel, prompt: Prompt, completion: str) -> float:

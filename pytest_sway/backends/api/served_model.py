@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.api.connection import Connection
     from pytest_sway.backends.api.echo import Echo
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _LIMITS: Final = (20, 10, 5, 1)
 """How many log-probabilities servers give at most: vLLM, mlx_lm, OpenAI; tried in turn when one refuses."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class ApiView(BaseView[ViewOwner]):

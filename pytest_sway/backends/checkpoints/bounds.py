@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _MORE_TEMPLATES: Final = "additional_chat_templates"
 _READ: Final = re.compile(r".*\.(json|jinja|txt|model|py|safetensors|bin|gguf)")

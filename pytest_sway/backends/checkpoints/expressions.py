@@ -15,7 +15,7 @@ from pytest_sway.system.wording import shown
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _EXPRESSIONS: Final = ("target_modules", "exclude_modules", "layers_pattern")
 _KEYED_BY_EXPRESSIONS: Final = ("rank_pattern", "alpha_pattern")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _VERSIONS: Final = (2, 3)
 _STRING: Final = 8

@@ -25,7 +25,7 @@ from pytest_sway.system.wording import some
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _IN_HUB_CACHE: Final = re.compile(r".*[/\\]models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?")
 _CONVERTED_COPY: Final = re.compile(

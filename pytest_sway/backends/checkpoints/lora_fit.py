@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 # Types of models whose files name the tensors as the loaded model does; others are renamed, split or fused on loading.
 _NAMED_AS_LOADED: Final = frozenset(

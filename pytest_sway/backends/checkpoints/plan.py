@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 @dataclass(frozen=True, slots=True)

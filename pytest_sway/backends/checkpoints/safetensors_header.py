@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 MAX_HEADER_BYTES: Final = 2**24
 """Room for over 100,000 tensors in a file. The format allows 100 MB, which would take seconds and a gigabyte."""

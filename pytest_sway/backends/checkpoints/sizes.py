@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _ITEM_BYTES: Final = {"fp16": 2, "bf16": 2, "fp32": 4}
 _FLOAT32_BYTES: Final = 4

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.dummy.canned import Dist, Rolling
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class DummyBackend:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from pytest_sway.errors import BackendUseError
 from pytest_sway.spec.answers import VOCABULARY, tail
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _FINETUNED_FACTOR: Final = 0.75
 """Of the base's log-probabilities, where they are made up."""

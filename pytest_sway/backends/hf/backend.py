@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.local.leaks import Leak
     from pytest_sway.backends.local.pooled_backend import Loaded
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class HFBackend(PooledBackend[Side, HFView]):

@@ -26,7 +26,7 @@ from pytest_sway.system.wording import shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _PATIENCE: Final = 2.0
 """Seconds of the thread's own time after which nothing more is tried; a try takes some hundredths, or longer where a

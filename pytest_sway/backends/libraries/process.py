@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 PROCESS_STATE: Final = threading.RLock()
 """Held by whoever changes what the whole process shares: the random state, warning filters, and the defaults that

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.libraries.culprits import Contents, Field
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 FILES: Final = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json",

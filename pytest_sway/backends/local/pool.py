@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from pytest_sway.system.forking import call_in_forked_child
 from pytest_sway.system.locking import atomic, holding
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")

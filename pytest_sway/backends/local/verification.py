@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def diverged(what: str, broken: Collection[str], count: int) -> str:

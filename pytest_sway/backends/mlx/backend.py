@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.mlx.model.base import LoadedBase
     from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class MLXBackend(PooledBackend[Side, MLXView]):

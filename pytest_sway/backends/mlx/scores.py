@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Run = Callable[..., Any]
     Ids = tuple[int, ...]
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.protocols import Message, Prompt
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 _MOST_ADDED: Final = 2**20

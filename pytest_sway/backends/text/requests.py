@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.protocols import Prompt
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class Encodes(Protocol):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 DEFAULT_MAX_LENGTH: Final = 2048
 """What lm-evaluation-harness takes for a model that names no length."""

@@ -9,7 +9,7 @@ from pytest_sway.errors import AdapterMismatchError
 if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def require_same_tokens(base: ModelSpec, ours: Any, tuned: ModelSpec, theirs: Any) -> None:

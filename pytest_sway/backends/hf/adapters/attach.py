@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.base import LoadedBase
     from pytest_sway.backends.hf.model.skeletons import Skeleton
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:

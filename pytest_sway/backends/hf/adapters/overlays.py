@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.adapter import Adapter
     from pytest_sway.backends.hf.model.base import LoadedBase
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:

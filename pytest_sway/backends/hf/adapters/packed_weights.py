@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ALIGNMENT: Final = 64

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _AROUND: Final = frozenset({"base_layer", "modules_to_save", "original_module", "token_adapter", NAME})
 """What PEFT puts between the name of a layer and that of its weight."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.bound_model import Side
     from pytest_sway.backends.hf.scoring.engine import Engine
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _TOKENS: Final = 16
 _ROWS: Final = 4096

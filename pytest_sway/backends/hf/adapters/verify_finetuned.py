@@ -12,7 +12,7 @@ from pytest_sway.errors import AdapterMismatchError
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.base import LoadedBase
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.adapter import Adapter
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 # Loaded by other ways than the model's state dict, which can report them as unexpected: prompts, and the projections
 # that all of VeRA's and PVeRA's layers share, which some versions of PEFT draw from their seed anew.

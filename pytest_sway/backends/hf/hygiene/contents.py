@@ -12,7 +12,7 @@ from pytest_sway.backends.hf.sharing.trees import modules_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class ContentsRecord:

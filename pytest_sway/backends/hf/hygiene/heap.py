@@ -8,7 +8,7 @@ import sys
 from functools import cache
 from typing import Any, Final
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _LARGEST_KEPT: Final = 20 * 2**20
 """Below what logits have that are made at once (`batches.Limits`). Kept, they would go the same way as all else: small

@@ -10,7 +10,7 @@ from pytest_sway.backends.local.leaks import chains_to
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def holders_of(storages: Iterable[int], limit: int = 5) -> list[str]:

@@ -14,7 +14,7 @@ from pytest_sway.backends.local.leaks import Leak
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class WeightsWatch:

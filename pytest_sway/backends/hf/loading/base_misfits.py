@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Make = Callable[[Path], Any]
     Sizes = Mapping[str, tuple[int, ...]]
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _PATIENCE: Final = 1.5
 """Seconds of the thread's own time after which no other value is tried; to make a model takes some hundredths, or more

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.libraries.culprits import Contents, Field
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _NUMBER: Final = re.compile(r"\.(\d+)\.")
 _MODULE: Final = re.compile(r"\.\d+\.(?:\w+\.)?(\w+)\.(?!\d)\w+(?:\.\w+)*$")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _OWN_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

@@ -12,7 +12,7 @@ from pytest_sway.errors import WeightsError
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def with_entries(files: AdapterFiles) -> AdapterFiles:

@@ -13,7 +13,7 @@ from pytest_sway.system.machine import worker_slot
 if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import Dtype, ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def resolve_placement(spec: ModelSpec) -> ModelSpec:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 ALIGNMENT: Final = 64
 """Bytes at whose multiples torch's own tensors begin; a product of matrices can round otherwise at other places."""

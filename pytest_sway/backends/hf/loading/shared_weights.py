@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _ONE_THREAD: Final = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers 5, which reads it for each load; 4 has no threads
 _STORED: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.pristine import Pristine, Watches
     from pytest_sway.backends.hf.model.skeletons import OnSkeleton
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.skeletons import Idle
     from pytest_sway.backends.hf.scoring.engine import Recall
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class Watched(Protocol):

@@ -10,7 +10,7 @@ from pytest_sway.backends.hf.sharing.trees import modules_of
 if TYPE_CHECKING:
     pass
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def adapter_parameters(peft_model: Any) -> dict[str, Any]:

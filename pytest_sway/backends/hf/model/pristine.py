@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.sharing.shared_memory import Way
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _TRIAL: Final = (1, 2)
 _MANY: Final = 16

@@ -15,7 +15,7 @@ from pytest_sway.errors import SpecError, WeightsError
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.base import LoadedBase
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _SAME: Final = 2
 """How many tokens the two texts of a trial begin with in common."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.scoring.engine import Engine
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 DEFAULT_BYTES: Final = 64 * 2**20

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.scoring.batching import Family
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _TRIAL_LENGTH: Final = 4
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.scoring.forward import Forward
 
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _NUMBERS: Final = 4
 """Fields that an error has room for."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.scoring.trials import Trials
     from pytest_sway.backends.text.tokens import Window
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _FEWEST_ROWS: Final = 64
 """The head reads all of its weights for any number of rows; for fewer than these, that takes most of its time."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Prompt
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _PADDED: Final = (2, 7)
 _EQUAL: Final = (3, 3)

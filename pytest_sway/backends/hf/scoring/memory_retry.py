@@ -10,7 +10,7 @@ from pytest_sway.errors import ScoringError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _T = TypeVar("_T")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.scoring.batching import Family
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _NAME: Final = "pytest_sway_packed"
 _STOOD_IN_FOR: Final = "sdpa"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.sharing.mapped_files import MappedFile
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _COPIED_BYTES: Final = 2**16
 """Buffers up to this size are copied at once. A pass may write to them, and a copy takes no longer than a clone."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.mlx.adapters.files import AdapterFiles
     from pytest_sway.backends.mlx.model.base import LoadedBase
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 LEAVES: Final = ("lora_a", "lora_b", "m")
 """What mlx-lm's layers call an adapter's arrays: the pair of matrices, and DoRA's magnitudes."""

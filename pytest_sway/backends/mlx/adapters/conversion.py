@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 # Fields of a LoraConfig that are converted, or say nothing about what a trained adapter adds to its base.
 _CONVERTED: Final = frozenset(

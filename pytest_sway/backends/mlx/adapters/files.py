@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 WEIGHTS: Final = "adapters.safetensors"
 PEFT_WEIGHTS: Final = "adapter_model.safetensors"

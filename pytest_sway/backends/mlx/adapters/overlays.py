@@ -10,7 +10,7 @@ from pytest_sway.errors import BackendUseError
 if TYPE_CHECKING:
     from pytest_sway.backends.mlx.adapters.attach import Adapter
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def scaled(adapter: Adapter, lam: float) -> Any:

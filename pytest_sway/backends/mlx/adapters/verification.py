@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.mlx.model.base import LoadedBase
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 # DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7

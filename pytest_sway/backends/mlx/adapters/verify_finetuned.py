@@ -11,7 +11,7 @@ from pytest_sway.backends.text.vocabulary import require_same_tokens
 if TYPE_CHECKING:
     from pytest_sway.backends.mlx.model.base import LoadedBase
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:

@@ -13,7 +13,7 @@ from pytest_sway.backends.mlx.model.trees import tree_of
 if TYPE_CHECKING:
     from pytest_sway.backends.mlx.model.base import LoadedBase
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.backends.text.tokens import Window
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 CHUNK_POSITIONS: Final = 128
 """Positions whose logits exist at once."""

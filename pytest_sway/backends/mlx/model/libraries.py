@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 REQUIRED: Final = ("mlx", "mlx_lm")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.spec.model_spec import ModelSpec
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 _GPU_NAMES: Final = ("gpu", "mps", "cuda")
 """For MLX a GPU is a GPU, whichever its make; torch's names for it are understood."""

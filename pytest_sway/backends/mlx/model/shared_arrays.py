@@ -13,7 +13,7 @@ from pytest_sway.backends.mlx.model.snapshots import checksums
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__tracebackhide__ = True  # a failing test shows its own lines, not ours; pytest --full-trace shows all
+__tracebackhide__ = True
 
 
 class _Tree(NamedTuple):
