@@ -7,7 +7,7 @@ Three modules, from the lowest up, that know neither pytest nor torch:
 * `questions`: `Questions` checks what is asked and has a view answer it (``scored_by``): nats of the answer for a
   pair, nats per token for a text, or what the user's own ``score`` says. Equal prompts are one cluster (``clusters``).
 * `comparison`: `compare` makes a `Comparison` of both sides' scores: the plain numbers that a test asserts, with a
-  `Row` for each question; ``report`` is what a failing test shows of it.
+  `Row` for each question. ``verdict`` says what it shows of a `Claim`, ``report`` is what a failing test shows of it.
 
 One comparison goes one way::
 
