@@ -51,6 +51,8 @@ _COUNTS: Final = re.compile(r"(?!max_)(\w+_)?(layers?|blocks|experts)|num_labels
 """Fields of a base's config that say how many modules there are of a kind, or labels, of which each gets a name."""
 _NUMBERS_OF: Final = re.compile(r"(num|n)_(\w+_)?(layers?|blocks|experts)")
 """Those that can be nothing else; some others are places, such as ``vision_feature_layer``, and count from the end."""
+_MOST_WORDS: Final = 10**6
+"""Up to so many words take no time worth a check."""
 _MOST_LABELS: Final = 10**6
 _NUMBERS: Final = (int, float)
 _TYPES: Final[Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]]] = {
@@ -211,9 +213,9 @@ def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
 
 
 def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
-    """Raise where a base's config asks for more layers or experts than its weights have tensors for, or fewer than 0.
+    """Raise where a base's config asks for more layers, experts or words than its weights can hold, or fewer than 0.
 
-    transformers makes each of them before it looks at the weights; other sizes cost nothing until then.
+    transformers makes layers, and rows for words, before it looks at the weights; other sizes cost nothing until then.
 
     Args:
         path: The ``config.json``.
@@ -237,6 +239,12 @@ def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping
                     f"{str(path)!r} has {field} = {shown(count)}, and the model's files have {len(entries):,} tensors,"
                     " too few for that. Save the model again, config and weights together."
                 )
+    words, largest = config.get("vocab_size"), _largest_side(entries)
+    if type(words) is int and words > max(largest, _MOST_WORDS) and not config.get("quantization_config"):
+        raise WeightsError(
+            f"{str(path)!r} has vocab_size = {shown(words)}, and no side of the model's tensors is larger than"
+            f" {largest:,}. Save the model again, config and weights together."
+        )
 
 
 def require_bounded(files: Any, base: Mapping[str, TensorEntry] | None) -> None:

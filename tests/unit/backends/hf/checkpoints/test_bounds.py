@@ -308,7 +308,6 @@ def test_the_head_of_a_classifier_without_a_task_is_named(
     [
         ("num_hidden_layers", 10**7),
         ("num_labels", 10**9),
-        ("vocab_size", 10**9),
         ("hidden_size", 10**9),
         ("intermediate_size", 10**9),
         ("num_key_value_heads", 10**9),
@@ -324,6 +323,15 @@ def test_a_size_that_the_bases_weights_cannot_fill_is_refused(
     assert time.thread_time() - started < SECONDS
     counted = f"config.json' has {field} = {value}, and the model's files have 21 tensors, too few for that."
     assert counted in str(caught.value) or "have other sizes than its config.json asks for (" in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [10**7, 10**9])
+def test_more_words_than_any_of_the_bases_tensors_has_rows_are_refused(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], loads: list[str], words: int
+) -> None:
+    _edit(folders["base"] / "config.json", vocab_size=words)
+    assert f"config.json' has vocab_size = {words}, and no side of the model's tensors is larger than" in str(refusal())
+    assert loads == []
 
 
 @pytest.mark.parametrize("count", [-1, -(10**9)])
