@@ -32,7 +32,7 @@ def test_x(base, uses):
     assert base != "b"
 """
 MENDED = WORST_ORDER.replace('"b"', '"no b"')
-"""Of another size: pytest takes a module's bytecode for that of a file that has its size and was written in its second."""
+"""Of another size: pytest takes the bytecode of a file that was written in the same second and has the same size."""
 
 
 def loads(suite: Suite) -> Counter[str]:
