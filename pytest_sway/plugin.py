@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.cache.entries import Owner
+from pytest_sway.cache.owners import Owner
 from pytest_sway.run.ordering import Collection
 from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, resolve_settings
 from pytest_sway.system.frames import forget_frames

@@ -49,8 +49,9 @@ from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget
 from pytest_sway.cache.builds import Listener, informed
-from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Owner, Parts, State
+from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Parts, State
 from pytest_sway.cache.ledger import Ledger
+from pytest_sway.cache.owners import Owner
 from pytest_sway.cache.stats import SwayStats
 from pytest_sway.errors import FilesChangedError, SwayError
 from pytest_sway.spec.identity import Key, resolved_key, state_of_files, with_adapter
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.checkpoints.plan import Plan
 
-__all__ = ["BackendCache", "CachedBackend", "Lease", "Owner"]
 
 __tracebackhide__ = True
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, final
 
+from pytest_sway.cache.owners import Owner
+
 if TYPE_CHECKING:
     from collections import deque
     from types import TracebackType
@@ -34,21 +36,6 @@ class State(enum.Enum):
 
 
 RESIDENT: Final = frozenset({State.LOADING, State.READY, State.CLOSING})
-
-
-@dataclass(slots=True, eq=False)
-class Owner:
-    """Whose leases are, such as a test: they end with it, whichever thread asked, and it gets no others then.
-
-    Attributes:
-        name: Who is named to others when the cache is full.
-        keeps: It gives back nothing before its end, so that what it asks for meanwhile cannot wait for that.
-        over: It has ended.
-    """
-
-    name: str
-    keeps: bool = False
-    over: bool = False
 
 
 @dataclass(slots=True, eq=False)

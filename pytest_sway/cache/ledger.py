@@ -21,7 +21,7 @@ from pytest_sway.system.forking import call_in_forked_child
 from pytest_sway.system.locking import OneShotEvent, atomic
 
 if TYPE_CHECKING:
-    from pytest_sway.cache.entries import Owner
+    from pytest_sway.cache.owners import Owner
     from pytest_sway.cache.stats import SwayStats
     from pytest_sway.errors import CacheFullError, SwayError
     from pytest_sway.spec.identity import Key

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pytest_sway.backends.registry import Builder, BuildHooks
-from pytest_sway.cache.backend_cache import BackendCache, Owner
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
 from pytest_sway.cache.entries import CachedBackend, Lease
+from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.run.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
 from pytest_sway.spec.identity import Key, look_again, resolved_key

@@ -12,9 +12,10 @@ from functools import partial
 
 import pytest
 
-from pytest_sway.cache.backend_cache import BackendCache, Owner
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
 from pytest_sway.cache.entries import CachedBackend
+from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import BackendClosedError, BackendLoadError, BackendUseError, CacheDeadlockError, CacheFullError
 from tests.unit.fakes import DEADLINE, Call, FakeBackend, FakeBuild, InformedFakeBuild, Watched, names, spec
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.cache.backend_cache import BackendCache, Owner
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.budget import Budget, total_bytes
 from pytest_sway.cache.entries import Entry, Lease, Operation, Parts, State
+from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import CacheFullError, SpecError
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.wording import format_bytes
