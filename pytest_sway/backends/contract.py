@@ -57,7 +57,7 @@ def not_finite(label: str, dist: TokenDist) -> str:
 
 
 class Build:
-    """Makes backends of specs: `resolve` the spec, `check` it once, then `hold` and `build` what the plan says.
+    """Makes backends of specs: `resolve` the spec, `check` it once, then `pin` and `build` what the plan says.
 
     Override `build`, and what you know more about: the answers here are those where nothing is known before the load.
     """
@@ -90,7 +90,7 @@ class Build:
         """
         return Plan.of(spec)
 
-    def hold(self, plan: Plan) -> AbstractContextManager[None]:  # noqa: ARG002 # for those who override it
+    def pin(self, plan: Plan) -> AbstractContextManager[None]:  # noqa: ARG002 # for those who override it
         """Keep what a plan shares with others from being closed while room is made for it."""
         return nullcontext()
 

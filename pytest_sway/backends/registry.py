@@ -126,9 +126,9 @@ class Builder(Build):
                 raise
             return replace(Plan.of(spec), read=_UNCHECKED)
 
-    def hold(self, plan: Plan) -> AbstractContextManager[None]:
+    def pin(self, plan: Plan) -> AbstractContextManager[None]:
         """Keep what a plan shares with others from being closed while room is made for it."""
-        return self._builder(plan.spec).hold(plan)
+        return self._builder(plan.spec).pin(plan)
 
     def build(self, plan: Plan) -> DifferentialBackend:
         """Build the backend of a plan, by the hook if it takes it."""

@@ -49,7 +49,7 @@ from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget
 from pytest_sway.cache.builds import Listener, informed
-from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, Parts, State
+from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, SizeByPart, State
 from pytest_sway.cache.ledger import Ledger
 from pytest_sway.cache.owners import Owner
 from pytest_sway.cache.stats import SwayStats
@@ -274,8 +274,8 @@ class BackendCache:
         try:
             self._ledger.refuse_from_now_on()
             deadline = time.monotonic() + (self._lease_timeout if timeout is None else timeout)
-            while time.monotonic() < deadline and (bell := self._ledger.under_way()) is not None:
-                self._wait(bell, min(_GLANCE, max(0.0, deadline - time.monotonic())))
+            while time.monotonic() < deadline and (event := self._ledger.under_way()) is not None:
+                self._wait(event, min(_GLANCE, max(0.0, deadline - time.monotonic())))
             return self._ledger.revoke_leases()
         finally:
             self._close_each(self._ledger.take_idle)
@@ -296,7 +296,7 @@ class BackendCache:
         try:
             plan = self._checked(operation, spec)
             self._refuse_if_over_budget(plan)
-            with self._build.hold(plan):
+            with self._build.pin(plan):
                 self._make_room(operation, plan.sizes)
                 with self._listener.loading(spec):
                     seconds = self._build_in_memory(operation, plan)
@@ -355,13 +355,13 @@ class BackendCache:
         if nbytes is not None and self.max_bytes is not None and nbytes > self.max_bytes:
             raise messages.too_large(plan.spec, nbytes, self.max_bytes)
 
-    def _make_room(self, operation: Operation, estimate: Parts | None) -> None:
+    def _make_room(self, operation: Operation, estimate: SizeByPart | None) -> None:
         since, patience = time.monotonic(), self._lease_timeout
-        while (bell := self._ledger.reserve(operation, estimate, since, patience)) is not None:
+        while (event := self._ledger.reserve(operation, estimate, since, patience)) is not None:
             if operation.victims:
                 self._close_victims(operation)
             else:
-                self._wait(bell, min(_GLANCE, max(0.0, since + patience - time.monotonic())))
+                self._wait(event, min(_GLANCE, max(0.0, since + patience - time.monotonic())))
 
     def _close_victims(self, operation: Operation) -> None:
         while operation.victims:
@@ -419,5 +419,5 @@ class BackendCache:
         except Exception as raised:
             self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
 
-    def _wait(self, bell: OneShotEvent, timeout: float) -> None:  # apart, so that tests can decide who goes on
-        bell.wait(timeout)
+    def _wait(self, event: OneShotEvent, timeout: float) -> None:  # apart, so that tests can decide who goes on
+        event.wait(timeout)

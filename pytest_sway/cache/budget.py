@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_sway.cache.entries import Entry, Parts
+from pytest_sway.cache.entries import Entry, SizeByPart
 from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
@@ -74,6 +74,6 @@ def total_bytes(entries: Iterable[Entry]) -> int | None:
     return sum(parts.values())
 
 
-def format_parts(parts: Parts | None) -> str:
+def format_parts(parts: SizeByPart | None) -> str:
     """The size of something for people, where it is known."""
     return "an unknown size" if parts is None else format_bytes(sum(parts.values()))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 
-Parts: TypeAlias = Mapping[Hashable, int]
+SizeByPart: TypeAlias = Mapping[Hashable, int]
 """Bytes by part; backends that share a part, such as a base, name it by the same key."""
 
 
@@ -113,7 +113,7 @@ class Entry:
     leader: Operation | None
     state: State = State.QUEUED
     cached: CachedBackend | None = None
-    parts: Parts | None = None
+    parts: SizeByPart | None = None
     claims: set[Claim] = field(default_factory=set)
     waiters: list[Operation] = field(default_factory=list)
     closers: list[Callable[[], object]] = field(default_factory=list)

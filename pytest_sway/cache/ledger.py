@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, cast, final
 from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget, total_bytes
-from pytest_sway.cache.entries import RESIDENT, CachedBackend, Claim, Entry, Lease, Operation, Parts, State
+from pytest_sway.cache.entries import RESIDENT, CachedBackend, Claim, Entry, Lease, Operation, SizeByPart, State
 from pytest_sway.errors import BackendUseError, CacheError
 from pytest_sway.system.forking import call_in_forked_child
 from pytest_sway.system.locking import OneShotEvent, atomic
@@ -130,7 +130,7 @@ class Ledger:
 
     @atomic
     def reserve(
-        self, operation: Operation, estimate: Parts | None, since: float, patience: float
+        self, operation: Operation, estimate: SizeByPart | None, since: float, patience: float
     ) -> OneShotEvent | None:
         """Take room for the operation's entry, which is LOADING from then on; or, to come again, victims to close.
 
@@ -164,7 +164,7 @@ class Ledger:
         return self._changed
 
     @atomic
-    def admit(self, operation: Operation, seconds: float, parts: Parts | None) -> Lease:
+    def admit(self, operation: Operation, seconds: float, parts: SizeByPart | None) -> Lease:
         """Make the loaded entry READY and grant all who waited their leases, in one step."""
         entry = cast("Entry", operation.entry)
         if self._shut:
@@ -313,8 +313,8 @@ class Ledger:
 
     def _announce(self) -> None:
         """Wake all who wait, to look again."""
-        bell, self._changed = self._changed, OneShotEvent()
-        bell.ring()
+        event, self._changed = self._changed, OneShotEvent()
+        event.set()
 
     def _grant(self, entry: Entry, operation: Operation) -> Lease:
         claim = Claim(operation.holder, operation.owner, operation.thread)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_sway.cache.budget import Budget
-    from pytest_sway.cache.entries import Entry, Parts
+    from pytest_sway.cache.entries import Entry, SizeByPart
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
@@ -74,7 +74,7 @@ def full(newcomer: Entry, residents: Sequence[Entry], budget: Budget, why: str, 
     )
 
 
-def out_of_memory(spec: ModelSpec, estimate: Parts | None, residents: Sequence[Entry]) -> CacheFullError:
+def out_of_memory(spec: ModelSpec, estimate: SizeByPart | None, residents: Sequence[Entry]) -> CacheFullError:
     """The memory ran out in the load, and again when all that was idle had been closed."""
     others = [entry for entry in residents if entry.state is not State.LOADING]
     names = "; ".join(f"{entry.spec}, {format_parts(entry.parts)} ({entry.occupation})" for entry in others)

@@ -45,17 +45,17 @@ def holding(lock: threading.Lock, step: Callable[[], R]) -> R:
 
 
 class OneShotEvent:
-    """Rung once, for all who wait for it."""
+    """Set once, for all who wait for it."""
 
     def __init__(self) -> None:
         self._silence = threading.Lock()
         self._silence.acquire()
 
-    def ring(self) -> None:
+    def set(self) -> None:
         """Wake who waits, and let who waits later through at once."""
         self._silence.release()
 
     def wait(self, timeout: float) -> None:
-        """Wait until it rings, or for ``timeout`` seconds; returns early if another who waited was interrupted."""
+        """Wait until it is set, or for ``timeout`` seconds; returns early if another who waited was interrupted."""
         if self._silence.acquire(timeout=timeout):
             self._silence.release()  # for the next

@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar
 
 from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build
-from pytest_sway.backends.local.pool import Share, SharedPool
+from pytest_sway.backends.local.pool import PoolLease, SharedPool
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.entries import Lease, Parts
+from pytest_sway.cache.entries import Lease, SizeByPart
 from pytest_sway.errors import BackendClosedError
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.locking import OneShotEvent
@@ -195,7 +195,7 @@ class FakeBuild:
 class SharingBackend(FakeBackend):
     """A backend whose base is shared with the others on it."""
 
-    def __init__(self, built_from: ModelSpec, build: InformedFakeBuild, base: Share[str]) -> None:
+    def __init__(self, built_from: ModelSpec, build: InformedFakeBuild, base: PoolLease[str]) -> None:
         super().__init__(built_from, build)
         self.base = base
 
@@ -217,8 +217,8 @@ class InformedFakeBuild(FakeBuild, Build):
         self.base_loads: Counter[str] = Counter()
         self.base_closes: Counter[str] = Counter()
         self.pool: SharedPool[str, str] = SharedPool(self._close_base)
-        self.estimates: dict[str, Parts | None] = {}
-        self.sizes: dict[str, Parts | None] = {}
+        self.estimates: dict[str, SizeByPart | None] = {}
+        self.sizes: dict[str, SizeByPart | None] = {}
         self.check_errors: dict[str, list[Exception]] = defaultdict(list)
         self.measure_errors: dict[str, list[Exception]] = defaultdict(list)
 
@@ -233,23 +233,23 @@ class InformedFakeBuild(FakeBuild, Build):
     def build(self, plan: Plan) -> Any:
         return self(plan.spec)
 
-    def estimate(self, asked: ModelSpec) -> Parts | None:
+    def estimate(self, asked: ModelSpec) -> SizeByPart | None:
         name = name_of(asked)
         return self.estimates[name] if name in self.estimates else self._usual(name)
 
-    def measure(self, backend: Any) -> Parts | None:
+    def measure(self, backend: Any) -> SizeByPart | None:
         if self.measure_errors[backend.name]:
             raise self.measure_errors[backend.name].pop(0)
         return self.sizes[backend.name] if backend.name in self.sizes else self.estimate(backend.spec)
 
-    def hold(self, plan: Plan) -> AbstractContextManager[None]:
-        return self.pool.hold(plan.spec.base)
+    def pin(self, plan: Plan) -> AbstractContextManager[None]:
+        return self.pool.pin(plan.spec.base)
 
     def make(self, asked: ModelSpec) -> FakeBackend:
         return SharingBackend(asked, self, self.pool.acquire(asked.base, partial(self._load_base, asked.base)))
 
     @staticmethod
-    def _usual(name: str) -> Parts:
+    def _usual(name: str) -> SizeByPart:
         base, _, adapter = name.partition("+")
         return {base: 100, name: 10} if adapter else {base: 100}
 
@@ -272,11 +272,11 @@ class Watched:
         self._usual = cache._wait
         cache._wait = self._wait  # type: ignore[method-assign]
 
-    def _wait(self, bell: OneShotEvent, timeout: float) -> None:
+    def _wait(self, event: OneShotEvent, timeout: float) -> None:
         self._count(+1)
         self.on_wait()
         try:
-            self._usual(bell, timeout)
+            self._usual(event, timeout)
         finally:
             self._count(-1)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.hf.adapters import overlays
 from pytest_sway.backends.hf.hygiene.weights_watch import find_leak
 from pytest_sway.backends.hf.loading.libraries import forget_layers
-from pytest_sway.backends.hf.model.bound_model import Side
+from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.hf.view import HFView
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.backends.local.pooled_backend import PooledBackend
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 
-class HFBackend(PooledBackend[Side, HFView]):
+class HFBackend(PooledBackend[BoundModel, HFView]):
     """A Hugging Face model with a PEFT adapter, or beside what it was fine-tuned to; made by `HFBuilder.build`."""
 
     _shares_tokenizers = True
@@ -38,7 +38,7 @@ class HFBackend(PooledBackend[Side, HFView]):
     def _new_view(self, view_id: str) -> HFView:
         return HFView(view_id, self)
 
-    def _computed(self, side: Side, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _computed(self, side: BoundModel, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         import torch
 
         with side.engine() as engine:
@@ -46,16 +46,16 @@ class HFBackend(PooledBackend[Side, HFView]):
             with quiet, torch.inference_mode():
                 return work(engine, *args)
 
-    def _new_model(self, side: Side) -> Any:
+    def _new_model(self, side: BoundModel) -> Any:
         return side.tree()
 
-    def _new_tokenizer(self, side: Side) -> Any:
+    def _new_tokenizer(self, side: BoundModel) -> Any:
         return copied(side.tokenizer)
 
-    def _scaled(self, side: Side, adapter: Adapter, lam: float) -> Side:
+    def _scaled(self, side: BoundModel, adapter: Adapter, lam: float) -> BoundModel:
         return overlays.scaled(side, adapter, lam)
 
-    def _null(self, side: Side, adapter: Adapter, seed: int, scale: float) -> Side:
+    def _null(self, side: BoundModel, adapter: Adapter, seed: int, scale: float) -> BoundModel:
         return overlays.null(side, adapter, seed, scale)
 
     def _watches_of(self, what: LoadedBase | Adapter) -> list[WeightsWatch]:
@@ -67,7 +67,7 @@ class HFBackend(PooledBackend[Side, HFView]):
             base.undo_patches()
         return patches
 
-    def _let_go(self, loaded: Loaded[Side]) -> None:
+    def _let_go(self, loaded: Loaded[BoundModel]) -> None:
         super()._let_go(loaded)
         if loaded.adapter is not None:
             forget_layers()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.backend import HFBackend
     from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
     from pytest_sway.backends.hf.model.base import LoadedBase
-    from pytest_sway.backends.hf.model.bound_model import Side
-    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.hf.model.bound_model import BoundModel
+    from pytest_sway.backends.local.pool import PoolLease
     from pytest_sway.backends.local.pooled_backend import Loaded
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -60,7 +60,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
 
     _checked = staticmethod(check_spec)
 
-    def _assemble(self, plan: Plan, shares: list[Share[LoadedBase]]) -> HFBackend:
+    def _assemble(self, plan: Plan, shares: list[PoolLease[LoadedBase]]) -> HFBackend:
         files: AdapterFiles | None = plan.read
         import_libraries(*(model.spec for model in plan.models))
         import torch
@@ -118,7 +118,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
             self._on_recall(name, answers, seconds)
 
 
-def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[Share[LoadedBase]]) -> Loaded[Side]:
+def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[PoolLease[LoadedBase]]) -> Loaded[BoundModel]:
     from pytest_sway.backends.hf.adapters.attach import attach, explained
     from pytest_sway.backends.hf.adapters.overlays import tuned_side
     from pytest_sway.backends.hf.adapters.verify_effect import verify_effect

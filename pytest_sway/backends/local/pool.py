@@ -41,7 +41,7 @@ class _Slot(Generic[K, V]):
 
 
 @dataclass(slots=True, eq=False)
-class Share(Generic[V]):
+class PoolLease(Generic[V]):
     """One user's claim on a shared value.
 
     Attributes:
@@ -83,7 +83,7 @@ class SharedPool(Generic[K, V]):
             slot.guard, slot.value = threading.Lock(), []
         self._start_empty()
 
-    def acquire(self, key: K, load: Callable[[], V]) -> Share[V]:
+    def acquire(self, key: K, load: Callable[[], V]) -> PoolLease[V]:
         """Claim the value of ``key``, loading it if nobody has; others who ask meanwhile wait for that load.
 
         A load that raises is not remembered: the error goes up, and the next to ask tries again.
@@ -100,7 +100,7 @@ class SharedPool(Generic[K, V]):
             raise
 
     @contextmanager
-    def hold(self, key: K) -> Iterator[None]:
+    def pin(self, key: K) -> Iterator[None]:
         """Keep the value of ``key`` from being closed inside the block, if it is loaded; load nothing."""
         user = object()
         try:
@@ -163,7 +163,7 @@ class SharedPool(Generic[K, V]):
 
     # --- what is loaded and closed between them -----------------------------------------------------------------------
 
-    def _share(self, slot: _Slot[K, V], user: object, load: Callable[[], V]) -> Share[V] | None:
+    def _share(self, slot: _Slot[K, V], user: object, load: Callable[[], V]) -> PoolLease[V] | None:
         """Under the slot's guard: its value, or ``None`` if it was being closed when we joined."""
         if slot.gone:
             self._finish(slot)
@@ -171,7 +171,7 @@ class SharedPool(Generic[K, V]):
         fresh = not slot.value
         if fresh:
             slot.value.append(load())
-        return Share(slot.key, slot.value[0], fresh, partial(self._leave, slot, user))
+        return PoolLease(slot.key, slot.value[0], fresh, partial(self._leave, slot, user))
 
     def _leave(self, slot: _Slot[K, V], user: object) -> None:
         if self._depart(slot, user):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     from pytest_sway.backends.checkpoints.plan import Plan
-    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.local.pool import PoolLease
     from pytest_sway.backends.local.pooled_builder import Recorded
     from pytest_sway.backends.local.tokenizer_copies import RustRecord
     from pytest_sway.protocols import Message
@@ -103,7 +103,7 @@ class Loaded(Generic[S]):
         views: What the open views have handed out.
     """
 
-    shares: list[Share[Any]]
+    shares: list[PoolLease[Any]]
     base: S
     tuned: S | None = None
     adapter: Any = None

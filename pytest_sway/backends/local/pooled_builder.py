@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
     from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
-    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.local.pool import PoolLease
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
@@ -60,11 +60,11 @@ class PooledBuilder(Build, ABC, Generic[B]):
         return plan
 
     @contextmanager
-    def hold(self, plan: Plan) -> Iterator[None]:
+    def pin(self, plan: Plan) -> Iterator[None]:
         """Keep the models of a plan, if they are loaded, from being closed inside the block."""
         with ExitStack() as held:
             for model in plan.models:
-                held.enter_context(self._pool.hold(model.key))
+                held.enter_context(self._pool.pin(model.key))
             yield
 
     def build(self, plan: Plan) -> Any:
@@ -74,7 +74,7 @@ class PooledBuilder(Build, ABC, Generic[B]):
             SwayError: It cannot be loaded; the message says why and what to do.
         """
         self._compare_base(plan, "warn")
-        shares: list[Share[B]] = []
+        shares: list[PoolLease[B]] = []
         handled = sys.exception()
         try:
             return self._assemble(plan, shares)
@@ -97,7 +97,7 @@ class PooledBuilder(Build, ABC, Generic[B]):
         """Check the files of a resolved spec, and return the plan for its load; ``read`` is its adapter's files."""
 
     @abstractmethod
-    def _assemble(self, plan: Plan, shares: list[Share[B]]) -> Any:
+    def _assemble(self, plan: Plan, shares: list[PoolLease[B]]) -> Any:
         """Load the base, put the adapter on it or load the fine-tuned model, verify that, and make the backend."""
 
     @abstractmethod
@@ -111,7 +111,7 @@ class PooledBuilder(Build, ABC, Generic[B]):
 
     # --- what a kind needs for that -----------------------------------------------------------------------------------
 
-    def _clean_base(self, model: ModelFiles, shares: list[Share[B]]) -> B:
+    def _clean_base(self, model: ModelFiles, shares: list[PoolLease[B]]) -> B:
         """Claim a model of a plan; one that somebody has changed is left to its users, and loaded anew."""
         while True:
             share = self._pool.acquire(model.key, lambda: self._timed(model.spec))

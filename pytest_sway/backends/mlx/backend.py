@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.local.pooled_backend import PooledBackend
 from pytest_sway.backends.mlx.adapters import overlays
 from pytest_sway.backends.mlx.model.base import own_tokenizer_of
-from pytest_sway.backends.mlx.model.bound_model import Side
+from pytest_sway.backends.mlx.model.bound_model import BoundModel
 from pytest_sway.backends.mlx.model.placement import computing_on
 from pytest_sway.backends.mlx.model.shared_arrays import find_leak
 from pytest_sway.backends.mlx.model.trees import own_tree_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 
-class MLXBackend(PooledBackend[Side, MLXView]):
+class MLXBackend(PooledBackend[BoundModel, MLXView]):
     """A model of mlx-lm with an adapter, or beside what it was fine-tuned to; made by `MLXBuilder.build`.
 
     The noise of `as_null_adapter` is MLX's, and not that of kind ``hf``.
@@ -38,24 +38,24 @@ class MLXBackend(PooledBackend[Side, MLXView]):
     def _new_view(self, view_id: str) -> MLXView:
         return MLXView(view_id, self)
 
-    def _computed(self, side: Side, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _computed(self, side: BoundModel, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         with computing_on(side.base.device):
             return work(side.engine(), *args)
 
-    def _new_model(self, side: Side) -> Any:
+    def _new_model(self, side: BoundModel) -> Any:
         adapter = self._require().adapter
         model, copies = own_tree_of(side.model)
         for shared in (side.base.shared, *(() if adapter is None else (adapter.shared,))):
             shared.handed_out(model, copies)
         return model
 
-    def _new_tokenizer(self, side: Side) -> Any:
+    def _new_tokenizer(self, side: BoundModel) -> Any:
         return own_tokenizer_of(side.tokenizer)
 
-    def _scaled(self, side: Side, adapter: Adapter, lam: float) -> Side:
+    def _scaled(self, side: BoundModel, adapter: Adapter, lam: float) -> BoundModel:
         return replace(side, model=overlays.scaled(adapter, lam))
 
-    def _null(self, side: Side, adapter: Adapter, seed: int, scale: float) -> Side:
+    def _null(self, side: BoundModel, adapter: Adapter, seed: int, scale: float) -> BoundModel:
         with computing_on(side.base.device):
             return replace(side, model=overlays.null(adapter, seed, scale))
 

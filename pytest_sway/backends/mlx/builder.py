@@ -11,7 +11,7 @@ from pytest_sway.backends.mlx.model.placement import resolve_placement
 
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.plan import Plan
-    from pytest_sway.backends.local.pool import Share
+    from pytest_sway.backends.local.pool import PoolLease
     from pytest_sway.backends.mlx.adapters.files import AdapterFiles
     from pytest_sway.backends.mlx.backend import MLXBackend
     from pytest_sway.backends.mlx.model.base import LoadedBase
@@ -27,7 +27,7 @@ class MLXBuilder(PooledBuilder["LoadedBase"]):
 
     _checked = staticmethod(check_spec)
 
-    def _assemble(self, plan: Plan, shares: list[Share[LoadedBase]]) -> MLXBackend:
+    def _assemble(self, plan: Plan, shares: list[PoolLease[LoadedBase]]) -> MLXBackend:
         files: AdapterFiles | None = plan.read
         import_libraries()
         from pytest_sway.backends.local.pooled_backend import Loaded
@@ -37,17 +37,17 @@ class MLXBuilder(PooledBuilder["LoadedBase"]):
         from pytest_sway.backends.mlx.adapters.verify_finetuned import verify_finetuned
         from pytest_sway.backends.mlx.backend import MLXBackend
         from pytest_sway.backends.mlx.model.base import encoder_of
-        from pytest_sway.backends.mlx.model.bound_model import Side
+        from pytest_sway.backends.mlx.model.bound_model import BoundModel
 
         base, *fine_tuned = [self._clean_base(model, shares) for model in plan.models]
-        loaded = Loaded(list(shares), Side(base, base.model, base.tokenizer))
+        loaded = Loaded(list(shares), BoundModel(base, base.model, base.tokenizer))
         for tuned in fine_tuned:
             verify_finetuned(base, tuned)
-            loaded.tuned = Side(tuned, tuned.model, tuned.tokenizer)
+            loaded.tuned = BoundModel(tuned, tuned.model, tuned.tokenizer)
         if files is not None:
             loaded.adapter = loaded.contents = load_adapter(base, files)
             tokenizer = adapter_tokenizer(base, files)
-            loaded.tuned = Side(base, loaded.adapter.model, tokenizer)
+            loaded.tuned = BoundModel(base, loaded.adapter.model, tokenizer)
             verify_effect(loaded.tuned, files)
             loaded.rust = None if tokenizer is base.tokenizer else RustRecord(encoder_of(tokenizer))
         return MLXBackend(plan, loaded, self._pool.withdraw)

@@ -13,7 +13,7 @@ import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.budget import Budget, total_bytes
-from pytest_sway.cache.entries import Entry, Lease, Operation, Parts, State
+from pytest_sway.cache.entries import Entry, Lease, Operation, SizeByPart, State
 from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import CacheFullError, SpecError
 from pytest_sway.spec.model_spec import ModelSpec
@@ -475,7 +475,7 @@ def test_inv18_what_turns_out_larger_than_the_whole_budget_is_closed_and_refused
     ("held", "known"), [({"a": 100}, "100 B"), (None, "an unknown number of bytes")], ids=["known", "unknown"]
 )
 def test_inv18_who_is_refused_for_bytes_is_told_the_bytes(
-    sharing: InformedFakeBuild, held: Parts | None, known: str
+    sharing: InformedFakeBuild, held: SizeByPart | None, known: str
 ) -> None:
     cache = BackendCache(max_size=9, max_bytes=150, build=sharing)
     sharing.estimates["a"] = held
@@ -516,7 +516,7 @@ def test_bounds_are_readable(build: FakeBuild) -> None:
     assert BackendCache(build=build).max_bytes is None
 
 
-def _entry(name: str, parts: Parts | None) -> Entry:
+def _entry(name: str, parts: SizeByPart | None) -> Entry:
     return Entry((name,), spec(name), Operation("test"), State.READY, parts=parts)
 
 

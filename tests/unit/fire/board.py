@@ -89,12 +89,12 @@ def note_waits(cache: BackendCache, board: Board) -> None:
     usual_wait, usual_announce = cache._wait, cache._ledger._announce
     rung: weakref.WeakSet[OneShotEvent] = weakref.WeakSet()
 
-    def wait(bell: OneShotEvent, timeout: float) -> None:
+    def wait(event: OneShotEvent, timeout: float) -> None:
         with board.changed:
-            if bell not in rung:
+            if event not in rung:
                 board.note(Status.WAITING)
         try:
-            usual_wait(bell, timeout)
+            usual_wait(event, timeout)
         finally:
             board.note(Status.RUNNING)
 

@@ -176,7 +176,7 @@ the end of a test ends the leases of another
     cache.ledger:Ledger.unclaim_all: claim.owner is owner -> True
     cache/test_lifetimes.py::TestOwner::test_inv17_its_leases_end_with_it_however_they_are_kept
 the base is closed while room is made for its next adapter
-    cache.backend_cache:BackendCache._load: (...).hold(...) -> self._listener.loading(spec)
+    cache.backend_cache:BackendCache._load: (...).pin(...) -> self._listener.loading(spec)
     cache/test_room.py::test_inv16_a_swap_of_adapters_at_max_size_1_never_reloads_the_base
 a base is closed with an adapter alive
     backends.local.pool:SharedPool._depart: slot.users.discard(...) -> slot.users.clear()

@@ -409,7 +409,7 @@ class PoolUser:
     def __init__(self) -> None:
         self.loads = self.closes = 0
         self.pool: pool.SharedPool[str, int] = pool.SharedPool(self.close)
-        self.shares: list[pool.Share[int]] = []
+        self.shares: list[pool.PoolLease[int]] = []
 
     def load(self) -> int:
         self.loads += 1
@@ -419,9 +419,9 @@ class PoolUser:
         self.closes += 1
 
     def act(self) -> None:
-        with self.pool.hold("a"):
+        with self.pool.pin("a"):
             self.shares.append(self.pool.acquire("a", self.load))
-        with self.pool.hold("a"):
+        with self.pool.pin("a"):
             self.shares.append(self.pool.acquire("a", self.load))
         for share in self.shares:
             share.release()

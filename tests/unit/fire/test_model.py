@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.entries import Lease, Parts
+from pytest_sway.cache.entries import Lease, SizeByPart
 from pytest_sway.errors import BackendLoadError, CacheFullError, SpecError
 from tests.unit.fakes import Call, InformedFakeBuild, SharingBackend, names, spec
 from tests.unit.fire.profiles import PROFILE, machine_settings
@@ -35,7 +35,7 @@ def size_of(name: str, base_bytes: int | None) -> Size:
     return None if base_bytes is None else {base: base_bytes, name: 10} if adapter else {base: base_bytes}
 
 
-def parts_of(name: str, base_bytes: int | None) -> Parts | None:
+def parts_of(name: str, base_bytes: int | None) -> SizeByPart | None:
     size = size_of(name, base_bytes)
     return None if size is None else dict[Hashable, int](size.items())
 

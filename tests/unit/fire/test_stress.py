@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.cache.entries import Parts
+from pytest_sway.cache.entries import SizeByPart
 from pytest_sway.errors import BackendLoadError, CacheFullError
 from tests.unit.fakes import Call, FakeBackend, InformedFakeBuild, name_of, spec
 from tests.unit.fire.profiles import PROFILE
@@ -77,10 +77,10 @@ class FaultyBuild(InformedFakeBuild):
         if self.strikes("close raises", 0.05):
             raise RuntimeError("a fault")
 
-    def estimate(self, asked: Any) -> Parts | None:
+    def estimate(self, asked: Any) -> SizeByPart | None:
         return None if self.strikes("size unknown", 0.025) else super().estimate(asked)
 
-    def measure(self, backend: Any) -> Parts | None:
+    def measure(self, backend: Any) -> SizeByPart | None:
         if self.strikes("size wrong", 0.025):
             return {name_of(backend.spec): 150}
         return super().measure(backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.model.bound_model import Side
+from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.hf.model.peft_model import adapter_parameters, scalings_of
 from pytest_sway.backends.hf.model.skeletons import OnSkeleton, SharedIdle
 from pytest_sway.backends.hf.scoring.trials import Trials
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 
-def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
+def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> BoundModel:
     """Return the side of a base with an adapter.
 
     Args:
@@ -33,7 +33,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
         base.watches.add(tensors_of(tree))
         return tree
 
-    return Side(
+    return BoundModel(
         make,
         base,
         tokenizer,
@@ -44,7 +44,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> Side:
     )
 
 
-def scaled(side: Side, adapter: Adapter, lam: float) -> Side:
+def scaled(side: BoundModel, adapter: Adapter, lam: float) -> BoundModel:
     """Return the side in which an adapter's LoRA terms count ``lam`` times."""
     _require_lora(adapter, "as_scaled_adapter")
 
@@ -55,7 +55,7 @@ def scaled(side: Side, adapter: Adapter, lam: float) -> Side:
     return side.changed(scale)
 
 
-def null(side: Side, adapter: Adapter, seed: int, scale: float) -> Side:
+def null(side: BoundModel, adapter: Adapter, seed: int, scale: float) -> BoundModel:
     """Return the side with noise in place of an adapter's LoRA matrices: dlm-sway's, number by number.
 
     Each is drawn from ``N(0, scale**2)``. The matrices of embeddings, which dlm-sway leaves as they are, come after all

@@ -15,7 +15,7 @@ from pytest_sway.backends.libraries.process import no_warnings
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.hf.model.base import LoadedBase
-    from pytest_sway.backends.hf.model.bound_model import Side
+    from pytest_sway.backends.hf.model.bound_model import BoundModel
     from pytest_sway.backends.hf.scoring.engine import Engine
 
 __tracebackhide__ = True
@@ -28,7 +28,7 @@ whose zero is a difference of large numbers, come to at most 1.4e-6 on SmolLM2-1
 training at a rate of 1e-5 comes to 2.7e-5 at least."""
 
 
-def verify_effect(base: LoadedBase, tuned: Side, files: AdapterFiles) -> None:
+def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> None:
     """Raise unless an adapter computes other logits than its base, for tokens from all over the vocabulary.
 
     Where it has another number of words than its base, those count that both have; one whose training was of other

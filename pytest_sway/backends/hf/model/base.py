@@ -17,7 +17,7 @@ from pytest_sway.backends.hf.hygiene.weights_watch import measured
 from pytest_sway.backends.hf.loading.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.loading.libraries import quiet_process
 from pytest_sway.backends.hf.loading.model import load_model, require_type
-from pytest_sway.backends.hf.model.bound_model import Side
+from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.hf.model.known_skeletons import Skeletons
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.scoring.answer_cache import AnswerCache, circumstances
@@ -196,10 +196,10 @@ def _from_files(spec: ModelSpec, source: str, revision: str | None = None) -> An
     return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
 
 
-def base_side(base: LoadedBase) -> Side:
+def base_side(base: LoadedBase) -> BoundModel:
     """Return the side of a base as it is."""
     pristine = base.pristine
-    return Side(
+    return BoundModel(
         lambda to_run: pristine.tree(to_run=to_run),
         base,
         base.tokenizer,

@@ -1,4 +1,4 @@
-"""`Side`: one state of a model, such as the base, or the base with an adapter; each computes on trees of its own."""
+"""`BoundModel`: one state of a model, such as the base with an adapter; each computes on trees of its own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Watched(Protocol):
         ...
 
 
-class Side:
+class BoundModel:
     """One state of a model.
 
     A tree computes one call at a time. So a side makes a tree for its first call, and another one only while all that
@@ -114,7 +114,7 @@ class Side:
             )
         return now
 
-    def changed(self, change: Callable[[Any], None]) -> Side:
+    def changed(self, change: Callable[[Any], None]) -> BoundModel:
         """Return a side whose trees are this one's with a change.
 
         Args:
@@ -129,7 +129,7 @@ class Side:
                 change(tree)
             return tree
 
-        return Side(
+        return BoundModel(
             make,
             self._require_open()[1],
             self.tokenizer,

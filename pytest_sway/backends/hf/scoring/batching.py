@@ -128,7 +128,7 @@ def worth_caching(windows: Sequence[Window], overhead: int) -> bool:
     return saved > 2 * overhead + sum(len(window.scored) - 1 for window in windows)
 
 
-class Family(NamedTuple):
+class PrefixGroup(NamedTuple):
     """Sequences whose common beginnings are computed once.
 
     Attributes:
@@ -152,12 +152,12 @@ class Family(NamedTuple):
         return self.positions + self.branches**2 // _PAIRS
 
 
-def alone(sequences: Sequence[Sequence[int]]) -> list[Family]:
+def alone(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
     """Return a family for each sequence."""
-    return [Family([i], len(ids), len(ids)) for i, ids in enumerate(sequences)]
+    return [PrefixGroup([i], len(ids), len(ids)) for i, ids in enumerate(sequences)]
 
 
-def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) -> list[Family]:
+def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) -> list[PrefixGroup]:
     """Group sequences that begin alike where it is worth to compute that once; each of the others is alone.
 
     Sorted, sequences that begin alike are neighbours. A family saves positions, and it costs attention: all that comes
@@ -182,13 +182,13 @@ def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) 
     for place in sorted(range(1, len(order)), key=lambda place: -shared[place - 1]):
         start, stem = first[place - 1], shared[place - 1]
         one, other = grown[start], grown[place]
-        joined = Family(range(start, other.members[-1] + 1), stem, one.positions + other.positions - stem)
+        joined = PrefixGroup(range(start, other.members[-1] + 1), stem, one.positions + other.positions - stem)
         most = min(isqrt(_PAIRS * stem), max(tokens - stem, tokens // 2))
         if joined.cost <= one.cost + other.cost and joined.branches <= most:
             grown[start] = joined
             first[joined.members[-1]] = start
             del grown[place]
-    found: list[Family] = []
+    found: list[PrefixGroup] = []
     for family in grown.values():
         apart = [singles[place] for place in family.members]
         saves = sum(single.cost for single in apart) - family.cost

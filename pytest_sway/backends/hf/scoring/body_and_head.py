@@ -17,7 +17,7 @@ from pytest_sway.backends.hf.scoring.trials import Trials
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pytest_sway.backends.hf.scoring.batching import Family
+    from pytest_sway.backends.hf.scoring.batching import PrefixGroup
 
 __tracebackhide__ = True
 
@@ -41,7 +41,7 @@ class BodyAndHead:
         self._output_class = output_class
 
     def hidden(
-        self, inputs: Sequence[Sequence[int]], families: Sequence[Family] | None = None
+        self, inputs: Sequence[Sequence[int]], families: Sequence[PrefixGroup] | None = None
     ) -> tuple[Any, list[list[range]]]:
         """Return the hidden states of sequences: shape ``(positions, hidden size)``, and in which runs each one's are.
 
@@ -56,7 +56,7 @@ class BodyAndHead:
         """
         longest = max(map(len, inputs))
         if len(inputs) > 1 and self.packs(longest):
-            row = packing.Row(inputs, self._model.device, families)
+            row = packing.PackedBatch(inputs, self._model.device, families)
             try:
                 return self._in_a_row(row), row.places
             except packing.MaskedError:  # not in the trial, but in longer texts
@@ -71,7 +71,7 @@ class BodyAndHead:
             self._trials.longest_packed = packing.longest_packed(self._body.config) if self._keeps_apart() else 0
         return longest <= self._trials.longest_packed
 
-    def _in_a_row(self, row: packing.Row) -> Any:
+    def _in_a_row(self, row: packing.PackedBatch) -> Any:
         with packing.attending_apart(self._body.config, row):
             output = self._body(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
         return output.last_hidden_state[0]
@@ -82,8 +82,8 @@ class BodyAndHead:
             return False
         trial = trial_tokens(self._model)
         inputs = [trial[::-1], trial[1:], *(trial + tail for tail in ((), trial[:2], trial[:1] * 2, trial[2:0:-1]))]
-        families = [*batching.alone(inputs[:2]), batching.Family([2, 3, 4, 5], len(trial), len(trial) + 5)]
-        row = packing.Row(inputs, self._model.device, families)
+        families = [*batching.alone(inputs[:2]), batching.PrefixGroup([2, 3, 4, 5], len(trial), len(trial) + 5)]
+        row = packing.PackedBatch(inputs, self._model.device, families)
         try:
             states = self._in_a_row(row)
         except Exception:  # a model of an unforeseen shape can fail in any way; it still runs padded

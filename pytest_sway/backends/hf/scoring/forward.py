@@ -21,7 +21,7 @@ from pytest_sway.backends.hf.sharing.trees import modules_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_sway.backends.hf.scoring.batching import Family, Limits
+    from pytest_sway.backends.hf.scoring.batching import Limits, PrefixGroup
     from pytest_sway.backends.hf.scoring.body_and_head import BodyAndHead
     from pytest_sway.backends.hf.scoring.trials import Trials
     from pytest_sway.backends.text.tokens import Window
@@ -89,7 +89,7 @@ class Forward:
         split = self.split()
         return split is not None and split.packs(longest)
 
-    def families(self, sequences: Sequence[Sequence[int]]) -> list[Family]:
+    def families(self, sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
         """Return which sequences have what they begin with in common when they are passed together."""
         if len(sequences) > 1 and self.packs(max(map(len, sequences))):
             limits = self.limits

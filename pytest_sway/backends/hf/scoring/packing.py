@@ -22,7 +22,7 @@ from pytest_sway.backends.hf.scoring import batching
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pytest_sway.backends.hf.scoring.batching import Family
+    from pytest_sway.backends.hf.scoring.batching import PrefixGroup
 
 __tracebackhide__ = True
 
@@ -83,7 +83,7 @@ class _Laid(NamedTuple):
     places: list[range]
 
 
-class Row:
+class PackedBatch:
     """Several sequences as one.
 
     Args:
@@ -99,7 +99,7 @@ class Row:
     """
 
     def __init__(
-        self, sequences: Sequence[Sequence[int]], device: Any, families: Sequence[Family] | None = None
+        self, sequences: Sequence[Sequence[int]], device: Any, families: Sequence[PrefixGroup] | None = None
     ) -> None:
         import torch
 
@@ -169,11 +169,11 @@ class Row:
         )
 
 
-_ROW: ContextVar[Row] = ContextVar("row")
+_ROW: ContextVar[PackedBatch] = ContextVar("row")
 
 
 @contextmanager
-def attending_apart(config: Any, row: Row) -> Iterator[None]:
+def attending_apart(config: Any, row: PackedBatch) -> Iterator[None]:
     """Have a model with this configuration attend within each of the row's sequences."""
     _interface().register(_NAME, _attend)
     attributes = vars(config)
@@ -197,7 +197,7 @@ def longest_packed(config: Any) -> int:
     return min([2**31, *(int(window) for name in _WINDOWS if (window := getattr(config, name, None)))])
 
 
-def _laid(sequences: Sequence[Sequence[int]], family: Family, stem: int, branches: int) -> list[_Laid]:
+def _laid(sequences: Sequence[Sequence[int]], family: PrefixGroup, stem: int, branches: int) -> list[_Laid]:
     """Lay a family's tokens out, those that neighbours begin with in common once.
 
     Args:
@@ -225,7 +225,7 @@ def _first(runs: Sequence[range], count: int) -> Iterator[range]:
         count -= len(run)
 
 
-def _heeded(laid: Sequence[_Laid], family: Family, branches: int, device: Any) -> Any:
+def _heeded(laid: Sequence[_Laid], family: PrefixGroup, branches: int, device: Any) -> Any:
     """The mask of a family's branches: each position heeds the stem, and what comes before it in its own sequence."""
     import torch
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from pytest_sway.backends.local.verification import diverged, unplaced
-from pytest_sway.backends.mlx.model.bound_model import Side
+from pytest_sway.backends.mlx.model.bound_model import BoundModel
 from pytest_sway.backends.mlx.model.placement import computing_on
 from pytest_sway.backends.mlx.model.trees import arrays_of, not_finite, parameters_of
 from pytest_sway.backends.text.tokens import Window
@@ -71,14 +71,14 @@ def verify_base(base: LoadedBase) -> None:
     broken = not_finite(weights)
     if broken:
         raise WeightsError(diverged(f"the model {base.spec.base!r}", broken, len(weights)))
-    if not _computes_finite(Side(base, base.model, base.tokenizer)):
+    if not _computes_finite(BoundModel(base, base.model, base.tokenizer)):
         raise WeightsError(
             f"the model {base.spec.base!r} computes NaN or infinite log-probabilities in {base.spec.dtype}: its weights"
             " are too large for that. Ask for dtype 'fp32'; or the file is damaged."
         )
 
 
-def verify_effect(side: Side, files: AdapterFiles) -> None:
+def verify_effect(side: BoundModel, files: AdapterFiles) -> None:
     """Raise unless what a base computes with an adapter on it is finite.
 
     Raises:
@@ -143,7 +143,7 @@ def _equal_in_base(base: LoadedBase, arrays: Mapping[str, Any]) -> bool:
     return all(mx.array_equal(array, own[name]).item() for name, array in arrays.items())
 
 
-def _computes_finite(side: Side) -> bool:
+def _computes_finite(side: BoundModel) -> bool:
     """Whether a model's log-probabilities are finite, for tokens from all over the vocabulary."""
     words = side.base.embedded or _TOKENS
     ids = tuple(range(0, words, max(1, words // _TOKENS)))[:_TOKENS]

@@ -1,4 +1,4 @@
-"""`Side`: what a view shows of a loaded backend, and what computes its answers."""
+"""`BoundModel`: what a view shows of a loaded backend, and what computes its answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __tracebackhide__ = True
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class BoundModel:
     """What a view shows.
 
     Attributes:

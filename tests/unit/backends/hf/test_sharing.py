@@ -48,7 +48,7 @@ def test_a_held_base_survives_a_swap_of_its_only_adapter(
 ) -> None:
     backend = build(base, adapter)
     for folder in (other_adapter, adapter, other_adapter):
-        with builder.hold(builder.check(spec_of(base, folder))):
+        with builder.pin(builder.check(spec_of(base, folder))):
             backend.close()
             backend = build(base, folder)
         with backend.as_base() as plain, backend.as_finetuned() as tuned:

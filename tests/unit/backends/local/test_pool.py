@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from pytest_sway.backends.local.pool import Share, SharedPool
+from pytest_sway.backends.local.pool import PoolLease, SharedPool
 from tests.unit.fakes import DEADLINE, Call, Gate
 
 
@@ -41,7 +41,7 @@ class Values:
         if self.close_errors:
             raise self.close_errors.pop(0)
 
-    def acquire(self, key: str) -> Share[str]:
+    def acquire(self, key: str) -> PoolLease[str]:
         return self.pool.acquire(key, partial(self.load, key))
 
 
@@ -179,7 +179,7 @@ def test_a_release_from_many_threads_at_once_counts_once(values: Values) -> None
 
 def test_what_is_held_is_not_closed(values: Values) -> None:
     share = values.acquire("a")
-    with values.pool.hold("a"):
+    with values.pool.pin("a"):
         share.release()
         again = values.acquire("a")
         assert not again.fresh
@@ -189,7 +189,7 @@ def test_what_is_held_is_not_closed(values: Values) -> None:
 
 
 def test_to_hold_loads_nothing(values: Values) -> None:
-    with values.pool.hold("a"):
+    with values.pool.pin("a"):
         assert values.pool.keys() == []
         values.acquire("a").release()
     assert values.closed == ["a1"]
@@ -197,10 +197,10 @@ def test_to_hold_loads_nothing(values: Values) -> None:
 
 
 def test_a_hold_ends_when_its_block_raises(values: Values) -> None:
-    with pytest.raises(ZeroDivisionError), values.pool.hold("a"):
+    with pytest.raises(ZeroDivisionError), values.pool.pin("a"):
         raise ZeroDivisionError
     share = values.acquire("a")
-    with pytest.raises(ZeroDivisionError), values.pool.hold("a"):
+    with pytest.raises(ZeroDivisionError), values.pool.pin("a"):
         raise ZeroDivisionError
     share.release()
     assert values.closed == ["a1"]
@@ -211,7 +211,7 @@ def test_what_is_closing_can_no_longer_be_held(values: Values) -> None:
     values.close_gate = Gate()
     releaser = Call(share.release)
     values.close_gate.wait()
-    with values.pool.hold("a"):
+    with values.pool.pin("a"):
         values.close_gate.open()
         releaser.result()
         assert values.closed == ["a1"]

@@ -97,7 +97,7 @@ def test_both_are_held_while_room_is_made(
     build: Any, builder: HFBuilder, base: Path, tuned: Path, loads: list[str]
 ) -> None:
     backend = build(base, finetuned=tuned)
-    with builder.hold(builder.check(spec_of(tuned, finetuned=base))):
+    with builder.pin(builder.check(spec_of(tuned, finetuned=base))):
         backend.close()
         build(tuned, finetuned=base)
     assert len(loads) == 2

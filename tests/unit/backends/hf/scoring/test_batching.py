@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.backends.hf.scoring.batching import Family, by_context, families, in_batches, worth_caching
+from pytest_sway.backends.hf.scoring.batching import PrefixGroup, by_context, families, in_batches, worth_caching
 from pytest_sway.backends.text.tokens import Window
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=9)
@@ -66,7 +66,7 @@ def test_a_context_is_cached_where_it_is_long_for_what_follows_it() -> None:
     assert not worth_caching(_windows(1, *[30] * 100), overhead=48), "texts that begin with BOS have no more in common"
 
 
-def _families(sequences: list[list[int]], tokens: int = 1536) -> list[Family]:
+def _families(sequences: list[list[int]], tokens: int = 1536) -> list[PrefixGroup]:
     return families(sequences, tokens=tokens, overhead=48)
 
 
@@ -77,7 +77,7 @@ def _behind(stem: list[int], *lengths: int) -> list[list[int]]:
 
 def test_sequences_that_begin_alike_are_a_family_wherever_they_stand() -> None:
     one, other = _behind([1] * 100, 2, 3), _behind([2] * 100, 1)
-    assert _families([one[0], *other, one[1]]) == [Family([0, 2], 100, 105), Family([1], 101, 101)]
+    assert _families([one[0], *other, one[1]]) == [PrefixGroup([0, 2], 100, 105), PrefixGroup([1], 101, 101)]
 
 
 def test_each_is_alone_where_little_is_common_for_what_differs() -> None:
@@ -93,12 +93,12 @@ def test_each_is_alone_where_little_is_common_for_what_differs() -> None:
 def test_what_only_some_of_a_family_go_on_with_in_common_is_there_once_too() -> None:
     questions = [[*[1] * 300, *[question] * 20] for question in (2, 3)]
     sequences = [ids for question in questions for ids in _behind(question, 5, 5, 5)]
-    assert _families(sequences) == [Family([0, 1, 2, 3, 4, 5], 300, 300 + 2 * (20 + 3 * 5))]
+    assert _families(sequences) == [PrefixGroup([0, 1, 2, 3, 4, 5], 300, 300 + 2 * (20 + 3 * 5))]
 
 
 def test_a_beginning_is_in_common_with_those_only_that_have_it() -> None:
     sequences = _behind([1, *[2] * 200], 3, 3) + _behind([1, *[3] * 200], 3, 3)
-    assert _families(sequences) == [Family([0, 1], 201, 207), Family([2, 3], 201, 207)]
+    assert _families(sequences) == [PrefixGroup([0, 1], 201, 207), PrefixGroup([2, 3], 201, 207)]
 
 
 @given(
@@ -130,7 +130,7 @@ def test_what_all_prompts_begin_with_does_not_cost_what_the_completions_of_each_
         for p in range(prompts)
     ]
 
-    def cost(found: list[Family]) -> int:
+    def cost(found: list[PrefixGroup]) -> int:
         return sum(family.cost + 48 * (len(family.members) > 1) for family in found)
 
     each_prompt_apart = sum(cost(_families(sequences)) for sequences in by_prompt)
@@ -140,7 +140,7 @@ def test_what_all_prompts_begin_with_does_not_cost_what_the_completions_of_each_
 def test_those_with_most_in_common_become_a_family_first() -> None:
     cousin = [*[1] * 60, *[2] * 5]
     siblings = _behind([*[1] * 60, *[3] * 320], 20, 20)
-    assert _families([cousin, *siblings]) == [Family([0], 65, 65), Family([1, 2], 380, 420)]
+    assert _families([cousin, *siblings]) == [PrefixGroup([0], 65, 65), PrefixGroup([1, 2], 380, 420)]
 
 
 def test_a_beginning_that_very_many_have_is_there_in_families_that_are_worth_it() -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.backends.hf.scoring.batching import Family, alone, families
-from pytest_sway.backends.hf.scoring.packing import MaskedError, Row, attending_apart, longest_packed
+from pytest_sway.backends.hf.scoring.batching import PrefixGroup, alone, families
+from pytest_sway.backends.hf.scoring.packing import MaskedError, PackedBatch, attending_apart, longest_packed
 from tests.tiny import WORDS
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.insides import WAIT, computing_model, engine_of, held_up, passes_of
@@ -31,19 +31,19 @@ def _mask_more(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def masked(*args: Any, **kwargs: Any) -> Any:
         raise MaskedError("masked")
 
-    monkeypatch.setattr(Row, "attention", masked)
+    monkeypatch.setattr(PackedBatch, "attention", masked)
 
 
 def _flat(runs: list[range]) -> list[int]:
     return [place for run in runs for place in run]
 
 
-def _require_attention_of_each_alone(sequences: list[list[int]], families: list[Family] | None = None) -> None:
+def _require_attention_of_each_alone(sequences: list[list[int]], families: list[PrefixGroup] | None = None) -> None:
     import torch
     from transformers.integrations import sdpa_attention
 
     attend: Any = sdpa_attention.sdpa_attention_forward
-    row = Row(sequences, "cpu", families)
+    row = PackedBatch(sequences, "cpu", families)
     count = row.input_ids.shape[1]
     generator, module = torch.Generator().manual_seed(0), torch.nn.Module()
     tensors = [torch.randn(1, 4, count, 8, generator=generator) for _ in range(3)]
@@ -55,7 +55,7 @@ def _require_attention_of_each_alone(sequences: list[list[int]], families: list[
 
 
 def test_a_row_holds_each_sequence_with_its_own_positions() -> None:
-    row = Row(SEQUENCES, "cpu")
+    row = PackedBatch(SEQUENCES, "cpu")
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
     assert len(tokens) == sum(map(len, SEQUENCES))
     for places, ids in zip(map(_flat, row.places), SEQUENCES, strict=True):
@@ -70,12 +70,12 @@ def test_attention_in_a_row_is_that_of_each_sequence_alone(sequences: list[list[
 
 STEM = [5, 6, 7, 8]
 ALIKE = [[*STEM, 1, 2, 3], STEM, [*STEM, 3], [*STEM, 1], [*STEM, 1, 5], [*STEM, 1, 2, 4, 4], [6, 1], [6, 2, 2], [6, 2]]
-FAMILIES = [Family([7, 9, 6, 11, 10, 8], 4, 4 + 7), *alone(SEQUENCES), Family([12, 14, 13], 1, 1 + 3)]
+FAMILIES = [PrefixGroup([7, 9, 6, 11, 10, 8], 4, 4 + 7), *alone(SEQUENCES), PrefixGroup([12, 14, 13], 1, 1 + 3)]
 
 
 def test_what_sequences_of_a_family_begin_with_in_common_is_there_once() -> None:
     sequences = SEQUENCES + ALIKE
-    row = Row(sequences, "cpu", FAMILIES)
+    row = PackedBatch(sequences, "cpu", FAMILIES)
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
     assert len(tokens) == sum(map(len, SEQUENCES)) + 4 + 7 + 1 + 3
     for places, ids in zip(map(_flat, row.places), sequences, strict=True):
@@ -101,7 +101,7 @@ def test_a_model_goes_back_to_its_own_attention_whatever_happens(build: Any, bas
         config = computing_model(view).config
         before = dict(vars(config))
         view.rolling_logprobs(["the sun rises", "a fox"])
-        with pytest.raises(RuntimeError, match="in between"), attending_apart(config, Row([[1]], "cpu")):
+        with pytest.raises(RuntimeError, match="in between"), attending_apart(config, PackedBatch([[1]], "cpu")):
             raise RuntimeError("in between")
         assert vars(config) == before
 
@@ -234,7 +234,7 @@ def test_a_model_that_does_not_keep_texts_apart_is_given_them_padded(
 ) -> None:
     with build(base).as_base() as view:
         expected = view.rolling_logprobs(["the sun rises in the east", "a fox"])
-    monkeypatch.setattr(Row, "attention", attend)
+    monkeypatch.setattr(PackedBatch, "attention", attend)
     backend = build(base, allow_pickle=True)  # another spec, so that it is loaded anew
     with backend.as_base() as view:
         found = view.rolling_logprobs(["the sun rises in the east", "a fox"])
