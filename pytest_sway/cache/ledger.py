@@ -194,7 +194,7 @@ class Ledger:
 
     @atomic
     def fail(self, operation: Operation, error: SwayError) -> None:
-        """Give those who waited for a load its error; who waited for one that never began may try it themselves."""
+        """Give waiters the load's error. If the load never began, they try it themselves."""
         entry = cast("Entry", operation.entry)
         began = entry.state is State.LOADING
         if began:

@@ -1,8 +1,8 @@
-"""What runs one at a time: `atomic` methods of an object, calls made `holding` a lock, and how to wait between them.
+"""Locking helpers: `atomic` methods, calls made `holding` a lock, and `OneShotEvent` for those who wait.
 
-They are apart from their users so that locks are taken and given back in one place, by a ``with`` statement on a lock
-written in C, which an interrupt cannot split. Nobody waits inside an atomic method: an interrupt in the wait of a
-`threading.Condition` can leave its lock to nobody, or take it from another thread.
+All locks are taken and released here, by a ``with`` statement on a lock written in C: an interrupt cannot split that.
+Nobody waits inside an atomic method. An interrupt in the wait of a `threading.Condition` can leave its lock locked, or
+release another thread's.
 """
 
 from __future__ import annotations

@@ -133,23 +133,23 @@ class PrefixGroup(NamedTuple):
 
     Attributes:
         members: Their indices, in the order of their tokens, so that those which begin alike are neighbours.
-        stem: The length of what all of them begin with.
+        prefix: The length of what all of them begin with.
         positions: How many token positions they have, what neighbours begin with in common counted once.
     """
 
     members: Sequence[int]
-    stem: int
+    prefix: int
     positions: int
 
     @property
-    def branches(self) -> int:
-        """How many positions come after the stem."""
-        return self.positions - self.stem
+    def suffixes(self) -> int:
+        """How many positions come after the prefix."""
+        return self.positions - self.prefix
 
     @property
     def cost(self) -> int:
         """What it costs, as a number of positions; see `families`."""
-        return self.positions + self.branches**2 // _PAIRS
+        return self.positions + self.suffixes**2 // _PAIRS
 
 
 def alone(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
@@ -161,13 +161,13 @@ def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) 
     """Group sequences that begin alike where it is worth to compute that once; each of the others is alone.
 
     Sorted, sequences that begin alike are neighbours. A family saves positions, and it costs attention: all that comes
-    after its stem is put side by side for that, though each sequence heeds itself alone. So neighbours become one
+    after its prefix is put side by side for that, though each sequence heeds itself alone. So neighbours become one
     family, those that have most in common first, where that costs no more than they cost apart, and where what comes
-    after the stem remains
+    after the prefix remains
 
-    * short enough not to pay more for attention than for the stem: branches of ``n`` positions in all, in families of
-      ``p``, cost ``n / p * stem + n * p / _PAIRS``, which is least where ``p**2 = _PAIRS * stem``;
-    * in a batch, of which it may have half where the stem leaves it less.
+    * short enough not to pay more for attention than for the prefix: suffixes of ``n`` positions in all, in families of
+      ``p``, cost ``n / p * prefix + n * p / _PAIRS``, which is least where ``p**2 = _PAIRS * prefix``;
+    * in a batch, of which it may have half where the prefix leaves it less.
 
     Args:
         sequences: Token ids of each.
@@ -180,11 +180,11 @@ def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) 
     grown = dict(enumerate(singles))  # by the place of the first member
     first = list(range(len(order)))  # by the place of the last member, that of the first
     for place in sorted(range(1, len(order)), key=lambda place: -shared[place - 1]):
-        start, stem = first[place - 1], shared[place - 1]
+        start, prefix = first[place - 1], shared[place - 1]
         one, other = grown[start], grown[place]
-        joined = PrefixGroup(range(start, other.members[-1] + 1), stem, one.positions + other.positions - stem)
-        most = min(isqrt(_PAIRS * stem), max(tokens - stem, tokens // 2))
-        if joined.cost <= one.cost + other.cost and joined.branches <= most:
+        joined = PrefixGroup(range(start, other.members[-1] + 1), prefix, one.positions + other.positions - prefix)
+        most = min(isqrt(_PAIRS * prefix), max(tokens - prefix, tokens // 2))
+        if joined.cost <= one.cost + other.cost and joined.suffixes <= most:
             grown[start] = joined
             first[joined.members[-1]] = start
             del grown[place]

@@ -1,10 +1,11 @@
-"""Sequences of any lengths in one row, without padding: each attends to itself alone.
+"""Prefix sharing and packing: sequences of any lengths in one row, without padding. Each attends to itself alone.
 
-All that a transformer computes token by token, which is nearly all of it, does not care which sequence a token is
-from. Only attention does, so it is taken over while such a row goes through the model: transformers lets a model's
-attention be exchanged by name. Sequences of similar length are put side by side for it, by transformers' own function.
-What several sequences begin with in common, their stem, can stand in a row once. What comes after it stands at the
-row's end as branches: a tree, in which what some of them go on with in common is there once again.
+Most of a transformer computes each token alone, whatever sequence it is from. Only attention mixes tokens. So a row of
+several sequences goes through the model with another attention, which transformers lets us register by name. It puts
+sequences of similar length side by side and calls transformers' own function for them.
+
+Sequences with a common prefix share it: the row has the prefix once, and the suffixes follow at the row's end. They
+form a tree: tokens that several suffixes have in common are stored once, too.
 
 A model's choice of attention is a private attribute of its config in transformers. Where that is not there, nothing is
 packed, and texts go through the model padded.
@@ -57,16 +58,16 @@ class _Group(NamedTuple):
     valid: Any
 
 
-class _Branches(NamedTuple):
-    """What comes after the stem of one family.
+class _Suffixes(NamedTuple):
+    """What comes after the prefix of one family.
 
     Attributes:
-        stem: Where the stem begins and ends in the row.
-        own: Where the branches do.
+        prefix: Where the prefix begins and ends in the row.
+        own: Where the suffixes do.
         mask: Which positions of both each position of the latter heeds, shape ``(1, 1, latter, both)``.
     """
 
-    stem: slice
+    prefix: slice
     own: slice
     mask: Any
 
@@ -104,26 +105,26 @@ class PackedBatch:
         import torch
 
         families = batching.alone(sequences) if families is None else families
-        stems = [sequences[family.members[0]][: family.stem] for family in families]
-        lengths = list(map(len, stems))
+        prefixes = [sequences[family.members[0]][: family.prefix] for family in families]
+        lengths = list(map(len, prefixes))
         side_by_side = batching.in_batches(lengths, tokens=len(lengths) * max(lengths), overhead=_CALL_POSITIONS)
         order = [f for group in side_by_side for f in group]
         starts = dict(zip(order, accumulate((lengths[f] for f in order), initial=0), strict=False))
         self._groups = [self._group([(starts[f], lengths[f]) for f in group], device) for group in side_by_side]
-        tokens = [token for f in order for token in stems[f]]
+        tokens = [token for f in order for token in prefixes[f]]
         positions = [p for f in order for p in range(lengths[f])]
         self.places: list[list[range]] = [[]] * len(sequences)
-        self._branches: list[_Branches] = []
+        self._suffixes: list[_Suffixes] = []
         for f, family in enumerate(families):
-            stem, own = slice(starts[f], starts[f] + family.stem), slice(len(tokens), len(tokens) + family.branches)
-            laid = _laid(sequences, family, stem.start, own.start)
+            prefix, own = slice(starts[f], starts[f] + family.prefix), slice(len(tokens), len(tokens) + family.suffixes)
+            laid = _laid(sequences, family, prefix.start, own.start)
             for i, places in laid:
                 self.places[i] = places
                 known = len(sequences[i]) - len(places[-1])
                 tokens += sequences[i][known:]
                 positions += range(known, len(sequences[i]))
-            if family.branches:
-                self._branches.append(_Branches(stem, own, _heeded(laid, family, own.start, device)))
+            if family.suffixes:
+                self._suffixes.append(_Suffixes(prefix, own, _heeded(laid, family, own.start, device)))
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.tensor([positions], device=device)
 
@@ -148,9 +149,9 @@ class PackedBatch:
                 continue
             output = attend(module, *(_side_by_side(tensor, group) for tensor in mine), None, **kwargs)[0].flatten(0, 1)
             parts.append((output if group.valid is None else output.index_select(0, group.valid)).unsqueeze(0))
-        for stem, own, mask in self._branches:
+        for prefix, own, mask in self._suffixes:
             query, *others = tensors
-            heeded = (torch.cat([tensor[:, :, stem], tensor[:, :, own]], dim=2) for tensor in others)
+            heeded = (torch.cat([tensor[:, :, prefix], tensor[:, :, own]], dim=2) for tensor in others)
             parts.append(attend(module, query[:, :, own], *heeded, mask, **kwargs)[0])
         return torch.cat(parts, dim=1)
 
@@ -197,23 +198,23 @@ def longest_packed(config: Any) -> int:
     return min([2**31, *(int(window) for name in _WINDOWS if (window := getattr(config, name, None)))])
 
 
-def _laid(sequences: Sequence[Sequence[int]], family: PrefixGroup, stem: int, branches: int) -> list[_Laid]:
+def _laid(sequences: Sequence[Sequence[int]], family: PrefixGroup, prefix: int, suffixes: int) -> list[_Laid]:
     """Lay a family's tokens out, those that neighbours begin with in common once.
 
     Args:
         sequences: Token ids of each.
         family: Some of them.
-        stem: Where those tokens begin that all of them begin with.
-        branches: Where the others do.
+        prefix: Where those tokens begin that all of them begin with.
+        suffixes: Where the others do.
     """
     laid = []
-    before, places = sequences[family.members[0]][: family.stem], [range(stem, stem + family.stem)]
+    before, places = sequences[family.members[0]][: family.prefix], [range(prefix, prefix + family.prefix)]
     for i in family.members:
         shared = batching.shared_length(before, sequences[i])
-        new = range(branches, branches + len(sequences[i]) - shared)
+        new = range(suffixes, suffixes + len(sequences[i]) - shared)
         places = [*_first(places, shared), new]
         laid.append(_Laid(i, places))
-        before, branches = sequences[i], new.stop
+        before, suffixes = sequences[i], new.stop
     return laid
 
 
@@ -225,18 +226,18 @@ def _first(runs: Sequence[range], count: int) -> Iterator[range]:
         count -= len(run)
 
 
-def _heeded(laid: Sequence[_Laid], family: PrefixGroup, branches: int, device: Any) -> Any:
-    """The mask of a family's branches: each position heeds the stem, and what comes before it in its own sequence."""
+def _heeded(laid: Sequence[_Laid], family: PrefixGroup, suffixes: int, device: Any) -> Any:
+    """The mask of a family's suffixes: each position heeds the prefix, and what comes before it in its own sequence."""
     import torch
 
-    mask = torch.zeros(family.branches, family.positions, dtype=torch.bool)
-    mask[:, : family.stem] = True
-    own = mask[:, family.stem :]
+    mask = torch.zeros(family.suffixes, family.positions, dtype=torch.bool)
+    mask[:, : family.prefix] = True
+    own = mask[:, family.prefix :]
     for _, (_, *before, new) in laid:
-        rows = own[new.start - branches : new.stop - branches]
+        rows = own[new.start - suffixes : new.stop - suffixes]
         for run in before:
-            rows[:, run.start - branches : run.stop - branches] = True
-        rows[:, new.start - branches : new.stop - branches] = torch.ones(len(new), len(new), dtype=torch.bool).tril()
+            rows[:, run.start - suffixes : run.stop - suffixes] = True
+        rows[:, new.start - suffixes : new.stop - suffixes] = torch.ones(len(new), len(new), dtype=torch.bool).tril()
     return mask[None, None].to(device)
 
 

@@ -70,9 +70,9 @@ def _families(sequences: list[list[int]], tokens: int = 1536) -> list[PrefixGrou
     return families(sequences, tokens=tokens, overhead=48)
 
 
-def _behind(stem: list[int], *lengths: int) -> list[list[int]]:
-    """Sequences that have ``stem`` in common and no more, in the order of their tokens."""
-    return [[*stem, *[n] * length] for n, length in enumerate(lengths)]
+def _behind(prefix: list[int], *lengths: int) -> list[list[int]]:
+    """Sequences that have ``prefix`` in common and no more, in the order of their tokens."""
+    return [[*prefix, *[n] * length] for n, length in enumerate(lengths)]
 
 
 def test_sequences_that_begin_alike_are_a_family_wherever_they_stand() -> None:
@@ -107,9 +107,9 @@ def test_a_beginning_is_in_common_with_those_only_that_have_it() -> None:
     st.integers(1, 40),
 )
 def test_families_are_within_the_budget_and_cost_less_than_each_alone(
-    tails: list[list[int]], stem: int, tokens: int
+    tails: list[list[int]], prefix: int, tokens: int
 ) -> None:
-    sequences = [[7] * stem + tail for tail in tails]
+    sequences = [[7] * prefix + tail for tail in tails]
     found = families(sequences, tokens=tokens, overhead=3)
     assert sorted(i for family in found for i in family.members) == list(range(len(sequences)))
     for members, common, positions in found:
