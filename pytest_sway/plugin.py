@@ -311,9 +311,9 @@ def _used(config: pytest.Config) -> SwaySession | None:
 def _sway(config: pytest.Config) -> SwaySession:
     """The session, made on first use."""
     if _session not in config.stash:
-        from pytest_sway.report.secrets import SecretsHidden
         from pytest_sway.run.controller import load_progress, weights_folder
         from pytest_sway.run.named_specs import named_specs
+        from pytest_sway.run.secrets import SecretsHidden
         from pytest_sway.run.session import SwaySession
 
         config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")

@@ -2,7 +2,7 @@
 
 `redacted` does it for a text, `redacted_values` for plain data, and `without_secrets` for an error and all that a
 report shows with it. Every way on which an error of a build, a close or a comparison leaves this package goes through
-one of them. What a report shows of views and tests besides goes through `pytest_sway.report.secrets`.
+one of them. What a report shows of views and tests besides goes through `pytest_sway.run.secrets`.
 """
 
 from __future__ import annotations
