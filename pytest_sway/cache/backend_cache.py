@@ -162,7 +162,12 @@ class BackendCache:
         Raises:
             SwayError: As `acquire`.
         """
-        lease = self.acquire(spec, adapter_path=adapter_path)
+        resolved = self.resolve(spec, adapter_path=adapter_path)
+        cached = self._ledger.use(resolved, resolved_key(resolved), self._owner())
+        if cached is not None:
+            self._listener.leased(cached)
+            return cached
+        lease = self.acquire(resolved)
         try:
             return lease.cached
         finally:

@@ -59,7 +59,7 @@ class Ledger:
     def _start_empty(self) -> None:
         """Begin with nothing: as a new cache does, and as a forked child's must, whose locks nobody will free."""
         self._lock = threading.Lock()
-        self._changed = OneShotEvent()
+        self._changed: OneShotEvent | None = None
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._retired: list[Entry] = []
         self._waiting: dict[threading.Thread, Operation] = {}
@@ -97,6 +97,14 @@ class Ledger:
     # --- the steps ----------------------------------------------------------------------------------------------------
 
     @atomic
+    def use(self, spec: ModelSpec, key: Key, owner: Owner) -> CachedBackend | None:
+        """Return what is ready, as most recently used and without a lease; ``None`` where more is to do than that."""
+        entry = self._entries.get(key)
+        if entry is None or entry.state is not State.READY or self._shut or owner.over or self.dropped or self._retired:
+            return None
+        return self._hit(entry, spec)
+
+    @atomic
     def try_to_claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | OneShotEvent | None:
         """Lease what is ready, wait for what is loading, or (``None``) lead the load of what is neither."""
         self._collect_dropped()
@@ -113,14 +121,13 @@ class Ledger:
             operation.entry = self._entries[key] = Entry(key, spec, operation)
             return None
         if entry.state is State.READY:
-            self._entries.move_to_end(key)
-            self._stats.backend(str(spec)).hits += 1
+            self._hit(entry, spec)
             return self._grant(entry, operation)
         if entry.state is not State.CLOSING:
             self._join(operation, entry)
         elif entry.closing_thread is operation.thread:
             raise messages.close_asks_for_itself(spec)
-        return self._changed
+        return self._change()
 
     @atomic
     def stop_waiting(self, operation: Operation) -> None:
@@ -151,7 +158,7 @@ class Ledger:
             return None
         if victims is not None:
             self._evict(operation, victims)
-            return self._changed
+            return self._change()
         if self._never_fits(newcomer, operation):
             raise self._full(newcomer, f"all of it is in use by the one who asks{self._or_by_ended_threads()}")
         abandoned = patience > _PATIENCE_WITH_ENDED_THREADS and self._waits_for_ended_threads(newcomer, operation)
@@ -161,7 +168,7 @@ class Ledger:
             error = self._full(newcomer, f"none of it came free within {patience:g} s{left}")
             self._refuse(list(newcomer.waiters), error)
             raise error
-        return self._changed
+        return self._change()
 
     @atomic
     def admit(self, operation: Operation, seconds: float, parts: SizeByPart | None) -> Lease:
@@ -218,7 +225,7 @@ class Ledger:
         self._collect_dropped()
         entry.claims.discard(claim)
         self._announce()
-        return any(entry.idle for entry in self._retired)
+        return bool(self._retired) and any(entry.idle for entry in self._retired)
 
     @atomic
     def take_retired(self, operation: Operation) -> None:
@@ -259,7 +266,7 @@ class Ledger:
         me = Operation("")
         entries = (*self._retired, *self._entries.values())
         under_way = any(entry.state is not State.READY and entry.ends_without(me) for entry in entries)
-        return self._changed if under_way else None
+        return self._change() if under_way else None
 
     @atomic
     def revoke_leases(self) -> list[str]:
@@ -313,8 +320,20 @@ class Ledger:
 
     def _announce(self) -> None:
         """Wake all who wait, to look again."""
-        event, self._changed = self._changed, OneShotEvent()
-        event.set()
+        event, self._changed = self._changed, None
+        if event is not None:
+            event.set()
+
+    def _change(self) -> OneShotEvent:
+        """Return what wakes at the next change; it is made when somebody waits, since most requests find all ready."""
+        if self._changed is None:
+            self._changed = OneShotEvent()
+        return self._changed
+
+    def _hit(self, entry: Entry, spec: ModelSpec) -> CachedBackend:
+        self._entries.move_to_end(entry.key)  # this object is found sooner than an equal one
+        self._stats.backend(str(spec)).hits += 1
+        return cast("CachedBackend", entry.cached)
 
     def _grant(self, entry: Entry, operation: Operation) -> Lease:
         claim = Claim(operation.holder, operation.owner, operation.thread)

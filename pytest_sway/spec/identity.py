@@ -134,7 +134,7 @@ def _model_identity(model: str) -> Hashable:
     changed, as it does when a file is replaced, added or removed, and after `look_again`: it would take as long again
     to look at all of them each time.
     """
-    if not os.path.isabs(model) or model.endswith(GGUF_SUFFIX):
+    if not _is_folder(model):
         return _model_signature(model)
     try:
         folder = os.stat(model)
@@ -142,6 +142,12 @@ def _model_identity(model: str) -> Hashable:
         return _model_signature(model)
     looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
     return _stats(looked_at), others
+
+
+@lru_cache(maxsize=256)
+def _is_folder(model: str) -> bool:
+    """Whether a model is named by a folder, not by a hub id or a GGUF file."""
+    return os.path.isabs(model) and not model.endswith(GGUF_SUFFIX)
 
 
 def look_again() -> None:
@@ -171,15 +177,15 @@ def _listed(folder: str, names: re.Pattern[str]) -> tuple[str, ...]:
 
 
 def _stats(paths: tuple[str, ...]) -> _Signature:
-    signature = []
-    for path in paths:
-        try:
-            st = os.stat(path)
-        except OSError:
-            signature.append((0, 0, 0, 0))
-        else:
-            signature.append((st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino))
-    return tuple(signature)
+    return tuple([_state_of(path) for path in paths])
+
+
+def _state_of(path: str) -> tuple[int, int, int, int]:
+    try:
+        st = os.stat(path)
+    except OSError:
+        return (0, 0, 0, 0)
+    return (st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino)
 
 
 _TEMPLATES: Final = "additional_chat_templates"

@@ -100,7 +100,8 @@ def note_waits(cache: BackendCache, board: Board) -> None:
 
     def announce() -> None:
         with board.changed:
-            rung.add(cache._ledger._changed)
+            if cache._ledger._changed is not None:
+                rung.add(cache._ledger._changed)
             for thread, status in board.status.items():
                 if status is Status.WAITING:
                     board.status[thread] = Status.RUNNING

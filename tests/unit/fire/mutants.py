@@ -116,7 +116,7 @@ room is made after the load
     cache.backend_cache:BackendCache._build_in_memory: return ... -> return self._make_room(operation, plan.sizes)
     cache/test_room.py::test_inv04_room_is_freed_before_the_load_begins
 the oldest goes, not the least recently used
-    cache.ledger:Ledger.try_to_claim: self._entries.move_to_end(...) -> None
+    cache.ledger:Ledger._hit: self._entries.move_to_end(...) -> None
     cache/test_room.py::test_inv07_the_victim_is_the_least_recently_used
 two load when a second asks during the load
     cache.ledger:Ledger.try_to_claim: entry is None -> entry is None or entry.state is State.LOADING
