@@ -96,6 +96,21 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [config.stash[_settings].header(), *(() if changed is None else (changed,))]
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a parameter that is a spec after what it loads, such as ``org/base+runs/v3``."""
+    from pytest_sway.run.ordering import is_spec
+
+    if not is_spec(val):
+        return None
+    from pytest_sway.errors import SpecError
+    from pytest_sway.spec.parsing import parse_spec
+
+    try:
+        return str(parse_spec(val)).replace(" ", "")  # type: ignore[arg-type] # is_spec says so
+    except SpecError:  # the test itself says what is wrong with it, or it is no spec
+        return None
+
+
 # --- fixtures ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
 
 from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import BackendLoadError
+from pytest_sway.protocols import BatchView, RawView, View
 from pytest_sway.spec.identity import with_adapter
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.redaction import redacted
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import TracebackType
 
-    from pytest_sway.protocols import DifferentialBackend, TokenDist, View
+    from pytest_sway.protocols import DifferentialBackend, TokenDist
 
 
 _PROMPT: Final = "hello"
 _TOP_K: Final = 8
+_OF_VIEWS: Final = frozenset({*dir(View), *dir(BatchView), *dir(RawView)})
+
+P = ParamSpec("P")
+V = TypeVar("V")
 
 
 __tracebackhide__ = True
@@ -54,6 +61,59 @@ def not_finite(label: str, dist: TokenDist) -> str:
     if dist.tail_logprob is not None and not math.isfinite(dist.tail_logprob):
         return f"the {label} view gave a non-finite tail_logprob, {dist.tail_logprob}"
     return ""
+
+
+def opens_view(opened: Callable[P, Iterator[V]]) -> Callable[P, AbstractContextManager[V]]:
+    """Make a context manager of a generator function, as `contextlib.contextmanager` does, which hints at `with`."""
+    manager = contextmanager(opened)
+
+    @wraps(opened)
+    def opening(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[V]:
+        return _Opening(manager(*args, **kwargs), opened.__name__)
+
+    return opening
+
+
+class _Opening(AbstractContextManager[V]):
+    """A view that is not open yet.
+
+    Args:
+        manager: Opens and closes it.
+        method: The name of the backend's method that made it.
+    """
+
+    def __init__(self, manager: AbstractContextManager[V], method: str) -> None:
+        self._manager = manager
+        self._method = method
+
+    def __enter__(self) -> V:
+        return self._manager.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> Any:
+        return self._manager.__exit__(kind, error, tb)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"{self._method}() gives a view inside of a `with` block: write `with backend.{self._method}(...) as"
+                f" view: view.{name}`."
+            )
+
+
+class HintsAtViews:
+    """A backend that says where to ask what is asked of it and is a view's to answer."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in _OF_VIEWS:
+                message += (
+                    ". A backend has two views, the base's and the fine-tuned model's; ask one of them: `with"
+                    f" backend.as_finetuned() as view: view.{name}`."
+                )
+            raise AttributeError(message)
 
 
 class Build:

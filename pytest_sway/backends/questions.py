@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _ASSISTANT: Final = "assistant"
+_MANY: Final = " To ask many at once, use"
 
 
 class SamplingParams(NamedTuple):
@@ -85,7 +86,8 @@ def checked_text(text: Any) -> str:
         ScoringError: It is none.
     """
     if not isinstance(text, str):
-        raise ScoringError(f"expected a text to score, and {shortened(text)} is none.")
+        many = f"{_MANY} rolling_logprobs(texts)." if isinstance(text, list | tuple) else ""
+        raise ScoringError(f"expected a text to score, and {shortened(text)} is none.{many}")
     return text
 
 
@@ -100,6 +102,12 @@ def checked_messages(messages: Iterable[Message]) -> tuple[list[dict[str, Any]],
     if isinstance(messages, Mapping | str | bytes) or not isinstance(messages, Iterable):
         raise ScoringError(
             f"a prompt is a text or a list of messages with 'role' and 'content', and {shortened(messages)} is neither."
+        )
+    messages = list(messages)
+    if messages and all(isinstance(message, str) for message in messages):
+        raise ScoringError(
+            f"a prompt is one text or a list of messages, and {shortened(messages)} is a list of texts.{_MANY}"
+            " logprobs_of(pairs), next_token_dists(prompts) or generate_many(prompts)."
         )
     conversation = [_checked(message) for message in messages]
     if not conversation:

@@ -5,7 +5,7 @@ Imported in every run of pytest, so what it needs itself is imported once a test
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -84,11 +84,16 @@ def _spec_values(item: pytest.Item) -> list[Any]:
     """What a test says about its specs before it runs: its marker's arguments, and parameters that are specs."""
     marker = item.get_closest_marker("sway_spec") if "sway_spec" in item.keywords else None
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    return [*(() if marker is None else marker.args), *(value for value in parameters.values() if _is_spec(value))]
+    return [*(() if marker is None else marker.args), *(value for value in parameters.values() if is_spec(value))]
 
 
-def _is_spec(value: object) -> bool:
-    """Whether a parameter is a ``ModelSpec``, ours or dlm-sway's; all are asked, so nothing is imported for it."""
+def is_spec(value: object) -> bool:
+    """Return whether a parameter is a spec: a ``ModelSpec``, ours or dlm-sway's, or a mapping with a base.
+
+    All parameters of a run are asked, so nothing is imported for it.
+    """
+    if isinstance(value, Mapping):
+        return "base" in value and all(isinstance(name, str) for name in value)
     return any(cls.__name__ == "ModelSpec" for cls in type(value).__mro__)
 
 

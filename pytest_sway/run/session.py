@@ -46,13 +46,16 @@ five may have passed before the worker hears of an interrupt."""
 class SwayBackend(Protocol):
     """The type of the fixture ``sway_backend``."""
 
-    def __call__(self, spec: SpecLike | None = None, *, adapter_path: Path | None = None) -> DifferentialBackend:
+    def __call__(
+        self, spec: SpecLike | None = None, *, adapter_path: Path | None = None, **fields: Any
+    ) -> DifferentialBackend:
         """Return the live backend of ``spec``, which stays loaded until the test's teardown.
 
         Args:
             spec: A `ModelSpec`, a mapping of its fields, a configured name, or any object with the same attributes.
                 It can be left out under a marker ``sway_spec`` with exactly one spec.
             adapter_path: An adapter that takes the place of the spec's own.
+            fields: The fields of a spec, in the place of ``spec``: ``sway_backend(base=..., adapter=...)``.
 
         Raises:
             SwayError: The spec is wrong, or cannot be loaded; the message says why and what to do.
@@ -153,7 +156,11 @@ class SwaySession(Listener):
         owner = Owner(test, keeps=True)
         leases: dict[Key, Lease] = {}
 
-        def sway_backend(spec: SpecLike | None = None, *, adapter_path: Path | None = None) -> DifferentialBackend:
+        def sway_backend(
+            spec: SpecLike | None = None, *more: object, adapter_path: Path | None = None, **fields: Any
+        ) -> DifferentialBackend:
+            if more or fields:
+                spec = _of_fields(spec, more, fields)
             resolved = self._resolve(_marked_spec(marked) if spec is None else spec, adapter_path, test)
             key = resolved_key(resolved)
             lease = None if owner.over else leases.get(key)
@@ -298,6 +305,21 @@ class SwaySession(Listener):
         self.cache.shutdown(timeout=_PATIENCE_AT_END)
         self.take_load_seconds()
         keep_modules()
+
+
+def _of_fields(spec: SpecLike | None, more: tuple[object, ...], fields: dict[str, Any]) -> SpecLike:
+    """The spec that fields are, as in ``sway_backend(base=..., adapter=...)``."""
+    if more:
+        raise SpecError(
+            f"sway_backend takes one spec; found {1 + len(more)} arguments. For a base and an adapter, write"
+            " sway_backend(base=..., adapter=...)."
+        )
+    if spec is not None:
+        raise SpecError(
+            f"sway_backend takes a spec or its fields; found {spec!r} beside {', '.join(fields)}. For another adapter"
+            " on that spec, write sway_backend(spec, adapter_path=...)."
+        )
+    return fields
 
 
 def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:

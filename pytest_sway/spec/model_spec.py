@@ -91,9 +91,8 @@ class ModelSpec:
         return hash((self.base, self.adapter))  # enough to tell most apart; all fields would cost each request 1 us
 
     def _check(self) -> None:
-        self._set("kind", _one_of("kind", self.kind, KINDS))
-        dtype = _DTYPE_ALIASES.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
-        self._set("dtype", _one_of("dtype", dtype, DTYPES))
+        self._set("kind", _kind(self.kind))
+        self._set("dtype", _dtype(self.dtype))
         for name in ("trust_remote_code", "allow_pickle"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"spec field {name!r} must be true or false, not {getattr(self, name)!r}.")
@@ -153,6 +152,19 @@ def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
     if value not in valid:
         raise SpecError(f"spec field {name!r} must be one of {', '.join(valid)}; found {value!r}.")
     return str(value)
+
+
+def _kind(value: object) -> str:
+    if value in ("peft", "transformers", "lora"):
+        raise SpecError(f"spec field 'kind' is 'hf' for transformers and PEFT, not {value!r}.")
+    return _one_of("kind", value, KINDS)
+
+
+def _dtype(value: object) -> str:
+    if type(value).__module__ == "torch":
+        name = str(value).removeprefix("torch.")
+        raise SpecError(f"spec field 'dtype' is a text: write {name!r}, not torch.{name}.")
+    return _one_of("dtype", _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value, DTYPES)
 
 
 def _is_variable(value: object) -> bool:

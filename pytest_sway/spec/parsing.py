@@ -28,6 +28,14 @@ class SpecAttributes(Protocol):
 
 SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
 _FIELDS: Final = tuple(each.name for each in fields(ModelSpec) if each.init)
+_ONLY_FOR: Final = {
+    "hf": ("trust_remote_code", "revision", "allow_pickle"),
+    "mlx": ("trust_remote_code", "revision"),
+    "api": ("endpoint", "finetuned_endpoint", "api_key_env", "timeout"),
+    "dummy": ("answers",),
+    "custom": ("entry_point", "trust_remote_code", "revision", "allow_pickle", "endpoint", "api_key_env", "timeout"),
+}
+"""Fields that say something to these kinds alone."""
 
 
 def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
@@ -46,11 +54,7 @@ def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({
         return _from_mapping(value)
     if isinstance(value, str):
         if value not in named:
-            known = ", ".join(sorted(named)) or "none are configured"
-            raise SpecError(
-                f"no spec is named {value!r} (named specs: {known}). Pass a mapping such as"
-                " {'base': ..., 'adapter': ...}, or configure the name under [tool.pytest-sway.specs]."
-            )
+            raise SpecError(_unknown_name(value, named))
         return parse_spec(named[value])
     if hasattr(value, "base"):
         return _from_mapping({name: getattr(value, name) for name in _FIELDS if hasattr(value, name)})
@@ -62,14 +66,33 @@ def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({
 def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
     for name in values:
         if name not in _FIELDS:
-            close = difflib.get_close_matches(str(name), _FIELDS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise SpecError(f"a spec has no field {name!r}; its fields are {', '.join(_FIELDS)}.{hint}")
+            raise SpecError(_unknown_field(name, values.get("kind", "hf")))
     try:
         spec, steady = _memoised(tuple(values.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
         steady = False
     return spec if steady else ModelSpec(**values)
+
+
+def _unknown_name(value: str, named: Mapping[str, Any]) -> str:
+    known = ", ".join(sorted(named)) or "none are configured"
+    folder = "adapter" if os.path.isfile(os.path.join(value, "adapter_config.json")) else "base"
+    if os.path.exists(value):
+        return f"a text is the name of a configured spec, and {value!r} is a path. Pass {{{folder!r}: {value!r}, ...}}."
+    close = difflib.get_close_matches(value, named, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"no spec is named {value!r} (named specs: {known}).{hint} Pass a mapping such as {{'base': ..., 'adapter':"
+        " ...}, or configure the name under [tool.pytest-sway.specs]."
+    )
+
+
+def _unknown_field(name: object, kind: object) -> str:
+    others = {field for of, own in _ONLY_FOR.items() if of != kind for field in own}
+    known = [field for field in _FIELDS if field not in others or field in _ONLY_FOR.get(str(kind), ())]
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"a spec has no field {name!r}; those of kind {kind!r} are {', '.join(known)}.{hint}"
 
 
 @lru_cache(maxsize=256)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.plugin.conftest import WIDE, Suite
 
 
@@ -112,12 +114,32 @@ def test_forms(sway_backend, pytestconfig):
     assert sway_backend(ModelSpec(kind="dummy", base="named", adapter=Path("runs/v3"))) is named
     assert sway_backend(SimpleNamespace(kind="dummy", base="named", adapter="runs/v3", dtype="auto")) is named
     assert sway_backend({"kind": "dummy", "base": "named"}, adapter_path=Path("runs/v3")) is named
+    assert sway_backend(kind="dummy", base="named", adapter="runs/v3") is named
 
 def test_unknown(sway_backend):
     sway_backend("v4")
 """)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*SpecError: no spec is named 'v4' (named specs: v3). Pass a mapping such as*"])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            "'org/base', 'runs/v3'",
+            "sway_backend takes one spec; found 2 arguments.*(base=..., adapter=...).",
+        ),
+        (
+            "'v3', adapter='runs/v4'",
+            "sway_backend takes a spec or its fields; found 'v3' beside adapter.*path=*",
+        ),
+    ],
+)
+def test_a_call_of_another_form_is_told_the_right_one(any_suite: Suite, call: str, message: str) -> None:
+    result = any_suite.run(f"def test_it(sway_backend):\n    sway_backend({call})")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([f"*SpecError: {message}"])
 
 
 def test_an_adapter_that_is_retrained_in_place_is_loaded_anew(any_suite: Suite) -> None:

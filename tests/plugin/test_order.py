@@ -70,6 +70,25 @@ def test_x(n, spec): pass
     assert order(suite, source) == [f"test_x[{name}]" for name in ("p-0", "p-1", "r-0", "r-1", "q-0", "q-1")]
 
 
+SPECS = """
+@pytest.mark.parametrize("spec", [
+    {"base": "org/a", "adapter": "runs/v3"}, {"kind": "dummy", "base": "b"}, {"base": "org/a", "adapter": "runs/v4"},
+    {"base": "org/a", "adaptr": "v4"}, {"base": 10, "height": 2}])
+def test_x(spec): pass
+"""
+
+
+def test_mappings_of_fields_count_and_have_readable_ids(suite: Suite) -> None:
+    assert order(suite, SPECS) == [
+        f"test_x[{name}]" for name in ("org/a+runs/v3", "org/a+runs/v4", "dummy:b", "spec3", "spec4")
+    ]
+
+
+def test_ids_of_the_users_own_stay(suite: Suite) -> None:
+    source = '@pytest.mark.parametrize("spec", [{"base": "org/a"}], ids=["mine"])\ndef test_x(spec): pass'
+    assert order(suite, source) == ["test_x[mine]"]
+
+
 def test_parameters_of_fixtures_count(suite: Suite) -> None:
     source = """
 from pytest_sway import ModelSpec

@@ -115,7 +115,7 @@ def test_x(sway_backend, number):
     [
         (
             "candidate.adaptr=runs/v4",
-            "--sway-set candidate.adaptr: a spec has no field 'adaptr'; its fields are kind, base, adapter, *"
+            "--sway-set candidate.adaptr: a spec has no field 'adaptr'; those of kind 'dummy' are kind, base, *"
             " Did you mean 'adapter'? (Named specs: baseline, candidate.)",
         ),
         (

@@ -72,6 +72,9 @@ WITHOUT_MEANING: list[tuple[Ask, str]] = [
     (lambda view: view.generate_many(["a", "b"], max_new_tokens=1, seed=[1]), "there are 2 prompts and 1 seeds"),
     (lambda view: view.render([{"role": "user"}]), "message"),
     (lambda view: view.next_token_dist(5), "messages"),
+    (lambda view: view.rolling_logprob(["a", "b"]), r"expected a text to score, .* use rolling_logprobs\(texts\)"),
+    (lambda view: view.logprob_of(["a", "b"], "c"), r"is a list of texts\. To ask many at once, use logprobs_of"),
+    (lambda view: view.generate(["a", "b"], max_new_tokens=1), r"is a list of texts\. .* generate_many\(prompts\)"),
 ]
 
 CALLS: dict[str, Ask] = {
@@ -102,6 +105,14 @@ class Agreement:
     def test_views_are_named_as_in_dlm_sway(self, backend: Any) -> None:
         with backend.as_base() as base, backend.as_finetuned() as tuned:
             assert (base.id, tuned.id) == ("base", "ft")
+
+    def test_who_forgets_with_is_told_of_it(self, backend: Any) -> None:
+        with pytest.raises(AttributeError, match=r"write `with backend.as_base\(\.\.\.\) as view: view\.logprob_of`"):
+            backend.as_base().logprob_of("a", "b")
+        with pytest.raises(AttributeError, match=r"`with backend\.as_finetuned\(\) as view: view\.generate`"):
+            backend.generate("a", max_new_tokens=1)
+        with pytest.raises(AttributeError, match=r"has no attribute 'generated'$"):
+            _ = backend.generated
 
     @pytest.mark.parametrize("name", QUESTIONS)
     def test_one_question_is_many_of_one(self, view: Any, name: str) -> None:

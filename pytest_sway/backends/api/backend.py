@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.api.event_loop import LoopClosedError
 from pytest_sway.backends.api.view import ApiView
-from pytest_sway.backends.contract import preflight
+from pytest_sway.backends.contract import HintsAtViews, opens_view, preflight
 from pytest_sway.backends.view import closed_error
 from pytest_sway.errors import NoAdapterError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 
-class ApiBackend:
+class ApiBackend(HintsAtViews):
     """Two models on OpenAI-compatible servers; made by `build_api`.
 
     Any number of views may be open at once, in any number of threads; their requests share the connections.
@@ -59,13 +59,13 @@ class ApiBackend:
         """The spec that it was built from."""
         return self._spec
 
-    @contextmanager
+    @opens_view
     def as_base(self) -> Iterator[ApiView]:
         """Open a view on the base."""
         with self._view("base", self._base) as view:
             yield view
 
-    @contextmanager
+    @opens_view
     def as_finetuned(self) -> Iterator[ApiView]:
         """Open a view on the tuned model.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pytest_sway.backends.questions import checked_messages
 from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import RollingLogprob, TokenDist, log_of_tail
 
@@ -102,6 +103,7 @@ def no_template(model: ServedModel) -> ScoringError:
 
 def _text(model: ServedModel, prompt: Prompt) -> str:
     if not isinstance(prompt, str):
+        checked_messages(prompt)
         raise no_template(model)
     return prompt
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.plan import Plan
-from pytest_sway.backends.contract import Build
+from pytest_sway.backends.contract import Build, HintsAtViews, opens_view
 from pytest_sway.backends.dummy.canned import Between, Canned, Noisy, Side
 from pytest_sway.backends.questions import SamplingParams, checked_messages
 from pytest_sway.backends.view import BaseView, closed_error, null_id
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 
-class DummyBackend:
+class DummyBackend(HintsAtViews):
     """Canned answers as a differential backend, with views like those of a real one.
 
     Args:
@@ -54,25 +54,25 @@ class DummyBackend:
     def __repr__(self) -> str:
         return f"<DummyBackend {self._name}{', closed' if self._closed else ''}>"
 
-    @contextmanager
+    @opens_view
     def as_base(self) -> Iterator[DummyView]:
         """Open a view on the base's answers."""
         with self._view("base", self._base) as view:
             yield view
 
-    @contextmanager
+    @opens_view
     def as_finetuned(self) -> Iterator[DummyView]:
         """Open a view on the fine-tuned model's answers; there are some whether or not the spec has an adapter."""
         with self._view("ft", self._tuned) as view:
             yield view
 
-    @contextmanager
+    @opens_view
     def as_scaled_adapter(self, lam: float) -> Iterator[DummyView]:
         """Open a view on answers between the base's (0) and the fine-tuned model's (1); texts are the nearer side's."""
         with self._view(f"scaled_{lam:.2f}", Between(self._base, self._tuned, lam)) as view:
             yield view
 
-    @contextmanager
+    @opens_view
     def as_null_adapter(self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0) -> Iterator[DummyView]:
         """Open a view on the base's answers with noise on each number, from ``N(0, init_scale**2 * rank_scale)``.
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pytest_sway.backends.contract import preflight
+from pytest_sway.backends.contract import HintsAtViews, opens_view, preflight
 from pytest_sway.backends.text import chat
 from pytest_sway.backends.view import BaseView, closed_error, null_id
 from pytest_sway.errors import BackendUseError, NoAdapterError
@@ -113,7 +113,7 @@ class Loaded(Generic[S]):
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class PooledBackend(ABC, Generic[S, V]):
+class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
     """A model with an adapter, or beside what it was fine-tuned to.
 
     Any number of views may be open at once, in any number of threads: each computes on models of its own.
@@ -144,13 +144,13 @@ class PooledBackend(ABC, Generic[S, V]):
 
     # --- views --------------------------------------------------------------------------------------------------------
 
-    @contextmanager
+    @opens_view
     def as_base(self) -> Iterator[V]:
         """Open a view on the base."""
         with self._view("base", self._require().base) as view:
             yield view
 
-    @contextmanager
+    @opens_view
     def as_finetuned(self) -> Iterator[V]:
         """Open a view on the base with its adapter, or on the fine-tuned model.
 
@@ -160,7 +160,7 @@ class PooledBackend(ABC, Generic[S, V]):
         with self._view("ft", self._tuned("as_finetuned")) as view:
             yield view
 
-    @contextmanager
+    @opens_view
     def as_scaled_adapter(self, lam: float) -> Iterator[V]:
         """Open a view in which the LoRA terms count ``lam`` times: 0 is the base, 1 the adapter.
 
@@ -174,7 +174,7 @@ class PooledBackend(ABC, Generic[S, V]):
         with self._view(view_id, self._scaled(self._tuned(asked), self._adapter(asked), lam), own=True) as view:
             yield view
 
-    @contextmanager
+    @opens_view
     def as_null_adapter(self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0) -> Iterator[V]:
         """Open a view with noise in place of the LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
 

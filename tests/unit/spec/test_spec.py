@@ -215,15 +215,15 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         ],
         (
             {"base": "b", "adaptor": "/x"},
-            "a spec has no field 'adaptor'; its fields are kind, base, adapter, dtype, device, trust_remote_code,"
-            " revision, entry_point, endpoint, allow_pickle, finetuned, answers, finetuned_endpoint, api_key_env,"
-            " timeout. Did you mean 'adapter'?",
+            "a spec has no field 'adaptor'; those of kind 'hf' are kind, base, adapter, dtype, device,"
+            " trust_remote_code, revision, allow_pickle, finetuned. Did you mean 'adapter'?",
         ),
         (
-            {"base": "b", 3: "/x"},
-            "a spec has no field 3; its fields are kind, base, adapter, dtype, device, trust_remote_code, revision,"
-            " entry_point, endpoint, allow_pickle, finetuned, answers, finetuned_endpoint, api_key_env, timeout.",
+            {"base": "b", "kind": "api", 3: "/x"},
+            "a spec has no field 3; those of kind 'api' are kind, base, adapter, dtype, device, endpoint, finetuned,"
+            " finetuned_endpoint, api_key_env, timeout.",
         ),
+        ({"base": "b", "kind": "peft"}, "spec field 'kind' is 'hf' for transformers and PEFT, not 'peft'."),
         ({"base": "b", "adapter": "/a\0b"}, "the path '/a\\x00b' cannot be resolved: embedded null byte."),
         (
             {"base": "b", "adapter": "~nobody-of-this-name/a"},
@@ -257,6 +257,19 @@ def test_what_is_no_spec_is_refused(value: Any, sentence: str) -> None:
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(SpecError, match=r"^no spec is named 'smol' \(named specs: big, small\)\. "):
         parse_spec("smol", named={"small": MAPPING, "big": MAPPING})
+
+
+@pytest.mark.parametrize(("file", "field"), [("adapter_config.json", "adapter"), ("config.json", "base")])
+def test_a_path_as_a_spec_is_refused_with_the_field_that_takes_it(tmp_path: Path, file: str, field: str) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(SpecError, match=re.escape(f"is a path. Pass {{{field!r}: {str(tmp_path)!r}, ...}}.")):
+        parse_spec(str(tmp_path))
+
+
+def test_a_dtype_of_torch_is_refused_with_the_text_for_it() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(SpecError, match=r"^spec field 'dtype' is a text: write 'bfloat16', not torch\.bfloat16\.$"):
+        parse_spec({"base": "b", "dtype": torch.bfloat16})
 
 
 def test_a_name_that_stands_for_a_name_is_refused() -> None:
