@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pytest_sway.run.comparing import SwayCompare
     from pytest_sway.run.session import SwayBackend
     from pytest_sway.spec.model_spec import ModelSpec
+    from pytest_sway.spec.training_runs import checkpoints
 
 __all__ = [
     "BackendCache",
@@ -50,6 +51,7 @@ __all__ = [
     "TokenDist",
     "View",
     "cache_key_for",
+    "checkpoints",
 ]
 
 __version__: str
@@ -75,6 +77,7 @@ _HOMES = {
     "run.comparing": ("SwayCompare",),
     "run.session": ("SwayBackend",),
     "spec.model_spec": ("ModelSpec",),
+    "spec.training_runs": ("checkpoints",),
 }
 
 

@@ -24,6 +24,7 @@ from pytest_sway import (
     TokenDist,
     View,
     cache_key_for,
+    checkpoints,
 )
 from pytest_sway.errors import AdapterMismatchError, MutationError
 from pytest_sway.protocols import (
@@ -106,6 +107,7 @@ def test_with_the_cache() -> None:
     assert_type(lease, Lease)
     lease.release()
     assert cache_key_for(SPEC)[0] == "hf"
+    assert_type(checkpoints("runs/town"), list[Path])
     assert_type(cache.loaded_specs(), list[ModelSpec])
     assert cache.loaded_keys() == [cached.key]
     assert cache.max_size == 2
