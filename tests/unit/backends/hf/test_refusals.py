@@ -186,7 +186,7 @@ def test_a_base_that_brings_code_needs_leave_to_run_it(builder: HFBuilder, tmp_p
     path = make_base(tmp_path) / "config.json"
     config = json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "homemade"}
     path.write_text(json.dumps(config))
-    with pytest.raises(SpecError, match=r"brings its own code .* trust_remote_code=True"):
+    with pytest.raises(SpecError, match=r"brings its own code .* set trust_remote_code=True"):
         builder.check(spec_of(tmp_path))
 
 
