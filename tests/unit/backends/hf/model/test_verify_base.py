@@ -47,7 +47,7 @@ def _make(folder: Path, kind: str, **fields: Any) -> Path:
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder_is_refused(build: Any, tmp_path: Path, kind: str, dtype: str) -> None:
     folder = _make(tmp_path, kind, **ENCODERS[kind])
-    with pytest.raises(SpecError, match=rf"the base '{folder}' is no causal language model: in its \w+, later tokens"):
+    with pytest.raises(SpecError, match=rf"the base '{folder}' is not a causal language model: in its \w+, later tokens"):
         build(folder, dtype=dtype)
 
 
@@ -58,7 +58,7 @@ def test_an_encoder_that_was_made_a_decoder_is_served(build: Any, tmp_path: Path
 
 def test_an_encoder_is_no_fine_tuned_model_either(build: Any, base: Path, tmp_path: Path) -> None:
     folder = _make(tmp_path, "bert", **_ENCODER)
-    with pytest.raises(SpecError, match=rf"the fine-tuned model '{folder}' is no causal language model"):
+    with pytest.raises(SpecError, match=rf"the fine-tuned model '{folder}' is not a causal language model"):
         build(base, finetuned=folder)
 
 
@@ -81,7 +81,7 @@ def test_an_encoder_whose_trees_are_loaded_anew_is_refused_where_it_first_comput
         adapter = make_adapter(tmp_path / "adapter", folder, targets=("query",))
     backend = build(folder, adapter)
     for opened in (backend.as_finetuned, backend.as_base, backend.as_base):
-        with opened() as view, pytest.raises(SpecError, match=rf"the base '{folder}' is no causal language model"):
+        with opened() as view, pytest.raises(SpecError, match=rf"the base '{folder}' is not a causal language model"):
             view.logprob_of("the sun", " rises")
 
 
