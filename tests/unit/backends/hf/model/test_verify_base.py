@@ -47,7 +47,9 @@ def _make(folder: Path, kind: str, **fields: Any) -> Path:
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder_is_refused(build: Any, tmp_path: Path, kind: str, dtype: str) -> None:
     folder = _make(tmp_path, kind, **ENCODERS[kind])
-    with pytest.raises(SpecError, match=rf"the base '{folder}' is not a causal language model: in its \w+, later tokens"):
+    with pytest.raises(
+        SpecError, match=rf"the base '{folder}' is not a causal language model: in its \w+, later tokens"
+    ):
         build(folder, dtype=dtype)
 
 
