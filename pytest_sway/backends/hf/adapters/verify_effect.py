@@ -1,4 +1,4 @@
-"""Does an adapter change what its base computes? The models themselves are asked, where weights alone cannot tell."""
+"""Verifies that an adapter changes its base's logits. Weights alone cannot always show it, so the models are run."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ __tracebackhide__ = True
 _TOKENS: Final = 16
 _ROWS: Final = 4096
 _ROUNDING: Final = 2.0**-17
-"""What float32 leaves uncertain of logits, as a part of the largest. Untrained PiSSA, OLoRA, HRA, DEFT, OSF and FRoD,
-whose zero is a difference of large numbers, come to at most 1.4e-6 on SmolLM2-135M and on tiny models; one step of
-training at a rate of 1e-5 comes to 2.7e-5 at least."""
+"""The rounding error of float32 logits, relative to the largest. Untrained PiSSA, OLoRA, HRA, DEFT, OSF and FRoD
+compute their zero as a difference of large numbers, and reach at most 1.4e-6 on SmolLM2-135M and on tiny models. One
+step of training at a rate of 1e-5 reaches at least 2.7e-5."""
 
 
 def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> None:
-    """Raise unless an adapter computes other logits than its base, for tokens from all over the vocabulary.
+    """Raise unless an adapter changes its base's logits, for tokens from all over the vocabulary.
 
-    Where it has another number of words than its base, those count that both have; one whose training was of other
-    words is not judged.
+    If their vocabularies differ in size, the tokens that both have are compared. An adapter that trains other single
+    tokens is not judged.
 
-    In half precision only equal logits count as the same: rounding is as large there as what little training does.
+    In half precision, only equal logits count as the same: rounding is as large there as the effect of little training.
 
     Args:
         base: The base.
-        tuned: The same with the adapter.
-        files: The adapter.
+        tuned: The base with the adapter.
+        files: The adapter's files.
 
     Raises:
-        AdapterFaultError: They compute the same, or the adapter makes NaN of it.
+        AdapterFaultError: The logits are the same, or the adapter turns them into NaN.
     """
     import torch
 
@@ -71,7 +71,7 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
 
 
 def _require_another(ids: list[int], before: Any, model: Any) -> None:
-    """Raise if what a model computes for the last of some tokens is no number, or as before."""
+    """Raise if a model's logits after the given tokens are NaN, or as before."""
     import torch
 
     after = model(torch.tensor([ids], device=before.device)).logits[0, -1, : before.shape[-1]]
@@ -84,7 +84,7 @@ def _words(engine: Engine) -> int:
 
 
 def _probe(words: int, files: AdapterFiles) -> list[int]:
-    """Tokens spread over the vocabulary, after those without which an adapter of the kind aLoRA sleeps."""
+    """Return tokens from all over the vocabulary, after the tokens that activate an aLoRA adapter."""
     return [*(files.config.get("alora_invocation_tokens") or ()), *range(0, words, max(1, words // _TOKENS))]
 
 
@@ -103,7 +103,7 @@ def _same(plain: Any, changed: Any) -> bool:
 
 
 def _embeds_otherwise(base: Engine, tuned: Engine, words: int) -> bool:
-    """Whether any of the first so many tokens is embedded otherwise: most are in no probe."""
+    """Return whether any of the first ``words`` tokens has another embedding; the probe has only a few of them."""
     import torch
 
     embed, embed_tuned = base.forward.model.get_input_embeddings(), tuned.forward.model.get_input_embeddings()
