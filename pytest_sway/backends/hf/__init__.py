@@ -1,1 +1,1 @@
-"""Backends of kind ``hf``: Hugging Face models with PEFT adapters. Only it imports torch, and only in functions."""
+"""Backends of kind ``hf``: Hugging Face models and PEFT adapters. All imports of torch are here, inside functions."""

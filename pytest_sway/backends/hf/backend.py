@@ -27,7 +27,7 @@ __tracebackhide__ = True
 
 
 class HFBackend(PooledBackend[BoundModel, HFView]):
-    """A Hugging Face model with a PEFT adapter, or beside a model fine-tuned from it. `HFBuilder.build` makes it."""
+    """A Hugging Face model with its PEFT adapter or its fine-tuned model. `HFBuilder.build` makes it."""
 
     _shares_tokenizers = True
 

@@ -2,7 +2,7 @@
 
 PEFT changes a tree of the base, so the base stays as it is. The result is kept as a skeleton, without the adapter's
 weights. The next adapter of the same configuration gets a copy of the skeleton with its own weights. That gives the
-same model, bit by bit, in a fraction of the time.
+same model, bit for bit, in a fraction of the time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads an adapter's tensors into one piece of memory, side by side as in their file.
 
-Reading, conversion, a lazy clone, a watch and checks of the values then take one operation for all tensors. An adapter
+Then reading, converting, cloning, watching and checking them each take one step instead of one per tensor. An adapter
 for all linear layers of a large model has over a thousand tensors.
 """
 
@@ -22,7 +22,7 @@ __tracebackhide__ = True
 
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ALIGNMENT: Final = 64
-"""Bytes. torch aligns each tensor so; kernels may sum in another order at other addresses."""
+"""Bytes. torch aligns tensors to this; kernels may sum in another order at other addresses."""
 
 
 def read_packed(
@@ -61,7 +61,7 @@ def read_packed(
 
 
 def _data(path: Path, nbytes: int) -> Any | None:
-    """Return the data behind a safetensors header as ``uint8``; ``None`` if it has not ``nbytes`` bytes."""
+    """Return the data behind a safetensors header as ``uint8``; ``None`` if it is not ``nbytes`` long."""
     import torch
 
     data = torch.empty(nbytes, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Turns PEFT's errors about an adapter, which may be of any class, into errors of pytest-sway."""
+"""Turns PEFT's errors, which can be of any class, into errors that name the adapter and the field at fault."""
 
 from __future__ import annotations
 

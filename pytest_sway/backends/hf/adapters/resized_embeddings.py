@@ -71,14 +71,14 @@ def _words(layer: Any) -> int:
 
 
 def _sizes(files: AdapterFiles, layer: str) -> Iterator[int]:
-    """Yield the sizes of vocabulary that an adapter's tensors of a layer have."""
+    """Yield the vocabulary sizes of an adapter's tensors for a layer."""
     for rest, shape in _tensors(files, layer):
         if rest in _SIDES and len(shape) == 2:
             yield shape[_SIDES[rest]]
 
 
 def _tensors(files: AdapterFiles, layer: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Yield, for each of an adapter's tensors of a layer, the name's parts after the layer's, and the shape."""
+    """Yield the parts of the name after the layer's, and the shape, of each of an adapter's tensors for a layer."""
     for name, entry in (files.entries or {}).items():
         _, found, rest = f".{name}".rpartition(f".{layer}.")
         if found:

@@ -31,8 +31,8 @@ step of training at a rate of 1e-5 reaches at least 2.7e-5."""
 def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> None:
     """Raise unless an adapter changes its base's logits, for tokens from all over the vocabulary.
 
-    If their vocabularies differ in size, the tokens that both have are compared. An adapter that trains other single
-    tokens is not judged.
+    If their vocabularies differ in size, the tokens that both have are compared. An adapter that trains single
+    tokens beyond those is not checked.
 
     In half precision, only equal logits count as the same: rounding is as large there as the effect of little training.
 

@@ -170,7 +170,7 @@ def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any]) -> bool:
 
 
 def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bool:
-    """Return whether a parameter that replaces something of the base's equals it; False if that is unknown."""
+    """Return whether a parameter equals the base's tensor that it replaces; False if that is unknown."""
     import torch
 
     parameter = parameters[name].detach()

@@ -38,8 +38,7 @@ class ContentsRecord:
     def changes(self) -> list[str]:
         """Return one line for each tensor whose contents have changed.
 
-        A sample of each tensor's elements is compared. If it differs, or if torch has counted a write, all elements
-        are.
+        A sample of each tensor is compared; all elements, if a sample differs or torch has counted a write.
         """
         versions = self._current_versions()
         if versions == self._versions and all(
@@ -100,7 +99,7 @@ class PatchRecord:
     def changes(self) -> list[str]:
         """Return one line for each patch.
 
-        If a function was patched while the model was loaded and is the library's own again, it is recorded anew.
+        A function that was patched while the model was loaded, and is the library's own again, is no patch.
         """
         functions = _attention_functions()
         self._forwards |= {kind: kind.forward for kind in self._forwards if _is_own(kind.forward, kind)}

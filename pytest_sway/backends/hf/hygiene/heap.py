@@ -31,9 +31,9 @@ def collect(device_type: str) -> None:
 def reuse_freed_memory() -> None:
     """Make glibc keep what one operation frees for the next, up to `_LARGEST_KEPT` bytes.
 
-    By default it maps each block over a threshold anew and returns free memory beyond twice as much. Then every result
-    faults in all of its pages again. The threshold rises to the size of a mapped block when that is freed, up to 32 MiB
-    (mallopt(3), M_MMAP_THRESHOLD). So this allocates and frees a block once per process.
+    By default glibc maps each block over a threshold by itself, and returns free memory beyond twice as much. Then each
+    result faults in all of its pages again. The threshold rises to the size of a mapped block when that is freed, up to
+    32 MiB (mallopt(3), M_MMAP_THRESHOLD). So this allocates and frees a block once per process.
     """
     import torch
 

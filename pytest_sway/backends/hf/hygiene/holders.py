@@ -30,7 +30,7 @@ def holders_of(storages: Iterable[int], limit: int = 5) -> list[str]:
 def _outermost_holders(storages: set[int]) -> tuple[list[Any], set[int]]:
     """Return the outermost holders, and the ids of all modules and tensors that they hold.
 
-    These are modules that contain such tensors and are in no other such module, and tensors that are in no module.
+    Outermost holders are modules that contain such tensors and are in no other such module, and tensors in no module.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Finds where a base's config and weights disagree: the tensors, and the field of the config.
 
-The config gives a model on the meta device, and so the shapes that it asks for. If another value of one field gives the
-shapes in the files, that field is at fault.
+A model made from the config on the meta device has the shapes that the config asks for. If another value of one field
+gives the shapes in the files, that field is at fault.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PATIENCE: Final = 1.5
 more if it is deep."""
 
 _MOST: Final = 3
-"""Fields that an error names at most."""
+"""The most fields that an error names."""
 
 
 def other_sizes(path: Path, entries: Mapping[str, TensorEntry], make: Make) -> str:

@@ -25,7 +25,7 @@ _SIZES: Final = re.compile(
 _COUNT: Final = re.compile(r"layer|block|expert|module")
 _FEW: Final = (1, 2, 3, 4)
 _MOST: Final = 12
-"""Values that are tried for one field at most."""
+"""The most values that are tried for one field."""
 
 
 def other_numbers(
@@ -58,7 +58,7 @@ def other_numbers(
 
 
 def other_values(files: AdapterFiles, said: str, contents: Contents) -> Iterator[tuple[Field, Any]]:
-    """Yield other values of fields of an ``adapter_config.json``, with which it may fit its weights.
+    """Yield other values of fields of an ``adapter_config.json``, with which the config may fit the weights.
 
     Args:
         files: The adapter's files.

@@ -49,7 +49,7 @@ def load_gguf_model(spec: ModelSpec, path: Path) -> Any:
 
 
 def load_gguf_tokenizer(spec: ModelSpec, path: Path) -> Any:
-    """Load the tokenizer in the folder of a GGUF base if the spec names that folder, else the file's own."""
+    """Load a GGUF base's tokenizer: the folder's, if the spec names a folder that has one, else the file's."""
     from transformers import AutoTokenizer
 
     if str(path) != spec.base and any((path.parent / name).is_file() for name in _OWN_TOKENIZER):
@@ -66,7 +66,7 @@ def _set_special_tokens(tokenizer: Any, said: Mapping[str, Any]) -> None:
         number = said.get(f"tokenizer.ggml.{name}_token_id")
         if number is not None and number != getattr(tokenizer, f"{role}_token_id"):
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(number))
-    # llama.cpp's rule: the file says whether a text begins with BOS. By default only SentencePiece texts do.
+    # llama.cpp's rule: the file says whether a text begins with BOS. If it does not, SentencePiece texts do.
     begins = said.get("tokenizer.ggml.add_bos_token", said.get("tokenizer.ggml.model") == "llama")
     if getattr(tokenizer, "add_bos_token", begins) != begins:
         tokenizer.add_bos_token = begins

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_ONE_THREAD: Final = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers 5, which reads it for each load; 4 has no threads
+_ONE_THREAD: Final = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers 5 reads it for each load; 4 has no threads
 _STORED: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _SOURCES: Final = frozenset({".json", ".safetensors", ".bin", ".py"})
 """Suffixes of files that a model is loaded from."""
@@ -82,7 +82,7 @@ class SharedWeights:
         return model
 
     def _place(self, spec: ModelSpec) -> Path | None:
-        """Return the folder for a model's shared copy, existing or not; ``None`` if the model shares none."""
+        """Return the folder for a model's shared copy, existing or not; ``None`` if there is nothing to share."""
         if spec.device.partition(":")[0] != "cpu" or sys.platform == "win32":  # weights are not mapped there
             return None
         if _source(spec) is None:
@@ -101,7 +101,7 @@ def _convert(spec: ModelSpec, place: Path) -> Any:
     """Load a model, write its weights for all, and return it mapped from that file. The caller holds the lock.
 
     Raises:
-        ValueError: The copy is not the same when it is read back.
+        ValueError: The copy differs when it is read back.
     """
     with _in_this_thread():
         model = load_model(spec)
@@ -245,7 +245,7 @@ def _equal(a: Any, b: Any) -> bool:
 def _turn(path: Path) -> Iterator[None]:
     """Hold an exclusive lock that the system releases when its holder dies.
 
-    filelock would create the folder of a run that has ended again, and nobody would remove it.
+    filelock would recreate the folder of a run that has ended, and nobody would remove it.
 
     Raises:
         OSError: The file system has no locks, or the folder is gone.

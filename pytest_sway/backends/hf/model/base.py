@@ -117,7 +117,7 @@ class LoadedBase:
         self._patches.add(model)
 
     def undo_patches(self) -> None:
-        """Put back what was patched."""
+        """Undo all patches."""
         self._patches.restore()
 
     def recall(self, question: tuple[Any, ...], compute: Callable[[], list[Any]]) -> list[Any]:

@@ -22,7 +22,7 @@ _UNSEEN_FIELDS: Final = frozenset(
 """Config fields that do not affect the model that PEFT makes."""
 
 _ORDERED_FIELDS: Final = ("alpha_pattern", "rank_pattern")
-"""PEFT applies the first expression in these fields that matches, so their order counts."""
+"""Config fields whose order counts: PEFT applies the first expression that matches."""
 
 _MOST: Final = 8
 """Skeletons kept for each base."""

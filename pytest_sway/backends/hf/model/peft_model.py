@@ -1,4 +1,4 @@
-"""Access to the parts of a ``PeftModel``: adapter parameters, scalings and the Hugging Face model inside."""
+"""Reads the parts of a ``PeftModel``: adapter parameters, scalings and the Hugging Face model inside."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def _loaded(base: LoadedBase, folder: Path) -> Any:
     if not _has(folder, _CONFIG, *_VOCABULARIES):
         tokenizer = copied(base.tokenizer)  # a template needs no second vocabulary in memory
         tokenizer.chat_template = _read_templates(folder)
-        tokenizer.name_or_path = str(folder)  # the folder that errors about the tokenizer name
+        tokenizer.name_or_path = str(folder)  # errors about the tokenizer name this folder
         return tokenizer
     with completed(base.tokenizer, folder) as whole:
         tokenizer = load_tokenizer(base.spec, str(whole))

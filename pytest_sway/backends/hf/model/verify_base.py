@@ -25,7 +25,7 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
     """Raise unless a base computes numbers that later tokens do not change. One small pass tries this once per base.
 
     If each tree is loaded anew, the trial waits until the model first computes: a tree for the trial alone would double
-    the load.
+    the load time.
 
     Args:
         base: The base or the fine-tuned model.

@@ -1,7 +1,7 @@
 """`AnswerCache`: a base's answers. A repeated question costs no pass, whichever adapter is tested.
 
-A whole batch is cached, under everything that went through the model together. So a cached number equals, to the bit,
-what the same call would compute.
+It stores whole batches. The key is everything that went through the model together. So a cached number equals, to the
+bit, what the same call would compute.
 
 Answers are copied, so that you may write to them. That takes 0.1 ms for 16 distributions of 256 tokens. Questions are
 stored as digests: their tokens would take ten times the memory of the answers.
@@ -128,7 +128,7 @@ def circumstances(device_type: str) -> tuple[Any, ...] | None:
         device_type: Where the model is, such as ``cpu``.
 
     Returns:
-        The settings; ``None`` while hooks, modes or a profiler observe torch, which would miss what is not computed.
+        The settings; ``None`` while hooks, modes or a profiler observe torch, which cached answers would bypass.
     """
     import torch
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pytest_sway.backends.text.tokens import Window
 
 _PAIRS: Final = 2048
-"""About how many pairs of positions cost attention as much as one position costs the rest of the model. By count of
-operations it is 3,000 in SmolLM2-135M, but attention does fewer operations per second."""
+"""About how many pairs of positions in attention cost as much as one position in the rest of the model. Counting
+operations gives 3,000 for SmolLM2-135M, but attention does fewer operations per second."""
 
 
 @dataclass(frozen=True, slots=True)

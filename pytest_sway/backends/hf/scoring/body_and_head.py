@@ -1,8 +1,8 @@
 """Splits a causal language model into a body, which computes hidden states, and a head.
 
-Models scale and cap differently between the two, so the head is not rebuilt here. The model's own ``forward`` runs, and
-hidden states replace what its body would return. A trial on a few tokens shows first that this gives the model's own
-logits. Each other way to run the body has a trial, too.
+Models differ in what comes between the two, such as scaling and soft caps. So the head is not rebuilt here. The model's
+own ``forward`` runs, and hidden states replace its body's output. A trial on a few tokens shows first that this gives
+the model's own logits. Each other way to run the body has a trial, too.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class BodyAndHead:
 
 
 def split_model(model: Any, trials: Trials) -> BodyAndHead | None:
-    """Return a model in two parts; ``None`` if no module of it is a body whose states give its own logits.
+    """Return a model in two parts; ``None`` if the states of no module give the model's logits.
 
     Args:
         model: The model.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _NUMBERS: Final = 4
-"""Numbers that an error names at most."""
+"""The most numbers that an error names."""
 
 
 Recall = Callable[[tuple[Any, ...], Callable[[], list[Any]]], list[Any]]

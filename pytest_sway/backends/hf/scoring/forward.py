@@ -179,7 +179,7 @@ class Forward:
         """Reduce the logits of wanted places. The logits of each place are computed once.
 
         Args:
-            logits_of: Returns the logits of the wanted places from one number up to another, in order.
+            logits_of: Returns the logits of the distinct wanted places, sorted, from one index up to another.
             wanted: The place of each wanted position.
             reduce: See `logits`.
         """
@@ -216,9 +216,9 @@ def _rows(table: Any, wanted: Sequence[int]) -> Any:
 
 
 def _positions(model: Any) -> int | None:
-    """Return the most positions of a text in a model that numbers them after the padding token's, as RoBERTa does.
+    """Return the most positions of a text if a model numbers them after the padding token's, as RoBERTa does.
 
-    Such models have more embeddings of positions than positions, and their configs count the embeddings.
+    Such models have more position embeddings than positions, and their configs count the embeddings.
     """
     for name, module in modules_of(model):
         padding, rows = getattr(module, "padding_idx", None), getattr(module, "num_embeddings", None)

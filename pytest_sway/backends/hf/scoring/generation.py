@@ -185,7 +185,7 @@ def _sampling(settings: SamplingParams, seeds: Sequence[int | None]) -> Any:
 
 @contextmanager
 def _plain_settings(engine: Engine, **fields: Any) -> Iterator[Any]:
-    """Replace the model's generation settings meanwhile: they would fill in whatever a call leaves open."""
+    """Replace the model's generation settings for one call: they would fill in whatever it leaves open."""
     import transformers
 
     config_class: Any = transformers.GenerationConfig

@@ -2,7 +2,7 @@
 
 Nothing here knows of adapters or locks. A view's ``run(work, *args)`` returns ``work(engine, *args)`` with the model in
 the view's state, and keeps other calls off that model meanwhile. It is called once per batch, so that other calls can
-run between two.
+run between batches.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def rolling_logprobs(run: Run, texts: Sequence[str], prefix: bool) -> list[Rolli
 
 
 def next_token_dists(run: Run, prompts: Sequence[Prompt], top_k: int) -> list[TokenDist]:
-    """Return the distribution of the token after each prompt, cut to the ``top_k`` most probable, in their order."""
+    """Return the distribution of each prompt's next token, cut to the ``top_k`` most probable, in prompt order."""
     encoded, max_length = run(encoded_prompts, prompts)
     read: list[Ids] = [ids[-max_length:] for ids in encoded]
     warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)

@@ -148,10 +148,9 @@ class MappedFiles:
         return None if self._written[region] and _is_written(start, nbytes) and not _is_as_in(part, start) else part
 
     def give_back(self) -> None:
-        """Drop the pages that were read from files that were asked for and never written to.
+        """Drop the pages read so far from files that were asked for and never written to.
 
-        They can be read from the file again. Otherwise they count twice once somebody maps the file again and reads
-        them.
+        If they stayed, they would count twice once another mapping of the file reads them.
         """
         with page_flags() as flags:
             for region in self._regions or ():
