@@ -80,8 +80,10 @@ def null(side: BoundModel, adapter: Adapter, seed: int, scale: float) -> BoundMo
 
 
 def _require_lora(adapter: Adapter, what: str) -> None:
-    if adapter.files.peft_type != "LORA" or not adapter.files.additive:
+    files = adapter.files
+    if files.peft_type != "LORA" or not files.additive:
+        found = "changes the base's own weights" if files.peft_type == "LORA" else f"is of the type {files.peft_type}"
         raise BackendUseError(
-            f"{what} needs a LoRA adapter that only adds to its base; {str(adapter.files.folder)!r} is of the type"
-            f" {adapter.files.peft_type} or changes the base's own weights."
+            f"{what} needs a LoRA adapter that only adds to its base; {str(files.folder)!r} {found}."
+            " Use as_finetuned() instead."
         )

@@ -60,7 +60,7 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
         )
     elif "not present" in said_of_it:  # PEFT's words about the projections of VeRA and PVeRA
         error = AdapterFaultError(
-            f"the adapter {folder!r} was not applied to {base.base!r}, by its {WEIGHTS}:"
+            f"the adapter {folder!r} was not applied to {base.base!r}; the fault is in its {WEIGHTS}:"
             f" {said(error).removesuffix('.')}",
             "Save the adapter again, config and weights together.",
         )

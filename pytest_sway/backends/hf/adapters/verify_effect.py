@@ -57,7 +57,7 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
         if has_nan(after) and not has_nan(before):
             raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} makes the base {base.spec.base!r} compute NaN for {len(ids)} tokens"
-                f" from all over the vocabulary, by its {WEIGHTS} or its {CONFIG}",
+                f" from all over the vocabulary; the fault is in its {WEIGHTS} or its {CONFIG}",
                 "Its training diverged, or its config is not the one that it was trained with.",
                 partial(_require_another, ids, before[-1]),
             )
@@ -76,7 +76,7 @@ def _require_another(ids: list[int], before: Any, model: Any) -> None:
 
     after = model(torch.tensor([ids], device=before.device)).logits[0, -1, : before.shape[-1]]
     if has_nan(after) or _same(before, after.to(before.device)):
-        raise ValueError("no other")
+        raise ValueError("the logits are NaN or unchanged")
 
 
 def _words(engine: Engine) -> int:

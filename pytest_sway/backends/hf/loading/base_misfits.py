@@ -87,7 +87,7 @@ def _field(path: Path, entries: Mapping[str, TensorEntry], make: Make, config: A
                 now = f"in place of {shown(fields[field])}" if field in fields else "which is not in it"
                 found.setdefault(field, f"{field} = {value}, {now}")
     if not found:
-        return f", by model_type = {shown(fields.get('model_type'))} in its config.json"
+        return f"; its config.json has model_type = {shown(fields.get('model_type'))}"
     return f". With {', or '.join(found.values())}, its config.json would ask for those of the file"
 
 

@@ -173,7 +173,7 @@ def _load_error(spec: ModelSpec, error: Exception) -> Exception:
     if not spec.allow_pickle and (("safetensors" in text and "pytorch_model.bin" in text) or "use_safetensors" in text):
         return WeightsError(
             f"the base {spec.base!r} has no weights in safetensors, and pickles can run code when they are read."
-            " Convert it, or set allow_pickle=True in the spec if you trust it."
+            " Convert them to safetensors, or set allow_pickle=True in the spec if you trust them."
         )
     require_type(spec)
     # transformers 4 takes the memory that the config asks for before it looks at the weights.
