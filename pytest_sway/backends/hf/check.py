@@ -125,7 +125,7 @@ def _check_folder(spec: ModelSpec, role: str) -> None:
 def _config(spec: ModelSpec, role: str) -> dict[str, Any]:
     """Return the model's config, empty if it is not on this machine; raise if it needs code that the spec forbids."""
     config = config_of(spec)
-    if config.get("auto_map") and not spec.trust_remote_code and not _known(config):
+    if config.get("auto_map") and not spec.trust_remote_code and not _is_known_type(config):
         raise SpecError(
             f"the {role} {spec.base!r} brings its own code (auto_map in its config.json), and the spec does not allow"
             " it to run. Read that code, then set trust_remote_code=True in the spec."
@@ -133,7 +133,7 @@ def _config(spec: ModelSpec, role: str) -> dict[str, Any]:
     return config
 
 
-def _known(config: dict[str, Any]) -> bool:
+def _is_known_type(config: dict[str, Any]) -> bool:
     """Return whether transformers knows the model's type, so that the base's own code is not needed."""
     try:
         known: Any = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES

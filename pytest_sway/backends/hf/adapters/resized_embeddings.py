@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_AROUND: Final = frozenset({"base_layer", "modules_to_save", "original_module", "token_adapter", NAME})
+_INSERTED: Final = frozenset({"base_layer", "modules_to_save", "original_module", "token_adapter", NAME})
 """Parts that PEFT inserts between a layer's name and its weight's."""
 _WEIGHT: Final = ("weight",)
 _SIDES: Final = {_WEIGHT: 0, ("lora_embedding_A",): -1, ("lora_B", "weight"): 0}
@@ -38,8 +38,8 @@ def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any) -> None:
     layers = _layers(model)
     if not layers:
         return
-    told = {size for name, layer in layers.items() for size in _sizes(files, name) if size != _words(layer)}
-    rows = max(told, default=_words(next(iter(layers.values()))))
+    told = {size for name, layer in layers.items() for size in _sizes(files, name) if size != _vocabulary(layer)}
+    rows = max(told, default=_vocabulary(next(iter(layers.values()))))
     last = max(trained_words(files), default=-1)
     if last >= rows:
         if last >= len(tokenizer):
@@ -63,10 +63,10 @@ def _layers(model: Any) -> dict[str, Any]:
     except NotImplementedError:  # a model with its own code may not name them
         return {}
     names = {id(module): name.rpartition(".")[2] for name, module in modules_of(model)}
-    return {names[id(layer)]: layer for layer in layers if id(layer) in names and _words(layer)}
+    return {names[id(layer)]: layer for layer in layers if id(layer) in names and _vocabulary(layer)}
 
 
-def _words(layer: Any) -> int:
+def _vocabulary(layer: Any) -> int:
     return int(getattr(layer, "num_embeddings", None) or getattr(layer, "out_features", None) or 0)
 
 
@@ -82,7 +82,7 @@ def _tensors(files: AdapterFiles, layer: str) -> Iterator[tuple[tuple[str, ...],
     for name, entry in (files.entries or {}).items():
         _, found, rest = f".{name}".rpartition(f".{layer}.")
         if found:
-            yield tuple(part for part in rest.split(".") if part not in _AROUND), entry.shape
+            yield tuple(part for part in rest.split(".") if part not in _INSERTED), entry.shape
 
 
 def trained_words(files: AdapterFiles) -> list[int]:

@@ -47,12 +47,12 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
     import torch
 
     with no_warnings(), torch.inference_mode(), base.side.engine() as plain, tuned.engine() as changed:
-        words = min(_words(plain), _words(changed))
+        words = min(_vocabulary(plain), _vocabulary(changed))
         if max(trained_words(files), default=0) >= words:
             return
         ids = _probe(words, files)
         before, after = _logits(plain, ids), _logits(changed, ids)
-        if _words(plain) != _words(changed):
+        if _vocabulary(plain) != _vocabulary(changed):
             before, after = before[..., :words], after[..., :words]
         if has_nan(after) and not has_nan(before):
             raise AdapterFaultError(
@@ -61,7 +61,7 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
                 "Its training diverged, or its config is not the one that it was trained with.",
                 partial(_require_another, ids, before[-1]),
             )
-        if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed, words):
+        if before.shape == after.shape and _same(before, after) and not _embeddings_differ(plain, changed, words):
             raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} changes nothing on the base {base.spec.base!r}: for {len(ids)}"
                 " tokens from all over the vocabulary the logits stay the same",
@@ -79,7 +79,7 @@ def _require_another(ids: list[int], before: Any, model: Any) -> None:
         raise ValueError("the logits are NaN or unchanged")
 
 
-def _words(engine: Engine) -> int:
+def _vocabulary(engine: Engine) -> int:
     return int(engine.forward.model.get_input_embeddings().weight.shape[0])
 
 
@@ -102,7 +102,7 @@ def _same(plain: Any, changed: Any) -> bool:
     return bool((plain - changed).abs().max() <= plain.abs().max() * _ROUNDING)
 
 
-def _embeds_otherwise(base: Engine, tuned: Engine, words: int) -> bool:
+def _embeddings_differ(base: Engine, tuned: Engine, words: int) -> bool:
     """Return whether any of the first ``words`` tokens has another embedding; the probe has only a few of them."""
     import torch
 

@@ -87,7 +87,7 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     if adapter.files.peft_type != "LORA":
         return
     parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
-    _require_room(adapter, parameters, max(most, default=0.0))
+    _require_in_range(adapter, parameters, max(most, default=0.0))
     if adapter.files.additive and _changes_nothing(adapter, parameters):
         raise without_effect(base, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
 
@@ -131,7 +131,7 @@ def _saved_twice(name: str, files: AdapterFiles) -> bool:
     return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
 
 
-def _require_room(adapter: Adapter, parameters: Mapping[str, Any], largest_of_all: float) -> None:
+def _require_in_range(adapter: Adapter, parameters: Mapping[str, Any], largest_of_all: float) -> None:
     """Raise if the product of a LoRA pair can be larger than its dtype allows, which gives NaN."""
     import torch
 

@@ -91,7 +91,7 @@ class SharedWeights:
 
     def _mapped(self, spec: ModelSpec, place: Path) -> Any:
         if not place.is_dir():
-            with _turn(place.with_suffix(".lock")):
+            with _locked(place.with_suffix(".lock")):
                 if not place.is_dir():
                     return _convert(spec, place)
         return load_model(spec, converted=place / _name(spec))
@@ -242,7 +242,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock that the system releases when its holder dies.
 
     filelock would recreate the folder of a run that has ended, and nobody would remove it.

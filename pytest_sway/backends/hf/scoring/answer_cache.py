@@ -132,7 +132,7 @@ def circumstances(device_type: str) -> tuple[Any, ...] | None:
     """
     import torch
 
-    if _watched():
+    if _is_observed():
         return None
     cuda: Any = torch.backends.cuda
     mkldnn: Any = torch.backends.mkldnn
@@ -149,7 +149,7 @@ def circumstances(device_type: str) -> tuple[Any, ...] | None:
     )
 
 
-def _watched() -> bool:
+def _is_observed() -> bool:
     """Return whether hooks on all modules, modes for all operations or a profiler are active."""
     import torch
 

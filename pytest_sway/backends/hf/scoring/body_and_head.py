@@ -68,7 +68,7 @@ class BodyAndHead:
     def packs(self, longest: int) -> bool:
         """Return whether sequences of up to ``longest`` tokens can be packed into one row."""
         if self._trials.longest_packed is None:
-            self._trials.longest_packed = packing.longest_packed(self._body.config) if self._keeps_apart() else 0
+            self._trials.longest_packed = packing.longest_packed(self._body.config) if self._can_pack() else 0
         return longest <= self._trials.longest_packed
 
     def _in_a_row(self, row: packing.PackedBatch) -> Any:
@@ -76,7 +76,7 @@ class BodyAndHead:
             output = self._body(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
         return output.last_hidden_state[0]
 
-    def _keeps_apart(self) -> bool:
+    def _can_pack(self) -> bool:
         """Return whether a sequence in a row has the same states as alone; tried on a few tokens."""
         if not packing.longest_packed(self._body.config):
             return False
@@ -96,7 +96,7 @@ class BodyAndHead:
     def logits(self, rows: Any) -> Any:
         """Return the logits of hidden states: ``(rows, vocabulary)`` for ``(rows, hidden size)``."""
         output = self._output_class(last_hidden_state=rows.unsqueeze(0))
-        with _standing_in(self._body, output):
+        with _returning(self._body, output):
             return self._model(input_ids=rows.new_zeros((1, len(rows)), dtype=int), use_cache=False).logits[0]
 
     def hidden_after(self, context: Sequence[int], tails: Sequence[Sequence[int]], cached_tokens: int) -> list[Any]:
@@ -188,7 +188,7 @@ def _output_class(model: Any, body: Any, ids: Any, whole: Any) -> type | None:
 
 
 @contextmanager
-def _standing_in(body: Any, output: Any) -> Iterator[None]:
+def _returning(body: Any, output: Any) -> Iterator[None]:
     """Make ``body`` return ``output`` for any arguments."""
     attributes = body.__dict__
     before = attributes.get("forward")

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _NAME: Final = "pytest_sway_packed"
-_STOOD_IN_FOR: Final = "sdpa"
-_CHOICE: Final = "_attn_implementation_internal"
-_WINDOWS: Final = ("sliding_window", "attention_chunk_size")
+_REPLACED: Final = "sdpa"
+_CHOICE_FIELD: Final = "_attn_implementation_internal"
+_WINDOW_FIELDS: Final = ("sliding_window", "attention_chunk_size")
 
 _CALL_POSITIONS: Final = 256
 """The fixed cost of one call of attention, as a number of positions."""
@@ -72,7 +72,7 @@ class _Suffixes(NamedTuple):
     mask: Any
 
 
-class _Laid(NamedTuple):
+class _Layout(NamedTuple):
     """The positions of a sequence's tokens in a row.
 
     Attributes:
@@ -116,7 +116,7 @@ class PackedBatch:
         self._suffixes: list[_Suffixes] = []
         for f, family in enumerate(families):
             prefix, own = slice(starts[f], starts[f] + family.prefix), slice(len(tokens), len(tokens) + family.suffixes)
-            laid = _laid(sequences, family, prefix.start, own.start)
+            laid = _lay_out(sequences, family, prefix.start, own.start)
             for i, places in laid:
                 self.places[i] = places
                 known = len(sequences[i]) - len(places[-1])
@@ -175,12 +175,12 @@ def attending_apart(config: Any, row: PackedBatch) -> Iterator[None]:
     """Make a model with this configuration attend within each of the row's sequences."""
     _interface().register(_NAME, _attend)
     attributes = vars(config)
-    before, token = attributes[_CHOICE], _ROW.set(row)
-    attributes[_CHOICE] = _NAME
+    before, token = attributes[_CHOICE_FIELD], _ROW.set(row)
+    attributes[_CHOICE_FIELD] = _NAME
     try:
         yield
     finally:
-        attributes[_CHOICE] = before
+        attributes[_CHOICE_FIELD] = before
         _ROW.reset(token)
 
 
@@ -190,12 +190,12 @@ def longest_packed(config: Any) -> int:
     A model with a sliding window applies it by its mask, which a row does not have. Up to the window's length, that
     makes no difference.
     """
-    if vars(config).get(_CHOICE) != _STOOD_IN_FOR:
+    if vars(config).get(_CHOICE_FIELD) != _REPLACED:
         return 0
-    return min([2**31, *(int(window) for name in _WINDOWS if (window := getattr(config, name, None)))])
+    return min([2**31, *(int(window) for name in _WINDOW_FIELDS if (window := getattr(config, name, None)))])
 
 
-def _laid(sequences: Sequence[Sequence[int]], family: PrefixGroup, prefix: int, suffixes: int) -> list[_Laid]:
+def _lay_out(sequences: Sequence[Sequence[int]], family: PrefixGroup, prefix: int, suffixes: int) -> list[_Layout]:
     """Lay out a prefix group's tokens. A prefix that neighbours share is stored once.
 
     Args:
@@ -210,7 +210,7 @@ def _laid(sequences: Sequence[Sequence[int]], family: PrefixGroup, prefix: int, 
         shared = batching.shared_length(before, sequences[i])
         new = range(suffixes, suffixes + len(sequences[i]) - shared)
         places = [*_first(places, shared), new]
-        laid.append(_Laid(i, places))
+        laid.append(_Layout(i, places))
         before, suffixes = sequences[i], new.stop
     return laid
 
@@ -223,7 +223,7 @@ def _first(runs: Sequence[range], count: int) -> Iterator[range]:
         count -= len(run)
 
 
-def _suffix_mask(laid: Sequence[_Laid], family: PrefixGroup, suffixes: int, device: Any) -> Any:
+def _suffix_mask(laid: Sequence[_Layout], family: PrefixGroup, suffixes: int, device: Any) -> Any:
     """Return the suffixes' mask: a position attends to the prefix, and to earlier ones of its own sequence."""
     import torch
 
@@ -247,7 +247,7 @@ def _side_by_side(tensor: Any, group: _Group) -> Any:
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
     if attention_mask is not None:
         raise MaskedError("this model masks more than what comes later")
-    attend = _interface()()[_STOOD_IN_FOR]
+    attend = _interface()()[_REPLACED]
     return _ROW.get().attention(attend, module, (query, key, value), **kwargs), None
 
 

@@ -145,7 +145,7 @@ class MappedFiles:
         if region not in self._written:
             self._written[region] = _is_written(region.start, region.nbytes)
         part = FilePart(file, start - region.start + region.offset, nbytes)
-        return None if self._written[region] and _is_written(start, nbytes) and not _is_as_in(part, start) else part
+        return None if self._written[region] and _is_written(start, nbytes) and not _equals_file(part, start) else part
 
     def give_back(self) -> None:
         """Drop the pages read so far from files that were asked for and never written to.
@@ -206,7 +206,7 @@ def page_flags() -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _is_as_in(part: FilePart, start: int) -> bool:
+def _equals_file(part: FilePart, start: int) -> bool:
     """Return whether memory equals its part of the file: a write may have changed nothing, or only memory beside it."""
     for done in range(0, part.nbytes, _CHUNK):
         nbytes = min(_CHUNK, part.nbytes - done)
