@@ -1,1 +1,1 @@
-"""Backends of kind ``hf``: Hugging Face models with PEFT adapters. Here alone torch is imported, inside functions."""
+"""Backends of kind ``hf``: Hugging Face models and PEFT adapters. All imports of torch are here, inside functions."""

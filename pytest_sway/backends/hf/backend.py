@@ -1,4 +1,4 @@
-"""`HFBackend`: a base and an adapter on it, as two views on one set of weights."""
+"""`HFBackend`: a base and an adapter or fine-tuned model, as two views."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __tracebackhide__ = True
 
 
 class HFBackend(PooledBackend[BoundModel, HFView]):
-    """A Hugging Face model with a PEFT adapter, or beside what it was fine-tuned to; made by `HFBuilder.build`."""
+    """A Hugging Face model with its PEFT adapter or its fine-tuned model. `HFBuilder.build` makes it."""
 
     _shares_tokenizers = True
 
     def leak(self) -> Leak | None:
-        """Return what its close should have freed and did not; ``None`` if all is gone, or before the close."""
+        """Return the weights still in memory after the close; ``None`` if all are freed, or before the close."""
         return find_leak(self._watches)
 
     def _new_view(self, view_id: str) -> HFView:

@@ -1,4 +1,4 @@
-"""`HFBuilder`: from specs to backends that share their bases."""
+"""`HFBuilder`: builds backends from specs. Backends with the same base share it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ __tracebackhide__ = True
 
 
 class HFBuilder(PooledBuilder["LoadedBase"]):
-    """Builds backends of kind ``hf``; those whose specs agree on the base share it.
+    """Builds backends of kind ``hf``. Backends whose specs agree on the base share one loaded base.
 
     Args:
-        on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
-        share_weights: A folder through which this process and others on this host hold one copy of converted weights;
-            ``None`` for a copy of its own.
-        score_cache: The most bytes of answers that each base remembers; 0 for none.
-        on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
-        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
+        on_base_load: Called after each base load with the base's name and the load's duration in seconds.
+        share_weights: A folder through which processes on this host share one copy of converted weights; ``None`` to
+            share none.
+        score_cache: The most bytes of answers that each base caches; 0 to cache none.
+        on_recall: Called when a base answers from its cache, with the base's name, the number of answers, and the
+            seconds that computing them took.
+        on_base_mismatch: What to do if an adapter's config names another base: ``error``, ``warn`` or ``ignore``.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         if files is not None and files.entries is None:
             files = with_entries(files)
             require_fit(plan.models[0], files)
-        with torch.inference_mode(False):  # a test that loads in its own would give others tensors without versions
+        with torch.inference_mode(False):  # tensors made in a test's inference mode would not count writes
             base = self._clean_base(plan.models[0], shares)
             verify_base(base)
             if len(plan.models) > 1:
@@ -88,7 +89,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         return HFBackend(plan, loaded, self._pool.withdraw)
 
     def _base_loader(self) -> Callable[..., LoadedBase]:
-        """What loads a base, with its weights from where this run has them."""
+        """Return the function that loads a base, with shared weights if this run has a folder for them."""
         from pytest_sway.backends.hf.model.base import load_base
 
         if self._share_weights is None:

@@ -1,4 +1,4 @@
-"""What can be found wrong with a spec before anything is loaded, or evicted to make room for it."""
+"""Checks a spec before anything is loaded, or evicted to make room for it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def check_spec(spec: ModelSpec) -> Plan:
     """Check the files of a resolved spec and return the plan for its load.
 
     Args:
-        spec: What is to be loaded.
+        spec: The resolved spec.
 
     Raises:
-        SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; a
-            model's holds an adapter; the fine-tuned model is the base; or the device is not there.
-        WeightsError: Weights are missing, broken, or only there as a pickle that the spec does not allow; or a model
-            would have to be fetched, and the process is offline.
+        SpecError: The folder of the base, the adapter or the fine-tuned model is missing or of the wrong kind; a
+            model's folder holds an adapter; the fine-tuned model is the base; or the device is not available.
+        WeightsError: Weights are missing, broken, or only stored as a pickle that the spec does not allow; or a model
+            must be downloaded and the process is offline.
         AdapterMismatchError: The adapter was made for another architecture.
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
@@ -64,20 +64,20 @@ def check_spec(spec: ModelSpec) -> Plan:
     require_cached(spec)
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
-    plan = Plan(spec, resolved_key(spec), state, files, tuple(models))  # its key digests files that passed the check
+    plan = Plan(spec, resolved_key(spec), state, files, tuple(models))  # after the checks: the key digests the files
     return replace(plan, sizes=estimated(plan))
 
 
 def require_fit(base: ModelFiles, files: AdapterFiles) -> None:
-    """Raise if an adapter asks for what takes for ever, or surely does not fit its base, by the headers of their files.
+    """Raise if the file headers show that an adapter does not fit its base, or that loading it could take for ever.
 
     Args:
-        base: What the base's files say.
-        files: The adapter.
+        base: The base's files.
+        files: The adapter's files.
 
     Raises:
-        SpecError: An expression in the adapter's config would take for ever.
-        AdapterMismatchError: It does not fit the base, or its own weights.
+        SpecError: A regular expression in the adapter's config could backtrack without end.
+        AdapterMismatchError: The adapter does not fit the base, or its own weights.
     """
     require_bounded(files, base.entries)
     if base.entries is not None:
@@ -85,7 +85,7 @@ def require_fit(base: ModelFiles, files: AdapterFiles) -> None:
 
 
 def _check_model(spec: ModelSpec, role: str) -> ModelFiles:
-    """Check and read the files of a spec's base, whatever role the model has in the test."""
+    """Check and read the files of a base or fine-tuned model; ``role`` names the model in errors."""
     if is_path(spec.base):
         require_files(Path(spec.base))
     gguf = gguf_file(spec)
@@ -123,18 +123,18 @@ def _check_folder(spec: ModelSpec, role: str) -> None:
 
 
 def _config(spec: ModelSpec, role: str) -> dict[str, Any]:
-    """The model's config, which asks for nothing that the spec does not allow; empty if it is not on this machine."""
+    """Return the model's config, empty if it is not on this machine; raise if it needs code that the spec forbids."""
     config = config_of(spec)
-    if config.get("auto_map") and not spec.trust_remote_code and not _known(config):
+    if config.get("auto_map") and not spec.trust_remote_code and not _is_known_type(config):
         raise SpecError(
-            f"the {role} {spec.base!r} brings its own code (auto_map in its config.json), which is not run unless the"
-            " spec says trust_remote_code=True. Read that code first."
+            f"the {role} {spec.base!r} brings its own code (auto_map in its config.json), and the spec does not allow"
+            " it to run. Read that code, then set trust_remote_code=True in the spec."
         )
     return config
 
 
-def _known(config: dict[str, Any]) -> bool:
-    """Whether transformers itself has the model's type, so that the base's own code is not needed."""
+def _is_known_type(config: dict[str, Any]) -> bool:
+    """Return whether transformers knows the model's type, so that the base's own code is not needed."""
     try:
         known: Any = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
     except ImportError:

@@ -1,4 +1,4 @@
-"""A view: scoring and generation in one state of a model."""
+"""`HFView`: scoring and generation in one state of a model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __tracebackhide__ = True
 
 
 class HFView(PooledView):
-    """One side of a backend; made by `HFBackend.as_base` and its like.
+    """One view of a backend. `HFBackend.as_base` and its siblings return it.
 
-    Many questions go through the model together, and have what they begin with in common read once: in one row with it,
-    or where the model's attention does not allow that, the completions of one prompt on its key-value cache. In float32
-    each log-probability is within 2e-4 nats per token of that for the question alone; the same questions, in the same
-    order, give the same bits.
+    Scoring runs many questions in one pass and computes common prefixes once. Sequences are packed into one row. If the
+    model's attention does not allow that, completions of one prompt continue from its key-value cache. In float32, each
+    log-probability is within 2e-4 nats per token of the value for the question alone. The same questions in the same
+    order give the same bits.
 
-    Text is made with a key-value cache where a trial on a few tokens shows that it does not change the text; else each
-    token costs a pass over all of the text. Prompts of similar length go through the model together, padded on the
-    left, where a trial shows that the model allows that.
+    Generation uses a key-value cache if a trial on a few tokens shows that it does not change the text. Otherwise each
+    new token takes a pass over the whole text. Prompts of similar length share a batch, padded on the left, if a trial
+    shows that the model allows it.
 
-    Its ``model`` is the ``PeftModel``, or without an adapter the Hugging Face model.
+    ``model`` is the ``PeftModel``, or the Hugging Face model if there is no adapter.
     """
 
     def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]:

@@ -1,1 +1,1 @@
-"""Putting an adapter on a base, and making sure that it is there and does something."""
+"""Puts an adapter on a base, and verifies that it is applied and has an effect."""

@@ -1,8 +1,8 @@
-"""Putting an adapter on its base, and making sure that it is really there.
+"""Puts an adapter on its base, and verifies that it is applied.
 
-PEFT puts it on a tree of the base, so the base stays as it is, whatever PEFT does. The result is kept as a skeleton,
-without the adapter's weights. For the next adapter of the same configuration, a copy of the skeleton with other weights
-comes to the same, bit by bit, in a fraction of the time.
+PEFT changes a tree of the base, so the base stays as it is. The result is kept as a skeleton, without the adapter's
+weights. The next adapter of the same configuration gets a copy of the skeleton with its own weights. That gives the
+same model, bit for bit, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
 
     Args:
         base: The base.
-        files: The adapter.
-        tokenizer: What makes the adapter's tokens.
+        files: The adapter's files.
+        tokenizer: The adapter's tokenizer.
 
     Raises:
-        AdapterMismatchError: It does not fit the base, was not applied in full, is not finite, or does nothing.
-        WeightsError: Its file of weights cannot be read.
-        SpecError: PEFT does not take a field of its config.
+        AdapterMismatchError: The adapter does not fit the base, was not applied in full, is not finite, or has no
+            effect.
+        WeightsError: Its weights cannot be read.
+        SpecError: PEFT rejects a field of its config.
     """
     explaining = explained(base, files, tokenizer)
-    with explaining, quiet_process(), seeded(base.device):  # what starts at random does so alike each time
+    with explaining, quiet_process(), seeded(base.device):  # random initial weights are the same each time
         adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
     verify_values(base.spec, adapter)
     return adapter
@@ -60,7 +61,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
 
 @contextmanager
 def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator[None]:
-    """Have errors out of PEFT name the adapter's file and the field that they come from."""
+    """Turn PEFT's errors into errors that name the adapter's file and the field at fault."""
     again: Callable[[Any], None] | None = None
 
     def attempt(folder: Path) -> None:
@@ -68,7 +69,7 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
 
         model = _loaded_again(base, with_entries(read_adapter(folder, allow_pickle=True)), tokenizer)
         with torch.inference_mode():
-            model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only then
+            model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only in a pass
             if again is not None:
                 again(model)
 
@@ -103,13 +104,13 @@ def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
 
 
 def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[int, Any]) -> Any:
-    """Do as ``PeftModel.from_pretrained`` does on a tree, and look at what it ignores: the keys that did not match.
+    """Do what ``PeftModel.from_pretrained`` does on a tree, and verify the keys that it ignores.
 
     Args:
         base: The base.
-        files: The adapter.
-        tokenizer: What makes its tokens.
-        known: By the identity of things in the base's model, what stands for them in the tree; it is filled.
+        files: The adapter's files.
+        tokenizer: The adapter's tokenizer.
+        known: Filled with the tree's objects, by the ``id`` of the base's objects that they replace.
     """
     import peft
 
@@ -117,7 +118,7 @@ def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[i
     fit_vocabulary(tree, files, tokenizer)
     config = _config(files)
     if hasattr(config, "progressbar"):
-        config.progressbar = False  # FRoD draws one wherever the terminal is
+        config.progressbar = False  # FRoD draws one on any terminal
     kind = peft.PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else peft.PeftModel
     peft_model: Any = kind(tree, config)
     starts = {} if files.plain or config.is_prompt_learning else _copies(adapter_parameters(peft_model))
@@ -147,7 +148,7 @@ def _config(files: AdapterFiles) -> Any:
         )
     kind: Any = configs[files.peft_type]
     fields = {name: copy.deepcopy(value) for name, value in files.config.items() if name != "runtime_config"}
-    config = kind.from_peft_type(**kind.check_kwargs(**fields))  # from_pretrained reads no byte order mark
+    config = kind.from_peft_type(**kind.check_kwargs(**fields))  # PEFT's from_pretrained fails on a byte order mark
     config.inference_mode = True
     return config
 
@@ -157,7 +158,7 @@ def _copies(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unloaded(peft_model: Any, missing: Iterable[str]) -> list[str]:
-    """Of the names that the file had no tensor for, those whose parameter is not loaded under another name either."""
+    """Return the missing names whose parameter was not loaded under another name either."""
     places = dict(peft_model.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for name, parameter in places.items() if name not in set(missing)}
     return [name for name in missing if id(places.get(name)) not in loaded]
@@ -167,10 +168,10 @@ def _unloaded(peft_model: Any, missing: Iterable[str]) -> list[str]:
 
 
 def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
-    """Put an adapter on as PEFT did with another one of its configuration; ``None`` if there was none.
+    """Put an adapter on an existing skeleton of its configuration; ``None`` if there is none.
 
     Raises:
-        RuntimeError: A tensor's shape is not that of its place.
+        RuntimeError: A tensor does not have the shape of its place.
     """
     config = _config(files)
     skeleton = base.skeletons.find(files, config)
@@ -194,7 +195,7 @@ def _on_skeleton(
 
 
 def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:
-    """The tensors of an adapter's file, by name; they are copied before they are used."""
+    """Read the tensors of an adapter's file by name. Callers copy them before use."""
     from safetensors.torch import load_file
 
     device = str(base.device)

@@ -1,4 +1,4 @@
-"""Sides of a base with an adapter: as it is, scaled, or with noise in its place."""
+"""Bound models of a base with an adapter: as it is, scaled, or with noise in place of its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __tracebackhide__ = True
 
 
 def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> BoundModel:
-    """Return the side of a base with an adapter.
+    """Return the bound model of a base with an adapter.
 
     Args:
         base: The base.
@@ -45,7 +45,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> BoundModel
 
 
 def scaled(side: BoundModel, adapter: Adapter, lam: float) -> BoundModel:
-    """Return the side in which an adapter's LoRA terms count ``lam`` times."""
+    """Return a bound model in which the adapter's LoRA scaling is multiplied by ``lam``."""
     _require_lora(adapter, "as_scaled_adapter")
 
     def scale(tree: Any) -> None:
@@ -56,10 +56,10 @@ def scaled(side: BoundModel, adapter: Adapter, lam: float) -> BoundModel:
 
 
 def null(side: BoundModel, adapter: Adapter, seed: int, scale: float) -> BoundModel:
-    """Return the side with noise in place of an adapter's LoRA matrices: dlm-sway's, number by number.
+    """Return a bound model with noise in place of the adapter's LoRA matrices: the same numbers as dlm-sway's.
 
-    Each is drawn from ``N(0, scale**2)``. The matrices of embeddings, which dlm-sway leaves as they are, come after all
-    others.
+    Each element is drawn from ``N(0, scale**2)``. dlm-sway leaves the matrices of embeddings as they are; here they are
+    drawn last.
     """
     _require_lora(adapter, "as_null_adapter")
 
@@ -80,8 +80,10 @@ def null(side: BoundModel, adapter: Adapter, seed: int, scale: float) -> BoundMo
 
 
 def _require_lora(adapter: Adapter, what: str) -> None:
-    if adapter.files.peft_type != "LORA" or not adapter.files.additive:
+    files = adapter.files
+    if files.peft_type != "LORA" or not files.additive:
+        found = "changes the base's own weights" if files.peft_type == "LORA" else f"is of the type {files.peft_type}"
         raise BackendUseError(
-            f"{what} needs a LoRA adapter that only adds to its base; {str(adapter.files.folder)!r} is of the type"
-            f" {adapter.files.peft_type} or changes the base's own weights."
+            f"{what} needs a LoRA adapter that only adds to its base; {str(files.folder)!r} {found}."
+            " Use as_finetuned() instead."
         )

@@ -1,7 +1,7 @@
-"""An adapter's tensors in one piece of memory, side by side as in their file.
+"""Reads an adapter's tensors into one piece of memory, side by side as in their file.
 
-What costs time for each tensor is done once for all of them: reading, conversion, a lazy clone, a watch and a look at
-the values. An adapter for all linear layers of a large model has over a thousand.
+Then reading, converting, cloning, watching and checking them each take one step instead of one per tensor. An adapter
+for all linear layers of a large model has over a thousand tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __tracebackhide__ = True
 
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ALIGNMENT: Final = 64
-"""Bytes; torch places each tensor so. Kernels may sum in another order where it lies elsewhere."""
+"""Bytes. torch aligns tensors to this; kernels may sum in another order at other addresses."""
 
 
 def read_packed(
@@ -32,13 +32,13 @@ def read_packed(
 
     Args:
         path: The file.
-        entries: Its tensors by name, in the order in which they lie in it.
-        places: By name, a tensor of the shape and dtype that each is to have.
-        device: Where they are to be.
+        entries: Its tensors by name, in the file's order.
+        places: Tensors with the wanted shapes and dtypes, by name.
+        device: The ``torch.device`` to read to.
 
     Returns:
-        Parameters by name, and a tensor of one dimension that holds just them; ``None`` where they have different
-        dtypes, other shapes than their places, or sizes that leave some of them unaligned.
+        Parameters by name, and the one-dimensional tensor that holds exactly them; ``None`` if dtypes are mixed, shapes
+        differ from ``places``, or sizes leave tensors unaligned.
     """
     import torch
 
@@ -61,7 +61,7 @@ def read_packed(
 
 
 def _data(path: Path, nbytes: int) -> Any | None:
-    """What a safetensors file holds behind its header; ``None`` if it is not as long as that."""
+    """Return the data behind a safetensors header as ``uint8``; ``None`` if it is not ``nbytes`` long."""
     import torch
 
     data = torch.empty(nbytes, dtype=torch.uint8)

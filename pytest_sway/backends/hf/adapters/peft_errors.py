@@ -1,4 +1,4 @@
-"""What PEFT's errors say of an adapter: they are in words of its own, and of any class."""
+"""Turns PEFT's errors, which can be of any class, into errors that name the adapter and the field at fault."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __tracebackhide__ = True
 
 
 class AdapterFaultError(Exception):
-    """What is wrong with an adapter, before it is known which field of its config that comes from.
+    """A fault of an adapter, before the config field that causes it is known.
 
     Attributes:
-        text: What is wrong, as a sentence without an end.
+        text: The fault, as a sentence without a full stop.
         advice: What to do, as sentences.
-        again: Raises while it is so, asked about the adapter on its model; ``None`` if the load itself shows it.
+        again: Called with the adapter's model; raises while the fault is there. ``None`` if the load itself shows it.
     """
 
     def __init__(self, text: str, advice: str, again: Callable[[Any], None] | None = None) -> None:
@@ -38,12 +38,12 @@ class AdapterFaultError(Exception):
 
 
 def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Callable[[Path], object]) -> SwayError:
-    """Return the error for an adapter that PEFT does not put on, or with which the model does not run.
+    """Return the error for an adapter that PEFT rejects, or with which the model does not run.
 
     Args:
-        base: What it was to be put on.
-        files: The adapter.
-        error: PEFT's error, or another library's.
+        base: The base's spec.
+        files: The adapter's files.
+        error: The error of PEFT or another library.
         attempt: Puts the adapter of another folder on the same base.
     """
     folder = str(files.folder)
@@ -58,9 +58,9 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
             f" {shown(error.args[0], 200)}, which its {WEIGHTS} lacks",
             "Save the adapter again, config and weights together.",
         )
-    elif "not present" in said_of_it:  # as PEFT says of the projections of VeRA and PVeRA
+    elif "not present" in said_of_it:  # PEFT's words about the projections of VeRA and PVeRA
         error = AdapterFaultError(
-            f"the adapter {folder!r} was not applied to {base.base!r}, by its {WEIGHTS}:"
+            f"the adapter {folder!r} was not applied to {base.base!r}; the fault is in its {WEIGHTS}:"
             f" {said(error).removesuffix('.')}",
             "Save the adapter again, config and weights together.",
         )
@@ -71,7 +71,7 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
             "Name the base that it was trained on.",
         )
     if isinstance(error, AdapterFaultError):
-        if error.again is not None:  # most other settings have other effects, which says nothing
+        if error.again is not None:  # most other values have another effect, which proves nothing
             asked = asked._replace(others=lambda _: [((CONFIG, "task_type"), "CAUSAL_LM")])
         field = culprit(asked, said_of_it)
         why = "" if field is None else f" {field}. {field.advice}"
@@ -87,5 +87,5 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
 
 
 def _tensors(files: AdapterFiles, said: str) -> str:
-    """The tensors of the file that have shapes of which torch speaks."""
+    """Return the tensors of the file whose shapes are in torch's message."""
     return some(name for name, entry in (files.entries or {}).items() if f"({list(entry.shape)}) from" in said)

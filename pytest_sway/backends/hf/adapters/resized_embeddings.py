@@ -1,4 +1,4 @@
-"""How many words an adapter was trained with: its base gets as many rows, as users of PEFT resize it before a load."""
+"""Resizes a base's embeddings to the vocabulary that an adapter was trained with, as PEFT's users do before a load."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_AROUND: Final = frozenset({"base_layer", "modules_to_save", "original_module", "token_adapter", NAME})
-"""What PEFT puts between the name of a layer and that of its weight."""
+_INSERTED: Final = frozenset({"base_layer", "modules_to_save", "original_module", "token_adapter", NAME})
+"""Parts that PEFT inserts between a layer's name and its weight's."""
 _WEIGHT: Final = ("weight",)
 _SIDES: Final = {_WEIGHT: 0, ("lora_embedding_A",): -1, ("lora_B", "weight"): 0}
-"""By what follows the layer in a tensor's name: which of the tensor's sides counts the words."""
+"""The axis that counts tokens, by the part of a tensor's name that follows the layer's."""
 
 
 def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any) -> None:
-    """Give a model as many rows of embeddings as an adapter was trained with.
+    """Resize a model's embeddings to the vocabulary that an adapter was trained with.
 
-    New rows that the adapter does not bring are transformers' own: about the mean of the others.
+    transformers initialises new rows that the adapter does not have around the mean of the others.
 
     Args:
-        model: A Hugging Face model, which is changed.
-        files: The adapter.
-        tokenizer: What makes its tokens.
+        model: A Hugging Face model, changed in place.
+        files: The adapter's files.
+        tokenizer: The adapter's tokenizer.
 
     Raises:
-        AdapterMismatchError: It trains a word for which neither its weights nor the tokenizer have a place.
+        AdapterMismatchError: It trains a token that neither its weights nor the tokenizer have.
     """
     layers = _layers(model)
     if not layers:
         return
-    told = {size for name, layer in layers.items() for size in _sizes(files, name) if size != _words(layer)}
-    rows = max(told, default=_words(next(iter(layers.values()))))
+    told = {size for name, layer in layers.items() for size in _sizes(files, name) if size != _vocabulary(layer)}
+    rows = max(told, default=_vocabulary(next(iter(layers.values()))))
     last = max(trained_words(files), default=-1)
     if last >= rows:
         if last >= len(tokenizer):
             raise AdapterMismatchError(
-                f"the adapter {str(files.folder)!r} trains word number {last:,}, and there are rows for {rows:,} words"
-                f" and a tokenizer of {len(tokenizer):,}. Put the tokenizer that it was trained with into its folder."
+                f"the adapter {str(files.folder)!r} trains the token {last:,}, but the model has {rows:,} embeddings"
+                f" and the tokenizer {len(tokenizer):,} tokens. Put the tokenizer that the adapter was trained"
+                " with into its folder."
             )
         rows = len(tokenizer)
     elif not told:
@@ -56,36 +57,36 @@ def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any) -> None:
 
 
 def _layers(model: Any) -> dict[str, Any]:
-    """A model's embeddings and its output layer, by the last part of their names."""
+    """Return a model's embeddings and output layer, by the last part of their names."""
     try:
         layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    except NotImplementedError:  # a model that brings its own code may not say which they are
+    except NotImplementedError:  # a model with its own code may not name them
         return {}
     names = {id(module): name.rpartition(".")[2] for name, module in modules_of(model)}
-    return {names[id(layer)]: layer for layer in layers if id(layer) in names and _words(layer)}
+    return {names[id(layer)]: layer for layer in layers if id(layer) in names and _vocabulary(layer)}
 
 
-def _words(layer: Any) -> int:
+def _vocabulary(layer: Any) -> int:
     return int(getattr(layer, "num_embeddings", None) or getattr(layer, "out_features", None) or 0)
 
 
 def _sizes(files: AdapterFiles, layer: str) -> Iterator[int]:
-    """The numbers of words for which an adapter's tensors of a layer are made."""
+    """Yield the vocabulary sizes of an adapter's tensors for a layer."""
     for rest, shape in _tensors(files, layer):
         if rest in _SIDES and len(shape) == 2:
             yield shape[_SIDES[rest]]
 
 
 def _tensors(files: AdapterFiles, layer: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """What follows a layer's name in the names of an adapter's tensors, and their shapes."""
+    """Yield the parts of the name after the layer's, and the shape, of each of an adapter's tensors for a layer."""
     for name, entry in (files.entries or {}).items():
         _, found, rest = f".{name}".rpartition(f".{layer}.")
         if found:
-            yield tuple(part for part in rest.split(".") if part not in _AROUND), entry.shape
+            yield tuple(part for part in rest.split(".") if part not in _INSERTED), entry.shape
 
 
 def trained_words(files: AdapterFiles) -> list[int]:
-    """The numbers of the words that an adapter trains one by one."""
+    """Return the ids of the tokens that an adapter trains one by one."""
     told = files.config.get("trainable_token_indices") or files.config.get("token_indices")
     lists = told.values() if isinstance(told, dict) else [told]
     return [word for words in lists if isinstance(words, list) for word in words if isinstance(word, int)]

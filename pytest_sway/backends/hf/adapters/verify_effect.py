@@ -1,4 +1,4 @@
-"""Does an adapter change what its base computes? The models themselves are asked, where weights alone cannot tell."""
+"""Verifies that an adapter changes its base's logits. Weights alone cannot always show it, so the models are run."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ __tracebackhide__ = True
 _TOKENS: Final = 16
 _ROWS: Final = 4096
 _ROUNDING: Final = 2.0**-17
-"""What float32 leaves uncertain of logits, as a part of the largest. Untrained PiSSA, OLoRA, HRA, DEFT, OSF and FRoD,
-whose zero is a difference of large numbers, come to at most 1.4e-6 on SmolLM2-135M and on tiny models; one step of
-training at a rate of 1e-5 comes to 2.7e-5 at least."""
+"""The rounding error of float32 logits, relative to the largest. Untrained PiSSA, OLoRA, HRA, DEFT, OSF and FRoD
+compute their zero as a difference of large numbers, and reach at most 1.4e-6 on SmolLM2-135M and on tiny models. One
+step of training at a rate of 1e-5 reaches at least 2.7e-5."""
 
 
 def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> None:
-    """Raise unless an adapter computes other logits than its base, for tokens from all over the vocabulary.
+    """Raise unless an adapter changes its base's logits, for tokens from all over the vocabulary.
 
-    Where it has another number of words than its base, those count that both have; one whose training was of other
-    words is not judged.
+    If their vocabularies differ in size, the tokens that both have are compared. An adapter that trains single
+    tokens beyond those is not checked.
 
-    In half precision only equal logits count as the same: rounding is as large there as what little training does.
+    In half precision, only equal logits count as the same: rounding is as large there as the effect of little training.
 
     Args:
         base: The base.
-        tuned: The same with the adapter.
-        files: The adapter.
+        tuned: The base with the adapter.
+        files: The adapter's files.
 
     Raises:
-        AdapterFaultError: They compute the same, or the adapter makes NaN of it.
+        AdapterFaultError: The logits are the same, or the adapter turns them into NaN.
     """
     import torch
 
     with no_warnings(), torch.inference_mode(), base.side.engine() as plain, tuned.engine() as changed:
-        words = min(_words(plain), _words(changed))
+        words = min(_vocabulary(plain), _vocabulary(changed))
         if max(trained_words(files), default=0) >= words:
             return
         ids = _probe(words, files)
         before, after = _logits(plain, ids), _logits(changed, ids)
-        if _words(plain) != _words(changed):
+        if _vocabulary(plain) != _vocabulary(changed):
             before, after = before[..., :words], after[..., :words]
         if has_nan(after) and not has_nan(before):
             raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} makes the base {base.spec.base!r} compute NaN for {len(ids)} tokens"
-                f" from all over the vocabulary, by its {WEIGHTS} or its {CONFIG}",
+                f" from all over the vocabulary; the fault is in its {WEIGHTS} or its {CONFIG}",
                 "Its training diverged, or its config is not the one that it was trained with.",
                 partial(_require_another, ids, before[-1]),
             )
-        if before.shape == after.shape and _same(before, after) and not _embeds_otherwise(plain, changed, words):
+        if before.shape == after.shape and _same(before, after) and not _embeddings_differ(plain, changed, words):
             raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} changes nothing on the base {base.spec.base!r}: for {len(ids)}"
                 " tokens from all over the vocabulary the logits stay the same",
@@ -71,20 +71,20 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
 
 
 def _require_another(ids: list[int], before: Any, model: Any) -> None:
-    """Raise if what a model computes for the last of some tokens is no number, or as before."""
+    """Raise if a model's logits after the given tokens are NaN, or as before."""
     import torch
 
     after = model(torch.tensor([ids], device=before.device)).logits[0, -1, : before.shape[-1]]
     if has_nan(after) or _same(before, after.to(before.device)):
-        raise ValueError("no other")
+        raise ValueError("the logits are NaN or unchanged")
 
 
-def _words(engine: Engine) -> int:
+def _vocabulary(engine: Engine) -> int:
     return int(engine.forward.model.get_input_embeddings().weight.shape[0])
 
 
 def _probe(words: int, files: AdapterFiles) -> list[int]:
-    """Tokens spread over the vocabulary, after those without which an adapter of the kind aLoRA sleeps."""
+    """Return tokens from all over the vocabulary, after the tokens that activate an aLoRA adapter."""
     return [*(files.config.get("alora_invocation_tokens") or ()), *range(0, words, max(1, words // _TOKENS))]
 
 
@@ -102,8 +102,8 @@ def _same(plain: Any, changed: Any) -> bool:
     return bool((plain - changed).abs().max() <= plain.abs().max() * _ROUNDING)
 
 
-def _embeds_otherwise(base: Engine, tuned: Engine, words: int) -> bool:
-    """Whether any of the first so many tokens is embedded otherwise: most are in no probe."""
+def _embeddings_differ(base: Engine, tuned: Engine, words: int) -> bool:
+    """Return whether any of the first ``words`` tokens has another embedding; the probe has only a few of them."""
     import torch
 
     embed, embed_tuned = base.forward.model.get_input_embeddings(), tuned.forward.model.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""Whether a whole fine-tuned model and its base can be compared, and differ."""
+"""Verifies that a fine-tuned model can be compared with its base, and differs from it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __tracebackhide__ = True
 
 
 def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
-    """Raise unless a test of the two models can tell something.
+    """Raise unless a fine-tuned model can be compared with its base, and differs from it.
 
-    Their architectures may differ: what is compared is what they say of tokens, so a token has to be the same in both.
-    The fine-tuned model may have more of them.
+    Their architectures may differ, but a token must mean the same in both, since probabilities of tokens are compared.
+    The fine-tuned model may have additional tokens.
 
     Raises:
-        AdapterMismatchError: Tokens of the base are others in the fine-tuned model, which is equal to its base, or not
-            finite.
+        AdapterMismatchError: Tokens of the base differ in the fine-tuned model, its weights equal the base's, or they
+            are not finite.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Is the adapter that was asked for really on the model? PEFT itself says nothing when it is not."""
+"""Verifies that all of an adapter's weights are on the model and can have an effect. PEFT verifies neither."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-# Loaded by other ways than the model's state dict, which can report them as unexpected: prompts, and the projections
-# that all of VeRA's and PVeRA's layers share, which some versions of PEFT draw from their seed anew.
+# PEFT may report these as unexpected, because the model's state dict does not load them: prompts, and the projections
+# that all of VeRA's and PVeRA's layers share. Some versions of PEFT draw those again from their seed.
 _PROJECTIONS: Final = ("vera_A", "vera_B", "pvera_A", "pvera_B")
 _LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in _PROJECTIONS))
-# DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
+# DoRA's initial magnitudes are norms of the base's weights, computed in the training dtype: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
 NOT_TRAINED: Final = (
     f"Was it saved before it was trained ({WEIGHTS})? Or does its {CONFIG} switch it off, as lora_alpha = 0 does?"
@@ -35,21 +35,21 @@ _NAMED: Final = re.compile(
     rf"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\.(?:{NAME}\.)?(?!(?:{NAME}|weight|bias)(?:\.|$))([^.]{{1,100}})"
     r"(?:\.(?:weight|bias))?$"
 )
-"""A name of a LoRA tensor that contains another adapter's; PEFT may have put its own before that."""
+"""Matches a LoRA tensor's name that contains another adapter's name, perhaps after PEFT's own name for it."""
 
 
 def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Raise unless every tensor of the file found its place, and every place its tensor.
+    """Raise unless every tensor of the file has a place in the model, and every place has a tensor.
 
     Args:
-        base: What it was put on.
-        files: The adapter.
-        missing: Names in the model that the file has no tensor for.
-        unexpected: Names in the file that the model has no place for.
+        base: The base's spec.
+        files: The adapter's files.
+        missing: Names in the model without a tensor in the file.
+        unexpected: Names in the file without a place in the model.
 
     Raises:
-        AdapterFaultError: Some did not match.
-        AdapterMismatchError: Their names contain another adapter's.
+        AdapterFaultError: Some do not match.
+        AdapterMismatchError: The names contain another adapter's name.
     """
     entries = files.entries or {}
 
@@ -64,21 +64,21 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
         raise AdapterMismatchError(
             f"the adapter {str(files.folder)!r} has tensors whose names contain the adapter's name {name!r}"
             f" ({some(unexpected)}), as those of model.state_dict() do."
-            f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the folder that this"
-            f" makes in it, {name!r}."
+            f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the"
+            f" subfolder {name!r} that this makes."
         )
     found = unplaced([in_file(name) for name in unexpected], [in_file(name) for name in missing])
     raise AdapterFaultError(
         f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {found}",
-        f"Name the base that it was trained on; if it is that, its {CONFIG} is not that of its {WEIGHTS}.",
+        f"Name the base that it was trained on. If this is that base, its {CONFIG} does not belong to its {WEIGHTS}.",
     )
 
 
 def verify_values(base: ModelSpec, adapter: Adapter) -> None:
-    """Raise unless the adapter's weights are finite and can change anything.
+    """Raise unless the adapter's weights are finite and can have an effect.
 
     Raises:
-        AdapterMismatchError: They are not, or cannot.
+        AdapterMismatchError: They are not finite, or cannot have an effect.
     """
     most = largest({str(i): tensor for i, tensor in enumerate(adapter.memory)}).values()
     if not all(map(math.isfinite, most)):
@@ -87,7 +87,7 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
     if adapter.files.peft_type != "LORA":
         return
     parameters = {name: tensor for name, tensor in adapter.own.items() if is_adapters(name)}
-    _require_room(adapter, parameters, max(most, default=0.0))
+    _require_in_range(adapter, parameters, max(most, default=0.0))
     if adapter.files.additive and _changes_nothing(adapter, parameters):
         raise without_effect(base, adapter.files, "in each of its LoRA pairs, A, B or the scaling is zero")
 
@@ -95,15 +95,15 @@ def verify_values(base: ModelSpec, adapter: Adapter) -> None:
 def verify_trained(
     base: ModelSpec, files: AdapterFiles, parameters: Mapping[str, Any], starts: Mapping[str, Any]
 ) -> None:
-    """Raise if an adapter holds nothing but the weights that PEFT starts its training with.
+    """Raise if an adapter has only the weights that PEFT starts training with.
 
-    That is told here where the start is no matter of chance and all that was trained is among the parameters.
+    This is checked only if the initial weights are not random and all trained tensors are among the parameters.
 
     Args:
-        base: What it is on.
-        files: The adapter.
-        parameters: Its parameters, by name.
-        starts: What PEFT put into them before the file was read.
+        base: The base's spec.
+        files: The adapter's files.
+        parameters: Its parameters by name.
+        starts: The same parameters before the file was read.
 
     Raises:
         AdapterMismatchError: They are equal, in each element.
@@ -124,15 +124,15 @@ def without_effect(base: ModelSpec, files: AdapterFiles, why: str) -> AdapterMis
 
 
 def _saved_twice(name: str, files: AdapterFiles) -> bool:
-    """Whether PEFT saved a tensor under this name besides its own, as it does with resized embeddings."""
+    """Return whether PEFT saved a tensor a second time under this name, as it does for resized embeddings."""
     _, tied, which = name.partition(".token_adapter.")
     if tied and any(other != name and other.endswith(tied + which) for other in files.entries or ()):
         return True
     return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in (files.entries or ())
 
 
-def _require_room(adapter: Adapter, parameters: Mapping[str, Any], largest_of_all: float) -> None:
-    """Raise where what a LoRA pair is multiplied to is larger than any number of its dtype, which makes NaN of it."""
+def _require_in_range(adapter: Adapter, parameters: Mapping[str, Any], largest_of_all: float) -> None:
+    """Raise if the product of a LoRA pair can be larger than its dtype allows, which gives NaN."""
     import torch
 
     dtypes = {tensor.dtype for tensor in adapter.memory if tensor.is_floating_point()}
@@ -148,13 +148,13 @@ def _require_room(adapter: Adapter, parameters: Mapping[str, Any], largest_of_al
         if products[owner] > most:
             raise AdapterMismatchError(
                 f"the adapter {str(adapter.files.folder)!r} has weights of up to {value:.1e} in {public_name(name)!r},"
-                f" scaled by {adapter.scaling:.1e}, and what they are multiplied to is too large for"
+                f" scaled by {adapter.scaling:.1e}, and their product with the other matrix is too large for"
                 f" {parameters[name].dtype}. Its training diverged, or its lora_alpha is wrong."
             )
 
 
 def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any]) -> bool:
-    """Whether a LoRA adapter that only adds to its base is without effect, by its weights."""
+    """Return whether the weights of an additive LoRA adapter have no effect."""
     alive: dict[tuple[str, str], set[str]] = {}
     others = []
     for name, tensor in parameters.items():
@@ -170,7 +170,7 @@ def _changes_nothing(adapter: Adapter, parameters: Mapping[str, Any]) -> bool:
 
 
 def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bool:
-    """Whether a parameter that stands in for something of the base's is equal to it, as far as that can be told."""
+    """Return whether a parameter equals the base's tensor that it replaces; False if that is unknown."""
     import torch
 
     parameter = parameters[name].detach()
@@ -187,7 +187,7 @@ def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bo
         weight = getattr(layer.get_base_layer(), "weight", None)
         if weight is None or not weight.is_floating_point():
             return False
-        # PEFT's own: along which side a weight is measured differs from Linear to Conv1D, Embedding and convolutions.
+        # PEFT's own: the axis of the norm differs between Linear, Conv1D, Embedding and convolutions.
         norm = layer.lora_magnitude_vector[NAME].get_weight_norm(weight.detach().float(), weight.new_zeros(()), 0.0)
         return parameter.numel() == norm.numel() and torch.allclose(
             parameter.float().flatten(), norm.flatten(), rtol=_ROUNDING
@@ -196,7 +196,7 @@ def _as_in_base(peft_model: Any, parameters: Mapping[str, Any], name: str) -> bo
 
 
 def _lora_factor(name: str) -> tuple[tuple[str, str], str | None]:
-    """Of which product a parameter is a factor: its module and kind, and ``A`` or ``B``."""
+    """Return a parameter's LoRA pair (module and kind), and which matrix it is: ``A``, ``B`` or ``None``."""
     owner, _, rest = name.partition(".lora_")
     kind = "embedding" if rest.startswith("embedding_") else "linear"
     matrix = rest.removeprefix("embedding_")[:2]

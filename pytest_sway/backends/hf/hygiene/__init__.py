@@ -1,1 +1,1 @@
-"""Has a test changed what others use, and is what was closed gone?"""
+"""Detects shared state that a test has changed, and memory that a close did not free."""

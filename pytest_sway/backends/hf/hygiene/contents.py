@@ -1,4 +1,4 @@
-"""What a test can still spoil for others: memory that is exposed to it, and what is patched for the whole process."""
+"""Detects what a test has changed for others: writes to shared memory, and process-wide patches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __tracebackhide__ = True
 
 
 class ContentsRecord:
-    """What was in the memory of some tensors.
+    """The recorded contents of some tensors.
 
     Args:
         tensors: The tensors by name.
-        whose: What stands before each name in a report.
+        whose: A prefix for each name in a report.
     """
 
     def __init__(self, tensors: Mapping[str, Any], whose: str = "") -> None:
@@ -36,9 +36,9 @@ class ContentsRecord:
         self._content = self._contents()
 
     def changes(self) -> list[str]:
-        """One line for each tensor whose contents are no longer what they were.
+        """Return one line for each tensor whose contents have changed.
 
-        A few elements of each tell, whichever way they were written. Where torch has counted a write, all elements do.
+        A sample of each tensor is compared; all elements, if a sample differs or torch has counted a write.
         """
         versions = self._current_versions()
         if versions == self._versions and all(
@@ -59,14 +59,14 @@ class ContentsRecord:
 
 
 def _plain(tensor: Any) -> Any:
-    """A tensor's memory without what its class makes of it."""
+    """Return a tensor's memory as a plain ``torch.Tensor``, without its subclass."""
     import torch
 
     return tensor.data.as_subclass(torch.Tensor)
 
 
 def _checksum(tensor: Any) -> tuple[float, float]:
-    """Two numbers that differ when the contents do, but for rare chance."""
+    """Return the sums of both halves of a tensor's bits; different contents rarely have equal sums."""
     import torch
 
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -76,9 +76,9 @@ def _checksum(tensor: Any) -> tuple[float, float]:
 
 
 class PatchRecord:
-    """What was in force for the whole process and takes part in what a model computes.
+    """Recorded process-wide state that takes part in what a model computes.
 
-    That is the ``forward`` of its modules' classes, transformers' attention functions and torch's hooks on all modules.
+    It covers the ``forward`` of the modules' classes, transformers' attention functions and torch's global hooks.
 
     Args:
         model: The model.
@@ -92,14 +92,14 @@ class PatchRecord:
         self._hooks = [(name, hooks, set(hooks)) for name, hooks in _global_hooks()]
 
     def add(self, model: Any) -> None:
-        """Record the classes of one more model, such as PEFT's around the base's."""
+        """Also record the classes of another model, such as PEFT's around the base's."""
         for kind in {type(module) for _, module in modules_of(model)}:
             self._forwards.setdefault(kind, kind.forward)
 
     def changes(self) -> list[str]:
-        """One line for each thing that is no longer as it was.
+        """Return one line for each patch.
 
-        What was patched while the model was loaded, and is its library's own again, counts as it is now.
+        A function that was patched while the model was loaded, and is the library's own again, is no patch.
         """
         functions = _attention_functions()
         self._forwards |= {kind: kind.forward for kind in self._forwards if _is_own(kind.forward, kind)}
@@ -117,7 +117,7 @@ class PatchRecord:
         return found + [f"torch's {name}: {len(added)} added" for name, _, added in self._added_hooks() if added]
 
     def restore(self) -> None:
-        """Put back what was there: a model that is loaded anew would have the same classes."""
+        """Undo all patches. Loading the model again would not help: it would have the same classes."""
         for kind, forward in self._forwards.items():
             if kind.forward is not forward:
                 kind.forward = forward
@@ -132,7 +132,7 @@ class PatchRecord:
 
 
 def _is_own(forward: Any, kind: type) -> bool:
-    """Whether a ``forward`` is the one that a class, or one that it inherits from, was defined with."""
+    """Return whether a ``forward`` is the one that a class, or a class it inherits from, was defined with."""
     defined = {(parent.__module__, f"{parent.__qualname__}.forward") for parent in kind.__mro__}
     return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) in defined
 

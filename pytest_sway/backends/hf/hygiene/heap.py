@@ -1,4 +1,4 @@
-"""Freed memory: given back to the machine, or kept for the next pass."""
+"""Returns freed memory to the system, or keeps it for the next pass."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, Final
 __tracebackhide__ = True
 
 _LARGEST_KEPT: Final = 20 * 2**20
-"""Below what logits have that are made at once (`batches.Limits`). Kept, they would go the same way as all else: small
-results take a place in their memory, the next ones do not fit in there, and peak memory is half as much again."""
+"""Bytes: less than a chunk of logits (`batching.Limits.logits_bytes`). If glibc kept those too, small results would
+take places in their memory, the next logits would not fit there, and peak memory would grow by half."""
 
 
 def collect(device_type: str) -> None:
-    """Free what nobody refers to any more, and give unused memory back, the accelerator's and the heap's."""
+    """Collect garbage, and return unused memory of the accelerator and the heap."""
     import torch
 
     gc.collect()
@@ -29,11 +29,11 @@ def collect(device_type: str) -> None:
 
 @cache
 def reuse_freed_memory() -> None:
-    """Have glibc keep what one operation of a pass frees for the next, but for what is very large.
+    """Make glibc keep what one operation frees for the next, up to `_LARGEST_KEPT` bytes.
 
-    It maps whatever is over a threshold anew each time, and gives back what is free beyond twice as much: then all
-    pages of every result are faulted in again. The threshold rises to the size of what was mapped and is freed, up to
-    32 MiB (mallopt(3), M_MMAP_THRESHOLD). So memory that nobody touches is asked for and freed, once in a process.
+    By default glibc maps each block over a threshold by itself, and returns free memory beyond twice as much. Then each
+    result faults in all of its pages again. The threshold rises to the size of a mapped block when that is freed, up to
+    32 MiB (mallopt(3), M_MMAP_THRESHOLD). So this allocates and frees a block once per process.
     """
     import torch
 
@@ -41,10 +41,10 @@ def reuse_freed_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Have glibc give freed memory back.
+    """Make glibc return freed memory.
 
-    Of a base that was converted while loading, it keeps four fifths resident otherwise; of what a forward pass used,
-    small results that lie in between keep the rest from being used for anything large.
+    Otherwise it keeps four fifths of a base that was converted while loading. After a forward pass, small results lie
+    between free blocks, so that large ones find no room.
     """
     trim = _malloc_trim()
     if trim is not None:

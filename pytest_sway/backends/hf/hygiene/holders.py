@@ -1,4 +1,4 @@
-"""Who holds some tensors: the modules and tensors from which the search for a name begins."""
+"""Finds the modules and tensors that keep some storages alive."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __tracebackhide__ = True
 
 
 def holders_of(storages: Iterable[int], limit: int = 5) -> list[str]:
-    """Describe by what chains of references the tensors on some storages are held.
+    """Describe the chains of references that keep the tensors on some storages alive.
 
     Args:
-        storages: Addresses of storages, as `torch.UntypedStorage._cdata` gives them.
+        storages: Addresses of storages (`torch.UntypedStorage._cdata`).
         limit: The most chains to return.
 
     Returns:
@@ -28,9 +28,9 @@ def holders_of(storages: Iterable[int], limit: int = 5) -> list[str]:
 
 
 def _outermost_holders(storages: set[int]) -> tuple[list[Any], set[int]]:
-    """The modules that contain such tensors and are in no other such module, and the tensors that are in none.
+    """Return the outermost holders, and the ids of all modules and tensors that they hold.
 
-    Behind them, the identities of all such modules and tensors.
+    Outermost holders are modules that contain such tensors and are in no other such module, and tensors in no module.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A few elements of each tensor, as views: what is written into it shows, by whatever way it was written."""
+"""Samples a few elements of each tensor as views, which also show writes that torch does not count."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 SAMPLES: Final = 32
-"""Elements of each tensor that are compared: writes through ``.data`` move no version counter."""
+"""Elements of each tensor that are compared, because writes through ``.data`` do not move the version counter."""
 
 
 def sample_of(tensor: Any) -> Any:
-    """A view of a few elements, evenly spread, as integers: so that a NaN equals itself."""
+    """Return a view of a few evenly spread elements, as integers so that NaN equals itself."""
     import torch
 
     sample = _spread(tensor.detach())
@@ -23,21 +23,21 @@ def sample_of(tensor: Any) -> Any:
 
 
 def _spread(tensor: Any) -> Any:
-    """A view on elements of a tensor in one dimension; never a copy, which would hide all that is written later."""
+    """Return a one-dimensional view of a tensor's elements. A copy would hide later writes."""
     if tensor.is_contiguous():
         return tensor.view(-1)[:: max(1, tensor.numel() // SAMPLES)]
     dimensions = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
     span = 1 + sum((size - 1) * stride for size, stride in dimensions)
-    if span == tensor.numel():  # transposed, say: its elements are all there is in that stretch of memory
+    if span == tensor.numel():  # for example transposed: its elements fill that stretch of memory
         return tensor.as_strided((min(span, SAMPLES),), (max(1, span // SAMPLES),))
     stride = sum((size - 1) // (SAMPLES - 1) * stride for size, stride in dimensions)
-    if stride:  # a walk with a step of its own in each dimension
+    if stride:  # step along all dimensions at once
         return tensor.as_strided((SAMPLES,), (stride,))
     return tensor.as_strided(*zip(max(dimensions, default=(1, 1)), strict=True))
 
 
 def by_dtype(samples: Sequence[Any]) -> dict[Any, list[Any]]:
-    """Samples by their dtype, in their order."""
+    """Group samples by dtype, in their order."""
     groups: dict[Any, list[Any]] = {}
     for sample in samples:
         groups.setdefault(sample.dtype, []).append(sample)

@@ -1,4 +1,4 @@
-"""How much memory weights take, and whether they are gone after a close."""
+"""Measures the memory of weights, and finds weights that a close did not free."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __tracebackhide__ = True
 
 
 class WeightsWatch:
-    """Weak references to the memory of some tensors, whichever Python objects refer to it.
+    """Weak references to the memory of some tensors.
 
     Args:
-        tensors: What is watched; it is not kept alive.
+        tensors: The tensors to watch; they are not kept alive.
     """
 
     def __init__(self, tensors: Iterable[Any]) -> None:
@@ -35,16 +35,16 @@ class WeightsWatch:
         self._storages: list[tuple[Any, tuple[int, int]]] = list(storages.values())
 
     def alive(self) -> dict[int, tuple[int, int]]:
-        """Address and length of the memory of each storage that is still there, by the storage's own address."""
+        """Return address and length in bytes of each living storage's memory, by the storage's own address."""
         return {reference.cdata: memory for reference, memory in self._storages if not reference.expired()}
 
     def alive_bytes(self) -> int:
-        """How many bytes are still in memory, each place counted once."""
+        """Return the bytes still in memory; memory with several storages counts once."""
         return sum(dict(self.alive().values()).values())
 
 
 def measured(tensors: Iterable[Any]) -> int:
-    """Return the bytes of some tensors; what is in the same place counts once."""
+    """Return the bytes of some tensors; tensors at the same address count once."""
     places: dict[tuple[Any, int], int] = {}
     for tensor in (part for whole in tensors for _, part in parts_of(whole)):
         place = (tensor.device, address_of(tensor) + tensor.storage_offset() * tensor.element_size())
@@ -53,11 +53,11 @@ def measured(tensors: Iterable[Any]) -> int:
 
 
 def find_leak(watches: Iterable[WeightsWatch]) -> Leak | None:
-    """Return what of the watched weights is still in memory after a garbage collection; ``None`` if nothing is."""
+    """Return the watched weights that a garbage collection does not free; ``None`` if there are none."""
     watches = list(watches)
     if not any(watch.alive() for watch in watches):
         return None
     gc.collect()
     alive = {storage: memory for watch in watches for storage, memory in watch.alive().items()}
-    nbytes = sum(dict(alive.values()).values())  # trees have storages of their own on the same memory
+    nbytes = sum(dict(alive.values()).values())  # trees have their own storages on the same memory
     return Leak(nbytes, tuple(holders_of(alive))) if alive else None

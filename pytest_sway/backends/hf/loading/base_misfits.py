@@ -1,7 +1,7 @@
-"""Where a base's config and its weights disagree: for which tensors, and by which field of the config.
+"""Finds where a base's config and weights disagree: the tensors, and the field of the config.
 
-A model is made of the config without memory for its weights, which takes little. Where another value of one field makes
-one whose tensors are those of the files, that field is the one.
+A model made from the config on the meta device has the shapes that the config asks for. If another value of one field
+gives the shapes in the files, that field is at fault.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _PATIENCE: Final = 1.5
-"""Seconds of the thread's own time after which no other value is tried; to make a model takes some hundredths, or more
-where it is deep."""
+"""Seconds of this thread's CPU time after which the search stops. Making a model takes some hundredths of a second, and
+more if it is deep."""
 
 _MOST: Final = 3
-"""Fields that an error has room for."""
+"""The most fields that an error names."""
 
 
 def other_sizes(path: Path, entries: Mapping[str, TensorEntry], make: Make) -> str:
-    """Return examples of weights whose sizes in the files are not those of the config, in brackets, and the field.
+    """Return, in brackets, weights whose shapes in the files differ from the config's, and the field at fault.
 
-    Nothing of a quantized base, whose weights have sizes of their own in the files.
+    Return an empty text for a quantized base, whose weights have other shapes in the files.
 
     Args:
         path: The ``config.json``.
         entries: The tensors of the base's files.
-        make: Makes a model of the ``config.json`` in a folder, without memory for its weights.
+        make: Makes a model of the ``config.json`` in a folder, on the meta device.
     """
     model = make(path.parent)
     if getattr(model.config, "quantization_config", None):
@@ -58,19 +58,19 @@ def other_sizes(path: Path, entries: Mapping[str, TensorEntry], make: Make) -> s
 
 
 def why_lacking(path: Path, entries: Mapping[str, TensorEntry], make: Make, missing: Collection[str]) -> str:
-    """Return the field by which a config asks for weights that the files lack, as part of a sentence; or nothing.
+    """Return, as part of a sentence, the field by which a config asks for weights that the files lack.
 
     Args:
         path: The ``config.json``.
         entries: The tensors of the base's files.
-        make: Makes a model of the ``config.json`` in a folder, without memory for its weights.
-        missing: The names of the weights that are missing.
+        make: Makes a model of the ``config.json`` in a folder, on the meta device.
+        missing: The names of the missing weights.
     """
     return _field(path, entries, make, make(path.parent).config, dict.fromkeys(missing, ()))
 
 
 def _field(path: Path, entries: Mapping[str, TensorEntry], make: Make, config: Any, wrong: Sizes) -> str:
-    """The fields of which one, at another value, would leave none of the tensors wrong, as a sentence."""
+    """Return, as part of a sentence, the fields that with another value would make all ``wrong`` tensors right."""
     until = time.thread_time() + _PATIENCE
     fields: dict[str, Any] = json.loads(read_bounded(path, CONFIG_BYTES))
     found: dict[str, str] = {}
@@ -81,26 +81,26 @@ def _field(path: Path, entries: Mapping[str, TensorEntry], make: Make, config: A
             Path(scratch, path.name).write_text(json.dumps(fields | {field: value}))
             try:
                 asked = _sizes(make(Path(scratch)))
-            except Exception:  # noqa: S112 - a value that no model is made of is not the right one
+            except Exception:  # noqa: S112 - a value that allows no model is not the right one
                 continue
             if not any(name in asked and (name not in entries or entries[name].shape != asked[name]) for name in wrong):
                 now = f"in place of {shown(fields[field])}" if field in fields else "which is not in it"
                 found.setdefault(field, f"{field} = {value}, {now}")
     if not found:
-        return f", by model_type = {shown(fields.get('model_type'))} in its config.json"
+        return f"; its config.json has model_type = {shown(fields.get('model_type'))}"
     return f". With {', or '.join(found.values())}, its config.json would ask for those of the file"
 
 
 def _candidates(
     fields: Mapping[str, Any], all_fields: Mapping[str, Any], entries: Mapping[str, TensorEntry], wrong: Sizes
 ) -> Iterator[tuple[str, Any]]:
-    """Other values of fields, those first that are the most probable.
+    """Yield other values of config fields, the most probable first.
 
     Args:
-        fields: What the config says.
-        all_fields: The same, with the values of fields that it does not name.
+        fields: The fields in the config.
+        all_fields: The same, with the defaults of all other fields.
         entries: The tensors of the files.
-        wrong: The sizes of the tensors that are not as in the files.
+        wrong: The shapes that the config asks for, of tensors that differ from the files.
     """
     pairs = {
         (found, asked)

@@ -1,4 +1,4 @@
-"""Other values that fields of a config may have had when the weights beside it were saved, as those tell."""
+"""Proposes other values for the fields of a config, derived from the weights that were saved with it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __tracebackhide__ = True
 
 _NUMBER: Final = re.compile(r"\.(\d+)\.")
 _MODULE: Final = re.compile(r"\.\d+\.(?:\w+\.)?(\w+)\.(?!\d)\w+(?:\.\w+)*$")
-"""The module in the name of a tensor: behind the number of its layer, and mostly a part of the layer."""
+"""The module in a tensor's name: it comes after the layer's number, and is mostly a part of the layer."""
 _SIZES: Final = re.compile(
     r"torch\.Size\(\[([\d, ]*)\]\) from checkpoint, the shape in current model is torch\.Size\(\[([\d, ]*)\]\)"
 )
-"""What torch says of a tensor that does not fit."""
+"""torch's words about a tensor that does not fit."""
 _COUNT: Final = re.compile(r"layer|block|expert|module")
 _FEW: Final = (1, 2, 3, 4)
 _MOST: Final = 12
-"""Other values of one field that are tried."""
+"""The most values that are tried for one field."""
 
 
 def other_numbers(
@@ -35,14 +35,14 @@ def other_numbers(
     names: Collection[str],
     sides: Iterable[int],
 ) -> Iterator[tuple[str, int]]:
-    """Give other values of fields that are whole numbers, those first that are the most probable.
+    """Yield other values of integer fields, the most probable first.
 
     Args:
-        fields: The values of all fields, those included that the config leaves to their defaults.
-        given: The names of those that it does not.
-        pairs: What sides tensors have in the file, and by the config, where these differ.
+        fields: The values of all fields, with defaults for those that the config does not set.
+        given: The names of the fields that the config sets.
+        pairs: Sizes of tensors that differ: in the file, and by the config.
         names: The names of the tensors in the file.
-        sides: Sizes that are worth a try where no pairs are known.
+        sides: Sizes to try if no pairs are known.
     """
     numbered = [1 + int(number) for name in names for number in _NUMBER.findall(name)]
     layers = max((number for number in numbered if number <= len(names)), default=0)
@@ -52,18 +52,18 @@ def other_numbers(
         found_sides = [found for found, asked in pairs if asked == value] or [found for found, _ in pairs]
         scaled = [value * a / b for pair in pairs for a, b in (pair, pair[::-1]) if b]
         others = [*found_sides, *scaled] if pairs else [layers, *_FEW, *sides]
-        most = max(layers, value) if _COUNT.search(name) else math.inf  # many of them take long to make
+        most = max(layers, value) if _COUNT.search(name) else math.inf  # many layers or experts take long to make
         whole = [int(other) for other in others if most >= other == int(other) > 0]
         yield from ((name, other) for other in [other for other in dict.fromkeys(whole) if other != value][:_MOST])
 
 
 def other_values(files: AdapterFiles, said: str, contents: Contents) -> Iterator[tuple[Field, Any]]:
-    """Give other values of the fields of an ``adapter_config.json``, with which it may fit its weights.
+    """Yield other values of fields of an ``adapter_config.json``, with which the config may fit the weights.
 
     Args:
-        files: The adapter.
-        said: What PEFT says about it.
-        contents: What the config holds, by its name.
+        files: The adapter's files.
+        said: PEFT's error message.
+        contents: The config, by its file's name.
     """
     if files.entries is None:
         return
@@ -86,19 +86,19 @@ def other_values(files: AdapterFiles, said: str, contents: Contents) -> Iterator
         for name in fields
         for other in _of_type(hints.get(name), rows, modules if "modules" in name else ())
     )
-    for name, other in sorted(typed, key=lambda item: isinstance(item[1], str)):  # words seldom change any size
+    for name, other in sorted(typed, key=lambda item: isinstance(item[1], str)):  # strings seldom change any shape
         if other != fields[name] or type(other) is not type(fields[name]):
             yield (file, name), other
 
 
 def hints_of(files: AdapterFiles) -> dict[str, Any]:
-    """The types of the fields of an adapter's config, as PEFT declares them."""
+    """Return PEFT's type hints for the fields of an adapter's config."""
     kind = _kind(files)
     return {} if kind is None else get_type_hints(kind)
 
 
 def defaults_of(files: AdapterFiles) -> dict[str, Any]:
-    """What PEFT takes for the fields that an adapter's config does not have."""
+    """Return PEFT's defaults for the fields of an adapter's config."""
     kind = _kind(files)
     return {} if kind is None else {field.name: field.default for field in dataclasses.fields(kind) if field.init}
 
@@ -111,12 +111,12 @@ def _kind(files: AdapterFiles) -> Any:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types that a declared one consists of."""
+    """Return a type hint, followed by its arguments."""
     return (hint, *get_args(hint))
 
 
 def _of_type(hint: Any, rows: Collection[int], modules: Collection[str]) -> Iterator[Any]:
-    """Values that a field of a type may have."""
+    """Yield values that a field with this type hint may have."""
     if bool in _kinds(hint):
         yield from (True, False)
     for each in _kinds(hint):
@@ -131,13 +131,13 @@ def _of_type(hint: Any, rows: Collection[int], modules: Collection[str]) -> Iter
 
 
 def _shapes(said: str) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes that tensors have in the file, and those that PEFT asks for."""
+    """Yield the shapes that differ: in the file, and as PEFT asks for them."""
     for both in _SIZES.findall(said):
         found, asked = (tuple(int(side) for side in shape.split(",") if side.strip()) for shape in both)
         yield found, asked
 
 
 def _modules(names: Iterable[str]) -> list[str]:
-    """The last parts of the names of the modules that an adapter's tensors are for."""
+    """Return the last part of the name of each module that an adapter's tensors belong to."""
     found = filter(None, map(_MODULE.search, names))
     return sorted({match[1] for match in found})

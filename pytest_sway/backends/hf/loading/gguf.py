@@ -1,4 +1,4 @@
-"""Reading models and tokenizers from GGUF files, as plain models: no block stays packed."""
+"""Loads models and tokenizers from GGUF files, with dequantized weights."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _OWN_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def load_gguf_model(spec: ModelSpec, path: Path) -> Any:
-    """Load the model of a GGUF file in a resolved spec's dtype, on the CPU; to be called in a `quiet_process`.
+    """Load the model of a GGUF file in a resolved spec's dtype, on the CPU. Call this in a `quiet_process`.
 
     Raises:
-        WeightsError: transformers cannot read it, or it lacks some of the model's weights.
+        WeightsError: transformers cannot read the file, or it lacks some of the model's weights.
     """
     import transformers
 
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # where it may, a newer transformers leaves the weights in their blocks
+    if hasattr(transformers, "GgufConfig"):  # a newer transformers may keep the weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _no_progress_bar(), _readable(path):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -43,43 +43,43 @@ def load_gguf_model(spec: ModelSpec, path: Path) -> Any:
         )
     model, info = loaded
     require_complete(spec, info["missing_keys"])
-    _forget_the_format(model)
+    _unmark_quantized(model)
     model.name_or_path = model.config.name_or_path = spec.base
     return model
 
 
 def load_gguf_tokenizer(spec: ModelSpec, path: Path) -> Any:
-    """Load the tokenizer of a GGUF base: the one beside it, where the base is a folder that has one, or its own."""
+    """Load a GGUF base's tokenizer: the folder's, if the spec names a folder that has one, else the file's."""
     from transformers import AutoTokenizer
 
     if str(path) != spec.base and any((path.parent / name).is_file() for name in _OWN_TOKENIZER):
         return AutoTokenizer.from_pretrained(str(path.parent), trust_remote_code=spec.trust_remote_code)
     with _readable(path):
         tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    _as_the_file_says(tokenizer, read_gguf(path).metadata)
+    _set_special_tokens(tokenizer, read_gguf(path).metadata)
     return tokenizer
 
 
-def _as_the_file_says(tokenizer: Any, said: Mapping[str, Any]) -> None:
-    """Give a tokenizer the special tokens of its file; some versions of transformers take it for Llama 2's."""
+def _set_special_tokens(tokenizer: Any, said: Mapping[str, Any]) -> None:
+    """Set the special tokens that the file names; some versions of transformers assume Llama 2's."""
     for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         number = said.get(f"tokenizer.ggml.{name}_token_id")
         if number is not None and number != getattr(tokenizer, f"{role}_token_id"):
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(number))
-    # llama.cpp's rule: the file says whether a text begins with BOS, and where it does not, SentencePiece's do
+    # llama.cpp's rule: the file says whether a text begins with BOS. If it does not, SentencePiece texts do.
     begins = said.get("tokenizer.ggml.add_bos_token", said.get("tokenizer.ggml.model") == "llama")
     if getattr(tokenizer, "add_bos_token", begins) != begins:
         tokenizer.add_bos_token = begins
     tokenizer.clean_up_tokenization_spaces = False
 
 
-def _forget_the_format(model: Any) -> None:
-    """Make it the model that it is: one that was read from GGUF is taken for quantized, and refuses to be saved."""
+def _unmark_quantized(model: Any) -> None:
+    """Remove the marks of quantization: with them, transformers refuses to save a model read from GGUF."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
     for name in ("quantization_config", "_is_quantized"):
         vars(model.config).pop(name, None)
-    model.config.transformers_version = metadata.version("transformers")  # as in one that was saved and read again
+    model.config.transformers_version = metadata.version("transformers")  # as in a model that was saved and loaded
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing the one progress bar that no setting turns off."""
+    """Disable the one progress bar in transformers that no setting turns off."""
     reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     bar = reader.tqdm
     reader.tqdm = _only_iterate

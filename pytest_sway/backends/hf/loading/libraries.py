@@ -1,4 +1,4 @@
-"""The boundary to torch, transformers and PEFT: their import, their noise, and what they change process-wide."""
+"""Imports torch, transformers and PEFT, and keeps their output and process-wide changes away from tests."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _PARTS: Final = (
     "safetensors.torch", "transformers.generation.utils", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
-"""What transformers imports when it is first asked for it, and every load asks for."""
+"""Modules that these libraries import lazily, and that every load needs."""
 
 
 def require_libraries(spec: ModelSpec, *, gguf: bool = False) -> None:
-    """Raise unless everything that the ``hf`` kind needs is installed; import nothing.
+    """Raise unless everything that kind ``hf`` needs is installed. This imports nothing.
 
     Args:
-        spec: What is to be loaded.
-        gguf: Whether it is read from a GGUF file.
+        spec: The spec to load.
+        gguf: Whether the base or the fine-tuned model is a GGUF file.
 
     Raises:
-        BackendNotAvailableError: Something is missing; the message has the line that installs it.
+        BackendNotAvailableError: A package is missing; the message has the command that installs it.
     """
     needed = (*REQUIRED, "gguf") if gguf else REQUIRED
     missing = [name for name in needed if find_spec(name) is None]
@@ -51,7 +51,7 @@ def require_libraries(spec: ModelSpec, *, gguf: bool = False) -> None:
 
 
 def import_libraries(*specs: ModelSpec) -> None:
-    """Import what loading these needs, the modules of their models included, so that the loads are timed without."""
+    """Import what loading these specs needs, with the code of their models, so that load times exclude imports."""
     import_apart(*REQUIRED, *_PARTS)
     names: Any = import_module("transformers.models.auto.configuration_auto")
     for spec in specs:
@@ -64,9 +64,9 @@ def import_libraries(*specs: ModelSpec) -> None:
 
 @contextmanager
 def quiet_process() -> Iterator[None]:
-    """Run library code that warns, logs, draws progress bars or uses the random state, without a trace of it.
+    """Run library code without its warnings, logs and progress bars, and restore the random state at the end.
 
-    Serialised over the process, since all of that is process-wide; everything is put back on the way out.
+    These settings are process-wide, so one thread at a time runs this.
     """
     import torch
 
@@ -76,11 +76,11 @@ def quiet_process() -> Iterator[None]:
 
 @contextmanager
 def seeded(device: Any, seed: int = 0) -> Iterator[None]:
-    """Run library code that draws random numbers from ``seed`` on; the state of the process and the device comes back.
+    """Run library code with seeded random numbers, and restore the random state of the CPU and the device at the end.
 
     Args:
-        device: The ``torch.device`` that it computes on.
-        seed: Where the numbers start.
+        device: The ``torch.device`` that the code computes on.
+        seed: The seed.
     """
     import torch
 
@@ -90,7 +90,7 @@ def seeded(device: Any, seed: int = 0) -> Iterator[None]:
 
 
 def forget_layers() -> None:
-    """Have PEFT forget the layers that it has warned about, of which some types keep every one for ever."""
+    """Clear PEFT's caches of layers that it has warned about; some keep every layer alive for ever."""
     for name in ("shira", "supertuning"):
         module: Any = sys.modules.get(f"peft.tuners.{name}.layer")
         remembered: Any = getattr(module, "_warn_once_about_module_hooks", None)

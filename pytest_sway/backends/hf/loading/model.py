@@ -1,4 +1,4 @@
-"""From a spec to a Hugging Face model in memory: in evaluation mode, frozen, on its device."""
+"""Loads a spec's base as a Hugging Face model: in evaluation mode, frozen, on its device."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
     """Load the model of a resolved spec's base.
 
     Args:
-        spec: What to load.
-        converted: A folder with the base's weights in the spec's dtype; the base's own where it is ``None``.
+        spec: The resolved spec.
+        converted: A folder with the base's weights in the spec's dtype; ``None`` to read the base's own files.
 
     Raises:
-        WeightsError: Its weights exist only as a pickle that the spec does not allow, or are not all there.
-        SpecError: It is an adapter, or contains one.
+        WeightsError: The weights are incomplete, or exist only as a pickle that the spec does not allow.
+        SpecError: The base is an adapter, or contains one.
     """
     gguf = gguf_file(spec)
     with named_culprit(None if gguf is not None else _asked(spec)), quiet_process():
@@ -53,15 +53,15 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
         model.eval()
         model.requires_grad_(False)
         if hasattr(model.config, "pretraining_tp"):
-            model.config.pretraining_tp = 1  # as PEFT sets it; so the base computes the same with and without adapters
+            model.config.pretraining_tp = 1  # PEFT sets it too: the base computes the same with and without adapters
     return model
 
 
 def require_type(spec: ModelSpec) -> None:
-    """Raise where a base's config is on this machine and names a type of which there is no causal language model.
+    """Raise if a base's config names a type without a causal language model. A config on the hub is not fetched.
 
     Raises:
-        SpecError: transformers does not know its type, or has no causal language model of it.
+        SpecError: transformers does not know the type, or has no causal language model of it.
     """
     import transformers
 
@@ -78,8 +78,8 @@ def require_type(spec: ModelSpec) -> None:
         )
     if known[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SpecError(
-            f"{str(path)!r} has model_type = {kind!r}, and transformers has no causal language model of that type,"
-            " as of a multimodal model or an encoder. Name the folder of a causal language model."
+            f"{str(path)!r} has model_type = {kind!r}, and transformers has no causal language model of that type: it"
+            " may be a multimodal model or an encoder. Name the folder of a causal language model."
         )
 
 
@@ -100,9 +100,9 @@ def _own(spec: ModelSpec) -> Any:
 
 
 def _from(folder: Path, spec: ModelSpec, gguf: Path | None) -> Any:
-    """The weights are the folder's, which from_pretrained maps; config, code and name are the base's.
+    """Load a model with a folder's weights, mapped, and the base's own config, code and name.
 
-    Of a GGUF file, the config was written to the folder too.
+    The config of a GGUF base is in the folder, too.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -120,9 +120,9 @@ def _from(folder: Path, spec: ModelSpec, gguf: Path | None) -> Any:
 
 
 def _asked(spec: ModelSpec) -> Asked | None:
-    """What transformers is asked when it loads a base, but for the weights, which can take minutes.
+    """Return how to make a base without its weights, so that a faulty field of its config can be found.
 
-    A base's own code is not run again and again.
+    ``None`` if its config is not on this machine, or if it has its own code, which should not run again and again.
     """
     config = base_file(spec, "config.json")
     return (
@@ -133,7 +133,7 @@ def _asked(spec: ModelSpec) -> Asked | None:
 
 
 def _made(spec: ModelSpec, folder: Path) -> Any:
-    """The model that a folder's config describes, without memory for its weights."""
+    """Return the model that a folder's config describes, on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -145,7 +145,7 @@ def _made(spec: ModelSpec, folder: Path) -> Any:
 
 
 def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
-    """Return the error that names the field of a base's config with which its model does not run, if one is found."""
+    """Return an error that names the config field with which the base does not run; ``None`` if none is found."""
     asked = None if gguf_file(spec) else _asked(spec)
     if asked is None:
         return None
@@ -173,7 +173,7 @@ def _load_error(spec: ModelSpec, error: Exception) -> Exception:
     if not spec.allow_pickle and (("safetensors" in text and "pytorch_model.bin" in text) or "use_safetensors" in text):
         return WeightsError(
             f"the base {spec.base!r} has no weights in safetensors, and pickles can run code when they are read."
-            " Convert it, or set allow_pickle=True in the spec if you trust it."
+            " Convert them to safetensors, or set allow_pickle=True in the spec if you trust them."
         )
     require_type(spec)
     # transformers 4 takes the memory that the config asks for before it looks at the weights.
@@ -194,11 +194,7 @@ def _other_sizes(spec: ModelSpec) -> str:
 
 
 def _require_complete(spec: ModelSpec, missing: Collection[str]) -> None:
-    """Raise unless a load found all of a model's weights.
-
-    Raises:
-        WeightsError: Some are missing.
-    """
+    """Raise `WeightsError` if a load did not find all of a model's weights."""
     why = ""
     if missing and not spec.trust_remote_code:
         config, entries = base_file(spec, "config.json"), base_entries(spec)

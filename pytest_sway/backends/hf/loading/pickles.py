@@ -1,4 +1,4 @@
-"""Adapters whose weights exist only as a pickle, which is read as tensors alone: no code of it is run."""
+"""Reads adapter weights that exist only as a pickle. It reads tensors only, and runs no code from the pickle."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __tracebackhide__ = True
 
 
 def with_entries(files: AdapterFiles) -> AdapterFiles:
-    """Return an adapter's files with the names and shapes of its tensors, also where a pickle has them.
+    """Return an adapter's files with the names and shapes of its tensors, read from its pickle if need be.
 
     Raises:
-        WeightsError: The pickle cannot be read, or holds other things than tensors.
+        WeightsError: The pickle cannot be read, or holds objects other than tensors.
     """
     if files.entries is not None:
         return files
@@ -34,10 +34,10 @@ def with_entries(files: AdapterFiles) -> AdapterFiles:
 
 
 def read_pickle(files: AdapterFiles, device: str) -> dict[str, Any]:
-    """Read the tensors of an adapter's pickle.
+    """Read the tensors of an adapter's pickle by name.
 
     Raises:
-        WeightsError: It cannot be read, or holds other things than tensors.
+        WeightsError: The pickle cannot be read, or holds objects other than tensors.
     """
     import pickle
 
@@ -52,5 +52,5 @@ def read_pickle(files: AdapterFiles, device: str) -> dict[str, Any]:
             f"{str(path)!r} cannot be read as tensors: {why}. Save the adapter as safetensors."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise WeightsError(f"{str(path)!r} holds other things than tensors by name. Save the adapter as safetensors.")
+        raise WeightsError(f"{str(path)!r} is not a dictionary of tensors. Save the adapter as safetensors.")
     return tensors

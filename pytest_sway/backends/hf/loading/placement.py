@@ -1,4 +1,4 @@
-"""What ``auto`` means: the device and the dtype that a spec will really be loaded with."""
+"""Resolves ``auto``: chooses the device and the dtype that a spec is loaded with."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __tracebackhide__ = True
 
 
 def resolve_placement(spec: ModelSpec) -> ModelSpec:
-    """Return ``spec`` with the device and dtype that ``auto`` stands for on this machine.
+    """Return ``spec`` with the device and dtype that ``auto`` means on this machine.
 
-    The device is the current CUDA device, else MPS, else the CPU. Where several workers share a machine with several
-    CUDA devices, each takes its turn among those that are visible, unless code has chosen a current device. The dtype
-    is dlm-sway's choice for the device: bf16 where a CUDA device computes in it, fp16 on MPS, fp32 otherwise. Without
-    torch the spec is returned as it is, and loading it will say what is missing.
+    The device is the current CUDA device, else MPS, else the CPU. If a machine has several CUDA devices, workers take
+    turns among the visible ones, unless code has set a current device. The dtype is dlm-sway's choice: bf16 on a CUDA
+    device that supports it, fp16 on MPS, fp32 otherwise. Without torch, the spec is returned unchanged, and its load
+    reports what is missing.
 
     Args:
-        spec: Any spec of kind ``hf``. One that has nothing to resolve is returned without importing torch.
+        spec: Any spec of kind ``hf``. If nothing is to be resolved, torch is not imported.
     """
     if spec.device not in ("auto", "cuda") and spec.dtype != "auto":
         return spec
@@ -36,10 +36,10 @@ def resolve_placement(spec: ModelSpec) -> ModelSpec:
 
 
 def require_device(spec: ModelSpec) -> None:
-    """Make sure that the device of a resolved spec is there.
+    """Raise if the device of a resolved spec cannot be used.
 
     Raises:
-        SpecError: It is not.
+        SpecError: torch cannot allocate memory on it.
     """
     if spec.device == "cpu":
         return

@@ -1,8 +1,8 @@
-"""Writing tensors to a safetensors file in which each begins where torch would have put it.
+"""Writes safetensors files in which each tensor is aligned as torch aligns it in memory.
 
-The library's own ``save_file`` puts none of the 272 tensors of SmolLM2-135M at a multiple of 64 bytes, and products of
-matrices can round otherwise elsewhere. Its errors don't tell a full disk, and before its version 0.8 it first copies
-every tensor into ``bytes``.
+The library's ``save_file`` puts none of the 272 tensors of SmolLM2-135M at a multiple of 64 bytes, and matrix products
+can round differently at other addresses. Its errors do not report a full disk. Before version 0.8, it copies every
+tensor into ``bytes`` first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 ALIGNMENT: Final = 64
-"""Bytes at whose multiples torch's own tensors begin; a product of matrices can round otherwise at other places."""
+"""Bytes. torch allocates tensors at multiples of this; matrix products can round differently at other addresses."""
 
 _DTYPES: Final = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -31,13 +31,13 @@ _DTYPES: Final = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write tensors of the CPU to a new file; each begins at a multiple of `ALIGNMENT`, as far as sizes allow.
+    """Write CPU tensors to a new file, each at a multiple of `ALIGNMENT` bytes as far as sizes allow.
 
     Raises:
-        OSError: There is no room, or the file cannot be written.
-        TypeError: A tensor has a dtype that is not written here.
+        OSError: The disk is full, or the file cannot be written.
+        TypeError: A tensor's dtype is not supported.
     """
-    # The format leaves no gaps, so what would put others out of their places goes last.
+    # The format allows no gaps, so tensors that would misalign those after them come last.
     ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT, -item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -57,12 +57,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 def _dtype(name: str, tensor: Any) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise TypeError(f"{name} is of dtype {dtype}")
+        raise TypeError(f"{name} has dtype {dtype}, which the safetensors writer does not support")
     return _DTYPES[dtype]
 
 
 def raw_bytes(tensor: Any) -> Any:
-    """Return the content of a tensor of the CPU as a flat one of ``uint8``, without a copy if it is contiguous."""
+    """Return the contents of a CPU tensor as a flat ``uint8`` tensor, without a copy if it is contiguous."""
     import torch
 
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -1,11 +1,11 @@
-"""One copy of converted weights per host: the first worker that needs them writes them, and all map that file.
+"""Shares one copy of converted weights per host: the first worker that needs them writes a file, and all map it.
 
-safetensors in the dtype that is computed in are mapped by every process, so a host holds them once. With a conversion,
-each process would make and hold its own. So it is made once: loaded as ever, written into a folder of this run under a
-lock that a dying process lets go, loaded back from there and compared to the bit, and only then given its name. The
-comparison is a fifth of that (0.4 of 2.0 s for SmolLM2-135M), once in a run: no test of ours has tried the weights of
-every architecture. What goes wrong on the way costs memory and time, never a result: the worker loads a copy of its
-own, and says so.
+Processes map safetensors files whose dtype needs no conversion, so a host holds those once. With a conversion, each
+process would hold its own copy. So one worker loads the model and writes it into a folder of this run, under a lock
+that the system releases if the worker dies. It loads the copy back, compares it to the bit, and only then gives it its
+name. The comparison takes a fifth of that time (0.4 of 2.0 s for SmolLM2-135M), once per run; our tests do not cover
+the weights of every architecture. A failure costs memory and time, never a result: the worker loads its own copy, and
+warns.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_ONE_THREAD: Final = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers 5, which reads it for each load; 4 has no threads
+_ONE_THREAD: Final = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers 5 reads it for each load; 4 has no threads
 _STORED: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _SOURCES: Final = frozenset({".json", ".safetensors", ".bin", ".py"})
-"""Suffixes of the files that a model is loaded from."""
+"""Suffixes of files that a model is loaded from."""
 
 
 class SharedWeights:
-    """Loads models so that all processes that share a folder hold one copy of what had to be converted.
+    """Loads models so that all processes that share a folder hold one copy of converted weights.
 
     Args:
         folder: A folder of this run on this host, to which its workers can write.
@@ -59,10 +59,10 @@ class SharedWeights:
         self._refused: set[Path] = set()
 
     def load_model(self, spec: ModelSpec) -> Any:
-        """Load the model of a resolved spec's base, equal to the bit to what `models.load_model` gives.
+        """Load the model of a resolved spec's base, equal to the bit to what `model.load_model` returns.
 
         Raises:
-            SwayError: As there.
+            SwayError: As `model.load_model` does.
         """
         place = self._place(spec)
         if place is None or place in self._refused:
@@ -71,7 +71,7 @@ class SharedWeights:
             return self._mapped(spec, place)
         except Exception as error:
             why = _reason(error)
-        model = load_model(spec)  # which raises what is wrong with the base itself
+        model = load_model(spec)  # raises if the base itself is at fault
         self._refused.add(place)
         warnings.warn(
             f"the weights of {short_name(spec.base)}, converted to {spec.dtype}, are not shared between workers:"
@@ -82,39 +82,39 @@ class SharedWeights:
         return model
 
     def _place(self, spec: ModelSpec) -> Path | None:
-        """The folder of a model's shared copy, there or not; ``None`` if nothing of it is to be shared."""
-        if spec.device.partition(":")[0] != "cpu" or sys.platform == "win32":  # where weights are read, not mapped
+        """Return the folder for a model's shared copy, existing or not; ``None`` if there is nothing to share."""
+        if spec.device.partition(":")[0] != "cpu" or sys.platform == "win32":  # weights are not mapped there
             return None
         if _source(spec) is None:
-            load_model(spec)  # downloads it; what is to be done depends on its files
+            load_model(spec)  # downloads it: its files decide what to do
         return self._folder / _identity(spec) if _needs_conversion(spec) else None
 
     def _mapped(self, spec: ModelSpec, place: Path) -> Any:
         if not place.is_dir():
-            with _turn(place.with_suffix(".lock")):
+            with _locked(place.with_suffix(".lock")):
                 if not place.is_dir():
                     return _convert(spec, place)
         return load_model(spec, converted=place / _name(spec))
 
 
 def _convert(spec: ModelSpec, place: Path) -> Any:
-    """Load a model, write what all will map, and return the model that maps it; to be called in turn.
+    """Load a model, write its weights for all, and return it mapped from that file. The caller holds the lock.
 
     Raises:
-        ValueError: It is not the same when it is read back.
+        ValueError: The copy differs when it is read back.
     """
     with _in_this_thread():
         model = load_model(spec)
-    if place.name != _identity(spec):  # somebody saves into its folder just now: nobody knows what was loaded
+    if place.name != _identity(spec):  # the base's files have changed meanwhile: nobody knows what was loaded
         return model
     unfinished = place.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a worker that died
+    shutil.rmtree(unfinished, ignore_errors=True)  # a worker that died has left it
     try:
         folder = unfinished / _name(spec)
         _write(spec, model, folder)
         mapped = load_model(spec, converted=folder)
         if difference := _difference(model, mapped):
-            raise ValueError(f"what is read back differs in {difference}")
+            raise ValueError(f"the copy that is read back differs in {difference}")
         unfinished.rename(place)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -127,7 +127,7 @@ def _convert(spec: ModelSpec, place: Path) -> Any:
 
 
 def _source(spec: ModelSpec) -> Path | None:
-    """The folder of the base's files; ``None`` if they are not on this machine yet."""
+    """Return the folder of the base's files; ``None`` if they are not on this machine yet."""
     gguf = gguf_file(spec)
     if gguf is not None:
         return gguf.parent
@@ -136,7 +136,7 @@ def _source(spec: ModelSpec) -> Path | None:
 
 
 def _name(spec: ModelSpec) -> str:
-    """The folder's own name, which becomes part of the names of the modules of a base that brings code."""
+    """Return the source folder's name, which is part of the module names of a base's own code."""
     source = _source(spec)
     return "model" if source is None else source.name
 
@@ -155,7 +155,7 @@ def _needs_conversion(spec: ModelSpec) -> bool:
 
 
 def _identity(spec: ModelSpec) -> str:
-    """A name for what is loaded, which changes with the base's files and with the libraries that read them."""
+    """Return a name that changes with the base's files and with the libraries that read them."""
     source = _source(spec)
     files = () if source is None else sorted(p for p in source.iterdir() if p.suffix in _SOURCES)
     states = [(p.name, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino) for p in files for st in (p.stat(),)]
@@ -169,7 +169,7 @@ def _identity(spec: ModelSpec) -> str:
 
 @contextmanager
 def _in_this_thread() -> Iterator[None]:
-    """Have transformers convert in this thread: of what other threads free, glibc keeps up to a tenth of a model."""
+    """Make transformers convert in this thread: glibc keeps up to a tenth of a model that other threads free."""
     with PROCESS_STATE:
         before = os.environ.get(_ONE_THREAD)
         os.environ[_ONE_THREAD] = "1"
@@ -183,8 +183,8 @@ def _in_this_thread() -> Iterator[None]:
 
 
 def _write(spec: ModelSpec, model: Any, folder: Path) -> None:
-    """Write a model's weights as they are in memory, beside the files of its base that say how to use them."""
-    folder.parent.mkdir()  # not its parents: where the run's folder is gone, the run has ended
+    """Write a model's weights as they are in memory, with the base's files that describe the model."""
+    folder.parent.mkdir()  # not its parents: if the run's folder is gone, the run has ended
     folder.mkdir()
     if gguf_file(spec) is None:
         _copy_settings(spec, folder)
@@ -208,7 +208,7 @@ def _copy_settings(spec: ModelSpec, folder: Path) -> None:
 
 
 def _difference(model: Any, copy: Any) -> str | None:
-    """What of a model is not the same in its copy; ``None`` if all is."""
+    """Return what differs between a model and its copy; ``None`` if nothing does."""
     for what, before, now in (
         ("its class", type(model), type(copy)),
         ("its config", model.config, copy.config),
@@ -229,7 +229,7 @@ def _tensors(model: Any) -> dict[str, Any]:
 
 
 def _places(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """For each tensor, the first one at the same place in memory: itself, unless it is tied."""
+    """Return for each tensor the first name at its place in memory: its own name, unless it is tied."""
     first: dict[tuple[int, int], str] = {}
     return {name: first.setdefault((t.data_ptr(), t.nbytes), name) for name, t in tensors.items()}
 
@@ -242,10 +242,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock, which the system lets go when its holder dies.
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock that the system releases when its holder dies.
 
-    Not filelock's, which makes the folder of a run that has ended anew, and nobody would remove that.
+    filelock would recreate the folder of a run that has ended, and nobody would remove it.
 
     Raises:
         OSError: The file system has no locks, or the folder is gone.
@@ -256,7 +256,7 @@ def _turn(path: Path) -> Iterator[None]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-        fcntl.flock(lock, fcntl.LOCK_UN)  # also where a child that was forked meanwhile has the descriptor
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was forked meanwhile may keep the descriptor open
     finally:
         os.close(lock)
 
@@ -264,5 +264,5 @@ def _turn(path: Path) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}; the environment variable TMPDIR names another place"
+        return f"{error.strerror}{where}; set the environment variable TMPDIR to use another place"
     return f"{type(error).__name__}: {redacted(str(error)).rstrip('.')}"

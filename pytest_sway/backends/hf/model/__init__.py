@@ -1,1 +1,1 @@
-"""One loaded base, and what is bound to it."""
+"""A loaded base, and the models that are bound to it."""

@@ -1,4 +1,4 @@
-"""`Adapter`: one set of PEFT weights, on a model of its own that shares the base's memory."""
+"""`Adapter`: one set of PEFT weights on a base."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __tracebackhide__ = True
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """An adapter that was put on its base, and verified.
+    """A verified adapter on its base.
 
     Attributes:
-        files: What it was loaded from.
-        pristine: What makes trees with it.
-        own: The tensors that are not the base's, or no longer, by their names in the ``PeftModel``.
-        scaling: The largest factor that the product of two LoRA matrices is multiplied by; 1 where there are none.
-        memory: Tensors that together hold just those: themselves, or what they are parts of.
+        files: The files that it was loaded from.
+        pristine: Makes trees with the adapter.
+        own: The tensors that the adapter does not share with the base, by their names in the ``PeftModel``.
+        scaling: The largest LoRA scaling; 1 if there is none.
+        memory: Tensors that together hold exactly ``own``: the same tensors, or larger ones that they are parts of.
     """
 
     files: AdapterFiles
@@ -35,10 +35,10 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """What its own tensors take."""
+        """The bytes of its own tensors."""
         return measured(self.memory)
 
     @property
     def watches(self) -> Watches:
-        """Watches over its memory, wherever that is used."""
+        """Watches over its memory in all trees."""
         return self.pristine.watches

@@ -1,4 +1,4 @@
-"""A loaded base: one model that never runs, its tokenizer, and the side that computes for all who use it."""
+"""`LoadedBase`: a base model that never runs itself, its tokenizer, and the bound model that computes for all users."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class LoadedBase:
 
     Attributes:
         spec: The spec.
-        tokenizer: The tokenizer, which no test gets; it shares its object in Rust with those that tests get.
-        may_hide_something: Whether the model is of a kind that may compute with more than its modules show.
+        tokenizer: The tokenizer. Tests get copies that share its Rust object.
+        may_hide_something: Whether the model may compute with state that its modules do not show.
         pristine: The model, which never runs.
         device: The ``torch.device`` of the model.
-        trials: What was found out about the model's passes.
-        side: What computes the base's answers.
-        memory: What it has answered before; ``None`` to remember nothing.
-        skeletons: What PEFT has made of it.
-        watches: Watches over its memory, wherever that is used.
-        tokenizers: The tokenizers that adapters brought, by the identity of their files; each stays for as long as a
-            backend uses it.
+        trials: What trials have shown about the model's passes.
+        side: The bound model that computes the base's answers.
+        memory: The cache of its answers; ``None`` to cache none.
+        skeletons: The skeletons of adapters on it.
+        watches: Watches over its memory in all trees.
+        tokenizers: The tokenizers that adapters brought, by the digest of their files; each lives as long as a backend
+            uses it.
         lock: Held while a tokenizer is added.
-        is_tried: Whether it was tried, and computes numbers from left to right as far as that shows.
-        nbytes: What its parameters and buffers take, each place counted once.
+        is_tried: Whether a trial was made and found no fault; see `verify_base`.
+        nbytes: The bytes of its parameters and buffers; shared memory counts once.
     """
 
     def __init__(self, spec: ModelSpec, tokenizer: Any, load_model: Callable[[], Any]) -> None:
@@ -85,45 +85,45 @@ class LoadedBase:
 
     @property
     def closed(self) -> bool:
-        """Whether its last user has left."""
+        """Whether its last user has released it."""
         return self.pristine is None
 
     def tensors(self) -> dict[str, Any]:
-        """Return its parameters and buffers by name, also under each further name of those that are tied."""
+        """Return its parameters and buffers by name; a tied tensor appears under each of its names."""
         model = self.pristine.model
         named = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
         return {name: tensor.detach() for pairs in named for name, tensor in pairs}
 
     def changes(self) -> list[str]:
-        """One line for each thing that all of its users share and that is no longer as it was."""
+        """Return one line for each change to what its users share."""
         return [*self._contents.changes(), *self._rust.changes()]
 
     def patches(self) -> list[str]:
-        """One line for each thing that was patched for the whole process, and takes part in what the base computes."""
+        """Return one line for each process-wide patch that takes part in what it computes."""
         return self._patches.changes()
 
     def has_run(self, tree: Any) -> None:
-        """Look what a tree's first pass has written to; see `MappedFile`."""
+        """Check what a tree's first pass has written to; see `MappedFile`."""
         pristine = self.pristine
         if pristine is not None:
             pristine.memory.has_run(tree)
 
     def is_patched(self) -> bool:
-        """Whether something is patched that takes part in what it computes."""
+        """Return whether a process-wide patch takes part in what it computes."""
         return self._patches is not None and bool(self._patches.changes())
 
     def record_classes(self, model: Any) -> None:
-        """Have patches of a model's classes count, too."""
+        """Also watch the classes of ``model`` for patches."""
         self._patches.add(model)
 
     def undo_patches(self) -> None:
-        """Put back what was patched."""
+        """Undo all patches."""
         self._patches.restore()
 
     def recall(self, question: tuple[Any, ...], compute: Callable[[], list[Any]]) -> list[Any]:
-        """Return the answers to ``question`` from memory, or from ``compute()``.
+        """Return the answers to ``question`` from the cache, or from ``compute()``.
 
-        A base that somebody has changed answers nothing from memory, and what it computes is not remembered.
+        While the base is changed or patched, nothing is taken from the cache or added to it.
         """
         memory, here = self.memory, circumstances(self.device.type)
         if memory is None or here is None:
@@ -134,7 +134,7 @@ class LoadedBase:
         return memory.answers((*question, here), compute)
 
     def close(self) -> None:
-        """Let go of the model. Its memory comes back once nobody else refers to it."""
+        """Release the model. Its memory is freed once nobody else refers to it."""
         self.side.close()
         self.pristine = self.tokenizer = self.memory = None  # type: ignore[assignment] # nobody uses a closed base
         self._contents = self._rust = self._patches = None  # type: ignore[assignment]
@@ -142,36 +142,36 @@ class LoadedBase:
 
 
 def _may_hide_something(spec: ModelSpec, model: Any) -> bool:
-    """Whether a model is of a kind that may compute with more than its modules show."""
+    """Return whether the model has its own code, quantized weights or a device map."""
     return bool(
         spec.trust_remote_code or getattr(model.config, "quantization_config", None) or hasattr(model, "hf_device_map")
     )
 
 
 def load_base(spec: ModelSpec, load_model: Callable[[ModelSpec], Any] = load_model) -> LoadedBase:
-    """Load the base of a resolved spec, in evaluation mode, frozen, on its device.
+    """Load the base of a resolved spec in evaluation mode, frozen, on the spec's device.
 
     Args:
-        spec: What to load.
-        load_model: What loads the model itself.
+        spec: The resolved spec.
+        load_model: Loads the model itself.
 
     Raises:
-        WeightsError: Its weights exist only as a pickle that the spec does not allow.
-        SpecError: It is an adapter, or contains one.
+        WeightsError: The weights exist only as a pickle that the spec does not allow.
+        SpecError: The base is an adapter, or contains one.
     """
     require_type(spec)
     return LoadedBase(spec, load_tokenizer(spec, spec.base), partial(load_model, spec))
 
 
 def load_tokenizer(spec: ModelSpec, source: str) -> Any:
-    """Load a tokenizer from a folder or a hub id; one without a padding token pads with its end token."""
+    """Load a tokenizer from a folder or a hub id. If it has no padding token, it pads with its end token."""
     gguf = gguf_file(spec) if source == spec.base else None
     with named_culprit(None if gguf is not None else _tokenizer_asked(spec, source)), quiet_process():
         if gguf is not None:
             tokenizer: Any = load_gguf_tokenizer(spec, gguf)
         else:
             tokenizer = _from_files(spec, source, spec.revision if source == spec.base else None)
-        tokenizer("a text")  # what fails for any text fails here, where it is explained
+        tokenizer("a text")  # a tokenizer that fails for every text fails here, where the error is explained
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -197,7 +197,7 @@ def _from_files(spec: ModelSpec, source: str, revision: str | None = None) -> An
 
 
 def base_side(base: LoadedBase) -> BoundModel:
-    """Return the side of a base as it is."""
+    """Return the bound model of a base without an adapter."""
     pristine = base.pristine
     return BoundModel(
         lambda to_run: pristine.tree(to_run=to_run),

@@ -1,4 +1,4 @@
-"""`BoundModel`: one state of a model, such as the base with an adapter; each computes on trees of its own."""
+"""`BoundModel`: one state of a model, such as a base with an adapter."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ __tracebackhide__ = True
 
 
 class Watched(Protocol):
-    """What of a `LoadedBase` the sides on it ask and tell."""
+    """The part of a `LoadedBase` that its bound models use."""
 
     def is_patched(self) -> bool:
-        """Whether something is patched that takes part in what it computes."""
+        """Return whether a process-wide patch takes part in what the base computes."""
         ...
 
     def has_run(self, tree: Any) -> None:
-        """Look what a tree's first pass has written to."""
+        """Check what a tree's first pass has written to."""
         ...
 
 
 class BoundModel:
-    """One state of a model.
+    """One state of a model, such as a base with an adapter.
 
-    A tree computes one call at a time. So a side makes a tree for its first call, and another one only while all that
-    it has are in use: no call waits for another.
+    A tree computes one call at a time. A bound model makes a tree for its first call, and another one only while all of
+    its trees are in use. So no call waits for another.
 
     Args:
-        make: Returns a new tree: the ``PeftModel``, or the Hugging Face model where there is no adapter. Its argument
-            says whether the tree only computes, and no test gets it.
-        base: The base whose memory its trees share.
-        tokenizer: What turns its texts into tokens.
-        trials: What was found out about the passes of its trees.
-        through_inner_model: Whether the model inside of a ``PeftModel`` computes the same.
-        one_text_at_a_time: Whether what it computes for a text depends on all that is in the same pass.
-        recall: Answers from memory; ``None`` for a side that remembers none.
-        idle: Where its runners wait for the next call; ``None`` for a place of its own.
+        make: Returns a new tree: the ``PeftModel``, or the Hugging Face model if there is no adapter. Its argument says
+            whether the tree only computes, so that no test gets it.
+        base: The base whose memory the trees share.
+        tokenizer: Turns texts into tokens.
+        trials: What trials have shown about the passes of its trees.
+        through_inner_model: Whether the model inside the ``PeftModel`` computes the same as the ``PeftModel``.
+        one_text_at_a_time: Whether a text's result depends on the other texts in its pass.
+        recall: Answers from the cache; ``None`` for a bound model without one.
+        idle: Keeps runners between calls; ``None`` for an `OwnIdle`.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class BoundModel:
         self._check: Callable[[Any], None] | None = None
 
     def at_first(self, check: Callable[[Any], None]) -> None:
-        """Have a check be asked about the Hugging Face model that first computes, and raise what is wrong with it."""
+        """Call ``check`` with the Hugging Face model before its first computation; it raises if the model is faulty."""
         self._check = check
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
-        """Give what computes; it is dropped when it is spent, and after an error, which leaves a tree in any state."""
+        """Yield an engine for one call. Its tree is reused unless the call raises or leaves the tree spent."""
         _, base = self._require_open()
-        patched = base.is_patched()  # what runs then may write anything, and nobody else computes on it
+        patched = base.is_patched()  # a patch may write anywhere, so this tree serves one call only
         runner = self._new_runner(to_run=False) if patched else self._idle.take() or self._new_runner()
         if self._check is not None:
             self._check(runner.forward.model)
@@ -94,13 +94,13 @@ class BoundModel:
         self._idle.give(runner)
 
     def tree(self, *, to_run: bool = False) -> Any:
-        """Return a new tree, which is the caller's.
+        """Return a new tree that belongs to the caller.
 
         Args:
-            to_run: It only computes, and no test gets it.
+            to_run: The tree only computes; no test gets it.
 
         Raises:
-            BackendClosedError: It was closed.
+            BackendClosedError: The view or its backend was closed.
         """
         make, _ = self._require_open()
         return make(to_run)
@@ -115,17 +115,17 @@ class BoundModel:
         return now
 
     def changed(self, change: Callable[[Any], None]) -> BoundModel:
-        """Return a side whose trees are this one's with a change.
+        """Return a bound model whose trees are this one's with a change.
 
         Args:
-            change: Makes it, on a new tree.
+            change: Changes a new tree in place.
         """
 
         def make(to_run: bool) -> Any:
             import torch
 
             tree = self.tree(to_run=to_run)
-            with torch.inference_mode(False), torch.no_grad():  # it may be handed to a test that trains it
+            with torch.inference_mode(False), torch.no_grad():  # a test may get the tree and train it
                 change(tree)
             return tree
 
@@ -139,7 +139,7 @@ class BoundModel:
         )
 
     def close(self) -> None:
-        """Let go of all trees."""
+        """Release all trees."""
         self._open = None
         self._idle.close()
 

@@ -1,4 +1,4 @@
-"""`Skeletons`: those of a base that were used last, found by what an adapter's configuration makes."""
+"""`Skeletons`: a base's most recently used skeletons, by adapter configuration."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ __tracebackhide__ = True
 _UNSEEN_FIELDS: Final = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 )
-"""Fields of a config that do not show in what PEFT makes of it."""
+"""Config fields that do not affect the model that PEFT makes."""
 
 _ORDERED_FIELDS: Final = ("alpha_pattern", "rank_pattern")
-"""Of their expressions, PEFT takes the first that matches."""
+"""Config fields whose order counts: PEFT applies the first expression that matches."""
 
 _MOST: Final = 8
-"""So many skeletons are kept for each base, those that were used last."""
+"""Skeletons kept for each base."""
 
 
 class Skeletons:
-    """The skeletons of a base: those that were used last."""
+    """The most recently used skeletons of a base."""
 
     def __init__(self) -> None:
         self._skeletons: OrderedDict[Hashable, Skeleton] = OrderedDict()
 
     def find(self, files: AdapterFiles, config: Any) -> Skeleton | None:
-        """Return the skeleton of an adapter with all of its tensors; ``None`` if there is none.
+        """Return the skeleton for an adapter; ``None`` if there is none.
 
         Args:
-            files: The adapter.
-            config: Its configuration, as PEFT has read it.
+            files: The adapter's files.
+            config: The adapter's configuration, as PEFT has read it.
         """
         signature = _signature(files, config)
         skeleton = self._skeletons.get(signature)
@@ -48,11 +48,11 @@ class Skeletons:
         return skeleton
 
     def made_of(self, files: AdapterFiles, config: Any, pristine: Pristine, own: Mapping[str, Any]) -> Skeleton | None:
-        """Return a new skeleton, which the next adapters find; ``None`` if no adapter is like another of its kind.
+        """Make a skeleton that the next adapters can use; return ``None`` if adapters of this kind allow none.
 
         Args:
-            files: The adapter.
-            config: Its configuration, as PEFT has read it.
+            files: The adapter's files.
+            config: The adapter's configuration, as PEFT has read it.
             pristine: The ``PeftModel`` with the adapter.
             own: The adapter's tensors, by their names in the ``PeftModel``.
         """
@@ -66,7 +66,7 @@ class Skeletons:
 
 
 def _signature(files: AdapterFiles, config: Any) -> Hashable:
-    """Equal for adapters of which PEFT makes the same, but for their weights."""
+    """Return a key that is equal for adapters that differ only in the values of their weights."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_FIELDS}
     fields |= {name: list(fields[name].items()) for name in _ORDERED_FIELDS if fields.get(name)}
     text = json.dumps(

@@ -1,4 +1,4 @@
-"""A model that never runs: trees are made from it for all that computes, and for all that a test asks for."""
+"""`Pristine`: a model that never runs. Trees are made from it to compute, and for tests that ask for the model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_TRIAL: Final = (1, 2)
-_MANY: Final = 16
+_TRIAL_IDS: Final = (1, 2)
+_MOST_WATCHES: Final = 16
 
 
 class Watches:
-    """What tells whether the weights of some models are still in memory; what is gone takes no room."""
+    """Watches over the weights of several models. Watches of freed weights are dropped from time to time."""
 
     def __init__(self) -> None:
         self._watches: list[WeightsWatch] = []
 
     def add(self, tensors: Iterable[Any]) -> None:
-        """Watch some more tensors."""
-        if len(self._watches) >= _MANY:
+        """Watch more tensors."""
+        if len(self._watches) >= _MOST_WATCHES:
             self._watches = [watch for watch in self._watches if watch.alive()]
         self._watches.append(WeightsWatch(tensors))
 
@@ -38,19 +38,19 @@ class Watches:
 
 
 class Pristine:
-    """A model that never runs.
+    """A model that never runs, and from which trees are made.
 
     Args:
         model: The model, in evaluation mode and frozen.
-        again: Loads a model equal to it. It is called for each tree where trees cannot share the model's memory.
-        ways: By the identity of a tensor, how it is shared, where that is known already.
-        own: The tensors whose memory is this model's alone, and is watched; ``None`` for all of them.
-        trial: Compare what two trees compute, since the model is of a kind that may compute with more than it shows.
+        again: Loads an equal model. It is called for each tree if trees cannot share the model's memory.
+        ways: How tensors are shared, by the ``id`` of the tensor, where that is known already.
+        own: The tensors to watch, whose memory only this model has; ``None`` for all of them.
+        trial: Compare what two trees compute, because the model may compute with state that its modules do not show.
 
     Attributes:
         model: The model.
-        memory: How its trees get their memory.
-        watches: Watches over the weights of all of its trees.
+        memory: Gives trees their memory.
+        watches: Watches over the weights of all trees.
     """
 
     def __init__(
@@ -72,20 +72,20 @@ class Pristine:
 
     @property
     def shares(self) -> bool:
-        """Whether its trees share its memory; otherwise each is loaded anew."""
+        """Whether trees share its memory; otherwise each is loaded anew."""
         return self._again is None
 
     def exposes(self, name: str, _tensor: Any) -> bool:
-        """Whether all trees have the same memory of the tensor of this name."""
+        """Return whether all trees have the same memory for the tensor of this name."""
         return name in self.memory.exposed
 
     def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False, to_run: bool = False) -> Any:
-        """Return a model equal to it that is nobody else's.
+        """Return a new tree that nobody else uses.
 
         Args:
-            known: As in `SharedMemory.tree`; it stays empty where the model is loaded anew.
-            isolated: Somebody is about to write to its memory; see `SharedMemory.tree`.
-            to_run: It only computes; see `SharedMemory.tree`.
+            known: See `SharedMemory.tree`; it stays empty if the model is loaded anew.
+            isolated: The caller is about to write to the tree's memory; see `SharedMemory.tree`.
+            to_run: The tree only computes; see `SharedMemory.tree`.
         """
         if self._again is not None:
             tree = self._again()
@@ -98,10 +98,10 @@ class Pristine:
         return tree
 
     def _works(self, trial: bool) -> bool:
-        """Whether trees share nothing but memory with the model, and compute."""
+        """Return whether trees share nothing but memory with the model, and agree if they are tried."""
         try:
             tree = self.memory.tree()
-        except Exception:  # whatever a model holds that cannot be copied
+        except Exception:  # a model may hold anything that cannot be copied
             return False
         if shares_objects(tree, self.model):
             return False
@@ -109,13 +109,13 @@ class Pristine:
 
 
 def _agree(one: Any, other: Any) -> bool:
-    """Whether two trees compute the same, to the bit."""
+    """Return whether two trees compute the same logits, to the bit."""
     import torch
 
-    ids = torch.tensor([_TRIAL], device=one.device)
+    ids = torch.tensor([_TRIAL_IDS], device=one.device)
     try:
         with torch.inference_mode():
             first, second = one(input_ids=ids).logits, other(input_ids=ids).logits
-    except Exception:  # a model of an unforeseen shape can fail in any way
+    except Exception:  # an unknown architecture may raise anything
         return False
     return bool(torch.equal(first.nan_to_num(), second.nan_to_num()))

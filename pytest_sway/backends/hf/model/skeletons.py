@@ -1,8 +1,8 @@
-"""Skeletons: what PEFT makes of a configuration, without weights.
+"""Skeletons: models that PEFT makes from a configuration, without adapter weights.
 
-The first adapter of a configuration is put on the base by PEFT, which takes long, and leaves a skeleton. After that, an
-adapter of this configuration is its weights. A tree that computes for one of them computes for another as soon as it
-has the other's weights; so they take turns, and nobody makes a tree for each.
+PEFT puts the first adapter of a configuration on the base, which is slow. The result is kept as a skeleton. Later
+adapters with the same configuration only bring weights. A tree serves another adapter as soon as it has that adapter's
+weights, so adapters take turns on the same trees.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ __tracebackhide__ = True
 
 
 class Skeleton:
-    """What PEFT makes of a configuration, without weights.
+    """A model that PEFT makes from a configuration, without adapter weights.
 
     Args:
         pristine: The ``PeftModel`` with an adapter of this configuration.
-        own: The adapter's tensors, which are all in its file, by their names in the ``PeftModel``.
+        own: The adapter's tensors, by their names in the ``PeftModel``. Its file must have all of them.
 
     Attributes:
         model: The ``PeftModel``.
-        places: By the names of an adapter's tensors in its file, what stands for them in the model: shape and dtype.
-        names: By the same names, those that they have in the ``PeftModel``.
-        scaling: The largest factor that the product of two LoRA matrices is multiplied by.
-        idle: The trees that compute for its adapters and are in no call now.
-        lock: Held while one is taken or given back.
+        places: Placeholders with the shape and dtype of the adapter's tensors, by their names in its file.
+        names: The names of these tensors in the ``PeftModel``, by their names in the file.
+        scaling: The largest LoRA scaling.
+        idle: The runners for its adapters that are in no call.
+        lock: Held while a runner is taken or given back.
     """
 
     def __init__(self, pristine: Pristine, own: Mapping[str, Any]) -> None:
@@ -59,19 +59,19 @@ class Skeleton:
         self._memory = SharedMemory(self.model, memory.ways_in(known))
 
     def tree(self, weights: Mapping[str, Any], config: Any, *, to_run: bool = False) -> Any:
-        """Return a ``PeftModel`` with the weights of an adapter.
+        """Return a ``PeftModel`` with an adapter's weights.
 
         Args:
-            weights: The tree's tensors, by their names in the file.
+            weights: The adapter's tensors for this tree, by their names in the file.
             config: The adapter's configuration.
-            to_run: It only computes; see `SharedMemory.tree`.
+            to_run: The tree only computes; see `SharedMemory.tree`.
         """
         tree = self._memory.tree({id(place): weights[name] for name, place in self.places.items()}, to_run=to_run)
         tree.peft_config[NAME] = config
         return tree
 
     def slots(self, tree: Any) -> list[tuple[dict[str, Any], str, str]]:
-        """Return where a tree has an adapter's tensors: a module's parameters, the key there, the name in the file."""
+        """Return where a tree has adapter tensors: a module's parameters, the key there, the name in the file."""
         names = {id(place): name for name, place in self.places.items()}
         pairs = zip(modules_of(self.model), modules_of(tree), strict=True)
         return [
@@ -83,18 +83,18 @@ class Skeleton:
 
 
 class OnSkeleton:
-    """An adapter as a skeleton and its weights: trees with it are made from that.
+    """An adapter as a skeleton and weights, from which trees are made.
 
     Args:
         skeleton: The skeleton.
         config: The adapter's configuration.
         weights: The adapter's tensors, by their names in its file.
-        memory: Tensors that together hold just those: themselves, or what they are parts of.
+        memory: Tensors that together hold exactly ``weights``: the same tensors, or larger ones that they are parts of.
 
     Attributes:
         model: The ``PeftModel``, without weights.
         shares: Whether trees share the base's memory.
-        watches: Watches over the adapter's tensors, wherever they are used.
+        watches: Watches over the adapter's tensors in all trees.
         weights: The adapter's tensors, by their names in its file.
         skeleton: The skeleton.
     """
@@ -111,14 +111,14 @@ class OnSkeleton:
         self._shared = SharedTensors(weights.values())
 
     def exposes(self, _name: str, tensor: Any) -> bool:
-        """Whether all trees have the same memory of one of the adapter's tensors."""
+        """Return whether all trees have the same memory for one of the adapter's tensors."""
         return self._shared.exposes(tensor)
 
     def tree(self, *, to_run: bool = False) -> Any:
-        """Return a ``PeftModel`` that is nobody else's.
+        """Return a new ``PeftModel`` that nobody else uses.
 
         Args:
-            to_run: It only computes; see `SharedMemory.tree`.
+            to_run: The tree only computes; see `SharedMemory.tree`.
         """
         ours = self._shared.shared()
         self.watches.add(ours)
@@ -127,7 +127,7 @@ class OnSkeleton:
 
 
 def name_in_file(name: str) -> str:
-    """Return the name of a tensor of the adapter in its file."""
+    """Return the name in the file of an adapter's tensor, from its name in the ``PeftModel``."""
     return name.replace(f".{NAME}", "")
 
 
@@ -137,9 +137,9 @@ class Runner:
 
     Attributes:
         tree: The tree: a ``PeftModel``, or the Hugging Face model where there is no adapter.
-        forward: Its passes.
-        adapter: The adapter whose weights it has, where trees take turns with adapters.
-        has_run: Whether it has computed an answer.
+        forward: Its forward passes.
+        adapter: The adapter whose weights it has; ``None`` if it has none, or serves one adapter only.
+        has_run: Whether it has completed a call.
     """
 
     tree: Any
@@ -149,7 +149,7 @@ class Runner:
     _slots: list[tuple[dict[str, Any], str, str]] = field(default_factory=list)
 
     def serve(self, adapter: OnSkeleton | None, skeleton: Skeleton) -> None:
-        """Exchange its weights for those of another adapter on the same skeleton, or for none."""
+        """Exchange its weights for another adapter's on the same skeleton, or for placeholders."""
         if adapter is self.adapter:
             return
         self._slots = self._slots or skeleton.slots(self.tree)
@@ -160,43 +160,43 @@ class Runner:
 
 
 class Idle(Protocol):
-    """The runners of a side that are in no call."""
+    """Keeps the runners of a bound model between calls."""
 
     def take(self) -> Runner | None:
-        """Return one for a call; ``None`` if there is none."""
+        """Return a runner for a call; ``None`` if none is idle."""
 
     def give(self, runner: Runner) -> None:
-        """Take back one that a call is done with."""
+        """Take back a runner after a call."""
 
     def close(self) -> None:
-        """Let go of what is the side's."""
+        """Release everything that belongs to this bound model alone."""
 
 
 class OwnIdle:
-    """The idle runners of one side alone."""
+    """The idle runners of one bound model."""
 
     def __init__(self) -> None:
         self._idle: list[Runner] | None = []
 
     def take(self) -> Runner | None:
-        """Return one for a call; ``None`` if there is none."""
+        """Return a runner for a call; ``None`` if none is idle."""
         return self._idle.pop() if self._idle else None
 
     def give(self, runner: Runner) -> None:
-        """Take back one that a call is done with."""
+        """Take back a runner after a call."""
         if self._idle is not None:
             self._idle.append(runner)
 
     def close(self) -> None:
-        """Let go of all."""
+        """Release all runners."""
         self._idle = None
 
 
 class SharedIdle:
-    """The idle runners of an adapter, which are those of all adapters on its skeleton.
+    """The idle runners that all adapters on one skeleton share.
 
     Args:
-        adapter: The adapter.
+        adapter: The adapter whose bound model uses them here.
     """
 
     def __init__(self, adapter: OnSkeleton) -> None:
@@ -204,7 +204,7 @@ class SharedIdle:
         self._skeleton = adapter.skeleton
 
     def take(self) -> Runner | None:
-        """Return one with the adapter's weights; ``None`` if there is none."""
+        """Return a runner with the adapter's weights; ``None`` if none is idle."""
         adapter, idle = self._adapter, self._skeleton.idle
         with self._skeleton.lock:
             if adapter is None or not idle:
@@ -215,13 +215,13 @@ class SharedIdle:
         return runner
 
     def give(self, runner: Runner) -> None:
-        """Take back one that a call is done with."""
+        """Take back a runner after a call."""
         with self._skeleton.lock:
             runner.serve(self._adapter, self._skeleton)
             self._skeleton.idle.append(runner)
 
     def close(self) -> None:
-        """Leave the adapter's weights in no runner."""
+        """Remove the adapter's weights from all idle runners."""
         with self._skeleton.lock:
             adapter, self._adapter = self._adapter, None
             for runner in self._skeleton.idle:

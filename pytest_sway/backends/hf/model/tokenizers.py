@@ -1,4 +1,4 @@
-"""Which tokenizer a backend uses: its base's, unless the adapter's folder brings another one, or parts of one."""
+"""Chooses a backend's tokenizer: the base's, or what the adapter's folder brings."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __tracebackhide__ = True
 
 
 def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> RustRecord | None:
-    """Return the tokenizer that an adapter brings, in its record; ``None`` if it brings no other than its base's.
+    """Return the tokenizer that an adapter brings, in its record; ``None`` if the base's is used.
 
-    A folder with a ``tokenizer_config.json`` brings its own, as for dlm-sway. One with a vocabulary or a chat template
-    alone brings that, and the rest is the base's. Where all of it is the base's, file by file, the base's is shared:
-    loading one takes seconds where the vocabulary is large.
+    A folder with a ``tokenizer_config.json`` brings a whole tokenizer, as in dlm-sway. A folder with only a vocabulary
+    or a chat template replaces that part of the base's. If all of its files equal the base's, the base's tokenizer is
+    shared, because loading a large vocabulary takes seconds.
     """
     folder = files.folder
     if not brings_tokenizer(base.spec, folder):
@@ -46,7 +46,7 @@ def _loaded(base: LoadedBase, folder: Path) -> Any:
     if not _has(folder, _CONFIG, *_VOCABULARIES):
         tokenizer = copied(base.tokenizer)  # a template needs no second vocabulary in memory
         tokenizer.chat_template = _read_templates(folder)
-        tokenizer.name_or_path = str(folder)  # where its errors look for what is at fault
+        tokenizer.name_or_path = str(folder)  # errors about the tokenizer name this folder
         return tokenizer
     with completed(base.tokenizer, folder) as whole:
         tokenizer = load_tokenizer(base.spec, str(whole))

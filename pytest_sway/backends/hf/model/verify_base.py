@@ -1,4 +1,4 @@
-"""Whether a model answers as a causal language model does: with numbers, and with none that later tokens change."""
+"""Verifies that a model is a causal language model: its logits are numbers, and later tokens do not change them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _SAME: Final = 2
-"""How many tokens the two texts of a trial begin with in common."""
+"""Tokens that the two texts of a trial have in common at their start."""
 
 
 def verify_base(base: LoadedBase, role: str = "base") -> None:
-    """Raise unless a base computes numbers, and computes them from left to right; tried once, in one small pass.
+    """Raise unless a base computes numbers that later tokens do not change. One small pass tries this once per base.
 
-    A model whose trees are each loaded anew is tried when it first computes, since a tree for that would double the
-    load.
+    If each tree is loaded anew, the trial waits until the model first computes: a tree for the trial alone would double
+    the load time.
 
     Args:
-        base: The base, or a whole fine-tuned model.
-        role: What the spec calls it.
+        base: The base or the fine-tuned model.
+        role: The model's role in errors.
 
     Raises:
-        SpecError: What it computes for a token depends on those after it, or it does not run by a field of its config.
-        WeightsError: It computes NaN, and has weights that are no numbers.
+        SpecError: Later tokens change the logits of earlier ones, or a field of the config keeps the model from
+            running.
+        WeightsError: The model computes NaN, and its weights contain NaN or infinite values.
     """
     if base.is_tried:
         return
@@ -45,7 +46,7 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
 
 
 def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
-    """Do as `verify_base` does with a tree of a base, or of an adapter on it."""
+    """Do what `verify_base` does, with a given tree of the base or of an adapter on it."""
     import torch
 
     if base.is_tried:
@@ -56,11 +57,11 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
         texts = [first, (*first[:_SAME], *first[: len(first) - _SAME])]
         try:
             logits = model(input_ids=torch.tensor(texts, device=model.device), use_cache=False).logits
-        except Exception as error:  # a model of an unforeseen shape can fail in any way
+        except Exception as error:  # an unknown architecture may raise anything
             logits, why = None, why_not_run(base.spec, error)
     if why is not None:
         raise why
-    if logits is None:  # the first score will say how
+    if logits is None:  # the first score will raise the error
         pass
     elif has_nan(logits):
         tensors = base.tensors()
@@ -69,8 +70,8 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
             raise WeightsError(diverged(f"the {role} {base.spec.base!r}", broken, len(tensors)))
     elif not agree(logits[0, :_SAME], logits[1, :_SAME]):
         raise SpecError(
-            f"the {role} {base.spec.base!r} is no causal language model: in its {type(model).__name__}, later tokens"
-            " change what is computed for those before them, as in BERT and other encoders. Name a model that was"
-            " trained to predict the next token."
+            f"the {role} {base.spec.base!r} is not a causal language model: in its {type(model).__name__}, later"
+            " tokens change the logits of earlier ones, as in BERT and other encoders. Name a model that was trained to"
+            " predict the next token."
         )
     base.is_tried = True

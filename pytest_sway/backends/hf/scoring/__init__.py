@@ -1,1 +1,1 @@
-"""From tokens to logits, and from logits to numbers and new text."""
+"""Computes logits from tokens, and scores and new text from logits."""

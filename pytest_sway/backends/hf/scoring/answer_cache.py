@@ -1,10 +1,10 @@
-"""What a base has answered before: a question that is put to it again, whatever adapter is being tested, costs no pass.
+"""`AnswerCache`: a base's answers. A repeated question costs no pass, whichever adapter is tested.
 
-What is remembered is a whole batch, under exactly what went through the model together. So a remembered number is, to
-the bit, the one that the same call would compute, whatever was asked before.
+It stores whole batches. The key is everything that went through the model together. So a cached number equals, to the
+bit, what the same call would compute.
 
-Answers are copied, so that you may write into those of any view. That takes 0.1 ms for 16 distributions of 256 tokens.
-A question is kept as its digest: its tokens would take ten times the memory of the answers.
+Answers are copied, so that you may write to them. That takes 0.1 ms for 16 distributions of 256 tokens. Questions are
+stored as digests: their tokens would take ten times the memory of the answers.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __tracebackhide__ = True
 DEFAULT_BYTES: Final = 64 * 2**20
 
 _ENTRY_BYTES: Final = 300
-"""About what an entry takes besides its answers."""
+"""Approximate bytes of an entry besides its answers."""
 
 
 class _Entry(NamedTuple):
-    """What was answered: a copy, so that callers may change what they get."""
+    """A copy of a batch's answers, with the seconds that they took to compute."""
 
     answers: list[Any]
     seconds: float
@@ -44,11 +44,11 @@ class _Entry(NamedTuple):
 
 
 class AnswerCache:
-    """The latest answers of one base, up to a number of bytes.
+    """The most recently used answers of one base, up to a number of bytes.
 
     Args:
-        max_bytes: The most bytes that it may take; what was not asked for longest goes first.
-        on_recall: Called with how many answers were given from memory, and the seconds that they once took.
+        max_bytes: The most bytes of entries; the least recently used are dropped first.
+        on_recall: Called with the number of answers that came from the cache, and the seconds that computing them took.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES, on_recall: Callable[[int, float], None] | None = None) -> None:
@@ -60,17 +60,17 @@ class AnswerCache:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it takes."""
+        """The bytes in use."""
         return int(self._entries.currsize)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def answers(self, question: Hashable, compute: Callable[[], list[Any]]) -> list[Any]:
-        """Return the answers to ``question``, from ``compute()`` where they are not known yet.
+        """Return the answers to ``question`` from the cache, or compute and cache them.
 
         Args:
-            question: All that the answers depend on, made of tuples, texts and numbers.
+            question: Everything that the answers depend on, as tuples, texts and numbers.
             compute: Returns the answers.
         """
         key = blake2b(repr(question).encode(), digest_size=20).digest()
@@ -81,7 +81,7 @@ class AnswerCache:
             answers = compute()
             seconds = time.perf_counter() - started
             entry = _Entry(copy.deepcopy(answers), seconds, _size(answers) + _ENTRY_BYTES)
-            with self._lock, suppress(ValueError):  # larger than all of it
+            with self._lock, suppress(ValueError):  # larger than the whole cache
                 self._entries[key] = entry
             return answers
         recalled = copy.deepcopy(entry.answers)
@@ -90,25 +90,25 @@ class AnswerCache:
         return recalled
 
     def forget(self) -> None:
-        """Drop all of it."""
+        """Drop all entries."""
         with self._lock:
             self._entries.clear()
 
 
 def _size(value: Any) -> int:
-    """About how many bytes an answer takes."""
+    """Return the approximate bytes of an answer."""
     if isinstance(value, list | tuple):
         return sys.getsizeof(value) + sum(map(_size, value))
     if is_dataclass(value):
         return sys.getsizeof(value) + sum(_size(getattr(value, field.name)) for field in fields(value))
-    # Python counts an array's contents only where they are its own.
+    # getsizeof counts an array's contents only if the array owns them.
     return sys.getsizeof(value) + int(getattr(value, "nbytes", 0))
 
 
 def recalling(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Have the answers of ``work(engine, batch, *args)`` taken from the engine's memory, if it has one and knows them.
+    """Let ``work(engine, batch, *args)`` answer from the engine's cache, if the engine has one.
 
-    They may depend on the engine's model, the batch and ``args`` only.
+    The answers may depend on the engine's model, the batch and ``args`` only.
     """
 
     @wraps(work)
@@ -122,17 +122,17 @@ def recalling(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 
 def circumstances(device_type: str) -> tuple[Any, ...] | None:
-    """Return the settings of torch that a model's numbers depend on, as they are now.
+    """Return the settings of torch that a model's numbers depend on.
 
     Args:
         device_type: Where the model is, such as ``cpu``.
 
     Returns:
-        The settings; ``None`` while somebody watches what torch computes, and would miss what is not computed.
+        The settings; ``None`` while hooks, modes or a profiler observe torch, which cached answers would bypass.
     """
     import torch
 
-    if _watched():
+    if _is_observed():
         return None
     cuda: Any = torch.backends.cuda
     mkldnn: Any = torch.backends.mkldnn
@@ -142,15 +142,15 @@ def circumstances(device_type: str) -> tuple[Any, ...] | None:
         torch.is_autocast_enabled(device_type),
         torch.get_autocast_dtype(device_type),
         torch.are_deterministic_algorithms_enabled(),
-        torch._C._get_float32_matmul_precision(),  # the public one refuses to tell once a newer setting was used
+        torch._C._get_float32_matmul_precision(),  # the public function raises once a newer setting was used
         mkldnn.enabled,
         getattr(mkldnn, "fp32_precision", None),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
     )
 
 
-def _watched() -> bool:
-    """Whether hooks on all modules, modes around all operations or a profiler are on."""
+def _is_observed() -> bool:
+    """Return whether hooks on all modules, modes for all operations or a profiler are active."""
     import torch
 
     modules: Any = import_module("torch.nn.modules.module")

@@ -1,8 +1,7 @@
-"""Which sequences go through the model together. Pure arithmetic on lengths; nothing here is measured or loaded.
+"""Decides which sequences share a pass. This is arithmetic on lengths; nothing is measured or loaded here.
 
-A pass costs as many token positions as its longest sequence has, times its rows, or where sequences are not padded, as
-they have in all; and besides that about as much as some tens of positions more on a CPU (hundreds on an accelerator),
-since all weights are read whatever the rows.
+A pass costs its token positions: with padding, the longest sequence's length times the number of rows. It also has a
+fixed cost of some tens of positions on a CPU and hundreds on an accelerator, because it reads all weights.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ if TYPE_CHECKING:
     from pytest_sway.backends.text.tokens import Window
 
 _PAIRS: Final = 2048
-"""About how many pairs of positions cost attention as much as one position costs elsewhere; counted in operations it is
-3,000 in SmolLM2-135M, and attention does fewer operations in a second."""
+"""About how many pairs of positions in attention cost as much as one position in the rest of the model. Counting
+operations gives 3,000 for SmolLM2-135M, but attention does fewer operations per second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one pass may hold, on one device.
+    """What one pass on a device may hold.
 
     Attributes:
-        tokens: The most token positions, with padding, unless one sequence or one family alone has more.
-        few_logits_tokens: The same where the logits of less than half of them are wanted, which leaves memory for more.
-        overhead: What a pass costs besides its positions, as a number of positions.
-        logits_bytes: About as many bytes of logits exist at once.
-        worth_trimming: From how many positions on the heap gives memory back before the body and before the head. It is
-            about a hundredth of such a pass, and what body and head need does not add up.
-        cached_tokens: The most token positions that key-value caches may hold, unless one sequence alone has more.
+        tokens: The most token positions, with padding, unless one sequence or prefix group alone has more.
+        few_logits_tokens: The same, if logits are wanted for less than half of them, which leaves more memory.
+        overhead: The fixed cost of a pass, as a number of positions.
+        logits_bytes: Approximate bytes of logits that exist at once.
+        worth_trimming: The number of positions from which on the heap gives memory back before the body and before the
+            head. That takes about a hundredth of such a pass, and the memory of body and head does not add up.
+        cached_tokens: The most token positions in key-value caches, unless one sequence alone has more.
     """
 
     tokens: int
@@ -58,19 +57,20 @@ ACCELERATOR: Final = Limits(
 
 
 def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int, padded: bool = True) -> list[list[int]]:
-    """Divide sequences into batches such that the whole costs least.
+    """Divide sequences into batches that cost least in total.
 
-    Sorted by length, neighbours share a batch; where to cut is found by dynamic programming over the cost that this
-    module's docstring states.
+    Sequences of similar length share a batch. Dynamic programming finds the cuts for the cost in this module's
+    docstring.
 
     Args:
-        lengths: Length of each sequence, in tokens.
-        tokens: The most positions, with padding, that a batch may have; a sequence longer than that stands alone.
-        overhead: What a batch costs besides its positions.
+        lengths: The length of each sequence, in tokens.
+        tokens: The most positions of a batch, with padding; a longer sequence gets its own batch.
+        overhead: The fixed cost of a batch, as a number of positions.
         padded: Whether sequences are padded to the longest of their batch.
 
     Returns:
-        For each batch the indices of its sequences, longest batch first, so that what does not fit shows at once.
+        For each batch the indices of its sequences. The longest batch comes first, so that too little memory shows
+        early.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     if not padded:
@@ -91,12 +91,12 @@ def in_batches(lengths: Sequence[int], *, tokens: int, overhead: int, padded: bo
 
 
 def in_turn(order: Iterable[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Divide sequences, in this order, into batches that are filled one after the other.
+    """Divide sequences into batches that are filled one after the other, in the given order.
 
     Args:
-        order: Their indices.
-        lengths: Length of each, in tokens.
-        tokens: The most positions that a batch may have; a sequence longer than that stands alone.
+        order: The indices of the sequences.
+        lengths: The length of each sequence, in tokens.
+        tokens: The most positions of a batch; a longer sequence gets its own batch.
     """
     batches: list[list[int]] = []
     room = 0
@@ -110,7 +110,7 @@ def in_turn(order: Iterable[int], lengths: Sequence[int], tokens: int) -> list[l
 
 
 def by_context(windows: Sequence[Window]) -> list[list[Window]]:
-    """Group windows by their context, in the order in which each first came."""
+    """Group windows by their context, in the order of its first appearance."""
     groups: dict[tuple[int, ...], list[Window]] = {}
     for window in windows:
         groups.setdefault(window.context, []).append(window)
@@ -118,23 +118,23 @@ def by_context(windows: Sequence[Window]) -> list[list[Window]]:
 
 
 def worth_caching(windows: Sequence[Window], overhead: int) -> bool:
-    """Whether windows of one context should have it computed once, and continue from a key-value cache.
+    """Return whether to compute the common context of some windows once, and continue from a key-value cache.
 
-    What that saves is the context's positions for each window but one. What it costs is two passes more, one for the
-    context and one for what does not fill a batch. Since all hidden states of these windows are in memory at once, it
-    is done only where it saves more than what is left, which texts that have nothing but BOS in common do not.
+    This saves the context's positions for all windows but one. It costs two more passes: one for the context, and one
+    for an unfilled batch. All hidden states of these windows are in memory at once, so the positions saved must
+    outnumber those left. Windows that share only BOS do not reach that.
     """
     saved = (len(windows) - 1) * len(windows[0].context)
     return saved > 2 * overhead + sum(len(window.scored) - 1 for window in windows)
 
 
 class PrefixGroup(NamedTuple):
-    """Sequences whose common beginnings are computed once.
+    """Sequences whose common prefixes are computed once.
 
     Attributes:
-        members: Their indices, in the order of their tokens, so that those which begin alike are neighbours.
-        prefix: The length of what all of them begin with.
-        positions: How many token positions they have, what neighbours begin with in common counted once.
+        members: The indices of the sequences, in the order of their tokens, so that neighbours share prefixes.
+        prefix: The length of the prefix that all of them share.
+        positions: The number of token positions; a prefix that neighbours share counts once.
     """
 
     members: Sequence[int]
@@ -143,42 +143,42 @@ class PrefixGroup(NamedTuple):
 
     @property
     def suffixes(self) -> int:
-        """How many positions come after the prefix."""
+        """The number of positions after the prefix."""
         return self.positions - self.prefix
 
     @property
     def cost(self) -> int:
-        """What it costs, as a number of positions; see `families`."""
+        """The cost, as a number of positions; see `families`."""
         return self.positions + self.suffixes**2 // _PAIRS
 
 
 def alone(sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
-    """Return a family for each sequence."""
+    """Return a prefix group for each sequence by itself."""
     return [PrefixGroup([i], len(ids), len(ids)) for i, ids in enumerate(sequences)]
 
 
 def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) -> list[PrefixGroup]:
-    """Group sequences that begin alike where it is worth to compute that once; each of the others is alone.
+    """Group sequences with a common prefix if computing it once is cheaper; all others are alone.
 
-    Sorted, sequences that begin alike are neighbours. A family saves positions, and it costs attention: all that comes
-    after its prefix is put side by side for that, though each sequence heeds itself alone. So neighbours become one
-    family, those that have most in common first, where that costs no more than they cost apart, and where what comes
-    after the prefix remains
+    Sequences are sorted by tokens, so that those with a common prefix are neighbours. A group saves positions, but
+    costs attention: its suffixes attend in one call, although each sequence attends to itself alone. Neighbours are
+    merged, those with the longest common prefix first, if the group costs no more than they do apart, and if its
+    suffixes are
 
-    * short enough not to pay more for attention than for the prefix: suffixes of ``n`` positions in all, in families of
-      ``p``, cost ``n / p * prefix + n * p / _PAIRS``, which is least where ``p**2 = _PAIRS * prefix``;
-    * in a batch, of which it may have half where the prefix leaves it less.
+    * short enough not to cost more attention than the prefix saves: ``n`` positions of suffixes, in groups of ``p``,
+      cost ``n / p * prefix + n * p / _PAIRS``, which is least at ``p**2 = _PAIRS * prefix``;
+    * short enough for a batch, or for half of one if the prefix leaves less.
 
     Args:
-        sequences: Token ids of each.
-        tokens: The most positions that a batch may have.
-        overhead: What a family costs besides, as a number of positions.
+        sequences: Token ids of each sequence.
+        tokens: The most positions of a batch.
+        overhead: The fixed cost of a group, as a number of positions.
     """
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     shared = [shared_length(sequences[i], sequences[j]) for i, j in pairwise(order)]
     singles = alone([sequences[i] for i in order])
     grown = dict(enumerate(singles))  # by the place of the first member
-    first = list(range(len(order)))  # by the place of the last member, that of the first
+    first = list(range(len(order)))  # the place of the first member, by that of the last
     for place in sorted(range(1, len(order)), key=lambda place: -shared[place - 1]):
         start, prefix = first[place - 1], shared[place - 1]
         one, other = grown[start], grown[place]
@@ -197,7 +197,7 @@ def families(sequences: Sequence[Sequence[int]], *, tokens: int, overhead: int) 
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two sequences of one type begin with in common."""
+    """Return the length of the common prefix of two sequences of the same type."""
     known, most = 0, min(len(one), len(other))
     while known < most:
         middle = (known + most + 1) // 2

@@ -1,8 +1,8 @@
-"""A causal language model in two parts: a body, which makes a hidden state for each position, and a head.
+"""Splits a causal language model into a body, which computes hidden states, and a head.
 
-What comes between the two differs from model to model: scalings, soft caps. Therefore the head is never rebuilt here:
-the model's own ``forward`` runs, with hidden states standing in for what its body would return. That this gives the
-model's own logits is tried on a few tokens before it is used; and so is every other way to run the body.
+Models differ in what comes between the two, such as scaling and soft caps. So the head is not rebuilt here. The model's
+own ``forward`` runs, and hidden states replace its body's output. A trial on a few tokens shows first that this gives
+the model's own logits. Each other way to run the body has a trial, too.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _TRIAL_LENGTH: Final = 4
 
 
 class BodyAndHead:
-    """A model whose body and head can run apart.
+    """A model whose body and head can run separately.
 
     Args:
         model: The whole model.
-        trials: What was found out about it, and is filled with what will be.
-        body: The part of it that computes hidden states.
-        output_class: The class of what the body returns; hidden states are handed to the model in an object of it.
+        trials: Results of trials of the model; new ones are added.
+        body: The module that computes hidden states.
+        output_class: The class of the body's output. Hidden states are passed to the model in an instance of it.
     """
 
     def __init__(self, model: Any, trials: Trials, body: Any, output_class: Any) -> None:
@@ -43,32 +43,32 @@ class BodyAndHead:
     def hidden(
         self, inputs: Sequence[Sequence[int]], families: Sequence[PrefixGroup] | None = None
     ) -> tuple[Any, list[list[range]]]:
-        """Return the hidden states of sequences: shape ``(positions, hidden size)``, and in which runs each one's are.
+        """Return the hidden states of sequences: shape ``(positions, hidden size)``, and the runs of each in it.
 
-        They go through the model in one row where `packs` allows that, else padded on the right.
+        Sequences are packed into one row if `packs` allows it, else padded on the right.
 
         Args:
-            inputs: Token ids of each.
-            families: Which of them have what they begin with in common, in a row.
+            inputs: Token ids of each sequence.
+            families: Which of them share a prefix in a row.
 
         Raises:
-            MaskedError: It turns out that `packs` was wrong; from then on it allows nothing.
+            MaskedError: The model cannot pack these sequences after all. From now on `packs` is False.
         """
         longest = max(map(len, inputs))
         if len(inputs) > 1 and self.packs(longest):
             row = packing.PackedBatch(inputs, self._model.device, families)
             try:
                 return self._in_a_row(row), row.places
-            except packing.MaskedError:  # not in the trial, but in longer texts
+            except packing.MaskedError:  # the trial's texts were too short to show it
                 self._trials.longest_packed = 0
                 raise
         states = self._body(input_ids=padded(inputs, self._model.device), use_cache=False).last_hidden_state
         return states.flatten(0, 1), [[range(i * longest, i * longest + len(ids))] for i, ids in enumerate(inputs)]
 
     def packs(self, longest: int) -> bool:
-        """Whether sequences of up to ``longest`` tokens can go through the model in one row."""
+        """Return whether sequences of up to ``longest`` tokens can be packed into one row."""
         if self._trials.longest_packed is None:
-            self._trials.longest_packed = packing.longest_packed(self._body.config) if self._keeps_apart() else 0
+            self._trials.longest_packed = packing.longest_packed(self._body.config) if self._can_pack() else 0
         return longest <= self._trials.longest_packed
 
     def _in_a_row(self, row: packing.PackedBatch) -> Any:
@@ -76,8 +76,8 @@ class BodyAndHead:
             output = self._body(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
         return output.last_hidden_state[0]
 
-    def _keeps_apart(self) -> bool:
-        """Whether a sequence in a row comes to what it comes to alone; tried on a few tokens."""
+    def _can_pack(self) -> bool:
+        """Return whether a sequence in a row has the same states as alone; tried on a few tokens."""
         if not packing.longest_packed(self._body.config):
             return False
         trial = trial_tokens(self._model)
@@ -86,7 +86,7 @@ class BodyAndHead:
         row = packing.PackedBatch(inputs, self._model.device, families)
         try:
             states = self._in_a_row(row)
-        except Exception:  # a model of an unforeseen shape can fail in any way; it still runs padded
+        except Exception:  # an unknown architecture may raise anything; it still runs padded
             return False
         return all(
             agree(joined([states[run.start : run.stop] for run in places]), self.hidden([ids])[0])
@@ -94,20 +94,20 @@ class BodyAndHead:
         )
 
     def logits(self, rows: Any) -> Any:
-        """Return the logits of hidden states: from ``(rows, hidden size)``, ``(rows, vocabulary)``."""
+        """Return the logits of hidden states: ``(rows, vocabulary)`` for ``(rows, hidden size)``."""
         output = self._output_class(last_hidden_state=rows.unsqueeze(0))
-        with _standing_in(self._body, output):
+        with _returning(self._body, output):
             return self._model(input_ids=rows.new_zeros((1, len(rows)), dtype=int), use_cache=False).logits[0]
 
     def hidden_after(self, context: Sequence[int], tails: Sequence[Sequence[int]], cached_tokens: int) -> list[Any]:
-        """Return hidden states of several continuations of one context, which is computed once.
+        """Return the hidden states of several continuations of one context, which is computed once.
 
-        For models that do not take several texts in a row, such as those with eager attention or a sliding window. Four
-        completions of a prompt of 100 tokens are 2.5 times as fast so, 16 of one of 350 tokens ten times.
+        This is for models that cannot pack, such as those with eager attention or a sliding window. It makes four
+        completions of a prompt of 100 tokens 2.5 times as fast, and 16 of a prompt of 350 tokens 10 times.
 
         Args:
             context: Token ids.
-            tails: Token ids that follow it, for each continuation; may be empty.
+            tails: Token ids of each continuation; may be empty.
             cached_tokens: The most positions that copies of the context's key-value cache may hold at once.
 
         Returns:
@@ -129,7 +129,7 @@ class BodyAndHead:
 
     @property
     def caches(self) -> bool:
-        """Whether continuing from a cache gives what one pass over everything gives; tried when first asked."""
+        """Whether continuing from a cache gives the same as one pass; tried when it is first read."""
         if self._trials.caches is None:
             trial = trial_tokens(self._model)
             whole, _ = self.hidden([trial])
@@ -149,11 +149,11 @@ class BodyAndHead:
 
 
 def split_model(model: Any, trials: Trials) -> BodyAndHead | None:
-    """Return a model in two parts; ``None`` if none of its modules is a body whose states make its own logits.
+    """Return a model in two parts; ``None`` if the states of no module give the model's logits.
 
     Args:
         model: The model.
-        trials: What was found out about it, and is filled with what is found out here.
+        trials: Results of trials of the model; new ones are added.
     """
     if trials.divides is None:
         _try_to_divide(model, trials)
@@ -178,18 +178,18 @@ def _try_to_divide(model: Any, trials: Trials) -> None:
 
 
 def _output_class(model: Any, body: Any, ids: Any, whole: Any) -> type | None:
-    """The class of what a module returns, if it is a body whose states make the model's logits."""
+    """Return the class of a module's output, if it is a body whose states give the model's logits."""
     try:
         output = body(input_ids=ids, use_cache=False)
         parts = BodyAndHead(model, Trials(), body, type(output)).logits(output.last_hidden_state[0])
-    except Exception:  # a model of an unforeseen shape can fail in any way; it still runs as a whole
+    except Exception:  # an unknown architecture may raise anything; it still runs as a whole
         return None
     return type(output) if agree(parts, whole) else None
 
 
 @contextmanager
-def _standing_in(body: Any, output: Any) -> Iterator[None]:
-    """Have ``body`` return ``output``, whatever it is called with."""
+def _returning(body: Any, output: Any) -> Iterator[None]:
+    """Make ``body`` return ``output`` for any arguments."""
     attributes = body.__dict__
     before = attributes.get("forward")
     attributes["forward"] = lambda *_, **__: output
@@ -203,14 +203,14 @@ def _standing_in(body: Any, output: Any) -> Iterator[None]:
 
 
 def agree(one: Any, other: Any) -> bool:
-    """Whether two ways to compute a tensor come to the same, but for rounding."""
+    """Return whether two tensors are equal but for rounding, relative to the largest number of the second."""
     tolerance = {4: 1e-4, 8: 1e-4}.get(one.element_size(), 5e-2)
     scale = float(other.abs().max())
     return one.shape == other.shape and bool(((one - other).abs() <= tolerance * max(scale, 1e-6)).all())
 
 
 def padded(sequences: Sequence[Sequence[int]], device: Any) -> Any:
-    """Sequences of equal length: each one's last token goes on, since models warn of padding tokens without a mask."""
+    """Return sequences as a tensor, padded with each one's last token: models warn of padding tokens without a mask."""
     import torch
 
     longest = max(map(len, sequences))
@@ -218,13 +218,13 @@ def padded(sequences: Sequence[Sequence[int]], device: Any) -> Any:
 
 
 def trial_tokens(model: Any) -> tuple[int, ...]:
-    """Return token ids that every vocabulary has, and that are no padding."""
+    """Return token ids that every vocabulary has and that are not padding."""
     padding = getattr(model.config, "pad_token_id", None)
     return tuple(token for token in range(_TRIAL_LENGTH + 1) if token != padding)[:_TRIAL_LENGTH]
 
 
 def joined(tensors: Sequence[Any]) -> Any:
-    """Return tensors one behind the other."""
+    """Return tensors concatenated along their first dimension."""
     import torch
 
     return torch.cat(list(tensors))

@@ -1,4 +1,4 @@
-"""`Engine`: what computes a view's answers, while its model is in the view's state."""
+"""`Engine`: computes a view's answers, while its model is in the view's state."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _NUMBERS: Final = 4
-"""Fields that an error has room for."""
+"""The most numbers that an error names."""
 
 
 Recall = Callable[[tuple[Any, ...], Callable[[], list[Any]]], list[Any]]
-"""``recall(question, compute)`` returns the answers to ``question``, from memory or from ``compute()``."""
+"""``recall(question, compute)`` returns the answers to ``question``, from the cache or from ``compute()``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Engine:
-    """What computes a view's answers, while its model is in the view's state.
+    """Computes a view's answers, while its model is in the view's state.
 
     Attributes:
         model: The model, or the ``PeftModel`` around it.
         tokenizer: The view's tokenizer.
-        forward: The passes of the base.
-        recall: What the base has answered before; ``None`` where the model is not a base as it is.
+        forward: The model's forward passes.
+        recall: Returns cached answers; ``None`` if the model is not an unchanged base.
     """
 
     model: Any
@@ -46,10 +46,10 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a text that the model reads at once, beside an adapter's virtual tokens.
+        """The most tokens of a text that the model reads at once, besides an adapter's virtual tokens.
 
         Raises:
-            ScoringError: None.
+            ScoringError: The virtual tokens leave no room for a text.
         """
         positions, virtual = (
             tokenisation.max_length_of(self.forward.config, self.tokenizer),
@@ -65,12 +65,12 @@ class Engine:
         return positions - virtual
 
     def require_known(self, ids: Ids) -> None:
-        """Raise `ScoringError` for a token that the model has no embedding for."""
+        """Raise `ScoringError` if the model has no embedding for a token."""
         tokenisation.require_known(self.tokenizer, ids, self.forward.embedded)
 
 
 def no_number(engine: Engine) -> ScoringError:
-    """Return the error for an answer that is NaN, which says where that comes from."""
+    """Return the error for an answer that is NaN, with its cause."""
     tensors = dict(engine.model.named_parameters())
     broken = not_finite(tensors)
     if broken:
@@ -79,14 +79,14 @@ def no_number(engine: Engine) -> ScoringError:
             f" ({some(map(public_name, broken))}). Training diverged, or a file is damaged."
         )
     return ScoringError(
-        f"the model computes NaN, though all of its weights are finite: what it computes on the way is too large for"
+        "the model computes NaN, though all of its weights are finite: an intermediate result is too large for"
         f" {engine.forward.model.dtype}. Try dtype='fp32'; if that does not help, its weights or an adapter's scaling"
         f" are far too large, or a number in its config.json is wrong{_numbers(engine.forward.config)}."
     )
 
 
 def _numbers(config: Any) -> str:
-    """The fractions in a model's config, those first that are the farthest from 1, in brackets."""
+    """Return, in brackets, the floats in a model's config that are farthest from 1."""
     fields = config.to_dict()
     parts = [fields, *(value for value in fields.values() if isinstance(value, dict))]
     found = {name: value for part in parts for name, value in part.items() if isinstance(value, float) and value}

@@ -1,7 +1,7 @@
-"""Forward passes that compute the logits of chosen positions, and no others.
+"""Runs forward passes that compute logits for chosen positions only.
 
-The head's answer is the large one: 2,048 positions of a vocabulary of 262,144 are 2 GiB in float32. So a model's body
-runs once, and its head on a few of its rows at a time; a model that cannot be divided runs as a whole.
+Logits are large: for 2,048 positions and a vocabulary of 262,144 they take 2 GiB in float32. So a model's body runs
+once, and its head on a few of the rows at a time. A model that cannot be split runs as a whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _FEWEST_ROWS: Final = 64
-"""The head reads all of its weights for any number of rows; for fewer than these, that takes most of its time."""
+"""The head reads all of its weights for any number of rows. For fewer rows than this, that takes most of its time."""
 
 _T = TypeVar("_T")
 Reduce: TypeAlias = Callable[[Any, Sequence[int], Sequence[int]], Iterable[_T]]
@@ -40,20 +40,20 @@ class Forward:
 
     Args:
         model: The Hugging Face model.
-        runner: What is called: the model, or the ``PeftModel`` around it.
-        trials: What was found out about the model's passes.
-        one_text_at_a_time: Pass each text alone.
+        runner: The model to call: ``model``, or the ``PeftModel`` around it.
+        trials: Results of trials of the model.
+        one_text_at_a_time: Whether to pass each text alone.
 
     Attributes:
-        model: The model.
-        runner: What is called.
-        config: Its configuration.
+        model: The Hugging Face model.
+        runner: The model to call.
+        config: The model's configuration.
         limits: What one pass may hold.
-        trials: What was found out about the model's passes.
-        virtual_tokens: How many positions an adapter puts before each text.
-        positions: How many positions a text can have; ``None`` if the config tells.
-        rope: Which texts may be in one pass.
-        spent: Whether the tree computes otherwise from now on, since what it has computed leaves a trace.
+        trials: Results of trials of the model.
+        virtual_tokens: Positions that an adapter puts before each text.
+        positions: The most positions of a text; ``None`` if the config states them.
+        rope: Which texts may share a pass.
+        spent: Whether a text that the tree has computed changes what it computes from now on.
     """
 
     def __init__(self, model: Any, runner: Any, trials: Trials, *, one_text_at_a_time: bool = False) -> None:
@@ -74,33 +74,33 @@ class Forward:
 
     @property
     def embedded(self) -> int | None:
-        """How many tokens the model has embeddings for; ``None`` if that cannot be told."""
+        """The number of tokens that the model has embeddings for; ``None`` if it cannot be found."""
         weight = getattr(self.model.get_input_embeddings(), "weight", None)
         return None if weight is None else int(weight.shape[0])
 
     def split(self) -> BodyAndHead | None:
-        """Return the model in two parts; ``None`` where it cannot be divided, or a ``PeftModel`` has to be called."""
+        """Return the model in two parts; ``None`` if it cannot be split, or if a ``PeftModel`` must be called."""
         if self._split is None and self.runner is self.model:
             self._split = split_model(self.model, self.trials)
         return self._split
 
     def packs(self, longest: int) -> bool:
-        """Whether sequences of up to ``longest`` tokens are passed without padding."""
+        """Return whether sequences of up to ``longest`` tokens are packed, without padding."""
         split = self.split()
         return split is not None and split.packs(longest)
 
     def families(self, sequences: Sequence[Sequence[int]]) -> list[PrefixGroup]:
-        """Return which sequences have what they begin with in common when they are passed together."""
+        """Return the prefix groups of sequences that are passed together."""
         if len(sequences) > 1 and self.packs(max(map(len, sequences))):
             limits = self.limits
             return batching.families(sequences, tokens=limits.few_logits_tokens, overhead=limits.overhead)
         return batching.alone(sequences)
 
     def tokens(self, *, few_logits: bool = False) -> int:
-        """Return how many token positions a pass may have: fewer where it makes logits for each of them.
+        """Return the most token positions of a pass; fewer if it makes logits for all of them.
 
         Args:
-            few_logits: The logits of less than half of the positions are wanted.
+            few_logits: Whether logits are wanted for less than half of the positions.
         """
         if self.split() is not None:
             return self.limits.few_logits_tokens if few_logits else self.limits.tokens
@@ -109,21 +109,20 @@ class Forward:
     def logits(self, sequences: Sequence[tuple[Sequence[int], int]], reduce: Reduce[_T]) -> list[_T]:
         """Compute the logits of the last positions of several sequences in one pass, and reduce them at once.
 
-        Sequences that are padded are so on the right, and no attention mask is passed: what comes later is hidden from
-        a causal model by its own mask.
+        Padding is on the right, and no attention mask is passed: a causal model's own mask hides what comes later.
 
         Args:
-            sequences: Token ids, and how many of their last positions are wanted.
-            reduce: Called with logits of some places, shape ``(places, vocabulary)``, in the model's dtype; with the
-                row of each position that is wanted of these, several of which may be in one place; and with the number
-                of each such position: those of the first sequence, then those of the second, and so on. It returns an
-                answer for each. The logits are its to overwrite, and freed after it unless it returns them.
+            sequences: Token ids of each sequence, and how many of its last positions are wanted.
+            reduce: Called with some logits, shape ``(rows, vocabulary)``, in the model's dtype; with the row of each
+                wanted position among them, where several may share a row; and with the number of each such position,
+                counted through all sequences. It returns an answer for each. It may overwrite the logits, which are
+                freed after it unless it returns them.
 
         Returns:
             The answer for each wanted position.
 
         Raises:
-            MaskedError: It turns out that `packs` was wrong; from then on it says no.
+            MaskedError: The model cannot pack these sequences after all. From now on `packs` is False.
         """
         split = self.split()
         inputs = [ids for ids, _ in sequences]
@@ -139,14 +138,14 @@ class Forward:
         kept = longest - min(len(ids) - n for ids, n in sequences)
         only = {} if self._argument is None else {self._argument: kept}
         logits = self.runner(input_ids=padded(inputs, self.model.device), **only).logits
-        width = logits.shape[1]  # with virtual tokens in front, more than were passed
+        width = logits.shape[1]  # includes virtual tokens in front
         ends = [(i + 1) * width - longest + len(ids) for i, ids in enumerate(inputs)]
         wanted = [p for end, (_, n) in zip(ends, sequences, strict=True) for p in range(end - n, end)]
         table = logits.flatten(0, 1)
         return self._reduced(lambda start, end: _rows(table, wanted[start:end]), wanted, reduce)
 
     def shares(self, windows: Sequence[Window]) -> bool:
-        """Whether windows that are not packed have one context, which will be computed once and kept in a cache."""
+        """Return whether unpacked windows have one context, to be computed once and kept in a cache."""
         split = self.split()
         return (
             split is not None
@@ -158,7 +157,7 @@ class Forward:
         )
 
     def window_logits(self, windows: Sequence[Window], reduce: Reduce[_T]) -> list[_T]:
-        """Do what `logits` does for windows; where `shares` says so, their context is computed once."""
+        """Do what `logits` does, for windows. If `shares` allows it, their context is computed once."""
         split = self.split()
         if split is not None and self.shares(windows):
             tails = [window.scored[:-1] for window in windows]
@@ -168,7 +167,7 @@ class Forward:
 
     @contextmanager
     def _trimmed(self, positions: int) -> Iterator[None]:
-        """Have the heap give back what was in use before a body's pass, and after it what only that needed."""
+        """Make the heap return unused memory before a body's pass, and after it what only that pass needed."""
         many = positions >= self.limits.worth_trimming
         if many:
             trim_heap()
@@ -177,11 +176,11 @@ class Forward:
             trim_heap()
 
     def _reduced(self, logits_of: Callable[[int, int], Any], wanted: Sequence[int], reduce: Reduce[_T]) -> list[_T]:
-        """Reduce the logits of places that are wanted, each place's once.
+        """Reduce the logits of wanted places. The logits of each place are computed once.
 
         Args:
-            logits_of: Returns the logits of places, counted in their order: from one on, before another.
-            wanted: The place of each position that is wanted.
+            logits_of: Returns the logits of the distinct wanted places, sorted, from one index up to another.
+            wanted: The place of each wanted position.
             reduce: See `logits`.
         """
         row_of = {place: row for row, place in enumerate(sorted(set(wanted)))}
@@ -191,7 +190,7 @@ class Forward:
         for number, some in groupby(in_order, key=lambda i: row_of[wanted[i]] // chunk):
             asked, start = list(some), number * chunk
             rows = [row_of[wanted[i]] - start for i in asked]
-            # No name for the logits here: those of one chunk are gone before the next are made.
+            # No name for the logits here, so that one chunk is freed before the next is made.
             answers |= zip(asked, reduce(logits_of(start, start + chunk), rows, asked), strict=True)
         return [answers[i] for i in range(len(wanted))]
 
@@ -203,7 +202,7 @@ class Forward:
 
 
 def _last(runs: Sequence[range], count: int) -> list[int]:
-    """The last ``count`` places of runs of them, in order."""
+    """Return the last ``count`` places of some runs, in order."""
     places: list[int] = []
     for run in reversed(runs):
         places = [*run[max(0, len(run) - (count - len(places))) :], *places]
@@ -217,9 +216,9 @@ def _rows(table: Any, wanted: Sequence[int]) -> Any:
 
 
 def _positions(model: Any) -> int | None:
-    """How many positions a text can have in a model that numbers them behind the padding token's, as RoBERTa does.
+    """Return the most positions of a text if a model numbers them after the padding token's, as RoBERTa does.
 
-    Such models have fewer of them than embeddings of positions, and their configs count those.
+    Such models have more position embeddings than positions, and their configs count the embeddings.
     """
     for name, module in modules_of(model):
         padding, rows = getattr(module, "padding_idx", None), getattr(module, "num_embeddings", None)
@@ -229,7 +228,7 @@ def _positions(model: Any) -> int | None:
 
 
 def _virtual_tokens(runner: Any) -> int:
-    """How many positions a ``PeftModel`` puts before each text, as prompt, prefix and P-tuning do."""
+    """Return how many positions a ``PeftModel`` puts before each text, as prompt, prefix and P-tuning do."""
     config = getattr(runner, "active_peft_config", None)
     return int(getattr(config, "num_virtual_tokens", None) or 0) if getattr(config, "is_prompt_learning", False) else 0
 

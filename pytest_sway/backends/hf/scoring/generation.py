@@ -1,4 +1,4 @@
-"""New text: greedy or sampled, for one prompt or many, and nothing of it from the base's generation settings."""
+"""Generates text, greedy or sampled. Only the end tokens come from the base's generation settings."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ __tracebackhide__ = True
 _PADDED: Final = (2, 7)
 _EQUAL: Final = (3, 3)
 _ALONE: Final = (3,)
-"""Lengths of the prompts of a trial."""
+"""Lengths of the prompts in a trial."""
 
 _STEPS: Final = 3
-"""How many tokens are made in a trial: what is wrong with a state or a cache shows from the second or third one on."""
+"""Tokens that a trial generates: a faulty state or cache shows from the second or third one on."""
 
 
 class Stops(NamedTuple):
-    """The tokens that end a text, and the one that fills up shorter texts of a batch."""
+    """The tokens that end a text, and the token that pads shorter texts of a batch."""
 
     ends: tuple[int, ...]
     pad: int
 
 
 class Request(NamedTuple):
-    """A prompt's token ids, and where its sampling starts; greedy requests have no seed."""
+    """A prompt's token ids, and the seed of its sampling; ``None`` for greedy decoding."""
 
     ids: tuple[int, ...]
     seed: int | None
 
 
 def generate_many(run: Run, prompts: Sequence[Prompt], settings: SamplingParams, seeds: Sequence[int]) -> list[str]:
-    """Continue each prompt from its seed, in the prompts' order."""
+    """Return the continuation of each prompt from its seed, in the prompts' order."""
     encoded, max_length = run(encoded_prompts, prompts)
     room = settings.room(max_length)
     warn_of_cuts(sum(len(ids) > room for ids in encoded), room)
@@ -88,7 +88,7 @@ def _planned(engine: Engine, requests: Sequence[Request], settings: SamplingPara
 def _continued(
     engine: Engine, requests: Sequence[Request], settings: SamplingParams, stops: Stops
 ) -> list[tuple[int, ...]]:
-    """The new tokens after each prompt, with the one that ends them."""
+    """Return the new tokens after each prompt, including the one that ends them."""
     if not _continues(engine, _ALONE) or _changes_rope(engine, requests, settings):
         return _recomputed(engine, requests, settings, stops)
     arguments = _left_padded(engine, [request.ids for request in requests], stops.pad)
@@ -110,7 +110,7 @@ def _continued(
 
 
 def _changes_rope(engine: Engine, requests: Sequence[Request], settings: SamplingParams) -> bool:
-    """Whether a text grows beyond a length where rotary embeddings change, which leaves what a cache holds behind."""
+    """Return whether a text grows past a length where rotary embeddings change, so that its cache becomes invalid."""
     rope = engine.forward.rope
     return any(rope.of(len(r.ids)) != rope.of(len(r.ids) + settings.max_new_tokens) for r in requests)
 
@@ -118,7 +118,7 @@ def _changes_rope(engine: Engine, requests: Sequence[Request], settings: Samplin
 def _recomputed(
     engine: Engine, requests: Sequence[Request], settings: SamplingParams, stops: Stops
 ) -> list[tuple[int, ...]]:
-    """The same without a cache: each token comes out of a pass over all of the text before it."""
+    """Do the same without a cache: each new token takes a pass over all of the text before it."""
     check = _checked(engine)
     chosen = [_sampling(settings, [request.seed]) if settings.temperature > 0.0 else None for request in requests]
     found: list[tuple[int, ...]] = [()] * len(requests)
@@ -151,7 +151,7 @@ def _left_padded(engine: Engine, prompts: Sequence[Sequence[int]], pad: int) -> 
 
 
 def _checked(engine: Engine) -> Any:
-    """Raise for logits that are NaN, of which the most probable one would be the first."""
+    """Return a logits processor that raises for NaN; argmax would return a token all the same."""
 
     def check(_ids: Any, scores: Any) -> Any:
         if not scores.amax(-1).isfinite().all():
@@ -162,11 +162,11 @@ def _checked(engine: Engine) -> Any:
 
 
 def _sampling(settings: SamplingParams, seeds: Sequence[int | None]) -> Any:
-    """Turn greedy decoding into sampling, row by row.
+    """Return logits processors that turn greedy decoding into sampling, row by row.
 
-    The token whose logit plus Gumbel noise is the highest is a sample from the softmax. The noise of a row comes from a
-    generator of its own, on the CPU: so a row is sampled alike alone and in a batch, on any device, and the random
-    state of the process takes no part.
+    The token whose logit plus Gumbel noise is highest is a sample from the softmax. Each row has its own noise
+    generator, on the CPU. So a row gives the same sample alone and in a batch, on any device, and the process's random
+    state does not matter.
     """
     import torch
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -185,7 +185,7 @@ def _sampling(settings: SamplingParams, seeds: Sequence[int | None]) -> Any:
 
 @contextmanager
 def _plain_settings(engine: Engine, **fields: Any) -> Iterator[Any]:
-    """Have the model forget its generation settings meanwhile: they fill in whatever a call leaves open."""
+    """Replace the model's generation settings for one call: they would fill in whatever it leaves open."""
     import transformers
 
     config_class: Any = transformers.GenerationConfig
@@ -205,7 +205,7 @@ def _stops(engine: Engine) -> Stops:
 
 
 def _ends(engine: Engine) -> list[int]:
-    """Return the tokens that end a text: what the base's generation settings say, else the tokenizer's EOS."""
+    """Return the tokens that end a text: from the base's generation settings, else the tokenizer's EOS."""
     configured = getattr(engine.forward.model.generation_config, "eos_token_id", None)
     ends = engine.tokenizer.eos_token_id if configured is None else configured
     if ends is None:
@@ -214,10 +214,10 @@ def _ends(engine: Engine) -> list[int]:
 
 
 def _continues(engine: Engine, lengths: tuple[int, ...]) -> bool:
-    """Whether prompts of these lengths go on from a cache as the model scores them; tried once, on a few tokens.
+    """Return whether prompts of these lengths continue from a cache as the model scores them; tried once.
 
-    Not so where a model has a recurrent state that takes in padding, or that is made for one text at a time; where
-    virtual tokens stand in front of the padding; or where what a token computes depends on those that come later.
+    This fails if a recurrent state takes in padding or is made for one text at a time; if virtual tokens come before
+    the padding; or if later tokens change what a token computes.
     """
     trials = engine.forward.trials
     known = trials.continues

@@ -1,4 +1,4 @@
-"""A batch that runs out of memory is tried again in halves."""
+"""Retries a batch that runs out of memory in halves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 def in_halves(run: Callable[..., Any], work: Callable[..., list[Any]], batch: Sequence[_T], *args: Any) -> list[Any]:
-    """Return ``run(work, batch, *args)``, one answer for each item; where memory runs out, of each half by itself.
+    """Return ``run(work, batch, *args)``, one answer for each item. If memory runs out, run each half by itself.
 
     Raises:
         ScoringError: There is not enough memory for a single item.
@@ -32,7 +32,7 @@ def in_halves(run: Callable[..., Any], work: Callable[..., list[Any]], batch: Se
                 "there is not enough memory to run this model on a single text of this length. Shorten the text,"
                 f" load fewer or smaller models (--sway-cache-size, dtype), or use another device. ({error})"
             ) from error
-    _return_memory()  # outside of the handler: its error keeps the tensors of the failed pass
+    _return_memory()  # after the handler: its error keeps the tensors of the failed pass alive
     middle = len(batch) // 2
     return [
         *in_halves(run, work, batch[:middle], *args),

@@ -1,14 +1,14 @@
 """Prefix sharing and packing: sequences of any lengths in one row, without padding. Each attends to itself alone.
 
-Most of a transformer computes each token alone, whatever sequence it is from. Only attention mixes tokens. So a row of
-several sequences goes through the model with another attention, which transformers lets us register by name. It puts
-sequences of similar length side by side and calls transformers' own function for them.
+A transformer computes most things for each token alone. Only attention mixes tokens. So a row of several sequences goes
+through the model with another attention function, which transformers lets us register by name. It puts sequences of
+similar length side by side and calls transformers' own function for them.
 
 Sequences with a common prefix share it: the row has the prefix once, and the suffixes follow at the row's end. They
 form a tree: tokens that several suffixes have in common are stored once, too.
 
-A model's choice of attention is a private attribute of its config in transformers. Where that is not there, nothing is
-packed, and texts go through the model padded.
+A model's choice of attention is a private attribute of its config in transformers. If it is missing, nothing is packed,
+and texts go through the model padded.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _NAME: Final = "pytest_sway_packed"
-_STOOD_IN_FOR: Final = "sdpa"
-_CHOICE: Final = "_attn_implementation_internal"
-_WINDOWS: Final = ("sliding_window", "attention_chunk_size")
+_REPLACED: Final = "sdpa"
+_CHOICE_FIELD: Final = "_attn_implementation_internal"
+_WINDOW_FIELDS: Final = ("sliding_window", "attention_chunk_size")
 
 _CALL_POSITIONS: Final = 256
-"""What one call of attention costs besides its positions, as a number of positions."""
+"""The fixed cost of one call of attention, as a number of positions."""
 
 
 class MaskedError(Exception):
-    """A model has a mask of its own for what it was given in a row; nobody outside of the scoring sees this."""
+    """A model masks more than later tokens, so its sequences cannot be packed. Only the scoring code sees this."""
 
 
 class _Group(NamedTuple):
     """Neighbours in a row that attend side by side.
 
     Attributes:
-        start: Where the first begins in the row.
-        end: Where the last ends.
-        size: How many they are.
-        gather: For each of ``size`` times the longest's positions, the one in the row that stands there.
-        valid: Which of these are no padding, in the row's order; ``None`` if all are.
+        start: Where the first sequence begins in the row.
+        end: Where the last one ends.
+        size: The number of sequences.
+        gather: The positions of the padded sequences, counted from ``start``: ``size`` times the longest length.
+        valid: The indices of those in ``gather`` that are no padding, in the row's order; ``None`` if all are.
     """
 
     start: int
@@ -59,12 +59,12 @@ class _Group(NamedTuple):
 
 
 class _Suffixes(NamedTuple):
-    """What comes after the prefix of one family.
+    """The suffixes of one prefix group.
 
     Attributes:
-        prefix: Where the prefix begins and ends in the row.
-        own: Where the suffixes do.
-        mask: Which positions of both each position of the latter heeds, shape ``(1, 1, latter, both)``.
+        prefix: The prefix's positions in the row.
+        own: The suffixes' positions in the row.
+        mask: Which positions of both each suffix position attends to, shape ``(1, 1, suffixes, prefix + suffixes)``.
     """
 
     prefix: slice
@@ -72,12 +72,12 @@ class _Suffixes(NamedTuple):
     mask: Any
 
 
-class _Laid(NamedTuple):
-    """Where a sequence's tokens are laid out in a row.
+class _Layout(NamedTuple):
+    """The positions of a sequence's tokens in a row.
 
     Attributes:
-        sequence: Its index.
-        places: Of all its tokens, in runs of neighbours; the last run is of those that no sequence before it had.
+        sequence: The sequence's index.
+        places: Runs of positions, for all of its tokens; the last run is for tokens that no earlier sequence has.
     """
 
     sequence: int
@@ -85,18 +85,17 @@ class _Laid(NamedTuple):
 
 
 class PackedBatch:
-    """Several sequences as one.
+    """Several sequences in one row.
 
     Args:
-        sequences: Token ids of each.
-        device: Where its tensors go.
-        families: Which sequences have what they begin with in common in the row, by their indices; each sequence is in
-            one. By default each is alone.
+        sequences: Token ids of each sequence.
+        device: The device of its tensors.
+        families: The prefix groups of the sequences; each sequence is in one. By default each is alone.
 
     Attributes:
         input_ids: All tokens, shape ``(1, positions)``.
-        position_ids: The position of each in its own sequence, of the same shape.
-        places: Where in the row each sequence's tokens stand, in runs of neighbours.
+        position_ids: The position of each token in its own sequence, of the same shape.
+        places: The positions of each sequence's tokens in the row, as runs of neighbours.
     """
 
     def __init__(
@@ -117,27 +116,25 @@ class PackedBatch:
         self._suffixes: list[_Suffixes] = []
         for f, family in enumerate(families):
             prefix, own = slice(starts[f], starts[f] + family.prefix), slice(len(tokens), len(tokens) + family.suffixes)
-            laid = _laid(sequences, family, prefix.start, own.start)
+            laid = _lay_out(sequences, family, prefix.start, own.start)
             for i, places in laid:
                 self.places[i] = places
                 known = len(sequences[i]) - len(places[-1])
                 tokens += sequences[i][known:]
                 positions += range(known, len(sequences[i]))
             if family.suffixes:
-                self._suffixes.append(_Suffixes(prefix, own, _heeded(laid, family, own.start, device)))
+                self._suffixes.append(_Suffixes(prefix, own, _suffix_mask(laid, family, own.start, device)))
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.tensor([positions], device=device)
 
     def attention(self, attend: Any, module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
-        """Return what ``attend`` gives for each sequence by itself.
-
-        Its shape is ``(1, positions, heads, head size)``.
+        """Return attention within each sequence, shape ``(1, positions, heads, head size)``.
 
         Args:
-            attend: transformers' attention, causal unless there is a mask.
+            attend: transformers' attention function, causal unless it gets a mask.
             module: The attention module.
             tensors: Queries, keys and values of the row, each ``(1, heads, positions, head size)``.
-            **kwargs: What else the module passes.
+            **kwargs: The module's other arguments.
         """
         import torch
 
@@ -175,37 +172,37 @@ _ROW: ContextVar[PackedBatch] = ContextVar("row")
 
 @contextmanager
 def attending_apart(config: Any, row: PackedBatch) -> Iterator[None]:
-    """Have a model with this configuration attend within each of the row's sequences."""
+    """Make a model with this configuration attend within each of the row's sequences."""
     _interface().register(_NAME, _attend)
     attributes = vars(config)
-    before, token = attributes[_CHOICE], _ROW.set(row)
-    attributes[_CHOICE] = _NAME
+    before, token = attributes[_CHOICE_FIELD], _ROW.set(row)
+    attributes[_CHOICE_FIELD] = _NAME
     try:
         yield
     finally:
-        attributes[_CHOICE] = before
+        attributes[_CHOICE_FIELD] = before
         _ROW.reset(token)
 
 
 def longest_packed(config: Any) -> int:
-    """Return the most tokens that a sequence in a row may have; 0 where the model's attention cannot be taken over.
+    """Return the most tokens of a sequence in a row; 0 if the model's attention cannot be replaced.
 
-    A model that attends within a window only does so by its mask, which a row has not. Up to the window's length that
-    is no difference.
+    A model with a sliding window applies it by its mask, which a row does not have. Up to the window's length, that
+    makes no difference.
     """
-    if vars(config).get(_CHOICE) != _STOOD_IN_FOR:
+    if vars(config).get(_CHOICE_FIELD) != _REPLACED:
         return 0
-    return min([2**31, *(int(window) for name in _WINDOWS if (window := getattr(config, name, None)))])
+    return min([2**31, *(int(window) for name in _WINDOW_FIELDS if (window := getattr(config, name, None)))])
 
 
-def _laid(sequences: Sequence[Sequence[int]], family: PrefixGroup, prefix: int, suffixes: int) -> list[_Laid]:
-    """Lay a family's tokens out, those that neighbours begin with in common once.
+def _lay_out(sequences: Sequence[Sequence[int]], family: PrefixGroup, prefix: int, suffixes: int) -> list[_Layout]:
+    """Lay out a prefix group's tokens. A prefix that neighbours share is stored once.
 
     Args:
-        sequences: Token ids of each.
-        family: Some of them.
-        prefix: Where those tokens begin that all of them begin with.
-        suffixes: Where the others do.
+        sequences: Token ids of each sequence.
+        family: The prefix group.
+        prefix: Where its prefix begins in the row.
+        suffixes: Where its suffixes begin.
     """
     laid = []
     before, places = sequences[family.members[0]][: family.prefix], [range(prefix, prefix + family.prefix)]
@@ -213,21 +210,21 @@ def _laid(sequences: Sequence[Sequence[int]], family: PrefixGroup, prefix: int, 
         shared = batching.shared_length(before, sequences[i])
         new = range(suffixes, suffixes + len(sequences[i]) - shared)
         places = [*_first(places, shared), new]
-        laid.append(_Laid(i, places))
+        laid.append(_Layout(i, places))
         before, suffixes = sequences[i], new.stop
     return laid
 
 
 def _first(runs: Sequence[range], count: int) -> Iterator[range]:
-    """The first places in runs of them."""
+    """Yield the first ``count`` positions of some runs, as runs."""
     for run in runs:
         if count > 0 and run:
             yield run[:count]
         count -= len(run)
 
 
-def _heeded(laid: Sequence[_Laid], family: PrefixGroup, suffixes: int, device: Any) -> Any:
-    """The mask of a family's suffixes: each position heeds the prefix, and what comes before it in its own sequence."""
+def _suffix_mask(laid: Sequence[_Layout], family: PrefixGroup, suffixes: int, device: Any) -> Any:
+    """Return the suffixes' mask: a position attends to the prefix, and to earlier ones of its own sequence."""
     import torch
 
     mask = torch.zeros(family.suffixes, family.positions, dtype=torch.bool)
@@ -242,7 +239,7 @@ def _heeded(laid: Sequence[_Laid], family: PrefixGroup, suffixes: int, device: A
 
 
 def _side_by_side(tensor: Any, group: _Group) -> Any:
-    """``(1, heads, positions, size)`` as ``(sequences, heads, longest, size)``."""
+    """Return ``(1, heads, positions, size)`` as ``(sequences, heads, longest, size)``."""
     rows = tensor[0].index_select(1, group.gather)
     return rows.unflatten(1, (group.size, -1)).transpose(0, 1)
 
@@ -250,7 +247,7 @@ def _side_by_side(tensor: Any, group: _Group) -> Any:
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
     if attention_mask is not None:
         raise MaskedError("this model masks more than what comes later")
-    attend = _interface()()[_STOOD_IN_FOR]
+    attend = _interface()()[_REPLACED]
     return _ROW.get().attention(attend, module, (query, key, value), **kwargs), None
 
 

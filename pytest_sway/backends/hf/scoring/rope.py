@@ -1,8 +1,8 @@
-"""Models whose rotary embeddings depend on the longest text in a pass: which texts may be in one pass.
+"""`RopeRegimes`: which texts may share a pass if rotary embeddings depend on its longest text.
 
-Rope of the kind ``longrope`` has one set of frequencies for texts up to a length, and one for longer texts. Rope
-of the kind ``dynamic`` has frequencies of its own for each length beyond one, and keeps those of the longest text that
-it has met (transformers, ``modeling_rope_utils.dynamic_rope_update``).
+``longrope`` has one set of frequencies for texts up to a length, and another for longer texts. ``dynamic`` has
+frequencies of its own for each length beyond a limit, and keeps those of the longest text so far (transformers,
+``modeling_rope_utils.dynamic_rope_update``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ __tracebackhide__ = True
 
 
 class RopeRegimes:
-    """What rotary embeddings a model uses for a text of some length.
+    """The rotary embeddings that a model uses for texts of different lengths.
 
     Args:
         config: The model's configuration.
-        virtual_tokens: How many positions an adapter puts before each text.
+        virtual_tokens: Positions that an adapter puts before each text.
     """
 
     def __init__(self, config: Any, virtual_tokens: int = 0) -> None:
@@ -29,11 +29,11 @@ class RopeRegimes:
 
     @property
     def one_for_all(self) -> bool:
-        """Whether texts of all lengths may be in one pass."""
+        """Whether texts of all lengths may share a pass."""
         return not (self._long or self._dynamic)
 
     def of(self, tokens: int) -> Hashable:
-        """Return a key that is equal for texts that may be in one pass; 0 where the model's first frequencies are used.
+        """Return a key that is equal for texts that may share a pass; 0 for the model's initial frequencies.
 
         Args:
             tokens: The length of a text.
@@ -44,12 +44,12 @@ class RopeRegimes:
         return (beyond, grown) if beyond or grown else 0
 
     def leaves_a_trace(self, tokens: int) -> bool:
-        """Whether a model that has computed a text of this length computes others differently afterwards."""
+        """Return whether a text of this length changes how the model computes the texts after it."""
         return any(tokens + self._virtual > limit for limit in self._dynamic)
 
 
 def _changes_of_rope(config: Any) -> Iterator[tuple[str, int]]:
-    """The kinds of rotary embeddings that change with the length, each with the length beyond which it does."""
+    """Yield the kinds of rotary embeddings that depend on the length, each with the length at which it changes."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(parameters, Mapping):
         return

@@ -1,8 +1,8 @@
-"""From texts to log-probabilities: tokenised, planned, passed through the model batch by batch, put in order again.
+"""Computes log-probabilities of texts: tokenises, plans batches, runs the model, restores the order.
 
 Nothing here knows of adapters or locks. A view's ``run(work, *args)`` returns ``work(engine, *args)`` with the model in
-the state that is meant, and keeps everybody else off it meanwhile; it is called once for each batch, so that others
-get their turn between two.
+the view's state, and keeps other calls off that model meanwhile. It is called once per batch, so that other calls can
+run between batches.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Run = Callable[..., Any]
 _T = TypeVar("_T")
 
 _SLICE_BYTES: Final = 2**20
-"""Logits that are normalised at once on a CPU: what stays in a core's cache."""
+"""Bytes of logits that are normalised at once on a CPU, which fit in a core's cache."""
 
 
 def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-    """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
+    """Return the summed log-probability of each completion's tokens given its prompt, in nats, in the pairs' order."""
     encoded, max_length = run(encoded_pairs, pairs)
     windows = [tokenisation.cut_left(window, max_length) for window in encoded]
     warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
@@ -48,7 +48,7 @@ def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
 
 
 def rolling_logprobs(run: Run, texts: Sequence[str], prefix: bool) -> list[RollingLogprob]:
-    """Log-probability of each token of each text given those before it, in the texts' order."""
+    """Return the log-probability of each token of each text given those before it, in nats, in the texts' order."""
     encoded, max_length = run(encoded_texts, texts, prefix)
     rolled = [(ids, list(tokenisation.rolling_windows(ids, max_length))) for ids in encoded]
     found = _scored(run, [window for _, windows in rolled for window in windows])
@@ -56,7 +56,7 @@ def rolling_logprobs(run: Run, texts: Sequence[str], prefix: bool) -> list[Rolli
 
 
 def next_token_dists(run: Run, prompts: Sequence[Prompt], top_k: int) -> list[TokenDist]:
-    """Distribution of the token after each prompt, cut to the ``top_k`` most probable, in the prompts' order."""
+    """Return the distribution of each prompt's next token, cut to the ``top_k`` most probable, in prompt order."""
     encoded, max_length = run(encoded_prompts, prompts)
     read: list[Ids] = [ids[-max_length:] for ids in encoded]
     warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
@@ -84,12 +84,12 @@ def _planned_windows(engine: Engine, windows: Sequence[Window]) -> list[list[Win
 
 
 def _planned(engine: Engine, items: Sequence[_T], sequences: Sequence[tuple[Ids, int]]) -> list[list[_T]]:
-    """Divide items into batches, in which those of a family are neighbours.
+    """Divide items into batches, in which items of one prefix group are neighbours.
 
     Args:
-        engine: What computes them.
-        items: What is divided.
-        sequences: What the model reads for each, and of how many positions logits are wanted.
+        engine: Computes the items.
+        items: The items to divide.
+        sequences: For each item its token ids, and the number of positions for which logits are wanted.
     """
     forward, planned = engine.forward, []
     kinds = [(forward.packs(len(ids)), forward.rope.of(len(ids))) for ids, _ in sequences]
@@ -132,11 +132,11 @@ def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist
 
 
 def next_logits(engine: Engine, prompts: Sequence[Ids]) -> Iterator[tuple[Ids, Any]]:
-    """Yield each prompt with the logits of the token after it, in float32: those of `next_token_dists`.
+    """Yield each prompt with the float32 logits of the token after it, shape ``(vocabulary,)``.
 
     Args:
-        engine: What computes them.
-        prompts: Token ids of each; no two are equal.
+        engine: Computes them as for `next_token_dists`.
+        prompts: Token ids of each prompt; no two are equal.
     """
     for batch in _planned_prompts(engine, prompts):
         try:
@@ -155,20 +155,20 @@ def _scored(run: Run, windows: Iterable[Window]) -> dict[Window, NDArray[np.floa
 
 
 def _answered(run: Run, plan: Any, work: Any, items: Sequence[Any], *args: Any) -> dict[Any, Any]:
-    """The answer of ``work`` for each item, batch by batch as ``plan`` divides them."""
+    """Return the answer of ``work`` for each item, in batches that ``plan`` makes."""
     found: dict[Any, Any] = {}
     for batch in run(plan, items):
         try:
             found |= zip(batch, in_halves(run, work, batch, *args), strict=True)
-        except MaskedError:  # planned for a row, which this model does not do, as it knows from now on
+        except MaskedError:  # the model cannot pack this batch after all; the next plan does not pack it
             found |= _answered(run, plan, work, batch, *args)
     return found
 
 
 def _chosen_logprobs(logits: Any, rows: Sequence[int], targets: Sequence[int]) -> list[float]:
-    """Log-probability of each target in its row, in nats, computed in float32; overwrites the logits.
+    """Return the log-probability of each target in its row, in nats, computed in float32. Overwrites the logits.
 
-    On a CPU a few rows are normalised at a time, while they are in its cache.
+    On a CPU, a few rows at a time are normalised, while they are in its cache.
     """
     import torch
 

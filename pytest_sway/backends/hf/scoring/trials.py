@@ -1,4 +1,4 @@
-"""What was found out about a model by trying, once for all of its trees."""
+"""`Trials`: what trials have shown about a model, once for all of its trees."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class Trials:
-    """What trials of a model have shown; ``None`` for what was not tried yet.
+    """Results of trials of a model; ``None`` for a trial that was not made yet.
 
     Attributes:
-        divides: Whether the model divides into body and head.
-        body: The name of the module that is its body, if it divides.
-        output_class: The class of what the body returns.
-        longest_packed: The most tokens that a sequence may have to go through the model in a row with others.
-        caches: Whether continuing from a key-value cache gives what one pass over everything gives.
-        looks_ahead: Whether a token is known to change what is computed for those before it. That is not tried: a few
-            tokens may not show it.
-        continues: By the lengths of prompts, whether these go on together from a key-value cache as they are scored.
+        divides: Whether the model can be split into body and head.
+        body: The name of the body's module.
+        output_class: The class of the body's output.
+        longest_packed: The most tokens of a sequence that can be packed into a row with others.
+        caches: Whether continuing from a key-value cache gives the same as one pass.
+        looks_ahead: Whether a token is known to change what is computed for earlier ones. No trial shows this: a few
+            tokens may hide it.
+        continues: Whether prompts of some lengths continue together from a key-value cache as they are scored, by these
+            lengths.
     """
 
     divides: bool | None = None

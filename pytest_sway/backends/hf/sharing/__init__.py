@@ -1,1 +1,1 @@
-"""Many models over the same memory: trees of objects, and copies of what is written to."""
+"""Lets many models share one memory: trees of new objects, with copies of what is written to."""

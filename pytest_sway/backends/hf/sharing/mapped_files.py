@@ -1,4 +1,4 @@
-"""Files that are mapped into this process: which memory is which part of what file, and mapping it again."""
+"""Finds the files that are mapped into this process, and maps them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __tracebackhide__ = True
 
 _FROM_FILE: Final = 1 << 61
 _THERE: Final = 0b11 << 62
-"""Flags of a page in /proc/self/pagemap: it is in memory or in the swap, and it is a file's."""
+"""Flags of a page in /proc/self/pagemap: it belongs to a file; it is in memory or in swap."""
 
 
 _CHUNK: Final = 2**24
@@ -27,11 +27,11 @@ _CHUNK: Final = 2**24
 
 
 class FilePart(NamedTuple):
-    """A stretch of a file that is mapped.
+    """A part of a mapped file.
 
     Attributes:
         file: The file.
-        start: Its first byte.
+        start: The offset of its first byte in the file.
         nbytes: Its length in bytes.
     """
 
@@ -42,14 +42,14 @@ class FilePart(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class MappedFile:
-    """A file that weights are mapped from, kept open: its name may be another file's by now.
+    """A file that weights are mapped from. It is kept open, because another file may have its name by now.
 
-    Models that compute share one mapping of it, once the first of them has run and written nothing. Where a model
-    writes to its weights when it runs, as RWKV does, each of them has a mapping of its own.
+    Models that compute share one mapping of it, once the first of them has run and written nothing. If a model writes
+    to its weights when it runs, as RWKV does, each has its own mapping.
 
     Attributes:
-        descriptor: Its descriptor, which is closed with this object.
-        identity: Its device and its number there.
+        descriptor: The file descriptor, which is closed with this object.
+        identity: The file's device and inode number.
     """
 
     descriptor: int
@@ -64,7 +64,7 @@ class MappedFile:
             os.close(self.descriptor)
 
     def mapped(self) -> Any:
-        """Map it again, as a storage of its own; what is written to that goes to no file."""
+        """Return a new mapping as a storage. Writes to it do not reach the file."""
         import torch
 
         path, nbytes = f"/proc/self/fd/{self.descriptor}", os.fstat(self.descriptor).st_size
@@ -72,7 +72,7 @@ class MappedFile:
         return storage.from_file(path, shared=False, nbytes=nbytes)
 
     def mapped_to_run(self) -> tuple[Any, bool]:
-        """Map it for a model that computes, and that no test gets; tell whether that model is the first."""
+        """Return a mapping for a model that only computes, and whether that model is the first."""
         with self._lock:
             if self._running is None:
                 self._running = self.mapped()
@@ -80,11 +80,11 @@ class MappedFile:
             return (self._running if self._only_read else self.mapped()), False
 
     def runs_first(self, model: Any) -> None:
-        """Note which model is the first."""
+        """Remember which model is the first."""
         self._first = weakref.ref(model)
 
     def has_run(self, model: Any) -> None:
-        """Look whether a model's first pass has written to it, if that was the first model to run."""
+        """Check whether the first model's first pass has written to the mapping; other models are ignored."""
         with self._lock:
             if self._first is None or self._first() is not model:
                 return
@@ -94,14 +94,14 @@ class MappedFile:
 
 
 class _Region(NamedTuple):
-    """Where a part of a file is mapped in this process.
+    """A part of a file that is mapped in this process.
 
     Attributes:
         start: The address of its first byte.
-        end: The address after its last.
-        offset: Where the first byte is in the file.
+        end: The address after its last byte.
+        offset: The offset of its first byte in the file.
         path: The file's name.
-        identity: The file's device and its number there.
+        identity: The file's device and inode number.
     """
 
     start: int
@@ -112,15 +112,14 @@ class _Region(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its length."""
         return self.end - self.start
 
 
 class MappedFiles:
-    """The files that are mapped privately in this process.
+    """The files that are privately mapped in this process.
 
     Args:
-        known: Those that are open already.
+        known: Files that are open already.
     """
 
     def __init__(self, known: Iterable[MappedFile] = ()) -> None:
@@ -129,13 +128,13 @@ class MappedFiles:
         self._written: dict[_Region, bool] = {}
 
     def part_of(self, start: int, nbytes: int) -> FilePart | None:
-        """Return the part of a file that some memory is; ``None`` if it is none that can be mapped again.
+        """Return the part of a file that some memory maps; ``None`` if it cannot be mapped again.
 
-        Memory in which something else was written, as far as that is known, is no part of a file any more.
+        It is also ``None`` if the memory is known to differ from the file by now.
 
         Args:
             start: The address of its first byte.
-            nbytes: Its length.
+            nbytes: Its length in bytes.
         """
         if self._regions is None:
             self._regions = _regions()
@@ -146,12 +145,12 @@ class MappedFiles:
         if region not in self._written:
             self._written[region] = _is_written(region.start, region.nbytes)
         part = FilePart(file, start - region.start + region.offset, nbytes)
-        return None if self._written[region] and _is_written(start, nbytes) and not _is_as_in(part, start) else part
+        return None if self._written[region] and _is_written(start, nbytes) and not _equals_file(part, start) else part
 
     def give_back(self) -> None:
-        """Have the system take the pages back that were read so far, of files that were asked for and never written to.
+        """Drop the pages read so far from files that were asked for and never written to.
 
-        They are the file's. Whoever maps it again and reads them has them counted a second time otherwise.
+        If they stayed, they would count twice once another mapping of the file reads them.
         """
         with page_flags() as flags:
             for region in self._regions or ():
@@ -165,7 +164,7 @@ class MappedFiles:
 
 
 def _regions() -> list[_Region]:
-    """What is mapped; nothing where the system does not tell."""
+    """Return the private, writable mappings; none if the system does not list them."""
     regions = []
     with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         for line in maps:
@@ -178,13 +177,13 @@ def _regions() -> list[_Region]:
 
 
 def _give_back(start: int, nbytes: int) -> None:
-    """Do as ``mmap.madvise`` does, for memory that somebody else has mapped."""
+    """Drop the pages of memory that other code has mapped, which ``mmap.madvise`` cannot."""
     if sys.platform == "linux":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), mmap.MADV_DONTNEED)
 
 
 def _opened(region: _Region) -> MappedFile | None:
-    """The file of a region; ``None`` if its name is another file's by now."""
+    """Open the file of a region; return ``None`` if another file has its name by now."""
     try:
         descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -195,7 +194,7 @@ def _opened(region: _Region) -> MappedFile | None:
 
 @contextmanager
 def page_flags() -> Iterator[int | None]:
-    """A descriptor of what the system tells of this process's pages; ``None`` where it does not."""
+    """Yield a descriptor for the flags of this process's pages; ``None`` if the system does not show them."""
     try:
         descriptor = os.open("/proc/self/pagemap", os.O_RDONLY)
     except OSError:
@@ -207,8 +206,8 @@ def page_flags() -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _is_as_in(part: FilePart, start: int) -> bool:
-    """Whether memory holds what the part of the file does: somebody may have written just that, or beside it."""
+def _equals_file(part: FilePart, start: int) -> bool:
+    """Return whether memory equals its part of the file: a write may have changed nothing, or only memory beside it."""
     for done in range(0, part.nbytes, _CHUNK):
         nbytes = min(_CHUNK, part.nbytes - done)
         if ctypes.string_at(start + done, nbytes) != os.pread(part.file.descriptor, nbytes, part.start + done):
@@ -217,18 +216,18 @@ def _is_as_in(part: FilePart, start: int) -> bool:
 
 
 def _is_written(start: int, nbytes: int) -> bool:
-    """Whether a page of privately mapped memory is known to have been written to."""
+    """Return whether a page of privately mapped memory is known to have been written to."""
     with page_flags() as flags:
         return flags is not None and not never_written(start, nbytes, flags)
 
 
 def never_written(start: int, nbytes: int, flags: int | None) -> bool:
-    """Whether no page of privately mapped memory was ever written to, as far as that is known.
+    """Return whether the system knows that no page of privately mapped memory was written to.
 
     Args:
         start: The address of its first byte.
-        nbytes: Its length.
-        flags: What `page_flags` gives.
+        nbytes: Its length in bytes.
+        flags: The descriptor from `page_flags`.
     """
     import numpy as np
 

@@ -1,11 +1,11 @@
-"""How a tree gets its memory: the memory of the model that it was made from, and copies of what is written to.
+"""Gives a tree its memory: that of the model that it was made from, with copies of what is written to.
 
-There are three ways, by what a tensor's memory is:
+A tensor's memory is shared in one of three ways:
 
 * Memory that torch allocated for a CPU is cloned lazily. torch copies it when somebody is about to write to it.
 * A mapped file is mapped again, privately. The operating system copies each page when somebody writes to it.
-* Neither goes for an accelerator's memory, or for tensors of classes of their own, such as quantized weights. Those are
-  exposed: all trees have the same memory. `contents.ContentsRecord` tells whether somebody wrote to it.
+* An accelerator's memory, and tensors of other classes such as quantized weights, allow neither. They are exposed: all
+  trees have the same memory, and `contents.ContentsRecord` detects writes to it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _COPIED_BYTES: Final = 2**16
-"""Buffers up to this size are copied at once. A pass may write to them, and a copy takes no longer than a clone."""
+"""Buffers up to this size are copied at once: a pass may write to them, and a copy takes no longer than a clone."""
 
 
-_EVEN: Final = 64
+_ALIGNMENT: Final = 64
 """Bytes; torch allocates memory at multiples of this."""
 
 
 class Method(Enum):
-    """How a tensor is shared, where its memory is no mapped file."""
+    """How a tensor is shared, unless its memory is a mapped file."""
 
     COPIED = auto()
     LAZY_CLONE = auto()
@@ -49,12 +49,12 @@ class SharedMemory:
     """The memory of a model that never runs, from which trees are made.
 
     Args:
-        model: The model. What is neither memory of torch's nor a mapped file is moved to memory of torch's.
-        ways: By the identity of a tensor, how it is shared, where that is known already. A model that was made on a
-            tree of another one gives them all but for tensors of its own, which are no parts of files.
+        model: The model. Memory that is neither torch's nor a mapped file's is moved to memory of torch's.
+        ways: How tensors are shared, by their ``id``, where that is known already. A model that was made on a tree of
+            another model gives all but those of its own tensors, which are no parts of files.
 
     Attributes:
-        exposed: The tensors of which all trees have the same memory, by their names.
+        exposed: The tensors for which all trees have the same memory, by name.
     """
 
     def __init__(self, model: Any, ways: Mapping[int, Way] | None = None) -> None:
@@ -80,9 +80,9 @@ class SharedMemory:
         """Return a tree of the model.
 
         Args:
-            known: By the identity of things in the model, what stands for them in the tree; all others are added.
-            isolated: Copy what would be exposed, since somebody is about to write to it.
-            to_run: It only computes, and no test gets it; see `MappedFile`.
+            known: The tree's objects, by the ``id`` of the model's objects that they replace; new ones are added.
+            isolated: Copy exposed tensors, because the caller is about to write to them.
+            to_run: The tree only computes and no test gets it; see `MappedFile`.
 
         Raises:
             Exception: Something in the model cannot be copied.
@@ -97,19 +97,19 @@ class SharedMemory:
         return tree
 
     def has_run(self, tree: Any) -> None:
-        """Look what the first pass of a tree has written to; see `MappedFile`."""
+        """Check what a tree's first pass has written to; see `MappedFile`."""
         for file in {way.file for way in self._ways.values() if isinstance(way, FilePart)}:
             file.has_run(tree)
 
     def settle(self, tree: Any, known: Mapping[int, Any]) -> dict[int, Way]:
-        """Have a tree that somebody has written to share all that was not written to.
+        """Make a tree that somebody has written to share all memory that was not changed.
 
         Args:
             tree: The tree, or a model that was made of it.
-            known: What `tree` has put in there; empty where the tree was loaded anew, and shares nothing.
+            known: What `tree` has added to its ``known``; empty if the tree was loaded anew and shares nothing.
 
         Returns:
-            How its tensors that are still those of the model are shared, by their identity.
+            How the tensors that still equal the model's are shared, by their ``id``.
         """
         import torch
 
@@ -130,15 +130,15 @@ class SharedMemory:
         return {id(after): ways[before] for before, after in settled.items()}
 
     def ways_in(self, known: Mapping[int, Any]) -> dict[int, Way]:
-        """Return how the tensors of a tree are shared, by their identity.
+        """Return how a tree's tensors are shared, by their ``id``.
 
         Args:
-            known: What `tree` has put in there.
+            known: What `tree` has added to its ``known``.
         """
         return {id(known[key]): way for key, way in self._ways.items() if key in known}
 
     def _untouched(self, known: Mapping[int, Any]) -> set[int]:
-        """Identities of a tree's tensors of which the system knows that no page was written to."""
+        """Return the ids of a tree's tensors whose pages were never written to, according to the system."""
         expected = {key: way for key, way in self._ways.items() if isinstance(way, FilePart) and key in known}
         if not expected:
             return set()
@@ -152,7 +152,7 @@ class SharedMemory:
 
 
 class SharedTensors:
-    """Some tensors that trees share, which are in no model themselves.
+    """Tensors that trees share and that are in no model themselves.
 
     Args:
         tensors: The tensors, which are no parts of files.
@@ -160,7 +160,7 @@ class SharedTensors:
 
     def __init__(self, tensors: Iterable[Any]) -> None:
         self._tensors = list(tensors)
-        # The first lazy clone of a memory is no thread's beside another, nor beside a pass that reads it.
+        # The first lazy clone of a memory is not thread-safe, so it is made here, before any pass reads the memory.
         ways: dict[int, Way] = {}  # by the identity of a storage
         self._ways: dict[int, Way] = {}
         for tensor in self._tensors:
@@ -170,11 +170,11 @@ class SharedTensors:
             self._ways[id(tensor)] = ways[storage]
 
     def exposes(self, tensor: Any) -> bool:
-        """Whether all trees have the same memory of a tensor."""
+        """Return whether all trees have the same memory for a tensor."""
         return self._ways[id(tensor)] is Method.EXPOSED
 
     def shared(self) -> list[Any]:
-        """Return new tensors for a tree, in their order."""
+        """Return new tensors for a tree, in the order of the originals."""
         import torch
 
         with torch.inference_mode(False), torch.no_grad():
@@ -185,12 +185,12 @@ class _Sharer:
     """Gives the tensors of one tree their memory.
 
     Args:
-        ways: How each is shared, by the identity of the model's.
-        isolated: Copy what would be exposed.
+        ways: How each tensor of the model is shared, by its ``id``.
+        isolated: Copy exposed tensors.
         to_run: The tree only computes.
 
     Attributes:
-        first_of: The files that no tree has run on yet.
+        first_of: The mapped files that this tree is the first to run on.
     """
 
     def __init__(self, ways: Mapping[int, Way], *, isolated: bool = False, to_run: bool = False) -> None:
@@ -203,7 +203,7 @@ class _Sharer:
 
     def __call__(self, tensor: Any) -> Any:
         way = self._ways.get(id(tensor))
-        if way is None:  # an attribute of a module, which is neither parameter nor buffer
+        if way is None:  # a module's attribute that is neither parameter nor buffer
             way = Method.COPIED if tensor.nbytes <= _COPIED_BYTES else _way_of(tensor, None)
         if way is Method.EXPOSED:
             return copy.deepcopy(tensor) if self._isolated else _same_memory(tensor)
@@ -236,7 +236,7 @@ class _Sharer:
 
 
 def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
-    """How a tensor is to be shared; one whose memory allows neither way is moved to memory of torch's."""
+    """Return how to share a tensor. If its memory allows neither way, move it to memory of torch's."""
     if _is_exposed(tensor):
         return Method.EXPOSED
     if _lazy_clone(tensor) is not None:
@@ -249,11 +249,11 @@ def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
 
 
 def _moved(tensor: Any) -> Any:
-    """A copy of a tensor's memory, at an address as even as its own, by which kernels choose how they sum."""
+    """Copy a tensor's memory to an address with the same alignment, by which kernels choose how they sum."""
     import torch
 
     source = tensor.untyped_storage()
-    uneven = address_of(tensor) % _EVEN
+    uneven = address_of(tensor) % _ALIGNMENT
     uneven -= uneven % tensor.element_size()
     storage = torch.empty(source.nbytes() + uneven, dtype=torch.uint8).untyped_storage()
     storage[uneven:].copy_(source)
@@ -278,7 +278,7 @@ def _can_clone_lazily() -> bool:
 
 
 def _lazy_clone(tensor: Any) -> Any | None:
-    """A storage with the same memory, which torch copies on the first write to either; ``None`` if it cannot."""
+    """Return a storage on the same memory, which torch copies on the first write to either; ``None`` if it cannot."""
     import torch
 
     try:
@@ -288,7 +288,7 @@ def _lazy_clone(tensor: Any) -> Any | None:
 
 
 def address_of(tensor: Any) -> int:
-    """Return where a tensor's storage begins in memory; unlike ``data_ptr()``, this does not end a lazy clone."""
+    """Return the address of a tensor's storage. Unlike ``data_ptr()``, this does not end a lazy clone."""
     import torch
 
     address = getattr(torch._C, "_data_address", None)
@@ -296,12 +296,12 @@ def address_of(tensor: Any) -> int:
 
 
 def _memory_of(tensor: Any) -> tuple[int, int]:
-    """Where a tensor's storage begins, and how long it is."""
+    """Return the address and the length in bytes of a tensor's storage."""
     return address_of(tensor), tensor.untyped_storage().nbytes()
 
 
 def _on_storage(storage: Any, tensor: Any) -> Any:
-    """A tensor like another one, on another storage."""
+    """Return a tensor like another one, on another storage."""
     import torch
 
     like = tensor.storage_offset(), tensor.size(), tensor.stride()
@@ -309,7 +309,7 @@ def _on_storage(storage: Any, tensor: Any) -> Any:
 
 
 def _like(tensor: Any, data: Any) -> Any:
-    """``data`` as a parameter or tensor with the attributes of another."""
+    """Return ``data`` as a parameter or tensor with the attributes of ``tensor``."""
     import torch
 
     if isinstance(tensor, torch.nn.Parameter):
@@ -322,25 +322,25 @@ def _like(tensor: Any, data: Any) -> Any:
 
 
 def _same_memory(tensor: Any) -> Any:
-    """A tensor of the same class with the same memory."""
+    """Return a tensor of the same class on the same memory."""
     import torch
 
     if _is_plain(tensor):
         return _like(tensor, tensor.detach())
     if is_wrapper(tensor):
-        return _like(tensor, tensor.detach())  # whose class makes a new wrapper around the same tensors
+        return _like(tensor, tensor.detach())  # its class makes a new wrapper around the same tensors
     made: Any = torch.Tensor._make_subclass(type(tensor), tensor.data, tensor.requires_grad)
     vars(made).update((name, _attribute(value)) for name, value in vars(tensor).items())
     return made
 
 
 def _attribute(value: Any) -> Any:
-    """What a quantized tensor keeps beside its contents: an object of its own, with the same tensors in it."""
+    """Return a new object for what a quantized tensor has besides its contents; tensors in it stay the same."""
     return copy.copy(value) if hasattr(value, "__dict__") and not callable(value) else value
 
 
 def _same(theirs: Any, ours: Any) -> bool:
-    """Whether a tree's tensor is what it was made as."""
+    """Return whether a tree's tensor still equals the model's."""
     if (theirs.shape, theirs.dtype, theirs.device) != (ours.shape, ours.dtype, ours.device):
         return False
     if type(theirs) is type(ours) and is_wrapper(ours):
@@ -352,7 +352,7 @@ def _same(theirs: Any, ours: Any) -> bool:
 
 
 def _is_same_memory(theirs: Any, ours: Any) -> bool:
-    """Whether two tensors are views of one memory, or of one file."""
+    """Return whether two tensors are the same view of the same memory."""
     if not _is_plain(ours) or not _is_plain(theirs):
         return False
     layout = theirs.storage_offset(), theirs.stride()

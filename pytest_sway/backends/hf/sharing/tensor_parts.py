@@ -1,4 +1,4 @@
-"""The tensors that a tensor is made of: itself, or inside of a wrapper, as torchao's quantized weights are, several."""
+"""Finds the tensors inside wrapper tensors, such as torchao's quantized weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __tracebackhide__ = True
 
 
 def is_wrapper(tensor: Any) -> bool:
-    """Whether a tensor has no memory of its own, and computes little but what its class foresees."""
+    """Return whether a tensor has no memory of its own, and supports only what its class implements."""
     if type(tensor) in _plain_classes():
         return False
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -22,14 +22,14 @@ def is_wrapper(tensor: Any) -> bool:
 
 @cache
 def _plain_classes() -> frozenset[type]:
-    """What nearly all tensors are; asking torch about each takes longer."""
+    """Return the classes of nearly all tensors; asking torch about each tensor takes longer."""
     import torch
 
     return frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def parts_of(tensor: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the tensors with memory that a tensor is made of, by their names behind its own."""
+    """Yield the tensors with memory that make up a tensor, by name: ``name`` and the attributes that lead to it."""
     if not is_wrapper(tensor):
         yield name, tensor
         return

@@ -1,8 +1,8 @@
 """Trees: models with objects of their own, over memory that they share with the model they were made from.
 
-Every module, parameter, buffer and attribute of a tree is a new object, and what refers to the original inside of the
-original refers to the tree inside of the tree. So hooks, modes, configs and adapters of one tree are no other tree's
-affair. `copy.deepcopy` does that too, but takes seven times as long, since a model is mostly empty dictionaries.
+Every module, parameter, buffer and attribute of a tree is a new object. A reference within the model becomes a
+reference within the tree. So hooks, modes, configs and adapters of one tree do not affect another. `copy.deepcopy` does
+this too, but takes seven times as long, because a model is mostly empty dictionaries.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def tree_of(model: Any, share: Callable[[Any], Any], known: dict[int, Any] | Non
     Args:
         model: A ``torch.nn.Module``.
         share: Returns the tree's tensor for one of the model's.
-        known: By the identity of things in the model, what stands for them in the tree; all others are added.
+        known: The tree's objects, by the ``id`` of the model's objects that they replace; new ones are added.
 
     Raises:
-        Exception: Something in the model cannot be copied; Python's `copy` says what.
+        Exception: Something in the model cannot be copied; the error comes from `copy`.
     """
     with _no_garbage_collection():
         return _tree_of(model, share, {} if known is None else known)
@@ -49,7 +49,7 @@ def _tree_of(model: Any, share: Callable[[Any], Any], memo: dict[int, Any]) -> A
             for tensor in members.values():
                 if tensor is not None and id(tensor) not in memo:
                     memo[id(tensor)] = made = share(tensor)
-                    # A quantized weight may know its module.
+                    # A quantized weight may refer to its module.
                     vars(made).update({name: memo[id(v)] for name, v in vars(tensor).items() if id(v) in memo})
     copier = _Copier(share, memo)
     for module in modules:
@@ -59,7 +59,7 @@ def _tree_of(model: Any, share: Callable[[Any], Any], memo: dict[int, Any]) -> A
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Have Python not look for garbage meanwhile: for each of many new objects it would look at all that there are."""
+    """Pause garbage collection: creating many objects would trigger many scans of all that exist."""
     if not gc.isenabled():
         yield
         return
@@ -71,7 +71,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def modules_of(model: Any) -> list[tuple[str, Any]]:
-    """Return what ``model.named_modules()`` gives, in a third of the time."""
+    """Return what ``model.named_modules()`` yields, in a third of the time."""
     found, seen, pending = [], set[int](), [("", model)]
     while pending:
         name, module = pending.pop()
@@ -86,16 +86,16 @@ def modules_of(model: Any) -> list[tuple[str, Any]]:
 
 
 def tensors_of(model: Any) -> Iterator[Any]:
-    """Every parameter and buffer of a model; one that stands in several places comes several times."""
+    """Yield every parameter and buffer of a model; a tied tensor appears once for each place."""
     for _, module in modules_of(model):
         for members in (module._parameters, module._buffers):
             yield from (tensor for tensor in members.values() if tensor is not None)
 
 
 def shares_objects(tree: Any, original: Any) -> bool:
-    """Whether any module or tensor of ``original`` can be reached from ``tree``.
+    """Return whether ``tree`` can reach any module or tensor of ``original``.
 
-    Such a tree would compute with, or write to, what is not its own. Closures of the original are the usual way.
+    Such a tree would compute with, or write to, another model's objects. The usual cause is a closure.
     """
     foreign = {id(thing) for thing in (*original.modules(), *tensors_of(original))}
     seen: set[int] = set()
@@ -112,7 +112,7 @@ def shares_objects(tree: Any, original: Any) -> bool:
 
 
 def _inside(thing: Any) -> Iterator[Any]:
-    """What a thing refers to; of functions only what differs between two of the same code."""
+    """Yield what an object refers to; for functions, only what two functions of the same code may differ in."""
     if isinstance(thing, dict):
         yield from thing.values()
     elif isinstance(thing, list | tuple | set | frozenset):
@@ -136,7 +136,7 @@ class _Copier:
 
     Args:
         share: Returns the tree's tensor for one of the model's.
-        memo: By identity, what stands for each thing; as `copy.deepcopy` has it, which uses the same.
+        memo: The copies, by the ``id`` of the originals; `copy.deepcopy` uses the same.
     """
 
     def __init__(self, share: Callable[[Any], Any], memo: dict[int, Any]) -> None:
@@ -151,13 +151,13 @@ class _Copier:
         }
 
     def fill(self, module: Any) -> None:
-        """Give the module that stands for ``module`` its attributes."""
+        """Give the copy of ``module`` its attributes."""
         filled = vars(self._memo[id(module)])
         for name, value in vars(module).items():
             kind = type(value)
             if kind in self._plain:
                 filled[name] = value
-            elif name in self._own_containers and not value:  # of hooks, mostly, which no two modules share
+            elif name in self._own_containers and not value:  # mostly hooks, which each module has for itself
                 filled[name] = kind()
             else:
                 filled[name] = self._copied(value)
@@ -168,7 +168,7 @@ class _Copier:
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
-        if isinstance(value, self._module):  # one that its parent hides from `modules()`
+        if isinstance(value, self._module):  # its parent hides it from `modules()`
             return _tree_of(value, self._share, self._memo)
         copied = self._copy_of(value, kind)
         self._memo[id(value)] = copied
@@ -199,7 +199,7 @@ class _Copier:
         return reference if there is None else weakref.ref(there)
 
     def _list(self, value: Any) -> Any:
-        copied = self._memo[id(value)] = []  # known before its members, which may refer to it
+        copied = self._memo[id(value)] = []  # registered before its members, which may refer to it
         copied.extend(map(self._copied, value))
         return copied
 
@@ -213,7 +213,7 @@ class _Copier:
         return copied
 
     def _function(self, function: Any) -> Any:
-        """A function like another, with what it closes over copied, where that is part of the model."""
+        """Copy a function with its closure and defaults if they hold parts of the model; else return it as it is."""
         cells, defaults, keywords = function.__closure__ or (), function.__defaults__, function.__kwdefaults__
         if not any(map(self._is_part, (*_contents(cells), *(defaults or ()), *(keywords or {}).values()))):
             return function
@@ -228,7 +228,7 @@ class _Copier:
         return copied
 
     def _is_part(self, value: Any) -> bool:
-        """Whether a value is of the model, or a function or method that is bound to it."""
+        """Return whether a value is part of the model, or a function or method that is bound to it."""
         if id(value) in self._memo or isinstance(value, self._module):
             return True
         if isinstance(value, types.MethodType | types.BuiltinMethodType):
@@ -251,9 +251,9 @@ _BY_KIND: Final[dict[Any, Any]] = {
     types.MethodType: _Copier._method,
     weakref.ref: _Copier._weak_reference,
 }
-"""How things are copied of which a model is mostly made; `copy.deepcopy` copies the others."""
+"""How to copy the kinds of objects that models mostly consist of; `copy.deepcopy` copies the others."""
 
 
 def _contents(cells: Iterable[Any]) -> Iterator[Any]:
-    """What a function closes over; a cell can be empty."""
+    """Return what a function closes over, without empty cells."""
     return (cell.cell_contents for cell in cells if cell != _EMPTY)

@@ -177,5 +177,5 @@ def test_the_table_has_most_families_that_transformers_has() -> None:
 
 @pytest.mark.parametrize("name", NOT_CAUSAL)
 def test_a_family_whose_tokens_see_later_ones_is_refused(build: Any, tmp_path: Path, name: str) -> None:
-    with pytest.raises(SpecError, match="is no causal language model"):
+    with pytest.raises(SpecError, match="is not a causal language model"):
         build(make_family(tmp_path, name))

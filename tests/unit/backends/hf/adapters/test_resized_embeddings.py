@@ -198,7 +198,7 @@ def test_embeddings_are_found_whatever_their_name(
 
 def test_a_trained_word_that_no_tokenizer_has_is_refused(build: Any, base: Path, tmp_path: Path) -> None:
     adapter = make_resized(tmp_path, base, N + 2, words=N, trainable_token_indices=NEW, saved=False)
-    text = f"trains word number {N + 1}, and there are rows for {N} words and a tokenizer of {N}. Put the tokenizer"
+    text = f"trains the token {N + 1}, but the model has {N} embeddings and the tokenizer {N} tokens. Put the tokenizer"
     with pytest.raises(AdapterMismatchError, match=text):
         build(base, adapter)
 

@@ -154,7 +154,7 @@ def test_a_tensor_that_an_adapter_lacks_is_named_with_its_file(build: Any, base:
         build(base, broken)
     assert "have no tensor in it (base_model.model.model.layers.0.self_attn." in str(caught.value)
     assert ".lora_A.weight)" in str(caught.value)
-    assert "is not that of its adapter_model.safetensors" in str(caught.value)
+    assert "does not belong to its adapter_model.safetensors" in str(caught.value)
 
 
 def test_a_field_that_switches_an_adapter_off_is_named(build: Any, base: Path, tmp_path: Path) -> None:
