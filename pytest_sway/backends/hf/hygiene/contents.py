@@ -69,8 +69,8 @@ def _checksum(tensor: Any) -> tuple[float, float]:
     """Return the sums of both halves of a tensor's bits; different contents rarely have equal sums."""
     import torch
 
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = tensor.detach().contiguous().view(integers[tensor.element_size()]).flatten()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+    flat = tensor.detach().contiguous().flatten().view(integers[tensor.element_size()])
     half = len(flat) // 2
     return int(flat[:half].sum(dtype=torch.int64)), int(flat[half:].sum(dtype=torch.int64))
 
@@ -86,6 +86,7 @@ class PatchRecord:
 
     def __init__(self, model: Any) -> None:
         self._forwards: dict[Any, Any] = {}
+        self._owners: dict[Any, Any] = {}
         self.add(model)
         functions = _attention_functions().items()
         self._functions = {name: function for name, function in functions if not name.startswith("pytest_sway")}
@@ -95,6 +96,7 @@ class PatchRecord:
         """Also record the classes of another model, such as PEFT's around the base's."""
         for kind in {type(module) for _, module in modules_of(model)}:
             self._forwards.setdefault(kind, kind.forward)
+            self._owners.setdefault(kind, next(each for each in kind.__mro__ if "forward" in vars(each)))
 
     def changes(self) -> list[str]:
         """Return one line for each patch.
@@ -119,8 +121,11 @@ class PatchRecord:
     def restore(self) -> None:
         """Undo all patches. Loading the model again would not help: it would have the same classes."""
         for kind, forward in self._forwards.items():
+            owner = self._owners[kind]
+            if kind is not owner and "forward" in vars(kind):
+                del kind.forward  # it inherits its own again
             if kind.forward is not forward:
-                kind.forward = forward
+                owner.forward = forward
         _attention_functions().update(self._functions)
         for _, hooks, added in self._added_hooks():
             for key in added:

@@ -82,8 +82,9 @@ class BoundModel:
         _, base = self._require_open()
         patched = base.is_patched()  # a patch may write anywhere, so this tree serves one call only
         runner = self._new_runner(to_run=False) if patched else self._idle.take() or self._new_runner()
-        if self._check is not None:
-            self._check(runner.forward.model)
+        check = self._check  # another thread may set it to None meanwhile
+        if check is not None:
+            check(runner.forward.model)
             self._check = None
         yield Engine(runner.forward.runner, self.tokenizer, runner.forward, self._recall)
         if patched or runner.forward.spent or self._open is None:

@@ -205,13 +205,14 @@ class SharedIdle:
 
     def take(self) -> Runner | None:
         """Return a runner with the adapter's weights; ``None`` if none is idle."""
-        adapter, idle = self._adapter, self._skeleton.idle
-        with self._skeleton.lock:
+        idle = self._skeleton.idle
+        with self._skeleton.lock:  # `close` may come from another thread
+            adapter = self._adapter
             if adapter is None or not idle:
                 return None
             runner = next((each for each in reversed(idle) if each.adapter is adapter), idle[0])
             idle.remove(runner)
-        runner.serve(adapter, self._skeleton)
+            runner.serve(adapter, self._skeleton)
         return runner
 
     def give(self, runner: Runner) -> None:

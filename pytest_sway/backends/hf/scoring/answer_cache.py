@@ -101,8 +101,8 @@ def _size(value: Any) -> int:
         return sys.getsizeof(value) + sum(map(_size, value))
     if is_dataclass(value):
         return sys.getsizeof(value) + sum(_size(getattr(value, field.name)) for field in fields(value))
-    # getsizeof counts an array's contents only if the array owns them.
-    return sys.getsizeof(value) + int(getattr(value, "nbytes", 0))
+    # getsizeof counts an array's contents only if the array owns them, and then nbytes would count them twice.
+    return max(sys.getsizeof(value), int(getattr(value, "nbytes", 0)))
 
 
 def recalling(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:

@@ -104,7 +104,8 @@ class Forward:
         """
         if self.split() is not None:
             return self.limits.few_logits_tokens if few_logits else self.limits.tokens
-        return min(self.limits.tokens, max(1, 4 * self.limits.logits_bytes // (4 * self._vocabulary())))
+        four_chunks = self.limits.logits_bytes // self._vocabulary()  # of logits in float32
+        return min(self.limits.tokens, max(1, four_chunks))
 
     def logits(self, sequences: Sequence[tuple[Sequence[int], int]], reduce: Reduce[_T]) -> list[_T]:
         """Compute the logits of the last positions of several sequences in one pass, and reduce them at once.

@@ -189,6 +189,7 @@ def _opened(region: _Region) -> MappedFile | None:
     except OSError:
         return None
     file, found = MappedFile(descriptor, region.identity), os.fstat(descriptor)
+    # The device is not compared: on an overlay file system, the list of mappings names the one below.
     return file if found.st_ino == region.identity[1] else None
 
 

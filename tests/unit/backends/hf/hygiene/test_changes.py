@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.hygiene.contents import ContentsRecord, PatchRecord
 from pytest_sway.errors import AdapterMismatchError, BackendClosedError
 from tests.tiny import TEXT, make_adapter, make_tokenizer, poison, quiet
 from tests.unit.backends.hf.conftest import spec_of
@@ -473,6 +474,39 @@ def test_a_changed_tokenizer_of_an_adapter_is_found_and_the_next_user_gets_a_cle
 
 
 # --- what is patched for the whole process ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (3, 5)])
+def test_a_write_is_found_in_tensors_of_every_width(shape: tuple[int, ...]) -> None:
+    import torch
+
+    dtypes = (torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex128)
+    tensors = {str(dtype): torch.ones(shape, dtype=dtype) for dtype in dtypes}
+    record = ContentsRecord(tensors)
+    assert record.changes() == []
+    for tensor in tensors.values():
+        tensor.fill_(2)
+    assert record.changes() == [f"{dtype}: contents changed" for dtype in dtypes]
+
+
+def test_a_class_that_inherits_its_forward_inherits_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    class Parent(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x
+
+    class Child(Parent):
+        pass
+
+    record, forward = PatchRecord(Child()), Parent.forward
+    Child.forward = lambda self, x: 0 * x  # type: ignore[method-assign]
+    record.restore()
+    assert "forward" not in vars(Child)
+    Parent.forward = lambda self, x: 2 * x  # type: ignore[method-assign]
+    record.restore()
+    assert "forward" not in vars(Child)
+    assert Parent.forward is forward
 
 
 def test_a_class_whose_forward_was_patched_is_found_once_and_put_back(

@@ -80,6 +80,13 @@ def test_it_takes_no_more_bytes_than_it_may_and_forgets_what_was_not_asked_for_l
     assert memory.answers("b", lambda: ["again"]) == ["again"]
 
 
+@pytest.mark.parametrize("numbers", [np.zeros(10_000), np.zeros(20_000)[::2]], ids=["owned", "a view"])
+def test_an_array_counts_once(numbers: Any) -> None:
+    memory = AnswerCache()
+    memory.answers("question", lambda: [numbers])
+    assert 80_000 <= memory.nbytes < 82_000
+
+
 def test_an_answer_larger_than_all_of_it_drops_nothing() -> None:
     memory = AnswerCache(max_bytes=2000)
     memory.answers("small", lambda: ["x"])
