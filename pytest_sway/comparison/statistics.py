@@ -215,7 +215,7 @@ class PairedProportions:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number: Holm (Scandinavian Journal of Statistics 6, 1979), in the order given."""
+    """Return p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979), as ordered."""
     adjusted = [0.0] * len(p_values)
     least = 0.0
     for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
