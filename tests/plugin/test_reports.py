@@ -298,6 +298,8 @@ def test_a_file_that_cannot_be_written_in_the_end_fails_the_run(pytester: pytest
     )
 
 
-def test_a_run_that_only_collects_writes_nothing(pytester: pytest.Pytester) -> None:
-    run(pytester, SOME, JSON, "--collect-only")
-    assert not (pytester.path / "run.json").exists()
+@pytest.mark.parametrize("option", ["--collect-only", "--fixtures", "--markers"])
+def test_a_call_that_runs_no_tests_leaves_the_file_of_the_run_before(pytester: pytest.Pytester, option: str) -> None:
+    (pytester.path / "run.json").write_text("before")
+    run(pytester, SOME, JSON, option)
+    assert (pytester.path / "run.json").read_text() == "before"
