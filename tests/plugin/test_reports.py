@@ -67,6 +67,7 @@ def test_the_json_has_every_row_of_every_comparison(pytester: pytest.Pytester, a
     assert set(record["workers"]) == ({"gw0", "gw1"} if "-n" in args else {"main"})
     assert record["specs"]["old"] == {"fields": {"kind": "dummy", "base": "b"}, "digest": None}
     assert record["specs"]["new"]["fields"]["device"] == "auto"
+    assert record["devices"] == {}
     assert record["versions"]["pytest"] == pytest.__version__
     assert {"pytest-xdist", "scipy", "numpy"} & set(record["versions"]) >= {"scipy", "numpy"}
 
