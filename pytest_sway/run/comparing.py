@@ -60,18 +60,30 @@ class SwayCompare(Protocol):
 
 @dataclass(slots=True)
 class Compared:
-    """A comparison of the running test, and what the test has asserted of it when it failed."""
+    """A comparison of the running test.
+
+    Attributes:
+        comparison: It.
+        claim: What the test has asserted of it, as far as that is known.
+        reported: Whether a report of the test has carried its rows.
+    """
 
     comparison: Comparison
     claim: Claim | None = None
+    reported: bool = False
 
     def asserted(self, op: str, left: object, right: object) -> None:
         """Note a failing assertion, if it is about this comparison."""
         self.claim = self.comparison.claim(op, left, right) or self.claim
 
+    def passed(self, explanation: str) -> None:
+        """Note an assertion that has passed, if it is about this comparison."""
+        self.claim = self.comparison.claim_in(explanation) or self.claim
+
     def report(self) -> str:
-        """What a failing test shows of it."""
-        return "\n".join(self.comparison.report(self.claim))
+        """What a failing test shows of it, in characters that a worker can send."""
+        text = "\n".join(self.comparison.report(self.claim))
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
