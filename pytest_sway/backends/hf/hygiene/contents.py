@@ -59,9 +59,11 @@ class ContentsRecord:
 
 
 def _plain(tensor: Any) -> Any:
-    """A tensor's memory without what its class makes of it."""
+    """A tensor's memory without what its class makes of it; where it can be, with its count of writes."""
     import torch
 
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor.detach()  # whose count is the tensor's and its trees', while that of `.data` is its own
     return tensor.data.as_subclass(torch.Tensor)
 
 
