@@ -22,7 +22,7 @@ PROMPTS = texts([3, 12, 40, 7])
 PAIRS = [(prompt, " " + completion) for prompt in PROMPTS for completion in ("east", "west and north", "the red sun")]
 SIDES = ["base", "tuned"]
 PER_TOKEN = {"fp32": 1e-4, "bf16": 0.2}
-"""Nats. In bf16 each layer rounds to a part in 256, and a batch sums in another order than a text by itself; the numbers
+"""Nats. In bf16 each layer rounds to a part in 256, and a batch sums in another order than a text alone; the numbers
 of another model are more than 1 away."""
 
 
