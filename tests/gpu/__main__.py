@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import time
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from tests.gpu.benchmarks import ALL as BENCHMARKS
 
@@ -33,6 +34,24 @@ if torch.cuda.is_available():
     card = torch.cuda.get_device_properties(0)
     print(f"{torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
 """
+
+
+class Step(NamedTuple):
+    """A process that was started.
+
+    Attributes:
+        name: What it is called.
+        child: The process.
+        output: What it prints.
+        errors: What it prints of errors and progress.
+        started: When that was.
+    """
+
+    name: str
+    child: subprocess.Popen[bytes]
+    output: Path
+    errors: Path
+    started: float
 
 
 class Runner:
@@ -55,38 +74,45 @@ class Runner:
         print(text, flush=True)
         print(text, file=self._report, flush=True)
 
-    def step(self, name: str, arguments: list[str], *, most: float, show: int) -> None:
-        """Run ``python arguments``.
+    def start(self, name: str, arguments: list[str]) -> Step:
+        """Run ``python arguments`` beside what else runs."""
+        file, errors = self._out / f"{name}.txt", self._out / f"{name}-errors.txt"
+        with file.open("w", encoding="utf-8") as output, errors.open("w", encoding="utf-8") as told:
+            child = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=self._variables,
+                stdout=output,
+                stderr=told,
+                start_new_session=True,
+            )
+        return Step(name, child, file, errors, time.monotonic())
+
+    def finish(self, step: Step, *, most: float, show: int) -> None:
+        """Wait for a step, and show how it went.
 
         Args:
-            name: What it is called.
-            arguments: What python is given.
-            most: The most seconds that it may take.
+            step: The step.
+            most: The most seconds to wait; what runs on then is killed, with all that it has started.
             show: How many of the last lines of its output are shown.
         """
-        left = min(most, self._end - time.monotonic())
-        if left < 5:
-            self.failed.append(name)
-            self.say(f"--- {name}: no time is left")
-            return
-        started, file = time.monotonic(), self._out / f"{name}.txt"
-        errors = self._out / f"{name}-errors.txt"
-        with file.open("w", encoding="utf-8") as output, errors.open("w", encoding="utf-8") as told:
-            command = [sys.executable, *arguments]
-            child = subprocess.Popen(command, cwd=ROOT, env=self._variables, stdout=output, stderr=told)
-            try:
-                code = child.wait(left)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-                code = -9
+        try:
+            code = step.child.wait(max(0.0, min(most, self._end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            os.killpg(step.child.pid, signal.SIGKILL)
+            code = step.child.wait()
         if code:
-            self.failed.append(name)
-        self.say(f"--- {name}: {'ended' if code == 0 else f'FAILED ({code})'} after {time.monotonic() - started:.0f} s")
-        for path, most_lines in ((file, show), (errors, 30 if code else 0)):
+            self.failed.append(step.name)
+        how = "ended" if code == 0 else f"FAILED ({code})"
+        self.say(f"--- {step.name}: {how} after {time.monotonic() - step.started:.0f} s")
+        for path, most_lines in ((step.output, max(show, 40 if code else 0)), (step.errors, 30 if code else 0)):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             for line in lines[max(0, len(lines) - most_lines) :]:
                 self.say(line[:300])
+
+    def run(self, name: str, arguments: list[str], *, most: float, show: int) -> None:
+        """Start a step and finish it."""
+        self.finish(self.start(name, arguments), most=most, show=show)
 
 
 def unpacked(wheels: Path | None, site: Path) -> Path:
@@ -121,8 +147,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=540, help="how long all of it may take")
     parser.add_argument("steps", nargs="*", default=["tests", *BENCHMARKS], help="some of: tests, %(default)s")
     asked = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
         out = folder / "out" if asked.out is None else Path(asked.out).resolve()
         out.mkdir(parents=True, exist_ok=True)
         site = unpacked(asked.wheels, folder / "site")
@@ -132,7 +158,8 @@ def main(arguments: list[str]) -> int:
             out, asked.seconds, {**os.environ, **quiet, "SWAY_TEST_DEVICE": asked.device, "PYTHONPATH": path}
         )
         runner.say(f"{card()}; Python {platform.python_version()}; {os.cpu_count()} processors")
-        runner.step("facts", ["-W", "ignore", "-c", FACTS], most=120, show=3)
+        runner.run("facts", ["-W", "ignore", "-c", FACTS], most=120, show=3)
+        models, measured = folder / "models", [name for name in BENCHMARKS if name in asked.steps]
         if "tests" in asked.steps:
             options = [
                 "-v",
@@ -144,14 +171,14 @@ def main(arguments: list[str]) -> int:
                 "-o",
                 "faulthandler_timeout=60",
             ]
-            runner.step("tests", ["-m", "pytest", "tests/gpu", *options, "--tb=short"], most=240, show=25)
-        models = folder / "models"
-        if set(asked.steps) & set(BENCHMARKS):
-            runner.step("make", ["-m", "tests.gpu.benchmarks", "make", str(models)], most=120, show=3)
-        for step in BENCHMARKS:
-            if step in asked.steps:
-                command = ["-W", "ignore", "-m", "tests.gpu.benchmarks", step, str(models)]
-                runner.step(step, command, most=120, show=12)
+            tests = runner.start("tests", ["-m", "pytest", "tests/gpu", *options, "--tb=short"])
+        if measured:  # the models are made while the tests run, which measure no time
+            runner.run("make", ["-m", "tests.gpu.benchmarks", "make", str(models)], most=150, show=3)
+        if "tests" in asked.steps:
+            runner.finish(tests, most=240, show=25)
+        for name in measured:
+            command = ["-W", "ignore", "-m", "tests.gpu.benchmarks", name, str(models)]
+            runner.run(name, command, most=120, show=12)
         runner.say(f"--- failed: {', '.join(runner.failed) or 'nothing'}")
         return 1 if runner.failed else 0
 

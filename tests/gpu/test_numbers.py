@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 PROMPTS = texts([3, 12, 40, 7])
 PAIRS = [(prompt, " " + completion) for prompt in PROMPTS for completion in ("east", "west and north", "the red sun")]
 SIDES = ["base", "tuned"]
-PER_TOKEN = {"fp32": 1e-4, "bf16": 0.2}
-"""Nats. In bf16 each layer rounds to a part in 256, and a batch sums in another order than a text alone; the numbers
-of another model are more than 1 away."""
+PER_TOKEN = {"fp32": 1e-4, "bf16": 0.4}
+"""Nats. The bf16 numbers of transformers are up to 0.37 from those in float32, for a model of 190 million parameters whose
+logits have a standard deviation of 1.6, and a batch rounds otherwise than a text alone."""
 
 
 class Compared(NamedTuple):
@@ -102,6 +102,7 @@ def test_texts_roll_as_transformers_and_peft_score_them(compare: Callable[[str],
         table, ids = both.logprobs(text), both.ids(text)
         expected = [float(table[i, ids[i + 1]]) for i in range(len(ids) - 1)]
         assert found.logprobs == pytest.approx(expected, abs=both.tolerance)
+        assert abs(found.logprobs - expected).mean() <= both.tolerance / 4
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -46,11 +46,12 @@ def no_operations() -> Iterator[None]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Refuse(TorchDispatchMode):
+    class Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not say
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             raise AssertionError(f"torch computes {func}")
 
-    with Refuse(), warnings.catch_warnings():
+    refuse: Any = Refuse
+    with refuse(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this mode of CUDA is a prototype
         if ON_CUDA:
             torch.cuda.set_sync_debug_mode("error")
