@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -15,16 +16,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
+from unittest.mock import patch
 
 from tests.benchmarks.figures import Figure, medians
 from tests.gpu import device
 from tests.gpu.models import make_large, make_large_adapter, texts
 from tests.tiny import edit_weights, quiet
 
-ALL: Final = ("memory", "throughput", "overhead", "generation", "first")
+ALL: Final = ("memory", "throughput", "overhead", "generation", "first", "lazy")
 
 ROUNDS: Final = 3
 GENERATIONS: Final = 2
@@ -53,7 +57,11 @@ def make(folder: Path) -> None:
     first = make_large_adapter(folder / "adapter1", base)
     for n in range(2, ADAPTERS + 1):
         other = shutil.copytree(first, folder / f"adapter{n}")
-        edit_weights(other, lambda tensors, n=n: {name: t * (1 + n / 10) for name, t in tensors.items()})
+        edit_weights(other, partial(_scaled, 1 + n / 10))
+
+
+def _scaled(factor: float, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor * factor for name, tensor in tensors.items()}
 
 
 class Ours:
@@ -236,13 +244,13 @@ def throughput(folder: Path) -> Iterator[Any]:
 
 def _harness(plain: Plain, size: int, pairs: Any, rolled: Any) -> Iterator[tuple[Any, Any]]:
     try:
-        from lm_eval.models.huggingface import HFLM
-
-        from tests.neighbours import harness
+        models: Any = import_module("lm_eval.models.huggingface")
     except ImportError as error:
         print(f"# lm_eval: {error}", flush=True)
         return
-    lm = HFLM(pretrained=plain.model, tokenizer=plain.tokenizer, batch_size=size, device=device.DEVICE)
+    from tests.neighbours import harness
+
+    lm = models.HFLM(pretrained=plain.model, tokenizer=plain.tokenizer, batch_size=size, device=device.DEVICE)
     yield lambda: harness.of_pairs(lm, pairs), lambda: harness.rolling(lm, rolled)
 
 
@@ -303,8 +311,8 @@ def generation(folder: Path) -> Iterator[Any]:
             equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
             seconds = medians(
                 GENERATIONS,
-                ours=lambda prompts=prompts, count=count: view.generate_many(prompts, max_new_tokens=count),
-                theirs=lambda prompts=prompts, count=count: plain.generate_many(prompts, count),
+                ours=partial(view.generate_many, prompts, max_new_tokens=count),
+                theirs=partial(plain.generate_many, prompts, count),
             )
             yield Figure(
                 f"generate_many, {name}, times transformers",
@@ -351,6 +359,47 @@ def overhead(folder: Path) -> Iterator[Any]:
         yield Measured(
             "a warm request and two views, ms", medians(50, warm=warm)["warm"] * 1e3, "no work of the device's"
         )
+
+
+# --- what could be ----------------------------------------------------------------------------------------------------
+
+
+def lazy(folder: Path) -> Iterator[Any]:
+    """Whether torch's lazy clones would do for this device's memory, which trees share as it is today."""
+    import torch
+
+    from pytest_sway.backends.hf.sharing import shared_memory
+
+    plain = Plain(folder)
+    model: Any = copy.deepcopy(plain.model.get_base_model())  # in memory of torch's
+    rows = torch.tensor([plain.ids(texts([100], seed=13)[0])], device=device.DEVICE)
+    weights = [parameter for parameter in model.parameters() if parameter.numel() > 2**16]
+    nbytes = sum(weight.nbytes for weight in weights)
+    clonable = sum(shared_memory._lazy_clone(weight) is not None for weight in weights)
+    yield Measured("weights of which torch makes lazy clones / all", clonable / len(weights), f"{len(weights)} weights")
+    if clonable < len(weights):
+        return
+    with patch.object(shared_memory, "_is_exposed", lambda tensor: not shared_memory._is_plain(tensor)):
+        memory = shared_memory.SharedMemory(model)
+        device.synchronise()
+        before = device.allocated()
+        tree = memory.tree()
+        of_the_tree = device.allocated() - before
+        with torch.inference_mode():
+            expected, found = model(input_ids=rows).logits, tree(input_ids=rows).logits
+        same = bool(torch.equal(expected, found))
+        del expected, found
+        copied = device.allocated() - before
+    yield Measured("a tree of lazy clones: bytes / the model's", of_the_tree / nbytes, f"{of_the_tree} bytes")
+    yield Measured(
+        "what a pass over it has copied / the model", copied / nbytes, f"{copied} bytes; logits equal: {same}"
+    )
+    was = weights[0].flatten()[:4].tolist()
+    with torch.no_grad():
+        next(parameter for parameter in tree.parameters() if parameter.numel() > 2**16).add_(1)
+    kept = weights[0].flatten()[:4].tolist() == was
+    detail = f"{device.allocated() - before - copied} bytes copied; the model's is as it was: {kept}"
+    yield Measured("after a write to one of its weights, 1 if the model's is kept", float(kept), detail)
 
 
 def main(name: str, folder: Path) -> None:

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def the_device() -> None:
+def the_device() -> Iterator[None]:
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     device.require()
     device.warm_up()
+    gc.freeze()  # collections of garbage, of which each close makes some, look at less
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ PROMPTS = texts([3, 12, 40, 7])
 PAIRS = [(prompt, " " + completion) for prompt in PROMPTS for completion in ("east", "west and north", "the red sun")]
 SIDES = ["base", "tuned"]
 PER_TOKEN = {"fp32": 1e-4, "bf16": 0.4}
-"""Nats. The bf16 numbers of transformers are up to 0.37 from those in float32, for a model of 190 million parameters whose
-logits have a standard deviation of 1.6, and a batch rounds otherwise than a text alone."""
+"""Nats. In bf16, transformers' numbers are up to 0.37 from its own in float32, for a model of 190 million parameters
+whose logits have a standard deviation of 1.6, and a batch rounds otherwise than a text alone."""
 
 
 class Compared(NamedTuple):
