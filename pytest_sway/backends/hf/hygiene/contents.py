@@ -59,9 +59,11 @@ class ContentsRecord:
 
 
 def _plain(tensor: Any) -> Any:
-    """Return a tensor's memory as a plain ``torch.Tensor``, without its subclass."""
+    """Return a tensor's memory as a plain ``torch.Tensor``, with its count of writes if the tensor is plain itself."""
     import torch
 
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor.detach()  # it shares the tensor's count of writes; `.data` has a count of its own
     return tensor.data.as_subclass(torch.Tensor)
 
 

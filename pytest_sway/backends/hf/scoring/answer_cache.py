@@ -142,11 +142,24 @@ def circumstances(device_type: str) -> tuple[Any, ...] | None:
         torch.is_autocast_enabled(device_type),
         torch.get_autocast_dtype(device_type),
         torch.are_deterministic_algorithms_enabled(),
-        torch._C._get_float32_matmul_precision(),  # the public function raises once a newer setting was used
+        _float32_precision(),
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
         mkldnn.enabled,
-        getattr(mkldnn, "fp32_precision", None),
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
     )
+
+
+def _float32_precision() -> tuple[Any, ...]:
+    """Return torch's settings of the precision in which matrices of float32 are multiplied."""
+    import torch
+
+    parts: list[Any] = [torch.backends.mkldnn, torch.backends.cuda.matmul]
+    parts.append(getattr(torch.backends.mkldnn, "matmul", None))
+    told = [getattr(part, "fp32_precision", None) for part in parts]  # since torch 2.9
+    with suppress(RuntimeError):  # it raises once one of those was set
+        told.append(torch._C._get_float32_matmul_precision())
+    return tuple(told)
 
 
 def _is_observed() -> bool:

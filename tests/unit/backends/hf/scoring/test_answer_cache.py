@@ -202,6 +202,25 @@ def test_the_same_tokens_in_other_precision_are_another_question(
         assert not recalled
 
 
+@pytest.mark.parametrize("part", ["cuda", "mkldnn"])
+def test_the_same_tokens_in_other_precision_of_float32_are_another_question(
+    build: Any, base: Path, recalled: Counter[str], part: str
+) -> None:
+    import torch
+
+    settings: Any = getattr(getattr(torch.backends, part), "matmul", None)
+    if not hasattr(settings, "fp32_precision"):
+        pytest.skip("torch has this setting since 2.9")
+    with build(base).as_base() as view:
+        view.logprob_of(PROMPT, ANSWER)
+        before, settings.fp32_precision = settings.fp32_precision, "tf32" if part == "cuda" else "bf16"
+        try:
+            view.logprob_of(PROMPT, ANSWER)
+        finally:
+            settings.fp32_precision = before
+        assert not recalled
+
+
 def test_whoever_watches_the_computing_sees_it(build: Any, base: Path, recalled: Counter[str]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
