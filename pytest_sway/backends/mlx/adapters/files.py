@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.backends.mlx.adapters.conversion import refuse_inexact
-from pytest_sway.backends.questions import shortened
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,9 +119,9 @@ def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     _require_rank(path, "r", config.get("r"))
     _require_number(path, "lora_alpha", config.get("lora_alpha"))
     for pattern, rank in (config.get("rank_pattern") or {}).items():
-        _require_rank(path, f"rank_pattern[{shortened(pattern)}]", rank)
+        _require_rank(path, f"rank_pattern[{shown(pattern)}]", rank)
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        _require_number(path, f"alpha_pattern[{shortened(pattern)}]", alpha)
+        _require_number(path, f"alpha_pattern[{shown(pattern)}]", alpha)
 
 
 def _require_rank(path: Path, field: str, value: Any) -> None:
@@ -135,6 +135,4 @@ def _require_number(path: Path, field: str, value: Any) -> None:
 
 
 def _unfit(path: Path, field: str, value: Any, wanted: str) -> SpecError:
-    return SpecError(
-        f"{str(path)!r} has {field} = {shortened(value)}, and it must be {wanted}. Save the adapter again."
-    )
+    return SpecError(f"{str(path)!r} has {field} = {shown(value)}, and it must be {wanted}. Save the adapter again.")

@@ -207,7 +207,7 @@ def _as_adapter(folder: Path) -> None:
         pytest.param(
             _others_first,
             AdapterMismatchError,
-            "2 of the base's 91 tokens are others in it ('sun' is number 59 in the base, number 60 in it). Name the"
+            "2 of the base's 91 tokens have other ids in it ('sun' has id 59 in the base, id 60 in it). Name the"
             " base that it was fine-tuned from.",
             id="other tokens",
         ),
