@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from pytest_sway.backends.questions import shown
 from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
 from pytest_sway.errors import ComparisonError, NoAdapterError
 from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
