@@ -144,7 +144,7 @@ def test_a_rank_or_scale_that_is_no_such_number_is_refused_by_its_name(
     build: Build, base: Path, tmp_path: Path, make: Callable[..., Path], change: dict[str, Any], field: str
 ) -> None:
     adapter = edit_config(make(tmp_path / "adapter", base), **change)
-    with pytest.raises(SpecError, match=re.escape(f"{str(adapter / 'adapter_config.json')!r} has {field}, and ")):
+    with pytest.raises(SpecError, match=re.escape(f"{str(adapter / 'adapter_config.json')!r} has {field}; ")):
         build(base, adapter)
 
 
@@ -168,7 +168,7 @@ def test_a_pipe_in_an_adapters_folder_is_not_waited_for(build: Build, base: Path
     make_tokenizer(adapter)
     (adapter / name).unlink()
     os.mkfifo(adapter / name)
-    with pytest.raises((SpecError, WeightsError), match=rf"{name}' is no regular file \(a pipe"):
+    with pytest.raises((SpecError, WeightsError), match=rf"{name}' is a pipe, a device or a socket"):
         build(base, adapter)
 
 
@@ -183,7 +183,7 @@ def test_an_expression_that_backtracks_without_end_is_refused(
 
 def test_a_rank_that_the_weights_cannot_fill_is_refused_at_once(build: Build, base: Path, tmp_path: Path) -> None:
     adapter = edit_config(make_adapter(tmp_path / "adapter", base), r=10**7)
-    with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, and no tensor of the adapter has a side of"):
+    with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, but no tensor of the adapter has a side of"):
         build(base, adapter)
 
 
