@@ -35,7 +35,7 @@ _LIMITS: Final = (
     (re.compile(r".*\.index\.json|tokenizer_config\.json|added_tokens\.json"), INDEX_BYTES),
     (re.compile(r".*\.(json|txt|model)"), TOKENIZER_BYTES),
 )
-"""The most bytes of a file that is read whole, by its name; the first match counts. The cache bounds weights."""
+"""The most bytes of a file that is read whole, by its name; the first match counts. The cache limits weights."""
 
 _READ_BY_LIBRARIES: Final = re.compile(
     r"((generation_|tokenizer_)?config|tokenizer|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
