@@ -189,8 +189,7 @@ class BaseView(ABC, Generic[O]):
         if backend is not None:
             backend._view_closed(self)
 
-    # --- implemented by each kind: the arguments are checked, and the view is open
-    # --------------------------------------
+    # --- implemented by each kind: the arguments are checked, and the view is open ------------------------------------
 
     @abstractmethod
     def _rendered(self, messages: Iterable[Message]) -> str: ...
@@ -207,8 +206,7 @@ class BaseView(ABC, Generic[O]):
     @abstractmethod
     def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]: ...
 
-    # --- used by each kind
-    # ------------------------------------------------------------------------------------------------
+    # --- used by each kind --------------------------------------------------------------------------------------------
 
     def _run(self, work: Any, *args: Any) -> Any:
         return self._open()._run(self, work, args)

@@ -24,8 +24,8 @@ class Key(httpx.Auth):
     """Puts the key, if there is one, into a request's header.
 
     Args:
-        variable: The environment variable that holds the key. By default ``SWAY_API_KEY``; if that is not set, then for
-            OpenAI's own server, and no other, ``OPENAI_API_KEY``.
+        variable: The environment variable that holds the key. The default is ``SWAY_API_KEY``, or ``OPENAI_API_KEY`` if
+            that is not set and the server is OpenAI's own.
     """
 
     def __init__(self, variable: str | None = None) -> None:

@@ -75,5 +75,5 @@ def _first_is_bos(text: str, tokens: Sequence[Token]) -> bool:
 
 
 def _skeleton(text: str) -> str:
-    """The characters that all spellings share: SentencePiece may lose blanks, and parts of characters lose the rest."""
+    """The ASCII characters of a text without blanks: SentencePiece loses blanks, and split characters lose the rest."""
     return "".join(character for character in text if character.isascii() and not character.isspace())

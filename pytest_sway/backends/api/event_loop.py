@@ -64,7 +64,7 @@ class EventLoopThread:
             future.cancel()
             raise
         if error is not None:
-            raise error  # raised here, a failing test shows no frames of concurrent.futures
+            raise error  # not by result(), whose frames a failing test would show
         return future.result()
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
@@ -83,7 +83,7 @@ class EventLoopThread:
             self._loop.close()
 
     def _forget(self) -> None:
-        """Be closed in a forked child, where the thread does not exist."""
+        """Mark it as closed in a forked child, which does not have its thread."""
         self._lock = threading.Lock()
         self._closed = True
 

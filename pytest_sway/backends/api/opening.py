@@ -55,7 +55,7 @@ async def _open(connection: Connection, endpoint: str, name: str) -> ServedModel
     if not isinstance(listed, list):
         return ServedModel(connection, endpoint, name, {})
     served = {entry["id"]: entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)}
-    for alias in (name, f"{name}:latest"):  # Ollama lists a name without a tag so
+    for alias in (name, f"{name}:latest"):  # Ollama lists an untagged name like this
         if alias in served:
             return ServedModel(connection, endpoint, name, served[alias])
     raise SpecError(

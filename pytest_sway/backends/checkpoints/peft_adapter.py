@@ -97,9 +97,8 @@ class AdapterFiles:
     @property
     def told_by_weights(self) -> bool:
         """Whether its weights alone show that it changes anything."""
-        return (
-            self.plain and self.config.get("init_lora_weights") != "orthogonal"
-        )  # there, two nonzero factors have a product of zero
+        # With "orthogonal", two nonzero factors have a product of zero.
+        return self.plain and self.config.get("init_lora_weights") != "orthogonal"
 
     @property
     def rewrites_targets(self) -> bool:

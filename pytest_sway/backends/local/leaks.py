@@ -77,7 +77,7 @@ class _Search:
         return upper[:MAX_WIDTH]
 
     def _visit(self, referrer: Any, below: dict[int, Any]) -> bool:
-        """Note a referrer that has a name, and return True; note the path of one without, and return False."""
+        """Record ``referrer``; return whether the search ends there, as it does at one that has a name."""
         held = next((thing for thing in gc.get_referents(referrer) if id(thing) in below), None)
         if held is None:
             return True
@@ -114,7 +114,7 @@ class _Search:
 
 
 def _running_frames() -> Iterator[tuple[types.FrameType, str | None]]:
-    """Yield the frames of all threads; with a description, if a call of ours in another thread runs above them."""
+    """Yield the frames of all threads; those inside a call of ours in another thread come with a description of it."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for thread, innermost in sys._current_frames().items():
         own = thread == threading.get_ident()

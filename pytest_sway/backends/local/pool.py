@@ -78,7 +78,7 @@ class SharedPool(Generic[K, V]):
         self._withdrawn: list[_Slot[K, V]] = []
 
     def _forget_the_parents(self) -> None:
-        """Be empty in a forked child: wait for none of the parent's locks, and close none of its values."""
+        """Empty the pool in a forked child: wait for none of the parent's locks, and close none of its values."""
         for slot in (*self._slots.values(), *self._withdrawn):
             slot.guard, slot.value = threading.Lock(), []
         self._start_empty()
@@ -124,8 +124,7 @@ class SharedPool(Generic[K, V]):
         """Return the keys of all values that are loaded or loading."""
         return list(self._slots)
 
-    # --- steps: each is atomic and can be repeated
-    # ------------------------------------------------------------------------
+    # --- steps: each is atomic and can be repeated --------------------------------------------------------------------
 
     @atomic
     def _join(self, key: K, user: object) -> _Slot[K, V]:
@@ -162,8 +161,7 @@ class SharedPool(Generic[K, V]):
         if slot in self._withdrawn:
             self._withdrawn.remove(slot)
 
-    # --- loads and closes, between the steps
-    # ------------------------------------------------------------------------------
+    # --- loads and closes, between the steps --------------------------------------------------------------------------
 
     def _share(self, slot: _Slot[K, V], user: object, load: Callable[[], V]) -> PoolLease[V] | None:
         """Return a claim, under the slot's guard; ``None`` if the slot was being closed when we joined."""

@@ -178,8 +178,8 @@ class PooledBackend(ABC, Generic[S, V]):
     def as_null_adapter(self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0) -> Iterator[V]:
         """Open a view with noise in place of the LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
 
-        The variance of a product of rank r is proportional to r, so this stands for an adapter of rank ``r *
-        rank_scale``.
+        The variance of a product of rank r is proportional to r. So this stands for an adapter of ``rank_scale`` times
+        the rank.
 
         Args:
             seed: The seed of the noise. For kind ``hf``, equal seeds give dlm-sway's noise.
@@ -321,8 +321,7 @@ class PooledBackend(ABC, Generic[S, V]):
             )
         return adapter
 
-    # --- implemented by each kind
-    # -----------------------------------------------------------------------------------------
+    # --- implemented by each kind -------------------------------------------------------------------------------------
 
     @abstractmethod
     def _new_view(self, view_id: str) -> V: ...

@@ -89,8 +89,7 @@ class PooledBuilder(Build, ABC, Generic[B]):
         if plan.read is not None and self._on_base_mismatch == policy:
             require_same_base(plan.spec, plan.read.config, policy)
 
-    # --- implemented by each kind
-    # -----------------------------------------------------------------------------------------
+    # --- implemented by each kind -------------------------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
@@ -110,8 +109,7 @@ class PooledBuilder(Build, ABC, Generic[B]):
     def _close_base(base: B) -> None:
         """Free a base without users."""
 
-    # --- used by each kind
-    # ------------------------------------------------------------------------------------------------
+    # --- used by each kind --------------------------------------------------------------------------------------------
 
     def _clean_base(self, model: ModelFiles, shares: list[PoolLease[B]]) -> B:
         """Claim a model of a plan. A changed one is left to its users and loaded anew."""
