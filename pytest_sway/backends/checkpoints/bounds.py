@@ -156,7 +156,7 @@ def require_types(path: Path, config: Mapping[str, Any]) -> None:
             )
         if not _is_finite(value):
             raise SpecError(
-                f"{str(path)!r} has {field} = {shown(value)}, and a setting must be finite. Save the adapter again."
+                f"{str(path)!r} has {field} = {shown(value)}; a setting must be finite. Save the adapter again."
             )
     for field, (kinds, of) in _TYPES.items():
         value = config.get(field)

@@ -247,7 +247,7 @@ def test_a_setting_that_is_no_number_is_named(
     edit_config(folders["adapter"], **fields)
     error = refusal()
     assert isinstance(error, SpecError)
-    assert f"adapter_config.json' has {sentence}, and a setting must be finite." in str(error)
+    assert f"adapter_config.json' has {sentence}; a setting must be finite." in str(error)
 
 
 @pytest.mark.parametrize("field", ["init_lora_weights", "target_modules", "an unknown field"])
