@@ -1,1 +1,1 @@
-"""From a spec to a live backend: one module or room per kind, and the rooms that several kinds share."""
+"""Backends: a module or room for each kind, and rooms that several kinds share."""

@@ -1,4 +1,4 @@
-"""What every backend owes: two views, a ``close()``, finite numbers. And `Build`, which makes backends."""
+"""`Build`, the base class of builders, and checks on the backends that they make."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def preflight(sides: Mapping[str, Callable[[], AbstractContextManager[View]]]) -
     """Score one prompt on each side.
 
     Args:
-        sides: What opens a view on each, by the name that a report knows it by.
+        sides: Functions that open a view on each side, by the side's name in reports.
 
     Returns:
-        ``(True, "")``, or ``(False, reason)``.
+        ``(True, "")``, or ``(False, reason)`` if a side raises or gives a number that is not finite.
     """
     reasons = []
     for label, opened in sides.items():
         try:
             with opened() as view:
                 reasons.append(not_finite(label, view.next_token_dist(_PROMPT, top_k=_TOP_K)))
-        except Exception as error:  # the check reports whatever went wrong
+        except Exception as error:  # whatever went wrong is the answer
             reasons.append(f"the {label} view raised {type(error).__name__}: {redacted(str(error))}")
     return not any(reasons), "; ".join(filter(None, reasons))
 
 
 def not_finite(label: str, dist: TokenDist) -> str:
-    """Return what is not finite in a view's distribution, in words; nothing if all is."""
+    """Return a sentence on the numbers of a distribution that are not finite; an empty text if all are."""
     bad = sum(not math.isfinite(logprob) for logprob in dist.logprobs)
     if bad:
         return f"the {label} view gave {bad} of {dist.logprobs.size} non-finite log-probabilities"
@@ -117,17 +117,17 @@ class HintsAtViews:
 
 
 class Build:
-    """Makes backends of specs: `resolve` the spec, `check` it once, then `pin` and `build` what the plan says.
+    """Makes backends: `resolve` the spec, `check` it once, then `pin` and `build` from the plan.
 
-    Override `build`, and what you know more about: the answers here are those where nothing is known before the load.
+    Override `build`, and every method that you can answer better: the defaults know nothing before a load.
     """
 
     def __call__(self, spec: ModelSpec, *, adapter_path: Path | None = None) -> Any:
         """Load what ``spec`` describes.
 
         Args:
-            spec: Any spec.
-            adapter_path: An adapter that takes the place of the spec's own.
+            spec: What to load.
+            adapter_path: An adapter that replaces the spec's own.
         """
         return self.build(self.check(self.resolve(with_adapter(spec, adapter_path))))
 
@@ -141,56 +141,56 @@ class Build:
         return spec
 
     def check(self, spec: ModelSpec) -> Plan:
-        """Return the plan for a resolved spec, before anything is evicted for it or loaded.
+        """Return the plan for a resolved spec, before any model is evicted or loaded for it.
 
-        Parts that several backends share, such as a base, have equal keys in the plan's sizes, and count once.
+        Parts that backends share, such as a base, have equal keys in the plan's sizes and count once.
 
         Raises:
-            SwayError: Loading it would fail.
+            SwayError: The spec cannot be loaded.
         """
         return Plan.of(spec)
 
     def pin(self, plan: Plan) -> AbstractContextManager[None]:  # noqa: ARG002 # for those who override it
-        """Keep what a plan shares with others from being closed while room is made for it."""
+        """Keep the parts that a plan shares from being closed while models are evicted for it."""
         return nullcontext()
 
     def build(self, plan: Plan) -> Any:
-        """Load what a plan describes and is not loaded yet.
+        """Load what a plan describes, except for shared parts that are loaded already.
 
         Raises:
             SwayError: It cannot be loaded; the message says why and what to do.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no build() of its own: {plan.spec}")
+        raise NotImplementedError(f"{type(self).__name__} must override build() to load {plan.spec}")
 
     def measure(self, backend: Any) -> Mapping[Hashable, int] | None:
-        """Return the bytes that each part of a loaded backend takes, keyed as in a plan's sizes."""
+        """Return the bytes of each part of a loaded backend, keyed as in a plan's sizes; ``None`` if unknown."""
         sizes = getattr(backend, "sizes", None)
         return sizes() if callable(sizes) else None
 
     def exhausted(self, error: Exception) -> bool:
-        """Return whether a load failed because memory ran out, so that it is worth another try with more."""
+        """Return whether a load failed for lack of memory, so that it is tried again after an eviction."""
         return out_of_memory(error)
 
 
 def closers_of(built: Iterable[Any]) -> list[Callable[[], object]]:
-    """The ``close`` methods of what was built; what has none is merely dropped."""
+    """Return the ``close`` methods of backends; one without is skipped."""
     closes = (getattr(backend, "close", None) for backend in built)
     return [close for close in closes if callable(close)]
 
 
 def require_differential(backend: Any, made_by: str) -> DifferentialBackend:
-    """Return ``backend``, if it has what a differential backend needs; close it otherwise.
+    """Return ``backend`` if it is a differential backend; close it otherwise.
 
     Args:
-        backend: What somebody else's code made.
-        made_by: Whose, for the message.
+        backend: What a user's code made.
+        made_by: The name of that code, for the message.
 
     Raises:
         BackendLoadError: It lacks a method.
     """
     missing = [name for name in ("as_base", "as_finetuned") if not callable(getattr(backend, name, None))]
     if missing:
-        with suppress(Exception):  # the error to tell of is the one below
+        with suppress(Exception):  # the error below matters more
             for close in closers_of([backend]):
                 close()
         raise BackendLoadError(

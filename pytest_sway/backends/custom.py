@@ -1,4 +1,4 @@
-"""Backends of kind ``custom``: a class of the user's own, named by ``entry_point="package.module:Class"``."""
+"""Backends of kind ``custom``: a class of your own, named by ``entry_point="package.module:Class"``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def import_class(spec: ModelSpec) -> Callable[..., Any]:
     """Return what the spec's ``entry_point`` names: a class, or a function that makes a backend.
 
     Raises:
-        SpecError: The module cannot be found, has no such attribute, or has something there that cannot be called as
-            `CustomBuilder` does.
-        BackendLoadError: The module is there, and raised an error of its own.
+        SpecError: The module or its attribute does not exist, or cannot be called as `CustomBuilder` does.
+        BackendLoadError: The import of the module raised an error.
     """
     module_name, _, path = (spec.entry_point or "").partition(":")
     found: Any = _module(spec, module_name)
@@ -41,11 +40,11 @@ def import_class(spec: ModelSpec) -> Callable[..., Any]:
             raise SpecError(f"entry_point {spec.entry_point!r}: {module_name!r} has no {path!r}.{hint}") from error
     if not callable(found):
         raise SpecError(
-            f"entry_point {spec.entry_point!r} is no class, but an object of type {type(found).__name__}."
-            " Name the class, or a function, that makes the backend."
+            f"entry_point {spec.entry_point!r} is an object of type {type(found).__name__}, not a class."
+            " Name the class or the function that makes the backend."
         )
     _require_signature(spec, found)
-    return found  # type: ignore[no-any-return] # getattr's value, which is callable
+    return found  # type: ignore[no-any-return] # it is callable
 
 
 class CustomBuilder(Build):
@@ -58,11 +57,11 @@ class CustomBuilder(Build):
     def build(self, plan: Plan) -> DifferentialBackend:
         """Call the spec's class as ``Class(base_spec=spec, adapter_path=spec.adapter)``, as dlm-sway does.
 
-        Only what is needed to open a view is asked for: a view that lacks a method shows when that is called, since
-        opening one may cost as much as the class likes.
+        It only requires the methods that open a view. It opens none, since the class may take long for that: if a view
+        lacks a method, the call of that method fails.
 
         Raises:
-            BackendLoadError: What it makes is no differential backend.
+            BackendLoadError: The class makes something else than a differential backend.
         """
         spec = plan.spec
         backend = plan.read(base_spec=spec, adapter_path=spec.adapter)
@@ -87,12 +86,12 @@ def _module(spec: ModelSpec, name: str) -> Any:
 def _require_signature(spec: ModelSpec, found: Callable[..., Any]) -> None:
     try:
         signature = inspect.signature(found)
-    except (TypeError, ValueError):  # of what is not written in Python, nothing is known
+    except (TypeError, ValueError):  # code in C may have no signature
         return
     try:
         signature.bind(base_spec=spec, adapter_path=spec.adapter)
     except TypeError as error:
         raise SpecError(
-            f"entry_point {spec.entry_point!r} is called with base_spec=<the spec> and adapter_path=<a folder or None>,"
-            f" and takes ({', '.join(signature.parameters)}): {error}."
+            f"pytest-sway calls entry_point {spec.entry_point!r} with base_spec=<the spec> and adapter_path=<a folder"
+            f" or None>, but it takes ({', '.join(signature.parameters)}): {error}."
         ) from None

@@ -1,4 +1,4 @@
-"""What may be asked of a view: the same for every kind, so that a test can move from one to another."""
+"""Check the arguments of a view's questions, the same for every kind of backend."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.errors import ScoringError
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from pytest_sway.protocols import Message, Prompt
@@ -17,11 +18,11 @@ _MANY: Final = " To ask many at once, use"
 
 
 class SamplingParams(NamedTuple):
-    """How new text is made.
+    """How new text is generated.
 
     Attributes:
         max_new_tokens: The most tokens to add.
-        temperature: 0 for the most probable token each time; above, logits are divided by it and sampled from.
+        temperature: 0 takes the most probable token each time. Above 0, logits are divided by it before sampling.
         top_p: Sample from the smallest set of tokens with this mass.
     """
 
@@ -30,7 +31,7 @@ class SamplingParams(NamedTuple):
     top_p: float
 
     def check(self) -> None:
-        """Raise `ScoringError` for a value that has no meaning."""
+        """Raise `ScoringError` for an invalid value."""
         if self.max_new_tokens < 1:
             raise ScoringError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if not self.temperature >= 0.0:
@@ -39,10 +40,10 @@ class SamplingParams(NamedTuple):
             raise ScoringError(f"top_p must be over 0 and at most 1, not {self.top_p}.")
 
     def room(self, max_length: int) -> int:
-        """Return how many tokens a prompt may have, for a model that reads ``max_length`` at once.
+        """Return how many tokens of a prompt fit into a model that reads ``max_length`` at once.
 
         Raises:
-            ScoringError: None.
+            ScoringError: None do.
         """
         room = max_length - self.max_new_tokens
         if room < 1:
@@ -57,12 +58,10 @@ def listed(items: Iterable[Any], what: str) -> list[Any]:
     """Return items as a list.
 
     Raises:
-        ScoringError: They are one text, or nothing to iterate over.
+        ScoringError: ``items`` is a single text, or cannot be iterated over.
     """
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
-        raise ScoringError(
-            f"expected a list of {what}, and {shortened(items)} is none. For a single one, put it in []."
-        )
+        raise ScoringError(f"expected a list of {what}; found {shown(items)}. Put a single one into a list.")
     return list(items)
 
 
@@ -70,11 +69,11 @@ def checked_pair(pair: Any) -> tuple[Prompt, str]:
     """Return a prompt and a completion.
 
     Raises:
-        ScoringError: They are no pair.
+        ScoringError: ``pair`` is something else.
     """
     sized = hasattr(pair, "__len__") and not isinstance(pair, str | bytes | Mapping)
     if not sized or len(pair) != 2 or not isinstance(pair[1], str):
-        raise ScoringError(f"a pair is a prompt and a completion, and {shortened(pair)} is none.")
+        raise ScoringError(f"expected a pair of a prompt and a completion; found {shown(pair)}.")
     prompt, completion = pair
     return prompt, completion
 
@@ -83,30 +82,30 @@ def checked_text(text: Any) -> str:
     """Return a text.
 
     Raises:
-        ScoringError: It is none.
+        ScoringError: ``text`` is something else.
     """
     if not isinstance(text, str):
         many = f"{_MANY} rolling_logprobs(texts)." if isinstance(text, list | tuple) else ""
-        raise ScoringError(f"expected a text to score, and {shortened(text)} is none.{many}")
+        raise ScoringError(f"expected a text to score; found {shown(text)}.{many}")
     return text
 
 
 def checked_messages(messages: Iterable[Message]) -> tuple[list[dict[str, Any]], bool]:
-    """Return a conversation, and whether its last turn is the assistant's and goes on.
+    """Return a conversation, and whether to continue its last turn, because that is the assistant's.
 
-    A last turn of the assistant's without text is left out: it is one that has yet to begin.
+    An assistant's last turn without text is left out, since it has yet to begin.
 
     Raises:
-        ScoringError: It is none, or a message is malformed.
+        ScoringError: ``messages`` is not a conversation, or a message is malformed.
     """
     if isinstance(messages, Mapping | str | bytes) or not isinstance(messages, Iterable):
         raise ScoringError(
-            f"a prompt is a text or a list of messages with 'role' and 'content', and {shortened(messages)} is neither."
+            f"expected a prompt: a text, or a list of messages with 'role' and 'content'; found {shown(messages)}."
         )
     messages = list(messages)
     if messages and all(isinstance(message, str) for message in messages):
         raise ScoringError(
-            f"a prompt is one text or a list of messages, and {shortened(messages)} is a list of texts.{_MANY}"
+            f"expected a prompt: one text, or a list of messages; found the texts {shown(messages)}.{_MANY}"
             " logprobs_of(pairs), next_token_dists(prompts) or generate_many(prompts)."
         )
     conversation = [_checked(message) for message in messages]
@@ -114,7 +113,7 @@ def checked_messages(messages: Iterable[Message]) -> tuple[list[dict[str, Any]],
         raise ScoringError("the list of messages is empty; a conversation has at least one.")
     continues = conversation[-1]["role"] == _ASSISTANT
     if continues and not _has_text(conversation[-1]["content"]):
-        conversation, continues = conversation[:-1], False  # there is nothing yet after which the turn goes on
+        conversation, continues = conversation[:-1], False  # the turn has no text to continue
         if not conversation:
             raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
     return conversation, continues
@@ -124,7 +123,7 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """Return one seed for each of ``count`` prompts.
 
     Raises:
-        ScoringError: Seeds were given, and not one for each prompt.
+        ScoringError: There are more or fewer seeds than prompts.
     """
     if not isinstance(seed, Sequence):
         return [seed] * count
@@ -133,18 +132,12 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return list(seed)
 
 
-def shortened(value: object) -> str:
-    """Return the ``repr`` of a value, cut to a length that fits into an error."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _has_text(content: Any) -> bool:
-    """Whether a message says anything; other content than text is left to the template."""
+    """Whether a message has content; the template checks content that is not text."""
     return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
 def _checked(message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise ScoringError(f"a message is a mapping with 'role' and 'content', and {shortened(message)} is not.")
+        raise ScoringError(f"expected a message with 'role' and 'content'; found {shown(message)}.")
     return dict(message)

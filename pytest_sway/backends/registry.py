@@ -1,6 +1,6 @@
-"""From a spec to a live backend: one module or package per kind, imported when the kind is first asked for.
+"""Select the builder of a spec's kind, and import it when that kind is first asked for.
 
-`Builder` is what the cache builds with. It keeps what the backends of a kind share, such as the loaded bases.
+The cache builds with `Builder`. It keeps what the backends of a kind share, such as loaded bases.
 """
 
 from __future__ import annotations
@@ -34,13 +34,10 @@ BUILDERS: Final = {
     "dummy": "pytest_sway.backends.dummy.backend:DummyBuilder",
     "custom": "pytest_sway.backends.custom:CustomBuilder",
 }
-"""What builds each kind: a `Build`, whose module is imported when the kind is first asked for.
-
-It is made with those of `Builder`'s options that it has parameters for.
-"""
+"""The `Build` class of each kind, as ``module:Class``. It gets the options of `Builder` that its ``__init__`` names."""
 
 _UNCHECKED: Final = object()
-"""What is in the plan of a spec that pytest-sway refuses, and a hook may take."""
+"""Marks the plan of a spec that pytest-sway refuses and a hook may build."""
 
 
 def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> ModelSpec:
@@ -48,8 +45,8 @@ def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> Mo
 
     Args:
         spec: Any spec.
-        device: What ``auto`` means for devices; itself ``auto`` for the best that the machine has.
-        dtype: What ``auto`` means for dtypes; itself ``auto`` for the best that the device computes.
+        device: The device for ``auto``; itself ``auto`` for the best one of the machine.
+        dtype: The dtype for ``auto``; itself ``auto`` for the best one of the device.
     """
     if spec.device == "auto" and device != "auto":
         spec = replace(spec, device=device)
@@ -59,14 +56,14 @@ def resolve(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> Mo
 
 
 class BuildHooks(Protocol):
-    """The user's part in building backends."""
+    """Hooks by which users build backends."""
 
     def build(self, spec: ModelSpec) -> Any | None:
-        """Return a backend, or ``None`` to leave it to pytest-sway."""
+        """Return a backend, or ``None`` to let pytest-sway build it."""
         ...
 
     def builds(self) -> bool:
-        """Whether anybody implements `build`."""
+        """Return whether any plugin implements `build`."""
         ...
 
 
@@ -74,15 +71,16 @@ class Builder(Build):
     """Builds backends of every kind and keeps what they share.
 
     Args:
-        hooks: Who is asked first for each backend, by the hook ``pytest_sway_build_backend``.
-        device: What ``auto`` means for devices in this run.
-        dtype: What ``auto`` means for dtypes in this run.
-        on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
-        share_weights: A folder through which this process and others on this host hold one copy of converted weights;
-            ``None`` for a copy of its own.
-        score_cache: The most bytes of answers that each base of kind ``hf`` remembers; 0 for none.
-        on_recall: Called with a base's name, how many answers it gave from memory, and the seconds they once took.
-        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
+        hooks: Asked first for each backend, by the hook ``pytest_sway_build_backend``.
+        device: The device for ``auto`` in this run.
+        dtype: The dtype for ``auto`` in this run.
+        on_base_load: Called after each load of a base, with the base's name and the seconds that the load took.
+        share_weights: A folder through which the processes on this host share one copy of converted weights; ``None``
+            for a copy of its own.
+        score_cache: The most bytes of answers that are cached for each base of kind ``hf``; 0 for none.
+        on_recall: Called with a base's name, the number of its cached answers that were used, and the seconds they
+            saved.
+        on_base_mismatch: What happens if an adapter names another base: ``error``, ``warn`` or ``ignore``.
     """
 
     def __init__(
@@ -114,10 +112,10 @@ class Builder(Build):
         return resolve(spec, device=self._device, dtype=self._dtype)
 
     def check(self, spec: ModelSpec) -> Plan:
-        """Return the plan for a resolved spec; where a hook may build what pytest-sway refuses, one that says nothing.
+        """Return the plan for a resolved spec; an empty one for a spec that fails the check but that a hook may build.
 
         Raises:
-            SwayError: Loading it would fail.
+            SwayError: The spec cannot be loaded, and there is no hook.
         """
         try:
             return self._builder(spec).check(spec)
@@ -127,11 +125,11 @@ class Builder(Build):
             return replace(Plan.of(spec), read=_UNCHECKED)
 
     def pin(self, plan: Plan) -> AbstractContextManager[None]:
-        """Keep what a plan shares with others from being closed while room is made for it."""
+        """Keep the parts that a plan shares from being closed while models are evicted for it."""
         return self._builder(plan.spec).pin(plan)
 
     def build(self, plan: Plan) -> DifferentialBackend:
-        """Build the backend of a plan, by the hook if it takes it."""
+        """Build a plan's backend; ask the hook first."""
         built = None if self._hooks is None else self._hooks.build(plan.spec)
         if built is not None:
             return require_differential(built, "the hook pytest_sway_build_backend")
@@ -143,7 +141,7 @@ class Builder(Build):
         if spec.kind not in self._builders:
             made_by = _builder_class(spec.kind)
             options = {name: self._options[name] for name in signature(made_by).parameters if name in self._options}
-            self._builders.setdefault(spec.kind, made_by(**options))  # another thread may have been here, too
+            self._builders.setdefault(spec.kind, made_by(**options))  # another thread may have made it meanwhile
         return self._builders[spec.kind]
 
 
@@ -154,14 +152,14 @@ def _builder_class(kind: str) -> type[Build]:
 
 
 def cache_key_for(spec: ModelSpec, *, adapter_path: Path | None = None) -> Key:
-    """Return the identity of what ``spec`` loads.
+    """Return the cache key of ``spec``.
 
-    The key begins ``(kind, base, str(adapter) or None, dtype, device)``, with the device and dtype that ``auto`` stands
-    for on this machine; asking that imports torch when the kind needs it and it is installed. It goes on with every
-    other field that changes what is loaded, and with the state of the files.
+    It begins with ``(kind, base, str(adapter) or None, dtype, device)``. ``auto`` is resolved for this machine, which
+    imports torch if the kind needs it and it is installed. The rest of the key is every other field that changes what
+    is loaded, and the state of the files.
 
     Args:
         spec: What is asked for.
-        adapter_path: An adapter that takes the place of the spec's own.
+        adapter_path: An adapter that replaces the spec's own.
     """
     return resolved_key(resolve(with_adapter(spec, adapter_path)))

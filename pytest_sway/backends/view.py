@@ -1,6 +1,6 @@
-"""`BaseView`: what a test asks of one side of a backend, of whatever kind.
+"""`BaseView`: the questions that a test can ask of one side of a backend.
 
-Here a question is checked, and one question is many of one. How many are answered is each kind's own.
+It checks arguments, and answers a single question as a batch of one. Each kind answers batches in its own way.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class ViewOwner(Protocol):
     """What a view needs of its backend."""
 
     def _run(self, view: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Return ``work(engine, *args)``, where the engine is what computes the view's answers."""
+        """Return ``work(engine, *args)``, with the engine that computes the view's answers."""
         ...
 
     def _view_closed(self, view: Any) -> None:
-        """Let go of what is kept for the view."""
+        """Release what is kept for the view."""
         ...
 
 
@@ -39,7 +39,7 @@ O = TypeVar("O", bound=ViewOwner)  # noqa: E741 # a type, not a number
 class BaseView(ABC, Generic[O]):
     """One side of a backend, open for the length of a ``with`` block.
 
-    It refers to no weights itself, so a view that a test holds on to keeps nothing alive.
+    It holds no weights, so a test may keep it without keeping the model in memory.
 
     Attributes:
         id: ``base``, ``ft``, ``scaled_<lam>`` or ``null_<seed>``.
@@ -59,16 +59,16 @@ class BaseView(ABC, Generic[O]):
         self.close()
 
     def render(self, messages: Iterable[Message]) -> str:
-        """Return what the tokenizer's chat template makes of a conversation, up to where the answer begins.
+        """Return a conversation as the tokenizer's chat template renders it, up to where the answer begins.
 
-        Wherever a prompt is asked for, the messages themselves will do. The template puts in all special tokens, so
-        that none are added when a prompt of messages is tokenised.
+        You can pass the messages themselves wherever a prompt is expected. The template writes all special tokens, so
+        none are added when such a prompt is tokenised.
 
         Args:
             messages: Mappings such as ``{"role": "user", "content": "Hello"}``, in order.
 
         Raises:
-            ScoringError: There is no chat template, a message is malformed, or the template refuses them.
+            ScoringError: There is no chat template, a message is malformed, or the template refuses the messages.
         """
         self._open()
         return self._rendered(messages)
@@ -76,9 +76,9 @@ class BaseView(ABC, Generic[O]):
     def logprob_of(self, prompt: Prompt, completion: str) -> float:
         """Return the sum of the log-probabilities of the completion's tokens given the prompt, in nats.
 
-        The pair is tokenised as lm-evaluation-harness does: the prompt's trailing whitespace goes to the completion;
-        an empty prompt is stood for by the token that begins a text (BOS, else EOS). What the model cannot read at once
-        is cut from the left, with a `SwayWarning`.
+        The pair is tokenised as lm-evaluation-harness does: trailing whitespace of the prompt goes to the completion,
+        and BOS (else EOS) stands in for an empty prompt. If the model cannot read it all at once, tokens are cut from
+        the left, with a `SwayWarning`.
 
         Raises:
             ScoringError: The completion has no tokens, or more than the model reads at once; or the model has no
@@ -99,13 +99,13 @@ class BaseView(ABC, Generic[O]):
 
         Args:
             text: The text.
-            prefix: Put the token that begins a text (BOS, else EOS) before it and score all of the text's own tokens,
-                as lm-evaluation-harness does; ``token_ids`` then begin with that token. Unlike there, a tokenizer that
-                adds BOS of its own accord does not add a second one. With ``False``, the tokens are those that the
-                tokenizer gives of its own accord, and the first is not scored, as in dlm-sway.
+            prefix: Begin with BOS (else EOS) and score all of the text's own tokens, as lm-evaluation-harness does. The
+                ``token_ids`` begin with that token, too. A tokenizer that adds BOS by default adds no second one,
+                unlike there. With ``False``, the tokens are the tokenizer's default ones, and the first is not scored,
+                as in dlm-sway.
 
         Raises:
-            ScoringError: A prefix is wanted, and there is neither BOS nor EOS; or the model has no embedding for a
+            ScoringError: ``prefix`` is true and there is neither BOS nor EOS, or the model has no embedding for a
                 token.
         """
         return self.rolling_logprobs([text], prefix=prefix)[0]
@@ -119,7 +119,7 @@ class BaseView(ABC, Generic[O]):
         """Return the distribution of the token after ``prompt``, cut to the ``top_k`` most probable tokens.
 
         Raises:
-            ScoringError: ``top_k`` is under 1, or nothing can stand for an empty prompt.
+            ScoringError: ``top_k`` is below 1, or the prompt is empty and there is neither BOS nor EOS.
         """
         return self.next_token_dists([prompt], top_k=top_k)[0]
 
@@ -141,19 +141,19 @@ class BaseView(ABC, Generic[O]):
     ) -> str:
         """Continue ``prompt`` and return the new text, without special tokens.
 
-        At temperature 0 each token is the most probable one of `next_token_dist`, but for ties. It does what the
-        arguments say and no more: of the base's own generation settings (a top-k, a repetition penalty, ...) only the
-        tokens that end a text count. The global random state takes no part and stays as it is.
+        At temperature 0, each token is the most probable one of `next_token_dist`, except for ties. Of the base's own
+        generation settings (top-k, repetition penalty, ...) only the tokens that end a text are used. The global random
+        state is neither used nor changed.
 
         Args:
             prompt: What to continue.
             max_new_tokens: The most tokens to add; fewer where the model ends its text.
-            temperature: 0 for the most probable token each time; above, sampling.
+            temperature: 0 takes the most probable token each time; above 0, tokens are sampled.
             top_p: Sample from the smallest set of tokens with this mass.
-            seed: Where sampling starts. Equal seeds give equal texts, also on another device but for rounding.
+            seed: The seed for sampling. Equal seeds give equal texts, on other devices too, except for rounding.
 
         Raises:
-            ScoringError: An argument has no meaning, or leaves no room for a prompt.
+            ScoringError: An argument is invalid, or leaves no room for a prompt.
         """
         return self.generate_many(
             [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -168,14 +168,14 @@ class BaseView(ABC, Generic[O]):
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
     ) -> list[str]:
-        """Return `generate` for each prompt, in their order: what each gives alone, but for ties.
+        """Return `generate` for each prompt, in their order. Each gets the text that it gets alone, except for ties.
 
         Args:
             prompts: What to continue.
             max_new_tokens: The most tokens to add to each.
-            temperature: 0 for the most probable token each time; above, sampling.
+            temperature: 0 takes the most probable token each time; above 0, tokens are sampled.
             top_p: Sample from the smallest set of tokens with this mass.
-            seed: Where sampling starts: one for all prompts, so that equal prompts get equal texts, or one for each.
+            seed: The seed for sampling: one for all prompts, so that equal prompts get equal texts, or one for each.
         """
         self._open()
         settings = SamplingParams(max_new_tokens, temperature, top_p)
@@ -189,7 +189,7 @@ class BaseView(ABC, Generic[O]):
         if backend is not None:
             backend._view_closed(self)
 
-    # --- what a kind answers: the arguments are checked, and the view is open -----------------------------------------
+    # --- implemented by each kind: the arguments are checked, and the view is open ------------------------------------
 
     @abstractmethod
     def _rendered(self, messages: Iterable[Message]) -> str: ...
@@ -206,7 +206,7 @@ class BaseView(ABC, Generic[O]):
     @abstractmethod
     def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]: ...
 
-    # --- what a kind asks ---------------------------------------------------------------------------------------------
+    # --- used by each kind --------------------------------------------------------------------------------------------
 
     def _run(self, work: Any, *args: Any) -> Any:
         return self._open()._run(self, work, args)
@@ -223,7 +223,7 @@ class BaseView(ABC, Generic[O]):
 
 
 def closed_error(backend: str) -> BackendClosedError:
-    """Return the error for a backend that is used after it was closed."""
+    """Return the error for the use of a closed backend."""
     return BackendClosedError(
         f"{backend} was used after it was closed, by eviction or at the end of the session."
         " Ask for it again with sway_backend(spec)."
@@ -231,7 +231,7 @@ def closed_error(backend: str) -> BackendClosedError:
 
 
 def null_id(seed: int, rank_scale: float) -> str:
-    """Return the id of a view with noise in place of an adapter: dlm-sway's.
+    """Return the id of a view with noise in place of an adapter, as dlm-sway writes it.
 
     Raises:
         ValueError: ``rank_scale`` is not positive and finite.

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias
 
-from pytest_sway.backends.questions import checked_pair, listed, shortened
+from pytest_sway.backends.questions import checked_pair, listed
 from pytest_sway.errors import ComparisonError, ScoringError
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from pytest_sway.protocols import View
@@ -45,7 +46,7 @@ class Questions:
         except ScoringError as error:
             raise ComparisonError(str(error)) from None
         if score is not None and not callable(score):
-            raise ComparisonError(f"score= is a function of a view and the questions; found {shortened(score)}.")
+            raise ComparisonError(f"score= is a function of a view and the questions; found {shown(score)}.")
         kinds = [_OWN if score is not None else _kind(question, at) for at, question in enumerate(self.asked)]
         for at, kind in enumerate(kinds):
             if kind != kinds[0]:
@@ -74,7 +75,7 @@ class Questions:
         """
         given = self._answers(view)
         if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-            raise ComparisonError(f"score= gives one number for each question; found {shortened(given)} for {name}.")
+            raise ComparisonError(f"score= gives one number for each question; found {shown(given)} for {name}.")
         scores = [self._number(score, at, name) for at, score in enumerate(given)]
         if len(scores) != len(self.asked):
             raise ComparisonError(
@@ -119,7 +120,7 @@ class Questions:
             number = math.nan
         if isinstance(score, str) or not math.isfinite(number):
             raise ComparisonError(
-                f"the score of questions[{at}] ({shortened(self.asked[at])}) is {shortened(score)} for {name}; a"
+                f"the score of questions[{at}] ({shown(self.asked[at])}) is {shown(score)} for {name}; a"
                 " comparison needs finite numbers."
             )
         return number
@@ -129,7 +130,7 @@ class Questions:
         for at, question in enumerate(self.asked):
             if (earlier := first.setdefault(_canonical(question), at)) != at:
                 raise ComparisonError(
-                    f"questions[{at}] is questions[{earlier}] once more ({shortened(question)}); a repeated question"
+                    f"questions[{at}] is questions[{earlier}] once more ({shown(question)}); a repeated question"
                     " shows nothing new. Take it out."
                 )
 
@@ -151,7 +152,7 @@ def _kind(question: Any, at: int) -> str:
     if _is_pair(question):
         return "pair"
     raise ComparisonError(
-        f"a question is a text, or a pair of a prompt and an answer; questions[{at}] is {shortened(question)}. For"
+        f"a question is a text, or a pair of a prompt and an answer; questions[{at}] is {shown(question)}. For"
         " questions of another kind, pass score=."
     )
 

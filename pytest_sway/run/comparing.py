@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from pytest_sway.backends.questions import shortened
 from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
 from pytest_sway.errors import ComparisonError, NoAdapterError
 from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -183,5 +183,5 @@ def _no_side(found: object, role: str) -> str:
             f"the {role} is a backend, which has two views. Open the one that you mean, as in `with"
             f" backend.as_finetuned() as {role}:`, or pass its spec."
         )
-    what = f"{type(found).__name__}: {shortened(found)}"
+    what = f"{type(found).__name__}: {shown(found)}"
     return f"the {role} of a comparison is a view, a spec or a configured name; found {what}."

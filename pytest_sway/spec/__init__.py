@@ -1,1 +1,1 @@
-"""What to load, as plain data: the type, the forms in which it is accepted, and what makes two specs one."""
+"""`ModelSpec`, which says what to load: its fields, the forms that you can pass, and its cache key."""

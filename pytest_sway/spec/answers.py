@@ -1,13 +1,13 @@
-"""Canned answers for backends of kind ``dummy``: the forms that they come in, and the one in which a spec keeps them.
+"""Parse canned answers for backends of kind ``dummy`` into the JSON text that a spec keeps.
 
-For each side, ``base`` and ``finetuned``, up to four tables, named as in dlm-sway's ``DummyResponses``::
+Each side, ``base`` and ``finetuned``, has up to four tables, named as in dlm-sway's ``DummyResponses``::
 
     logprobs     {prompt: {completion: nats}}, or {(prompt, completion): nats}
     rolling      {text: [nats of the second token, of the third, ...]}, or {text: a RollingLogprob or its fields}
     token_dists  {prompt: a TokenDist or its fields; vocab_size and tail_logprob may be left out}
     generations  {prompt: text}
 
-A mapping of them in Python, a JSON file and a TOML file are the same.
+You can give them as a Python mapping, a JSON file or a TOML file.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ __tracebackhide__ = True
 
 SIDES: Final = ("base", "finetuned")
 VOCABULARY: Final = 1000
-"""Tokens of a canned distribution that does not say how many there are."""
+"""The vocabulary size of a canned distribution that names none."""
 
 
 def canonical(answers: Mapping[str, Any] | str) -> str:
-    """Return answers as JSON text that is equal for equal answers.
+    """Return answers as JSON text; equal answers give equal text.
 
     Args:
-        answers: A mapping by side, or such text.
+        answers: A mapping by side, or the JSON text of one.
 
     Raises:
-        SpecError: They are in none of the forms.
+        SpecError: The answers have none of the forms above.
     """
     if isinstance(answers, str):
         try:
             answers = json.loads(answers)
         except (ValueError, RecursionError) as error:
-            raise SpecError(f"spec field 'answers' is no JSON: {error}.") from error
+            raise SpecError(f"spec field 'answers' is not valid JSON: {error}.") from error
     sides = {_known(side, SIDES, "side"): _tables(side, tables) for side, tables in _mapping(answers, "").items()}
     return json.dumps(sides, sort_keys=True)
 
 
 def read_answers(path: Path) -> str:
-    """Return the answers in a JSON or, by its name, TOML file, as `canonical` does.
+    """Return the `canonical` answers in a file: TOML if its name ends in ``.toml``, else JSON.
 
     Raises:
-        SpecError: It cannot be read, or holds something else.
+        SpecError: The file cannot be read, or its answers are malformed.
     """
     import tomllib
 
@@ -67,7 +67,7 @@ def read_answers(path: Path) -> str:
 
 
 def tail(logprobs: list[float], vocabulary: int) -> float | None:
-    """The log of the mass that a distribution's tokens leave, by `pytest_sway.TokenDist`'s convention."""
+    """The log of the probability that a distribution's tokens leave, by `pytest_sway.TokenDist`'s convention."""
     if len(logprobs) >= vocabulary:
         return None
     return log_of_tail(1.0 - sum(map(math.exp, logprobs)))
@@ -75,7 +75,7 @@ def tail(logprobs: list[float], vocabulary: int) -> float | None:
 
 def _tables(side: str, tables: Any) -> dict[str, Any]:
     return {
-        _known(table, _FORMS, f"table of side {side!r}"): _FORMS[table](content, f"{side}.{table}")
+        _known(table, _FORMS, "table", f" on side {side!r}"): _FORMS[table](content, f"{side}.{table}")
         for table, content in _mapping(tables, side).items()
     }
 
@@ -98,7 +98,7 @@ def _rolling(content: Any, where: str) -> dict[str, dict[str, Any]]:
         logprobs = _numbers(fields.get("logprobs"), where)
         ids = _ids(fields.get("token_ids", range(len(logprobs) + 1)), where)
         if len(ids) != len(logprobs) + 1:
-            raise _wrong(where, "one token more than log-probabilities", f"{len(ids)} and {len(logprobs)}")
+            raise _wrong(where, "one token more than log-probabilities", _counts(ids, logprobs))
         rolling[_text(text, where)] = {"token_ids": ids, "logprobs": logprobs}
     return rolling
 
@@ -110,7 +110,7 @@ def _dists(content: Any, where: str) -> dict[str, dict[str, Any]]:
         logprobs = _numbers(fields.get("logprobs"), where)
         ids = _ids(fields.get("token_ids"), where)
         if len(ids) != len(logprobs) or not ids:
-            raise _wrong(where, "as many tokens as log-probabilities", f"{len(ids)} and {len(logprobs)}")
+            raise _wrong(where, "as many tokens as log-probabilities", _counts(ids, logprobs))
         vocabulary = int(_number(fields.get("vocab_size", max(VOCABULARY, max(ids) + 1)), where))
         left = fields["tail_logprob"] if "tail_logprob" in fields else tail(logprobs, vocabulary)
         ranked = sorted(zip(logprobs, ids, strict=True), key=lambda pair: -pair[0])
@@ -141,9 +141,9 @@ def _fields(value: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
     return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
-def _known(name: Any, names: Any, what: str) -> str:
+def _known(name: Any, names: Any, what: str, where: str = "") -> str:
     if name not in names:
-        raise SpecError(f"spec field 'answers' has no {what} {name!r}; there are {', '.join(names)}.")
+        raise SpecError(f"spec field 'answers' has no {what} {name!r}{where}; choose one of {', '.join(names)}.")
     return str(name)
 
 
@@ -174,6 +174,10 @@ def _numbers(values: Any, where: str) -> list[float]:
 
 def _ids(values: Any, where: str) -> list[int]:
     return [int(number) for number in _numbers(values, where)]
+
+
+def _counts(ids: list[int], logprobs: list[float]) -> str:
+    return f"{len(ids)} tokens and {len(logprobs)} log-probabilities"
 
 
 def _wrong(where: str, wanted: str, found: str) -> SpecError:

@@ -1,4 +1,4 @@
-"""Addresses of servers: one form for each, and no secret in any."""
+"""Normalise the addresses of servers, and refuse those that may hold a secret."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _FORM = "'http://host:port', or the same with 'https' or a path"
 
 
 def normal_endpoint(field: str, value: str) -> str:
-    """Return an address as it is kept in a spec: lower-case scheme and host, without ``/v1`` and the last slash.
+    """Return an address in the form that a spec keeps: lower-case scheme and host, no ``/v1``, no slash at the end.
 
-    Specs are shown in reports and errors, so an address may hold no user name, no password and no query; the refusals
-    repeat none of it either.
+    Reports and errors show specs, so an address may hold no user name, password or query. The errors raised here don't
+    repeat those either.
 
     Args:
-        field: The field of the spec, for the message.
-        value: What it was given.
+        field: The spec's field, for the message.
+        value: The field's value.
 
     Raises:
-        SpecError: It is no address of a server, or may hold a secret.
+        SpecError: The value is not a server's address, or may hold a secret.
     """
     try:
         parts = urlsplit(value.strip())
         host, port = parts.hostname, parts.port
-    except ValueError:  # a port that is no number, half an IPv6 address: urllib's text quotes what could be a password
+    except ValueError:  # not shown: urllib's text may quote a password
         raise SpecError(f"spec field {field!r} must be an address such as {_FORM}; it cannot be parsed.") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise SpecError(

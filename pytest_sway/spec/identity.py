@@ -1,7 +1,7 @@
-"""What makes two specs one: the keys under which what is loaded is shared.
+"""Cache keys: specs with equal keys share one backend.
 
-Two specs with equal keys are served by one backend, so a key holds everything that changes what is loaded and nothing
-else. The contents of an adapter's folder are part of it: retraining into the same folder is another adapter.
+A key holds everything that changes what is loaded, and nothing else. The contents of an adapter's folder are part of
+it, since retraining into the same folder gives another adapter.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pytest_sway.system.reading import open_regular
 __tracebackhide__ = True
 
 _WEIGHTS: Final = re.compile(r"(.*\.(safetensors|gguf)|pytorch_model.*\.bin)(\.index\.json)?")
-"""Files that are looked at whenever a model is asked for, beside its config.json."""
+"""Files that are checked at each request for a model, besides its config.json."""
 
 _MODEL_FILES: Final = re.compile(
     r".*\.(safetensors|gguf|model|jinja|py)|pytorch_model.*\.bin|(vocab|merges)\.txt"
     r"|(generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json"
 )
-"""Files that decide what a model's folder loads, beside its config.json; reports and logs are not among them."""
+"""Files that decide what a model's folder loads, besides its config.json. Reports and logs do not."""
 
 Key: TypeAlias = tuple[Hashable, ...]
 
 
 def resolved_key(spec: ModelSpec) -> Key:
-    """Return the identity of a spec whose device and dtype are already those that will be used."""
+    """Return the cache key of a spec whose device and dtype are resolved."""
     adapter = None if spec.adapter is None else str(spec.adapter)
     return (
         *_settings(spec),
@@ -52,7 +52,7 @@ def adapter_digest_in(key: Key) -> str | None:
 
 @lru_cache(maxsize=256)
 def _settings(spec: ModelSpec) -> Key:
-    """What a spec's own fields add to its key, whatever the files hold that they name."""
+    """The part of the key that the spec's fields give by themselves, whatever the files hold."""
     return (
         spec.kind,
         spec.base,
@@ -71,9 +71,9 @@ def _settings(spec: ModelSpec) -> Key:
 
 
 def state_of_files(spec: ModelSpec) -> Hashable:
-    """Return what changes whenever somebody writes to the files of a spec, also where they hold the same afterwards.
+    """Return a value that changes with every write to a spec's files, even if they hold the same afterwards.
 
-    It says nothing of the kinds whose files are others' to read and write.
+    It is ``None`` for the kinds whose files are read and written elsewhere.
     """
     if spec.kind not in ("hf", "mlx", "dummy"):
         return None
@@ -86,7 +86,7 @@ def state_of_files(spec: ModelSpec) -> Hashable:
 
 
 def base_key(spec: ModelSpec) -> Key:
-    """Return the identity of the base of a resolved spec: equal for all adapters that can share it."""
+    """Return the cache key of a resolved spec's base; adapters that can share the base get the same."""
     return resolved_key(base_spec(spec))
 
 
@@ -98,15 +98,15 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
 
 
 def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
-    """Return the spec of the fine-tuned model as a base of its own; ``None`` where there is none.
+    """Return the spec of the fine-tuned model as a base of its own; ``None`` if there is none.
 
-    The revision is the base's, and so is not the fine-tuned model's.
+    It has no revision, since the spec's is the base's.
     """
     return None if spec.finetuned is None else replace(spec, base=spec.finetuned, finetuned=None, revision=None)
 
 
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
-    """Return ``spec`` with ``adapter_path`` in its adapter's place, or as it is where that is ``None``."""
+    """Return ``spec`` with ``adapter_path`` as its adapter; unchanged if that is ``None``."""
     return spec if adapter_path is None else replace(spec, adapter=adapter_path)  # type: ignore[arg-type] # checked
 
 
@@ -124,7 +124,7 @@ _IDENTITY_FILES: Final = re.compile(
 
 
 def _model_signature(model: str, files: re.Pattern[str] = _WEIGHTS) -> _Signature | None:
-    """The state of files that a local model is loaded from; their contents are too much to read."""
+    """The state of the files that a local model is loaded from; their contents are too large to read."""
     if not os.path.isabs(model):
         return None
     if model.endswith(GGUF_SUFFIX):
@@ -133,11 +133,10 @@ def _model_signature(model: str, files: re.Pattern[str] = _WEIGHTS) -> _Signatur
 
 
 def _model_identity(model: str) -> Hashable:
-    """What tells one state of a local model from another, at each request.
+    """The part of the key that tells states of a local model apart.
 
-    Its config.json and its weights are looked at each time. Its other files are looked at when the folder itself has
-    changed, as it does when a file is replaced, added or removed, and after `look_again`: it would take as long again
-    to look at all of them each time.
+    Each request checks config.json and the weights. The other files are checked when the folder has changed, because a
+    file was added, replaced or removed, and after `look_again`. Checking all files each time would take twice as long.
     """
     if not _is_folder(model):
         return _model_signature(model)
@@ -156,13 +155,13 @@ def _is_folder(model: str) -> bool:
 
 
 def look_again() -> None:
-    """Have all files of local models be looked at once more, at the next request for each: some may be written to."""
+    """Check all files of local models again at the next request, since a program may have written to them."""
     _model_folder.cache_clear()
 
 
 @lru_cache(maxsize=256)
 def _model_folder(model: str, mtime_ns: int, inode: int) -> tuple[tuple[str, ...], _Signature]:
-    """The files to look at each time, and the state that all others were in when the folder changed."""
+    """The files to check each time, and the state of all others when the folder last changed."""
     looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode))
     return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
 
@@ -173,7 +172,7 @@ def _adapter_signature(folder: str) -> _Signature:
 
 
 def _listed(folder: str, names: re.Pattern[str]) -> tuple[str, ...]:
-    """The paths of a folder's files of such names; none if there is no such folder."""
+    """The paths of a folder's files with matching names; none if there is no such folder."""
     try:
         listed = os.stat(folder)
         return _files(folder, names, listed.st_mtime_ns, listed.st_ino)
@@ -194,26 +193,26 @@ def _state_of(path: str) -> tuple[int, int, int, int]:
 
 
 _TEMPLATES: Final = "additional_chat_templates"
-"""The folder inside of a tokenizer's where transformers puts chat templates that have names."""
+"""The folder in which transformers keeps named chat templates, inside a tokenizer's folder."""
 
 
 @lru_cache(maxsize=256)
 def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> tuple[str, ...]:
-    """They are the same until the folder's modification time changes."""
+    """Cached until the folder's modification time changes."""
     with os.scandir(folder) as entries:
         found = [e.path for e in entries if e.is_file() and names.fullmatch(e.name)]
     return (*sorted(found), *sorted(str(path) for path in Path(folder, _TEMPLATES).glob("*.jinja")))
 
 
 _MOST_DIGESTED: Final = 2**30
-"""Bytes, which take a second or two; most adapters have far less."""
+"""Bytes that are hashed in a second or two; most adapters have far fewer."""
 
 
 @lru_cache(maxsize=256)
 def _file_digest(path: str, signature: _Signature) -> str:
-    """A digest of a file's content, which is read again only when its signature has changed.
+    """A digest of a file's content, read again only when its signature has changed.
 
-    For a file that takes long to read, the signature itself stands, as for the files of a model.
+    For a file above `_MOST_DIGESTED` bytes, the signature itself is used, as for a model's files.
     """
     if any(size > _MOST_DIGESTED for size, *_ in signature):
         return str(signature)
@@ -226,7 +225,7 @@ def _file_digest(path: str, signature: _Signature) -> str:
 
 @lru_cache(maxsize=256)
 def _adapter_digest(folder: str, signature: _Signature) -> str | None:
-    """A digest of the contents of an adapter's files; they are read again only when their signature has changed."""
+    """A digest of the contents of an adapter's files, read again only when their signature has changed."""
     if not signature:
         return None
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""`ModelSpec`: what to load, as plain data that is checked when it is made."""
+"""`ModelSpec`, an immutable description of what to load."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ _ENTRY_POINT: Final = re.compile(r"[^\d\W][\w.]*:[^\d\W][\w.]*")
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """An immutable description of a base model and what it was tuned to; checked when it is made.
+    """An immutable description of a base model and its fine-tuned side, checked on creation.
 
-    Field names and meanings are dlm-sway's where it has them.
+    Fields that dlm-sway's ``ModelSpec`` has too keep their names and meanings.
 
     Attributes:
-        kind: Which backend serves it: ``hf``, ``mlx``, ``api``, ``dummy`` or ``custom``.
-        base: A hub id (``org/name``) or the folder of a model; folders are made absolute. For ``kind="api"``, the name
-            of the model on its server.
+        kind: The kind of backend: ``hf``, ``mlx``, ``api``, ``dummy`` or ``custom``.
+        base: A hub id (``org/name``) or a model's folder, which is made absolute. For ``kind="api"``, the model's name
+            on its server.
         adapter: The folder of a PEFT adapter, made absolute; ``None`` for the base alone.
-        dtype: ``auto``, ``fp16``, ``bf16`` or ``fp32``; torch's names (``bfloat16``) are understood.
+        dtype: ``auto``, ``fp16``, ``bf16`` or ``fp32``. torch's names, such as ``bfloat16``, work too.
         device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
-        trust_remote_code: Run the code that a base's repository brings. Not part of the identity.
+        trust_remote_code: Run the code in the base's repository. Not part of the cache key.
         revision: The commit, branch or tag of a base on a hub.
         entry_point: ``package.module:Class``, for ``kind="custom"``.
         endpoint: The server's address, for ``kind="api"``.
-        allow_pickle: Read weights that exist only in pickle files, which can run code when they are read.
-        finetuned: A whole fine-tuned model in an adapter's place, named as ``base`` is; ``None`` where there is none.
-        answers: For ``kind="dummy"``, what it answers (see `pytest_sway.spec.answers`): a mapping, which is kept as
-            JSON text, or the path of a JSON or TOML file.
+        allow_pickle: Read weights that exist only as pickle files, which can run code while they load.
+        finetuned: A whole fine-tuned model instead of an adapter, named as ``base`` is.
+        answers: For ``kind="dummy"``, its answers (see `pytest_sway.spec.answers`): a mapping, which is kept as JSON
+            text, or the path of a JSON or TOML file.
         finetuned_endpoint: For ``kind="api"``, the address of the server of ``finetuned``; ``None`` for the base's.
         api_key_env: For ``kind="api"``, the name of the environment variable that holds the key; never the key itself.
-        timeout: For ``kind="api"``, the seconds that the server may take for one answer.
+        timeout: For ``kind="api"``, the most seconds that the server may take for one answer.
 
     Raises:
-        SpecError: A field's value is not one that the field takes.
+        SpecError: A field has an invalid value.
     """
 
     kind: Kind = "hf"
@@ -89,7 +89,7 @@ class ModelSpec:
         self._set("_label", self._described())
 
     def __hash__(self) -> int:
-        return hash((self.base, self.adapter))  # enough to tell most apart; all fields would cost each request 1 us
+        return hash((self.base, self.adapter))  # tells most specs apart; all fields would take 1 us
 
     def _check(self) -> None:
         self._set("kind", _kind(self.kind))
@@ -103,10 +103,10 @@ class ModelSpec:
                 raise SpecError(f"spec field {name!r} must be a non-empty string or None, not {value!r}.")
             if value is not None and name in _ENDPOINTS:
                 self._set(name, normal_endpoint(name, value))
-        if self.api_key_env is not None and not _is_variable(self.api_key_env):  # it may be the key: not shown
+        if self.api_key_env is not None and not _is_variable(self.api_key_env):  # don't show it: it may be the key
             raise SpecError(
-                "spec field 'api_key_env' must be the name of an environment variable, such as 'SWAY_API_KEY', or None;"
-                " the key itself belongs into that variable."
+                "spec field 'api_key_env' must be the name of an environment variable, such as 'SWAY_API_KEY', or None."
+                " Put the key itself into that variable."
             )
         self._set("timeout", _seconds("timeout", self.timeout))
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
@@ -138,7 +138,7 @@ class ModelSpec:
         object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
-        """A short label for people: the kind where it is not ``hf``, the base, the adapter or the fine-tuned model."""
+        """Return a short label: the kind unless it is ``hf``, the base, and the adapter or the fine-tuned model."""
         return self._label
 
     def as_dict(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _dtype(value: object) -> str:
 
 
 def _is_variable(value: object) -> bool:
-    """Whether it looks like a variable's name, and unlike a key that somebody put in its place."""
+    """Whether it looks like a variable's name, not like a key that was put here by mistake."""
     return isinstance(value, str) and bool(_VARIABLE.fullmatch(value)) and (value.isupper() or value in os.environ)
 
 
@@ -193,7 +193,7 @@ def _model(field: str, value: object, kind: Kind) -> str:
     if not isinstance(value, str) or not value.strip():
         needs = "a spec needs 'base'," if field == "base" else f"spec field {field!r} must be"
         raise SpecError(f"{needs} a hub id or the folder of a model; found {value!r}.")
-    if kind in ("api", "dummy"):  # a name, whatever it looks like
+    if kind in ("api", "dummy"):  # a name, even if it looks like a path
         return value
     if is_path(value) or Path(value).is_dir():
         return str(resolved_model(value))
@@ -222,6 +222,3 @@ def _answers(value: object, kind: Kind) -> str | Path | None:
             f"spec field 'answers' must be a mapping, or the path of a JSON or TOML file of one; found {value!r}."
         )
     return resolved_path(value)
-
-
-# --- identity ---------------------------------------------------------------------------------------------------------

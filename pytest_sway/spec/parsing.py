@@ -1,4 +1,4 @@
-"""The forms in which a spec is accepted: a `ModelSpec`, a mapping, a configured name, or an object like one."""
+"""Parse a spec from a `ModelSpec`, a mapping, a configured name, or an object with a spec's attributes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __tracebackhide__ = True
 
 
 class SpecAttributes(Protocol):
-    """The least that an object needs to be taken for a spec; dlm-sway's ``ModelSpec`` has it."""
+    """The attribute that an object needs to pass as a spec; dlm-sway's ``ModelSpec`` has it."""
 
     @property
     def base(self) -> str:
@@ -39,14 +39,14 @@ _ONLY_FOR: Final = {
 
 
 def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
-    """Return the spec that ``value`` stands for.
+    """Return ``value`` as a `ModelSpec`.
 
     Args:
         value: A `ModelSpec`, a mapping of its fields, a name from ``named``, or any object with the same attributes.
-        named: Specs by name, from the configuration; each in one of the other forms.
+        named: The configured specs by name, each in one of the other forms.
 
     Raises:
-        SpecError: It is none of those, has a field that does not exist, or a value that its field does not take.
+        SpecError: ``value`` has none of these forms, an unknown field, or a field with an invalid value.
     """
     if isinstance(value, ModelSpec):
         return value
@@ -97,10 +97,10 @@ def _unknown_field(name: object, kind: object) -> str:
 
 @lru_cache(maxsize=256)
 def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
-    """The spec of a mapping, since resolving its paths costs more than a warm request may; and whether it stays so.
+    """The spec of a mapping, and whether it may be kept: resolving its paths takes too long for a warm request.
 
-    A path through ``~``, a link or the working folder can be led elsewhere at any time, and a hub id can become the
-    name of a folder.
+    It may not if a path has ``~``, a link or the working folder in it, which can lead elsewhere later, or if a hub id
+    can become the name of a folder.
     """
     values = dict(items)
     spec = ModelSpec(**values)

@@ -1,4 +1,4 @@
-"""Whether a model is named by a path or a hub id, and what a path leads to."""
+"""Tell the paths of models from hub ids, and resolve them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_path(base: str) -> bool:
 def resolved_model(path: str | os.PathLike[str]) -> Path:
     """Return the path of a model's folder or file.
 
-    A file's own link is not followed: in a hub's cache, it leads to one whose name says nothing of GGUF.
+    A link to a GGUF file is not followed: in a hub's cache, the name that it leads to lacks the suffix.
     """
     path = Path(path)
     return resolved_path(path.parent) / path.name if path.suffix == GGUF_SUFFIX else resolved_path(path)
@@ -38,7 +38,7 @@ def resolved_path(path: str | os.PathLike[str]) -> Path:
     """Return a path without ``~``, links and ``..``.
 
     Raises:
-        SpecError: It leads nowhere that could be named.
+        SpecError: The path cannot be resolved.
     """
     try:
         return Path(path).expanduser().resolve()
@@ -47,5 +47,5 @@ def resolved_path(path: str | os.PathLike[str]) -> Path:
 
 
 def short_name(text: str) -> str:
-    """Return the last two parts of a path or hub id: enough for a person, and short."""
+    """Return the last two parts of a path or hub id, as a short label."""
     return "/".join(text.rstrip(os.sep).split(os.sep)[-2:]).lstrip("/")

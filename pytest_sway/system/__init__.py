@@ -1,1 +1,1 @@
-"""The process and the machine that it runs on: locks, forks, files, secrets. Imports nothing of the other rooms."""
+"""Helpers around the process and its machine: locks, forks, files, secrets. Imports no other room."""

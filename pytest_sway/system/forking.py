@@ -1,4 +1,4 @@
-"""Forks: a child must not wait for locks that nobody in it will free, nor close what its parent loaded."""
+"""Handlers for forked children, which must not wait for their parent's locks nor close its models."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
 _methods: Final[WeakKeyDictionary[Any, Callable[[Any], None]]] = WeakKeyDictionary()
-"""What a child calls, by object; one for the process, as are the handlers of `os`, which can't be taken back."""
+"""The method that a child calls, by its object. It is global because handlers registered with `os` can't be removed."""
 
 
 def call_in_forked_child(method: Callable[[], None]) -> None:
-    """Have every child that is forked from now on call a bound ``method``, one for each object, while that lives."""
+    """Register a bound ``method`` for every child forked from now on to call; one per object, while that lives."""
     bound = cast("MethodType", method)
     _methods[bound.__self__] = bound.__func__
 

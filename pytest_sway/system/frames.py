@@ -1,4 +1,4 @@
-"""Letting go of what finished frames hold: the local variables of a failed test or load refer to models."""
+"""Clear the local variables of finished frames: those of a failed test or load keep models alive."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __tracebackhide__ = True
 
 
 def forget_frames(error: BaseException, handled: BaseException | None = None) -> None:
-    """Drop the local variables of the finished frames of ``error`` and of its causes; files and line numbers stay.
+    """Clear the local variables in the finished frames of ``error`` and its causes. Files and line numbers stay.
 
     Args:
-        error: What was raised.
-        handled: What was being handled before; its frames are the caller's, and keep their variables.
+        error: The raised error.
+        handled: The error that was being handled before. Its frames are the caller's and keep their variables.
     """
     seen: set[int] = {id(handled)}
     pending: list[BaseException | None] = [error]
@@ -31,8 +31,8 @@ def forget_frames(error: BaseException, handled: BaseException | None = None) ->
 
 def _forget(traceback: TracebackType | None) -> None:
     while traceback is not None:
-        with suppress(RuntimeError):  # a frame that still runs
+        with suppress(RuntimeError):  # the frame still runs
             traceback.tb_frame.clear()
-            # Before Python 3.13, whoever has read f_locals has left a copy in the frame. Reading it again empties it.
+            # Before Python 3.13, reading f_locals leaves a copy of the variables in the frame. Another read empties it.
             _ = traceback.tb_frame.f_locals
         traceback = traceback.tb_next

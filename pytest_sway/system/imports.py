@@ -1,9 +1,8 @@
-"""Importing heavy libraries: apart from the loads that need them, to the end, and once in a process.
+"""Import heavy libraries once per process, in a thread that no signal interrupts.
 
-An import of torch takes seconds, is no part of a model's load, and cannot be done again: what torch has registered
-inside the process stays there. So such imports run in a thread of their own. A signal that ends a test, as those of
-pytest-timeout and Ctrl-C do, ends the wait for the import and not the import. What pytester takes out of
-``sys.modules`` after a run in this process is put back.
+An import of torch takes seconds and cannot be repeated: what torch has registered in the process stays there. A signal
+that ends a test, such as pytest-timeout's or Ctrl-C's, ends only the wait for the import; the import goes on. After a
+run in this process, pytester removes modules from ``sys.modules``; `restore_modules` puts them back.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Final, final
 
 __tracebackhide__ = True
 
-# What is imported is the process's, and so is what is known of it.
+# Global, as imported modules are.
 _lock: Final = threading.Lock()
 _under_way: Final[list[_Import]] = []
 _seconds: Final[list[float]] = []
@@ -31,7 +30,7 @@ _kept: Final[dict[str, ModuleType]] = {}
 
 @final
 class _Import(threading.Thread):
-    """One import; the process does not end before it has, since these libraries do not survive being cut off."""
+    """A thread that imports modules. The process waits for it, since these libraries crash if they are cut off."""
 
     def __init__(self, names: tuple[str, ...], within: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__(name=f"import of {names[0]}", daemon=False)
@@ -49,7 +48,7 @@ class _Import(threading.Thread):
             try:
                 with self._within():
                     import_module(name)
-            except BaseException as error:  # who asked gets it
+            except BaseException as error:  # raised in the thread that asked
                 self.errors[name] = error
         _seconds.append(time.perf_counter() - started)
         _asked.update(name.partition(".")[0] for name in self._names)
@@ -62,11 +61,11 @@ def import_apart(*names: str, within: Callable[[], AbstractContextManager[None]]
     """Import modules that are not imported yet, in a thread that no signal reaches.
 
     Args:
-        names: Modules. One inside a package may be missing, since the versions of a package divide it differently.
-        within: Makes what each of them is imported in, such as a context that puts back what an import changes.
+        names: The modules. A submodule may be missing, since versions of a package differ in them.
+        within: Returns a context manager for each import, such as one that restores what the import changes.
 
     Raises:
-        ImportError: A package is missing or broken; or whatever else its import raises.
+        ImportError: A package is missing or broken. Any other error of an import is raised as it is.
     """
     restore_modules()
     mine = _Import(names, within)
@@ -88,30 +87,30 @@ def import_apart(*names: str, within: Callable[[], AbstractContextManager[None]]
 
 
 def import_seconds() -> float:
-    """Seconds that such imports have taken in this process so far."""
+    """Return the seconds that these imports have taken in this process so far."""
     return sum(_seconds)
 
 
 def keep_modules() -> None:
-    """Remember the modules of the packages that were imported here, and of all that are installed beside them."""
+    """Remember the modules of the packages imported here, and of all packages in the same folders."""
     modules = dict(sys.modules)
     folders = {_folder(modules[name]) for name in _asked if name in modules} - {None}
     roots = {name for name, module in modules.items() if "." not in name and _folder(module) in folders}
-    roots.discard("pytest_sway")  # which can be imported again, and must not be there half new, half old
+    roots.discard("pytest_sway")  # it may be imported afresh; old modules must not mix with new ones
     for name, module in modules.items():
         if name.partition(".")[0] in roots:
             _kept.setdefault(name, module)
 
 
 def restore_modules() -> None:
-    """Put back what was kept and is gone: to import it again would crash the process."""
+    """Put back remembered modules that were removed: a second import would crash the process."""
     if any(name not in sys.modules for name in _asked):
         for name, module in _kept.items():
             sys.modules.setdefault(name, module)
 
 
 def _folder(module: ModuleType) -> str | None:
-    """Where a package or module of the first level is installed; one without an ``__init__.py`` has only a path."""
+    """The folder in which a top-level module is installed; a namespace package has only a ``__path__``."""
     package = next(iter(getattr(module, "__path__", ())), None)
     file = getattr(module, "__file__", None) if package is None else package
     return os.path.dirname(file) if isinstance(file, str) else None

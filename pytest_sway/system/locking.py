@@ -1,8 +1,8 @@
 """Locking helpers: `atomic` methods, calls made `holding` a lock, and `OneShotEvent` for those who wait.
 
-All locks are taken and released here, by a ``with`` statement on a lock written in C: an interrupt cannot split that.
-Nobody waits inside an atomic method. An interrupt in the wait of a `threading.Condition` can leave its lock locked, or
-release another thread's.
+All locks are taken and released here, by ``with`` on a lock written in C, which no interrupt can split. An atomic
+method never waits: an interrupt during the wait of a `threading.Condition` can leave its lock locked, or release
+another thread's.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def holding(lock: threading.Lock, step: Callable[[], R]) -> R:
 
 
 class OneShotEvent:
-    """Set once, for all who wait for it."""
+    """An event that is set once, for all threads that wait for it."""
 
     def __init__(self) -> None:
-        self._silence = threading.Lock()
-        self._silence.acquire()
+        self._unset = threading.Lock()
+        self._unset.acquire()
 
     def set(self) -> None:
-        """Wake who waits, and let who waits later through at once."""
-        self._silence.release()
+        """Wake all waiting threads; later waits return at once."""
+        self._unset.release()
 
     def wait(self, timeout: float) -> None:
-        """Wait until it is set, or for ``timeout`` seconds; returns early if another who waited was interrupted."""
-        if self._silence.acquire(timeout=timeout):
-            self._silence.release()  # for the next
+        """Wait until it is set, at most ``timeout`` seconds; return early if another waiting thread is interrupted."""
+        if self._unset.acquire(timeout=timeout):
+            self._unset.release()  # wakes the next thread

@@ -1,4 +1,4 @@
-"""The machine that several workers share: what each of them gets of its processors, and its turn among the devices."""
+"""Share a machine among workers: the threads that each one uses, and its number, which picks a device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Final
 
 _CHOSEN: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""By any of these a user has chosen how many threads torch uses."""
+"""Variables by which you choose how many threads torch uses."""
 
 WORKER_SLOT: Final = "PYTEST_SWAY_WORKER_SLOT"
-"""Holds a worker's number among those on its machine. A worker that replaces one that crashed has the number of that,
-and a process that a worker starts has the worker's."""
+"""The variable with a worker's number on its machine. A worker that replaces a crashed one gets the same number, and
+subprocesses of a worker inherit it."""
 
 
 def worker_slot() -> int:
@@ -23,7 +23,7 @@ def worker_slot() -> int:
 
 
 def usable_processors(root: Path = Path("/")) -> int:
-    """Return how many processors this process may use: by its affinity, and by the quota of its control group.
+    """Return how many processors this process may use, by its affinity and its cgroup's quota; at least 1.
 
     Args:
         root: The file system's root.
@@ -40,13 +40,13 @@ def usable_processors(root: Path = Path("/")) -> int:
 def threads_for(workers: int, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that give each of ``workers`` processes its share of the processors.
 
-    They set the threads within one operation, of torch and of what else uses OpenMP or MKL. torch's other pool, for
-    operations side by side, starts only in code compiled by ``torch.jit``, and can be sized once in a process: that is
-    left to the user.
+    They set the threads within one operation, for torch and all else that uses OpenMP or MKL. torch's second pool,
+    between operations, is left to you: only code compiled by ``torch.jit`` starts it, and a process can size it only
+    once.
 
     Args:
         workers: How many processes share the machine, at least 1.
-        environment: What they inherit; where it says how many threads to use, that stays.
+        environment: The variables that they inherit. A number of threads that is set there stays.
     """
     variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, usable_processors() // workers))}
     if any(name in environment for name in _CHOSEN):
@@ -55,9 +55,9 @@ def threads_for(workers: int, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The quotas of this process's control groups, in processors, of both versions of the kernel's interface.
+    """The CPU quotas of this process's cgroups (v1 and v2), in processors.
 
-    loky counts them too; for these lines it would be a dependency of every run.
+    loky counts them too, but would be a dependency of every run.
     """
     folder = root / "sys/fs/cgroup"
     with suppress(OSError, ValueError):

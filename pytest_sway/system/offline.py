@@ -1,7 +1,7 @@
 """The hub's offline mode, for a whole process.
 
-You can set the variables yourself. The option `--sway-offline` sets them for workers too, and also where a plugin has
-imported the libraries before.
+You can set the variables yourself. The option `--sway-offline` sets them for workers too, and takes effect even if
+another plugin has already imported the libraries.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Callable
 from typing import Any, Final
 
 VARIABLES: Final = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-"""What huggingface_hub and transformers read when they are imported, and hand on to the processes that they start."""
+"""huggingface_hub and transformers read these when they are imported; subprocesses inherit them."""
 
 _COPIES: Final = (
     ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
     ("transformers.utils.hub", "_is_offline_mode"),  # before transformers 5
 )
-"""Where a process that has imported them already keeps what they read."""
+"""Where imported libraries keep the values that they read."""
 
 
 def go_offline() -> Callable[[], None]:
-    """Keep this process, and those that it starts, from asking a hub for anything.
+    """Keep this process and its subprocesses from asking a hub for anything.
 
     Returns:
-        What puts everything back.
+        A function that restores the previous state.
     """
     before: list[tuple[Any, str, Any]] = []
     variables = {name: os.environ.get(name) for name in VARIABLES}
@@ -50,7 +50,7 @@ def go_offline() -> Callable[[], None]:
 
 
 def _forget_connections() -> None:
-    """Before its version 1, huggingface_hub asks for the mode when it makes a connection, and keeps those it has."""
+    """Close huggingface_hub's connections: before its version 1, each keeps the mode in which it was opened."""
     reset = getattr(sys.modules.get("huggingface_hub.utils"), "reset_sessions", None)
     if reset is not None:
         reset()

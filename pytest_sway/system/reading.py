@@ -1,4 +1,4 @@
-"""Reading files that come from anywhere: only regular ones, and never more than a bound."""
+"""Read files of any origin: only regular ones, and only up to a limit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 CONFIG_BYTES: Final = 4 * 2**20
-"""More than any config, whose size is in kilobytes; such a file is parsed in a fraction of a second."""
+"""The limit for a config. Real ones take kilobytes, and 4 MiB are parsed in a fraction of a second."""
 
 INDEX_BYTES: Final = 64 * 2**20
-"""More than the index of any model's weights."""
+"""The limit for the index of a model's weights."""
 
 TOKENIZER_BYTES: Final = 256 * 2**20
-"""More than any vocabulary: the largest that are known take some 40 MB as JSON."""
+"""The limit for a tokenizer's file; the largest known ones take some 40 MB as JSON."""
 
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -29,17 +29,17 @@ _KINDS: Final = (
 
 
 def open_regular(path: Path | str) -> BufferedReader:
-    """Open a regular file for reading; anything else is refused, where a pipe would be waited for.
+    """Open a regular file for reading. Refuse anything else: opening a pipe, for example, would wait for a writer.
 
     Raises:
-        OSError: It cannot be opened, or is no regular file.
+        OSError: The file cannot be opened, or is not a regular one.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
-            raise OSError(errno.EINVAL, f"it is {kind} and no regular file", str(path))
+            raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -47,13 +47,13 @@ def open_regular(path: Path | str) -> BufferedReader:
 
 
 def read_bounded(path: Path | str, limit: int) -> bytes:
-    """Return what is in a regular file of at most ``limit`` bytes.
+    """Return the content of a regular file of at most ``limit`` bytes.
 
     Raises:
-        OSError: It cannot be read, is no regular file, or is larger.
+        OSError: The file cannot be read, is not a regular one, or is larger.
     """
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes, too many for what it should be", str(path))
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes, too many for a file of its kind", str(path))
     return content

@@ -1,8 +1,8 @@
-"""Keeping the environment's secrets out of what is shown: errors of other libraries can quote them.
+"""Remove the environment's secrets from what is shown, since errors of other libraries may quote them.
 
-`redacted` does it for a text, `redacted_values` for plain data, and `without_secrets` for an error and all that a
-report shows with it. Every way on which an error of a build, a close or a comparison leaves this package goes through
-one of them. What a report shows of views and tests besides goes through `pytest_sway.run.secrets`.
+`redacted` handles a text, `redacted_values` plain data, and `without_secrets` an error with all that a report shows
+with it. Every error of a build, a close or a comparison goes through one of them before it leaves this package.
+`pytest_sway.run.secrets` handles what else a report shows of views and tests.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ _SECRET_NAME: Final = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|APIKEY|(^|_)(API_?)?KEY($|_)", re.IGNORECASE
 )
 _USER: Final = re.compile(r"(?<=://)[^/\s@'\"]+@")
-"""The user name and password of an address, which name a secret whatever the environment says."""
+"""The user name and password in an address, which are secret whatever the environment holds."""
 _SHORTEST: Final = 8
-"""Shorter values are words that occur anywhere, such as ``true``, and no secrets."""
+"""Shorter values, such as ``true``, are common words and no secrets."""
 _DEEPEST: Final = 8
 _HIDDEN: Final = "***"
 _TEXT_FIELDS: Final = ("strerror", "filename", "filename2", "msg", "text", "reason", "name", "path", "code")
-"""Where the errors of Python itself keep text beside their arguments."""
+"""Attributes in which Python's own errors keep text besides their arguments."""
 
 
 class RedactedError(Exception):
-    """Stands for an error that quotes a secret and cannot be rid of it; the text begins with that error's type."""
+    """Replaces an error that quotes a secret and cannot be changed. Its text begins with the type of that error."""
 
 
 def redacted(text: str) -> str:
-    """``text`` without passwords in addresses, and without the secrets of the environment.
+    """Return ``text`` without passwords in addresses and without the environment's secrets.
 
-    These are the values of variables whose names say that they are secret, and passwords and queries in values that are
-    addresses, such as ``HF_ENDPOINT``.
+    Secrets are the values of variables whose names look secret, such as ``HF_TOKEN``, and the passwords and queries of
+    addresses in other variables, such as ``HF_ENDPOINT``.
     """
     return _without(_secrets(), text)
 
 
 def redacted_values(value: Any, deepest: int = _DEEPEST) -> Any:
-    """``value`` without secrets, as far as it is made of texts and containers of Python's own.
+    """Return ``value`` without secrets, if it consists of texts and Python's own containers.
 
     Args:
         value: Any object.
-        deepest: How many containers within each other are looked into; they may contain themselves.
+        deepest: How many levels of containers are searched; a container may contain itself.
     """
     return _values_without(_secrets(), value, deepest)
 
@@ -76,13 +76,13 @@ def without_secrets(error: BaseException) -> BaseException:
     """Take secrets out of an error, its notes, its causes and contexts, and the members of a group.
 
     Returns:
-        The error itself; or what stands for it, with its traceback, where it cannot be changed.
+        The error itself, or a replacement with its traceback if it cannot be changed.
     """
     tree = list(_tree(error))
     for found in tree:
         _redact(found)
     instead: dict[int, BaseException] = {}
-    for found in reversed(tree):  # from the inside: a group is made anew when its members are known
+    for found in reversed(tree):  # inner errors first: a group is rebuilt from its new members
         if isinstance(found, BaseExceptionGroup):
             members = [instead.get(id(member), member) for member in found.exceptions]
             if _quotes_secret(found) or any(new is not old for new, old in zip(members, found.exceptions, strict=True)):
@@ -92,7 +92,7 @@ def without_secrets(error: BaseException) -> BaseException:
             if isinstance(found, Exception):
                 instead[id(found)] = _like(found, RedactedError(f"{type(found).__name__}: {text}"))
             else:
-                _have_it_say(found, text)
+                _override_text(found, text)
     if instead:
         for found in (*tree, *instead.values()):
             _link(found, instead)
@@ -100,7 +100,7 @@ def without_secrets(error: BaseException) -> BaseException:
 
 
 def _tree(error: BaseException) -> Iterator[BaseException]:
-    """An error and all behind it, each once."""
+    """An error and all that are linked to it, each once."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -115,10 +115,10 @@ def _tree(error: BaseException) -> Iterator[BaseException]:
 
 
 def _redact(error: BaseException) -> None:
-    """Replace what can be replaced in place; what holds no secret stays the same object."""
+    """Redact an error in place. What holds no secret stays the same object."""
     if _differs(error.args):
         error.args = redacted_values(error.args)
-    for name, value in list(vars(error).items()):  # notes are among them
+    for name, value in list(vars(error).items()):  # including notes
         if _differs(value):
             vars(error)[name] = redacted_values(value)
     for name in _TEXT_FIELDS:
@@ -140,20 +140,20 @@ def _quotes_secret(error: BaseException) -> bool:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # it is another library's code, and a report says as much
+    except Exception:  # another library's code; a report shows that it failed
         return ""
 
 
-def _have_it_say(error: BaseException, text: str) -> None:
-    """Change what an error says that makes its text anew each time, and is no `Exception`, which others would catch."""
+def _override_text(error: BaseException, text: str) -> None:
+    """Override ``__str__`` of an error that is no `Exception`: other handlers might catch a replacement."""
     kind = type(error)
     fields = {"__str__": lambda _: text, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    with suppress(TypeError):  # a type that has no subclasses, or is not written in Python: those keep their text
+    with suppress(TypeError):  # a final type, or one written in C, keeps its text
         error.__class__ = type(kind.__name__, (kind,), fields)
 
 
 def _like(error: BaseException, new: BaseException) -> BaseException:
-    """Give ``new`` the place of ``error``: its traceback, notes, cause and context."""
+    """Return ``new`` with the traceback, notes, cause and context of ``error``."""
     for note in getattr(error, "__notes__", ()):
         new.add_note(note)
     new.__traceback__ = error.__traceback__
@@ -177,7 +177,7 @@ def _secrets() -> list[str]:
 
 @lru_cache(maxsize=1)
 def _secrets_among(variables: tuple[tuple[str, str], ...]) -> list[str]:
-    """What is to be hidden, the longest first, since one may be part of another."""
+    """The texts to hide, longest first, since one may be part of another."""
     found = {part for name, value in variables for part in _secret_parts(name, value)}
     forms = {form for secret in found for form in (secret, quote(secret, safe=""), repr(secret)[1:-1])}
     return sorted((form for form in forms if len(form) >= _SHORTEST), key=len, reverse=True)

@@ -1,8 +1,8 @@
-"""A folder of one run in the temporary directory, for what its processes share on this machine.
+"""A folder in the temporary directory that the processes of one run share on this machine.
 
-It goes when the run ends. What a run leaves that was killed, the next run removes: a lock that the system lets go with
-its process tells which are left. That lock is not filelock's: here it is taken under one name and then
-renamed, so that no folder ever stands there with a lock that nobody holds, which another run would remove.
+It is removed when the run ends. If a run was killed, the next run removes its folder: the system has released the lock
+of the ended process. filelock can't serve here: this lock is taken under one name and then renamed, so that no other
+run ever finds an unlocked one and removes the folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked, and nothing of others is removed
+except ImportError:  # Windows: no locks, so the folders of other runs stay
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX: Final = "pytest-sway-"
@@ -31,13 +31,13 @@ _DEADLY: Final = ("SIGTERM", "SIGHUP")
 class RunFolder:
     """A new folder that only this user can read.
 
-    A signal that ends the process removes it first, unless somebody else handles that signal.
+    A signal that ends the process removes it first, unless that signal has another handler.
 
     Attributes:
-        path: Where it is.
+        path: Its path.
 
     Raises:
-        OSError: None can be made.
+        OSError: The folder cannot be made.
     """
 
     def __init__(self) -> None:
@@ -48,25 +48,25 @@ class RunFolder:
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
-                new.rename(self.path / _ALIVE)  # only now: who sees it under this name sees it locked
+                new.rename(self.path / _ALIVE)  # under this name it is always locked
         self._process = os.getpid()
         self._handled = list(self._handle_signals())
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it; what processes have mapped stays theirs."""
+        """Remove the folder with its files; processes keep what they have mapped."""
         for number in self._handled:
             if signal.getsignal(number) == self._die and threading.current_thread() is threading.main_thread():
                 signal.signal(number, signal.SIG_DFL)
         gone = self.path.with_name(f"{self.path.name}.gone")
         with suppress(OSError):
-            self.path.rename(gone)  # at once, so that no worker writes on while it is emptied
+            self.path.rename(gone)  # first, so that no worker writes into it meanwhile
         for folder in (self.path, gone):
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
             os.close(self._lock)
 
     def _handle_signals(self) -> Iterator[int]:
-        """Stand before the deadly signals that nobody else handles; handlers that come later take this one's place."""
+        """Handle the deadly signals that have no handler yet. Later handlers replace this one."""
         if threading.current_thread() is not threading.main_thread():
             return
         for name in _DEADLY:
@@ -76,18 +76,18 @@ class RunFolder:
                 yield number
 
     def _die(self, number: int, _frame: object) -> None:
-        if os.getpid() == self._process:  # a forked child has the handler, and not the folder
+        if os.getpid() == self._process:  # a forked child inherits the handler, but not the folder
             self.remove()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Remove the folders of runs that are no more."""
+    """Remove the folders that killed runs have left."""
     if fcntl is None:
         return
     for folder in directory.glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # another user's, another program's, or gone by now
+        with suppress(OSError):  # another user's, another program's, in use, or gone
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
                 continue

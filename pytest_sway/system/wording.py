@@ -1,4 +1,4 @@
-"""Sizes and lists of names as a person reads them, in errors and reports."""
+"""Format sizes, names and values for errors and reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_NAME: Final = 150
 
 
 def format_bytes(size: int) -> str:
-    """``size`` for people, in binary units: ``1.5 GiB``."""
+    """Return ``size`` in binary units, such as ``1.5 GiB``."""
     value = float(size)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
@@ -24,19 +24,19 @@ def format_bytes(size: int) -> str:
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
-    """Return the first of some names, for an error that has no room for all, or for one without end."""
+    """Return the first ``limit`` names in order, each cut to 150 characters, as a text for an error."""
     names = sorted(names)
     few = (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names[:limit])
     return ", ".join(few) + (", ..." if len(names) > limit else "")
 
 
 def summarised(lines: list[str], limit: int = 10) -> list[str]:
-    """Return at most ``limit`` lines, and how many more there are."""
+    """Return at most ``limit`` lines, and one with the number of the others."""
     return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """Return the ``repr`` of what a file holds, cut to a length that fits into an error."""
+    """Return a value's ``repr``, cut to ``limit`` characters."""
     try:
         text = repr(value[: limit + 1] if isinstance(value, str | list) else value)
     except RecursionError:

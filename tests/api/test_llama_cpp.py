@@ -101,7 +101,7 @@ def test_a_text_that_is_too_long_is_refused_in_the_servers_words(served: Any) ->
 
 
 def test_a_model_that_is_not_served_is_refused(build: Callable[..., Any], endpoint: str) -> None:
-    with pytest.raises(SpecError, match=r"has no model 'v3'; it serves 'base', 'quantised', 'tuned'\.$"):
+    with pytest.raises(SpecError, match=r"has no model 'v3'; it serves 'base', 'quantised', 'tuned'\."):
         build(kind="api", base="base", finetuned="v3", endpoint=endpoint)
 
 

@@ -82,7 +82,7 @@ def test_embeddings_that_the_adapter_has_changed_are_refused(build: Build, base:
     def change(tensors: dict[str, Any]) -> None:
         next(tensor for name, tensor in tensors.items() if "base_layer" in name)[0, 0] += 1
 
-    with pytest.raises(AdapterMismatchError, match=r"it brings other values than the base's for lm_head\.weight"):
+    with pytest.raises(AdapterMismatchError, match=r"its values of lm_head\.weight differ from the base's"):
         build(base, edit_weights(adapter, change))
 
 
@@ -144,7 +144,7 @@ def test_a_rank_or_scale_that_is_no_such_number_is_refused_by_its_name(
     build: Build, base: Path, tmp_path: Path, make: Callable[..., Path], change: dict[str, Any], field: str
 ) -> None:
     adapter = edit_config(make(tmp_path / "adapter", base), **change)
-    with pytest.raises(SpecError, match=re.escape(f"{str(adapter / 'adapter_config.json')!r} has {field}, and ")):
+    with pytest.raises(SpecError, match=re.escape(f"{str(adapter / 'adapter_config.json')!r} has {field}; ")):
         build(base, adapter)
 
 
@@ -168,7 +168,7 @@ def test_a_pipe_in_an_adapters_folder_is_not_waited_for(build: Build, base: Path
     make_tokenizer(adapter)
     (adapter / name).unlink()
     os.mkfifo(adapter / name)
-    with pytest.raises((SpecError, WeightsError), match=rf"{name}' is no regular file \(a pipe"):
+    with pytest.raises((SpecError, WeightsError), match=rf"{name}' is a pipe, a device or a socket"):
         build(base, adapter)
 
 
@@ -183,7 +183,7 @@ def test_an_expression_that_backtracks_without_end_is_refused(
 
 def test_a_rank_that_the_weights_cannot_fill_is_refused_at_once(build: Build, base: Path, tmp_path: Path) -> None:
     adapter = edit_config(make_adapter(tmp_path / "adapter", base), r=10**7)
-    with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, and no tensor of the adapter has a side of"):
+    with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, but no tensor of the adapter has a side of"):
         build(base, adapter)
 
 
@@ -260,8 +260,8 @@ def test_what_mlx_does_not_read_is_refused(build: Build, base: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fine_tune_type": "qlora"}, "has the fine_tune_type 'qlora', and those known are lora, dora, full"),
-        ({"num_layers": None}, "does not say which layers mlx-lm is to change"),
+        ({"fine_tune_type": "qlora"}, "has the fine_tune_type 'qlora'; the known ones are lora, dora, full"),
+        ({"num_layers": None}, "does not say which layers mlx-lm changes"),
         ({"lora_parameters": {"rank": 4, "alpha": 8}}, "it needs num_layers, and lora_parameters with rank and scale"),
     ],
 )

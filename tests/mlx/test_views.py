@@ -88,7 +88,7 @@ def test_a_view_after_its_block_says_so(build: Build, base: Path) -> None:
 
 
 def test_a_base_alone_has_no_fine_tuned_side(build: Build, base: Path) -> None:
-    with pytest.raises(NoAdapterError, match="whose spec has no adapter"), build(base).as_finetuned():
+    with pytest.raises(NoAdapterError, match="needs an adapter, but the spec"), build(base).as_finetuned():
         pass
 
 

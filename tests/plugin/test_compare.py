@@ -233,7 +233,7 @@ BAD = {
     "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the one that you*",
     "FACTS[:1], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 1: *",
     "[], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 0: *",
-    "'the sun', NEW, OLD": "expected a list of questions, and 'the sun' is none.*",
+    "'the sun', NEW, OLD": "expected a list of questions; found 'the sun'.*",
     "[('a', ' b'), ('a', ' c')], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 1: *",
     "[*FACTS, 'a text'], NEW, OLD": "questions are of one kind, and questions?0? is a pair, questions?12? a text.*",
     "[*FACTS, FACTS[3]], NEW, OLD": "questions?12? is questions?3? once more (('the sun rises for the 3 time in *",

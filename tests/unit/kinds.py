@@ -54,16 +54,16 @@ QUESTIONS = {
 }
 
 WITHOUT_MEANING: list[tuple[Ask, str]] = [
-    (lambda view: view.next_token_dists("the sun"), "expected a list of prompts, and 'the sun' is none"),
-    (lambda view: view.rolling_logprobs("the sun"), "expected a list of texts, and 'the sun' is none"),
-    (lambda view: view.logprobs_of(None), "expected a list of pairs of a prompt and a completion, and None is none"),
+    (lambda view: view.next_token_dists("the sun"), "expected a list of prompts; found 'the sun'"),
+    (lambda view: view.rolling_logprobs("the sun"), "expected a list of texts; found 'the sun'"),
+    (lambda view: view.logprobs_of(None), "expected a list of pairs of a prompt and a completion; found None"),
     (lambda view: view.generate_many("the sun", max_new_tokens=1), "expected a list of prompts"),
-    (lambda view: view.logprobs_of(("a", "b")), "a pair is a prompt and a completion, and 'a' is none"),
-    (lambda view: view.logprobs_of([("a", "b", "c")]), "a pair is a prompt and a completion, and .* is none"),
-    (lambda view: view.logprobs_of([5]), "a pair is a prompt and a completion, and 5 is none"),
-    (lambda view: view.logprob_of("a", None), "a pair is a prompt and a completion, and .* is none"),
+    (lambda view: view.logprobs_of(("a", "b")), "expected a pair of a prompt and a completion; found 'a'"),
+    (lambda view: view.logprobs_of([("a", "b", "c")]), "expected a pair of a prompt and a completion; found .*"),
+    (lambda view: view.logprobs_of([5]), "expected a pair of a prompt and a completion; found 5"),
+    (lambda view: view.logprob_of("a", None), "expected a pair of a prompt and a completion; found .*"),
     (lambda view: view.logprob_of("the sun", ""), "nothing to score"),
-    (lambda view: view.rolling_logprob(None), "expected a text to score, and None is none"),
+    (lambda view: view.rolling_logprob(None), "expected a text to score; found None"),
     (lambda view: view.next_token_dist("the sun", top_k=0), "top_k must be at least 1, not 0"),
     (lambda view: view.next_token_dists([], top_k=0), "top_k must be at least 1, not 0"),
     (lambda view: view.generate("a", max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
@@ -72,9 +72,9 @@ WITHOUT_MEANING: list[tuple[Ask, str]] = [
     (lambda view: view.generate_many(["a", "b"], max_new_tokens=1, seed=[1]), "there are 2 prompts and 1 seeds"),
     (lambda view: view.render([{"role": "user"}]), "message"),
     (lambda view: view.next_token_dist(5), "messages"),
-    (lambda view: view.rolling_logprob(["a", "b"]), r"expected a text to score, .* use rolling_logprobs\(texts\)"),
-    (lambda view: view.logprob_of(["a", "b"], "c"), r"is a list of texts\. To ask many at once, use logprobs_of"),
-    (lambda view: view.generate(["a", "b"], max_new_tokens=1), r"is a list of texts\. .* generate_many\(prompts\)"),
+    (lambda view: view.rolling_logprob(["a", "b"]), r"expected a text to score; .* use rolling_logprobs\(texts\)"),
+    (lambda view: view.logprob_of(["a", "b"], "c"), r"found the texts .*\. To ask many at once, use logprobs_of"),
+    (lambda view: view.generate(["a", "b"], max_new_tokens=1), r"found the texts .* generate_many\(prompts\)"),
 ]
 
 CALLS: dict[str, Ask] = {

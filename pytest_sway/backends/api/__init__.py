@@ -1,1 +1,1 @@
-"""Backends of kind ``api``: a base and its tuned self as two models on OpenAI-compatible servers."""
+"""Backends of kind ``api``: a base and a fine-tuned model on OpenAI-compatible servers."""

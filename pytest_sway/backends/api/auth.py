@@ -1,4 +1,4 @@
-"""The key of a server: read from the environment for each request, and kept nowhere."""
+"""A server's key, read from the environment for each request and stored nowhere."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OPENAI_HOST: Final = "api.openai.com"
 
 
 class Key(httpx.Auth):
-    """Puts the key into a request's header, if there is one.
+    """Puts the key, if there is one, into a request's header.
 
     Args:
-        variable: The environment variable that holds it. By default ``SWAY_API_KEY``, and for OpenAI's own server, but
-            no other, ``OPENAI_API_KEY`` where that is not set.
+        variable: The environment variable that holds the key. The default is ``SWAY_API_KEY``, or ``OPENAI_API_KEY`` if
+            that is not set and the server is OpenAI's own.
     """
 
     def __init__(self, variable: str | None = None) -> None:
@@ -36,26 +36,26 @@ class Key(httpx.Auth):
 
     @property
     def variable(self) -> str:
-        """The variable to name to a user."""
+        """The variable to name in messages."""
         return self._variable or VARIABLE
 
     def require(self) -> None:
-        """Raise unless the variable that a spec names is set, and what is set can be sent.
+        """Raise unless the variable that a spec names is set, and its value can be sent.
 
         Raises:
-            SpecError: It is not, or cannot.
+            SpecError: It is not set, or cannot be sent.
         """
         if self._variable is not None and not os.environ.get(self._variable, "").strip():
             raise SpecError(
-                f"the spec names {self._variable!r} for the key of its server, and that environment variable is not"
-                " set. Set it, or leave 'api_key_env' out if the server wants no key."
+                f"the spec names {self._variable!r} as the variable of its server's key, but that environment variable"
+                " is not set. Set it, or omit 'api_key_env' if the server wants no key."
             )
         for name in (self._variable,) if self._variable else (VARIABLE, _OPENAI_VARIABLE):
             value = os.environ.get(name, "").strip()
             if not (value.isascii() and value.isprintable()):
                 raise SpecError(
-                    f"the environment variable {name!r} holds characters that no header can carry, such as a line"
-                    " break, so it is no key."
+                    f"the environment variable {name!r} holds characters that a header cannot carry, such as a line"
+                    " break, so it is not a key. Set it to the key alone."
                 )
 
     def redacted(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""`ApiBackend`: a base and its tuned self, as two models on servers."""
+"""`ApiBackend`: a base and a fine-tuned model on servers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __tracebackhide__ = True
 class ApiBackend(HintsAtViews):
     """Two models on OpenAI-compatible servers; made by `build_api`.
 
-    Any number of views may be open at once, in any number of threads; their requests share the connections.
+    Any number of views may be open at once, in any number of threads. Their requests share the connections.
 
     Args:
         spec: The spec that it was built from.
-        loop: Where requests run.
-        connection: The connections.
+        loop: The event loop of the requests.
+        connection: The connections to the servers.
         base: The base.
-        tuned: The tuned model, if the spec names one.
+        tuned: The fine-tuned model, if the spec names one.
     """
 
     safe_for_concurrent_views = True
@@ -67,21 +67,21 @@ class ApiBackend(HintsAtViews):
 
     @opens_view
     def as_finetuned(self) -> Iterator[ApiView]:
-        """Open a view on the tuned model.
+        """Open a view on the fine-tuned model.
 
         Raises:
             NoAdapterError: The spec names none.
         """
         if self._tuned is None:
             raise NoAdapterError(
-                f"as_finetuned() was asked of {self._spec}, whose spec names no fine-tuned model. Add"
+                f"as_finetuned() needs a fine-tuned model, but the spec of {self._spec} names none. Add"
                 " 'finetuned': <its name on the server> to the spec, or use as_base()."
             )
         with self._view("ft", self._tuned) as view:
             yield view
 
     def cache_identity(self) -> str:
-        """Return what tells this pair of models from others, for caches of what they answer."""
+        """Return an identity of this pair of models, for caches of their answers."""
         return f"api:{self._base}:{self._tuned}"
 
     def preflight_finite_check(self) -> tuple[bool, str]:
@@ -90,11 +90,11 @@ class ApiBackend(HintsAtViews):
         return preflight({"base": self.as_base} | ({} if self._tuned is None else {"ft": self.as_finetuned}))
 
     def sizes(self) -> Mapping[Hashable, int]:
-        """Return the bytes that each part takes in this machine's memory: there is none."""
+        """Return the bytes of each part in this machine's memory: there are none."""
         return {}
 
     def close(self) -> None:
-        """Close the connections; requests under way fail with `BackendClosedError`. Closing twice is harmless."""
+        """Close the connections. Requests under way fail with `BackendClosedError`. Closing twice is harmless."""
         self._loop.close(self._connection.close())
 
     @contextmanager

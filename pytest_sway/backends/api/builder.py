@@ -1,4 +1,4 @@
-"""From a spec to a backend: what can be refused at once, and what has to be asked of the servers."""
+"""`ApiBuilder`: check a spec without a server, then ask the servers for its models."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ REQUIRED: Final = ("httpx", "tenacity")
 
 
 def check_api(spec: ModelSpec) -> None:
-    """Find what is wrong with ``spec`` without asking a server.
+    """Check ``spec`` without asking a server.
 
     Raises:
-        BackendNotAvailableError: Something is not installed.
-        SpecError: It names what no server has, or a variable without a key.
-        AdapterMismatchError: Both of its models are the same.
+        BackendNotAvailableError: A library is not installed.
+        SpecError: It names an adapter's folder, which no server has, or a variable that holds no key.
+        AdapterMismatchError: Its two models are the same.
     """
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
@@ -37,7 +37,7 @@ def check_api(spec: ModelSpec) -> None:
         )
     if spec.adapter is not None:
         raise SpecError(
-            f"a spec of kind 'api' names models that a server has, and no folder; found adapter {str(spec.adapter)!r}."
+            f"a spec of kind 'api' names models on a server, not folders; found adapter {str(spec.adapter)!r}."
             " Serve the adapter (vLLM: --enable-lora --lora-modules NAME=FOLDER), and put its name into 'finetuned'."
         )
     if spec.finetuned == spec.base and spec.finetuned_endpoint in (None, spec.endpoint):
@@ -54,26 +54,26 @@ class ApiBuilder(Build):
     """Builds backends of kind ``api``."""
 
     def check(self, spec: ModelSpec) -> Plan:
-        """Find what is wrong with ``spec`` without asking a server; see `check_api`."""
+        """Check ``spec`` without asking a server; see `check_api`."""
         check_api(spec)
         return replace(Plan.of(spec), sizes={})  # there are no weights here
 
     def build(self, plan: Plan) -> ApiBackend:
-        """Ask the servers for what the spec names; see `build_api`."""
+        """Ask the servers for the models that the plan's spec names; see `build_api`."""
         return build_api(plan.spec)
 
 
 def build_api(spec: ModelSpec, *, sleep: Callable[[float], Awaitable[Any]] | None = None) -> ApiBackend:
-    """Make sure that the servers have what ``spec`` names, and return the backend that asks them.
+    """Ask the servers for the models that ``spec`` names, and return a backend of them.
 
     Args:
-        spec: A spec of kind ``api`` that `check_api` took.
-        sleep: How to wait before a request is tried again; ``asyncio.sleep`` by default.
+        spec: A spec of kind ``api`` that passed `check_api`.
+        sleep: Waits before a request is tried again; ``asyncio.sleep`` by default.
 
     Raises:
         SpecError: A server does not have a model of that name.
         AdapterMismatchError: Both models give the same answers.
-        ServerError: A server does not answer, or refuses.
+        ServerError: A server does not answer, or refuses the request.
     """
     from pytest_sway.backends.api.auth import Key
     from pytest_sway.backends.api.backend import ApiBackend

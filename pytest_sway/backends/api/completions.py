@@ -1,7 +1,7 @@
-"""What an answer of ``/v1/completions`` says, in either of the shapes that servers give log-probabilities.
+"""Parse an answer of ``/v1/completions`` in either of the forms in which servers give log-probabilities.
 
-OpenAI, vLLM and llama-cpp-python give parallel lists (``tokens``, ``token_logprobs``, ``top_logprobs``); llama.cpp's
-own server and mlx_lm give the list ``content`` of OpenAI's chat answers, with the ids of the tokens.
+OpenAI, vLLM and llama-cpp-python give parallel lists (``tokens``, ``token_logprobs``, ``top_logprobs``). llama.cpp's
+own server and mlx_lm give the list ``content`` of OpenAI's chat answers, with token ids.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
+from pytest_sway.system.wording import shown
+
 __tracebackhide__ = True
 
+_LONGEST: Final = 40
+"""The most characters of a server's value that an error quotes."""
+
 _TOKEN_ID: Final = re.compile(r"token_id:(\d+)")
-"""How vLLM spells a token with ``return_tokens_as_token_ids``."""
+"""vLLM's spelling of a token with ``return_tokens_as_token_ids``."""
 
 _ROUNDING: Final = 1e-3
-"""How far above 0 rounding may put the log-probability of what is certain."""
+"""The most that rounding may put the log-probability of a certain token above 0, in nats."""
 
 T = TypeVar("T")
 
 
 class MalformedError(ValueError):
-    """An answer that does not have the shape of a completion; the text says where."""
+    """An answer does not have the form of a completion; the text says where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +36,10 @@ class Token:
     """One token of an answer.
 
     Attributes:
-        text: How the server spells it.
-        token_id: Its number in the vocabulary where the server tells it; otherwise `stand_in` of its spelling.
-        logprob: In nats; ``None`` where the server gives none, as for the first token of a text.
-        top: The most probable tokens in its place, most probable first, as pairs of an id and nats.
+        text: The server's spelling.
+        token_id: Its id in the vocabulary if the server gives it; otherwise `stand_in` of its spelling.
+        logprob: In nats; ``None`` if the server gives none, as for the first token of a text.
+        top: The most probable tokens in its place, in order, as pairs of an id and nats.
     """
 
     text: str
@@ -49,8 +54,8 @@ class Completion:
 
     Attributes:
         text: The new text; with ``echo``, the prompt and the new text.
-        tokens: Its tokens; ``None`` where the server gave no log-probabilities.
-        generated: How many tokens are new; ``None`` where the server does not count them.
+        tokens: Its tokens; ``None`` if the server gave no log-probabilities.
+        generated: The number of new tokens; ``None`` if the server does not count them.
     """
 
     text: str
@@ -59,19 +64,19 @@ class Completion:
 
 
 def stand_in(text: str) -> int:
-    """Return a number for a token that is known by its spelling alone.
+    """Return an id for a token of which only the spelling is known.
 
-    It is a digest, the same in every process and for every model, and negative, so that no vocabulary has it.
+    It is a digest: the same in every process and for every model, and negative, so that no vocabulary has it.
     """
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return -1 - (int.from_bytes(digest, "big") >> 1)
 
 
 def read_completion(answer: Any) -> Completion:
-    """Return what an answer says.
+    """Parse an answer.
 
     Raises:
-        MalformedError: It is not of the shape of a completion.
+        MalformedError: The answer does not have the form of a completion.
     """
     choices = _item(_typed(answer, dict, "the answer"), "choices", list)
     if not choices:
@@ -148,10 +153,10 @@ def _descending(candidates: list[tuple[int, float]]) -> tuple[tuple[int, float],
 
 def _nats(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MalformedError(f"{where} is {_shown(value)}, and no number")
+        raise MalformedError(f"{where} is {shown(value, _LONGEST)}, not a number")
     if value > _ROUNDING:
-        raise MalformedError(f"{where} is {value:g}, which is the logarithm of no probability")
-    return min(float(value), 0.0)  # NaN stays NaN: it stands for a broken model, which the caller tells of
+        raise MalformedError(f"{where} is {value:g}, which is not the logarithm of a probability")
+    return min(float(value), 0.0)  # NaN stays NaN: the model is broken, and the caller reports that
 
 
 def _item(mapping: dict[str, Any], name: str, kind: type[T]) -> T:
@@ -162,10 +167,5 @@ def _item(mapping: dict[str, Any], name: str, kind: type[T]) -> T:
 
 def _typed(value: Any, kind: type[T], where: str) -> T:
     if not isinstance(value, kind):
-        raise MalformedError(f"{where} is {_shown(value)}, and no {kind.__name__}")
+        raise MalformedError(f"{where} is {shown(value, _LONGEST)}, not a {kind.__name__}")
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -1,8 +1,8 @@
-"""Requests and their failures: what is tried again, for how long, and in which words the rest is told.
+"""Send requests, retry failures that may pass, and report the others.
 
-Retries are tenacity's: unlike stamina, which is built on it, it lets the wait depend on the answer (``Retry-After``)
-and takes the clock as an argument, so that tests wait for nothing. The openai client is not used: its timeout is one
-for each read, so a server that trickles is waited for without end, and it keeps the key in an attribute.
+tenacity does the retries: unlike stamina, which is built on it, it lets the wait depend on the answer (``Retry-After``)
+and takes the clock as an argument, so that tests need not wait. The openai client is not used: its timeout applies to
+each read, so it may wait forever for a slow server, and it keeps the key in an attribute.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 CONCURRENT_REQUESTS: Final = 8
-"""Requests that one backend has under way at one time."""
+"""The most requests of one backend under way at once."""
 
 ATTEMPTS: Final = 5
 LONGEST_RETRY_AFTER: Final = 60.0
-"""Seconds; a server that wants to be left alone for longer is not waited for."""
+"""The most seconds that a request waits because a server asks for it (``Retry-After``)."""
 
 _CONNECT_SECONDS: Final = 10.0
 _BACKOFF: Final = wait_exponential(multiplier=0.5, max=8.0) + wait_random(0.0, 0.5)
 _QUOTED: Final = 300
-"""Characters of a server's own words that an error repeats."""
+"""The most characters of a server's text that an error quotes."""
 
 
 class RefusedError(ServerError):
-    """The server understood a request and does not serve it: a status from 400 to 499, or 501.
+    """The server refuses a request: a status from 400 to 499, or 501.
 
     Attributes:
-        status: Which.
+        status: The HTTP status.
     """
 
     status: int = 0
 
 
 class NoJsonError(ServerError):
-    """The server answered with success, and something else than JSON."""
+    """The server answered with a success status, but not with JSON."""
 
 
 class _PassingError(Exception):
@@ -66,9 +66,9 @@ class Connection:
     """The connections of one backend to its servers; used in one event loop.
 
     Args:
-        timeout: Seconds that one answer may take, once its turn has come.
+        timeout: The most seconds that one answer may take once its request is sent.
         key: The servers' key.
-        sleep: How to wait before another attempt.
+        sleep: Waits before another attempt.
     """
 
     def __init__(self, *, timeout: float, key: Key, sleep: Callable[[float], Awaitable[Any]] | None = None) -> None:
@@ -80,25 +80,25 @@ class Connection:
 
     async def get(self, url: str) -> Any:
         """Return the JSON at ``url``; see `post`."""
-        return await self._persistently("GET", url, None)
+        return await self._with_retries("GET", url, None)
 
     async def post(self, url: str, body: dict[str, Any]) -> Any:
         """Send ``body`` as JSON and return the answer's JSON.
 
-        What may pass is tried again: a connection that fails or breaks off, and the statuses 429 and 5xx.
+        A failure that may pass is tried again: a connection that fails or breaks off, and the statuses 429 and 5xx.
 
         Raises:
-            RefusedError: The server does not serve it.
-            NoJsonError: It answered something else.
-            ServerError: It failed, or took too long.
+            RefusedError: The server refuses the request.
+            NoJsonError: The answer is not JSON.
+            ServerError: The server failed, or took too long.
         """
-        return await self._persistently("POST", url, body)
+        return await self._with_retries("POST", url, body)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
 
-    async def _persistently(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
+    async def _with_retries(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
         attempts = AsyncRetrying(
             sleep=self._sleep,
             stop=stop_after_attempt(ATTEMPTS),
@@ -114,12 +114,12 @@ class Connection:
             return response.json()
         except ValueError:
             raise NoJsonError(
-                f"{url} answered with something that is no JSON: {self.quoted(response.text)!r}. Is an"
+                f"{url} answered with something that is not JSON: {self.quoted(response.text)!r}. Is an"
                 " OpenAI-compatible server behind that address?"
             ) from None
 
     async def _once(self, method: str, url: str, body: dict[str, Any] | None) -> httpx.Response:
-        """One attempt. Errors of httpx go no further, since their frames hold the header with the key."""
+        """Send a request once. httpx's errors are replaced, since their frames hold the header with the key."""
         async with self._turns:
             try:
                 async with asyncio.timeout(self._timeout):
@@ -147,14 +147,14 @@ class Connection:
         said = f"{url} answered {status} {_phrase(status)}"
         if response.is_redirect:
             raise ServerError(
-                f"{said}, which is not followed, since it could take the key elsewhere. Name the address that it leads"
-                " to as the endpoint."
+                f"{said}. Redirects are not followed, since they could take the key elsewhere. Name the address that"
+                " this one leads to as the endpoint."
             )
-        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):  # whose text may quote parts of the key
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):  # their text may quote parts of the key
             raise _refused(
                 status,
-                f"{said}: it wants a key, or another one. Put it into the environment variable {self._key.variable},"
-                " or another whose name the spec has as 'api_key_env'.",
+                f"{said}: it wants a key, or another one. Put it into the environment variable {self._key.variable}, or"
+                " into another one that the spec names as 'api_key_env'.",
             )
         told = f"{said}: {self.quoted(_message(response)).rstrip('.')}."
         if status == HTTPStatus.TOO_MANY_REQUESTS or (
@@ -163,14 +163,14 @@ class Connection:
             wait = _retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
             if wait is not None and wait > LONGEST_RETRY_AFTER:
                 raise ServerError(
-                    f"{told} It asks to be left alone for {wait:g} seconds, more than the {LONGEST_RETRY_AFTER:g} that"
-                    " a test waits."
+                    f"{told} It asks for a pause of {wait:g} seconds, more than the {LONGEST_RETRY_AFTER:g} that a test"
+                    " waits."
                 )
             raise _PassingError(told, wait)
         raise _refused(status, told)
 
     def quoted(self, text: str) -> str:
-        """Return a server's own words as an error repeats them: short, on one line, without secrets."""
+        """Return a server's text for an error: short, on one line, without secrets."""
         text = " ".join(self._key.redacted(text).split())
         return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
@@ -192,11 +192,11 @@ def _phrase(status: int) -> str:
 
 
 def _message(response: httpx.Response) -> str:
-    """The reason in an error's body: as OpenAI and llama.cpp give it, as vLLM and FastAPI do, or the body itself."""
+    """The reason in an error's body: that of OpenAI and llama.cpp, of vLLM and FastAPI, or the whole body."""
     try:
         body = response.json()
     except ValueError:
-        return response.text or "without a word"
+        return response.text or "without a text"
     for name in ("error", "message", "detail"):
         if isinstance(body, dict) and body.get(name):
             body = body[name]
@@ -210,7 +210,7 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _retry_after(header: str | None, now: datetime) -> float | None:
-    """Seconds to wait by a header ``Retry-After``, which has a number of seconds or a date; ``None`` without one."""
+    """The seconds to wait by a ``Retry-After`` header, in seconds or as a date; ``None`` without one."""
     if header is None:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Which of the tokens that a server echoes are a text's own, and where in the text each begins.
+"""Find a text's own tokens among those that a server echoes, and the place of each in the text.
 
-Servers count in different ways: vLLM's offsets count the BOS that it puts in front, llama-cpp-python leaves BOS out,
-and a character of several tokens is spelled in none of them. So the tokens are laid along the text itself.
+Servers count differently: vLLM's offsets count the BOS that it puts in front, llama-cpp-python omits BOS, and none
+spells a character that consists of several tokens. So the tokens are matched against the text itself.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Echo:
     """A text as a server tokenised it.
 
     Attributes:
-        tokens: BOS, if the server put one in front and shows it, and the text's tokens.
-        bos: Whether the first of them is that BOS.
-        starts: Where in the text each begins, in characters; ``None`` where the spelling of the tokens does not tell.
+        tokens: BOS, if the server adds one and shows it, then the text's tokens.
+        bos: Whether the first token is that BOS.
+        starts: The character at which each token begins; ``None`` if the spelling of the tokens does not tell.
     """
 
     tokens: tuple[Token, ...]
@@ -31,10 +31,10 @@ class Echo:
 
 
 def read_echo(text: str, completion: Completion) -> Echo | None:
-    """Return how ``text`` was tokenised; ``None`` where the tokens do not make up the text.
+    """Return the tokens of ``text``; ``None`` if they do not make up the text.
 
     Args:
-        text: The prompt that was to be echoed.
+        text: The prompt.
         completion: The answer, with log-probabilities, to a request for an echo and one more token.
     """
     tokens = completion.tokens or ()
@@ -45,7 +45,7 @@ def read_echo(text: str, completion: Completion) -> Echo | None:
     own = tokens[: max(0, len(tokens) - generated)]
     if not own:
         return None
-    if all(token.token_id >= 0 for token in own):  # numbers say nothing of the text, but are all there are
+    if all(token.token_id >= 0 for token in own):  # ids can't be compared with the text, but there is nothing else
         return Echo(own, bos=False, starts=None)
     spelled, wanted = _skeleton("".join(token.text for token in own)), _skeleton(text)
     if spelled == wanted:
@@ -56,7 +56,7 @@ def read_echo(text: str, completion: Completion) -> Echo | None:
 
 
 def _starts(text: str, tokens: Sequence[Token]) -> tuple[int, ...] | None:
-    """Where each token begins, up to the end of the text; what comes after was generated."""
+    """The place at which each token of the text begins; later tokens were generated."""
     starts, at = [], 0
     for number, token in enumerate(tokens):
         if at == len(text):
@@ -75,5 +75,5 @@ def _first_is_bos(text: str, tokens: Sequence[Token]) -> bool:
 
 
 def _skeleton(text: str) -> str:
-    """What every spelling has in common: tokenizers of SentencePiece lose blanks, pieces of characters the rest."""
+    """The ASCII characters of a text without blanks: SentencePiece loses blanks, and split characters lose the rest."""
     return "".join(character for character in text if character.isascii() and not character.isspace())

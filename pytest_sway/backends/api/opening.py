@@ -1,4 +1,4 @@
-"""Asking the servers of a spec for its two models: whether they are there, and whether they differ."""
+"""Ask a spec's servers whether they have its two models, and whether the models differ."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PROBE_TOP = 5
 
 
 async def open_models(connection: Connection, spec: ModelSpec) -> tuple[ServedModel, ServedModel | None]:
-    """Return the models that ``spec`` names, after asking their servers for them.
+    """Return the models of ``spec``, after asking their servers for them.
 
     Raises:
         SpecError: A server does not have a model of that name.
         AdapterMismatchError: Both give the same answers.
-        ServerError: A server does not answer, or refuses.
+        ServerError: A server does not answer, or refuses the request.
     """
     assert spec.endpoint is not None
     base = await _open(connection, spec.endpoint, spec.base)
@@ -35,36 +35,37 @@ async def open_models(connection: Connection, spec: ModelSpec) -> tuple[ServedMo
     ours, theirs = await _fingerprint(base), await _fingerprint(tuned)
     if ours is not None and ours == theirs:
         raise AdapterMismatchError(
-            f"{base} and {tuned} give the same answers, to the bit, so a test of them would test nothing. Is one model"
+            f"{base} and {tuned} give the same answers, bit for bit, so a test of them would test nothing. Is one model"
             " served under both names, or was the adapter not applied?"
         )
     return base, tuned
 
 
 async def _open(connection: Connection, endpoint: str, name: str) -> ServedModel:
-    """Return one model, if its server has it or does not tell what it has."""
+    """Return one model if its server has it, or does not list its models."""
     try:
         answer = await connection.get(f"{endpoint}/v1/models")
     except RefusedError as refused:
         if refused.status not in (404, 405, 501):
             raise
         answer = None
-    except NoJsonError:  # so does mlx_lm where there is no cache of a hub
+    except NoJsonError:  # mlx_lm does so if this machine has no hub cache
         answer = None
     listed = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(listed, list):
         return ServedModel(connection, endpoint, name, {})
     served = {entry["id"]: entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)}
-    for alias in (name, f"{name}:latest"):  # as Ollama lists what is asked for without a tag
+    for alias in (name, f"{name}:latest"):  # Ollama lists an untagged name like this
         if alias in served:
             return ServedModel(connection, endpoint, name, served[alias])
     raise SpecError(
         f"the server at {endpoint} has no model {name!r}; it serves {', '.join(map(repr, sorted(served))) or 'none'}."
+        " Name one of those, or start the server with the model."
     )
 
 
 async def _fingerprint(model: ServedModel) -> tuple[tuple[int, float], ...] | None:
-    """What a model makes of a fixed prompt; ``None`` where its server gives no log-probabilities."""
+    """A model's distribution after a fixed prompt; ``None`` if its server gives no log-probabilities."""
     try:
         completion = await model.complete_scored(_PROBE_TOP, prompt=_PROBE, max_tokens=1)
     except ScoringError:

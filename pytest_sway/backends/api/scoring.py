@@ -1,4 +1,4 @@
-"""From a server's answers to numbers."""
+"""Turn a server's answers into numbers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __tracebackhide__ = True
 
 
 async def logprob_of(model: ServedModel, prompt: Prompt, completion: str) -> float:
-    """Sum of the log-probabilities of the completion's tokens, in nats.
+    """Return the sum of the log-probabilities of the completion's tokens, in nats.
 
-    The parts are told apart as lm-evaluation-harness does: the prompt's trailing whitespace goes to the completion,
-    the text is tokenised as one, and the completion has the tokens that come after as many as the prompt alone has.
-    Where a token straddles the boundary, those are scored in the text as it is, which is all that a server is given;
-    the harness, with the model at hand, puts the prompt's own tokens before them.
+    The text is split as in lm-evaluation-harness: trailing whitespace of the prompt goes to the completion, both are
+    tokenised as one text, and the completion's tokens are those after as many as the prompt alone has. If a token
+    straddles the boundary, the completion is scored in the text as it is, since a server takes nothing else. The
+    harness, which has the model itself, puts the prompt's own tokens before them.
     """
     prompt = _text(model, prompt)
     context, text = prompt.rstrip(), prompt + completion
@@ -46,15 +46,15 @@ async def logprob_of(model: ServedModel, prompt: Prompt, completion: str) -> flo
 
 
 async def rolling_logprob(model: ServedModel, text: str, prefix: bool) -> RollingLogprob:
-    """Log-probability of each token but the first: the server's BOS, or where it shows none, the text's own."""
+    """Return the log-probability, in nats, of each token but the first, which is the server's BOS if it shows one."""
     if not text:
         return RollingLogprob(np.array([], np.int64), np.array([], np.float32), 0, 0.0)
     await model.require_echo()
     if prefix and not model.shows_bos:
         raise ScoringError(
-            f"rolling_logprob scores a text's every token unless told otherwise, and {model} shows no BOS in front of a"
-            " text, so it has no log-probability for the first one. Pass prefix=False to score the tokens after it;"
-            " compare such numbers only with others of prefix=False."
+            f"rolling_logprob scores every token of a text by default, but {model} shows no BOS before a text, so it"
+            " has no log-probability for the first token. Pass prefix=False to score the tokens after it, and compare"
+            " such numbers only with others of prefix=False."
         )
     echo = await model.echo(text, ids=model.tells_ids)
     logprobs = _logprobs(model, echo.tokens[1:])
@@ -67,15 +67,15 @@ async def rolling_logprob(model: ServedModel, text: str, prefix: bool) -> Rollin
 
 
 async def next_token_dist(model: ServedModel, prompt: Prompt, top_k: int) -> TokenDist:
-    """Distribution of the token after ``prompt``: as many tokens of ``top_k`` as the server gives."""
+    """Return the distribution of the token after ``prompt``: up to ``top_k`` tokens, as many as the server gives."""
     prompt = _text(model, prompt)
     ids = {"return_tokens_as_token_ids": True} if model.tells_ids else {}
     completion = await model.complete_scored(top_k, prompt=prompt, max_tokens=1, **ids)
     top = completion.tokens[0].top[:top_k] if completion.tokens else ()
     if not top:
         raise ScoringError(
-            f"{model} gave no distribution of the token after {prompt[-80:]!r}. Servers leave it out where the text"
-            " ends there, and for an empty prompt."
+            f"{model} gave no distribution of the token after {prompt[-80:]!r}. Servers omit it if the text ends there,"
+            " and for an empty prompt."
         )
     logprobs = np.array([logprob for _, logprob in top], np.float32)
     tail: float | None = None
@@ -85,7 +85,7 @@ async def next_token_dist(model: ServedModel, prompt: Prompt, top_k: int) -> Tok
 
 
 async def generate(model: ServedModel, prompt: Prompt, settings: SamplingParams, seed: int) -> str:
-    """Continue ``prompt``."""
+    """Return a continuation of ``prompt``."""
     max_tokens, temperature, top_p = settings
     completion = await model.complete(
         prompt=_text(model, prompt), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -94,10 +94,10 @@ async def generate(model: ServedModel, prompt: Prompt, settings: SamplingParams,
 
 
 def no_template(model: ServedModel) -> ScoringError:
-    """The error of a prompt of messages."""
+    """Return the error for a prompt of messages."""
     return ScoringError(
-        f"a prompt of messages was given to {model}, whose chat template is not known here. Make a text of them first,"
-        " with the model's tokenizer: tokenizer.apply_chat_template(messages, tokenize=False)."
+        f"a prompt of messages was given to {model}, whose chat template is unknown here. Render it as text with the"
+        " model's tokenizer first: tokenizer.apply_chat_template(messages, tokenize=False)."
     )
 
 
@@ -109,12 +109,12 @@ def _text(model: ServedModel, prompt: Prompt) -> str:
 
 
 async def _tokens_of_prompt(model: ServedModel, echo: Echo, context: str) -> int:
-    """How many of the echoed tokens are the prompt's."""
+    """The number of echoed tokens that are the prompt's."""
     if not context:
         return int(echo.bos)
     if echo.starts is not None and len(context) in echo.starts:
         return echo.starts.index(len(context))
-    return len((await model.echo(context)).tokens)  # a token straddles the boundary, or its place is not known
+    return len((await model.echo(context)).tokens)  # a token straddles the boundary, or the places are unknown
 
 
 def _logprobs(model: ServedModel, tokens: Sequence[Token]) -> list[float]:

@@ -1,4 +1,4 @@
-"""One model on a server, and the ways to ask it that this server understands."""
+"""`ServedModel`: a model on a server, asked in the ways that this server understands."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _LIMITS: Final = (20, 10, 5, 1)
-"""How many log-probabilities servers give at most: vLLM, mlx_lm, OpenAI; tried in turn when one refuses."""
+"""The most log-probabilities that servers give (vLLM, mlx_lm, OpenAI), tried in turn when a server refuses more."""
 
 _NEUTRAL: Final = {"repeat_penalty": 1.0, "repetition_penalty": 1.0, "min_p": 0.0}
-"""What keeps servers from changing a model's answers by defaults of their own: llama-cpp-python punishes repetition."""
+"""Settings that turn off servers' own defaults, which change answers; llama-cpp-python penalises repetition."""
 
 _PROBE: Final = "1, 2, 3, 4, 5,"
 _PROBE_TOKENS: Final = 4
 _TOLERANCE: Final = 1.0
-"""Nats by which the probe's tokens may differ between an echo and their generation; a wrong echo is further off."""
+"""Nats by which the probe's tokens may differ between echo and generation. A wrong echo differs by more."""
 
 
 class ServedModel:
     """A model on a server.
 
     Args:
-        connection: How its server is reached.
+        connection: The connection to its server.
         endpoint: The server's address.
-        name: The model's name there.
-        card: What the server's list of models says of it.
+        name: The model's name on the server.
+        card: Its entry in the server's list of models.
 
     Attributes:
-        vocabulary: How many tokens it knows; 0 where the server does not tell.
+        vocabulary: The size of its vocabulary in tokens; 0 if the server does not tell.
         tells_ids: Whether the server gives tokens their ids on request, as vLLM does.
-        shows_bos: Whether it puts BOS in front of a text and shows it in an echo; known after `require_echo`.
+        shows_bos: Whether the server puts BOS before a text and shows it in an echo; known after `require_echo`.
     """
 
     def __init__(self, connection: Connection, endpoint: str, name: str, card: Mapping[str, Any]) -> None:
@@ -52,15 +52,15 @@ class ServedModel:
         self._endpoint = endpoint
         self._name = name
         meta = card.get("meta")
-        size = meta.get("n_vocab") if isinstance(meta, dict) else None  # as llama.cpp's own server says
+        size = meta.get("n_vocab") if isinstance(meta, dict) else None  # llama.cpp's own server gives it
         self.vocabulary = size if isinstance(size, int) and size > 0 else 0
         self.tells_ids = card.get("owned_by") == "vllm"
         self.shows_bos = False
-        self._most = math.inf  # log-probabilities that the server gives
-        self._strict = False  # whether it refuses what OpenAI's own server does not know
-        self._boolean = False  # whether 'logprobs' is a switch there, as in mlx_lm, and no number
+        self._most = math.inf  # the most log-probabilities that the server gives
+        self._strict = False  # whether it refuses fields that OpenAI's server does not know
+        self._boolean = False  # whether 'logprobs' is a boolean there, as in mlx_lm
         self._echo_lock = asyncio.Lock()
-        self._echo_fault: str | None = None  # why the server's echo cannot be used; empty once it is known to be right
+        self._echo_fault: str | None = None  # why its echo can't be used; empty if it can
 
     def __str__(self) -> str:
         return f"{self._name!r} on {self._endpoint}"
@@ -69,8 +69,8 @@ class ServedModel:
         """Ask for a completion with the ``top`` log-probabilities of each token, or as many as the server gives.
 
         Raises:
-            ScoringError: It gives none.
-            ServerError: It does not answer, refuses, or answers something else.
+            ScoringError: The server gives no log-probabilities.
+            ServerError: It does not answer, refuses the request, or answers something else.
         """
         while True:
             asking = min(top, self._most)
@@ -82,8 +82,8 @@ class ServedModel:
             else:
                 if completion.tokens is None:
                     raise ScoringError(
-                        f"{self} gives no log-probabilities: it was asked for {asking:g} of each token and answered"
-                        " without. Start it so that it gives them, or use another server; generate works."
+                        f"{self} gives no log-probabilities: the request asked for {asking:g} of each token, and the"
+                        " answer has none. Start the server so that it gives them, or use another one; generate works."
                     )
                 return completion
 
@@ -91,7 +91,7 @@ class ServedModel:
         return {"logprobs": True, "top_logprobs": top} if self._boolean else {"logprobs": top}
 
     def _asks_otherwise(self, refusal: str, asked: float) -> bool:
-        """Whether there is another way to ask for log-probabilities, after a refusal."""
+        """Switch to another way to ask for log-probabilities after a refusal; return whether there is one."""
         if "logprobs" not in refusal:
             return False
         if "type bool" in refusal and not self._boolean:
@@ -103,13 +103,13 @@ class ServedModel:
         return fewer is not None
 
     async def complete(self, **request: Any) -> Completion:
-        """Ask for a completion; temperature 0 unless told otherwise.
+        """Ask for a completion, by default at temperature 0.
 
         Args:
             request: Fields of the request.
 
         Raises:
-            ServerError: The server does not answer, refuses, or answers something else.
+            ServerError: The server does not answer, refuses the request, or answers something else.
         """
         body = {"model": self._name, "temperature": 0.0, **({} if self._strict else _NEUTRAL), **request}
         try:
@@ -122,9 +122,9 @@ class ServedModel:
         try:
             return read_completion(answer)
         except MalformedError as error:
-            del answer  # it may repeat the key, and --showlocals shows variables
+            del answer  # it may quote the key, which --showlocals would show
             raise ServerError(
-                f"{self} answered with something that is no completion: {self._connection.quoted(str(error))}."
+                f"{self} answered with something that is not a completion: {self._connection.quoted(str(error))}."
             ) from None
 
     # --- echoes -------------------------------------------------------------------------------------------------------
@@ -132,14 +132,14 @@ class ServedModel:
     async def echo(self, text: str, *, ids: bool = False) -> Echo:
         """Ask for the tokens of ``text`` and their log-probabilities.
 
-        One token more is asked for and left out: some servers take 0 for "as many as there is room for".
+        One more token is requested and dropped: some servers take 0 as "as many as there is room for".
 
         Args:
-            text: What to echo.
-            ids: Ask for the ids of the tokens in place of their spelling.
+            text: The text to echo.
+            ids: Whether to ask for the tokens' ids instead of their spelling.
 
         Raises:
-            ScoringError: What came back does not make up the text.
+            ScoringError: The tokens do not make up the text.
         """
         extra = {"return_tokens_as_token_ids": True} if ids else {}
         completion = await self.complete_scored(1, prompt=text, max_tokens=1, echo=True, **extra)
@@ -147,13 +147,13 @@ class ServedModel:
         if echo is None:
             spelled = "".join(token.text for token in completion.tokens or ())
             raise ScoringError(
-                f"{self} echoed {text[:80]!r} with tokens that do not make up the text: {spelled[:80]!r}. Special"
-                " tokens that are written out in a text are left out by some servers."
+                f"{self} echoed {text[:80]!r} with tokens that do not make up the text: {spelled[:80]!r}. Some servers"
+                " omit special tokens that are written out in a text."
             )
         return echo
 
     async def require_echo(self) -> None:
-        """Make sure, once, that the server echoes a text with the log-probabilities that its tokens have.
+        """Check once that the server echoes a text with the right log-probabilities of its tokens.
 
         Raises:
             ScoringError: It does not.
@@ -165,10 +165,10 @@ class ServedModel:
             raise ScoringError(self._echo_fault)
 
     async def _find_echo_fault(self) -> str:
-        """Compare what the model says of a text when it generates it, and when the text is echoed.
+        """Compare the log-probabilities of a text when it is generated and when it is echoed.
 
-        llama.cpp's own server ignores ``echo``, and llama-cpp-python (up to 0.3.36 at least) is off by one token for
-        models that put no BOS in front of a text; both answer without an error.
+        llama.cpp's own server ignores ``echo``. llama-cpp-python (up to 0.3.36 at least) is off by one token for models
+        that put no BOS before a text. Both answer without an error.
         """
         generation = await self.complete_scored(1, prompt=_PROBE, max_tokens=_PROBE_TOKENS)
         text = _PROBE + generation.text
@@ -176,19 +176,19 @@ class ServedModel:
         if echo is None:
             return (
                 f"{self} does not echo a text with its log-probabilities, which logprob_of and rolling_logprob need."
-                " vLLM does, and llama-cpp-python; llama.cpp's own server and mlx_lm do not. next_token_dist and"
-                " generate work."
+                " vLLM and llama-cpp-python do; llama.cpp's own server and mlx_lm do not. next_token_dist and generate"
+                " work."
             )
         self.shows_bos = echo.bos
         new = [token for token in generation.tokens or () if token.text]
         for generated, echoed in zip(reversed(new), reversed(echo.tokens), strict=False):
             if generated.token_id != echoed.token_id or generated.logprob is None or echoed.logprob is None:
-                break  # the text was not tokenised as it was generated
+                break  # the text is tokenised in another way than it was generated
             if not abs(generated.logprob - echoed.logprob) <= _TOLERANCE:
                 return (
                     f"{self} echoes wrong log-probabilities: {echoed.logprob:.2f} for {echoed.text!r} at the end of"
                     f" {text!r}, which it generates with {generated.logprob:.2f}. llama-cpp-python is off by one token"
-                    " for models that put no BOS in front of a text; serve such a model with"
+                    " for models that put no BOS before a text; serve such a model with"
                     " kv_overrides=['tokenizer.ggml.add_bos_token=bool:true']. next_token_dist and generate work."
                 )
         return ""

@@ -1,4 +1,4 @@
-"""A view: what a test asks of one of the two models."""
+"""`ApiView`: the questions that a test asks of a model on a server."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __tracebackhide__ = True
 class ApiView(BaseView[ViewOwner]):
     """One side of a backend; made by `ApiBackend.as_base` and `ApiBackend.as_finetuned`.
 
-    The calls for many at once send several requests at a time; the first error cancels the rest. Each raises
-    `ServerError` where the server fails. Prompts are texts: those of messages are refused, as by `render`, since a
-    server applies its chat template out of sight.
+    A call for many sends several requests at a time; the first error cancels the rest. Each call raises `ServerError`
+    if the server fails. Prompts must be texts: messages are refused, also by `render`, since only the server has the
+    chat template.
 
-    The token that begins a text is the BOS that the server puts in front and shows, as vLLM does for models with a BOS.
-    Most servers give fewer tokens of a distribution than ``top_k`` (vLLM 20 unless told otherwise, OpenAI 5): then all
-    that they give are returned, and the rest of the mass is in ``tail_logprob``. Servers that give no ids get a number
-    of ours for each token, a negative one, which is the same for every model; ``vocab_size`` is 0 where the server does
-    not tell it. In sampling, a server may have settings of its own besides, and may not heed the seed.
+    The token that begins a text is the BOS that the server puts before it and shows, as vLLM does for models with a
+    BOS. Most servers give fewer tokens of a distribution than ``top_k`` (vLLM 20 by default, OpenAI 5): you get all
+    that they give, and ``tail_logprob`` has the rest of the mass. If a server gives no ids, each token gets a negative
+    id of ours, the same for every model. ``vocab_size`` is 0 if the server does not tell it. For sampling, a server may
+    use further settings of its own, and may ignore the seed.
 
     Attributes:
         id: ``base`` or ``ft``.

@@ -1,1 +1,1 @@
-"""Files of models and adapters on disk, read without torch: so loading, checking and estimating agree."""
+"""Read the files of models and adapters without torch, so that checks, estimates and loads agree."""

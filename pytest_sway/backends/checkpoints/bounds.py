@@ -1,7 +1,7 @@
-"""What no library is given to read: files that are none or far too large, and settings that would take for ever.
+"""Refuse files and settings that would make a library hang, crash or allocate without bound.
 
-transformers and PEFT read whatever a folder holds, compile what its config says into expressions and allocate what it
-asks for. What they would hang on, or die of, is refused here by its name, before anything is loaded.
+transformers and PEFT read whatever a folder holds, compile expressions from its config, and allocate what it asks for.
+The checks here name a file or field that they would hang on, or die of, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LIMITS: Final = (
     (re.compile(r".*\.index\.json|tokenizer_config\.json|added_tokens\.json"), INDEX_BYTES),
     (re.compile(r".*\.(json|txt|model)"), TOKENIZER_BYTES),
 )
-"""By name, in order: the most bytes of a file that is read whole. Weights have no bound but the cache's budget."""
+"""The most bytes of a file that is read whole, by its name; the first match counts. The cache limits weights."""
 
 _READ_BY_LIBRARIES: Final = re.compile(
     r"((generation_|tokenizer_)?config|tokenizer|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
@@ -46,13 +46,13 @@ _NAMED_AS_SIZES: Final = re.compile(
     r"(\w+_)?(size|dim|length|len|heads|layers|submodules|tokens|vectors|frequency|depth|rank|terms|[rk])"
 )
 _LARGEST: Final = 2**16
-"""No side of an adapter's parts is larger, unless its own tensors or the base's have such sides."""
+"""The longest side of an adapter's parts, unless its own tensors or the base's have longer ones."""
 _COUNTS: Final = re.compile(r"(?!max_)(\w+_)?(layers?|blocks|experts)|num_labels")
-"""Fields of a base's config that say how many modules there are of a kind, or labels, of which each gets a name."""
+"""Fields of a base's config that are numbers of modules of one kind, or of labels, each of which gets a name."""
 _NUMBERS_OF: Final = re.compile(r"(num|n)_(\w+_)?(layers?|blocks|experts)")
-"""Those that can be nothing else; some others are places, such as ``vision_feature_layer``, and count from the end."""
+"""Those that are always numbers. Some others are places, such as ``vision_feature_layer``, and may be negative."""
 _MOST_WORDS: Final = 10**6
-"""Up to so many words take no time worth a check."""
+"""Vocabularies up to this size load too quickly to need a check."""
 _MOST_LABELS: Final = 10**6
 _NUMBERS: Final = (int, float)
 _TYPES: Final[Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]]] = {
@@ -73,7 +73,7 @@ _TYPES: Final[Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]]] = {
     "use_rslora": ((bool,), ()),
     "fan_in_fan_out": ((bool,), ()),
 }
-"""The types that a field takes, and those of the elements of a list; null is left to PEFT."""
+"""The types that a field takes, and those of a list's elements. PEFT handles null."""
 _WORDS: Final = {
     int: "a whole number",
     float: "a number",
@@ -83,7 +83,7 @@ _WORDS: Final = {
     bool: "true or false",
 }
 _MOST_LEVELS: Final = 32
-"""No setting of PEFT's is nested deeper than a few levels, and what walks or copies a value recurses into each."""
+"""PEFT's settings have only a few levels, and code that walks or copies a value recurses into each."""
 _GATHERED: Final = (
     "accelerator.unwrap_model(model).save_pretrained(folder, state_dict=accelerator.get_state_dict(model))"
 )
@@ -93,36 +93,36 @@ _WRAPPERS: Final = {
     "_fsdp_wrapped_module.": ("FSDP", _GATHERED),
     "_checkpoint_wrapped_module.": ("activation checkpointing", _GATHERED),
 }
-"""What a wrapper around a model puts into the names of its tensors, whose it is, and how to save without."""
+"""What a wrapper puts into the names of a model's tensors, the wrapper's name, and how to save without it."""
 
 
 def require_files(folder: Path) -> None:
-    """Raise unless what a folder offers to be read is regular files, none of them far too large.
+    """Raise unless all files that a library may read from a folder are regular and not far too large.
 
     Raises:
-        WeightsError: A file of weights is a pipe, a device or the like.
-        SpecError: Another file is, is too large for what it should be, or begins with a mark that no library reads.
+        WeightsError: A file of weights is a pipe, a device or a socket.
+        SpecError: Another file is one, is too large, or begins with a byte order mark that no library reads.
     """
     for path in (*_listed(folder), *_listed(folder / _MORE_TEMPLATES)):
         if not _READ.fullmatch(path.name):
             continue
         try:
             state = path.stat()
-        except OSError:  # a link that leads nowhere: who needs it will say so
+        except OSError:  # a broken link: the code that needs the file reports it
             continue
         if stat.S_ISDIR(state.st_mode):
             continue
         if not stat.S_ISREG(state.st_mode):
             kind = WeightsError if path.suffix in (".safetensors", ".bin", ".gguf") else SpecError
-            raise kind(f"{str(path)!r} is no regular file (a pipe, a device or a socket). Put the file itself there.")
+            raise kind(f"{str(path)!r} is a pipe, a device or a socket, not a regular file. Put the file itself there.")
         limit = next((limit for names, limit in _LIMITS if names.fullmatch(path.name)), None)
         if limit is not None and state.st_size > limit:
             raise SpecError(
-                f"{str(path)!r} has {state.st_size:,} bytes, and no such file needs more than {limit:,}. Save it again."
+                f"{str(path)!r} has {state.st_size:,} bytes; no such file needs more than {limit:,}. Save it again."
             )
         if _READ_BY_LIBRARIES.fullmatch(path.name) and _is_marked(path):
             raise SpecError(
-                f"{str(path)!r} begins with a byte order mark, and transformers does not read such a file. Save it as"
+                f"{str(path)!r} begins with a byte order mark, which transformers cannot read. Save it as"
                 " UTF-8 without one."
             )
 
@@ -131,7 +131,7 @@ def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError:
-        return []  # what is missing is told elsewhere
+        return []  # another check reports a missing folder
 
 
 def _is_marked(path: Path) -> bool:
@@ -139,25 +139,24 @@ def _is_marked(path: Path) -> bool:
         with open_regular(path) as file:
             return file.read(3).startswith(_BYTE_ORDER_MARKS)
     except OSError:
-        return False  # who reads it will say so
+        return False  # the code that reads it reports that
 
 
 def require_types(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise unless the fields of an ``adapter_config.json`` have the types that they take, as far as they are known.
+    """Raise unless the known fields of an ``adapter_config.json`` have the right types.
 
     Raises:
-        SpecError: One has another, is nested without end, or holds a number that is none.
+        SpecError: A field has another type, too many levels, or NaN or an infinite number.
     """
     for field, value in config.items():
         if _is_deep(value, _MOST_LEVELS):
             raise SpecError(
                 f"{str(path)!r} has {field[:100]} = {shown(value)}, which is nested in more than {_MOST_LEVELS} levels,"
-                " and no setting is. Save the adapter again."
+                " deeper than any setting. Save the adapter again."
             )
         if not _is_finite(value):
             raise SpecError(
-                f"{str(path)!r} has {field} = {shown(value)}, and NaN or infinity is no setting. Save the adapter"
-                " again."
+                f"{str(path)!r} has {field} = {shown(value)}; a setting must be finite. Save the adapter again."
             )
     for field, (kinds, of) in _TYPES.items():
         value = config.get(field)
@@ -166,13 +165,11 @@ def require_types(path: Path, config: Mapping[str, Any]) -> None:
         elements = value if isinstance(value, list) else ()
         if type(value) not in kinds or not all(type(element) in of for element in elements):
             takes = " or ".join(dict.fromkeys(_WORDS[kind] for kind in kinds))
-            raise SpecError(
-                f"{str(path)!r} has {field} = {shown(value)}, and it must be {takes}. Save the adapter again."
-            )
+            raise SpecError(f"{str(path)!r} has {field} = {shown(value)}; it must be {takes}. Save the adapter again.")
 
 
 def _is_deep(value: object, levels: int) -> bool:
-    """Whether lists and objects are nested in a value read from JSON in more than so many levels."""
+    """Whether a value read from JSON has more than ``levels`` levels of lists and objects."""
     if not isinstance(value, dict | list):
         return False
     inner = value.values() if isinstance(value, dict) else value
@@ -180,7 +177,7 @@ def _is_deep(value: object, levels: int) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    """Whether all numbers in a value read from JSON are finite; Python's reader takes NaN and Infinity too."""
+    """Whether all numbers in a value read from JSON are finite; Python's parser accepts NaN and Infinity."""
     if isinstance(value, dict):
         return all(map(_is_finite, value.values()))
     if isinstance(value, list):
@@ -189,16 +186,16 @@ def _is_finite(value: object) -> bool:
 
 
 def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Raise where a file of weights holds what a wrapper around the model has left, under names unknown to PEFT.
+    """Raise if a file of weights has empty tensors, or names that a wrapper around the model has left.
 
     Raises:
-        WeightsError: It has no values, or such names.
+        WeightsError: It has such tensors or names.
     """
     empty = [name for name, entry in entries.items() if not entry.numel]
     if len(empty) == len(entries) or any(".lora_" in name for name in empty):
         raise WeightsError(
             f"{str(path)!r} holds no values ({len(entries)} tensors, {len(empty)} of them empty). DeepSpeed's ZeRO-3"
-            f" and FSDP leave such files where the parts are not gathered. Save the adapter again: {_GATHERED}."
+            f" and FSDP save such files if their parts are not gathered. Save the adapter again: {_GATHERED}."
         )
     for name in entries:
         left = next(
@@ -207,56 +204,56 @@ def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
         if left is not None:
             whose, how = _WRAPPERS[left]
             raise WeightsError(
-                f"{str(path)!r} has tensors such as {shown(name)}: {left!r} is what {whose} puts into the names of a"
-                f" model that it wraps, and PEFT does not know them. Save the adapter again, unwrapped: {how}."
+                f"{str(path)!r} has tensors such as {shown(name)}, which PEFT does not know: {whose} puts {left!r}"
+                f" into the names of a model that it wraps. Save the adapter again, unwrapped: {how}."
             )
 
 
 def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
-    """Raise where a base's config asks for more layers, experts or words than its weights can hold, or fewer than 0.
+    """Raise if a base's config has more layers, experts or words than its weights can hold, or a negative number.
 
-    transformers makes layers, and rows for words, before it looks at the weights; other sizes cost nothing until then.
+    transformers makes layers, and rows for words, before it reads the weights. Other sizes cost nothing before that.
 
     Args:
         path: The ``config.json``.
-        config: What it says.
+        config: Its content.
         entries: The tensors of the base's files.
 
     Raises:
-        WeightsError: It does.
+        WeightsError: It has such a number.
     """
     most = max([len(entries), *(entry.shape[0] for entry in entries.values() if len(entry.shape) > 2)])
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for field, count in part.items():
             if type(count) is int and count < 0 and _NUMBERS_OF.fullmatch(field):
                 raise WeightsError(
-                    f"{str(path)!r} has {field} = {shown(count)}, and it must not be negative. Save the model again,"
+                    f"{str(path)!r} has {field} = {shown(count)}; it must not be negative. Save the model again,"
                     " config and weights together."
                 )
             bound = _MOST_LABELS if field == "num_labels" else most
             if type(count) is int and count > bound and _COUNTS.fullmatch(field):
                 raise WeightsError(
-                    f"{str(path)!r} has {field} = {shown(count)}, and the model's files have {len(entries):,} tensors,"
+                    f"{str(path)!r} has {field} = {shown(count)}, but the model's files have {len(entries):,} tensors,"
                     " too few for that. Save the model again, config and weights together."
                 )
     words, largest = config.get("vocab_size"), _largest_side(entries)
     if type(words) is int and words > max(largest, _MOST_WORDS) and not config.get("quantization_config"):
         raise WeightsError(
-            f"{str(path)!r} has vocab_size = {shown(words)}, and no side of the model's tensors is larger than"
+            f"{str(path)!r} has vocab_size = {shown(words)}, but no side of the model's tensors is larger than"
             f" {largest:,}. Save the model again, config and weights together."
         )
 
 
 def require_bounded(files: Any, base: Mapping[str, TensorEntry] | None) -> None:
-    """Raise where an adapter's config asks for more than its weights can fill, or for a match without end.
+    """Raise if an adapter's config asks for more than its weights can fill, or has an expression that never ends.
 
     Args:
-        files: The adapter, as kind ``hf`` or ``mlx`` has read it.
-        base: The tensors of the base's files; ``None`` where they are not known.
+        files: The adapter's files, as kind ``hf`` or ``mlx`` read them.
+        base: The tensors of the base's files; ``None`` if unknown.
 
     Raises:
-        AdapterMismatchError: A size is larger than any side of the tensors that are saved.
-        SpecError: An expression is far too long, or takes for ever to match a module's name.
+        AdapterMismatchError: A size is larger than any side of the saved tensors.
+        SpecError: An expression is far too long, or takes forever to match a module's name.
     """
     where = str(files.folder / "adapter_config.json")
     if files.entries:
@@ -277,7 +274,7 @@ def _require_sizes(where: str, sizes: Iterable[tuple[str, float]], largest: int,
     for field, size in sizes:
         if abs(size) > largest:
             raise AdapterMismatchError(
-                f"{where!r} has {field} = {size:,}, and no tensor of {whose} has a side of more than {largest:,}."
+                f"{where!r} has {field} = {size:,}, but no tensor of {whose} has a side of more than {largest:,}."
                 " Save the adapter again, config and weights together."
             )
 

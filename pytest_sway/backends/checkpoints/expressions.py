@@ -1,4 +1,4 @@
-"""Expressions in an adapter's config, which PEFT matches against the names of all modules."""
+"""Check the expressions in an adapter's config, which PEFT matches against the names of all modules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEYED_BY_EXPRESSIONS: Final = ("rank_pattern", "alpha_pattern")
 _QUANTIFIER_IN_GROUP: Final = re.compile(r"\)(\*|\+|\{\d*,)")
 _LONGEST_EXPRESSION: Final = 2**16
 _PATIENCE: Final = 4.0
-"""Seconds for matching an expression against the names of all modules, which usually takes a thousandth of one."""
+"""The most seconds for matching an expression with the names of all modules; usually it takes a millisecond."""
 _MATCH: Final = (
     "import json, re, sys; expression, names = json.load(sys.stdin); e = re.compile(expression);"
     "[(e.fullmatch(name), e.match(name)) for name in names]"
@@ -30,7 +30,7 @@ _MATCH: Final = (
 
 
 def expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Give the expressions in an adapter's config, and the fields that they are in."""
+    """Yield the expressions in an adapter's config, each after its field."""
     for field in _EXPRESSIONS:
         value = config.get(field)
         if isinstance(value, str):
@@ -44,21 +44,21 @@ def expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def require_quick(where: str, field: str, expression: str, tensors: Iterable[str]) -> None:
-    """Raise where an expression takes for ever to match a module's name.
+    """Raise if an expression takes forever to match a module's name.
 
     Args:
-        where: The file that it is in.
-        field: The field.
+        where: The path of its file.
+        field: The field that holds it.
         expression: The expression.
         tensors: The names of the tensors of all modules.
 
     Raises:
-        SpecError: It does, or is far too long.
+        SpecError: It takes forever, or is far too long.
     """
     if len(expression) > _LONGEST_EXPRESSION:
         raise SpecError(f"{where!r} has an expression of {len(expression):,} characters as {field}. Save it again.")
     if not _QUANTIFIER_IN_GROUP.search(expression):
-        return  # repeats that stand side by side take a power of a short name's length, and not for ever
+        return  # repeats side by side take polynomial time, and names are short
     names = {name.rpartition(".")[0] for name in tensors}
     asked = json.dumps([expression, sorted(names)])
     command = [sys.executable, "-I", "-S", "-c", _MATCH]

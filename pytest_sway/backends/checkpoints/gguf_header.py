@@ -1,8 +1,8 @@
-"""Bases that are GGUF files: where the file is, and what its header says, without torch and without the data.
+"""Find the GGUF file of a base, and read its header without torch and without the data.
 
-The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian: ``GGUF``, a version, the numbers
-of tensors and of metadata; the metadata, each a name, a type and a value; for each tensor its name, dimensions, type
-and place; the data. As with safetensors, nothing is believed before it has been checked against the size of the file.
+The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) is little-endian: ``GGUF``, a version, the
+numbers of tensors and of metadata; the metadata, each a name, a type and a value; for each tensor its name, dimensions,
+type and offset; the data. As with safetensors, everything is checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STRING: Final = 8
 _ARRAY: Final = 9
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT_BYTES: Final = {0: 4, 1: 2, 30: 2}
-"""Bytes of an element by the number of its type, where each element stands by itself: F32, F16 and BF16."""
+"""Bytes of an element by type number, for types that are not packed in blocks: F32, F16 and BF16."""
 
 _MAX_DIMENSIONS: Final = 8
 _MAX_NAME_BYTES: Final = 2**16
@@ -39,10 +39,10 @@ _MAX_NAME_BYTES: Final = 2**16
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says about itself.
+    """The header of a GGUF file.
 
     Attributes:
-        metadata: Its scalars and strings by name; arrays, such as the vocabulary, are left out.
+        metadata: Its scalars and strings by name; arrays, such as the vocabulary, are omitted.
         shapes: The dimensions of its tensors, by their names in the file.
     """
 
@@ -51,15 +51,15 @@ class GgufHeader:
 
     @property
     def numel(self) -> int:
-        """Number of elements of all tensors."""
+        """The number of elements of all tensors."""
         return sum(map(math.prod, self.shapes.values()))
 
 
 def gguf_file(spec: ModelSpec) -> Path | None:
-    """Return the GGUF file that a spec's base is, or that is all the weights in its folder; ``None`` if there is none.
+    """Return the GGUF file that a base is, or the only weights in its folder; ``None`` if there is none.
 
     Raises:
-        SpecError: The folder has several.
+        SpecError: The folder has several GGUF files.
     """
     if not is_path(spec.base):
         return None
@@ -80,7 +80,7 @@ def read_gguf(path: Path) -> GgufHeader:
 
     Raises:
         WeightsError: The file cannot be read, is truncated, or contradicts itself.
-        SpecError: It is one part of several, which cannot be loaded together.
+        SpecError: It is one of several parts, which cannot be loaded together.
     """
     try:
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -102,7 +102,7 @@ def read_gguf(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    """A place in a file's bytes that moves on with what is read."""
+    """Reads values from a file's bytes, one after the other."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
@@ -144,7 +144,7 @@ class _Reader:
         return shapes
 
     def _value(self, kind: int, depth: int = 0) -> Any:
-        """The value that comes next; ``None`` for an array, which is passed over."""
+        """The next value; ``None`` for an array, which is skipped."""
         if kind in _SCALARS:
             return self._unpack(_SCALARS[kind])[0]
         if kind == _STRING:

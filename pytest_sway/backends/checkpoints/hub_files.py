@@ -1,4 +1,4 @@
-"""Where the files of a base are on this machine: in its folder, or in the hub's cache."""
+"""Find the files of a base on this machine: in its folder, or in the hub's cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __tracebackhide__ = True
 
 
 def base_file(spec: ModelSpec, name: str) -> Path | None:
-    """Return the path of a file of the base, or ``None`` if it is not on this machine; nothing is downloaded."""
+    """Return the path of a base's file, or ``None`` if it is not on this machine. Download nothing."""
     if is_path(spec.base):
         path = Path(spec.base, name)
         return path if path.is_file() else None
@@ -38,10 +38,10 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """Return what the base's ``config.json`` says; empty if it is not on this machine.
+    """Return the base's ``config.json``; empty if it is not on this machine.
 
     Raises:
-        SpecError: It is no JSON object.
+        SpecError: It is not a JSON object.
     """
     path = base_file(spec, "config.json")
     if path is None:
@@ -69,10 +69,10 @@ def require_another(spec: ModelSpec, tuned: ModelSpec) -> None:
 
 
 def require_cached(spec: ModelSpec, role: str = "base") -> None:
-    """Raise if a model of a hub is not on this machine in a process that asks no hub for anything.
+    """Raise if a hub's model is not on this machine and this process is offline.
 
     Raises:
-        WeightsError: Loading it would fail, with a word about the connection.
+        WeightsError: It is not there; without this error, the load would fail with one about the connection.
     """
     if is_path(spec.base) or base_file(spec, "config.json") is not None:
         return
@@ -81,40 +81,41 @@ def require_cached(spec: ModelSpec, role: str = "base") -> None:
     if constants.HF_HUB_OFFLINE:
         revision = "" if spec.revision is None else f" in revision {spec.revision!r}"
         raise WeightsError(
-            f"the {role} {spec.base!r} is no folder in {os.getcwd()!r} and not in this machine's cache of the"
+            f"the {role} {spec.base!r} is neither a folder in {os.getcwd()!r} nor in this machine's cache of the"
             f" hub{revision}, and this run is offline (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once"
             " online, or name the folder of a model."
         )
 
 
 def require_complete(spec: ModelSpec, missing: Collection[str], why: str = "") -> None:
-    """Raise unless a load found all of a model's weights: transformers makes up, from noise, what is missing.
+    """Raise unless a load found all of a model's weights. transformers fills missing ones with noise.
 
     Args:
-        spec: What was loaded.
-        missing: The names of the weights that were missing, as ``from_pretrained`` tells.
-        why: More about it, as the end of a sentence.
+        spec: The loaded spec.
+        missing: The names of missing weights, as ``from_pretrained`` reports them.
+        why: An explanation, as the end of a sentence.
 
     Raises:
         WeightsError: Some are missing.
     """
     if missing:
         raise WeightsError(
-            f"the files of {spec.base!r} lack {len(missing)} of the model's weights ({some(missing)}), which would be"
-            f" noise{why}. Copy or save the model again: config.json and model.safetensors together, or the .gguf file."
+            f"the files of {spec.base!r} lack {len(missing)} of the model's weights ({some(missing)}), which would"
+            f" become noise{why}. Copy or save the model again: config.json and model.safetensors together, or the"
+            " .gguf file."
         )
 
 
 def adapter_inside(spec: ModelSpec, role: str = "base") -> SpecError:
-    """Return the error for a model that is, or contains, an adapter: transformers would put it on without a word."""
-    this = "it" if is_path(spec.base) else f"the folder to which 'hf download {spec.base}' fetches it"
+    """Return the error for a model's folder with an adapter, which transformers would silently attach."""
+    this = "it" if is_path(spec.base) else f"the folder that 'hf download {spec.base}' prints"
     if role != "base":
         return SpecError(
             f"the {role} {spec.base!r} holds an adapter (adapter_config.json), so it is not a whole model. Name {this}"
             " as 'adapter'; or, if the model is there too, move the adapter's files out of its folder."
         )
     return SpecError(
-        f"the base {spec.base!r} holds an adapter (adapter_config.json), which transformers would put on, so it is not"
+        f"the base {spec.base!r} holds an adapter (adapter_config.json), which transformers would attach, so it is not"
         f" the base alone. Name the model that the adapter was trained on as 'base', and {this} as 'adapter'; or move"
         " the adapter's files out of the model's folder."
     )

@@ -1,8 +1,8 @@
-"""Whether an adapter is put on the base that it was trained on, as far as its config and the files tell.
+"""Check that an adapter is put on the base that it was trained on, as far as its config and the files tell.
 
 An adapter fits every model of its base's shapes, and computes something else on each. PEFT and mlx-lm write the base's
-name into the adapter's config; what it named may have moved since, so only what is known of both is compared, and
-silence means that nothing is known against it.
+name into the adapter's config. That name may be out of date, so only facts that are known of both models are compared;
+without a difference in these, nothing is reported.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ _CONVERTED_COPY: Final = re.compile(
     r"(-unsloth)?-bnb-[48]bit$|-(\d(\.\d)?bit|mxfp[48]|nvfp4|bf16|fp16|fp32)(-(dwq|awq|gptq)[\w.-]*)?$"
 )
 _MIRRORS: Final = frozenset({"unsloth", "mlx-community"})
-"""Who publishes copies of others' models under their names, with and without `_CONVERTED_COPY`."""
+"""Owners that publish copies of others' models under their names, with and without `_CONVERTED_COPY`."""
 _SAYS_NOTHING: Final = frozenset(
     {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "quantization_config"}
 )
 """Fields of a config that differ between copies of one model."""
 _WRITTEN_BY_MLX: Final = frozenset({"quantization", "eos_token_id", "vision_config"})
-"""Fields that mlx-lm adds, takes from elsewhere or leaves out when it converts a model."""
+"""Fields that mlx-lm adds, changes or drops when it converts a model."""
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 
 
 class _Model(NamedTuple):
-    """What is known of a model: its id on a hub, and the folder of its files on this machine."""
+    """A model's id on a hub and its folder on this machine, as far as they are known."""
 
     hub_id: str | None
     folder: Path | None
 
 
 def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: str) -> None:
-    """Refuse an adapter that names another base than its spec, or warn of it.
+    """Raise, or warn, if an adapter names another base than its spec.
 
     Args:
         spec: The spec.
         config: The adapter's config.
-        on_mismatch: What such an adapter gets: ``error`` or ``warn``.
+        on_mismatch: ``error`` or ``warn``.
 
     Raises:
-        AdapterMismatchError: It names another, and that is an error.
+        AdapterMismatchError: It names another base, and ``on_mismatch`` is ``error``.
     """
     found = other_base(spec, config)
     if found is None:
@@ -70,7 +70,7 @@ def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: s
 
 
 def other_base(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
-    """Return in words how a spec's base is another model than the one its adapter names; ``None`` if nothing says so.
+    """Return a message if a spec's base is not the model that its adapter names; ``None`` if nothing shows that.
 
     Args:
         spec: The spec.
@@ -84,8 +84,8 @@ def other_base(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
     if why is None:
         return None
     return (
-        f"the adapter {str(spec.adapter)!r} was trained on {named!r} ({field} in its adapter_config.json), and it is"
-        f" put on {spec.base!r}: {why}. Name the base that it was trained on; if they are the same model, set"
+        f"the adapter {str(spec.adapter)!r} was trained on {named!r} ({field} in its adapter_config.json), but the"
+        f" base is {spec.base!r}: {why}. Name the base that it was trained on; if they are the same model, set"
         " sway_on_base_mismatch = ignore."
     )
 
@@ -116,7 +116,7 @@ def _known(name: str, revision: str | None) -> _Model:
 
 
 def _same_name(one: str, other: str) -> bool:
-    """Whether two ids name one model, whatever their case, with an owner or none, or as a copy that is converted."""
+    """Whether two ids name one model, regardless of case, of a missing owner, and of known conversions."""
     (owner, name), (others_owner, others_name) = (_parts(hub_id) for hub_id in (one, other))
     owners = {owner, others_owner}
     return name == others_name and (len(owners) == 1 or bool(owners & {"", *_MIRRORS}))
@@ -128,12 +128,12 @@ def _parts(hub_id: str) -> tuple[str, str]:
 
 
 def _difference(one: Path, other: Path, *, by_mlx: bool) -> str | None:
-    """What tells two folders' models apart, by their configs and weights; ``None`` if nothing does, or is there.
+    """The difference between two folders' models by their configs and weights; ``None`` if there is no evidence of one.
 
     Args:
-        one: A model's folder.
-        other: Another one.
-        by_mlx: Whether one may be a copy that mlx-lm has converted, and quantized or given other names for weights.
+        one: The folder of a model.
+        other: The folder of another.
+        by_mlx: Whether one may be mlx-lm's conversion, with quantized or renamed weights.
     """
     config, others = _config(one), _config(other)
     if by_mlx and config is not None and others is not None:
@@ -174,7 +174,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
 
 
 def _equal_samples(one: Path, other: Path) -> bool:
-    """Whether two files of weights are equal in some places; those of unequal form cannot be laid side by side."""
+    """Whether two files of weights are equal at some places. Files of different form count as equal."""
     paths = [folder / "model.safetensors" for folder in (one, other)]
     try:
         sizes = [path.stat().st_size for path in paths]
@@ -184,7 +184,7 @@ def _equal_samples(one: Path, other: Path) -> bool:
             length = 8 + int.from_bytes(ours.read(8), "little")
             theirs.seek(8)
             if ours.read(length - 8) != theirs.read(length - 8):
-                return True  # other headers: other dtypes, or another order
+                return True  # other dtypes, or another order
             for place in range(length, sizes[0], max(1, sizes[0] // _SAMPLES)):
                 ours.seek(place)
                 theirs.seek(place)

@@ -1,4 +1,4 @@
-"""Whether a LoRA adapter fits a base, judged by the headers of their files alone."""
+"""Check from file headers alone whether a LoRA adapter fits a base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-# Types of models whose files name the tensors as the loaded model does; others are renamed, split or fused on loading.
+# Types of models whose files name tensors as the loaded model does. Others rename, split or fuse them on loading.
 _NAMED_AS_LOADED: Final = frozenset(
     {"gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
 )
@@ -26,16 +26,16 @@ _FACTOR: Final = re.compile(re.escape(ROOT) + rf"(.+)\.lora_([AB])(?:\.{NAME})?\
 
 
 def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
-    """Raise if the adapter surely does not fit; what cannot be known from headers is left to the load.
+    """Raise if the adapter certainly does not fit. The load finds what headers can't tell.
 
     Args:
-        spec: What is to be loaded.
-        files: The adapter.
+        spec: The spec.
+        files: The adapter's files.
         base: The tensors of the base's files, by name.
         config: The base's ``config.json``.
 
     Raises:
-        AdapterMismatchError: Modules that the adapter changes are missing in the base, or have other sizes there.
+        AdapterMismatchError: Modules that the adapter changes are missing in the base, or have other sizes.
     """
     if files.peft_type != "LORA" or files.entries is None or config.get("quantization_config"):
         return
@@ -43,7 +43,7 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
     if (
         config.get("model_type") in _NAMED_AS_LOADED
         and any(name.startswith("model.layers.") for name in base)
-        and not files.config.get("layer_replication")  # which numbers the layers anew
+        and not files.config.get("layer_replication")  # this renumbers the layers
     ):
         missing = sorted({m for m, _, _ in factors if f"{m}.weight" not in base and m != "lm_head"})
         if missing:
@@ -53,7 +53,7 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
                 f" ({some(missing)}). Name the base that it was trained on."
             )
     if files.config.get("use_bdlora"):
-        return  # its matrices are blocks of the base's size
+        return  # its matrices are blocks, smaller than the base's
     text = config.get("text_config")
     words = [each.get("vocab_size") for each in (config, text) if isinstance(each, dict)]
     wrong = sorted(set(_of_other_size(factors, base, words)))
@@ -79,8 +79,8 @@ def _of_other_size(
         if weight is None or not weight.floating or len(weight.shape) != 2:
             continue
         if letter == "B" and weight.shape[0] in words:
-            continue  # the output layer, which gets a row for each word that the adapter has
+            continue  # the output layer is resized to the adapter's vocabulary
         size = entry.shape[1] if letter == "A" else entry.shape[0]
-        # GPT-2's layers store their weights transposed, so either side may be the one
+        # GPT-2's layers store their weights transposed, so either side may match
         if size not in weight.shape:
             yield f"{module}.lora_{letter} is for {size} features, the base has {' x '.join(map(str, weight.shape))}"

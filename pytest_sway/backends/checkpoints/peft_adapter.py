@@ -1,6 +1,6 @@
-"""What an adapter's folder says about itself: its type, its tensors, and whether its base can be shared.
+"""Read an adapter's folder: its type, its tensors, and whether its base can be shared.
 
-Neither torch nor PEFT is needed to know that, so it is known before anything is loaded or evicted.
+This needs neither torch nor PEFT, so it happens before anything is loaded or evicted.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED: Final = "adapter_model.bin"
 _OF_BASE: Final = (".base_layer.", ".original_module.")
-"""What PEFT has in the names of the base's own tensors, inside of its layers."""
+"""Parts of the names that PEFT gives to the base's own tensors inside its layers."""
 _CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|(pre_)?classifier|classification_head|qa_outputs|v_head)\.")
 
 
 ROOT: Final = "base_model.model."
-"""What PEFT puts before the names of the base's modules."""
+"""PEFT's prefix of the names of the base's modules."""
 NAME: Final = "default"
-"""PEFT's own name for an adapter that is the only one."""
+"""PEFT's default name for an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class AdapterFiles:
 
     @property
     def weights(self) -> Path:
-        """The file of its tensors, where it is no pickle."""
+        """The path of its safetensors file."""
         return self.folder / WEIGHTS
 
     @property
@@ -74,14 +74,14 @@ class AdapterFiles:
 
     @property
     def plain(self) -> bool:
-        """Whether it is plain LoRA, by its config: it brings only LoRA tensors, and PEFT writes nothing of the base."""
+        """Whether it is plain LoRA: it has only LoRA tensors, and loading it writes nothing to the base."""
         return self.peft_type == "LORA" and not self._special_fields() and self._brings_only("lora_")
 
     @property
     def additive(self) -> bool:
-        """Whether it only adds to its base, so that the base is what is left without it.
+        """Whether it only adds to its base, so that the base is exact without it.
 
-        One that brings layers of the base's own does not: PEFT saves those where the vocabulary was changed.
+        An adapter with layers of the base's own does not: PEFT saves those if the vocabulary was changed.
         """
         if self.peft_type in PROMPT_TYPES:
             return True
@@ -96,38 +96,39 @@ class AdapterFiles:
 
     @property
     def told_by_weights(self) -> bool:
-        """Whether its weights alone tell that it changes anything: the product of two factors, or what stands apart."""
-        return self.plain and self.config.get("init_lora_weights") != "orthogonal"  # whose product is zero
+        """Whether its weights alone show that it changes anything."""
+        # With "orthogonal", two nonzero factors have a product of zero.
+        return self.plain and self.config.get("init_lora_weights") != "orthogonal"
 
     @property
     def rewrites_targets(self) -> bool:
-        """Whether PEFT rewrites the weights that it is for when it is loaded, as far as that is known."""
+        """Whether loading it rewrites the base weights that it targets, as far as is known."""
         start = self.config.get("init_lora_weights")
         rewriting = isinstance(start, str) and start.startswith(("pissa", "olora"))
         return self.peft_type == "LORA" and (rewriting or self.config.get("kasa_config") is not None)
 
     @property
     def may_rewrite_anything(self) -> bool:
-        """Whether nothing is known about what PEFT writes of the base's when it is loaded."""
+        """Whether loading it may write to any of the base's weights."""
         if self.peft_type == "LORA":
             return not self._special_fields() <= UNWRITING_LORA_FIELDS | {"init_lora_weights", "kasa_config"}
         return self.peft_type not in PROMPT_TYPES | UNWRITING_TYPES
 
     @property
     def through_inner_model(self) -> bool:
-        """Whether its layers do all of its work, so that the model inside the ``PeftModel`` can be called directly."""
+        """Whether its layers do all of its work, so that the model inside the ``PeftModel`` may be called directly."""
         if self.one_text_at_a_time:
             return False
         return self.peft_type in ADDITIVE_TYPES and self._special_fields() <= RESTORABLE_LORA_FIELDS
 
     @property
     def one_text_at_a_time(self) -> bool:
-        """Whether what it computes for a text depends on all that is in the same pass."""
+        """Whether its answer for a text depends on all other tokens in the same pass, padding included."""
         return self.peft_type in WHOLE_TEXT_TYPES
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a token may change what is computed for those before it: aLoRA begins at its last invocation."""
+        """Whether a token may change the results of those before it: aLoRA starts at its last invocation."""
         return self.one_text_at_a_time or bool(self.config.get("alora_invocation_tokens"))
 
     def _special_fields(self) -> frozenset[str]:
@@ -146,7 +147,7 @@ class AdapterFiles:
 
 
 def _is_unset(name: str, value: Any) -> bool:
-    """Whether a field says nothing. An empty object does not: PEFT takes some for a configuration of its own."""
+    """Whether a field is unset. An empty object is not: PEFT reads some as a configuration."""
     return (
         value is None
         or value is False
@@ -155,18 +156,18 @@ def _is_unset(name: str, value: Any) -> bool:
 
 
 def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
-    """Read what a folder says about its adapter.
+    """Read an adapter's folder, except for the values of its tensors.
 
     Raises:
-        SpecError: There is no such folder, no adapter in it, or one of a kind that cannot be served.
+        SpecError: There is no such folder, it has no adapter, or the adapter is of a kind that cannot be served.
         AdapterMismatchError: The adapter was made for another task than language modelling.
-        WeightsError: Its weights are missing, broken, or only there as a pickle that the spec does not allow.
+        WeightsError: Its weights are missing, broken, or a pickle that the spec does not allow.
     """
     config = _config(folder)
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise AdapterMismatchError(
-            f"the adapter {str(folder)!r} was trained for the task {task[:80]} (task_type in its {CONFIG}), and"
+            f"the adapter {str(folder)!r} was trained for the task {task[:80]} (task_type in its {CONFIG}), but"
             " pytest-sway tests causal language models. Name an adapter whose task_type is CAUSAL_LM."
         )
     refused = refusal(config)
@@ -181,17 +182,17 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     if not allow_pickle:
         raise WeightsError(
             f"the adapter {str(folder)!r} has its weights only in {PICKLED}, a pickle, which can run code when it is"
-            f" read. Save it as safetensors, or set allow_pickle=True in the spec if you trust it."
+            " read. Save it as safetensors, or set allow_pickle=True in the spec if you trust it."
         )
     return AdapterFiles(folder, config, None)
 
 
 def checked(files: AdapterFiles) -> AdapterFiles:
-    """Return an adapter whose tensors are known, unless they are none that PEFT could put on a language model.
+    """Return an adapter with known tensors, unless PEFT cannot put them on a language model.
 
     Raises:
-        WeightsError: They hold nothing, or have names that a wrapper has left.
-        AdapterMismatchError: They are those of a classifier.
+        WeightsError: The tensors are empty, or have names that a wrapper has left.
+        AdapterMismatchError: They are a classifier's.
     """
     entries = files.entries or {}
     file = WEIGHTS if (files.folder / WEIGHTS).is_file() else PICKLED
@@ -199,8 +200,8 @@ def checked(files: AdapterFiles) -> AdapterFiles:
     head = next((name for name in entries if _CLASSIFIER.match(name)), None)
     if files.config.get("task_type") is None and head is not None:
         raise AdapterMismatchError(
-            f"the adapter {str(files.folder)!r} brings the head of a classifier ({shown(head)}), and its {CONFIG} names"
-            " no task_type; pytest-sway tests causal language models. Name an adapter that was trained on one."
+            f"the adapter {str(files.folder)!r} has the head of a classifier ({shown(head)}), and its {CONFIG} has no"
+            " task_type; pytest-sway tests causal language models. Name an adapter that was trained on one."
         )
     return files
 
@@ -229,21 +230,21 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _hub_id(folder: Path) -> str:
-    """The id that somebody may have meant who named a folder that is not there."""
+    """The hub id that you may have meant if the folder does not exist."""
     near = folder.parent.parent == Path.cwd()
     return "/".join(folder.parts[-2:]) if near else "org/name"
 
 
 def is_adapters(name: str) -> bool:
-    """Whether a name in the ``PeftModel`` is that of something that came with the adapter."""
+    """Return whether a name in the ``PeftModel`` belongs to something that came with the adapter."""
     return f".{NAME}." in f".{name}."
 
 
 def without_name(name: str) -> str:
-    """Return a parameter's or module's name without PEFT's name for the adapter."""
+    """Return a parameter's or module's name without PEFT's adapter name."""
     return name.replace(f".{NAME}", "")
 
 
 def public_name(name: str) -> str:
-    """Return a parameter's or module's name without what PEFT puts into it."""
+    """Return a parameter's or module's name without all that PEFT adds to it."""
     return without_name(name.removeprefix(ROOT))

@@ -1,4 +1,4 @@
-"""What is known of PEFT's kinds of adapters: which leave their base exact, which rewrite it, and which are refused.
+"""Facts about PEFT's types of adapters: which leave their base exact, which rewrite it, and which are refused.
 
 `docs/pages/reference/adapters.md` has the table; `tests/unit/backends/hf/zoo.py` has a specimen of each row, on which
 the tests rest.
@@ -22,19 +22,19 @@ LOCAL_LORA_FIELDS: Final = frozenset(
         "task_type", "use_dora", "use_rslora",
     }
 )  # fmt: skip
-"""Fields of a ``LoraConfig`` that leave the base's weights and its other adapters alone, whatever their value."""
+"""Fields of a ``LoraConfig`` that leave the base's weights and other adapters unchanged, whatever their value."""
 
 RESTORABLE_LORA_FIELDS: Final = frozenset({"modules_to_save", "trainable_token_indices"})
-"""Fields of a ``LoraConfig`` for which the base is exact as soon as the adapter is disabled."""
+"""Fields of a ``LoraConfig`` with which the base is exact once the adapter is disabled."""
 
 UNWRITING_LORA_FIELDS: Final = RESTORABLE_LORA_FIELDS | {
     "alora_invocation_tokens", "bias", "ensure_weight_tying", "layer_replication", "monteclora_config",
     "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
-"""Fields of a ``LoraConfig`` for which loading writes no weight of the base but those that the adapter brings."""
+"""Fields of a ``LoraConfig`` with which loading writes no weight of the base, except those in the adapter's file."""
 
 PLAIN_INITIALISATIONS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` for which loading writes no weight of the base."""
+"""Values of ``init_lora_weights`` with which loading writes no weight of the base."""
 
 ADDITIVE_TYPES: Final = {
     "ADALORA": "lora_",
@@ -70,26 +70,26 @@ ADDITIVE_TYPES: Final = {
     "VERA": "vera_",
     "WAVEFT": "waveft_",
 }
-"""Types whose layers do all of their work, and are the base's to the bit when disabled; and what their tensors' names
-contain.
+"""Types whose layers do all of their work and equal the base's, bit for bit, when disabled; and a part of their
+tensors' names.
 
-A type without a row is served too, through the ``PeftModel`` and padded: so, four completions of a prompt of 200 tokens
-take LOHA 3.5 times as long, and its size is estimated as another base's.
+A type without a row is served too, but through the ``PeftModel`` and padded, which makes four completions of a prompt
+of 200 tokens 3.5 times as slow with LOHA; and its estimated size includes a base of its own.
 """
 
 UNWRITING_TYPES: Final = frozenset({*ADDITIVE_TYPES, "ADAPTION_PROMPT", "FROD", "OSF", "SHADOW"})
-"""Types for which loading writes no weight of the base."""
+"""Types whose loading writes no weight of the base."""
 
 PROMPT_TYPES: Final = frozenset(
     {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"}
 )
-"""Types that put something before the text and leave the model as it is."""
+"""Types that put something before the text and leave the model unchanged."""
 
 WHOLE_TEXT_TYPES: Final = frozenset({"LILY"})
-"""Types whose layers weigh a text as a whole, padding and all: texts go through them one at a time."""
+"""Types whose layers look at a text as a whole, padding included, so that each text needs a pass of its own."""
 
-_TASKS: Final = "it was trained for several tasks, and which one is meant cannot be said with a prompt"
-_ELSEWHERE: Final = "it mixes adapters from other folders, which its spec neither names nor watches for changes"
+_TASKS: Final = "it was trained for several tasks, and a prompt cannot say which one is meant"
+_ELSEWHERE: Final = "it mixes adapters from other folders, which its spec does not name"
 _UNKNOWN_BASE: Final = (
     "its training began by rewriting weights of the base with what it learned from data, which its folder does not have"
 )
@@ -103,7 +103,7 @@ _CONVERT: Final = (
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
-    """Return why an adapter cannot be served whatever its weights, and what to do; ``None`` if it can.
+    """Return why an adapter is refused, and what to do; ``None`` if it can be served.
 
     Args:
         config: Its ``adapter_config.json``.

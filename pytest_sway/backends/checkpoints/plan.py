@@ -1,4 +1,4 @@
-"""`Plan`: what a check finds out about a spec, read once for all the steps of its load."""
+"""`Plan`: what a check found out about a spec, for all steps of its load."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __tracebackhide__ = True
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What the files of one model say: of a base, or of what it was fine-tuned to.
+    """The files of one model, a base or a fine-tuned model.
 
     Attributes:
         spec: The resolved spec of this model alone.
-        key: Its identity, under which it is shared.
-        config: What its ``config.json`` says; empty if that is not on this machine.
-        entries: The tensors of its safetensors by name; ``None`` where they are not known.
-        gguf: The header of its GGUF file, where it is one.
+        key: Its cache key, under which it is shared.
+        config: Its ``config.json``; empty if that is not on this machine.
+        entries: The tensors of its safetensors files by name; ``None`` if unknown.
+        gguf: The header of its GGUF file; ``None`` if it is none.
     """
 
     spec: ModelSpec
@@ -38,15 +38,15 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a check has found out about a spec, for all the steps of its load.
+    """What a check found out about a spec, for all steps of its load.
 
     Attributes:
         spec: The resolved spec.
-        key: Its identity.
-        state: The state of its files before they were read; another state later says that somebody wrote to them.
-        read: What its kind read for the build: an adapter's files, canned answers, a class; ``None`` for nothing.
-        models: The models that it shares with others: its base, and after it a whole fine-tuned model.
-        sizes: The bytes that each part will take, by part; ``None`` where that cannot be known.
+        key: Its cache key.
+        state: The state of its files before they were read; another state later shows that something wrote to them.
+        read: What its kind read for the build: an adapter's files, canned answers or a class; ``None`` for nothing.
+        models: The models that it shares with other specs: its base, then a whole fine-tuned model.
+        sizes: The bytes that each part will take; ``None`` if unknown.
     """
 
     spec: ModelSpec
@@ -58,6 +58,6 @@ class Plan:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Plan:
-        """Return the plan of a resolved spec, before anything is read for it."""
-        state = state_of_files(spec)  # before the key, so that no change comes between
+        """Return the plan of a resolved spec for which nothing has been read."""
+        state = state_of_files(spec)  # before the key, so that no change is missed
         return cls(spec, resolved_key(spec), state)

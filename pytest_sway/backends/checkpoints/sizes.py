@@ -1,4 +1,4 @@
-"""How many bytes a backend will take, by the headers of its files."""
+"""Estimate from file headers how many bytes a backend will take."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __tracebackhide__ = True
 
 _ITEM_BYTES: Final = {"fp16": 2, "bf16": 2, "fp32": 4}
 _FLOAT32_BYTES: Final = 4
-_TIED: Final = "lm_head.weight"  # which a model with tied embeddings does not have, if a file of it may
+_TIED: Final = "lm_head.weight"  # a model with tied embeddings lacks it, though its file may have it
 
 
 def estimated(plan: Plan) -> Mapping[Hashable, int] | None:
-    """Return the bytes that each part of a plan of PEFT's will take; ``None`` where that cannot be known."""
+    """Return the bytes that each part of a plan with a PEFT adapter will take; ``None`` if unknown."""
     sizes, files = model_sizes(plan), plan.read
     if files is None or sizes is None:
         return sizes
@@ -36,7 +36,7 @@ def estimated(plan: Plan) -> Mapping[Hashable, int] | None:
 
 
 def model_sizes(plan: Plan) -> dict[Hashable, int] | None:
-    """Return the bytes that each model of a plan will take; ``None`` where that cannot be known."""
+    """Return the bytes that each model of a plan will take; ``None`` if unknown."""
     sizes: dict[Hashable, int] = {}
     for model in plan.models:
         nbytes = _model_bytes(model)
@@ -47,10 +47,10 @@ def model_sizes(plan: Plan) -> dict[Hashable, int] | None:
 
 
 def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:
-    """Return the tensors of a base whose files are on this machine; ``None`` if it has no safetensors here.
+    """Return the tensors of a base; ``None`` if its safetensors files are not on this machine.
 
     Raises:
-        WeightsError: They are here, but broken.
+        WeightsError: They are there, but broken.
     """
     for name in ("model.safetensors", "model.safetensors.index.json"):
         path = base_file(spec, name)
@@ -62,7 +62,7 @@ def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:
 def _model_bytes(model: ModelFiles) -> int | None:
     item_bytes = _ITEM_BYTES[model.spec.dtype]
     if model.gguf is not None:
-        return model.gguf.numel * item_bytes  # what is in blocks is unpacked
+        return model.gguf.numel * item_bytes  # packed blocks are unpacked
     if model.entries is None:
         return None
     tied = bool(model.config.get("tie_word_embeddings", False))
@@ -74,15 +74,15 @@ def _model_bytes(model: ModelFiles) -> int | None:
 
 
 def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_bytes: int) -> int:
-    """Return what an adapter takes for itself.
+    """Return the bytes of an adapter itself.
 
-    PEFT keeps an adapter's own weights in float32. Whole modules, which stand beside the base's or are written into it,
-    are in the base's dtype.
+    PEFT keeps an adapter's own weights in float32. Whole modules beside the base's, or written into it, have the base's
+    dtype.
 
     Args:
-        files: The adapter.
+        files: The adapter's files.
         base: The tensors of the base's files, by name.
-        item_bytes: The size of an element of the base.
+        item_bytes: The bytes of one element of the base.
     """
     assert files.entries is not None
     saved = tuple(f".{module}." for module in files.config.get("modules_to_save") or ())
@@ -106,7 +106,7 @@ def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_by
 
 
 def _saved_again(name: str, files: AdapterFiles) -> bool:
-    """Whether PEFT saved a tensor, or the base's own, under this name besides another, as with resized embeddings."""
+    """Whether PEFT also saved this tensor, or the base's own, under another name, as with resized embeddings."""
     parts = [part for part in name.split(".") if part not in ("modules_to_save", "original_module")]
     return ".".join(parts) != name and ".".join(parts) in (files.entries or ())
 

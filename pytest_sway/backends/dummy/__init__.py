@@ -1,1 +1,1 @@
-"""Backends of kind ``dummy``: canned answers and no model."""
+"""Backends of kind ``dummy``: canned answers instead of a model."""

@@ -1,7 +1,7 @@
-"""Backends of kind ``dummy``: canned answers and no model, to test one's own test code with.
+"""Backends of kind ``dummy``: canned answers instead of a model, to test your own test code with.
 
-A table that is given is complete: what is asked and not in it is an error. For a table that is left out, answers are
-made up: the same in every process, and more probable on the fine-tuned side.
+A table that you give is complete: a question that it lacks raises an error. For a table that you omit, answers are made
+up: the same in every process, and more probable on the fine-tuned side.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __tracebackhide__ = True
 
 
 class DummyBackend(HintsAtViews):
-    """Canned answers as a differential backend, with views like those of a real one.
+    """A differential backend of canned answers, with views like those of a real one.
 
     Args:
-        answers: By side, ``base`` and ``finetuned``; see `pytest_sway.spec.answers`. Made up where there are none.
-        name: What it is called in errors.
+        answers: By side, ``base`` and ``finetuned``; see `pytest_sway.spec.answers`. Missing tables are made up.
+        name: Its name in errors.
 
     Raises:
         SpecError: The answers are malformed.
@@ -62,13 +62,13 @@ class DummyBackend(HintsAtViews):
 
     @opens_view
     def as_finetuned(self) -> Iterator[DummyView]:
-        """Open a view on the fine-tuned model's answers; there are some whether or not the spec has an adapter."""
+        """Open a view on the fine-tuned side's answers; there are some even if the spec has no adapter."""
         with self._view("ft", self._tuned) as view:
             yield view
 
     @opens_view
     def as_scaled_adapter(self, lam: float) -> Iterator[DummyView]:
-        """Open a view on answers between the base's (0) and the fine-tuned model's (1); texts are the nearer side's."""
+        """Open a view on answers between the base's (0) and the fine-tuned side's (1); texts are the nearer side's."""
         with self._view(f"scaled_{lam:.2f}", Between(self._base, self._tuned, lam)) as view:
             yield view
 
@@ -89,15 +89,15 @@ class DummyBackend(HintsAtViews):
         return not bad, "; ".join(f"the {name} side has canned answers that are not finite" for name in bad)
 
     def cache_identity(self) -> str:
-        """Return what is equal for equal answers."""
+        """Return a text that is equal for equal names and answers."""
         return f"dummy:{self._name}:{hashlib.sha256(self._text.encode()).hexdigest()}"
 
     def sizes(self) -> Mapping[Any, int]:
-        """Return the bytes of its weights: it has none."""
+        """Return the bytes of the weights: a dummy has none."""
         return {}
 
     def close(self) -> None:
-        """Close it, so that its views say so. Closing twice is harmless."""
+        """Close the backend and its views. Closing twice is harmless."""
         self._closed = True
 
     @contextmanager
@@ -121,9 +121,8 @@ class DummyBackend(HintsAtViews):
 class DummyView(BaseView["DummyBackend"]):
     """One side of a `DummyBackend`, or something between or beside them.
 
-    Where answers are canned, one that is not there is a `BackendUseError`. Where they are made up, a token is a word,
-    and the token that begins a text is 0. A canned continuation comes whole, and is the same at any temperature, from
-    any seed; one that is made up has ``max_new_tokens`` words.
+    A missing canned answer raises `BackendUseError`. In made-up answers, a token is a word, and token 0 begins a text.
+    A canned continuation comes whole, at any temperature and from any seed; a made-up one has ``max_new_tokens`` words.
     """
 
     def __init__(self, view_id: str, backend: DummyBackend, side: Side) -> None:

@@ -1,4 +1,4 @@
-"""Where the answers of a dummy backend's view come from: a side's tables, or what lies between and beside two sides."""
+"""Answers of the dummy backend: one side's tables, a mix of two sides, or one side with noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_sway.spec.answers import VOCABULARY, tail
 __tracebackhide__ = True
 
 _FINETUNED_FACTOR: Final = 0.75
-"""Of the base's log-probabilities, where they are made up."""
+"""Made-up log-probabilities of the fine-tuned side are the base's times this."""
 
 
 class Dist(NamedTuple):
@@ -35,7 +35,7 @@ class Rolling(NamedTuple):
 
 
 class Side(Protocol):
-    """What answers a view's questions."""
+    """The source of a view's answers."""
 
     def logprob(self, prompt: str, completion: str) -> float:
         """The completion's log-probability, in nats."""
@@ -50,12 +50,12 @@ class Side(Protocol):
         ...
 
     def generation(self, prompt: str, words: int) -> str:
-        """A continuation; ``words`` long, if it is made up."""
+        """A continuation, ``words`` long if it is made up."""
         ...
 
 
 class Canned:
-    """One side's tables, and what is made up where there is none."""
+    """One side's tables; answers of missing tables are made up."""
 
     def __init__(self, name: str, tables: Mapping[str, Any]) -> None:
         self.name = name
@@ -89,7 +89,7 @@ class Canned:
         table = self._tables.get("token_dists")
         if table is not None:
             return Dist(**self._found("token_dists", table, prompt, "prompt"))
-        # As dlm-sway's: the base is sure of itself, and the fine-tuned model is not
+        # As in dlm-sway, the base's distribution is sharp, and the fine-tuned side's is broad
         sharp, broad = [-0.1] + [-5.0] * 7, [-math.log(8) + step * 1e-5 for step in range(4, -4, -1)]
         logprobs = sharp if self.name == "base" else broad
         return Dist(list(range(8)), logprobs, VOCABULARY, tail(logprobs, VOCABULARY))
@@ -109,8 +109,8 @@ class Canned:
             close = difflib.get_close_matches(asked, table, n=1, cutoff=0.0)
             raise BackendUseError(
                 f"the {self.name} side of the dummy backend has no canned answer in {name!r} for the {what} {asked!r}."
-                f" The closest of the {len(table)} that are there is {', '.join(map(repr, close)) or 'none'}. Add it,"
-                f" or leave {name!r} out to have answers made up."
+                f" The closest of its {len(table)} entries is {', '.join(map(repr, close)) or 'none'}. Add the answer,"
+                f" or omit the table {name!r} to have answers made up."
             )
         return table[asked]
 
@@ -124,12 +124,12 @@ def _numbers(answers: Any) -> Iterator[float]:
 
 
 def _number_of(word: str) -> int:
-    """A number from 0 to 2**32 that is the same in every process."""
+    """A number below 2**32 that is the same in every process."""
     return zlib.crc32(word.encode())
 
 
 class Between:
-    """Log-probabilities on the line between two sides; beyond both where ``lam`` is not between 0 and 1."""
+    """Log-probabilities on the line between two sides, or beyond them if ``lam`` is not between 0 and 1."""
 
     def __init__(self, base: Side, tuned: Side, lam: float) -> None:
         self._sides = (base, tuned)
@@ -140,14 +140,14 @@ class Between:
         return self._mixed(*(side.logprob(prompt, completion) for side in self._sides))
 
     def rolling(self, text: str, prefix: bool) -> Rolling:
-        """On the line between the two sides'; the tokens have to be as many."""
+        """On the line between the two sides', which must have equally many tokens."""
         base, tuned = (side.rolling(text, prefix) for side in self._sides)
         if len(base.logprobs) != len(tuned.logprobs):
             raise self._apart("rolling log-probabilities", text)
         return Rolling(base.token_ids, list(map(self._mixed, base.logprobs, tuned.logprobs)))
 
     def dist(self, prompt: str) -> Dist:
-        """On the line between the two sides', normalised; the tokens have to be the same."""
+        """On the line between the two sides', which must have the same tokens; normalised."""
         base, tuned = (side.dist(prompt) for side in self._sides)
         theirs = dict(zip(tuned.token_ids, tuned.logprobs, strict=True))
         if theirs.keys() != set(base.token_ids):
@@ -165,8 +165,8 @@ class Between:
     @staticmethod
     def _apart(what: str, text: str) -> BackendUseError:
         return BackendUseError(
-            f"as_scaled_adapter cannot mix the canned {what} of the two sides for {text!r}: they are for different"
-            " tokens. Give both the same."
+            f"as_scaled_adapter cannot mix the canned {what} of the two sides for {text!r}: their tokens differ. Give"
+            " both sides the same tokens."
         )
 
 
@@ -202,7 +202,7 @@ class Noisy:
 
 
 def _normalised(dist: Dist, logprobs: list[float]) -> Dist:
-    """A distribution over the same tokens, most probable first, that has the mass of ``dist``."""
+    """The distribution with these log-probabilities, most probable first, shifted to the mass of ``dist``."""
     shift = math.log(sum(map(math.exp, dist.logprobs))) - math.log(sum(map(math.exp, logprobs)))
     ranked = sorted(zip(logprobs, dist.token_ids, strict=True), key=lambda pair: -pair[0])
     return dist._replace(token_ids=[i for _, i in ranked], logprobs=[logprob + shift for logprob, _ in ranked])

@@ -1,1 +1,1 @@
-"""Other people's code: kept quiet while it runs, and its errors traced to the file and field at fault."""
+"""Run the code of other libraries: keep it quiet, and trace its errors to the file and field at fault."""

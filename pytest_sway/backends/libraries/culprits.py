@@ -1,8 +1,8 @@
-"""Which file, and which field of it, a library has stumbled over.
+"""Find the file and the field that made a library fail.
 
-An error out of transformers or PEFT tells of their code ("'str' object has no attribute 'keys'"), and you need to know
-what to mend. So the library is asked again, in a copy of the folder, without one field of the config after the other,
-or with another value in it: the field without which it succeeds is the one.
+An error of transformers or PEFT describes their code ("'str' object has no attribute 'keys'"), but you need to know
+what to fix. So the library is asked again, in a copy of the folder: without one field of the config after the other, or
+with another value in it. The field without which it succeeds is the culprit.
 """
 
 from __future__ import annotations
@@ -29,48 +29,48 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _PATIENCE: Final = 2.0
-"""Seconds of the thread's own time after which nothing more is tried; a try takes some hundredths, or longer where a
+"""Seconds of the thread's CPU time after which nothing more is tried. A try takes some hundredths, or longer if the
 model is large."""
 _IDENTITY: Final = frozenset({"model_type", "peft_type"})
-"""Fields that say what all the others are about: without them a library does something else, and blames nothing."""
+"""Fields that select what is loaded. They are no suspects: without them, a library loads something else."""
 _SHORTEST: Final = 4
-"""A field of a shorter name is not known by its name in a library's text: ``r`` is in any."""
+"""A shorter field name, such as ``r``, occurs in any text, so a library's error is not searched for it."""
 
 
 _IN_JSON: Final[Mapping[Any, tuple[type, ...]]] = {
     int: (int, float), float: (int, float), bool: (bool,), str: (str,), dict: (dict,), list: (list,),
     NoneType: (NoneType,),
 }  # fmt: skip
-"""What stands for a type in JSON, where libraries are not strict about numbers."""
+"""The JSON values that fit a type; libraries are not strict about numbers."""
 
 Contents: TypeAlias = "Mapping[str, Mapping[str, Any]]"
-"""What files of JSON hold, by their names."""
+"""The contents of JSON files, by their names."""
 
 
 Field: TypeAlias = tuple[str, str]
 """The names of a file and of a field in it."""
 
 Others: TypeAlias = "Callable[[Contents], Iterable[tuple[Field, Any]]]"
-"""Other values of fields that are worth a try, where files hold what they do."""
+"""Other values of fields that are worth a try, given what the files hold."""
 
 _ABSENT: Final = object()
-"""Stands for the value of a field that is not there."""
+"""The value of a field that is not there."""
 _PLACE: Final = re.compile(r" at line \d+ column \d+")
-"""What an error says of a place in a file, which is another one after each change."""
+"""The place in a file that an error names; it differs after each change."""
 
 
 class Asked(NamedTuple):
     """What a library was asked to load.
 
     Attributes:
-        what: What it is, as an error calls it, such as ``the adapter``.
-        folder: Where its files are.
-        files: The names of the files of JSON that the library reads, those first that say most.
-        attempt: Asks the library for the same in another folder.
+        what: Its name in errors, such as ``the adapter``.
+        folder: The folder of its files.
+        files: The names of the JSON files that the library reads, the most telling ones first.
+        attempt: Asks the library to load it from another folder.
         hints: The types that the library declares for fields.
-        defaults: What the library takes for fields that are not there, as far as that is known.
-        others: Gives other values to try, where it is not enough to leave out a field.
-        minimal: What stands for fields that cannot be left out.
+        defaults: The library's defaults for fields, as far as they are known.
+        others: Gives other values to try, where omitting a field is not enough.
+        minimal: Values for fields that cannot be omitted.
     """
 
     what: str
@@ -84,13 +84,13 @@ class Asked(NamedTuple):
 
 
 class Culprit(NamedTuple):
-    """The field that a library has stumbled over.
+    """The field that made a library fail.
 
     Attributes:
         path: The file.
         field: The field.
-        value: What it has; ``_ABSENT`` if it is not there.
-        other: A value with which the library succeeds; ``_ABSENT`` if it does without one, or none is known.
+        value: Its value; ``_ABSENT`` if it is not there.
+        other: A value with which the library succeeds; ``_ABSENT`` if it succeeds without one, or none is known.
     """
 
     path: Path
@@ -106,19 +106,19 @@ class Culprit(NamedTuple):
     def advice(self) -> str:
         """What to do about it, as a sentence."""
         if self.other is _ABSENT:
-            return "Mend this field, or save the file again."
-        return f"It would work with {shown(self.other)}. Mend this field, or save the file again."
+            return "Fix this field, or save the file again."
+        return f"It would work with {shown(self.other)}. Fix this field, or save the file again."
 
 
 @contextmanager
 def named_culprit(asked: Asked | None) -> Iterator[None]:
-    """Have an error out of a library name the file and the field that it comes from.
+    """Make an error of a library name the file and the field that caused it.
 
     Args:
-        asked: What is asked of it in the block; ``None`` where its files are not known.
+        asked: What the block asks of the library; ``None`` if its files are not known.
 
     Raises:
-        SpecError: It fails because of one field, or a file that is no JSON.
+        SpecError: One field, or a file that is not JSON, makes it fail.
         BackendNotAvailableError: It needs a library that is not installed.
         BackendLoadError: It fails for another reason.
     """
@@ -133,7 +133,7 @@ def named_culprit(asked: Asked | None) -> Iterator[None]:
 
 
 def explanation(asked: Asked, error: Exception) -> SwayError:
-    """Return the error that says which file and field a library's error comes from."""
+    """Return an error that names the file and the field behind a library's error."""
     where = f"{asked.what} {str(asked.folder)!r}"
     first = _first(error)
     contents = _contents(asked)
@@ -142,20 +142,20 @@ def explanation(asked: Asked, error: Exception) -> SwayError:
     suspects = _suspects(asked, contents, str(first))
     found = _culprit(asked, contents, suspects)
     if _is_lacking(error) and (found is None or first is error):
-        by = f"by its files ({_described(contents)})" if found is None else f"where {found}"
+        because = f"its files are {_described(contents)}" if found is None else str(found)
         return BackendNotAvailableError(
-            f"{where} needs what this environment lacks: {said(error)} It is asked for {by}."
+            f"{where} needs what this environment lacks: {said(error)} It is needed because {because}."
         )
     if found is None and suspects:
         name, field = suspects[0]
         found = Culprit(asked.folder / name, field, contents[name][field])
     if found is not None:
         return SpecError(f"{found}, with which {asked.what} cannot be loaded: {said(first)} {found.advice}")
-    return BackendLoadError(f"{where} cannot be loaded by its files ({_described(contents)}): {said(error)}")
+    return BackendLoadError(f"{where} cannot be loaded from its files ({_described(contents)}): {said(error)}")
 
 
 def culprit(asked: Asked, text: str) -> Culprit | None:
-    """Return the field that the failure of what was asked comes from, as far as that shows.
+    """Return the field that made a request fail, if it can be found.
 
     Args:
         asked: What was asked.
@@ -168,7 +168,7 @@ def culprit(asked: Asked, text: str) -> Culprit | None:
 
 
 def _contents(asked: Asked) -> Contents | SwayError:
-    """What the files hold that are there; or the error for one that is no JSON."""
+    """The contents of the files that exist, or the error for one that is not JSON."""
     contents = {}
     for path in (asked.folder / name for name in asked.files):
         if not path.is_file():
@@ -198,9 +198,9 @@ def _is_lacking(error: Exception) -> bool:
 
 
 def _first(error: BaseException) -> BaseException:
-    """The error after which a library tried something that needs another library, or the error itself.
+    """The error after which a library tried another way that needs another library, or the error itself.
 
-    transformers 4 takes a tokenizer in Rust that fails for a reason to try the one in Python, which needs protobuf.
+    If transformers 4 fails to load a tokenizer in Rust, it tries the one in Python, which needs protobuf.
     """
     while isinstance(error, ImportError) and error.__context__ is not None:
         error = error.__context__
@@ -208,7 +208,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 def said(error: BaseException, limit: int = 300) -> str:
-    """Return what an error says, in one line and not without end, as a sentence of its own."""
+    """Return an error's text on one line, cut to ``limit`` characters, as a sentence."""
     text = " ".join(str(error).split())
     if not isinstance(error, SwayError | OSError | ValueError):
         text = f"{type(error).__name__}: {text}"
@@ -217,13 +217,13 @@ def said(error: BaseException, limit: int = 300) -> str:
 
 
 def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field], *, sure: bool = False) -> Culprit | None:
-    """The field without which the library does what was asked, or is the only one without which it fails otherwise.
+    """The field without which the library succeeds, or the only one without which it fails in another way.
 
     Args:
         asked: What was asked.
         contents: What the files hold.
         suspects: The fields to try first.
-        sure: Only give one without which it does what was asked.
+        sure: Return only a field without which it succeeds.
     """
     until = time.thread_time() + _PATIENCE
     telling = [
@@ -232,7 +232,7 @@ def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field], *, sur
         for field, value in fields.items()
         if field not in _IDENTITY and (field not in asked.defaults or asked.defaults[field] != value)
     ]
-    without = ((field, _ABSENT) for field in dict.fromkeys((*suspects, *telling)))  # or with what stands for it
+    without = ((field, _ABSENT) for field in dict.fromkeys((*suspects, *telling)))  # or with its minimal value
     otherwise: list[Culprit] = []
     try:
         with tempfile.TemporaryDirectory(prefix="sway-") as scratch:
@@ -242,7 +242,7 @@ def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field], *, sur
                     os.symlink(path.resolve(), folder / path.name)
             failure = _failure(asked, folder)
             if failure is None:
-                return None  # what failed is something else
+                return None  # something else made it fail
             for (name, field), other in chain(without, asked.others(contents)):
                 if time.thread_time() > until:
                     return None
@@ -257,18 +257,18 @@ def _culprit(asked: Asked, contents: Contents, suspects: Sequence[Field], *, sur
                     return found
                 if now != failure and other is _ABSENT:
                     otherwise.append(found)
-    except (OSError, ValueError):  # no room for the copy, or no links here
+    except (OSError, ValueError):  # no room for the copy, or no links on this system
         return None
     return otherwise[0] if len(otherwise) == 1 and not sure else None
 
 
 def _replace(path: Path, text: str) -> None:
-    path.unlink()  # a link to the file itself, at first
+    path.unlink()  # at first, it is a link to the original file
     path.write_text(text)
 
 
 def _failure(asked: Asked, folder: Path) -> str | None:
-    """What the library says, asked for the same in a copy of the folder; ``None`` if it succeeds."""
+    """The library's error for a copy of the folder; ``None`` if it succeeds."""
     try:
         asked.attempt(folder)
     except Exception as error:  # whatever a library raises
@@ -277,7 +277,7 @@ def _failure(asked: Asked, folder: Path) -> str | None:
 
 
 def _suspects(asked: Asked, contents: Contents, text: str) -> list[Field]:
-    """The fields that are not of the type that the library declares, and those that its error speaks of or quotes."""
+    """The fields that are not of their declared type, then those that the error's text mentions or quotes."""
     words = f" {re.sub(r'[^a-zA-Z0-9]+', ' ', text)} "
     mistyped, mentioned = [], []
     for name, fields in contents.items():
@@ -292,7 +292,7 @@ def _suspects(asked: Asked, contents: Contents, text: str) -> list[Field]:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON can stand for one of a type, as libraries write it to JSON."""
+    """Whether a JSON value fits a declared type, as libraries write it."""
     origin, of = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_is_of(value, each) for each in of)
@@ -302,4 +302,4 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(_is_of(each, of[1]) for each in value.values())
     if origin in (list, set, tuple):
         return isinstance(value, list) and all(_is_of(each, of[0]) for each in value)
-    return type(value) in _IN_JSON.get(hint, (dict, str))  # an enumeration is a text, another class an object
+    return type(value) in _IN_JSON.get(hint, (dict, str))  # an enum is written as a text, another class as an object

@@ -1,4 +1,4 @@
-"""Whether an error says that memory ran out: one answer for all kinds, which imports no library to give it."""
+"""Tell whether an error means that memory ran out, for every kind, without importing a library."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SAYINGS: Final = re.compile(
 )
 """What torch, MLX, CUDA's libraries and the C library say, mostly in a plain RuntimeError."""
 _TELLERS: Final = ("RuntimeError", "SafetensorError", "AcceleratorError")
-"""The classes whose text is believed; in others, such as a ValueError, the words are about something else."""
+"""The classes whose text counts. In others, such as a ValueError, the words mean something else."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on whatever device."""
+    """Return whether an error means that memory ran out, on any device."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, SwayError):

@@ -1,4 +1,4 @@
-"""What a whole process shares and a load changes: warnings, logs, progress bars, defaults. One at a time changes it."""
+"""Change what a whole process shares (warnings, logs, progress bars, defaults), one thread at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 PROCESS_STATE: Final = threading.RLock()
-"""Held by whoever changes what the whole process shares: the random state, warning filters, and the defaults that
-`from_pretrained` sets while it runs. Whoever needs a base's lock as well takes that one first."""
+"""Hold it to change what the whole process shares: the random state, warning filters, and the defaults that
+`from_pretrained` sets while it runs. If you also need a base's lock, take that one first."""
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Run code of transformers that warns, logs or draws progress bars, without a trace of it; torch is not needed."""
+    """Silence the warnings, logs and progress bars of transformers and the hub; torch is not needed."""
     transformers: Any = import_module("transformers.utils.logging")
     hub: Any = import_module("huggingface_hub.utils")
     with PROCESS_STATE, warnings.catch_warnings():
@@ -41,7 +41,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Run library code that warns of what it is meant to do."""
+    """Silence the warnings of library code that is used as intended."""
     with PROCESS_STATE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

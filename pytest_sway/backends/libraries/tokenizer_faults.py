@@ -1,4 +1,4 @@
-"""Which file and field of a tokenizer is at fault, where a text or messages cannot be made tokens of."""
+"""Find the file and field of a tokenizer that is at fault if a text cannot be tokenised."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ __tracebackhide__ = True
 FILES: Final = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json",
 )  # fmt: skip
-"""Those of JSON; the small ones first, since each of their fields is tried."""
+"""The JSON files, the small ones first, since each of their fields is tried."""
 MINIMAL: Final[Mapping[Field, Any]] = {
     ("tokenizer.json", "model"): {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"},
     ("tokenizer.json", "added_tokens"): [],
 }
-"""What stands for fields without which there is no tokenizer."""
+"""Values for fields without which no tokenizer loads."""
 _WORDS: Final = {"type": "Whitespace"}
 _TEMPLATE_FILE: Final = "chat_template.jinja"
 _TEMPLATE: Final = "chat_template"
 
 
 def other_parts(contents: Contents) -> Iterator[tuple[Field, Any]]:
-    """Give what a ``tokenizer.json`` may lack: one that parts no words knows none."""
+    """Yield a pre-tokenizer if ``tokenizer.json`` lacks one, without which no words are known."""
     if "tokenizer.json" in contents and contents["tokenizer.json"].get("pre_tokenizer") is None:
         yield ("tokenizer.json", "pre_tokenizer"), _WORDS
 
 
 def template_place(tokenizer: Any) -> str:
-    """Return where the chat template of a tokenizer is, for an error."""
+    """Return the place of a tokenizer's chat template, for an error."""
     folder = _folder(tokenizer)
     if folder is not None and (folder / _TEMPLATE_FILE).is_file():
         return repr(str(folder / _TEMPLATE_FILE))
@@ -53,11 +53,11 @@ def template_place(tokenizer: Any) -> str:
 
 
 def fault(tokenizer: Any, fails: Callable[[Any], bool]) -> str:
-    """Return the file and field of a tokenizer by which something fails, as sentences; those files if none is found.
+    """Return sentences on the file and field of a tokenizer that make something fail, or on its files if none is found.
 
     Args:
         tokenizer: The tokenizer.
-        fails: Whether it does so with a tokenizer.
+        fails: Returns whether it fails with a given tokenizer.
     """
     folder = _folder(tokenizer)
     if folder is None:
@@ -76,10 +76,10 @@ def fault(tokenizer: Any, fails: Callable[[Any], bool]) -> str:
     if found is None:
         files = ", ".join(name for name in FILES if (folder / name).is_file())
         return f" The tokenizer is that of {str(folder)!r} ({files})."
-    return f" That comes of the tokenizer: {found}. {found.advice}"
+    return f" The cause is the tokenizer: {found}. {found.advice}"
 
 
 def _folder(tokenizer: Any) -> Path | None:
-    """The folder that a tokenizer is from; ``None`` if it is from a hub."""
+    """The folder that a tokenizer was loaded from; ``None`` if it is from a hub."""
     name = getattr(tokenizer, "name_or_path", None)
     return Path(name) if name and os.path.isdir(name) else None

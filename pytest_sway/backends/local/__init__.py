@@ -1,1 +1,1 @@
-"""A model in this process, whatever computes it: what the kinds ``hf`` and ``mlx`` share."""
+"""Models in this process: what the kinds ``hf`` and ``mlx`` share."""

@@ -1,4 +1,4 @@
-"""Who holds some tensors: from the garbage collector's referrers to names that a person can find in their code."""
+"""Find what holds objects in memory, and name it so that you can find it in your code."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ MAX_DEPTH: Final = 12
 MAX_WIDTH: Final = 200
 _OURS: Final = "pytest_sway"
 _NAMES: Final = 3
-"""How many globals of a module are named that hold something in the same way."""
+"""The most globals of a module that are named if they hold an object in the same way."""
 
 
 def chains_to(roots: list[Any], limit: int = 5, parts: Iterable[int] = ()) -> list[str]:
-    """Describe by what chains of references some objects are held.
+    """Describe the chains of references that hold some objects.
 
     Args:
         roots: The objects.
         limit: The most chains to return.
-        parts: The identities of what is inside of them. A call that uses some of it holds the whole, in places that
-            nobody can look into.
+        parts: The identities of objects inside them. A call that uses one of these holds the whole, in places that
+            can't be inspected.
     """
     search = _Search(roots)
     del roots
     found = search.chains(limit, parts)
-    return found or ["nothing that Python's garbage collector knows of (native code, such as an autograd graph)"]
+    return found or ["nothing that Python's garbage collector can see (native code, such as an autograd graph)"]
 
 
 class _Search:
-    """A breadth-first search from objects to what refers to them, up to something with a name."""
+    """A breadth-first search from objects to their referrers, up to one that has a name."""
 
     def __init__(self, targets: list[Any]) -> None:
         self._targets = targets
         self._next: dict[int, tuple[Any, int | None]] = {id(target): (target, None) for target in targets}
-        self._found: dict[str, None] = {}  # in order, each once
+        self._found: dict[str, None] = {}  # an ordered set
 
     def chains(self, limit: int, parts: Iterable[int]) -> list[str]:
-        """The chains that were found, shortest first."""
+        """Return the chains found, shortest first."""
         used = dict.fromkeys(parts)
         self._note(call for frame, call in _running_frames() if call and _local_names(frame, used))
         frontier = list(self._targets)
@@ -63,7 +63,7 @@ class _Search:
 
     def _level(self, frontier: list[Any]) -> list[Any]:
         below = {id(thing): thing for thing in frontier}
-        for frame, call in _running_frames():  # which the garbage collector does not look into
+        for frame, call in _running_frames():  # the garbage collector does not see their locals
             found = _local_names(frame, below)
             self._note(call or " -> ".join([name, *self._path(key)]) for key, name in found)
         own = {id(frontier), id(below), id(self._next), id(self._targets), id(vars(self))}
@@ -77,7 +77,7 @@ class _Search:
         return upper[:MAX_WIDTH]
 
     def _visit(self, referrer: Any, below: dict[int, Any]) -> bool:
-        """Note by what ``referrer`` holds; return whether it has a name, so that the search ends there."""
+        """Record ``referrer``; return whether the search ends there, as it does at one that has a name."""
         held = next((thing for thing in gc.get_referents(referrer) if id(thing) in below), None)
         if held is None:
             return True
@@ -93,7 +93,7 @@ class _Search:
         return True
 
     def _globals(self, module: str, namespace: dict[str, Any], below: dict[int, Any]) -> Iterator[str]:
-        """All names of a module that hold something, by the path from there."""
+        """Yield a chain for the globals of a module that hold an object, one for each path."""
         names: dict[str, list[str]] = {}
         for name, value in namespace.items():
             if id(value) in below:
@@ -114,7 +114,7 @@ class _Search:
 
 
 def _running_frames() -> Iterator[tuple[types.FrameType, str | None]]:
-    """The frames of all threads, and for those of a call of ours in another thread, what to say of them."""
+    """Yield the frames of all threads; those inside a call of ours in another thread come with a description of it."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for thread, innermost in sys._current_frames().items():
         own = thread == threading.get_ident()
@@ -123,7 +123,7 @@ def _running_frames() -> Iterator[tuple[types.FrameType, str | None]]:
         call = f"a call that is still running in thread {names.get(thread, '?')!r}"
         for number, frame in enumerate(frames):
             yield frame, call if ours and number <= ours[-1] else None
-    del innermost  # else this frame holds itself, and through its callers what they look for
+    del innermost  # else this frame would hold itself, and its callers' targets
 
 
 def _frames_from(innermost: types.FrameType) -> Iterator[types.FrameType]:
@@ -138,18 +138,18 @@ def _is_ours(thing: Any) -> bool:
 
 
 def _local_names(frame: types.FrameType, wanted: Collection[int]) -> list[tuple[int, str]]:
-    """The local variables of a running frame that are among the objects wanted."""
+    """The local variables of a running frame that are among the wanted objects."""
     if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        return []  # a module's or class's body, whose names are found in its namespace
+        return []  # the body of a module or class: its names are in its namespace
     variables = frame.f_locals
     names = [(id(value), _frame_name(frame, name)) for name, value in variables.items() if id(value) in wanted]
     if type(variables) is dict:
-        variables.clear()  # before Python 3.13 it is a copy that stays with the frame, and would itself be a holder
+        variables.clear()  # before Python 3.13, this copy stays with the frame and would be a holder
     return names
 
 
 def _name(referrer: Any, held: Any) -> str | None:
-    """How a person would find ``referrer`` in their code; ``None`` if it is just another object."""
+    """A name by which you find ``referrer`` in your code; ``None`` if it has none."""
     if type(referrer).__name__ == "FixtureDef":
         return f"fixture {getattr(referrer, 'argname', '?')!r}"
     for kind, describe in _NAMED.items():
@@ -187,12 +187,12 @@ def _held_by_cell(cell: types.CellType, _held: Any) -> str | None:
 
 
 def _function_name(part: str, function: types.FunctionType) -> str | None:
-    """What a function holds, unless it is ours: then who holds the function has the name that a person can find."""
+    """The name of a function's part; ``None`` for our own functions, whose holder has a name that you know."""
     return None if str(function.__module__).startswith(_OURS) else f"{part} of {function.__qualname__}"
 
 
 def _module_of(namespace: Any) -> str | None:
-    """The module whose namespace it is."""
+    """The name of the module whose namespace this is; ``None`` if it is none."""
     name = namespace.get("__name__") if type(namespace) is dict else None
     held = isinstance(name, str) and getattr(sys.modules.get(name), "__dict__", None) is namespace
     return name if held else None
@@ -215,11 +215,11 @@ def _kind(thing: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """Weights that outlived their backend.
+    """Weights that are in memory after their backend was closed.
 
     Attributes:
-        nbytes: How much memory they hold.
-        holders: By what chains of references they are held, each from a name that a person can find.
+        nbytes: The bytes that they take.
+        holders: The chains of references that hold them, each from a name that you can find.
     """
 
     nbytes: int

@@ -1,6 +1,6 @@
-"""`SharedPool`: values that are loaded once, used by many, and closed after their last user.
+"""`SharedPool`: values that are loaded once, shared, and closed after their last user.
 
-It holds the loaded bases, but knows nothing of models: loading and closing are functions that it is given.
+It holds the loaded bases, but knows nothing of models: its callers pass functions that load and close.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ V = TypeVar("V")
 
 @dataclass(slots=True, eq=False)
 class _Slot(Generic[K, V]):
-    """One value.
+    """A value and its users.
 
     Attributes:
-        key: Under which it is asked for.
-        users: A token for each of its users, also of those who wait for it.
-        value: The value itself, once it is loaded and until it is closed; a list, so that it is taken out once.
-        gone: It is being closed, or was; it stays so.
-        guard: The lock under which it is loaded and closed.
+        key: The value's key.
+        users: A token for each user, including those that wait for the value.
+        value: The value from its load to its close; a list, so that it can be taken out only once.
+        gone: Whether its close has begun; it never becomes false again.
+        guard: The lock for its load and its close.
     """
 
     key: K
@@ -42,12 +42,12 @@ class _Slot(Generic[K, V]):
 
 @dataclass(slots=True, eq=False)
 class PoolLease(Generic[V]):
-    """One user's claim on a shared value.
+    """A user's claim on a shared value.
 
     Attributes:
-        key: Under which it is shared.
+        key: The value's key.
         value: The shared value.
-        fresh: Whether this claim was the one that loaded it.
+        fresh: Whether this claim loaded it.
     """
 
     key: Hashable
@@ -56,7 +56,7 @@ class PoolLease(Generic[V]):
     _give_back: Callable[[], None]
 
     def release(self) -> None:
-        """Give the claim up; the last one to go closes the value. Again, or from another thread, is harmless."""
+        """Give up the claim; the last one closes the value. It may be called again, and from any thread."""
         self._give_back()
 
 
@@ -78,15 +78,15 @@ class SharedPool(Generic[K, V]):
         self._withdrawn: list[_Slot[K, V]] = []
 
     def _forget_the_parents(self) -> None:
-        """In a forked child: have nothing, wait for none of its parent's locks and close none of its values."""
+        """Empty the pool in a forked child: wait for none of the parent's locks, and close none of its values."""
         for slot in (*self._slots.values(), *self._withdrawn):
             slot.guard, slot.value = threading.Lock(), []
         self._start_empty()
 
     def acquire(self, key: K, load: Callable[[], V]) -> PoolLease[V]:
-        """Claim the value of ``key``, loading it if nobody has; others who ask meanwhile wait for that load.
+        """Claim the value of ``key``. Load it if it is not loaded; others who ask meanwhile wait for that load.
 
-        A load that raises is not remembered: the error goes up, and the next to ask tries again.
+        An error of a load is raised and not stored: the next caller tries again.
         """
         user = object()
         try:
@@ -101,7 +101,7 @@ class SharedPool(Generic[K, V]):
 
     @contextmanager
     def pin(self, key: K) -> Iterator[None]:
-        """Keep the value of ``key`` from being closed inside the block, if it is loaded; load nothing."""
+        """Keep the value of ``key`` from being closed inside the block if it is loaded. Load nothing."""
         user = object()
         try:
             try:
@@ -110,21 +110,21 @@ class SharedPool(Generic[K, V]):
             finally:
                 self._leave_all(user)
         finally:
-            self._leave_all(user)  # an interrupt may have struck in the line above
+            self._leave_all(user)  # an interrupt may have cut off the line above
 
     @atomic
     def withdraw(self, value: V) -> None:
-        """Hand ``value`` out to nobody new; it is closed after its last user, and its key is loaded anew."""
+        """Give ``value`` to no new user. It is closed after its last user, and its key is loaded anew."""
         for slot in [slot for slot in self._slots.values() if any(held is value for held in slot.value)]:
             self._withdrawn.append(slot)
             del self._slots[slot.key]
 
     @atomic
     def keys(self) -> list[K]:
-        """The keys of what is loaded or loading."""
+        """Return the keys of all values that are loaded or loading."""
         return list(self._slots)
 
-    # --- the steps: each is atomic, and can be repeated ---------------------------------------------------------------
+    # --- steps: each is atomic and can be repeated --------------------------------------------------------------------
 
     @atomic
     def _join(self, key: K, user: object) -> _Slot[K, V]:
@@ -144,13 +144,13 @@ class SharedPool(Generic[K, V]):
 
     @atomic
     def _depart(self, slot: _Slot[K, V], user: object) -> bool:
-        """Whether ``user`` was the last one there."""
+        """Remove ``user``; return whether it was the last."""
         slot.users.discard(user)
         return not slot.users
 
     @atomic
     def _give_up(self, slot: _Slot[K, V]) -> bool:
-        """Whether nobody joined meanwhile, who would then be the last to leave."""
+        """Mark the slot as gone unless a user has joined, who will then close it; return whether it is gone."""
         slot.gone = slot.gone or not slot.users
         return slot.gone
 
@@ -161,10 +161,10 @@ class SharedPool(Generic[K, V]):
         if slot in self._withdrawn:
             self._withdrawn.remove(slot)
 
-    # --- what is loaded and closed between them -----------------------------------------------------------------------
+    # --- loads and closes, between the steps --------------------------------------------------------------------------
 
     def _share(self, slot: _Slot[K, V], user: object, load: Callable[[], V]) -> PoolLease[V] | None:
-        """Under the slot's guard: its value, or ``None`` if it was being closed when we joined."""
+        """Return a claim, under the slot's guard; ``None`` if the slot was being closed when we joined."""
         if slot.gone:
             self._finish(slot)
             return None
@@ -178,7 +178,7 @@ class SharedPool(Generic[K, V]):
             holding(slot.guard, partial(self._close_unused, slot))
 
     def _leave_all(self, user: object) -> None:
-        """Leave by the token, since an interrupt may have come before a slot was known."""
+        """Leave all slots by the token, since an interrupt may have come before the slot was known."""
         for slot in self._of(user):
             self._leave(slot, user)
 

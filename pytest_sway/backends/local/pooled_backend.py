@@ -1,4 +1,4 @@
-"""`PooledBackend`: a base in this process that others share, and an adapter on it, whatever computes them."""
+"""`PooledBackend`: a base in this process, shared with other backends, and an adapter on it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __tracebackhide__ = True
 
 
 class Closable(Protocol):
-    """A side, as far as its backend knows it."""
+    """What a backend needs of its sides."""
 
     def close(self) -> None:
-        """Let go of the models that it computes with."""
+        """Release the models that it computes with."""
         ...
 
 
@@ -43,24 +43,24 @@ V = TypeVar("V", bound="PooledView")
 
 
 class PooledView(BaseView["PooledBackend[Any, Any]"]):
-    """A view that also gives a test a model and a tokenizer of its own."""
+    """A view that also gives a test its own model and tokenizer."""
 
     @property
     def model(self) -> Any:
-        """A model of the test's own, with exactly this view's adapter or none.
+        """The test's own model, with exactly this view's adapter or none.
 
-        It is made when it is first asked for, and is the same for as long as the view is open. It shares the memory of
-        the base and copies what is written to. So a test may do anything to it: hooks, training, merging, gradients.
-        Nothing of that reaches a view's answers, another view's model or another test.
+        It is made on first use, and stays the same while the view is open. It shares the base's memory and copies what
+        you write to. So you may do anything to it: hooks, training, merging, gradients. Nothing of that reaches a
+        view's answers, another view's model or another test.
         """
         return self._open()._model(self)
 
     @property
     def tokenizer(self) -> Any:
-        """A tokenizer of the test's own, made when it is first asked for.
+        """The test's own tokenizer, made on first use.
 
-        Its settings are its own. Its vocabulary, normalizer, pre-tokenizer and post-processor are shared, and a test
-        that changes those, as by adding tokens, gets a `MutationError`.
+        Its settings are its own. Its vocabulary, normalizer, pre-tokenizer and post-processor are shared: a test that
+        changes those, for example by adding tokens, gets a `MutationError`.
         """
         return self._open()._tokenizer(self)
 
@@ -74,11 +74,11 @@ def _render(engine: Any, messages: Iterable[Message]) -> str:
 
 @dataclass(slots=True, eq=False)
 class Handed(Generic[S]):
-    """What an open view has handed to its test.
+    """What an open view has given to its test.
 
     Attributes:
         side: The view's side.
-        own: Whether the side is this view's alone.
+        own: Whether the side was made for this view alone.
         model: The test's own model; ``None`` until it is asked for.
         tokenizer: The test's own tokenizer; ``None`` until it is asked for.
     """
@@ -91,16 +91,16 @@ class Handed(Generic[S]):
 
 @dataclass(slots=True, eq=False)
 class Loaded(Generic[S]):
-    """All that a backend has in memory; what is left of a closed backend does not refer to it.
+    """All that a backend has in memory. A closed backend no longer refers to it.
 
     Attributes:
-        shares: The claims on the bases that it uses: the base, and after it a whole fine-tuned model.
+        shares: The claims on its models: on the base, then on a whole fine-tuned model.
         base: The base's side.
-        tuned: The tuned side, if there is one.
+        tuned: The fine-tuned side, if there is one.
         adapter: The adapter, if there is one.
-        contents: What says whether the adapter's memory holds what it held, as far as a test can write to it.
+        contents: The record that detects writes to the adapter's memory.
         rust: The record of a tokenizer that the adapter brings.
-        views: What the open views have handed out.
+        views: What each open view has given to its test.
     """
 
     shares: list[PoolLease[Any]]
@@ -114,22 +114,22 @@ class Loaded(Generic[S]):
 
 
 class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
-    """A model with an adapter, or beside what it was fine-tuned to.
+    """A model with an adapter, or with a fine-tuned model beside it.
 
-    Any number of views may be open at once, in any number of threads: each computes on models of its own.
+    Any number of views may be open at once, in any number of threads. Each computes on its own models.
 
     Args:
-        plan: What it was built from.
+        plan: The plan that it was built from.
         loaded: What was loaded for it.
-        withdraw: Called with a base that is no longer what it was, so that nobody else gets it.
+        withdraw: Called with a changed base, so that no other backend gets it.
     """
 
     safe_for_concurrent_views = True
     _shares_tokenizers = False
-    """Whether the adapters on a base share the equal tokenizers that they bring."""
+    """Whether adapters on a base share equal tokenizers that they bring."""
 
     def __init__(self, plan: Plan, loaded: Loaded[S], withdraw: Callable[[Any], None]) -> None:
-        self._spec, self._key = plan.spec, plan.key  # and not the plan, which knows all tensors by name
+        self._spec, self._key = plan.spec, plan.key  # not the plan, which has the names of all tensors
         self._loaded: Loaded[S] | None = loaded
         self._withdraw = withdraw
         self._watches: list[Any] = []
@@ -162,13 +162,13 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
 
     @opens_view
     def as_scaled_adapter(self, lam: float) -> Iterator[V]:
-        """Open a view in which the LoRA terms count ``lam`` times: 0 is the base, 1 the adapter.
+        """Open a view in which the LoRA terms are multiplied by ``lam``: 0 is the base, 1 the adapter.
 
-        What an adapter has besides, such as DoRA's magnitudes or ``modules_to_save``, stays as it is.
+        An adapter's other parts, such as DoRA's magnitudes or ``modules_to_save``, stay as they are.
 
         Raises:
             NoAdapterError: The spec has no adapter.
-            BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
+            BackendUseError: The adapter is not LoRA, or changes the base's own weights.
         """
         asked, view_id = "as_scaled_adapter", f"scaled_{lam:.2f}"
         with self._view(view_id, self._scaled(self._tuned(asked), self._adapter(asked), lam), own=True) as view:
@@ -178,17 +178,18 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
     def as_null_adapter(self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0) -> Iterator[V]:
         """Open a view with noise in place of the LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
 
-        A product of rank r has a variance in proportion to r, so this stands for an adapter of rank ``r * rank_scale``.
+        The variance of a product of rank r is proportional to r. So this stands for an adapter of ``rank_scale`` times
+        the rank.
 
         Args:
-            seed: Where the noise starts; for kind ``hf``, equal seeds give dlm-sway's noise.
-            init_scale: Standard deviation.
+            seed: The seed of the noise. For kind ``hf``, equal seeds give dlm-sway's noise.
+            init_scale: The standard deviation.
             rank_scale: The rank that the noise stands for, as a multiple of the adapter's.
 
         Raises:
             ValueError: ``rank_scale`` is not positive and finite.
             NoAdapterError: The spec has no adapter.
-            BackendUseError: It has no LoRA adapter, or one that changes the base's own weights.
+            BackendUseError: The adapter is not LoRA, or changes the base's own weights.
         """
         asked, view_id, scale = "as_null_adapter", null_id(seed, rank_scale), init_scale * math.sqrt(rank_scale)
         with self._view(view_id, self._null(self._tuned(asked), self._adapter(asked), seed, scale), own=True) as view:
@@ -197,7 +198,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
     # --- for the cache, the hygiene and dlm-sway ----------------------------------------------------------------------
 
     def cache_identity(self) -> str:
-        """Return what is equal for equal bases and adapters, or fine-tuned models; for ``hf`` what dlm-sway returns."""
+        """Return an identity, equal for equal bases and adapters or fine-tuned models; for ``hf``, dlm-sway's."""
         return f"{self._spec.kind}:{self._spec.base}:{self._spec.finetuned or self._spec.adapter}"
 
     def preflight_finite_check(self) -> tuple[bool, str]:
@@ -206,7 +207,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         return preflight({"base": self.as_base} | tuned)
 
     def sizes(self) -> Mapping[Hashable, int]:
-        """Return the bytes that each part takes in memory, keyed as in its plan's sizes."""
+        """Return the bytes of each part in memory, keyed as in the plan's sizes."""
         loaded = self._require()
         sizes: dict[Hashable, int] = {share.key: share.value.nbytes for share in loaded.shares}
         if loaded.adapter is not None:
@@ -214,10 +215,10 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         return sizes
 
     def changes(self) -> list[str]:
-        """Return one line for each thing that is no longer as it was after the load; empty when nothing is.
+        """Return one line for each change since the load; none if nothing has changed.
 
-        A test's own models and tokenizers do not count; what they share with others does. A base of which that was
-        changed is handed out to nobody else. What was patched for the whole process is put back.
+        A test's own models and tokenizers do not count; what they share with others does. A changed base is given to no
+        other backend. Process-wide patches are undone.
 
         Raises:
             BackendClosedError: It was closed.
@@ -234,13 +235,13 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         return summarised(lines)
 
     def close(self) -> None:
-        """Let go of the adapter and give the base back; the last to use it frees it. Closing twice is harmless."""
+        """Release the adapter and the claim on the base, which its last user frees. Closing twice is harmless."""
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
         shares = loaded.shares
         self._let_go(loaded)
-        del loaded  # its sides refer to the model, which has to be gone when its base is closed
+        del loaded  # its sides refer to the model, which must be gone before its base is closed
         bases = [share.value for share in shares]
         while shares:
             shares.pop().release()
@@ -269,7 +270,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         try:
             return self._computed(self._handed(view).side, work, args)
         except BaseException as error:
-            forget_frames(error, handled)  # the frames of a failed forward pass hold on to weights
+            forget_frames(error, handled)  # the frames of a failed forward pass hold weights
             raise
 
     def _model(self, view: PooledView) -> Any:
@@ -288,7 +289,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
 
     def _handed(self, view: PooledView) -> Handed[S]:
         handed = self._require().views.get(view)
-        if handed is None:  # it was closed between the call and here
+        if handed is None:  # it was closed during the call
             raise view._closed_error()
         return handed
 
@@ -306,8 +307,8 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         side = self._require().tuned
         if side is None:
             raise NoAdapterError(
-                f"{what}() was asked of {self._spec}, whose spec has no adapter. Add 'adapter': <folder> to the spec,"
-                " or use as_base()."
+                f"{what}() needs an adapter, but the spec of {self._spec} has none. Add 'adapter': <folder> to the"
+                " spec, or use as_base()."
             )
         return side
 
@@ -315,40 +316,40 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         adapter = self._require().adapter
         if adapter is None:
             raise BackendUseError(
-                f"{what} needs a LoRA adapter that only adds to its base; {self._spec.finetuned!r} is a whole model,"
-                " with no adapter to scale or to replace. Use as_finetuned()."
+                f"{what} needs a LoRA adapter that only adds to its base, but {self._spec.finetuned!r} is a whole"
+                " model, without an adapter to scale or to replace. Use as_finetuned()."
             )
         return adapter
 
-    # --- what a kind does its own way ---------------------------------------------------------------------------------
+    # --- implemented by each kind -------------------------------------------------------------------------------------
 
     @abstractmethod
     def _new_view(self, view_id: str) -> V: ...
 
     @abstractmethod
     def _computed(self, side: S, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Return ``work(engine, *args)`` with the engine of a side."""
+        """Return ``work(engine, *args)`` with a side's engine."""
 
     @abstractmethod
     def _new_model(self, side: S) -> Any:
-        """Return a model that a test may do anything to."""
+        """Return a model that a test may change in any way."""
 
     @abstractmethod
     def _new_tokenizer(self, side: S) -> Any:
-        """Return a tokenizer whose settings are a test's own."""
+        """Return a tokenizer with settings of its own."""
 
     @abstractmethod
     def _scaled(self, side: S, adapter: Any, lam: float) -> S:
-        """Return the side in which an adapter's LoRA terms count ``lam`` times."""
+        """Return a side in which an adapter's LoRA terms are multiplied by ``lam``."""
 
     @abstractmethod
     def _null(self, side: S, adapter: Any, seed: int, scale: float) -> S:
-        """Return the side with noise of that standard deviation in place of an adapter's LoRA matrices."""
+        """Return a side with noise of this standard deviation in place of an adapter's LoRA matrices."""
 
     @abstractmethod
     def _watches_of(self, what: Any) -> list[Any]:
-        """Return what tells whether the memory of a base or an adapter is gone."""
+        """Return objects that tell whether the memory of a base or an adapter is gone."""
 
-    def _put_back(self, base: Any) -> list[str]:  # noqa: ARG002 # for a kind that something can be patched of
-        """Put back what was patched for the whole process; return one line for each such thing."""
+    def _put_back(self, base: Any) -> list[str]:  # noqa: ARG002 # for kinds whose libraries can be patched
+        """Undo process-wide patches; return one line for each."""
         return []

@@ -1,4 +1,4 @@
-"""`PooledBuilder`: builds backends of models in this process, which share their bases."""
+"""`PooledBuilder`: build backends of models in this process, which share their bases."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __tracebackhide__ = True
 
 
 class Recorded(Protocol):
-    """What knows whether it is still what it was, such as a loaded base."""
+    """Something that detects changes to itself, such as a loaded base."""
 
     def changes(self) -> list[str]:
-        """One line for each thing that all of its users share and that is no longer as it was."""
+        """Return one line for each change to what all its users share."""
         ...
 
 
@@ -35,11 +35,11 @@ B = TypeVar("B", bound=Recorded)
 
 
 class PooledBuilder(Build, ABC, Generic[B]):
-    """Builds backends of one kind; those whose specs agree on the base share it.
+    """Builds backends of one kind, which share a base if their specs agree on it.
 
     Args:
-        on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
-        on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
+        on_base_load: Called after each load of a base, with the base's name and the seconds that the load took.
+        on_base_mismatch: What happens if an adapter names another base: ``error``, ``warn`` or ``ignore``.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PooledBuilder(Build, ABC, Generic[B]):
         """Return the plan for a resolved spec.
 
         Raises:
-            SwayError: Loading it would fail.
+            SwayError: The spec cannot be loaded.
         """
         plan = self._checked(spec)
         self._compare_base(plan, "error")
@@ -61,14 +61,14 @@ class PooledBuilder(Build, ABC, Generic[B]):
 
     @contextmanager
     def pin(self, plan: Plan) -> Iterator[None]:
-        """Keep the models of a plan, if they are loaded, from being closed inside the block."""
+        """Keep the plan's loaded models from being closed inside the block."""
         with ExitStack() as held:
             for model in plan.models:
                 held.enter_context(self._pool.pin(model.key))
             yield
 
     def build(self, plan: Plan) -> Any:
-        """Load what a plan asks for and is not loaded yet.
+        """Load what a plan describes, except for models that are loaded already.
 
         Raises:
             SwayError: It cannot be loaded; the message says why and what to do.
@@ -85,20 +85,20 @@ class PooledBuilder(Build, ABC, Generic[B]):
             raise
 
     def _compare_base(self, plan: Plan, policy: str) -> None:
-        """Tell of an adapter that names another base, once for a load: an error before it, a warning with it."""
+        """Report an adapter that names another base once for a load: as an error before it, or a warning with it."""
         if plan.read is not None and self._on_base_mismatch == policy:
             require_same_base(plan.spec, plan.read.config, policy)
 
-    # --- what a kind does its own way ---------------------------------------------------------------------------------
+    # --- implemented by each kind -------------------------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
     def _checked(spec: ModelSpec) -> Plan:
-        """Check the files of a resolved spec, and return the plan for its load; ``read`` is its adapter's files."""
+        """Check the files of a resolved spec and return its plan, with the adapter's files in ``read``."""
 
     @abstractmethod
     def _assemble(self, plan: Plan, shares: list[PoolLease[B]]) -> Any:
-        """Load the base, put the adapter on it or load the fine-tuned model, verify that, and make the backend."""
+        """Load the base and the adapter or the fine-tuned model, verify them, and make the backend."""
 
     @abstractmethod
     def _load_base(self, spec: ModelSpec) -> B:
@@ -107,12 +107,12 @@ class PooledBuilder(Build, ABC, Generic[B]):
     @staticmethod
     @abstractmethod
     def _close_base(base: B) -> None:
-        """Free a base that nobody uses any more."""
+        """Free a base without users."""
 
-    # --- what a kind needs for that -----------------------------------------------------------------------------------
+    # --- used by each kind --------------------------------------------------------------------------------------------
 
     def _clean_base(self, model: ModelFiles, shares: list[PoolLease[B]]) -> B:
-        """Claim a model of a plan; one that somebody has changed is left to its users, and loaded anew."""
+        """Claim a model of a plan. A changed one is left to its users and loaded anew."""
         while True:
             share = self._pool.acquire(model.key, lambda: self._timed(model.spec))
             shares.append(share)

@@ -1,7 +1,7 @@
-"""A test's own tokenizer: a copy with settings of its own, around the object in Rust that all copies share.
+"""Copies of a tokenizer for tests: settings of their own, around a Rust object that all copies share.
 
-A copy of the object in Rust takes up to seconds, and 220 MB for a vocabulary of 262k. So it is shared, and a record
-tells whether somebody has changed it.
+A copy of the Rust object would take up to seconds, and 220 MB for a vocabulary of 262k. So it is shared, and
+`RustRecord` detects changes to it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ _PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def copied(tokenizer: Any) -> Any:
-    """Return a tokenizer whose settings are its own; what it shares with the other, `RustRecord` watches."""
+    """Return a copy with settings of its own. `RustRecord` watches what both share."""
     made = copy.copy(tokenizer)
     vars(made).update({name: _own(value) for name, value in vars(tokenizer).items()})
     return made
 
 
 def _own(value: Any) -> Any:
-    """A container like another one, with the same members; anything else as it is."""
-    if isinstance(value, dict):
-        return type(value)(value) if type(value) is dict else copy.copy(value)
-    if isinstance(value, list | set):
+    """A copy of a container, with the same members; anything else unchanged."""
+    if isinstance(value, dict | list | set):
         return copy.copy(value)
     return copy.deepcopy(value) if type(value).__name__ == "Trie" else value
 
 
 class RustRecord:
-    """What a tokenizer's object in Rust was like; padding and truncation are set anew by each call, and do not count.
+    """The state of a tokenizer's Rust object, except for padding and truncation, which each call sets anew.
 
     Attributes:
         tokenizer: The tokenizer.
@@ -42,13 +40,13 @@ class RustRecord:
         self._before = _fingerprint(tokenizer)
 
     def changes(self) -> list[str]:
-        """One line for each part of it that is no longer as it was."""
+        """Return one line for each part that has changed."""
         now = _fingerprint(self.tokenizer)
         return [f"tokenizer: its {name} changed" for name, before in self._before.items() if now[name] != before]
 
 
 def _fingerprint(tokenizer: Any) -> dict[str, Any]:
-    """What the parts of the object in Rust are; empty for a tokenizer without one."""
+    """The state of each part of the Rust object; empty for a tokenizer without one."""
     rust = getattr(tokenizer, "backend_tokenizer", None)
     if rust is None or not hasattr(rust, "get_added_tokens_decoder"):
         return {}

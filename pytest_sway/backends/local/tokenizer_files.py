@@ -1,4 +1,4 @@
-"""What an adapter's folder brings of a tokenizer, and a folder that has the rest of it from the base."""
+"""Read the tokenizer files of an adapter's folder, and complete them with the base's."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _FILES: Final = (*_VOCABULARIES, "merges.txt", "added_tokens.json", "special_tok
 _TEMPLATE: Final = "chat_template.jinja"
 _MORE_TEMPLATES: Final = "additional_chat_templates"
 _OF_WORDS: Final = "added_tokens_decoder"
-"""Where a tokenizer's settings repeat what is in its vocabulary."""
+"""The field of a tokenizer's settings that repeats its vocabulary."""
 
 _WRITTEN_BY_SAVE: Final = frozenset({"name_or_path", "transformers_version", "local_files_only", "is_local"})
 
 
 def brings_tokenizer(base: ModelSpec, folder: Path) -> bool:
-    """Whether an adapter's folder has a tokenizer, or a part of one, that is another one than its base's."""
+    """Return whether an adapter's folder has a tokenizer, or parts of one, that differ from its base's."""
     return (_has(folder, _CONFIG, *_VOCABULARIES) or bool(_templates(folder))) and not _same(base, folder)
 
 
 @contextmanager
 def completed(tokenizer: Any, folder: Path) -> Iterator[Path]:
-    """Give a folder from which transformers loads the tokenizer that an adapter brings.
+    """Yield a folder from which transformers loads the tokenizer of an adapter.
 
     Args:
-        tokenizer: Its base's tokenizer, from which comes what the adapter lacks.
-        folder: The adapter's folder, which is given as it is if it lacks nothing.
+        tokenizer: The base's tokenizer, for what the adapter's folder lacks.
+        folder: The adapter's folder, which is yielded itself if it lacks nothing.
     """
     if _has(folder, _CONFIG):
         yield folder
@@ -72,14 +72,14 @@ def _has(folder: Path, *names: str) -> bool:
 
 
 def _templates(folder: Path) -> dict[str, str]:
-    """The chat templates of a folder: the file of each, by the name that transformers knows it by."""
+    """The files of a folder's chat templates, by transformers' names for them."""
     more = sorted(path.name for path in (folder / _MORE_TEMPLATES).glob("*.jinja"))
     found = {name.removesuffix(".jinja"): f"{_MORE_TEMPLATES}/{name}" for name in more}
     return {"default": _TEMPLATE} | found if _has(folder, _TEMPLATE) else found
 
 
 def _read_templates(folder: Path) -> str | dict[str, str]:
-    """The chat templates of a folder, as transformers has them: one alone is a text."""
+    """The chat templates of a folder, as transformers stores them: a text, if there is only the default one."""
     texts = {
         name: read_bounded(folder / file, CONFIG_BYTES).decode("utf-8") for name, file in _templates(folder).items()
     }
@@ -87,7 +87,7 @@ def _read_templates(folder: Path) -> str | dict[str, str]:
 
 
 def _same(base: ModelSpec, folder: Path) -> bool:
-    """Whether what a folder brings of a tokenizer is the base's; one with settings brings all of it."""
+    """Whether a folder's tokenizer files equal the base's. A folder with settings must bring all of them."""
     whole = _has(folder, _CONFIG)
     if whole:
         theirs = base_file(base, _CONFIG)
@@ -108,7 +108,7 @@ def _settings(path: Path) -> Any:
         settings = json.loads(read_bounded(path, TOKENIZER_BYTES))
         return {name: value for name, value in settings.items() if name not in _WRITTEN_BY_SAVE}
     except (OSError, ValueError, AttributeError, RecursionError):
-        return path  # equal to nothing
+        return path  # it equals no settings
 
 
 def _digest(folder: Path) -> str:

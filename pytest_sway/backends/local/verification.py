@@ -1,4 +1,4 @@
-"""What verification says of any model's weights, whatever computes them, and whether two models differ."""
+"""Messages and checks on the weights of any model, whatever computes them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __tracebackhide__ = True
 
 
 def diverged(what: str, broken: Collection[str], count: int) -> str:
-    """Return the sentence that weights are not finite.
+    """Return a message on weights that are not finite.
 
     Args:
-        what: Whose.
-        broken: The names of the tensors that are not.
-        count: How many tensors there are.
+        what: The owner of the weights.
+        broken: The names of tensors that are not finite.
+        count: The number of all tensors.
     """
     return (
         f"{what} has NaN or infinite values in {len(broken)} of its {count} tensors ({some(broken)})."
@@ -31,7 +31,7 @@ def diverged(what: str, broken: Collection[str], count: int) -> str:
 
 
 def unplaced(unexpected: Collection[str], missing: Collection[str]) -> str:
-    """Return in words which tensors of an adapter have no place, and which places no tensor; empty if none are."""
+    """Return a text on an adapter's tensors without a place and places without a tensor; empty if there are none."""
     found = []
     if unexpected:
         found.append(f"{len(unexpected)} of its tensors have no place in the base ({some(unexpected)})")
@@ -43,20 +43,20 @@ def unplaced(unexpected: Collection[str], missing: Collection[str]) -> str:
 def require_other_weights(
     base: ModelSpec, ours: Mapping[str, Any], tuned: ModelSpec, theirs: Mapping[str, Any], equal: Callable[..., Any]
 ) -> None:
-    """Raise if the weights of a fine-tuned model are its base's.
+    """Raise if a fine-tuned model's weights equal its base's.
 
     Args:
-        base: What names the base.
+        base: The base's spec.
         ours: The base's weights by name.
-        tuned: What names the fine-tuned model.
-        theirs: Its weights by name.
-        equal: Whether two of them are equal.
+        tuned: The fine-tuned model's spec.
+        theirs: The fine-tuned model's weights by name.
+        equal: Returns whether two weights are equal.
 
     Raises:
-        AdapterMismatchError: They are, bit by bit.
+        AdapterMismatchError: They are equal, bit for bit.
     """
     if ours.keys() == theirs.keys() and all(equal(ours[name], theirs[name]) for name in ours):
         raise AdapterMismatchError(
-            f"the fine-tuned model {tuned.base!r} is equal to its base {base.base!r}, bit by bit, so a test of it"
+            f"the fine-tuned model {tuned.base!r} is equal to its base {base.base!r}, bit for bit, so a test of it"
             " would test nothing. Was it saved before it was trained?"
         )

@@ -1,1 +1,1 @@
-"""Backends of kind ``mlx``: models that MLX computes, with LoRA adapters of mlx-lm or PEFT."""
+"""Backends of kind ``mlx``: models that MLX runs, with LoRA adapters of mlx-lm or PEFT."""

@@ -26,13 +26,13 @@ __tracebackhide__ = True
 
 
 class MLXBackend(PooledBackend[BoundModel, MLXView]):
-    """A model of mlx-lm with an adapter, or beside what it was fine-tuned to; made by `MLXBuilder.build`.
+    """A model of mlx-lm with an adapter or a fine-tuned model beside it; made by `MLXBuilder.build`.
 
-    The noise of `as_null_adapter` is MLX's, and not that of kind ``hf``.
+    The noise of `as_null_adapter` comes from MLX, and differs from that of kind ``hf``.
     """
 
     def leak(self) -> Leak | None:
-        """Return what its close should have freed and did not; ``None`` if all is gone, or before the close."""
+        """Return what its close failed to free; ``None`` if everything is gone, or before the close."""
         return find_leak(self._watches)
 
     def _new_view(self, view_id: str) -> MLXView:

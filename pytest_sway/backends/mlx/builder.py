@@ -1,4 +1,4 @@
-"""`MLXBuilder`: from specs to backends that share their bases."""
+"""`MLXBuilder`: build backends that share their bases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __tracebackhide__ = True
 
 
 class MLXBuilder(PooledBuilder["LoadedBase"]):
-    """Builds backends of kind ``mlx``; those whose specs agree on the base share it."""
+    """Builds backends of kind ``mlx``, which share a base if their specs agree on it."""
 
     placed = staticmethod(resolve_placement)
 

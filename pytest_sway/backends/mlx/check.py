@@ -1,4 +1,4 @@
-"""What can be found wrong with a spec before anything is loaded, or evicted to make room for it."""
+"""Check a spec before anything is loaded, or evicted to make room for it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def check_spec(spec: ModelSpec) -> Plan:
     """Check the files of a resolved spec and return the plan for its load.
 
     Args:
-        spec: What is to be loaded.
+        spec: The resolved spec.
 
     Raises:
-        SpecError: The folder of the base, the adapter or the fine-tuned model is missing, or is no such folder; the
-            fine-tuned model is the base; or the device is not there.
-        WeightsError: Weights are missing, broken, only there as a pickle, or would have to be fetched, offline.
-        AdapterMismatchError: The adapter is one of PEFT that cannot be converted exactly.
+        SpecError: A folder of the base, the adapter or the fine-tuned model is missing or is something else; the
+            fine-tuned model is the base; or the device does not exist.
+        WeightsError: Weights are missing, broken, only there as a pickle, or need a download while offline.
+        AdapterMismatchError: The adapter is one of PEFT's that cannot be converted exactly.
         BackendNotAvailableError: mlx or mlx-lm is not installed.
     """
     state = state_of_files(spec)
@@ -61,7 +61,7 @@ def check_spec(spec: ModelSpec) -> Plan:
 
 
 def _estimated(plan: Plan) -> Mapping[Hashable, int] | None:
-    """An adapter takes as much as its file, or what PEFT's takes in float32."""
+    """The sizes of a plan's parts. An adapter takes as much as its file; one of PEFT's is converted to float32."""
     sizes, files = model_sizes(plan), plan.read
     if sizes is None or files is None:
         return sizes
@@ -87,11 +87,11 @@ def _check_model(spec: ModelSpec, role: str) -> ModelFiles:
     config = config_of(spec)
     if config.get("model_file") and not spec.trust_remote_code:
         raise SpecError(
-            f"the {role} {spec.base!r} brings its own code (model_file in its config.json), which is not run unless"
-            " the spec says trust_remote_code=True. Read that code first."
+            f"the {role} {spec.base!r} brings its own code (model_file in its config.json), which runs only if the spec"
+            " sets trust_remote_code=True. Read that code first."
         )
     try:
         entries = base_entries(spec)
-    except WeightsError:  # mlx-lm may read other files than these, and its load says what is wrong with those
+    except WeightsError:  # mlx-lm may read other files; if they are broken, its load says so
         entries = None
     return ModelFiles(spec, resolved_key(spec), config, entries)

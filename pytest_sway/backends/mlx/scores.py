@@ -1,7 +1,7 @@
-"""From texts to answers, one pass after the other, in the order in which they were asked.
+"""Answer a view's questions one after the other, in their order.
 
-Texts are tokenised, cut and put into windows as kind ``hf`` does it, so that the two kinds agree. A view's
-``run(work, *args)`` returns ``work(engine, *args)``; it is called once for each question.
+Texts are tokenised, cut and put into windows as in kind ``hf``, so that both kinds agree. ``run(work, *args)`` is the
+view's: it returns ``work(engine, *args)``, and is called once for each question.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __tracebackhide__ = True
 
 
 def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-    """Sum of the log-probabilities of each completion's tokens given its prompt, in nats, in the pairs' order."""
+    """Return the sum of the log-probabilities of each completion's tokens given its prompt, in nats, in order."""
     encoded, max_length = run(encoded_pairs, pairs)
     windows = [tokens.cut_left(window, max_length) for window in encoded]
     warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
@@ -35,7 +35,7 @@ def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
 
 
 def rolling_logprobs(run: Run, texts: Sequence[str], prefix: bool) -> list[RollingLogprob]:
-    """Log-probability of each token of each text given those before it, in the texts' order."""
+    """Return the log-probability of each token of each text given those before it, in nats, in order."""
     encoded, max_length = run(encoded_texts, texts, prefix)
     answers = []
     for ids in encoded:
@@ -45,14 +45,14 @@ def rolling_logprobs(run: Run, texts: Sequence[str], prefix: bool) -> list[Rolli
 
 
 def next_token_dists(run: Run, prompts: Sequence[Prompt], top_k: int) -> list[TokenDist]:
-    """Distribution of the token after each prompt, cut to the ``top_k`` most probable, in the prompts' order."""
+    """Return the distribution of the token after each prompt, cut to the ``top_k`` most probable, in order."""
     encoded, max_length = run(encoded_prompts, prompts)
     warn_of_cuts(sum(len(ids) > max_length for ids in encoded), max_length)
     return [run(Engine.dist, ids[-max_length:], top_k) for ids in encoded]
 
 
 def generate_many(run: Run, prompts: Sequence[Prompt], settings: SamplingParams, seeds: Sequence[int]) -> list[str]:
-    """Continue each prompt from its seed, in the prompts' order."""
+    """Continue each prompt with its seed, in order."""
     encoded, max_length = run(encoded_prompts, prompts)
     room = settings.room(max_length)
     warn_of_cuts(sum(len(ids) > room for ids in encoded), room)

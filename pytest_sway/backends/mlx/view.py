@@ -1,4 +1,4 @@
-"""A view: scoring and generation with one side of a backend."""
+"""`MLXView`: scoring and generation with one side of a backend."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ __tracebackhide__ = True
 
 
 class MLXView(PooledView):
-    """One side of a backend; made by `MLXBackend.as_base` and its like. It answers as a view of kind ``hf`` does.
+    """One side of a backend; made by `MLXBackend.as_base` and the like. It answers like a view of kind ``hf``.
 
-    Many questions are answered one after the other. What is sampled is not what kind ``hf`` samples from the same seed.
+    Many questions are answered one after the other. The same seed samples other texts than in kind ``hf``.
 
-    Its ``model`` is mlx-lm's, and its ``tokenizer`` mlx-lm's wrapper. What you do to the model through MLX (train it,
-    write to its arrays, quantize it, replace layers) is done to this model alone. What goes around MLX reaches the
-    memory that it shares, such as a write to ``np.array(weight, copy=False)``; the test that does it gets a
-    `MutationError`.
+    Its ``model`` is mlx-lm's, and its ``tokenizer`` is mlx-lm's wrapper. What you do to the model through MLX
+    (training, writes to arrays, quantization, other layers) stays in this model. A write around MLX, such as to
+    ``np.array(weight, copy=False)``, reaches the shared memory, and the test that does it gets a `MutationError`.
     """
 
     def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]:

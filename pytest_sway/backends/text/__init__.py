@@ -1,1 +1,1 @@
-"""From texts to tokens, as lm-evaluation-harness makes them; without torch, for every kind that tokenises."""
+"""Texts to tokens, as in lm-evaluation-harness; without torch, for every kind that tokenises."""

@@ -1,4 +1,4 @@
-"""Prompts that are conversations: from messages to the text that the tokenizer's chat template makes of them."""
+"""Render conversations as text with the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __tracebackhide__ = True
 
 
 _MOST_ADDED: Final = 2**20
-"""Characters that a template adds of its own: instructions and descriptions of tools take thousands."""
+"""The most characters that a template may add. Instructions and descriptions of tools take thousands."""
 
 _PATIENCE: Final = 4.0
-"""Seconds for a template, which usually takes a thousandth of one."""
+"""The most seconds that a template may take; usually it takes a millisecond."""
 
 _END_OF_CONTENT: Final = "CONTINUE_FINAL_MESSAGE_TAG"
-"""What transformers puts behind a last message that is continued, to cut the text there; it finds one of them only."""
+"""transformers appends this mark to a continued last message to cut the text there; it finds only one."""
 
 
 def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
@@ -42,17 +42,17 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
 
 
 def render(tokenizer: Any, messages: Iterable[Message]) -> str:
-    """Return what the tokenizer's chat template makes of a conversation, up to where the answer goes on.
+    """Return a conversation as the tokenizer's chat template renders it, up to where the answer goes on.
 
-    That is where the assistant's turn begins; or, where the last message is the assistant's, where its content ends, so
-    that this turn is continued.
+    The text ends where the assistant's turn begins. If the last message is the assistant's, the text ends after its
+    content, so that the turn is continued.
 
     Args:
         tokenizer: The tokenizer.
         messages: Mappings such as ``{"role": "user", "content": "Hello"}``, in order.
 
     Raises:
-        ScoringError: The tokenizer has no template, a message is malformed, or the template refuses them.
+        ScoringError: The tokenizer has no template, a message is malformed, or the template refuses the messages.
     """
     conversation, continues = checked_messages(messages)
     if not getattr(tokenizer, "chat_template", None):
@@ -74,26 +74,26 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
     said = sum(len(str(message)) for message in conversation)
     if len(text) > _MOST_ADDED + 4 * said:
         raise ScoringError(
-            f"the tokenizer's chat template makes {len(text):,} characters of messages of {said:,}, which no model"
-            f" reads. Mend the template ({template_place(tokenizer)})."
+            f"the tokenizer's chat template renders messages of {said:,} characters as {len(text):,} characters, more"
+            f" than any model reads. Fix the template ({template_place(tokenizer)})."
         )
     if continues and _END_OF_CONTENT in text and not any(_END_OF_CONTENT in str(each) for each in conversation):
         raise ScoringError(
             "the tokenizer's chat template prints the last message more than once, so the assistant's turn cannot be"
-            " continued. End the messages with a user's, or mend the template"
+            " continued. End the messages with a user's, or fix the template"
             f" ({template_place(tokenizer)})."
         )
     return text
 
 
 def _in_time(tokenizer: Any, render: Callable[[], Any]) -> Any:
-    """Return what a template makes; it is a program, which may not end, and so runs in a thread that can be left."""
+    """Run a template in a thread that can be abandoned: a template is a program, and may never end."""
     outcome: Future[Any] = Future()
 
     def run() -> None:
         try:
             outcome.set_result(render())
-        except BaseException as error:  # it is the caller's
+        except BaseException as error:  # raised in the caller
             outcome.set_exception(error)
 
     thread = Thread(target=run, name="chat template", daemon=True)
@@ -101,11 +101,11 @@ def _in_time(tokenizer: Any, render: Callable[[], Any]) -> Any:
     try:
         thread.join(_PATIENCE)
     finally:
-        if not outcome.done():  # SystemExit ends the thread without a word
+        if not outcome.done():  # SystemExit ends the thread silently
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
     if not outcome.done():
         raise ScoringError(
-            f"the tokenizer's chat template takes more than {_PATIENCE:g} s. Mend the template"
+            f"the tokenizer's chat template takes more than {_PATIENCE:g} s. Fix the template"
             f" ({template_place(tokenizer)})."
         )
     return outcome.result()

@@ -1,4 +1,4 @@
-"""From what a test asks to token ids, and from the log-probabilities of windows to answers."""
+"""Encode a test's questions as token ids, and join the log-probabilities of windows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __tracebackhide__ = True
 
 
 class Encodes(Protocol):
-    """What of an engine turns texts into tokens."""
+    """The part of an engine that turns texts into tokens."""
 
     @property
     def tokenizer(self) -> Any:
@@ -34,7 +34,7 @@ class Encodes(Protocol):
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a text that the model reads at once."""
+        """The most tokens that the model reads at once."""
         ...
 
     def require_known(self, ids: Ids) -> None:
@@ -43,21 +43,21 @@ class Encodes(Protocol):
 
 
 def warn_of_cuts(count: int, max_length: int) -> None:
-    """Warn, in the line of the test that called the view, if prompts were longer than the model reads."""
+    """Warn about prompts that were too long for the model, at the test's line that called the view."""
     if count:
         ours, level = __name__.partition(".")[0], 1
         while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == ours:
             level += 1
         warnings.warn(
-            f"{count} of the prompts are too long: {max_length} tokens are the most that can be read here. Tokens"
-            " were dropped from their beginning, as lm-evaluation-harness does.",
+            f"{count} of the prompts are too long: the model reads at most {max_length} tokens of them. Tokens were"
+            " dropped from their beginning, as lm-evaluation-harness does.",
             SwayWarning,
             stacklevel=level + 1,
         )
 
 
 def encoded_prompts(engine: Encodes, prompts: Sequence[Prompt]) -> tuple[list[Ids], int]:
-    """Return the token ids of prompts, and how many of them the model reads at once."""
+    """Return the token ids of prompts, and the most tokens that the model reads at once."""
     encoded = []
     for prompt in prompts:
         text, rendered = prompt_text(engine.tokenizer, prompt)
@@ -67,7 +67,7 @@ def encoded_prompts(engine: Encodes, prompts: Sequence[Prompt]) -> tuple[list[Id
 
 
 def encoded_pairs(engine: Encodes, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
-    """Return pairs as windows, and how many tokens of each the model reads at once."""
+    """Return a window for each pair, and the most tokens that the model reads at once."""
     windows = []
     for prompt, completion in pairs:
         text, rendered = prompt_text(engine.tokenizer, prompt)
@@ -77,7 +77,7 @@ def encoded_pairs(engine: Encodes, pairs: Sequence[tuple[Prompt, str]]) -> tuple
 
 
 def encoded_texts(engine: Encodes, texts: Sequence[str], prefix: bool) -> tuple[list[Ids], int]:
-    """Return the token ids of texts, and how many of them the model reads at once."""
+    """Return the token ids of texts, and the most tokens that the model reads at once."""
     encoded = []
     for text in texts:
         encoded.append(tokenisation.encode_text(engine.tokenizer, text, prefix=prefix))
@@ -86,6 +86,6 @@ def encoded_texts(engine: Encodes, texts: Sequence[str], prefix: bool) -> tuple[
 
 
 def rolling(ids: Ids, logprobs: Sequence[NDArray[np.float32]]) -> RollingLogprob:
-    """Put the log-probabilities of a text's windows together."""
+    """Join the log-probabilities of a text's windows into one answer."""
     joined = np.concatenate([np.array([], dtype=np.float32), *logprobs])
     return RollingLogprob(np.array(ids, dtype=np.int64), joined, len(ids), float(joined.sum()))

@@ -1,6 +1,6 @@
-"""From texts to token ids, as lm-evaluation-harness makes them; neither torch nor a model is needed.
+"""Tokenise texts as lm-evaluation-harness does, without torch or a model.
 
-What a model is asked to score is always a `Window`: some tokens, given those before them.
+Every question becomes a `Window`: tokens to score, given the tokens before them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 DEFAULT_MAX_LENGTH: Final = 2048
-"""What lm-evaluation-harness takes for a model that names no length."""
+"""lm-evaluation-harness's default for a model that names no length."""
 
 _LENGTH_FIELDS: Final = ("n_positions", "max_position_embeddings", "n_ctx")
 _UNSET_LENGTH: Final = 10**29  # tokenizers say "no limit" with int(1e30)
@@ -27,7 +27,7 @@ Ids = tuple[int, ...]
 
 
 class Window(NamedTuple):
-    """Tokens to score, and what they are conditioned on.
+    """Tokens to score, and the tokens that they are conditioned on.
 
     Attributes:
         context: Token ids, at least one.
@@ -39,20 +39,20 @@ class Window(NamedTuple):
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model reads: all tokens but the last, which is only predicted."""
+        """The tokens that the model reads: all but the last, which is only predicted."""
         return self.context + self.scored[:-1]
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    """Return the token ids of ``text``, and before them the special tokens that the tokenizer adds there.
+    """Return the token ids of ``text``, with the special tokens that the tokenizer puts before it.
 
-    What it would put behind, as with ``add_eos_token``, is left out: what is scored or continued has not ended.
-    lm-evaluation-harness leaves it in, and so drops a completion's first token and scores EOS.
+    Special tokens that it puts behind the text (``add_eos_token``) are dropped: a text that is scored or continued has
+    not ended. lm-evaluation-harness keeps them, and so drops a completion's first token and scores EOS.
 
     Args:
         tokenizer: The tokenizer.
         text: The text.
-        special: Whether it adds any.
+        special: Whether to add special tokens.
     """
     ids = _ids(tokenizer, text, special)
     if not special or not _adds_behind(tokenizer, text, ids):
@@ -65,46 +65,46 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
 
 
 def prefix_token(tokenizer: Any, what: str = "the prompt is empty, and") -> int:
-    """Return the token that begins a text: BOS, or where there is none, EOS.
+    """Return the token that begins a text: BOS, or EOS if there is no BOS.
 
     Args:
         tokenizer: The tokenizer.
-        what: Begins the error's sentence.
+        what: The beginning of the error's sentence.
 
     Raises:
-        ScoringError: It has neither.
+        ScoringError: The tokenizer has neither.
     """
     token = _bos_or_eos(tokenizer)
     if token is None:
         raise ScoringError(
-            f"{what} the tokenizer has no BOS or EOS token that could stand for it (bos_token, eos_token in"
-            f" tokenizer_config.json of {getattr(tokenizer, 'name_or_path', '')!r})."
+            f"{what} the tokenizer has no BOS or EOS token to stand in for it. Set bos_token or eos_token in"
+            f" tokenizer_config.json of {getattr(tokenizer, 'name_or_path', '')!r}."
         )
     return token
 
 
 def encode_pair(tokenizer: Any, prompt: str, completion: str, *, rendered: bool = False) -> Window:
-    """Tokenise a pair as lm-evaluation-harness does in ``TemplateLM.loglikelihood`` and ``_encode_pair``; see `encode`.
+    """Tokenise a pair as lm-evaluation-harness's ``TemplateLM.loglikelihood`` and ``_encode_pair`` do; see `encode`.
 
-    The prompt's trailing whitespace goes to the completion; both are tokenised as one text, and what comes after the
-    prompt's own tokens is the completion's. An empty prompt is stood for by the token that begins a text, unless the
-    completion begins with that token itself. A prompt that begins with it gets no second one from the tokenizer.
+    The prompt's trailing whitespace goes to the completion. Both are tokenised as one text, and the tokens after the
+    prompt's own are the completion's. The token that begins a text stands in for an empty prompt. It is not added again
+    if the prompt or the completion begins with it.
 
     Args:
         tokenizer: The tokenizer.
         prompt: The prompt.
         completion: The completion.
-        rendered: The prompt came out of a chat template, which has put in all special tokens.
+        rendered: Whether a chat template wrote the prompt; it has put in all special tokens.
 
     Raises:
-        ScoringError: The completion has no tokens, or the prompt is empty and nothing can stand for it.
+        ScoringError: The completion has no tokens, or the prompt is empty and there is neither BOS nor EOS.
     """
     context, scored = _pair(tokenizer, prompt, completion, rendered)
     if not scored:
         why = fault(tokenizer, lambda other: not _pair(other, prompt, completion, rendered)[1]) if completion else ""
         raise ScoringError(
-            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r} by the model's tokenizer;"
-            f" there is nothing to score.{why}"
+            f"the completion {completion!r} has no tokens after the prompt {prompt[-80:]!r} in the model's tokenizer,"
+            f" so there is nothing to score.{why}"
         )
     return Window(tuple(context), tuple(scored))
 
@@ -127,42 +127,42 @@ def _pair(tokenizer: Any, prompt: str, completion: str, rendered: bool) -> tuple
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, rendered: bool = False) -> tuple[int, ...]:
-    """Return the ids of a prompt; an empty one is stood for by the token that begins a text.
+    """Return the ids of a prompt. The token that begins a text stands in for an empty one.
 
     Raises:
-        ScoringError: It is empty, and the tokenizer has no such token.
+        ScoringError: The prompt is empty, and the tokenizer has neither BOS nor EOS.
     """
     ids = encode(tokenizer, prompt, special=_wants_special(tokenizer, prompt, rendered))
     return tuple(ids or [prefix_token(tokenizer)])
 
 
 def encode_text(tokenizer: Any, text: str, *, prefix: bool) -> tuple[int, ...]:
-    """Return the ids of a text whose every token after the first is to be scored.
+    """Return the ids of a text, of which all but the first are to be scored.
 
     Args:
         tokenizer: The tokenizer.
         text: The text.
-        prefix: Begin with the token that begins a text, and leave out what the tokenizer would add of its own accord;
-            otherwise begin as the tokenizer does.
+        prefix: Begin with the token that begins a text, and with none that the tokenizer adds by default; otherwise
+            begin as the tokenizer does.
 
     Raises:
-        ScoringError: A prefix is wanted, and the tokenizer has no token for it.
+        ScoringError: ``prefix`` is true, and the tokenizer has neither BOS nor EOS.
     """
     if not prefix:
         return tuple(encode(tokenizer, text))
-    first = prefix_token(tokenizer, "a text is scored behind a prefix token, and")
+    first = prefix_token(tokenizer, "a text is scored after a prefix token, and")
     return (first, *encode(tokenizer, text, special=False))
 
 
 def rolling_windows(ids: Sequence[int], max_length: int) -> Iterator[Window]:
     """Cut a text into windows that together score each of its tokens after the first once.
 
-    As lm-evaluation-harness's ``loglikelihood_rolling`` does with ``context_len=1``: the first window begins with
-    the first token; each later one is conditioned on at least the last token of the one before, and the last, which
-    may be short, on as many as fit.
+    This is lm-evaluation-harness's ``loglikelihood_rolling`` with ``context_len=1``. The first window begins with the
+    first token. Each later window is conditioned on at least the last token of the one before. The last window may
+    score few tokens, and has as much context as fits.
 
     Args:
-        ids: Token ids; the first is conditioned on, not scored.
+        ids: Token ids; the first is only conditioned on.
         max_length: The most tokens that the model reads at once.
     """
     end = min(max_length + 1, len(ids))
@@ -177,26 +177,26 @@ def cut_left(window: Window, max_length: int) -> Window:
     """Drop tokens from the left of the context until the model can read the window, as lm-evaluation-harness does.
 
     Raises:
-        ScoringError: The scored tokens alone are too many.
+        ScoringError: There are more scored tokens than the model reads.
     """
     if len(window.scored) > max_length:
         raise ScoringError(
-            f"the completion has {len(window.scored)} tokens, and the model reads at most {max_length} at once, as"
-            " its config says (max_position_embeddings or the like). Score it with rolling_logprob, which cuts a text"
-            " into windows."
+            f"the completion has {len(window.scored)} tokens, but the model reads at most {max_length} at once, by its"
+            " config (max_position_embeddings or the like). Score it with rolling_logprob, which cuts a text into"
+            " windows."
         )
     surplus = len(window.inputs) - max_length
     return Window(window.context[surplus:], window.scored) if surplus > 0 else window
 
 
 def max_length_of(config: Any, tokenizer: Any) -> int:
-    """Return the most tokens that a model reads at once, found as lm-evaluation-harness's ``HFLM`` does.
+    """Return the most tokens that a model reads at once, as lm-evaluation-harness's ``HFLM`` finds it.
 
-    A length that is not positive stands for none, as XLNet's -1 does.
+    A length that is not positive, such as XLNet's -1, counts as none.
 
     Args:
         config: The model's configuration.
-        tokenizer: Asked where the configuration names no length.
+        tokenizer: Used if the configuration names no length.
     """
     config = getattr(config, "text_config", None) or config
     lengths = [getattr(config, name, None) for name in _LENGTH_FIELDS]
@@ -208,24 +208,24 @@ def max_length_of(config: Any, tokenizer: Any) -> int:
 
 
 def require_known(tokenizer: Any, ids: Iterable[int], rows: int | None) -> None:
-    """Make sure that the model has an embedding for each token.
+    """Require that the model has an embedding for each token.
 
     Args:
-        tokenizer: The tokenizer that the ids are from.
+        tokenizer: The tokenizer that made the ids.
         ids: Token ids.
-        rows: How many tokens the model has embeddings for; ``None`` if that is unknown.
+        rows: The number of the model's embeddings; ``None`` if unknown.
 
     Raises:
-        ScoringError: It has none for a token.
+        ScoringError: A token has no embedding.
     """
     highest = max(ids, default=0)
     if rows is not None and highest >= rows:
         token, known = tokenizer.convert_ids_to_tokens(highest), rows
         why = fault(tokenizer, lambda other: other.get_vocab().get(token, 0) >= known)
         raise ScoringError(
-            f"the tokenizer gives token {highest}, {token!r}, and the model has"
-            f" embeddings for {rows} tokens only. The tokenizer is another model's, or tokens were added to it and the"
-            f" embeddings were not resized and saved with the adapter.{why}"
+            f"the tokenizer gives token {highest}, {token!r}, but the model has embeddings for only {rows} tokens."
+            " Either the tokenizer is another model's, or tokens were added to it without resizing the embeddings and"
+            f" saving them with the adapter.{why}"
         )
 
 
@@ -234,10 +234,10 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def _adds_behind(tokenizer: Any, text: str, ids: list[int]) -> bool:
-    """Whether special tokens may stand behind a text; quick, since every text is asked about."""
+    """Whether special tokens may follow a text. It must be quick, since it runs for every text."""
     added, bos = tokenizer.num_special_tokens_to_add(pair=False), tokenizer.bos_token_id
     if added == 1 and ids[:1] == [bos]:
-        return bool(text.startswith(tokenizer.decode([bos])))  # then it may be the text's own
+        return bool(text.startswith(tokenizer.decode([bos])))  # then BOS may be the text's own
     return bool(added)
 
 

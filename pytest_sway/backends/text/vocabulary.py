@@ -1,4 +1,4 @@
-"""Whether two models mean the same by a token's number."""
+"""Check that two models give their tokens the same ids."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ __tracebackhide__ = True
 
 
 def require_same_tokens(base: ModelSpec, ours: Any, tuned: ModelSpec, theirs: Any) -> None:
-    """Raise unless every token of the base is the same one in the fine-tuned model.
+    """Raise unless every token of the base has the same id in the fine-tuned model.
 
     Args:
-        base: What names the base.
+        base: The base's spec.
         ours: The base's tokenizer.
-        tuned: What names the fine-tuned model.
-        theirs: Its tokenizer.
+        tuned: The fine-tuned model's spec.
+        theirs: The fine-tuned model's tokenizer.
 
     Raises:
-        AdapterMismatchError: Some are others.
+        AdapterMismatchError: Some tokens have other ids.
     """
     numbers, others = ours.get_vocab(), theirs.get_vocab()
     moved = sorted((i, token) for token, i in numbers.items() if others.get(token) != i)
     if moved:
         i, token = moved[0]
-        there = f"number {others[token]}" if token in others else "none"
+        there = f"id {others[token]}" if token in others else "none"
         raise AdapterMismatchError(
             f"the fine-tuned model {tuned.base!r} cannot be compared with the base {base.base!r}:"
-            f" {len(moved):,} of the base's {len(numbers):,} tokens are others in it ({token!r} is number {i} in the"
+            f" {len(moved):,} of the base's {len(numbers):,} tokens have other ids in it ({token!r} has id {i} in the"
             f" base, {there} in it). Name the base that it was fine-tuned from."
         )

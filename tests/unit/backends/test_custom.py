@@ -113,13 +113,14 @@ def test_a_nested_class_is_found() -> None:
         ),
         (
             "my_backends:ready_made",
-            "entry_point 'my_backends:ready_made' is no class, but an object of type Mine. Name the class, or a"
-            " function, that makes the backend.",
+            "entry_point 'my_backends:ready_made' is an object of type Mine, not a class. Name the class or the"
+            " function that makes the backend.",
         ),
         (
             "my_backends:TakesOthers",
-            "entry_point 'my_backends:TakesOthers' is called with base_spec=<the spec> and adapter_path=<a folder or"
-            " None>, and takes (base_spec, adapter): missing a required argument: 'adapter'.",
+            "pytest-sway calls entry_point 'my_backends:TakesOthers' with base_spec=<the spec> and"
+            " adapter_path=<a folder or None>, but it takes (base_spec, adapter): missing a required argument:"
+            " 'adapter'.",
         ),
     ],
 )

@@ -103,13 +103,14 @@ def test_a_conversation_is_found_by_the_text_that_is_made_of_it() -> None:
         (
             lambda view: view.logprob_of("the sunn", " rises"),
             "the base side of the dummy backend has no canned answer in 'logprobs' for the prompt 'the sunn'. The"
-            " closest of the 1 that are there is 'the sun'. Add it, or leave 'logprobs' out to have answers made up.",
+            " closest of its 1 entries is 'the sun'. Add the answer, or omit the table 'logprobs' to have answers made"
+            " up.",
         ),
         (
             lambda view: view.logprob_of("the sun", " rose"),
             "the base side of the dummy backend has no canned answer in 'logprobs' for the completion of 'the sun'"
-            " ' rose'. The closest of the 2 that are there is ' rises'. Add it, or leave 'logprobs' out to have answers"
-            " made up.",
+            " ' rose'. The closest of its 2 entries is ' rises'. Add the answer, or omit the table 'logprobs' to have"
+            " answers made up.",
         ),
         (lambda view: view.rolling_logprob("x"), "has no canned answer in 'rolling' for the text 'x'."),
         (lambda view: view.next_token_dist("x"), "has no canned answer in 'token_dists' for the prompt 'x'."),
@@ -260,8 +261,8 @@ def test_a_closed_backend_says_so(canned: DummyBackend) -> None:
     ("ask", "sentence"),
     [
         (lambda view: view.generate([], max_new_tokens=1), "the list of messages is empty"),
-        (lambda view: view.render([{"role": "user"}]), "a message is a mapping with 'role' and 'content', and"),
-        (lambda view: view.next_token_dist(7), "a prompt is a text or a list of messages .*, and 7 is neither"),
+        (lambda view: view.render([{"role": "user"}]), "expected a message with 'role' and 'content'; found"),
+        (lambda view: view.next_token_dist(7), "expected a prompt: a text, or a list of messages .*; found 7"),
         (lambda view: view.logprob_of("the sun", ""), "the completion is empty after the prompt 'the sun'"),
         (lambda view: view.next_token_dist("the sun", top_k=0), "top_k must be at least 1, not 0"),
     ],
@@ -306,5 +307,5 @@ def test_answers_come_from_a_file_that_is_checked_before_anything_is_evicted(tmp
         assert base.generate("the sun", max_new_tokens=1) == " sets"
     path.write_text("[base.texts]")
     for refuse in (Builder(), Builder().check):
-        with pytest.raises(SpecError, match="has no table of side 'base' 'texts'"):
+        with pytest.raises(SpecError, match="has no table 'texts' on side 'base'"):
             refuse(spec)

@@ -102,10 +102,10 @@ def test_a_tail_follows_the_convention_of_token_dist(logprobs: list[float], voca
 @pytest.mark.parametrize(
     ("answers", "sentence"),
     [
-        ({"ft": {}}, "spec field 'answers' has no side 'ft'; there are base, finetuned."),
+        ({"ft": {}}, "spec field 'answers' has no side 'ft'; choose one of base, finetuned."),
         (
             {"base": {"logprob": {}}},
-            "spec field 'answers' has no table of side 'base' 'logprob'; there are logprobs, rolling, token_dists,"
+            "spec field 'answers' has no table 'logprob' on side 'base'; choose one of logprobs, rolling, token_dists,"
             " generations.",
         ),
         ({"base": []}, "spec field 'answers' at 'base' must hold a mapping; found []."),
@@ -127,18 +127,22 @@ def test_a_tail_follows_the_convention_of_token_dist(logprobs: list[float], voca
         ),
         (
             {"base": {"rolling": {"t": {"token_ids": [1], "logprobs": [-1.0]}}}},
-            "spec field 'answers' at 'base.rolling' must hold one token more than log-probabilities; found 1 and 1.",
+            "spec field 'answers' at 'base.rolling' must hold one token more than log-probabilities; found 1 tokens"
+            " and 1 log-probabilities.",
         ),
         (
             {"finetuned": {"token_dists": {"p": {"token_ids": [1, 2], "logprobs": [-1.0]}}}},
             "spec field 'answers' at 'finetuned.token_dists' must hold as many tokens as log-probabilities; found 2"
-            " and 1.",
+            " tokens and 1 log-probabilities.",
         ),
         (
             {"finetuned": {"generations": {"p": None}}},
             "spec field 'answers' at 'finetuned.generations' must hold text; found None.",
         ),
-        ("{", "spec field 'answers' is no JSON: Expecting property name enclosed in double quotes: line 1 column 2"),
+        (
+            "{",
+            "spec field 'answers' is not valid JSON: Expecting property name enclosed in double quotes: line 1",
+        ),
     ],
     ids=str,
 )
@@ -153,7 +157,7 @@ def test_answers_in_no_form_are_refused_with_their_place(answers: Any, sentence:
         ("a.json", "{", r"cannot be read: Expecting property name .*\. Name a JSON or TOML file\.$"),
         ("a.toml", "= 3", r"cannot be read: .* Name a JSON or TOML file\.$"),
         ("nowhere.json", None, r"cannot be read: \[Errno 2\] No such file"),
-        ("a.json", '{"ft": {}}', r"has no side 'ft'; there are base, finetuned\. \(Read from '.*a\.json'\.\)$"),
+        ("a.json", '{"ft": {}}', r"has no side 'ft'; choose one of base, finetuned\. \(Read from '.*a\.json'\.\)$"),
     ],
 )
 def test_a_file_that_holds_none_is_refused(tmp_path: Path, name: str, text: str | None, sentence: str) -> None:

@@ -77,7 +77,7 @@ def test_the_name_of_a_variable_that_is_set_may_be_of_any_case(monkeypatch: pyte
 
 @pytest.mark.parametrize("value", [f"sk-{SECRET}", "sk_live_abcdefgh", "", 7])
 def test_a_key_in_place_of_its_variable_is_refused_without_repeating_it(value: Any) -> None:
-    sentence = "^spec field 'api_key_env' must be the name of an environment variable, such as 'SWAY_API_KEY', or None;"
+    sentence = r"^spec field 'api_key_env' must be the name of .* such as 'SWAY_API_KEY', or None\."
     with pytest.raises(SpecError, match=sentence) as raised:
         ModelSpec(**API, endpoint="http://localhost", api_key_env=value)
     assert not value or str(value) not in str(raised.value)

@@ -20,7 +20,7 @@ def test_a_file_up_to_the_bound_is_read(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_bounded(path, 5) == b"12345"
-    with pytest.raises(OSError, match="it has more than 4 bytes, too many for what it should be") as caught:
+    with pytest.raises(OSError, match="it has more than 4 bytes, too many for a file of its kind") as caught:
         read_bounded(path, 4)
     assert caught.value.filename == str(path)
 
@@ -36,12 +36,12 @@ def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
-    with pytest.raises(OSError, match=f"it is a {kind} and no regular file"):
+    with pytest.raises(OSError, match=f"it is a {kind}, not a regular file"):
         read_bounded(tmp_path / kind, 5)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"it is a folder and no regular file|Is a directory|Permission denied"):
+    with pytest.raises(OSError, match=r"it is a folder, not a regular file|Is a directory|Permission denied"):
         read_bounded(tmp_path, 5)
 
 
@@ -50,5 +50,5 @@ def test_answers_in_a_pipe_are_refused_and_have_a_key(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "answers.json")
     spec = ModelSpec(kind="dummy", base="a", answers=tmp_path / "answers.json", device="cpu", dtype="fp32")
     assert resolved_key(spec) == resolved_key(spec)
-    with pytest.raises(SpecError, match=r"answers.json' cannot be read: .*it is a pipe and no regular file"):
+    with pytest.raises(SpecError, match=r"answers.json' cannot be read: .*it is a pipe, not a regular file"):
         read_answers(tmp_path / "answers.json")

@@ -1,1 +1,1 @@
-"""Adapters of mlx-lm or PEFT: read, converted, put on a base, and verified."""
+"""Read, convert, attach and verify adapters of mlx-lm or PEFT."""

@@ -1,4 +1,4 @@
-"""Putting an adapter on a base: mlx-lm's layers in a tree of their own, around the base's arrays."""
+"""Attach an adapter to a base: mlx-lm's layers around the base's arrays, in a tree of their own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 LEAVES: Final = ("lora_a", "lora_b", "m")
-"""What mlx-lm's layers call an adapter's arrays: the pair of matrices, and DoRA's magnitudes."""
+"""The names of an adapter's arrays in mlx-lm's layers: the pair of matrices, and DoRA's magnitudes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,11 +34,11 @@ class Adapter:
     """An adapter on a base, in memory.
 
     Attributes:
-        files: What it was loaded from.
+        files: The files that it was loaded from.
         model: The base with the adapter on it: a pristine tree, which is never run, handed out or changed.
         arrays: Its own arrays, by their names in the model.
         layers: mlx-lm's layers by their names in the model; none for a full fine-tune.
-        shared: Its own arrays, for hygiene.
+        shared: Its own arrays, to detect changes and leaks.
         classes: The classes of its layers.
     """
 
@@ -51,16 +51,16 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """What its own arrays take."""
+        """The bytes of its own arrays."""
         return self.shared.nbytes
 
     def changes(self) -> list[str]:
-        """One line for each thing that its users share and that is no longer as it was."""
+        """Return one line for each change to what its users share."""
         return [*self.classes.changes(), *self.shared.changes()]
 
 
 def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
-    """Load an adapter for a base, and verify it; the base is left as it is.
+    """Load an adapter for a base and verify it; the base stays unchanged.
 
     Raises:
         AdapterMismatchError: It does not fit the base, holds NaN, or changes nothing.
@@ -71,21 +71,21 @@ def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
     with computing_on(base.device), quiet_process():
         tensors = mx.load(str(files.weights))
         if files.fine_tune_type == "full":
-            layers, arrays = {}, _in_the_bases_place(base, files, tensors)
+            layers, arrays = {}, _full_fine_tune(base, files, tensors)
         else:
             layers = _converted_layers(base, files, model, tensors) if files.peft else _own_layers(base, files, model)
-            arrays = _by_place(files, tensors)
+            arrays = _by_name(files, tensors)
             _verify_places(base, files, layers, arrays)
         put_arrays(model, arrays)
         model.eval()
-        mx.eval(arrays_of(model))  # all of them: a thread can't evaluate what is left to another thread's stream
+        mx.eval(arrays_of(model))  # all of it: no thread can evaluate what is left on another thread's stream
         verify_values(base, files, layers, arrays)
     shared = SharedArrays("adapter weight", model, arrays)
     return Adapter(files, model, arrays, layers, shared, ClassesRecord(layers.values()))
 
 
 def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
-    """Return the tokenizer of an adapter's side: its base's, unless the adapter's folder brings another one."""
+    """Return the adapter's tokenizer if its folder brings another one than its base's, else the base's."""
     if not brings_tokenizer(base.spec, files.folder):
         return base.tokenizer
     with completed(base.encoder, files.folder) as folder:
@@ -93,10 +93,10 @@ def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> Any:
 
 
 def _own_layers(base: LoadedBase, files: AdapterFiles, model: Any) -> dict[str, Any]:
-    """Have mlx-lm put its layers into a tree of the base, by its own rules."""
+    """Let mlx-lm put its layers into a tree of the base, by its own rules."""
     utils = mlx_lm_module("tuner.utils")
     parameters = dict(files.config["lora_parameters"])
-    settings = parameters | {"dropout": 0.0, "scale": float(parameters["scale"])}  # MLX casts no large whole number
+    settings = parameters | {"dropout": 0.0, "scale": float(parameters["scale"])}  # MLX can't cast large integers
     try:
         utils.linear_to_lora_layers(
             model, files.config["num_layers"], settings, use_dora=files.fine_tune_type == "dora"
@@ -117,11 +117,11 @@ def _converted_layers(base: LoadedBase, files: AdapterFiles, model: Any, tensors
     pairs, others = pairs_of(files)
     own, modules = arrays_of(model), modules_of(model)
     copies = {name: copied for name in others if (copied := copied_from_base(name)) in own}
-    unexpected = [*(name for name in others if name not in copies), *_homeless(modules, pairs)]
-    verify_names(base.spec, files, unexpected=unexpected, missing=_halves(files, pairs))
+    unexpected = [*(name for name in others if name not in copies), *_without_module(modules, pairs)]
+    verify_names(base.spec, files, unexpected=unexpected, missing=_missing(files, pairs))
     for name, copied in copies.items():
         if not _equal(tensors[name], own[copied]):
-            raise inexact(files.folder, f"it brings other values than the base's for {copied}")
+            raise inexact(files.folder, f"its values of {copied} differ from the base's")
     layers = {name: _layer(files, modules, name, pair) for name, pair in pairs.items()}
     put_modules(model, layers)
     return layers
@@ -133,8 +133,8 @@ def _equal(tensor: Any, array: Any) -> bool:
     return tensor.shape == array.shape and bool(mx.array_equal(tensor.astype(array.dtype), array).item())
 
 
-def _homeless(modules: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[str]:
-    """The tensors of modules that the MLX model has not, or that are of another kind there."""
+def _without_module(modules: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[str]:
+    """The tensors of modules that the MLX model lacks, or that are of another kind there."""
     from mlx import nn
 
     kinds: Any = {True: (nn.Embedding, nn.QuantizedEmbedding), False: (nn.Linear, nn.QuantizedLinear)}
@@ -146,8 +146,8 @@ def _homeless(modules: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[str
     ]
 
 
-def _halves(files: AdapterFiles, pairs: Mapping[str, Pair]) -> list[str]:
-    """The tensors that a module's others need beside them."""
+def _missing(files: AdapterFiles, pairs: Mapping[str, Pair]) -> list[str]:
+    """The tensors that a module's LoRA layer needs and the file lacks."""
     wanted = LEAVES if files.fine_tune_type == "dora" else LEAVES[:2]
     return [f"{name}.{leaf}" for name, pair in pairs.items() for leaf in wanted if leaf not in pair.tensors]
 
@@ -164,8 +164,8 @@ def _layer(files: AdapterFiles, modules: Mapping[str, Any], name: str, pair: Pai
     return kind.from_base(modules[name], r=pair.rank, scale=pair.scale)
 
 
-def _by_place(files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter's arrays by the names that they will have in the model."""
+def _by_name(files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter's arrays by their names in the model."""
     if not files.peft:
         return dict(tensors)
     pairs, _ = pairs_of(files)
@@ -177,7 +177,7 @@ def _by_place(files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _verify_places(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Raise unless the adapter has an array for each place in its layers, as large as that, and no other."""
+    """Raise unless the adapter has an array of the right shape for each place in its layers, and no other."""
     places = {
         f"{name}.{inner}": array
         for name, layer in layers.items()
@@ -188,8 +188,8 @@ def _verify_places(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, A
     verify_shapes(base.spec, files, arrays, places)
 
 
-def _in_the_bases_place(base: LoadedBase, files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays that stand in for the base's own, as mlx-lm saves a full fine-tune of some of the layers."""
+def _full_fine_tune(base: LoadedBase, files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a full fine-tune, which replace those of the base; mlx-lm saves only the layers that it trained."""
     own = arrays_of(base.model)
     verify_names(base.spec, files, unexpected=tensors.keys() - own.keys(), missing=())
     verify_shapes(base.spec, files, tensors, own)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters as mlx-lm's layers, where that is exact; otherwise the reason why it is not."""
+"""Convert PEFT's LoRA adapters to mlx-lm's layers where that is exact, and say why where it is not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-# Fields of a LoraConfig that are converted, or say nothing about what a trained adapter adds to its base.
+# Fields of a LoraConfig that are converted, or that don't affect what a trained adapter adds to its base.
 _CONVERTED: Final = frozenset(
     {
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
@@ -32,17 +32,17 @@ _SAYING_NOTHING: Final[tuple[Any, ...]] = (None, False, "", "none", [], {})
 _FACTOR: Final = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 _COPY: Final = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
 _MAGNITUDE: Final = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
-"""PEFT loads tensors with its adapter's name in theirs, ``default``, too."""
+"""PEFT also loads tensors whose names contain its adapter's name, ``default``."""
 
 
 class Pair(NamedTuple):
     """One module's pair of LoRA matrices in a PEFT adapter.
 
     Attributes:
-        tensors: The names of its tensors in the file, by what mlx-lm's layer calls them.
+        tensors: The names of its tensors in the file, by their names in mlx-lm's layer.
         embedding: Whether the module is an embedding.
         rank: The rank of its matrices.
-        scale: What their product is multiplied with.
+        scale: The factor of their product.
     """
 
     tensors: Mapping[str, str]
@@ -52,10 +52,10 @@ class Pair(NamedTuple):
 
 
 def refuse_inexact(files: AdapterFiles) -> None:
-    """Raise unless an adapter of PEFT is one that mlx-lm's layers compute exactly.
+    """Raise unless mlx-lm's layers compute an adapter of PEFT exactly.
 
     Raises:
-        AdapterMismatchError: It is not; the message says why.
+        AdapterMismatchError: They do not; the message says why.
     """
     why = _why_inexact(files.config)
     if why is not None:
@@ -63,16 +63,16 @@ def refuse_inexact(files: AdapterFiles) -> None:
 
 
 def inexact(folder: Path, why: str) -> AdapterMismatchError:
-    """Return the error for an adapter of PEFT that MLX would compute otherwise."""
+    """Return the error for an adapter of PEFT that cannot be converted exactly."""
     return AdapterMismatchError(
         f"the adapter {str(folder)!r} of PEFT cannot be converted to MLX exactly: {why}. Use kind='hf' for it."
     )
 
 
 def copied_from_base(name: str) -> str | None:
-    """Return the name in the base of a tensor of which PEFT saves a copy; ``None`` if it saves none of such a name.
+    """Return the base's name of a tensor that PEFT saved a copy of; ``None`` for other names.
 
-    It saves the weights of embeddings and of the output layer when they have LoRA matrices.
+    PEFT saves the weights of embeddings and of the output layer if they have LoRA matrices.
     """
     match = _COPY.fullmatch(name)
     return None if match is None or "lora_" in name else f"{match[1]}.weight"
@@ -92,7 +92,7 @@ def _why_inexact(config: Mapping[str, Any]) -> str | None:
 
 
 def pairs_of(files: Any) -> tuple[dict[str, Pair], list[str]]:
-    """Return the LoRA matrices in a PEFT adapter by the names of their modules, and the tensors that are none."""
+    """Return the LoRA matrices of a PEFT adapter by module, and the names of all other tensors."""
     found: dict[str, dict[str, str]] = {}
     embeddings, others = set(), []
     for name in files.entries:
@@ -113,7 +113,7 @@ def pairs_of(files: Any) -> tuple[dict[str, Pair], list[str]]:
 
 
 def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """A module's rank and scale, by PEFT's rule: the first pattern that matches the end of its name counts."""
+    """A module's rank and scale, by PEFT's rule: the first pattern that matches the end of its name wins."""
     rank = _matching(config.get("rank_pattern"), module, config["r"])
     alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])
     return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -127,11 +127,11 @@ def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> 
 
 
 def as_mlx(name: str, tensor: Any) -> Any:
-    """Return a tensor of PEFT as mlx-lm's layers have it: matrices transposed, all in float32, as PEFT computes them.
+    """Return a PEFT tensor in mlx-lm's form: matrices transposed, all in float32, in which PEFT computes them.
 
     Args:
-        name: What mlx-lm's layer calls it.
-        tensor: An array of MLX.
+        name: Its name in mlx-lm's layer.
+        tensor: The tensor, as an array of MLX.
     """
     import mlx.core as mx
 

@@ -1,6 +1,6 @@
-"""What an adapter's folder says: mlx-lm's own form, or PEFT's, told apart by its adapter_config.json.
+"""Read an adapter's folder, in mlx-lm's own form or in PEFT's.
 
-Both are a folder with an ``adapter_config.json``: PEFT's names a ``peft_type``, and mlx-lm's a ``fine_tune_type`` or
+Both have an ``adapter_config.json``: PEFT's names a ``peft_type``, and mlx-lm's a ``fine_tune_type`` or
 ``lora_parameters``.
 """
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.backends.mlx.adapters.conversion import refuse_inexact
-from pytest_sway.backends.questions import shortened
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,28 +47,28 @@ class AdapterFiles:
 
     @property
     def weights(self) -> Path:
-        """The file of its tensors."""
+        """The path of its tensors' file."""
         return self.folder / (PEFT_WEIGHTS if self.peft else WEIGHTS)
 
     @property
     def fine_tune_type(self) -> str:
-        """``lora``, ``dora`` or ``full``: what it does to a layer."""
+        """The method by mlx-lm's name: ``lora``, ``dora`` or ``full``."""
         if self.peft:
             return "dora" if self.config.get("use_dora") else "lora"
         return str(self.config.get("fine_tune_type", "lora"))
 
 
 def read_mlx_adapter(folder: Path) -> AdapterFiles:
-    """Read what a folder says about its adapter.
+    """Read an adapter's folder, except for the values of its tensors.
 
     Raises:
-        SpecError: There is no such folder, or no adapter in it, or mlx-lm would not know what to do with it.
-        WeightsError: Its weights are missing, broken, or only there in a format that is not read.
-        AdapterMismatchError: It is an adapter of PEFT that cannot be converted exactly.
+        SpecError: There is no such folder, it has no adapter, or mlx-lm cannot load that adapter.
+        WeightsError: Its weights are missing, broken, or only there in an unknown format.
+        AdapterMismatchError: It is one of PEFT's that cannot be converted exactly.
     """
     config = _config(folder)
     if config is None or "peft_type" in config:
-        files = read_adapter(folder)  # which knows what else can be wrong with a folder
+        files = read_adapter(folder)  # raises for all else that can be wrong with a folder
         assert files.entries is not None
         refuse_inexact(files)
         _check_numbers(folder / CONFIG, files.config)
@@ -77,7 +77,8 @@ def read_mlx_adapter(folder: Path) -> AdapterFiles:
     weights = folder / WEIGHTS
     if not weights.is_file():
         hint = (
-            f" Its {weights.stem}.npz is the format of the first versions of mlx-lm, which is not read; train it again."
+            f" Its {weights.stem}.npz has the format of the first versions of mlx-lm, which is not supported; train it"
+            " again."
             if weights.with_suffix(".npz").is_file()
             else ""
         )
@@ -86,7 +87,7 @@ def read_mlx_adapter(folder: Path) -> AdapterFiles:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """Return the configuration if it is one; whatever else there is, PEFT's reader finds words for it."""
+    """Return the configuration if it is one; PEFT's reader has messages for everything else."""
     try:
         config = json.loads(read_bounded(folder / CONFIG, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -99,7 +100,7 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("fine_tune_type", "lora")
     if kind not in FINE_TUNE_TYPES:
         raise SpecError(
-            f"the adapter {str(folder)!r} has the fine_tune_type {kind!r}, and those known are"
+            f"the adapter {str(folder)!r} has the fine_tune_type {kind!r}; the known ones are"
             f" {', '.join(FINE_TUNE_TYPES)}. Save the adapter again with a current mlx-lm."
         )
     if kind == "full":
@@ -107,21 +108,21 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     path, layers, parameters = folder / CONFIG, config.get("num_layers"), config.get("lora_parameters")
     if not isinstance(layers, int) or not isinstance(parameters, dict) or not {"rank", "scale"} <= parameters.keys():
         raise SpecError(
-            f"{str(path)!r} does not say which layers mlx-lm is to change: it needs num_layers, and"
-            " lora_parameters with rank and scale. Save the adapter again with a current mlx-lm."
+            f"{str(path)!r} does not say which layers mlx-lm changes: it needs num_layers, and lora_parameters with"
+            " rank and scale. Save the adapter again with a current mlx-lm."
         )
     _require_rank(path, "rank in lora_parameters", parameters["rank"])
     _require_number(path, "scale in lora_parameters", parameters["scale"])
 
 
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise unless the ranks and alphas in PEFT's configuration are such."""
+    """Raise unless the ranks and alphas in PEFT's configuration are valid numbers."""
     _require_rank(path, "r", config.get("r"))
     _require_number(path, "lora_alpha", config.get("lora_alpha"))
     for pattern, rank in (config.get("rank_pattern") or {}).items():
-        _require_rank(path, f"rank_pattern[{shortened(pattern)}]", rank)
+        _require_rank(path, f"rank_pattern[{shown(pattern)}]", rank)
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        _require_number(path, f"alpha_pattern[{shortened(pattern)}]", alpha)
+        _require_number(path, f"alpha_pattern[{shown(pattern)}]", alpha)
 
 
 def _require_rank(path: Path, field: str, value: Any) -> None:
@@ -135,6 +136,4 @@ def _require_number(path: Path, field: str, value: Any) -> None:
 
 
 def _unfit(path: Path, field: str, value: Any, wanted: str) -> SpecError:
-    return SpecError(
-        f"{str(path)!r} has {field} = {shortened(value)}, and it must be {wanted}. Save the adapter again."
-    )
+    return SpecError(f"{str(path)!r} has {field} = {shown(value)}; it must be {wanted}. Save the adapter again.")

@@ -1,4 +1,4 @@
-"""Trees with an adapter scaled, or with noise in its place."""
+"""Make trees in which an adapter is scaled, or replaced by noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __tracebackhide__ = True
 
 
 def scaled(adapter: Adapter, lam: float) -> Any:
-    """Return a tree in which the adapter's LoRA terms count ``lam`` times."""
+    """Return a tree in which the adapter's LoRA terms are multiplied by ``lam``."""
     _require_lora(adapter, "as_scaled_adapter")
     model = tree_of(adapter.model)
     modules = modules_of(model)
@@ -43,6 +43,6 @@ def null(adapter: Adapter, seed: int, scale: float) -> Any:
 def _require_lora(adapter: Adapter, what: str) -> None:
     if not adapter.layers:
         raise BackendUseError(
-            f"{what} needs a LoRA adapter; {str(adapter.files.folder)!r} is a full fine-tune, whose weights take the"
-            " place of the base's. Use as_finetuned()."
+            f"{what} needs a LoRA adapter, but {str(adapter.files.folder)!r} is a full fine-tune, whose weights replace"
+            " the base's. Use as_finetuned()."
         )

@@ -1,4 +1,4 @@
-"""Is the adapter that was asked for really on the model, and does it do anything?"""
+"""Verify that an adapter is on the model, and that it changes something."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-# DoRA's first magnitudes are norms of the base's weights, computed in the dtype that was trained in: bf16 has 8 bits.
+# DoRA's initial magnitudes are norms of the base's weights in the dtype of the training. bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
 _TOKENS: Final = 16
 
@@ -31,29 +31,29 @@ _TOKENS: Final = 16
 def verify_names(
     base: ModelSpec, files: AdapterFiles, *, unexpected: Collection[str], missing: Collection[str]
 ) -> None:
-    """Raise unless every tensor of the file found its place, and every place its tensor.
+    """Raise unless every tensor of the file has its place, and every place its tensor.
 
     Args:
-        base: What it is put on.
+        base: The base that it is put on.
         files: The adapter.
         unexpected: Names in the file that the model has no place for.
         missing: Names in the model that the file has no tensor for.
 
     Raises:
-        AdapterMismatchError: Some did not match.
+        AdapterMismatchError: Some have none.
     """
     if unexpected or missing:
         raise _mismatch(base, files, unplaced(unexpected, missing))
 
 
 def verify_shapes(base: ModelSpec, files: AdapterFiles, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise unless every tensor is as large as its place.
+    """Raise unless every tensor has the shape of its place.
 
     Raises:
-        AdapterMismatchError: Some are not.
+        AdapterMismatchError: Some have another.
     """
     wrong = [
-        f"{name} is {_shape(array)}, its place {_shape(wanted[name])}"
+        f"{name} is {_shape(array)} and its place is {_shape(wanted[name])}"
         for name, array in found.items()
         if array.shape != wanted[name].shape
     ]
@@ -62,7 +62,7 @@ def verify_shapes(base: ModelSpec, files: AdapterFiles, found: Mapping[str, Any]
 
 
 def verify_base(base: LoadedBase) -> None:
-    """Raise unless a model's weights are finite, and what it computes with them.
+    """Raise unless a model's weights, and what it computes with them, are finite.
 
     Raises:
         WeightsError: They are not.
@@ -74,15 +74,15 @@ def verify_base(base: LoadedBase) -> None:
     if not _computes_finite(BoundModel(base, base.model, base.tokenizer)):
         raise WeightsError(
             f"the model {base.spec.base!r} computes NaN or infinite log-probabilities in {base.spec.dtype}: its weights"
-            " are too large for that. Ask for dtype 'fp32'; or the file is damaged."
+            " are too large for this dtype, or the file is damaged. Try dtype 'fp32'."
         )
 
 
 def verify_effect(side: BoundModel, files: AdapterFiles) -> None:
-    """Raise unless what a base computes with an adapter on it is finite.
+    """Raise unless the base with its adapter computes finite log-probabilities.
 
     Raises:
-        AdapterMismatchError: It is not.
+        AdapterMismatchError: It does not.
     """
     if not _computes_finite(side):
         raise AdapterMismatchError(
@@ -93,16 +93,16 @@ def verify_effect(side: BoundModel, files: AdapterFiles) -> None:
 
 
 def verify_values(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Raise unless an adapter's arrays are finite and can change anything.
+    """Raise unless an adapter's arrays are finite and can change something.
 
     Args:
-        base: What it is put on.
+        base: The base that it is put on.
         files: The adapter.
         layers: mlx-lm's layers with its arrays; none for a full fine-tune.
         arrays: Its arrays, by their names in the model.
 
     Raises:
-        AdapterMismatchError: They are not, or cannot.
+        AdapterMismatchError: They are not, or they change nothing.
     """
     folder = str(files.folder)
     broken = not_finite(arrays)
@@ -121,7 +121,7 @@ def verify_values(base: LoadedBase, files: AdapterFiles, layers: Mapping[str, An
 
 
 def _changes_nothing(layer: Any) -> bool:
-    """Whether a layer of LoRA or DoRA computes what the module inside it does."""
+    """Whether a LoRA or DoRA layer computes what the module inside it does."""
     import mlx.core as mx
 
     if layer.scale and all(mx.any(layer[leaf] != 0).item() for leaf in ("lora_a", "lora_b")):
@@ -129,14 +129,14 @@ def _changes_nothing(layer: Any) -> bool:
     if "m" not in layer:
         return True
     inner = layer.linear if "linear" in layer else layer.embedding
-    if "scales" in inner:  # its norms are those of what it stands for, which only mlx-lm's own layer knows
+    if "scales" in inner:  # quantized: only mlx-lm's own layer knows the norms of what it stands for
         return False
     norms = mx.linalg.norm(inner.weight.astype(mx.float32), axis=1)
     return bool(mx.allclose(layer.m.astype(mx.float32), norms, rtol=_ROUNDING).item())
 
 
 def _equal_in_base(base: LoadedBase, arrays: Mapping[str, Any]) -> bool:
-    """Whether a full fine-tune's arrays are the base's."""
+    """Whether a full fine-tune's arrays equal the base's."""
     import mlx.core as mx
 
     own = arrays_of(base.model)
@@ -144,7 +144,7 @@ def _equal_in_base(base: LoadedBase, arrays: Mapping[str, Any]) -> bool:
 
 
 def _computes_finite(side: BoundModel) -> bool:
-    """Whether a model's log-probabilities are finite, for tokens from all over the vocabulary."""
+    """Whether a model's log-probabilities are finite, for tokens from all parts of the vocabulary."""
     words = side.base.embedded or _TOKENS
     ids = tuple(range(0, words, max(1, words // _TOKENS)))[:_TOKENS]
     if len(ids) < 2:

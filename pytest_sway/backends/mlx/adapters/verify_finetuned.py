@@ -1,4 +1,4 @@
-"""Whether a whole fine-tuned model and its base can be compared, and differ."""
+"""Check that a whole fine-tuned model and its base can be compared, and differ."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __tracebackhide__ = True
 
 
 def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
-    """Raise unless a test of the two models can tell something.
+    """Raise unless the two models have the same tokens and different weights.
 
     Raises:
-        AdapterMismatchError: Tokens of the base are others in the fine-tuned model, or it is equal to its base.
+        AdapterMismatchError: Tokens have other ids in the fine-tuned model, or it is equal to its base.
     """
     import mlx.core as mx
 

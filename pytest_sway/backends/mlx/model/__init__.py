@@ -1,1 +1,1 @@
-"""One loaded base, its arrays, and what computes with them."""
+"""A loaded base, its arrays, and the engine that computes with them."""

@@ -32,12 +32,12 @@ class LoadedBase:
 
     Attributes:
         spec: The resolved spec that it was loaded from.
-        model: The model, in evaluation mode: a pristine tree, which is never run, handed out or changed.
+        model: The model in evaluation mode: a pristine tree, which is never run, handed out or changed.
         tokenizer: mlx-lm's wrapper around the tokenizer.
-        encoder: The Hugging Face tokenizer inside.
+        encoder: The Hugging Face tokenizer inside the wrapper.
         config: The model's configuration, as attributes.
-        device: What computes it.
-        embedded: How many tokens it has embeddings for; ``None`` if that is unknown.
+        device: The device that computes it.
+        embedded: The number of tokens that it has embeddings for; ``None`` if unknown.
         shared: Its arrays.
     """
 
@@ -55,20 +55,20 @@ class LoadedBase:
 
     @property
     def closed(self) -> bool:
-        """Whether its last user has left."""
+        """Whether it was closed."""
         return self.model is None
 
     @property
     def nbytes(self) -> int:
-        """What its arrays take."""
+        """The bytes of its arrays."""
         return self.shared.nbytes
 
     def changes(self) -> list[str]:
-        """One line for each thing that all trees of the base share and that is no longer as it was."""
+        """Return one line for each change to what all trees of the base share."""
         return [*self._rust.changes(), *self._classes.changes(), *self.shared.changes()]
 
     def close(self) -> None:
-        """Let go of the model, and give its memory back."""
+        """Drop the model, and free its memory."""
         import gc
 
         import mlx.core as mx
@@ -99,7 +99,7 @@ def load_base(spec: ModelSpec) -> LoadedBase:
         _require_rope(spec, model, config)
         _set_dtype(model, mlx_dtype(spec))
         model.eval()
-        mx.eval(arrays_of(model))  # all of them: a thread can't evaluate what is left to another thread's stream
+        mx.eval(arrays_of(model))  # all of it: no thread can evaluate what is left on another thread's stream
         tokenizer = load_tokenizer(spec, folder, config)
     return LoadedBase(spec, model, tokenizer, config)
 
@@ -108,9 +108,9 @@ def load_tokenizer(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> 
     """Load mlx-lm's wrapper around the tokenizer in a folder.
 
     Args:
-        spec: Says whether code that comes with it may run.
+        spec: The spec, which says whether code that comes with the tokenizer may run.
         folder: The folder.
-        config: The configuration of the model that it is for.
+        config: The configuration of its model.
     """
     trust = {"trust_remote_code": True} if spec.trust_remote_code else None
     with quiet_process():
@@ -118,25 +118,25 @@ def load_tokenizer(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> 
 
 
 def encoder_of(tokenizer: Any) -> Any:
-    """Return the Hugging Face tokenizer inside of mlx-lm's wrapper, which cannot be called itself."""
+    """Return the Hugging Face tokenizer inside mlx-lm's wrapper, which cannot be called itself."""
     return tokenizer._tokenizer
 
 
 def own_tokenizer_of(tokenizer: Any) -> Any:
-    """Return a wrapper with settings of its own, around a tokenizer with settings of its own."""
+    """Return a copy of a wrapper and of its tokenizer, with settings of their own."""
     encoder, detokenizer = encoder_of(tokenizer), copy.copy(tokenizer._detokenizer)
     own = copied(encoder)
-    for name, value in vars(detokenizer).items():  # the rest is a table of all tokens, which is only read
+    for name, value in vars(detokenizer).items():  # the rest is a table of all tokens, which is never written to
         if value is encoder:
             setattr(detokenizer, name, own)
     return copy.deepcopy(tokenizer, {id(encoder): own, id(tokenizer._detokenizer): detokenizer})
 
 
 def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a configuration by which models of mlx-lm know their rotary embeddings.
+    """Return a configuration's rotary embeddings as the fields that mlx-lm's models read.
 
-    transformers 5 writes them as ``rope_parameters``. Most of mlx-lm's models know only the fields of transformers 4,
-    and take their own default, without a word, where these are missing.
+    transformers 5 writes them as ``rope_parameters``. Most of mlx-lm's models read only the fields of transformers 4,
+    and silently use their own default if these are missing.
     """
     fields: dict[str, Any] = {}
     rope = config.get("rope_parameters")
@@ -157,7 +157,7 @@ def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_rope(spec: ModelSpec, model: Any, config: Mapping[str, Any]) -> None:
-    """Raise if the model's rotary embeddings are described in a way that `legacy_rope` cannot put for it."""
+    """Raise if `legacy_rope` cannot express the model's rotary embeddings."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or hasattr(model.args, "rope_parameters"):
         return
@@ -166,7 +166,7 @@ def _require_rope(spec: ModelSpec, model: Any, config: Mapping[str, Any]) -> Non
     if unknown or nested.get("sliding_attention", {}).get("rope_type", "default") != "default":
         raise BackendLoadError(
             f"mlx-lm's {config.get('model_type')} does not understand the rope_parameters of the base {spec.base!r}"
-            f" ({', '.join(nested)}), and would compute with other ones. Convert the base with mlx_lm.convert, or use"
+            f" ({', '.join(nested)}) and would compute with other ones. Convert the base with mlx_lm.convert, or use"
             " kind='hf'."
         )
 
@@ -182,7 +182,7 @@ def _folder(spec: ModelSpec) -> Path:
 
 
 def _embedded(model: Any) -> int | None:
-    """The rows of the first embedding of a model, which is that of its tokens."""
+    """The rows of a model's first embedding, which is that of its tokens."""
     from mlx import nn
     from mlx.utils import tree_flatten
 
@@ -192,7 +192,7 @@ def _embedded(model: Any) -> int | None:
 
 
 def _set_dtype(model: Any, dtype: Any) -> None:
-    """Convert a model's floating-point arrays, but those that it needs in float32, as mlx_lm.convert does."""
+    """Convert a model's floating-point arrays, except those that it needs in float32, as mlx_lm.convert does."""
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
 
@@ -213,7 +213,7 @@ def _legacy_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_attributes(config: Any) -> Any:
-    """Return a configuration with its fields as attributes, as transformers has it."""
+    """Return a configuration with its fields as attributes, as transformers gives it."""
     if not isinstance(config, dict):
         return config
     return SimpleNamespace(**{str(name): as_attributes(value) for name, value in config.items()})

@@ -1,4 +1,4 @@
-"""`BoundModel`: what a view shows of a loaded backend, and what computes its answers."""
+"""`BoundModel`: the model, tokenizer and engine of a view."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __tracebackhide__ = True
 
 @dataclass(frozen=True, eq=False)
 class BoundModel:
-    """What a view shows.
+    """One side of a backend.
 
     Attributes:
-        base: The loaded base that it is made from.
-        model: A pristine tree: the base's, the adapter's, or one that was made for this side.
-        tokenizer: What turns its texts into tokens, in mlx-lm's wrapper.
+        base: The loaded base that the model is made from.
+        model: A pristine tree: the base's, the adapter's, or one made for this side.
+        tokenizer: The tokenizer, in mlx-lm's wrapper.
     """
 
     base: LoadedBase
@@ -31,13 +31,13 @@ class BoundModel:
     tokenizer: Any
 
     def engine(self) -> Engine:
-        """Return what computes its answers."""
+        """Return the engine that computes the side's answers."""
         return Engine(self._running, encoder_of(self.tokenizer), self.base.config, self.base.embedded)
 
     def close(self) -> None:
-        """Let go of nothing: what it refers to goes with it, since it keeps no tree for another call."""
+        """Do nothing: the trees go with this object."""
 
     @cached_property
     def _running(self) -> Any:
-        """The tree that computes: the modules of some models keep things when they run."""
+        """The tree that computes, apart from the pristine one: modules of some models store things when they run."""
         return tree_of(self.model)

@@ -1,6 +1,6 @@
-"""What computes a view's answers: token ids through an MLX model, to log-probabilities and new tokens.
+"""`Engine`: run token ids through an MLX model, for log-probabilities and new tokens.
 
-Nothing here knows of adapters or views. MLX is lazy, so everything is evaluated before it is returned.
+It knows nothing of adapters or views. MLX is lazy, so everything is evaluated before it is returned.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 CHUNK_POSITIONS: Final = 128
-"""Positions whose logits exist at once."""
+"""The number of positions whose logits are in memory at once."""
 
 PREFILL_POSITIONS: Final = 2048
-"""Positions that go through the model at once where no logits are wanted."""
+"""The number of positions that go through the model at once if no logits are wanted."""
 
 _BLOCK: Final = 256
 
@@ -42,7 +42,7 @@ class Engine:
         model: A model of mlx-lm.
         tokenizer: The Hugging Face tokenizer.
         config: The model's configuration, as attributes.
-        embedded: How many tokens the model has embeddings for; ``None`` if that is unknown.
+        embedded: The number of tokens that the model has embeddings for; ``None`` if unknown.
     """
 
     model: Any
@@ -57,7 +57,7 @@ class Engine:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end a text: what the base's generation settings say, else the tokenizer's EOS."""
+        """The tokens that end a text: those of the base's generation settings, else the tokenizer's EOS."""
         configured = getattr(self.config, "eos_token_id", None)
         ends = self.tokenizer.eos_token_id if configured is None else configured
         if ends is None:
@@ -69,7 +69,7 @@ class Engine:
         tokens.require_known(self.tokenizer, ids, self.embedded)
 
     def logprobs(self, window: Window) -> NDArray[np.float32]:
-        """Log-probability of each scored token of a window given those before it, in nats."""
+        """Return the log-probability of each scored token of a window given those before it, in nats."""
         import mlx.core as mx
 
         cache = self._prefilled(window.context[:-1])
@@ -85,7 +85,7 @@ class Engine:
         return np.concatenate(parts)
 
     def dist(self, ids: Sequence[int], top_k: int) -> TokenDist:
-        """Distribution of the token after a prompt, cut to the ``top_k`` most probable."""
+        """Return the distribution of the token after a prompt, cut to the ``top_k`` most probable."""
         import mlx.core as mx
 
         logits = self._last_logits(ids, self._prefilled(ids[:-1]))
@@ -108,7 +108,7 @@ class Engine:
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
     def _prefilled(self, ids: Sequence[int]) -> Any:
-        """Return a key-value cache that holds some tokens. Their logits are not evaluated, so not computed."""
+        """Return a key-value cache that holds some tokens. Their logits are never evaluated, so they cost nothing."""
         import mlx.core as mx
 
         cache = mlx_lm_module("models.cache").make_prompt_cache(self.model)
@@ -127,7 +127,7 @@ def _log_normaliser(logits: Any) -> Any:
     """Return the log-sum-exp over the last axis, in two steps.
 
     On a CPU, MLX adds up a row of float32 one number after the other. Over a vocabulary of 49,152 that loses 1e-4 nats,
-    always to the same side, which a sum over many tokens does not forgive; in blocks it loses 2e-6.
+    always in the same direction, so the errors of many tokens add up. In blocks it loses 2e-6.
     """
     import mlx.core as mx
 
@@ -145,7 +145,7 @@ def _greedy(logits: Any) -> Any:
 
 
 def _sampler(settings: SamplingParams, seed: int) -> Callable[[Any], Any]:
-    """Return what samples tokens: with keys of its own, so that MLX's random state takes no part."""
+    """Return a function that samples tokens with keys of its own, without MLX's random state."""
     import mlx.core as mx
 
     key = mx.random.key(seed % 2**64)
@@ -162,7 +162,7 @@ def _sampler(settings: SamplingParams, seed: int) -> Callable[[Any], Any]:
 
 
 def _nucleus(logits: Any, top_p: float) -> Any:
-    """Take from the tokens all that are not in the smallest set of the most probable ones with a mass of ``top_p``."""
+    """Set all logits to -inf but those of the smallest set of most probable tokens with a mass of ``top_p``."""
     import mlx.core as mx
 
     order = mx.argsort(-logits)

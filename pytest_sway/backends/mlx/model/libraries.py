@@ -1,4 +1,4 @@
-"""The boundary to mlx and mlx-lm: their import, and what they change beyond their own affairs."""
+"""Import mlx and mlx-lm, and undo what they change in the process."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SET_BY_IMPORT: Final = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 def require_libraries(spec: ModelSpec) -> None:
-    """Raise unless everything that the ``mlx`` kind needs is installed; import nothing.
+    """Raise unless all libraries of kind ``mlx`` are installed. Import nothing.
 
     Raises:
-        BackendNotAvailableError: Something is missing; the message has the line that installs it.
+        BackendNotAvailableError: A library is missing; the message says how to install it.
     """
     missing = [name.replace("_", "-") for name in REQUIRED if find_spec(name) is None]
     if missing:
@@ -40,13 +40,13 @@ def require_libraries(spec: ModelSpec) -> None:
 
 
 def import_libraries() -> None:
-    """Import what loading needs, so that the loads are timed without."""
-    import_apart("mlx.core", "transformers", "transformers.models.auto.tokenization_auto")  # which brings torch
+    """Import what a load needs, so that the import does not count as part of the load's time."""
+    import_apart("mlx.core", "transformers", "transformers.models.auto.tokenization_auto")  # imports torch, too
     import_apart("mlx_lm", within=_unchanged_process)
 
 
 def mlx_lm_module(name: str) -> Any:
-    """Return ``mlx_lm.<name>``, imported without what importing mlx-lm does to the process."""
+    """Return ``mlx_lm.<name>``, imported without side effects on the process."""
     if "mlx_lm" not in sys.modules:
         import_libraries()
     return import_module(f"mlx_lm.{name}")
@@ -56,8 +56,8 @@ def mlx_lm_module(name: str) -> Any:
 def _unchanged_process() -> Iterator[None]:
     """Keep the import of mlx-lm from changing the process.
 
-    It lowers the limits of open files, the hard one too, which cannot be raised again; and sets a variable in the
-    environment, which child processes inherit.
+    It lowers the limits of open files, including the hard limit, which cannot be raised again. It also sets an
+    environment variable, which child processes inherit.
     """
     import resource
 
@@ -73,7 +73,7 @@ def _unchanged_process() -> Iterator[None]:
 
 @contextmanager
 def quiet_process() -> Iterator[None]:
-    """Run code of libraries that warns, logs, draws progress bars or uses MLX's random state, without a trace of it."""
+    """Silence warnings, logs and progress bars of libraries, and restore MLX's random state afterwards."""
     import mlx.core as mx
 
     with quiet_libraries():
@@ -81,4 +81,4 @@ def quiet_process() -> Iterator[None]:
         try:
             yield
         finally:
-            mx.random.seed((high << 32) | low)  # whose key is that state again
+            mx.random.seed((high << 32) | low)  # its key is the state from before

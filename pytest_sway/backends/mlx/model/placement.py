@@ -1,4 +1,4 @@
-"""What device and dtype ``auto`` stands for with MLX, and what MLX calls them."""
+"""Resolve devices and dtypes for MLX, and translate them to MLX's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _GPU_NAMES: Final = ("gpu", "mps", "cuda")
-"""For MLX a GPU is a GPU, whichever its make; torch's names for it are understood."""
+"""All mean a GPU: MLX has one name for every make, and torch's names are understood."""
 
 _ONE_AT_A_TIME: Final = threading.RLock()
 _in_use: Final[set[str]] = set()
@@ -28,8 +28,8 @@ _in_use: Final[set[str]] = set()
 def resolve_placement(spec: ModelSpec) -> ModelSpec:
     """Return ``spec`` with the device and dtype that ``auto`` stands for on this machine.
 
-    The device is the GPU if MLX has one, else the CPU. The dtype is fp32 on a CPU and bf16 on a GPU. Without mlx the
-    spec is returned as it is, and loading it will say what is missing.
+    The device is the GPU if MLX has one, else the CPU. The dtype is fp32 on a CPU and bf16 on a GPU. Without mlx, the
+    spec is returned unchanged, and the load says what is missing.
     """
     name, _, number = spec.device.partition(":")
     device = f"gpu:{number or 0}" if name in _GPU_NAMES else spec.device
@@ -42,10 +42,10 @@ def resolve_placement(spec: ModelSpec) -> ModelSpec:
 
 
 def require_device(spec: ModelSpec) -> None:
-    """Make sure that the device of a resolved spec is there.
+    """Require that the device of a resolved spec exists.
 
     Raises:
-        SpecError: It is not.
+        SpecError: It does not.
     """
     import_apart("mlx.core")
     import mlx.core as mx
@@ -53,8 +53,7 @@ def require_device(spec: ModelSpec) -> None:
     there = ["cpu", *(f"gpu:{i}" for i in range(mx.device_count(mx.gpu)))]
     if spec.device not in there:
         raise SpecError(
-            f"MLX has no device {spec.device!r} here; it has {', '.join(there)}. Ask for 'auto' (the best there is) or"
-            " 'cpu'."
+            f"MLX has no device {spec.device!r} here; it has {', '.join(there)}. Use 'auto' for the best one, or 'cpu'."
         )
 
 
@@ -75,11 +74,11 @@ def mlx_dtype(spec: ModelSpec) -> Any:
 
 @contextmanager
 def computing_on(device: Any) -> Iterator[None]:
-    """Have MLX compute on a device inside the block.
+    """Make MLX compute on a device inside the block.
 
-    Threads compute at the same time as long as all of them mean MLX's default device. The default device is the whole
-    process's, while all else in MLX that matters here is each thread's own. So from when a second device has been used,
-    one thread computes at a time: it would take the other thread's device instead of its own.
+    Threads compute in parallel as long as all use MLX's default device. The default device belongs to the whole
+    process; everything else in MLX that matters here belongs to a thread. So once a second device was used, only one
+    thread computes at a time: otherwise it would compute on another thread's device.
     """
     import mlx.core as mx
 
@@ -90,7 +89,7 @@ def computing_on(device: Any) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _default_device() -> str:
-    """MLX's default device before any other was put in its place."""
+    """MLX's default device before any other was set."""
     import mlx.core as mx
 
     return str(mx.default_device())

@@ -1,4 +1,4 @@
-"""The arrays that trees share: whether their contents are what they were, and whether they are gone after a close."""
+"""`SharedArrays`: detect changed contents of arrays that trees share, and arrays that outlive a close."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __tracebackhide__ = True
 
 
 class _Tree(NamedTuple):
-    """Weak references to a tree and to its objects for the arrays, by the identities of the originals."""
+    """Weak references to a tree and its arrays, by the identities of the original arrays."""
 
     model: weakref.ref[Any]
     arrays: dict[int, weakref.ref[Any]]
@@ -27,17 +27,17 @@ class _Tree(NamedTuple):
 
 
 class SharedArrays:
-    """The arrays of a base or of an adapter, in its own model and in all trees that tests were handed.
+    """The arrays of a base or an adapter, in its own model and in all trees that tests were given.
 
     It keeps none of them alive.
 
     Args:
-        kind: What a report calls one of them.
-        model: The model that they stand in.
+        kind: The name of such an array in reports.
+        model: The model that contains them.
         arrays: The arrays by name.
 
     Attributes:
-        nbytes: What they take; one that stands in several places counts once.
+        nbytes: Their size; an array in several places counts once.
     """
 
     def __init__(self, kind: str, model: Any, arrays: Mapping[str, Any]) -> None:
@@ -52,11 +52,11 @@ class SharedArrays:
         self.nbytes = sum(self._sizes.values())
 
     def handed_out(self, tree: Any, copies: Mapping[int, Any]) -> None:
-        """Take note of a tree that a test is about to get.
+        """Record a tree that a test is about to get.
 
         Args:
             tree: The tree.
-            copies: By the identities of the originals, what stands for them in it.
+            copies: The tree's objects, by the identities of the originals.
         """
         with self._lock:
             self._sums = self._sums or checksums(self._arrays())
@@ -64,9 +64,9 @@ class SharedArrays:
             self._handed_out.append(_Tree(weakref.ref(tree), arrays))
 
     def changes(self) -> list[str]:
-        """One line for each array whose contents are no longer what they were; what was found once stays so.
+        """Return one line for each array whose contents have changed since the load; a change is reported from then on.
 
-        They are looked at only if a test has been handed a tree since the last time, or still has one.
+        The arrays are checked only if a test got a tree since the last check, or still has one.
         """
         with self._lock:
             if self._handed_out and not self._changes:
@@ -78,11 +78,11 @@ class SharedArrays:
             return list(self._changes)
 
     def alive(self) -> int:
-        """How many bytes are still in memory."""
+        """Return how many bytes are still in memory."""
         return sum(self._sizes[key] for key in set().union(*(tree.alive() for tree in self._trees())))
 
     def roots(self) -> list[Any]:
-        """What is to be explained: the models that are still in memory, or the arrays where these are gone."""
+        """Return the models that are still in memory, or the arrays if the models are gone."""
         alive = [tree for tree in self._trees() if tree.alive()]
         models = [model for tree in alive if (model := tree.model()) is not None]
         return models or [array for tree in alive for ref in tree.arrays.values() if (array := ref()) is not None]
@@ -96,7 +96,7 @@ class SharedArrays:
 
 
 def find_leak(shared: Iterable[SharedArrays]) -> Leak | None:
-    """Return what of some arrays is still in memory after a garbage collection; ``None`` if nothing is."""
+    """Return a leak if any of the arrays are still in memory after a garbage collection; else ``None``."""
     shared = list(shared)
     if not any(arrays.alive() for arrays in shared):
         return None

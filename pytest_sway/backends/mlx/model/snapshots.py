@@ -1,7 +1,7 @@
-"""Whether what trees still share is what it was: the bytes in memory, and the classes of modules.
+"""Detect changes to what trees share: the bytes in memory, and the classes of modules.
 
-Writes through MLX stay in their tree. What goes around it does not: an array of numpy made with ``copy=False``, or a
-tensor by DLPack, has the same memory.
+Writes through MLX stay in their tree. Writes around MLX do not: a numpy array made with ``copy=False`` or a tensor by
+DLPack shares the memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __tracebackhide__ = True
 
 
 class ClassesRecord:
-    """What the classes of some modules computed with.
+    """The ``__call__`` of the classes of some modules.
 
     Args:
         modules: The modules.
@@ -25,16 +25,16 @@ class ClassesRecord:
         self._calls: dict[Any, Any] = {type(module): type(module).__call__ for module in modules}
 
     def changes(self) -> list[str]:
-        """One line for each class that computes with something else now."""
+        """Return one line for each class whose ``__call__`` was replaced."""
         return [
             f"class {kind.__module__}.{kind.__qualname__}: its __call__ was replaced"
             for kind, call in self._calls.items()
-            if kind.__call__ != call  # for a class without one, Python makes a new object each time, equal to the last
+            if kind.__call__ != call  # not `is not`: a class without its own gives a new, equal object each time
         ]
 
 
 def checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
-    """Return the sum of each array's elements, taken as integers: one other element changes it, two swapped do not."""
+    """Return the sum of each array's elements as integers. It detects a changed element, but not two swapped ones."""
     import mlx.core as mx
 
     unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}

@@ -1,9 +1,9 @@
-"""Trees: models with modules of their own, over arrays that they share.
+"""Trees: models that have modules of their own and share their arrays.
 
-A loaded base is one tree, and a base with an adapter another one. Neither is ever run, handed out or changed: they are
-pristine. What computes, and what a test is handed, are trees that are made from them. MLX writes to no memory that
-another array refers to: ``array[...] = x`` gives the Python object other memory. So a tree with Python objects of its
-own takes no memory for its weights, and no write through MLX leaves it.
+A loaded base is one tree, and a base with an adapter is another. Both are pristine: they are never run, handed out or
+changed. The trees that compute, and those that tests get, are made from them. MLX never writes to memory that another
+array refers to: ``array[...] = x`` gives the Python object new memory. So a tree with Python objects of its own takes
+no memory for its weights, and no write through MLX leaves it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __tracebackhide__ = True
 
 
 def arrays_of(model: Any) -> dict[str, Any]:
-    """Return all arrays in a module, by their names in it; also those that are no parameters."""
+    """Return all arrays in a module by name, including those that are not parameters."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -26,7 +26,7 @@ def arrays_of(model: Any) -> dict[str, Any]:
 
 
 def parameters_of(model: Any) -> dict[str, Any]:
-    """Return the parameters of a module, by their names in it."""
+    """Return the parameters of a module by name."""
     from mlx.utils import tree_flatten
 
     return dict(tree_flatten(model.parameters()))
@@ -42,30 +42,30 @@ def not_finite(arrays: Mapping[str, Any]) -> list[str]:
 
 
 def modules_of(model: Any) -> dict[str, Any]:
-    """Return all modules in a model, by their names in it."""
+    """Return all modules of a model by name."""
     return dict(model.named_modules())
 
 
 def tree_of(model: Any) -> Any:
-    """Return a tree of ``model`` with the same Python objects for its arrays, for us, who write to none."""
+    """Return a tree of ``model`` with the same Python objects for its arrays. Don't write to them."""
     return copy.deepcopy(model, {id(array): array for array in arrays_of(model).values()})
 
 
 def own_tree_of(model: Any) -> tuple[Any, dict[int, Any]]:
-    """Return a tree of ``model`` for a test, and by their identities in ``model``, what stands for things in it."""
+    """Return a tree of ``model`` for a test, and its objects by the identities of the originals."""
     copies: dict[int, Any] = {}
     return copy.deepcopy(model, copies), copies
 
 
 def put_arrays(model: Any, arrays: dict[str, Any]) -> None:
-    """Give a model other arrays in the places of those of these names."""
+    """Replace a model's arrays of these names."""
     from mlx.utils import tree_unflatten
 
     model.update(tree_unflatten(list(arrays.items())))
 
 
 def put_modules(model: Any, modules: dict[str, Any]) -> None:
-    """Give a model other modules in the places of those of these names."""
+    """Replace a model's modules of these names."""
     from mlx.utils import tree_unflatten
 
     model.update_modules(tree_unflatten(list(modules.items())))

@@ -117,7 +117,7 @@ def test_a_server_that_wants_to_be_left_alone_for_long_is_not_waited_for(
 ) -> None:
     toy.canned += [reply({"error": {"message": "Quota exceeded."}}, 429, **{"Retry-After": "3600"})]
     sentence = (
-        rf"^{toy.url}/v1/completions answered 429 Too Many Requests: Quota exceeded\. It asks to be left alone for 3600"
+        rf"^{toy.url}/v1/completions answered 429 Too Many Requests: Quota exceeded\. It asks for a pause of 3600"
         r" seconds, more than the 60 that a test waits\.$"
     )
     with pytest.raises(ServerError, match=sentence):
@@ -149,7 +149,7 @@ def test_a_server_that_is_not_there_is_named(build: Build, sleeps: list[float]) 
         ('{"object": "error", "message": "no such LoRA"}', "no such LoRA"),  # vLLM once
         ('{"detail": "Not Found"}', "Not Found"),  # FastAPI
         ("<h1>Bad\n  Request</h1>", "<h1>Bad Request</h1>"),
-        ("", "without a word"),
+        ("", "without a text"),
         ("x" * 1000, "x" * 300),
         ("[]", r"\[\]"),
     ],
@@ -178,8 +178,8 @@ def test_other_refusals_are_not_tried_again_either(
 def test_a_redirect_is_not_followed(toy: Toy, generate: Callable[[], str]) -> None:
     toy.canned += [Response("", 307, {"Location": "http://elsewhere.invalid/"})]
     sentence = (
-        rf"^{toy.url}/v1/completions answered 307 Temporary Redirect, which is not followed, since it could take the"
-        r" key elsewhere\. Name the address that it leads to as the endpoint\.$"
+        rf"^{toy.url}/v1/completions answered 307 Temporary Redirect\. Redirects are not followed, since they could"
+        r" take the key elsewhere\. Name the address that this one leads to as the endpoint\.$"
     )
     with pytest.raises(ServerError, match=sentence):
         generate()
@@ -214,7 +214,7 @@ def test_a_server_that_hangs_is_given_up_at_its_time(
 def test_what_is_no_json_is_shown(toy: Toy, generate: Callable[[], str], body: str, shown: str) -> None:
     toy.canned += [Response(body.encode("latin-1"), 200)]
     sentence = (
-        rf"^{toy.url}/v1/completions answered with something that is no JSON: {shown}\. Is an OpenAI-compatible server"
+        rf"^{toy.url}/v1/completions answered with something that is not JSON: {shown}\. Is an OpenAI-compatible server"
         r" behind that address\?$"
     )
     with pytest.raises(ServerError, match=sentence):
@@ -232,34 +232,34 @@ def _lists(tokens: Any = (" red",), logprobs: Any = (-1.0,), tops: Any = ({" red
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
-        ([], r"the answer is \[\], and no dict"),
-        (None, "the answer is None, and no dict"),
+        ([], r"the answer is \[\], not a dict"),
+        (None, "the answer is None, not a dict"),
         ({}, "it has no 'choices'"),
-        ({"choices": {}}, "'choices' is {}, and no list"),
+        ({"choices": {}}, "'choices' is {}, not a list"),
         ({"choices": []}, "'choices' is empty"),
-        ({"choices": ["x"]}, "the first of 'choices' is 'x', and no dict"),
+        ({"choices": ["x"]}, "the first of 'choices' is 'x', not a dict"),
         ({"choices": [{}]}, "it has no 'text'"),
-        ({"choices": [{"text": 7}]}, "'text' is 7, and no str"),
-        (_choice(logprobs=3), "'logprobs' is 3, and no dict"),
+        ({"choices": [{"text": 7}]}, "'text' is 7, not a str"),
+        (_choice(logprobs=3), "'logprobs' is 3, not a dict"),
         (_choice(logprobs={"token_logprobs": []}), "it has no 'tokens'"),
-        (_lists(tokens="x"), "'tokens' is 'x', and no list"),
-        (_lists(tokens=[7]), "one of 'tokens' is 7, and no str"),
-        (_lists(logprobs=["a"]), "one of 'token_logprobs' is 'a', and no number"),
-        (_lists(logprobs=[True]), "one of 'token_logprobs' is True, and no number"),
-        (_lists(logprobs=[0.7]), "one of 'token_logprobs' is 0.7, which is the logarithm of no probability"),
+        (_lists(tokens="x"), "'tokens' is 'x', not a list"),
+        (_lists(tokens=[7]), "one of 'tokens' is 7, not a str"),
+        (_lists(logprobs=["a"]), "one of 'token_logprobs' is 'a', not a number"),
+        (_lists(logprobs=[True]), "one of 'token_logprobs' is True, not a number"),
+        (_lists(logprobs=[0.7]), "one of 'token_logprobs' is 0.7, which is not the logarithm of a probability"),
         (_lists(logprobs=[]), "there are 1 'tokens', 0 'token_logprobs' and 1 'top_logprobs'"),
-        (_lists(tops=[["x"]]), r"one of 'top_logprobs' is \['x'\], and no dict"),
-        (_lists(tops=[{" red": None}]), "one of 'top_logprobs' is None, and no number"),
-        (_choice(logprobs={"content": [7]}), "one of 'content' is 7, and no dict"),
-        (_choice(logprobs={"content": [{}]}), "one of 'logprob' is None, and no number"),
+        (_lists(tops=[["x"]]), r"one of 'top_logprobs' is \['x'\], not a dict"),
+        (_lists(tops=[{" red": None}]), "one of 'top_logprobs' is None, not a number"),
+        (_choice(logprobs={"content": [7]}), "one of 'content' is 7, not a dict"),
+        (_choice(logprobs={"content": [{}]}), "one of 'logprob' is None, not a number"),
         (_choice(logprobs={"content": [{"logprob": -1}]}), "it has no 'token'"),
-        (_choice(logprobs={"content": ["y" * 99]}), "one of 'content' is 'y{39}..., and no dict"),
+        (_choice(logprobs={"content": ["y" * 99]}), r"one of 'content' is 'y{36}\.\.\., not a dict"),
     ],
     ids=str,
 )
 def test_what_is_no_completion_is_named(toy: Toy, build: Build, answer: Any, fault: str) -> None:
     backend = build()
     toy.canned += [reply(answer)]
-    sentence = rf"^'base' on {toy.url} answered with something that is no completion: {fault}\.$"
+    sentence = rf"^'base' on {toy.url} answered with something that is not a completion: {fault}\.$"
     with backend.as_base() as view, pytest.raises(ServerError, match=sentence):
         view.next_token_dist("the sun", top_k=2)

@@ -54,8 +54,8 @@ def test_an_adapter_of_ones_own_disk_is_not_for_a_server() -> None:
     _refused(
         {"finetuned": None, "adapter": "/runs/v3"},
         SpecError,
-        "a spec of kind 'api' names models that a server has, and no folder; found adapter '/runs/v3'. Serve the"
-        " adapter (vLLM: --enable-lora --lora-modules NAME=FOLDER), and put its name into 'finetuned'.",
+        "a spec of kind 'api' names models on a server, not folders; found adapter '/runs/v3'. Serve the adapter"
+        " (vLLM: --enable-lora --lora-modules NAME=FOLDER), and put its name into 'finetuned'.",
     )
 
 
@@ -76,7 +76,7 @@ def test_a_tuned_model_that_is_its_base_is_refused(address: str | None) -> None:
 def test_a_model_that_the_server_does_not_have_is_refused_with_those_it_has(
     build: Build, toy: Toy, field: str, name: str
 ) -> None:
-    sentence = f"^the server at {toy.url} has no model '{name}'; it serves 'base', 'tuned'.$"
+    sentence = f"^the server at {toy.url} has no model '{name}'; it serves 'base', 'tuned'. Name one of those"
     with pytest.raises(SpecError, match=sentence):
         build(**{field: name})
     assert toy.requests == []
@@ -132,8 +132,8 @@ def test_two_names_of_one_model_are_found_out(build: Build, toy: Toy) -> None:
     answer = toy.answer
     toy.answer = lambda body: answer({**body, "model": "base"})  # type: ignore[method-assign]
     sentence = (
-        f"^'base' on {toy.url} and 'tuned' on {toy.url} give the same answers, to the bit, so a test of them would test"
-        r" nothing\. Is one model served under both names, or was the adapter not applied\?$"
+        f"^'base' on {toy.url} and 'tuned' on {toy.url} give the same answers, bit for bit, so a test of them would"
+        r" test nothing\. Is one model served under both names, or was the adapter not applied\?$"
     )
     with pytest.raises(AdapterMismatchError, match=sentence):
         build()
@@ -143,8 +143,8 @@ def test_a_base_alone_has_no_tuned_side(build: Build) -> None:
     backend = build(finetuned=None)
     assert backend.preflight_finite_check() == (True, "")
     sentence = (
-        r"^as_finetuned\(\) was asked of api:base, whose spec names no fine-tuned model\. Add 'finetuned': <its name on"
-        r" the server> to the spec, or use as_base\(\)\.$"
+        r"^as_finetuned\(\) needs a fine-tuned model, but the spec of api:base names none\. Add 'finetuned': <its name"
+        r" on the server> to the spec, or use as_base\(\)\.$"
     )
     with pytest.raises(NoAdapterError, match=sentence), backend.as_finetuned():
         pass

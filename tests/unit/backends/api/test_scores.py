@@ -112,7 +112,7 @@ def test_every_token_of_a_text_is_scored_unless_told_otherwise(build: Build) -> 
 
 def test_a_server_that_cannot_score_the_first_token_says_so_and_what_to_pass(build: Build, toy: Toy) -> None:
     sentence = (
-        rf"^rolling_logprob scores a text's every token unless told otherwise, and 'base' on {toy.url} shows no BOS"
+        rf"^rolling_logprob scores every token of a text by default, but 'base' on {toy.url} shows no BOS"
         r" .* Pass prefix=False to score the tokens after it"
     )
     with build().as_base() as view:
@@ -249,7 +249,8 @@ def test_pairs_may_come_from_a_generator(build: Build) -> None:
 def test_a_prompt_of_messages_is_refused(build: Build, toy: Toy) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     sentence = (
-        f"^a prompt of messages was given to 'base' on {toy.url}, whose chat template is not known here. Make a text of"
+        f"^a prompt of messages was given to 'base' on {toy.url}, whose chat template is unknown here. Render it as"
+        " text"
     )
     with build().as_base() as view:
         assert isinstance(view, BatchView)
@@ -270,7 +271,7 @@ def test_a_prompt_of_messages_is_refused(build: Build, toy: Toy) -> None:
 @pytest.mark.parametrize("toy", ["llama-server", "mlx"], indirect=True)
 def test_a_server_that_does_not_echo_scores_no_texts_and_says_so(build: Build, toy: Toy) -> None:
     sentence = (
-        f"^'base' on {toy.url} does not echo a text with its log-probabilities, which logprob_of and rolling_logp"
+        f"^'base' on {toy.url} does not echo a text with its log-probabilities, which logprob_of and rolling_logprob"
     )
     with build().as_base() as view:
         for score in (lambda: view.logprob_of(PROMPT, ANSWER), lambda: view.rolling_logprob(PROMPT)):
@@ -296,7 +297,7 @@ def test_an_echo_that_is_off_by_one_token_is_found_out(build: Build, toy: Toy) -
 
 @pytest.mark.parametrize("toy", ["silent"], indirect=True)
 def test_a_server_without_logprobs_generates_and_says_why_it_does_not_score(build: Build, toy: Toy) -> None:
-    sentence = f"^'base' on {toy.url} gives no log-probabilities: it was asked for . of each token and answered without"
+    sentence = f"^'base' on {toy.url} gives no log-probabilities: the request asked for . of each token"
     with build().as_base() as view:
         asked: list[Any] = [
             lambda: view.logprob_of(PROMPT, ANSWER),

@@ -56,8 +56,8 @@ def test_the_key_of_openai_goes_to_openai_alone(build: Build, toy: Toy, monkeypa
 
 def test_a_variable_that_is_named_and_not_set_is_an_error() -> None:
     sentence = (
-        "the spec names 'MY_SERVER' for the key of its server, and that environment variable is not set. Set it, or"
-        " leave 'api_key_env' out if the server wants no key."
+        "the spec names 'MY_SERVER' as the variable of its server's key, but that environment variable is not set."
+        " Set it, or omit 'api_key_env' if the server wants no key."
     )
     with pytest.raises(SpecError, match=f"^{re.escape(sentence)}$"):
         check_api(ModelSpec(kind="api", base="a", endpoint="http://nowhere.invalid", api_key_env="MY_SERVER"))
@@ -67,7 +67,7 @@ def test_a_variable_that_is_named_and_not_set_is_an_error() -> None:
 def test_what_no_header_can_carry_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SWAY_API_KEY", value)
     sentence = (
-        "^the environment variable 'SWAY_API_KEY' holds characters that no header can carry, such as a line break"
+        "^the environment variable 'SWAY_API_KEY' holds characters that a header cannot carry, such as a line break"
     )
     with pytest.raises(SpecError, match=sentence) as raised:
         check_api(ModelSpec(kind="api", base="a", endpoint="http://nowhere.invalid"))
@@ -79,7 +79,7 @@ def test_a_key_that_is_refused_is_not_quoted_though_the_server_does(build: Build
     toy.models_answer = reply({"error": {"message": f"Incorrect API key provided: {KEY[:4]}***{KEY[-4:]}"}}, status)
     sentence = (
         rf"^{toy.url}/v1/models answered {status} \w+: it wants a key, or another one\. Put it into the environment"
-        r" variable SWAY_API_KEY, or another whose name the spec has as 'api_key_env'\.$"
+        r" variable SWAY_API_KEY, or into another one that the spec names as 'api_key_env'\.$"
     )
     with pytest.raises(ServerError, match=sentence):
         build()

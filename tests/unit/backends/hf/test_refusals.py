@@ -94,7 +94,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     [
         (
             ModelSpec(base="org/nowhere", device="cpu", dtype="fp32"),
-            "the base 'org/nowhere' is no folder in .* and not in this machine's",
+            "the base 'org/nowhere' is neither a folder in .* nor in this machine's",
         ),
         (
             ModelSpec(base="org/nowhere", revision="v2", device="cpu", dtype="fp32"),
@@ -117,7 +117,7 @@ def test_offline_a_fine_tuned_model_that_would_have_to_be_fetched_is_refused(
 ) -> None:
     _offline(monkeypatch, True)
     with pytest.raises(
-        WeightsError, match=r"the fine-tuned model 'org/nowhere' is no folder in .* and not in this machine's"
+        WeightsError, match=r"the fine-tuned model 'org/nowhere' is neither a folder in .* nor in this machine's"
     ):
         builder.check(ModelSpec(base=str(base), finetuned="org/nowhere", device="cpu", dtype="fp32"))
 
@@ -346,10 +346,10 @@ def test_a_base_with_an_adapter_in_its_folder_is_refused(
     other = make_base(tmp_path / "other", seed=7)
     both = shutil.copytree(base, tmp_path / "both")
     shutil.copytree(make_adapter(tmp_path / "adapter", other), both, dirs_exist_ok=True)
-    with pytest.raises(SpecError, match=r"both' holds an adapter .* which transformers would put on"):
+    with pytest.raises(SpecError, match=r"both' holds an adapter .* which transformers would attach"):
         builder.check(spec_of(both))
     monkeypatch.setattr(check, "base_file", lambda spec, name: None)  # as if it were on a hub
-    with pytest.raises(SpecError, match=r"both' holds an adapter .* which transformers would put on"):
+    with pytest.raises(SpecError, match=r"both' holds an adapter .* which transformers would attach"):
         build(both)
     assert loads == []
 

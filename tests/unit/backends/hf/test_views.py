@@ -180,7 +180,7 @@ def test_a_closed_view_says_so(build: Any, base: Path) -> None:
 def test_without_an_adapter_there_is_no_tuned_side(build: Any, base: Path, method: str) -> None:
     arguments = () if method == "as_finetuned" else (1,)
     with (
-        pytest.raises(NoAdapterError, match=rf"{method}\(\) was asked of .* whose spec has no adapter"),
+        pytest.raises(NoAdapterError, match=rf"{method}\(\) needs an adapter, but the spec of .* has none"),
         getattr(build(base), method)(*arguments),
     ):
         pass

@@ -267,8 +267,8 @@ def _specimens() -> list[Specimen]:
     ]
 
 
-_TASKS = "was trained for several tasks, and which one is meant cannot be said with a prompt"
-_ELSEWHERE = "mixes adapters from other folders, which its spec neither names nor watches for changes"
+_TASKS = "was trained for several tasks, and a prompt cannot say which one is meant"
+_ELSEWHERE = "mixes adapters from other folders, which its spec does not name"
 _UNKNOWN_BASE = (
     "its training began by rewriting weights of the base with what it learned from data, which its folder does not"
     " have; convert it where it was trained"

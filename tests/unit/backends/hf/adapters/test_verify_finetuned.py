@@ -140,8 +140,8 @@ def test_there_is_nothing_to_scale_or_replace(build: Any, base: Path, tuned: Pat
     backend = build(base, finetuned=tuned)
     for what in ("as_scaled_adapter", "as_null_adapter"):
         sentence = (
-            f"{what} needs a LoRA adapter that only adds to its base; '{tuned}' is a whole model, with no adapter to"
-            " scale or to replace. Use as_finetuned()."
+            f"{what} needs a LoRA adapter that only adds to its base, but '{tuned}' is a whole model, without an"
+            " adapter to scale or to replace. Use as_finetuned()."
         )
         with pytest.raises(BackendUseError, match=f"^{re.escape(sentence)}$"), getattr(backend, what)(1):
             pass
@@ -207,7 +207,7 @@ def _as_adapter(folder: Path) -> None:
         pytest.param(
             _others_first,
             AdapterMismatchError,
-            "2 of the base's 91 tokens are others in it ('sun' is number 59 in the base, number 60 in it). Name the"
+            "2 of the base's 91 tokens have other ids in it ('sun' has id 59 in the base, id 60 in it). Name the"
             " base that it was fine-tuned from.",
             id="other tokens",
         ),

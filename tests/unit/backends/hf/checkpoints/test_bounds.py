@@ -88,7 +88,7 @@ def test_a_pipe_or_device_in_a_files_place_is_named(
     replace(folders[folder] / name)
     error = refusal()
     assert isinstance(error, SpecError | WeightsError)
-    assert f"{str(folders[folder] / name)!r} is no regular file (a pipe, a device or a socket)." in str(error)
+    assert f"{str(folders[folder] / name)!r} is a pipe, a device or a socket, not a regular file." in str(error)
 
 
 @pytest.mark.parametrize(("folder", "name"), [file for file in FILES if not file[1].endswith(".safetensors")])
@@ -97,7 +97,7 @@ def test_a_file_that_is_far_too_large_is_named(
 ) -> None:
     with (folders[folder] / name).open("ab") as file:
         file.truncate(10**9)  # a hole, which takes no room on the disk
-    sentence = f"{str(folders[folder] / name)!r} has 1,000,000,000 bytes, and no such file needs more than"
+    sentence = f"{str(folders[folder] / name)!r} has 1,000,000,000 bytes; no such file needs more than"
     assert sentence in str(refusal())
 
 
@@ -112,7 +112,7 @@ def test_a_chat_template_of_a_billion_characters_is_refused_unread(
     path.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     os.truncate(path, 10**9)  # a hole, which takes no room on the disk
     before = _bytes_read()
-    assert f"{str(path)!r} has 1,000,000,000 bytes, and no such file needs more than" in str(refusal())
+    assert f"{str(path)!r} has 1,000,000,000 bytes; no such file needs more than" in str(refusal())
     assert _bytes_read() - before < 10**8
 
 
@@ -128,7 +128,7 @@ def test_a_byte_order_mark_that_transformers_does_not_read_is_named(
     folders: dict[str, Path], refusal: Callable[[], SwayError], whose: str, name: str, encoding: str
 ) -> None:
     (folders[whose] / name).write_text("{}", encoding)
-    text = f"{folders[whose] / name}' begins with a byte order mark, and transformers does not read such a file"
+    text = f"{folders[whose] / name}' begins with a byte order mark, which transformers cannot read"
     assert text in str(refusal())
 
 
@@ -155,7 +155,7 @@ def test_a_rank_that_the_weights_cannot_fill_is_refused(
     edit_config(folders["adapter"], **fields)
     error = refusal()
     assert isinstance(error, AdapterMismatchError)
-    assert f"adapter_config.json' has {field}, and no tensor of the adapter" in str(error)
+    assert f"adapter_config.json' has {field}, but no tensor of the adapter" in str(error)
     assert "has a side of more than" in str(error)
 
 
@@ -228,7 +228,7 @@ def test_a_field_of_another_type_is_named(
     edit_config(folders["adapter"], **{field: value})
     error = str(refusal())
     assert f"adapter_config.json' has {field} = " in error
-    assert f"and it must be {takes}." in error
+    assert f"; it must be {takes}." in error
     assert len(error) < 600
 
 
@@ -247,7 +247,7 @@ def test_a_setting_that_is_no_number_is_named(
     edit_config(folders["adapter"], **fields)
     error = refusal()
     assert isinstance(error, SpecError)
-    assert f"adapter_config.json' has {sentence}, and NaN or infinity is no setting." in str(error)
+    assert f"adapter_config.json' has {sentence}; a setting must be finite." in str(error)
 
 
 @pytest.mark.parametrize("field", ["init_lora_weights", "target_modules", "an unknown field"])
@@ -261,7 +261,7 @@ def test_a_setting_that_is_nested_without_end_is_named(
     error = refusal()
     assert isinstance(error, SpecError)
     assert f"adapter_config.json' has {field} = " in str(error)
-    assert "which is nested in more than 32 levels, and no setting is." in str(error)
+    assert "which is nested in more than 32 levels, deeper than any setting." in str(error)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_what_a_wrapper_has_left_in_the_names_is_named(
     edit_weights(folders["adapter"], lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
     error = refusal()
     assert isinstance(error, WeightsError)
-    assert f"{left!r} is what {whose} puts into the names of a model that it wraps" in str(error)
+    assert f"{whose} puts {left!r} into the names of a model that it wraps" in str(error)
     assert "Save the adapter again, unwrapped: " in str(error)
     assert "save_pretrained(folder" in str(error)
 
@@ -300,7 +300,7 @@ def test_the_head_of_a_classifier_without_a_task_is_named(
         folders["adapter"],
         lambda tensors: tensors | {"base_model.model.score.weight": next(iter(tensors.values())).clone()},
     )
-    assert "brings the head of a classifier ('base_model.model.score.weight')" in str(refusal())
+    assert "has the head of a classifier ('base_model.model.score.weight')" in str(refusal())
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_a_size_that_the_bases_weights_cannot_fill_is_refused(
     with pytest.raises(WeightsError) as caught:
         build(folders["base"])
     assert time.thread_time() - started < SECONDS
-    counted = f"config.json' has {field} = {value}, and the model's files have 21 tensors, too few for that."
+    counted = f"config.json' has {field} = {value}, but the model's files have 21 tensors, too few for that."
     assert counted in str(caught.value) or "have other sizes than its config.json asks for (" in str(caught.value)
 
 
@@ -330,14 +330,14 @@ def test_more_words_than_any_of_the_bases_tensors_has_rows_are_refused(
     folders: dict[str, Path], refusal: Callable[[], SwayError], loads: list[str], words: int
 ) -> None:
     _edit(folders["base"] / "config.json", vocab_size=words)
-    assert f"config.json' has vocab_size = {words}, and no side of the model's tensors is larger than" in str(refusal())
+    assert f"config.json' has vocab_size = {words}, but no side of the model's tensors is larger than" in str(refusal())
     assert loads == []
 
 
 @pytest.mark.parametrize("count", [-1, -(10**9)])
 def test_fewer_layers_than_none_are_refused(folders: dict[str, Path], build: Any, loads: list[str], count: int) -> None:
     _edit(folders["base"] / "config.json", num_hidden_layers=count)
-    with pytest.raises(WeightsError, match=rf"config.json' has num_hidden_layers = {count}, and it must not be neg"):
+    with pytest.raises(WeightsError, match=rf"config.json' has num_hidden_layers = {count}; it must not be neg"):
         build(folders["base"])
     assert loads == []
 
@@ -346,7 +346,7 @@ def test_a_rank_that_a_pickles_weights_cannot_fill_is_refused(
     folders: dict[str, Path], build: Any, loads: list[str]
 ) -> None:
     edit_config(pickled(folders["adapter"]), r=10**7)
-    with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, and no tensor of the adapter"):
+    with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, but no tensor of the adapter"):
         build(folders["base"], folders["adapter"], allow_pickle=True)
     assert loads == []
 

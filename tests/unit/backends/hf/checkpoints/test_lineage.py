@@ -61,8 +61,8 @@ def test_names_of_two_models_are_told(named: str) -> None:
     why = _why("org/name", named)
     assert why is not None
     assert why.startswith(
-        f"the adapter '/runs/v3' was trained on {named!r} (base_model_name_or_path in its adapter_config.json), and it"
-        " is put on 'org/name': they have other names. Name the base that it was trained on"
+        f"the adapter '/runs/v3' was trained on {named!r} (base_model_name_or_path in its adapter_config.json), but the"
+        " base is 'org/name': they have other names. Name the base that it was trained on"
     )
 
 

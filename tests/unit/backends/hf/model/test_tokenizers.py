@@ -245,7 +245,7 @@ def test_the_part_of_a_tokenizer_that_is_at_fault_is_named(
     path.write_text(json.dumps(settings | {part: settings[part] + value if part == "added_tokens" else value}))
     with build(folder).as_base() as view, pytest.raises(ScoringError, match=fault) as caught:
         view.logprob_of("the sun", completion)
-    assert f"That comes of the tokenizer: {str(path)!r} {named}" in str(caught.value)
+    assert f"The cause is the tokenizer: {str(path)!r} {named}" in str(caught.value)
 
 
 def test_settings_of_an_adapters_tokenizer_that_are_nested_without_end_are_named(

@@ -99,8 +99,6 @@ def test_settings_without_a_meaning_are_refused(view: Any, settings: dict[str, A
 
 def test_a_prompt_that_leaves_no_room_loses_its_beginning(view: Any) -> None:
     words = (WORDS * 5)[:300]
-    with pytest.warns(
-        SwayWarning, match="1 of the prompts are too long: 250 tokens are the most that can be read here"
-    ):
+    with pytest.warns(SwayWarning, match="1 of the prompts are too long: the model reads at most 250 tokens of them"):
         cut = view.generate(" ".join(words), max_new_tokens=6)
     assert cut == view.generate(" ".join(words[-250:]), max_new_tokens=6)

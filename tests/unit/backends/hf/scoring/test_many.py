@@ -174,14 +174,14 @@ def test_any_iterable_will_do_and_nothing_gives_nothing(view: Any) -> None:
     [
         (
             lambda view: view.logprobs_of("ab"),
-            "expected a list of pairs of a prompt and a completion, and 'ab' is none",
+            "expected a list of pairs of a prompt and a completion; found 'ab'",
         ),
-        (lambda view: view.logprobs_of(["ab"]), "a pair is a prompt and a completion, and 'ab' is none"),
-        (lambda view: view.logprobs_of([("a", "b", "c")]), r"a pair is .* and \('a', 'b', 'c'\) is none"),
-        (lambda view: view.rolling_logprobs(TEXT), "expected a list of texts, and 'the sun .* is none"),
-        (lambda view: view.rolling_logprobs([1]), "expected a text to score, and 1 is none"),
-        (lambda view: view.next_token_dists(None), "expected a list of prompts, and None is none"),
-        (lambda view: view.next_token_dists([3]), "a prompt is a text or a list of messages .* and 3 is neither"),
+        (lambda view: view.logprobs_of(["ab"]), "expected a pair of a prompt and a completion; found 'ab'"),
+        (lambda view: view.logprobs_of([("a", "b", "c")]), r"expected a pair .*; found \('a', 'b', 'c'\)"),
+        (lambda view: view.rolling_logprobs(TEXT), "expected a list of texts; found 'the sun .*"),
+        (lambda view: view.rolling_logprobs([1]), "expected a text to score; found 1"),
+        (lambda view: view.next_token_dists(None), "expected a list of prompts; found None"),
+        (lambda view: view.next_token_dists([3]), "expected a prompt: a text, or a list of messages .*; found 3"),
         (lambda view: view.generate_many("a", max_new_tokens=1), "expected a list of prompts"),
     ],
 )

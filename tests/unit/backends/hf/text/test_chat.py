@@ -92,9 +92,9 @@ def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:
     ("messages", "text"),
     [
         ([], "the list of messages is empty"),
-        ({"role": "user", "content": "a"}, "a prompt is a text or a list of messages .* is neither"),
-        ([{"role": "user"}], r"a message is a mapping with 'role' and 'content', and \{'role': 'user'\} is not"),
-        (["hello"], "a message is a mapping .* and 'hello' is not"),
+        ({"role": "user", "content": "a"}, "expected a prompt: a text, or a list of messages .*; found "),
+        ([{"role": "user"}], r"expected a message with 'role' and 'content'; found \{'role': 'user'\}"),
+        (["hello"], "expected a message .*; found 'hello'"),
         ([{"role": "system", "content": "a"}], "template refuses messages with the roles system: no system role"),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_template_without_end_is_left(build: Any, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("pytest_sway.backends.text.chat._PATIENCE", 0.2)
     with (
         build(folder).as_base() as view,
-        pytest.raises(ScoringError, match=r"takes more than 0.2 s. Mend the template"),
+        pytest.raises(ScoringError, match=r"takes more than 0.2 s. Fix the template"),
     ):
         view.render(MESSAGES)
     for thread in threading.enumerate():

@@ -119,7 +119,7 @@ def test_without_a_prefix_a_text_is_what_the_tokenizer_gives() -> None:
 
 def test_a_prefix_needs_bos_or_eos() -> None:
     tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=None)
-    with pytest.raises(ScoringError, match="a text is scored behind a prefix token, and the tokenizer has no BOS or"):
+    with pytest.raises(ScoringError, match="a text is scored after a prefix token, and the tokenizer has no BOS or"):
         encode_text(tokenizer, "ab", prefix=True)
 
 
@@ -149,7 +149,7 @@ def test_a_pair_too_long_loses_the_left_of_its_context() -> None:
 
 def test_a_completion_longer_than_the_model_reads_is_an_error() -> None:
     cut_left(Window((0,), (1, 2)), 2)
-    with pytest.raises(ScoringError, match=r"has 3 tokens, and the model reads at most 2 at once. .* rolling_logprob"):
+    with pytest.raises(ScoringError, match=r"has 3 tokens, but the model reads at most 2 at once. .* rolling_logprob"):
         cut_left(Window((0,), (1, 2, 3)), 2)
 
 
@@ -176,5 +176,5 @@ def test_the_length_that_a_model_reads_is_found_where_hflm_finds_it(
 def test_a_token_without_an_embedding_is_named() -> None:
     require_known(PLAIN, [96, 97], 98)
     require_known(PLAIN, [97], None)
-    with pytest.raises(ScoringError, match="gives token 98, 'b', and the model has embeddings for 98 tokens only"):
+    with pytest.raises(ScoringError, match="gives token 98, 'b', but the model has embeddings for only 98 tokens"):
         require_known(PLAIN, [97, 98], 98)
