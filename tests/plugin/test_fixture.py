@@ -47,8 +47,8 @@ def test_unharmed(sway_backend):
     result.assert_outcomes(failed=1, passed=1)
     result.stdout.fnmatch_lines(
         [
-            "*CacheFullError: there is no room to load dummy:c: the cache holds 2 of at most 2 backends, and all of it"
-            " is in use by the one who asks: dummy:a (held by test_suite.py::test_greedy); dummy:b (held by"
+            "*CacheFullError: there is no room to load dummy:c: the cache holds 2 of at most 2 backends, and all of"
+            " them are in use by the caller: dummy:a (held by test_suite.py::test_greedy); dummy:b (held by"
             " test_suite.py::test_greedy). Release one of them first, or raise"
             " --sway-cache-size (now 2) or --sway-cache-memory."
         ]
@@ -143,7 +143,7 @@ def test_next(sway_backend):
     assert not sway_backend(dummy("a")).closed
 """)
     result.assert_outcomes(passed=2, errors=1)
-    result.stdout.fnmatch_lines(["*the backend was closed, which is the cache's to do*"])
+    result.stdout.fnmatch_lines(["*the backend was closed, which only the cache may do*"])
 
 
 def test_the_fixture_of_a_test_that_ended_hands_out_nothing(suite: Suite) -> None:
@@ -158,7 +158,7 @@ def test_late():
 """)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
-        ["*BackendUseError: dummy:a was asked for by test_suite.py::test_keeps, which has ended, and its leases*"]
+        ["*BackendUseError: test_suite.py::test_keeps has ended, but one of its threads still asks for dummy:a.*"]
     )
     assert suite.events() == []
 

@@ -83,7 +83,7 @@ def test_good_after(sway_backend, sway_cache):
     result = pytester.runpytest_inprocess("--sway-cache-size=1")
     result.assert_outcomes(passed=2, failed=2)
     result.stdout.fnmatch_lines(
-        [f"E  *Error: {sentence}", "E  *(First met by *::test_bad?0?; the load is not tried again.)"]
+        [f"E  *Error: {sentence}", "E  *(First raised for *::test_bad?0?; the load is not repeated.)"]
     )
 
 

@@ -75,7 +75,7 @@ def test_files_that_are_put_back_before_the_load_ends_are_loaded_again(
 def test_files_that_never_rest_are_refused(build: FakeBuild, asked: ModelSpec, weights: Path) -> None:
     build.inside["a+x"] = lambda: _replace(weights, bytes(build.loads["a+x"]))
     cache = BackendCache(build=build)
-    with pytest.raises(FilesChangedError, match=r"^the files of dummy:org/a \+ \S+/x changed each time while"):
+    with pytest.raises(FilesChangedError, match=r"^the files of dummy:org/a \+ \S+/x changed during each try"):
         cache.acquire(asked)
     assert build.closes["a+x"] == [1, 1, 1]
     assert cache.loaded_keys() == []

@@ -72,7 +72,7 @@ def test_inv03_each_backend_is_closed_exactly_once_after_shutdown(build: FakeBui
     assert build.oracle.live == 0
     with pytest.raises(
         CacheClosedError,
-        match="the cache was shut down before dummy:org/a was asked for; nothing can be had from it any more",
+        match="the cache was shut down before dummy:org/a was asked for; it serves no more requests",
     ):
         cache.acquire(spec("a"))
 
@@ -87,10 +87,7 @@ def test_inv03_shutdown_waits_for_a_load_under_way_and_closes_what_it_built(buil
     assert not shutdown.done
     gate.open()
     assert isinstance(leader.error(), CacheClosedError)
-    assert (
-        str(leader.error())
-        == "the cache was shut down while dummy:org/a was loading; nothing can be had from it any more."
-    )
+    assert str(leader.error()) == "the cache was shut down while dummy:org/a was loading; it serves no more requests."
     assert shutdown.result() == []
     assert build.closes == {"a": [1]}
 

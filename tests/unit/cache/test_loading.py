@@ -246,8 +246,8 @@ def test_inv14_a_load_that_asks_for_itself_is_told_so(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
     build.inside["a"] = lambda: cache.acquire(spec("a"))
     sentence = (
-        "the load of dummy:org/a asks, while it is loading, for itself; it would wait forever. A build may ask the"
-        " cache for other specs, not for the one that it builds."
+        "the load of dummy:org/a asks the cache for the same spec, so it would wait for itself forever. A build may ask"
+        " for other specs, but not for its own."
     )
     with pytest.raises(CacheDeadlockError, match=f"^{re.escape(sentence)}$"):
         Call(partial(cache.acquire, spec("a"))).result()
@@ -292,8 +292,8 @@ def test_inv14_a_close_that_asks_for_what_it_closes_is_told_so(build: FakeBuild)
     build.inside_close["a"] = lambda: cache.acquire(spec("a"))
     cache.evict_all()
     assert cache.stats.close_errors == [
-        "closing dummy:org/a failed: CacheDeadlockError: the close of dummy:org/a asks for dummy:org/a; it would wait"
-        " forever."
+        "closing dummy:org/a failed: CacheDeadlockError: the close() of dummy:org/a asks the cache for the same spec,"
+        " so it would wait for itself forever."
     ]
 
 

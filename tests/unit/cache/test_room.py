@@ -204,8 +204,8 @@ def test_inv16_a_shared_base_counts_once(sharing: InformedFakeBuild) -> None:
 def test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all(build: FakeBuild) -> None:
     cache = BackendCache(max_size=2, build=build, lease_timeout=1000)
     sentence = (
-        "there is no room to load dummy:org/c: the cache holds 2 of at most 2 backends, and all of it is in use by"
-        " the one who asks: dummy:org/a + nowhere/x (held by tests/test_a.py::test_it); dummy:org/b (held by a"
+        "there is no room to load dummy:org/c: the cache holds 2 of at most 2 backends, and all of them are in use"
+        " by the caller: dummy:org/a + nowhere/x (held by tests/test_a.py::test_it); dummy:org/b (held by a"
         " fixture). Release one of them first, or raise the size of the cache."
     )
 
@@ -249,8 +249,8 @@ def test_inv17_it_waits_until_its_deadline(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.05)
     held = Call(partial(cache.acquire, spec("a"), holder="another test")).result()
     sentence = (
-        "there is no room to load dummy:org/b: the cache holds 1 of at most 1 backends, and none of it came free within"
-        " 0.05 s: dummy:org/a (held by another test). Release one of them first, or raise the size of the cache."
+        "there is no room to load dummy:org/b: the cache holds 1 of at most 1 backends, and none of them was released"
+        " within 0.05 s: dummy:org/a (held by another test). Release one of them first, or raise the size of the cache."
     )
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
         Call(partial(cache.acquire, spec("b"))).result()
@@ -265,7 +265,8 @@ def test_inv17_who_holds_the_room_that_its_own_request_waits_for_waits_until_the
     with cache.lease(spec("a"), holder="a test"):
         leader = Call(partial(cache.acquire, spec("b")))
         watched.until_waiting(1)
-        with pytest.raises(CacheFullError, match=r"none of it came free within 0.3 s: dummy:org/a \(held by a test\)"):
+        sentence = r"none of them was released within 0.3 s: dummy:org/a \(held by a test\)"
+        with pytest.raises(CacheFullError, match=sentence):
             cache.acquire(spec("b"))
         assert isinstance(leader.error(), CacheFullError)
 
@@ -295,8 +296,8 @@ def test_inv17_the_lease_of_a_thread_that_ended_is_not_taken_for_that_of_the_nex
 def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_thread(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.5)
     held = Call(partial(cache.acquire, spec("a"), holder="a thread that has ended")).result()
-    sentence = "all of it is in use by the one who asks, or was leased in a thread that has ended and did not release"
-    with pytest.raises(CacheFullError, match=rf"{sentence} it: dummy:org/a \(held by a thread that has ended\)"):
+    sentence = "all of them are in use by the caller; a thread ended without releasing its lease"
+    with pytest.raises(CacheFullError, match=rf"{sentence}: dummy:org/a \(held by a thread that has ended\)"):
         cache.acquire(spec("b"))
     held.release()
     assert cache.get_or_load(spec("b")).backend.use() == "b"
@@ -311,7 +312,7 @@ def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_as_long_in_oth
     held = Call(partial(cache.acquire, spec("a"), holder="a thread that has ended")).result()
     asker = Call(partial(cache.get_or_load, spec("b")))
     with pytest.raises(
-        CacheFullError, match=r"none of it came free within 0.1 s, or was leased in a thread that has e"
+        CacheFullError, match=r"none of them was released within 0.1 s; a thread ended without releasing its lease"
     ):
         asker.result()
     held.release()
@@ -335,7 +336,7 @@ def test_inv17_a_thread_that_ends_while_its_lease_is_waited_for_is_noticed(
     holder = Call(lease_and_end)
     assert held.wait(DEADLINE)
     watched.on_wait = may_end.set
-    with pytest.raises(CacheFullError, match="was leased in a thread that has ended"):
+    with pytest.raises(CacheFullError, match="a thread ended without releasing its lease"):
         cache.acquire(spec("b"))
     holder.result().release()
 
@@ -395,7 +396,7 @@ def test_inv18_what_is_over_the_whole_budget_is_refused_before_anything_is_evict
     sharing.estimates["b"] = {"b": 3 << 20}
     sentence = (
         "dummy:org/b takes 3.0 MiB, more than the whole budget of 2.0 MiB; nothing was evicted for it. Raise the"
-        " budget, or ask for a smaller dtype or model."
+        " budget, or use a smaller dtype or model."
     )
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
         cache.acquire(spec("b"))
@@ -462,7 +463,7 @@ def test_inv18_what_turns_out_larger_than_the_whole_budget_is_closed_and_refused
     cache = BackendCache(max_size=9, max_bytes=300, build=sharing)
     sharing.sizes["a"] = {"a": 301}
     sentence = (
-        "dummy:org/a turned out to take 301 B, more than the whole budget of 300 B. Raise the budget, or ask for a"
+        "dummy:org/a takes 301 B after its load, more than the whole budget of 300 B. Raise the budget, or use a"
         " smaller dtype or model."
     )
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
@@ -585,9 +586,9 @@ def test_a_second_time_out_of_memory_says_what_was_needed_and_what_is_there() ->
         with pytest.raises(CacheFullError) as caught:
             cache.get_or_load(spec("b"))
         assert str(caught.value) == (
-            "the memory of auto ran out twice while dummy:org/b was loaded, which takes an unknown size; all that was"
-            " idle was closed before the second try, and dummy:org/a, an unknown size (held by test_x) stays loaded."
-            " Ask for a smaller dtype or model, or release what is in use."
+            "loading dummy:org/b (an unknown size) ran out of memory on device auto twice. All idle backends were"
+            " closed before the second try; still loaded: dummy:org/a, an unknown size (held by test_x)."
+            " Use a smaller dtype or model, or release a backend."
         )
     assert build.tries == ["a", "b", "b"]
     assert names(cache) == ["a"]

@@ -179,7 +179,7 @@ def test_a_comparison_that_raises_with_a_secret_is_told_without_it(
             raise error
 
     (line,) = changes(Backend())
-    assert line.startswith(f"it cannot be compared with what it was: {type(error).__name__}: ")
+    assert line.startswith(f"comparing it with its state after the load failed: {type(error).__name__}: ")
     assert SECRET not in line
 
 
