@@ -126,7 +126,7 @@ from pytest_sway.errors import CacheFullError
 def test_forgets(sway_cache, sway_backend):
     with ThreadPoolExecutor(1) as pool:
         left = pool.submit(sway_cache.acquire, dummy("a")).result()
-    with pytest.raises(CacheFullError, match="did not release it: dummy:a .held by test_suite.py::test_forgets"):
+    with pytest.raises(CacheFullError, match="without releasing its lease: dummy:a .held by test_suite.py::test_forgets"):
         sway_backend(dummy("b"))
     left.release()
     sway_backend(dummy("b"))

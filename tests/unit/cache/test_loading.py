@@ -183,7 +183,7 @@ def test_inv09_a_request_that_found_no_room_gives_its_error_to_nobody_else(build
     held = cache.acquire(spec("a"), holder="me")
     other = Call(partial(cache.acquire, spec("b")))
     watched.until_waiting(1)
-    with pytest.raises(CacheFullError, match="in use by the one who asks"):
+    with pytest.raises(CacheFullError, match="in use by the caller"):
         cache.acquire(spec("c"))
     held.release()
     assert other.result().backend.use() == "b"
@@ -266,7 +266,7 @@ def test_inv14_a_load_may_ask_for_another_key(build: FakeBuild) -> None:
 def test_inv14_a_load_that_asks_for_another_key_without_room_for_both_is_told_so(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     build.inside["a"] = lambda: cache.acquire(spec("b"))
-    with pytest.raises(CacheFullError, match=r"in use by the one who asks: dummy:org/a \(loading\)"):
+    with pytest.raises(CacheFullError, match=r"in use by the caller: dummy:org/a \(loading\)"):
         cache.acquire(spec("a"))
 
 

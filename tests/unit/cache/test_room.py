@@ -358,7 +358,7 @@ def test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads(build:
     if ended:
         other.result()
     for ask in (keep, partial(cache.acquire, holder="a test")):
-        with pytest.raises(CacheFullError, match=r"in use by the one who asks: dummy:org/a \(held by a test\)"):
+        with pytest.raises(CacheFullError, match=r"in use by the caller: dummy:org/a \(held by a test\)"):
             ask(spec("b"))
     may_end.set()
     other.result().release()
