@@ -349,7 +349,7 @@ def loaded(specimen: Specimen, model: Any, folder: Path) -> Any:
 
 def table() -> str:
     """The table of `docs/pages/reference/adapters.md`."""
-    rows = [(s.kind, s.name, s.shares.value, "refused" if s.noticed else "not told") for s in ALL]
+    rows = [(s.kind, s.name, s.shares.value, "refused" if s.noticed else "not detected") for s in ALL]
     rows += [(r.kind, r.name, f"refused: {r.why}", "") for r in REFUSALS]
     rows.sort(key=lambda row: (row[0] != "LORA", row[0]))
     lines = ["| PEFT type | form | shares | untrained |", "| --- | --- | --- | --- |"]
