@@ -1,4 +1,4 @@
-"""The fixture ``sway_compare``: what a side may be, what a failing test shows, and what bad input gets."""
+"""The fixture ``sway_compare``: its sides, its report of a failing test, and its errors."""
 
 from __future__ import annotations
 

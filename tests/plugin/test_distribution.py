@@ -1,4 +1,4 @@
-"""Under pytest-xdist: a cache in each worker, one summary in the controller, whatever becomes of the workers."""
+"""Under pytest-xdist, each worker has a cache, and the controller prints one summary, even if workers crash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads that fail: what the test gets, and what the tests after it get."""
+"""Failed loads: the error of the first test, and of later tests."""
 
 from __future__ import annotations
 

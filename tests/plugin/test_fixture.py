@@ -1,4 +1,4 @@
-"""``sway_backend`` and ``sway_cache``: what is shared, what is pinned, what is handed out."""
+"""The fixtures ``sway_backend`` and ``sway_cache``: sharing, pinning and accepted specs."""
 
 from __future__ import annotations
 

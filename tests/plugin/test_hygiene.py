@@ -1,4 +1,4 @@
-"""Mutations and leaks: the right test gets the blame, and the next one a clean backend."""
+"""Mutations and leaks: the right test is blamed, and the next one gets a clean backend."""
 
 from __future__ import annotations
 

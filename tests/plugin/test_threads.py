@@ -1,4 +1,4 @@
-"""Leases end with the test or the wider fixture that asked, in whichever thread, and however they are kept."""
+"""Leases end with the test or wider fixture that took them, in any thread."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ from pytest_sway.errors import CacheFullError
 def test_forgets(sway_cache, sway_backend):
     with ThreadPoolExecutor(1) as pool:
         left = pool.submit(sway_cache.acquire, dummy("a")).result()
-    with pytest.raises(CacheFullError, match="without releasing its lease: dummy:a .held by test_suite.py::test_forgets"):
+    with pytest.raises(CacheFullError, match="without releasing its lease: dummy:a .held by .*::test_forgets"):
         sway_backend(dummy("b"))
     left.release()
     sway_backend(dummy("b"))
@@ -185,7 +185,7 @@ def test_next(sway_cache):
 @pytest.mark.parametrize("scope", ["class", "module", "package", "session"])
 @pytest.mark.parametrize("arguments", ["request, sway_cache", "request"])
 def test_a_lease_that_a_wider_fixture_takes_ends_with_it(suite: Suite, scope: str, arguments: str) -> None:
-    """In its own thread too, and not before its own teardown."""
+    """Even in a thread of its own, and only after its own teardown."""
     source = """
 import threading
 
