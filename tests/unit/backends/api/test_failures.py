@@ -1,4 +1,4 @@
-"""Servers that fail: what is tried again and for how long, and in which words the rest is told."""
+"""Servers that fail: which requests are repeated, how often, and the messages of the errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.backends.api.conftest import Build
 from tests.unit.backends.api.toy import Toy, reply
 
 BACKOFF = [(0.5, 1.0), (1.0, 1.5), (2.0, 2.5), (4.0, 4.5)]
-"""Seconds, doubling from a half, and up to a half more, so that many clients do not come back at once."""
+"""Bounds of the pauses in seconds: they double from 0.5, plus up to 0.5 so that clients don't retry in step."""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def generate(build: Build) -> Callable[[], str]:
 
 @pytest.fixture
 def never() -> Iterator[Callable[[Request], Response]]:
-    """An answer that does not come before the test is over."""
+    """An answer that does not come before the test ends."""
     over = threading.Event()
 
     def wait(_request: Request) -> Response:
@@ -197,7 +197,7 @@ def test_a_server_that_hangs_is_given_up_at_its_time(
     )
     with hasty.as_base() as view, pytest.raises(ServerError, match=sentence):
         view.generate("the sun", max_new_tokens=1)
-    assert sleeps == []  # it would hang again
+    assert sleeps == []  # a repeated request would time out again
     with backend.as_base() as view:
         assert view.generate("the sun", max_new_tokens=1)
 

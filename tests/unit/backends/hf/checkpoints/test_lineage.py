@@ -1,4 +1,4 @@
-"""An adapter on another base than it was trained on: noticed where both are known, and no false alarm."""
+"""An adapter on another base than it was trained on gives a warning if both are known, and no false alarm."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_model_in_the_hubs_cache_is_known_by_its_name(
 
 @pytest.fixture
 def elsewhere(base: Path, copy: Path, adapter: Path, tmp_path: Path) -> Path:
-    """An adapter that was trained on a model that is not the base."""
+    """An adapter that was trained on another model than the base."""
     edit_weights(copy, lambda tensors: {k: t + 0.5 for k, t in tensors.items()}, file="model.safetensors")
     return edit_config(shutil.copytree(adapter, tmp_path / "elsewhere"), base_model_name_or_path=str(copy))
 

@@ -1,4 +1,4 @@
-"""Which file and field an error of transformers or PEFT comes from."""
+"""Errors of transformers and PEFT are traced to a file and a field."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_field_that_peft_stumbles_over_is_named(
 
 
 def test_a_field_that_peft_does_not_read_is_nobodys_fault(build: Any, base: Path, broken: Path) -> None:
-    """PEFT 0.19 reads ``eva_config`` when it trains only, and no PEFT reads what it does not know."""
+    """PEFT 0.19 reads ``eva_config`` only in training, and no PEFT reads unknown fields."""
     edit_config(broken, **({"a field to come": 7} if PEFT_VERSION >= (0, 21) else {"eva_config": 7}))
     with build(base, broken).as_finetuned() as view:
         assert view_logits(view).equal(logits(*fresh(base, broken)))

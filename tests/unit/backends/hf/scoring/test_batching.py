@@ -71,7 +71,7 @@ def _families(sequences: list[list[int]], tokens: int = 1536) -> list[PrefixGrou
 
 
 def _behind(prefix: list[int], *lengths: int) -> list[list[int]]:
-    """Sequences that have ``prefix`` in common and no more, in the order of their tokens."""
+    """Return sequences with exactly the common prefix ``prefix``, in the order of their tokens."""
     return [[*prefix, *[n] * length] for n, length in enumerate(lengths)]
 
 
