@@ -1,4 +1,4 @@
-"""The tree of errors is the one that is drawn, and each error takes its message alone."""
+"""The tree in the docstring of errors.py matches the classes, and each error takes only its message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ERRORS = [error for error in _CLASSES if issubclass(error, errors.SwayError)]
 
 
 def _drawn() -> dict[str, tuple[str, ...]]:
-    """The bases of each error in the drawing: its parent there, and what stands in brackets."""
+    """Return the bases of each error in the drawing: its parent, and the class in brackets."""
     bases: dict[str, tuple[str, ...]] = {}
     parents = ["Exception"]
     for line in inspect.cleandoc(errors.__doc__ or "").splitlines():

@@ -1,4 +1,4 @@
-"""The types of the answers, and what the Protocols take for a backend."""
+"""The types of answers, and the Protocols' checks of backends."""
 
 from __future__ import annotations
 

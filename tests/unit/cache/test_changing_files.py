@@ -1,4 +1,4 @@
-"""What was loaded is kept under a key of the files that it was loaded from, whoever writes to them meanwhile."""
+"""A loaded backend has the key of the files that it was loaded from, even if the files change during the load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """The weights of an adapter whose folder is ``x``."""
+    """The weights file of an adapter in the folder ``x``."""
     folder = tmp_path / "x"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Closes: never of what is leased, once each, waited for by who asks again, and whatever some of them raise."""
+"""Closes: never during a lease, once each, awaited by later requests, and completed even if some raise."""
 
 from __future__ import annotations
 

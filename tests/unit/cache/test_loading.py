@@ -1,4 +1,4 @@
-"""Loads: one per key at a time, shared by who waits; failures, interrupts and loads that ask for themselves."""
+"""Loads: one per key at a time, shared by waiters; failures, interrupts and loads that wait for themselves."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_inv05_who_waited_holds_the_entry_before_another_can_evict_it(build: Fak
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)
     gate = build.load_gate("a")
-    leader = Call(partial(cache.get_or_load, spec("a")))  # lets go at once
+    leader = Call(partial(cache.get_or_load, spec("a")))  # releases at once
     gate.wait()
     waiter = Call(partial(cache.acquire, spec("a")))
     watched.until_waiting(1)
@@ -81,7 +81,7 @@ def test_inv05_who_waited_holds_the_entry_before_another_can_evict_it(build: Fak
 
 
 def test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready(build: FakeBuild) -> None:
-    """The leader is told of its load before any waiter had a chance to run: their claims are there already."""
+    """The leader's callback runs before any waiter can run: the waiters' claims exist already."""
     claims: list[int] = []
 
     class Count(Listener):
@@ -300,7 +300,7 @@ def test_inv14_a_close_that_asks_for_what_it_closes_is_told_so(build: FakeBuild)
 def test_inv14_who_was_granted_what_it_waited_for_no_longer_waits(
     build: FakeBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one who loaded b asks for a before the one who loads a, and was granted b, had a chance to run."""
+    """The thread that loaded b asks for a, before the thread that loads a and was granted b can run."""
 
     class AskBack(Listener):
         def loaded(self, cached: CachedBackend) -> None:

@@ -1,4 +1,4 @@
-"""Room: never more resident than the cap, by number and by bytes; who goes, who waits, and who is refused."""
+"""Room: the bounds by number and by bytes hold; eviction, waiting and refusal."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all(build: FakeBuild
 
     def ask_for_more_than_there_is() -> None:
         with cache.lease(spec("a+x"), holder="tests/test_a.py::test_it"), cache.lease(spec("b"), holder="a fixture"):
-            assert cache.get_or_load(spec("b")).backend.use() == "b"  # what is there is had all the same
+            assert cache.get_or_load(spec("b")).backend.use() == "b"  # a loaded backend is served all the same
             cache.acquire(spec("c"))
 
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
@@ -259,7 +259,7 @@ def test_inv17_it_waits_until_its_deadline(build: FakeBuild) -> None:
 
 
 def test_inv17_who_holds_the_room_that_its_own_request_waits_for_waits_until_the_deadline(build: FakeBuild) -> None:
-    """Another thread leads the load that both want."""
+    """Another thread leads the load that both threads request."""
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.3)
     watched = Watched(cache)
     with cache.lease(spec("a"), holder="a test"):
@@ -283,7 +283,7 @@ def test_inv17_those_who_wait_for_one_that_found_no_room_in_time_get_its_error(b
 
 
 def test_inv17_the_lease_of_a_thread_that_ended_is_not_taken_for_that_of_the_next(build: FakeBuild) -> None:
-    """Threads' numbers are used again."""
+    """Thread numbers are reused."""
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)
     held = Call(partial(cache.acquire, spec("a"))).result()
@@ -553,7 +553,7 @@ def test_bytes_are_written_for_people(size: int, text: str) -> None:
 
 
 class _OutOfMemory:
-    """A build of which only so many fit in a device's memory, whatever the cache believes."""
+    """A build that runs out of memory beyond ``fits`` backends, whatever the cache's budget."""
 
     def __init__(self, fits: int) -> None:
         self.fits = fits

@@ -1,7 +1,7 @@
-"""Bugs that systems like this one really had, put into our modules one at a time: the table of bug and killer.
+"""A table of bugs that such systems really had, and of the tests that kill them.
 
-Loaded as a plugin (``pytest -p tests.unit.fire.mutants``) it changes a module while it is imported, in memory, as the
-environment variable SWAY_MUTANT says. What is changed is the syntax tree, so comments and layout make no difference.
+As a plugin (``pytest -p tests.unit.fire.mutants``), this module puts the bug in the environment variable SWAY_MUTANT
+into its module during the import. It changes the syntax tree, so comments and layout make no difference.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Mutant:
     """A bug, the changes that make it, and the test that finds it.
 
     Attributes:
-        bug: What it is, in words.
-        module: The module that has it.
-        changes: In which function, method or constant which expressions or statements are replaced by what. In the
-            old ones, ``...`` stands for anything, also for all arguments of a call.
+        bug: The bug, in words.
+        module: The module that gets it.
+        changes: Its changes: a function, method or constant; an expression or statement in it; and the replacement.
+            In the expression, ``...`` matches anything, including all arguments of a call.
         killer: The test that fails.
     """
 
@@ -47,7 +47,7 @@ class Mutant:
 
 
 def _places(tree: ast.AST, names: list[str]) -> Iterator[ast.AST]:
-    """What is defined under these names, each inside of the one before."""
+    """Yield the definitions under these names, each inside the one before."""
     if not names:
         yield tree
         return
@@ -70,7 +70,7 @@ class _Change(ast.NodeTransformer):
 
 
 def _parsed(code: str) -> ast.AST:
-    """The statement, or the expression where it is one."""
+    """Parse a statement, or an expression."""
     [statement] = ast.parse(code).body
     return statement.value if isinstance(statement, ast.Expr) else statement
 

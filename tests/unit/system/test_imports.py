@@ -1,4 +1,4 @@
-"""Heavy libraries are imported once, to the end, and timed apart."""
+"""Heavy libraries are imported once, without interruption, and timed separately."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if sys.log_gate is not None:
 
 @pytest.fixture
 def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A package that notes when it is imported, and stops at a gate if there is one."""
+    """A package that records its import, and stops at a gate if there is one."""
     (tmp_path / "heavy_library").mkdir()
     (tmp_path / "heavy_library" / "__init__.py").write_text(SOURCE)
     (tmp_path / "heavy_library" / "part.py").write_text("")
@@ -60,7 +60,7 @@ def _strike_at(gate: Gate) -> None:
 
 
 class _Timeout(BaseException):
-    """What pytest-timeout raises from a signal, in whatever line runs."""
+    """An error like pytest-timeout's, which a signal raises at any line."""
 
 
 def test_a_library_is_imported_once_whoever_asks(heavy: Any) -> None:

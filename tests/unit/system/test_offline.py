@@ -1,4 +1,4 @@
-"""Offline mode: for the processes that are started, for libraries that are imported later, and for those that were."""
+"""Offline mode applies to child processes, to libraries imported later, and to those already imported."""
 
 from __future__ import annotations
 

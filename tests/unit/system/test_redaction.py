@@ -32,7 +32,7 @@ def test_the_value_of_a_secret_variable_is_replaced(monkeypatch: pytest.MonkeyPa
         "cannot reach https://someone:p4ss%2Fword@hub.example/api",
         "cannot reach https://someone:p4ss%2Fword@other.example",
         "the password p4ss/word is refused",
-        "cannot reach https://someone:short@elsewhere.example",  # which no variable holds
+        "cannot reach https://someone:short@elsewhere.example",  # no variable holds this one
     ],
 )
 def test_a_password_in_an_address_is_replaced(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
@@ -130,7 +130,7 @@ def test_an_error_of_a_load_shows_no_secret(monkeypatch: pytest.MonkeyPatch, mak
     shown = _shown(caught.value)
     assert SECRET not in shown
     assert "***" in shown
-    assert "in act" in shown  # where it came from
+    assert "in act" in shown  # the frame that raised it
 
 
 @each_way

@@ -180,7 +180,7 @@ def test_an_adapter_that_peft_itself_puts_on_follows_one_that_left(
 
 @pytest.fixture
 def alike(base: Path, tmp_path: Path) -> list[Path]:
-    """Two adapters that differ in nothing but their weights."""
+    """Two adapters that differ only in their weights."""
     return [make_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate(("first", "second"), 5)]
 
 
@@ -236,7 +236,7 @@ def test_the_order_of_patterns_makes_another_configuration(build: Any, base: Pat
         )
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text())
-        config["alpha_pattern"] = {name: config["alpha_pattern"][name] for name in order}  # PEFT itself sorts them
+        config["alpha_pattern"] = {name: config["alpha_pattern"][name] for name in order}  # PEFT sorts them
         path.write_text(json.dumps(config))
         folders.append(folder)
     backends = [build(base, folder) for folder in folders]

@@ -21,7 +21,7 @@ from pytest_sway.errors import ScoringError
 
 
 class Letters:
-    """A tokenizer of single letters that begins a text with BOS, ``^``, if it is told to."""
+    """A tokenizer of single letters that can put BOS, ``^``, before a text."""
 
     eos_token_id = ord("$")
 
