@@ -240,7 +240,7 @@ def test_inv15_a_lease_is_released_when_its_block_raises(build: FakeBuild) -> No
 
 
 def _in_child(work: Callable[[], bool]) -> int:
-    """Return the exit status of a forked child that runs ``work``: 0 if that is True. A watchdog ends a hanging child."""
+    """Return the exit status of a forked child that runs ``work``: 0 if it is True. A watchdog ends a hanging child."""
     pid = os.fork()
     if pid == 0:
         status = 2
