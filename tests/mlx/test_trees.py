@@ -340,7 +340,7 @@ def test_what_a_test_does_to_a_model_changes_that_model_alone(
 
 @pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
 @pytest.mark.parametrize("use", KEEPING.values(), ids=KEEPING)
-def test_what_leaves_the_numbers_alone_is_nobody_elses_affair(
+def test_changes_that_leave_the_numbers_alone_are_allowed(
     measured: Measured, use: Callable[[Any], Any], side: str
 ) -> None:
     with getattr(measured.backend, side)() as view:
@@ -383,7 +383,7 @@ def test_what_is_done_to_a_scaled_model_changes_no_other(measured: Measured) -> 
 # --- what is still shared ---------------------------------------------------------------------------------------------
 
 
-def test_a_write_past_mlx_is_found_and_the_base_goes_to_nobody_else(
+def test_a_write_past_mlx_is_found_and_the_base_is_not_served_again(
     build: Build, base: Path, adapter: Path, loads: list[str]
 ) -> None:
     backend, other = build(base, adapter), build(base)

@@ -16,7 +16,7 @@ def test_unharmed(sway_backend):
 """
 
 
-def test_a_failure_for_good_is_not_tried_again_and_names_who_met_it_first(suite: Suite) -> None:
+def test_a_permanent_failure_is_not_repeated_and_names_the_first_test(suite: Suite) -> None:
     result = suite.run(MANY.format(spec='dummy("mismatch")'))
     result.assert_outcomes(failed=4, passed=1)
     assert suite.events() == ["load mismatch", "load a", "close a"]
@@ -38,7 +38,7 @@ def test_a_passing_failure_is_tried_again(suite: Suite) -> None:
     )
 
 
-def test_a_malformed_spec_names_who_met_it_first(suite: Suite) -> None:
+def test_a_malformed_spec_names_the_first_test(suite: Suite) -> None:
     result = suite.run(MANY.format(spec='{"kind": "hf", "bse": "x"}'))
     result.assert_outcomes(failed=4, passed=1)
     assert result.stdout.str().count("Did you mean 'base'?") >= 4

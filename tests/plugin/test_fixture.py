@@ -35,7 +35,7 @@ def test_evicts(sway_backend):
     assert suite.events() == ["load a", "load b", "close a", "load c", "c in use", "close b", "close c"]
 
 
-def test_a_test_that_pins_more_than_fits_is_told_who_holds_what_and_what_to_do(suite: Suite) -> None:
+def test_a_test_that_pins_more_than_fits_learns_the_holders_and_a_remedy(suite: Suite) -> None:
     result = suite.run("""
 def test_greedy(sway_backend):
     for name in "abc":
@@ -134,7 +134,7 @@ def test_retrained(sway_backend, tmp_path):
     assert any_suite.events().count("load a") == 2
 
 
-def test_a_user_who_closes_a_shared_backend_is_told_and_harms_nobody(suite: Suite) -> None:
+def test_a_test_that_closes_a_shared_backend_gets_an_error_and_harms_no_other(suite: Suite) -> None:
     result = suite.run("""
 def test_closes(sway_backend):
     sway_backend(dummy("a")).closed = True

@@ -175,7 +175,7 @@ def test_x(sway_backend):
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
-def test_a_leak_check_that_raises_fails_nobody_and_is_reported(suite: Suite) -> None:
+def test_a_leak_check_that_raises_is_reported_and_fails_no_test(suite: Suite) -> None:
     result = suite.run(
         """
 def test_one(sway_backend):

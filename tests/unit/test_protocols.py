@@ -125,7 +125,7 @@ class _Everything(_Sides):
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, set) else "",
 )
-def test_the_protocols_tell_who_can_do_what(made: object, protocols: set[type]) -> None:
+def test_the_protocols_match_the_backends_abilities(made: object, protocols: set[type]) -> None:
     known = (
         Model,
         ScoringBackend,

@@ -130,7 +130,7 @@ def test_inv03_a_shutdown_that_was_interrupted_can_be_called_again(build: FakeBu
     assert build.closes == {"a": [1], "b": [1], "c": [1]}
 
 
-def test_inv06_who_asks_for_what_is_closing_waits_and_gets_a_new_one(build: FakeBuild) -> None:
+def test_inv06_a_request_for_a_closing_backend_waits_and_gets_a_new_one(build: FakeBuild) -> None:
     cache = BackendCache(max_size=2, build=build)
     watched = Watched(cache)
     old = cache.get_or_load(spec("a"))
@@ -165,9 +165,7 @@ def test_inv06_what_is_closing_to_make_room_is_not_handed_out(build: FakeBuild) 
     assert build.oracle.peak == 1
 
 
-def test_inv11_a_close_that_raises_fails_nobody_elses_request(
-    build: FakeBuild, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_inv11_a_close_that_raises_fails_no_other_request(build: FakeBuild, caplog: pytest.LogCaptureFixture) -> None:
     evicted: list[str] = []
 
     class Note(Listener):

@@ -324,7 +324,7 @@ class TestOwner:
         assert not cache.leased()
         assert build.closes == {"a": [0]}
 
-    def test_inv17_who_waits_for_room_at_its_end_waits_no_longer(self, build: FakeBuild) -> None:
+    def test_inv17_a_request_stops_waiting_for_room_when_its_owner_ends(self, build: FakeBuild) -> None:
         owner = Owner("a test")
         cache = BackendCache(max_size=1, build=build)
         watched = Watched(cache)

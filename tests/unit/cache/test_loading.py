@@ -15,7 +15,7 @@ from pytest_sway.errors import BackendLoadError, CacheDeadlockError, CacheFullEr
 from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched, spec
 
 
-def test_inv01_all_who_wait_for_a_load_get_its_object(build: FakeBuild) -> None:
+def test_inv01_all_waiters_for_a_load_get_its_object(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
     gate, (leader, *waiters) = Watched(cache).crowd(build, 5)
     gate.open()
@@ -60,7 +60,7 @@ def test_inv01_hits_are_served_while_another_key_loads_and_a_third_closes(build:
     loader.result()
 
 
-def test_inv05_who_waited_holds_the_entry_before_another_can_evict_it(build: FakeBuild) -> None:
+def test_inv05_a_waiter_holds_the_entry_before_another_request_can_evict_it(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)
     gate = build.load_gate("a")
@@ -80,7 +80,7 @@ def test_inv05_who_waited_holds_the_entry_before_another_can_evict_it(build: Fak
     assert build.closes == {"a": [1], "b": [0]}
 
 
-def test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready(build: FakeBuild) -> None:
+def test_inv05_leases_of_waiters_exist_when_the_entry_becomes_ready(build: FakeBuild) -> None:
     """The leader's callback runs before any waiter can run: the waiters' claims exist already."""
     claims: list[int] = []
 
@@ -177,7 +177,7 @@ def test_inv10_an_interrupt_in_the_close_of_what_a_failed_load_left_leaves_its_r
         assert backend.use() == "b"
 
 
-def test_inv09_a_request_that_found_no_room_gives_its_error_to_nobody_else(build: FakeBuild) -> None:
+def test_inv09_a_request_without_room_gives_its_error_to_no_other(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)
     held = cache.acquire(spec("a"), holder="me")
@@ -297,9 +297,7 @@ def test_inv14_a_close_that_asks_for_what_it_closes_is_told_so(build: FakeBuild)
     ]
 
 
-def test_inv14_who_was_granted_what_it_waited_for_no_longer_waits(
-    build: FakeBuild, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inv14_a_granted_waiter_no_longer_counts_as_waiting(build: FakeBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that loaded b asks for a, before the thread that loads a and was granted b can run."""
 
     class AskBack(Listener):

@@ -201,7 +201,7 @@ def test_inv16_a_shared_base_counts_once(sharing: InformedFakeBuild) -> None:
     assert sharing.base_loads == {"org/a": 1}
 
 
-def test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all(build: FakeBuild) -> None:
+def test_inv17_a_request_fails_at_once_if_the_caller_holds_everything(build: FakeBuild) -> None:
     cache = BackendCache(max_size=2, build=build, lease_timeout=1000)
     sentence = (
         "there is no room to load dummy:org/c: the cache holds 2 of at most 2 backends, and all of them are in use"
@@ -258,7 +258,7 @@ def test_inv17_it_waits_until_its_deadline(build: FakeBuild) -> None:
     assert cache.get_or_load(spec("b")).backend.use() == "b"
 
 
-def test_inv17_who_holds_the_room_that_its_own_request_waits_for_waits_until_the_deadline(build: FakeBuild) -> None:
+def test_inv17_a_caller_that_holds_the_room_for_a_load_it_waits_for_waits_until_the_deadline(build: FakeBuild) -> None:
     """Another thread leads the load that both threads request."""
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.3)
     watched = Watched(cache)
@@ -271,7 +271,7 @@ def test_inv17_who_holds_the_room_that_its_own_request_waits_for_waits_until_the
         assert isinstance(leader.error(), CacheFullError)
 
 
-def test_inv17_those_who_wait_for_one_that_found_no_room_in_time_get_its_error(build: FakeBuild) -> None:
+def test_inv17_waiters_for_a_load_without_room_get_its_error(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.3)
     watched = Watched(cache)
     with cache.lease(spec("a")):
@@ -475,7 +475,7 @@ def test_inv18_what_turns_out_larger_than_the_whole_budget_is_closed_and_refused
 @pytest.mark.parametrize(
     ("held", "known"), [({"a": 100}, "100 B"), (None, "an unknown number of bytes")], ids=["known", "unknown"]
 )
-def test_inv18_who_is_refused_for_bytes_is_told_the_bytes(
+def test_inv18_a_refusal_for_bytes_names_the_bytes(
     sharing: InformedFakeBuild, held: SizeByPart | None, known: str
 ) -> None:
     cache = BackendCache(max_size=9, max_bytes=150, build=sharing)

@@ -120,13 +120,13 @@ the oldest goes, not the least recently used
     cache/test_room.py::test_inv07_the_victim_is_the_least_recently_used
 two load when a second asks during the load
     cache.ledger:Ledger.try_to_claim: entry is None -> entry is None or entry.state is State.LOADING
-    cache/test_loading.py::test_inv01_all_who_wait_for_a_load_get_its_object
+    cache/test_loading.py::test_inv01_all_waiters_for_a_load_get_its_object
 who waited holds no lease when the entry becomes ready
     cache.ledger:Ledger.admit: waiter.lease = ... -> pass
-    cache/test_loading.py::test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready
+    cache/test_loading.py::test_inv05_leases_of_waiters_exist_when_the_entry_becomes_ready
 who waits is not woken by the load
     cache.ledger:Ledger.admit: self._announce() -> None
-    cache/test_loading.py::test_inv01_all_who_wait_for_a_load_get_its_object
+    cache/test_loading.py::test_inv01_all_waiters_for_a_load_get_its_object
 who waits is not told of the failure
     cache.ledger:Ledger._refuse: waiter.error = ... -> pass
     cache/test_loading.py::test_inv09_leader_and_waiters_get_the_error_of_one_load_and_the_next_call_tries_again
@@ -141,7 +141,7 @@ an interrupted load keeps its reservation
     cache/test_loading.py::test_inv10_an_interrupt_goes_up_where_it_struck_and_a_waiter_takes_over
 what is closing is handed out
     cache.ledger:Ledger.try_to_claim: entry.state is State.READY -> entry.state in (State.READY, State.CLOSING)
-    cache/test_closing.py::test_inv06_who_asks_for_what_is_closing_waits_and_gets_a_new_one
+    cache/test_closing.py::test_inv06_a_request_for_a_closing_backend_waits_and_gets_a_new_one
 a stale release hits the next generation
     cache.ledger:Ledger.unclaim: entry.claims.discard(...) -> self._entries.get(entry.key, entry).claims.clear()
     cache/test_lifetimes.py::test_inv08_a_late_release_does_not_touch_the_next_generation
@@ -153,7 +153,7 @@ evicting all closes what is leased
     cache/test_closing.py::test_inv02_what_is_leased_is_closed_after_its_last_lease
 a close that raises fails the request that made room
     cache.backend_cache:BackendCache._close: Exception -> ()
-    cache/test_closing.py::test_inv11_a_close_that_raises_fails_nobody_elses_request
+    cache/test_closing.py::test_inv11_a_close_that_raises_fails_no_other_request
 a load that ends after the shutdown is kept
     cache.ledger:Ledger.admit: self._shut -> False
     cache/test_closing.py::test_inv03_a_load_that_ends_after_the_shutdown_gave_up_on_it_is_closed
@@ -162,7 +162,7 @@ a load that asks for itself waits forever
     cache/test_loading.py::test_inv14_a_load_that_asks_for_itself_is_told_so
 who holds all the room waits for itself
     cache.ledger:Ledger.reserve: self._never_fits(...) -> False
-    cache/test_room.py::test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all
+    cache/test_room.py::test_inv17_a_request_fails_at_once_if_the_caller_holds_everything
 a lease that its thread has left is waited for by who would have to release it
     cache.entries:Claim.ends_without: self.orphaned -> False
     cache/test_room.py::test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_thread
@@ -183,7 +183,7 @@ a base is closed with an adapter alive
     cache/test_room.py::test_inv16_a_base_goes_with_its_last_adapter
 two load a base at once
     backends.local.pool:SharedPool.acquire: holding(...) -> self._share(slot, user, load)
-    backends/local/test_pool.py::test_those_who_ask_during_a_load_wait_for_it
+    backends/local/test_pool.py::test_requests_during_a_load_wait_for_it
 a base that closes is handed out
     backends.local.pool:SharedPool._leave: holding(...) -> self._close_unused(slot)
     backends/local/test_pool.py::test_who_asks_during_a_close_waits_for_it_and_loads_anew

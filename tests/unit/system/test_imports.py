@@ -123,7 +123,7 @@ def test_what_an_import_does_to_the_process_can_be_put_back_in_its_own_thread(he
 
 
 @pytest.mark.parametrize(("name", "what"), [("broken_library", "a symbol is missing"), ("no_such", "No module")])
-def test_a_broken_library_is_an_error_for_everyone_who_asks(heavy: Any, name: str, what: str) -> None:
+def test_a_broken_library_is_an_error_for_every_caller(heavy: Any, name: str, what: str) -> None:
     for _ in range(2):
         with pytest.raises(ImportError, match=what):
             import_apart("heavy_library", name)

@@ -129,7 +129,7 @@ def test_an_adapter_is_put_on_while_a_forward_pass_on_its_base_goes_on(
         assert score.result(WAIT) == expected
 
 
-def test_a_base_that_somebody_changed_goes_to_nobody_else(
+def test_a_changed_base_is_not_served_again(
     build: Any, base: Path, adapter: Path, other_adapter: Path, loads: list[str]
 ) -> None:
     first = build(base, adapter)
@@ -254,7 +254,7 @@ def _halving(forward: Any) -> Any:
 
 
 @pytest.mark.parametrize("undone", [True, False])
-def test_what_a_patched_class_writes_while_it_computes_reaches_nobody_else(
+def test_writes_of_a_patched_class_reach_no_other_backend(
     build: Any, base: Path, alike: list[Path], monkeypatch: pytest.MonkeyPatch, undone: bool
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP

@@ -98,7 +98,7 @@ def test_keys_are_apart(values: Values) -> None:
     assert b.value == "b1"
 
 
-def test_those_who_ask_during_a_load_wait_for_it(values: Values) -> None:
+def test_requests_during_a_load_wait_for_it(values: Values) -> None:
     announced = _announced(values)
     values.load_gate = Gate()
     calls = [Call(partial(values.acquire, "a")) for _ in range(5)]

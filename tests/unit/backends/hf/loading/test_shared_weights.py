@@ -366,7 +366,7 @@ def test_adapters_are_the_same_on_a_shared_copy_and_write_nothing_into_it(
     assert len(digests) == 1
 
 
-def test_what_a_test_writes_into_its_weights_reaches_nobody_else(
+def test_writes_to_a_tests_own_weights_reach_no_other_test(
     worker: Callable[[], SharedWeights], half: Path, run_folder: Path
 ) -> None:
     import torch

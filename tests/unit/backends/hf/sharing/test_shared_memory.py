@@ -218,7 +218,7 @@ def test_a_tree_made_in_inference_mode_is_like_any_other() -> None:
 
 
 @LINUX
-def test_a_file_whose_name_is_another_files_by_now_does_no_harm(tmp_path: Path) -> None:
+def test_a_mapped_file_that_was_replaced_does_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     model = _mapped(_model(), path)
     memory, before = SharedMemory(model), _state(model)
@@ -235,7 +235,7 @@ def test_a_file_whose_name_is_another_files_by_now_does_no_harm(tmp_path: Path) 
 
 @LINUX
 @pytest.mark.parametrize("gone", [True, False], ids=["deleted", "replaced"])
-def test_a_file_whose_name_was_another_files_already_is_moved_to_memory(tmp_path: Path, gone: bool) -> None:
+def test_a_mapped_file_replaced_before_sharing_is_moved_to_memory(tmp_path: Path, gone: bool) -> None:
     path = tmp_path / "weights"
     model = _mapped(_model(), path)
     before = _state(model)
