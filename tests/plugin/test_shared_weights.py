@@ -228,7 +228,7 @@ def test_scores(sway_backend, n):
     assert runs.left() == []
 
 
-def test_a_full_disk_is_said_and_each_worker_goes_on_with_its_own_copy(runs: Runs) -> None:
+def test_a_full_disk_gives_a_warning_and_each_worker_keeps_its_own_copy(runs: Runs) -> None:
     runs.pytester.makeconftest(
         """
 import shutil

@@ -123,7 +123,7 @@ class Agreement:
         assert_equal(question.many(view, iter(question.items)), question.many(view, list(question.items)))
         assert question.many(view, []) == []
 
-    def test_all_tokens_of_a_text_are_scored_unless_told_otherwise(self, view: Any) -> None:
+    def test_all_tokens_of_a_text_are_scored_by_default(self, view: Any) -> None:
         assert_equal([view.rolling_logprob("the sun is")], [view.rolling_logprob("the sun is", prefix=True)])
 
     def test_answers_have_the_types_and_shapes_that_are_documented(self, view: Any) -> None:

@@ -33,7 +33,7 @@ def test_the_tree_that_is_drawn_is_the_real_one() -> None:
     assert _drawn() == {error.__name__: tuple(base.__name__ for base in error.__bases__) for error in _ERRORS}
 
 
-def test_there_is_nothing_besides_the_tree_and_one_warning() -> None:
+def test_the_module_has_only_the_tree_and_one_warning() -> None:
     assert [other for other in _CLASSES if other not in _ERRORS] == [errors.SwayWarning]
     assert issubclass(errors.SwayWarning, UserWarning)
 

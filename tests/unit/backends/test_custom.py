@@ -153,7 +153,7 @@ def test_an_object_with_the_methods_is_enough_whatever_made_it(entry_point: str)
         ),
     ],
 )
-def test_an_error_in_the_users_module_is_told_with_its_cause(
+def test_an_error_in_the_users_module_is_shown_with_its_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception], sentence: str
 ) -> None:
     (tmp_path / "failing_module.py").write_text(code)

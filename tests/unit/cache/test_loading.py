@@ -242,7 +242,7 @@ def test_inv10_an_interrupt_while_waiting_leaves_the_load_to_the_others(
     assert not cache.leased()
 
 
-def test_inv14_a_load_that_asks_for_itself_is_told_so(build: FakeBuild) -> None:
+def test_inv14_a_load_that_waits_for_itself_gets_an_error(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
     build.inside["a"] = lambda: cache.acquire(spec("a"))
     sentence = (
@@ -263,7 +263,7 @@ def test_inv14_a_load_may_ask_for_another_key(build: FakeBuild) -> None:
         assert inner[0].backend.use() == "b"
 
 
-def test_inv14_a_load_that_asks_for_another_key_without_room_for_both_is_told_so(build: FakeBuild) -> None:
+def test_inv14_a_load_that_asks_for_another_key_without_room_for_both_gets_an_error(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     build.inside["a"] = lambda: cache.acquire(spec("b"))
     with pytest.raises(CacheFullError, match=r"in use by the caller: dummy:org/a \(loading\)"):
@@ -286,7 +286,7 @@ def test_inv14_two_loads_that_ask_for_each_other_do_not_wait_forever(build: Fake
     assert build.oracle.live == 0
 
 
-def test_inv14_a_close_that_asks_for_what_it_closes_is_told_so(build: FakeBuild) -> None:
+def test_inv14_a_close_that_waits_for_itself_gets_an_error(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
     cache.get_or_load(spec("a"))
     build.inside_close["a"] = lambda: cache.acquire(spec("a"))

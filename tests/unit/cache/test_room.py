@@ -579,7 +579,7 @@ def test_a_load_that_runs_out_of_memory_is_tried_once_more_without_what_is_idle(
     assert build.alive == ["c"]
 
 
-def test_a_second_time_out_of_memory_says_what_was_needed_and_what_is_there() -> None:
+def test_out_of_memory_twice_names_the_size_and_the_loaded_backends() -> None:
     build = _OutOfMemory(fits=1)
     cache = BackendCache(max_size=4, build=build)
     with cache.lease(spec("a"), holder="test_x"):

@@ -46,11 +46,11 @@ def test_among_equal_models_the_order_stays() -> None:
     assert order_of("a+x", "a+x", "a+x") == "0 1 2"
 
 
-def test_tests_whose_needs_are_not_known_keep_their_order_and_what_stands_before_them() -> None:
+def test_tests_of_unknown_needs_keep_their_order_and_their_predecessors() -> None:
     assert order_of("-", "a", "-", "b", "a", "-") == "0 1 4 2 3 5"
 
 
-def test_a_test_of_two_bases_stands_with_those_of_its_first() -> None:
+def test_a_test_of_two_bases_runs_with_those_of_its_first() -> None:
     assert order_of("a", "a b", "b", "a", "b a") == "0 3 1 2 4"
 
 

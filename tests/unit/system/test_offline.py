@@ -37,7 +37,7 @@ def test_what_the_environment_said_before_is_put_back(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("online")
-def test_libraries_that_are_imported_already_are_told_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_are_imported_already_go_offline_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     resets: list[str] = []
     hub, transformers = SimpleNamespace(HF_HUB_OFFLINE=False), SimpleNamespace(_is_offline_mode=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub.constants", hub)

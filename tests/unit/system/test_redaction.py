@@ -168,9 +168,7 @@ def test_a_close_that_raises_with_a_secret_is_reported_and_logged_without_it(
 
 
 @each_way
-def test_a_comparison_that_raises_with_a_secret_is_told_without_it(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Exception]
-) -> None:
+def test_a_comparison_error_hides_a_secret(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Exception]) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     error = make()
 
@@ -183,7 +181,7 @@ def test_a_comparison_that_raises_with_a_secret_is_told_without_it(
     assert SECRET not in line
 
 
-def test_what_is_left_changed_is_told_without_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mutation_message_hides_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
 
     class Backend:

@@ -80,7 +80,7 @@ def test_what_does_not_pass_is_given_up(toy: Toy, generate: Callable[[], str], s
     assert all(low <= slept <= high for slept, (low, high) in zip(sleeps, BACKOFF, strict=True))
 
 
-def test_an_answer_that_is_always_cut_off_is_told_as_such(toy: Toy, generate: Callable[[], str]) -> None:
+def test_an_answer_that_is_always_cut_off_is_reported_as_such(toy: Toy, generate: Callable[[], str]) -> None:
     toy.canned += [_cut] * ATTEMPTS
     sentence = rf"^{toy.url}/v1/completions broke off its answer \(RemoteProtocolError: .*\)\. \(tried 5 times\)$"
     with pytest.raises(ServerError, match=sentence):
@@ -154,7 +154,7 @@ def test_a_server_that_is_not_there_is_named(build: Build, sleeps: list[float]) 
         ("[]", r"\[\]"),
     ],
 )
-def test_a_refusal_is_told_at_once_in_the_servers_words(
+def test_a_refusal_is_raised_at_once_in_the_servers_words(
     toy: Toy, generate: Callable[[], str], sleeps: list[float], body: str, told: str
 ) -> None:
     toy.canned += [Response(body, 400)]

@@ -45,7 +45,7 @@ def test_each_side_is_its_model(build: Build, toy: Toy) -> None:
         ("is 日", "本", ["\ufffd", "\ufffd"]),
     ],
 )
-def test_prompt_and_completion_are_told_apart_as_lm_evaluation_harness_does(
+def test_prompt_and_completion_are_split_as_in_lm_evaluation_harness(
     build: Build, toy: Toy, prompt: str, completion: str, scored: list[str]
 ) -> None:
     tokens = tokenize(prompt + completion)
@@ -100,7 +100,7 @@ def test_a_bos_that_the_server_shows_is_the_first_token_of_a_text(build: Build, 
 
 
 @pytest.mark.parametrize("toy", ["vllm"], indirect=True)
-def test_every_token_of_a_text_is_scored_unless_told_otherwise(build: Build) -> None:
+def test_every_token_of_a_text_is_scored_by_default(build: Build) -> None:
     with build().as_base() as view:
         one, (many,) = view.rolling_logprob(PROMPT), view.rolling_logprobs([PROMPT])
     assert (
@@ -143,7 +143,7 @@ def test_a_token_has_the_same_number_in_every_answer(build: Build) -> None:
 
 
 @pytest.mark.parametrize("toy", ["vllm", "llama-server", "mlx"], indirect=True)
-def test_servers_that_tell_the_ids_of_tokens_are_believed(build: Build, toy: Toy) -> None:
+def test_token_ids_from_a_server_are_used(build: Build, toy: Toy) -> None:
     after = distribution("tuned", [*(["<s>"] if _bos(toy) else []), *tokenize(PROMPT)])
     with build().as_finetuned() as view:
         dist = view.next_token_dist(PROMPT, top_k=3)

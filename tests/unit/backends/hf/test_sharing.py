@@ -115,7 +115,7 @@ def test_two_threads_that_build_on_one_base_load_it_once(
     assert scores[0] != scores[1]
 
 
-def test_an_adapter_is_put_on_while_a_forward_pass_on_its_base_goes_on(
+def test_an_adapter_can_be_put_on_during_a_forward_pass_of_its_base(
     build: Any, base: Path, adapter: Path, other_adapter: Path
 ) -> None:
     with build(base, adapter).as_finetuned() as view, ThreadPoolExecutor(1) as pool:

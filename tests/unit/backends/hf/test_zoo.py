@@ -185,7 +185,7 @@ PROMPTS = ["the cat", "in the sea the dog sat on a red mat ."]
 
 
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
-def test_greedily_it_goes_on_with_what_its_scores_say_is_most_probable(
+def test_greedy_text_is_the_most_probable_by_its_scores(
     keeper: Any, enclosures: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, specimen: Specimen
 ) -> None:
     enclosure = enclosures(specimen)

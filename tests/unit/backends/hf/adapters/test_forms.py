@@ -48,7 +48,7 @@ def test_keys_with_the_adapters_name_are_compared_with_the_bases_sizes(build: An
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
-def test_keys_with_the_name_of_another_adapter_are_told_from_those_of_another_base(
+def test_keys_with_the_name_of_another_adapter_are_not_taken_for_another_base(
     build: Any, base: Path, adapter: Path, copied: Path, beside: bool
 ) -> None:
     """``model.state_dict()`` has such keys, ``save_pretrained`` has not."""

@@ -145,7 +145,7 @@ def test_a_config_that_makes_peft_rewrite_or_fail_leaves_everybodys_base_intact(
         backend.close()
 
 
-def test_what_it_has_of_its_own_is_estimated_as_it_is_measured(
+def test_its_private_bytes_are_estimated_as_they_are_measured(
     builder: HFBuilder, build: Any, base: Path, tmp_path: Path
 ) -> None:
     folder = make_adapter(tmp_path, base, bias="all")

@@ -226,7 +226,7 @@ def test_the_tokenizer_of_an_adapter_is_named(build: Any, base: Path, broken: Pa
 
 
 @pytest.mark.parametrize("kind", ["llava", "clip", "qwen2_vl"])
-def test_a_base_that_is_no_causal_language_model_is_told_in_a_sentence(build: Any, own_base: Path, kind: str) -> None:
+def test_a_base_that_is_no_causal_language_model_gets_one_clear_sentence(build: Any, own_base: Path, kind: str) -> None:
     _edit(own_base / "config.json", model_type=kind)
     with pytest.raises(SpecError) as caught:
         build(own_base)

@@ -414,7 +414,7 @@ def test_what_a_test_writes_into_its_own_tree_of_a_shared_copy_stays_there(
     backend.close()
 
 
-def test_a_shared_copy_counts_as_many_bytes_as_one_of_its_own(half: Path, run_folder: Path) -> None:
+def test_a_shared_copy_counts_as_many_bytes_as_a_private_one(half: Path, run_folder: Path) -> None:
     backends = [HFBuilder(share_weights=folder)(spec_of(half)) for folder in (run_folder, None)]
     assert backends[0].sizes() == backends[1].sizes()
     for backend in backends:

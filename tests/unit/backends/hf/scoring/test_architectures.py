@@ -88,7 +88,7 @@ def test_prompts_go_on_together_as_they_do_alone(view: Any, temperature: float) 
     assert view.generate_many(TEXTS, **settings) == [view.generate(text, **settings) for text in TEXTS]
 
 
-def test_a_text_goes_on_with_what_scores_say_is_most_probable(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_text_follows_the_most_probable_scores(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "_decoded", lambda _, found: [str(list(ids)) for ids in found])
     text, expected = TEXTS[2], list[int]()
     while len(expected) < 6 and view.tokenizer.eos_token_id not in expected:

@@ -73,7 +73,7 @@ ALIKE = [[*STEM, 1, 2, 3], STEM, [*STEM, 3], [*STEM, 1], [*STEM, 1, 5], [*STEM, 
 FAMILIES = [PrefixGroup([7, 9, 6, 11, 10, 8], 4, 4 + 7), *alone(SEQUENCES), PrefixGroup([12, 14, 13], 1, 1 + 3)]
 
 
-def test_what_sequences_of_a_family_begin_with_in_common_is_there_once() -> None:
+def test_a_common_prefix_of_a_group_is_stored_once() -> None:
     sequences = SEQUENCES + ALIKE
     row = PackedBatch(sequences, "cpu", FAMILIES)
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()

@@ -115,7 +115,7 @@ def test_virtual_tokens_are_positions_too(build: Any, family: Path, tmp_path: Pa
                 np.testing.assert_allclose(found.logprobs, expected, atol=2e-4)
 
 
-def test_a_text_that_grows_beyond_a_change_goes_on_as_it_is_scored(build: Any, family: Path) -> None:
+def test_a_text_that_grows_beyond_a_change_of_rope_is_generated_as_it_is_scored(build: Any, family: Path) -> None:
     with build(family).as_base() as view:
         prompt, steps = " ".join(WORDS[5:15]), 6
         text, new = prompt, list[str]()
