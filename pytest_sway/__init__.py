@@ -1,6 +1,6 @@
 """pytest-sway: base model and fine-tuned model as two views on one set of loaded weights, in pytest.
 
-The names below are imported when they are first asked for, since pytest imports this package at every start.
+pytest imports this package at every start, so each public name is imported on first use.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from the module that defines it; the version is that of the installed package."""
+    """Import a public name from the module that defines it, or read the installed package's version."""
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
         try:
             return version("pytest-sway")
         except PackageNotFoundError:
-            raise AttributeError("pytest-sway is not installed, so its version is not known") from None
+            raise AttributeError("pytest-sway is not installed, so it has no version") from None
     for module, names in _HOMES.items():
         if name in names:
             from importlib import import_module

@@ -1,8 +1,8 @@
-"""dlm-sway's convention for whole texts, for running its probes on a backend from the cache.
+"""`for_probes`, which runs dlm-sway's probes on a cached backend with the same raw values as dlm-sway's own backend.
 
-Its probes work on any backend of ours. Two of them (``external_perplexity``, ``section_internalization``) ask for
-``rolling_logprob``, which dlm-sway 0.1 computes without a token in front of the text, and so without a score for the
-text's first token, where ours follows lm-evaluation-harness. With `for_probes`, raw values are its own.
+dlm-sway 0.1 computes ``rolling_logprob`` without a prefix token, so a text's first token has no score. pytest-sway
+follows lm-evaluation-harness, which scores it. Two probes use ``rolling_logprob``: ``external_perplexity`` and
+``section_internalization``. All others need no adjustment.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __tracebackhide__ = True
 
 
 def for_probes(backend: DifferentialBackend) -> DifferentialBackend:
-    """Return ``backend`` with views whose ``rolling_logprob`` keeps to dlm-sway's convention.
+    """Wrap ``backend`` so that ``rolling_logprob`` of its views follows dlm-sway's convention.
 
-    What the backend can do besides, such as scaling its adapter, the result can do too. It is as alive as ``backend``.
+    The wrapper can scale the adapter or replace it by noise if ``backend`` can. It works as long as ``backend`` does.
 
     Args:
-        backend: What ``sway_backend(spec)`` returned.
+        backend: A backend from ``sway_backend(spec)``.
     """
     if isinstance(backend, NullCalibratedBackend) and isinstance(backend, ScalableDifferentialBackend):
         return _AdapterProbed(backend)
@@ -89,7 +89,7 @@ class _Probed:
 
 
 class _AdapterProbed(_Probed):
-    """The same, for an adapter that can be scaled and replaced by noise."""
+    """A `_Probed` backend whose adapter can be scaled and replaced by noise."""
 
     @contextmanager
     def as_scaled_adapter(self, lam: float) -> Iterator[_ProbedView]:

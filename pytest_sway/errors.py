@@ -5,27 +5,27 @@ The tree::
     SwayError
     ├── SpecError (ValueError)            the spec itself is wrong
     ├── BackendNotAvailableError          nothing installed here can build this kind
-    ├── BackendLoadError                  the load was tried and failed
-    │   ├── FilesChangedError             somebody wrote to the files while they were loaded
+    ├── BackendLoadError                  the load started and failed
+    │   ├── FilesChangedError             the files changed while they were loaded
     │   └── WeightsError                  a file of weights is missing, unreadable or unsafe
     │       └── AdapterMismatchError      the adapter does not fit, or does nothing
     ├── CacheError
-    │   ├── CacheFullError                nothing can be evicted for this load
-    │   │   └── ModelTooLargeError        the model alone is over the byte budget
-    │   ├── CacheDeadlockError            a load waits, through others, for itself
+    │   ├── CacheFullError                no room can be made for this load
+    │   │   └── ModelTooLargeError        the model alone exceeds the byte budget
+    │   ├── CacheDeadlockError            a load waits for itself
     │   └── CacheClosedError              the cache was shut down
     ├── BackendUseError
     │   ├── BackendClosedError            the backend was used after its close
     │   ├── ViewClosedError               a view was used after its ``with`` block
-    │   └── NoAdapterError                the fine-tuned side of a spec without adapter
-    ├── ScoringError (ValueError)         what was passed cannot be scored, or not by this model's server
-    ├── ComparisonError (ValueError)      what was passed to sway_compare cannot be compared
+    │   └── NoAdapterError                the spec has no adapter, so it has no fine-tuned side
+    ├── ScoringError (ValueError)         the question cannot be scored, or not by this server
+    ├── ComparisonError (ValueError)      sway_compare cannot compare its arguments
     ├── ServerError                       a server refused, failed, or did not answer
     └── MutationError                     a test left a shared model changed
 
-Each takes one argument, the message, so that an error can be raised again in another test with a word about the
-first. The message says what was asked, what was found and what to do. Where an error fails a test, a last line names
-its place in the docs (`name_page`).
+Each takes one argument, the message, so that an error can be raised again in another test, with a note about the first.
+The message says what was asked, what was found and what to do. When an error fails a test, a last line names its entry
+in the docs (`name_page`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from typing import ClassVar
 
 
 class SwayError(Exception):
-    """Root of the errors of pytest-sway.
+    """Base class of all pytest-sway errors.
 
     Attributes:
-        permanent: The same request would fail again, as long as no file of it changes. A run remembers such a failure
-            and does not try the load again for each test.
+        permanent: Whether the same request fails again until its files change. A run remembers such a failure and does
+            not repeat the load for each test.
     """
 
     permanent: ClassVar[bool] = False
@@ -51,27 +51,27 @@ class SpecError(SwayError, ValueError):
 
 
 class BackendNotAvailableError(SwayError):
-    """A kind of backend that this environment cannot build: an extra is missing, or nobody builds it."""
+    """This environment cannot build this kind of backend: an extra is missing, or no hook builds it."""
 
     permanent = True
 
 
 class BackendLoadError(SwayError):
-    """A load was tried and failed; the original error is the cause."""
+    """A load started and failed; the original error is the cause."""
 
 
 class FilesChangedError(BackendLoadError):
-    """Files were written while they were loaded, so nobody knows what was loaded."""
+    """Files changed while they were loaded, so it is unknown which contents were loaded."""
 
 
 class WeightsError(BackendLoadError):
-    """A file of weights is missing, truncated, unreadable or of a format that can run code."""
+    """A weights file is missing, truncated, unreadable or in a format that can run code."""
 
     permanent = True
 
 
 class AdapterMismatchError(WeightsError):
-    """An adapter or fine-tuned model that does not fit its base, was not applied in full, holds NaN or does nothing."""
+    """An adapter or fine-tuned model does not fit its base, was applied only in part, holds NaN or changes nothing."""
 
 
 class CacheError(SwayError):
@@ -79,64 +79,64 @@ class CacheError(SwayError):
 
 
 class CacheFullError(CacheError):
-    """No room can be made: what is resident is leased, or the memory of the device ran out."""
+    """No room can be made: the resident backends are leased, or the device ran out of memory."""
 
 
 class ModelTooLargeError(CacheFullError):
-    """A model that is over the whole byte budget by itself."""
+    """The model alone exceeds the byte budget."""
 
     permanent = True
 
 
 class CacheDeadlockError(CacheError):
-    """A load asks, directly or through another thread's load, for the very backend that it is loading."""
+    """A load requests the backend that it is loading, directly or through another thread's load."""
 
 
 class CacheClosedError(CacheError):
-    """The cache was shut down and hands out nothing any more."""
+    """The cache was shut down and serves no more requests."""
 
 
 class BackendUseError(SwayError):
-    """A backend or a view was used in a way that it cannot serve."""
+    """A backend or a view was used in a way that it does not support."""
 
 
 class BackendClosedError(BackendUseError):
-    """A backend was used after it was closed, by eviction or at the session's end."""
+    """A backend was used after the cache closed it, by eviction or at the session's end."""
 
 
 class ViewClosedError(BackendUseError):
-    """A view was used after the ``with`` block that opened it."""
+    """A view was used after its ``with`` block."""
 
 
 class NoAdapterError(BackendUseError):
-    """The fine-tuned side was asked of a backend whose spec has no adapter."""
+    """The fine-tuned side was opened on a backend whose spec has no adapter."""
 
 
 class ScoringError(SwayError, ValueError):
-    """What was passed leaves nothing to score, such as a completion of no tokens, or a server cannot score it."""
+    """A question is malformed or has nothing to score, such as an empty completion, or a server cannot score it."""
 
 
 class ComparisonError(SwayError, ValueError):
-    """What was passed to ``sway_compare`` cannot be compared: a side, the questions, or what a score gave."""
+    """``sway_compare`` cannot compare its arguments: a side, the questions, or the values that a score returned."""
 
 
 class ServerError(SwayError):
-    """A server that a backend asks refused, failed, took too long, or answered something else."""
+    """A server refused a request, failed, took too long, or sent an unexpected answer."""
 
 
 class MutationError(SwayError):
-    """A test left a shared model, adapter or tokenizer other than it found it."""
+    """A test left a shared model, adapter or tokenizer changed."""
 
 
 class SwayWarning(UserWarning):
-    """Something that the user should know and that does not make a result wrong."""
+    """You should know something that does not make a result wrong."""
 
 
 def name_page(error: BaseException) -> bool:
-    """Add a note to an error of this module that says where the docs explain it, and return whether it is one.
+    """Add a note that names the docs entry of a pytest-sway error; return whether ``error`` is one.
 
-    The plugin calls it when an error fails a test or a collection, not the error itself when it is made: so the line
-    stands once, at the end, and ``pytest.raises(match=...)`` compares the message alone.
+    The plugin calls this when an error fails a test or a collection. So the note appears once, at the end, and
+    ``pytest.raises(match=...)`` compares the message alone.
     """
     name = next((base.__name__ for base in type(error).__mro__ if base.__module__ == __name__), None)
     if name is None:

@@ -1,6 +1,6 @@
 """The pytest plugin: hooks and fixtures that look up this run's state and delegate.
 
-Nothing heavy is imported here, and the cache itself only when a test first asks for a backend.
+Nothing heavy is imported here. The cache is imported when a test first asks for a backend.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Resolve the settings; a bad value ends the run here, before collection."""
     config.addinivalue_line(
         "markers",
-        "sway_spec(*specs): the model specs that a test uses; with exactly one, sway_backend() needs no argument.",
+        "sway_spec(*specs): the specs that the test uses; with exactly one, sway_backend() needs no argument.",
     )
     config.stash[_settings] = settings = resolve_settings(config)
     if config.getoption("sway_set"):
@@ -93,7 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Close what an interrupted teardown left, and the terminal."""
+    """Close the backends that an interrupted teardown left open, and the terminal."""
     if _session in config.stash:
         config.stash[_session].close()
     if _terminal_fd in config.stash:
@@ -102,7 +102,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Show what is in force."""
+    """Show the settings, and the named specs that ``--sway-set`` changed."""
     changed = config.stash.get(_changed, None)
     return [config.stash[_settings].header(), *(() if changed is None else (changed,))]
 
@@ -127,9 +127,9 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.fixture
 def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
-    """Call it with a spec to get a live differential backend, which stays loaded until the test's teardown.
+    """Call it with a spec to get a backend that stays loaded until the test's teardown.
 
-    ``sway_backend({"base": "org/name", "adapter": "runs/v3"})`` gives an object whose ``as_base()`` and
+    ``sway_backend({"base": "org/name", "adapter": "runs/v3"})`` returns an object whose ``as_base()`` and
     ``as_finetuned()`` open views on one set of loaded weights.
     """
     with _sway(request.config).backends_for(request.node.nodeid, _marked(request.node)) as backends:
@@ -138,10 +138,10 @@ def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
 
 @pytest.fixture
 def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
-    """Call it with questions, a candidate and a baseline to get how much more the candidate scores, in plain numbers.
+    """Call it with questions, a candidate and a baseline to learn how much higher the candidate scores.
 
-    ``assert sway_compare(questions, "candidate", "baseline").low > -0.1``: the candidate is shown to lose less than
-    0.1. A side is a view, a spec or a configured name.
+    ``assert sway_compare(questions, "candidate", "baseline").low > -0.1`` shows that the candidate loses less than 0.1.
+    A side is a view, a spec or a configured name.
     """
     from pytest_sway.run.comparing import Compared, comparing
 
@@ -161,15 +161,15 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
 def sway_cache(request: pytest.FixtureRequest) -> BackendCache:
     """The cache behind ``sway_backend``, for wider fixtures.
 
-    ``with sway_cache.lease(spec) as backend: yield backend`` pins a backend for as long as the fixture lives. A lease
-    ends with the test in which it is taken, or with the wider fixture during whose set-up it is.
+    In a fixture, ``with sway_cache.lease(spec) as backend: yield backend`` pins a backend until the fixture's teardown.
+    A lease that is not released ends with the test or wider fixture that took it.
     """
     return _sway(request.config).cache
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, object, object]:
-    """Let leases that are taken while a wider fixture is set up end with it, after all of its own teardown."""
+    """Make the fixture own the leases that are taken in its set-up; they end after its own teardown."""
     if request.scope == "function":
         return (yield)
     stash = request.config.stash
@@ -187,7 +187,7 @@ def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, obje
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Name the test to the cache, forget an earlier try of it, and refuse a marker that says nothing."""
+    """Make the test own its leases, forget an earlier try of it, and refuse a ``sway_spec`` marker without specs."""
     item.config.stash[_running] = Owner(item.nodeid)
     if _compared in item.stash:
         from pytest_sway.report.comparisons import set_properties
@@ -205,11 +205,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Compare what a test and its fixtures have used, once they have ended, so that the right test gets the error."""
+    """Compare the used models after the test's own fixtures have ended, so that the right test gets the error."""
     try:
         return (yield)
     finally:
-        restore_modules()  # which a run inside of this test may have taken away
+        restore_modules()  # a pytest run inside this test may have removed some
         session = _used(item.config)
         error = session.end_test(item.config.stash[_running]) if session is not None else None
         if error is not None:
@@ -218,14 +218,14 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Refuse a test whose wider fixture holds a backend that an earlier test has changed."""
+    """Refuse a test whose wider fixture holds a backend that an earlier test changed."""
     session = _used(item.config)
     if session is not None:
         session.check_fixtures(getattr(item, "funcargs", {}))
 
 
 def pytest_assertrepr_compare(config: pytest.Config, op: str, left: object, right: object) -> None:
-    """Note the margin of a failing assertion about a comparison; how it is shown is left to pytest."""
+    """Record the margin of a failing assertion about a comparison; pytest shows the assertion itself."""
     for compared in config.stash.get(_compared, ()):
         compared.asserted(op, left, right)
 
@@ -238,9 +238,9 @@ def pytest_assertion_pass(item: pytest.Item, expl: str) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Let go of what a failed test's traceback holds, once it is reported, so that the next load finds room.
+    """Clear a failed test's traceback once it is reported, so that it does not keep a model in memory.
 
-    pytest keeps the last traceback until the next test is called.
+    pytest keeps the last traceback until the next test's call.
     """
     try:
         return (yield)
@@ -256,7 +256,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Name the page of an error, and charge the seconds of a load as such, not to the test that came first."""
+    """Name the docs entry of an error, and subtract load seconds from the duration of the test that loaded."""
     if call.excinfo is not None:
         from pytest_sway.errors import name_page
 
@@ -288,7 +288,7 @@ def pytest_runtest_makereport(
 def pytest_exception_interact(
     node: pytest.Item | pytest.Collector, call: pytest.CallInfo[Any], report: pytest.TestReport | pytest.CollectReport
 ) -> None:
-    """Name the page of an error that fails a collection, such as a spec among the parameters that is wrong."""
+    """Name the docs entry of an error that fails a collection, such as a malformed spec among parameters."""
     if isinstance(node, pytest.Collector) and call.excinfo is not None:
         from pytest_sway.errors import name_page
 
@@ -301,7 +301,7 @@ def pytest_exception_interact(
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Close every backend; session fixtures have ended by now, however the run ended."""
+    """Close every backend; session fixtures have ended by now, even after an interrupt."""
     config = session.config
     if (sway := _used(config)) is not None:
         from pytest_sway.run.controller import publish
@@ -314,7 +314,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what was compared, and what happened, if a test used a backend."""
+    """Print the comparisons, and the summary if a test used a backend."""
     if (collected := config.stash.get(_collected, None)) is not None:
         from pytest_sway.report.comparisons import write_comparisons
 
@@ -349,12 +349,12 @@ class _Hooks:
 
 
 def _used(config: pytest.Config) -> SwaySession | None:
-    """The session, if a test has asked for it."""
+    """Return the session, or ``None`` if no test has used it."""
     return config.stash.get(_session, None)
 
 
 def _sway(config: pytest.Config) -> SwaySession:
-    """The session, made on first use."""
+    """Return the session, creating it on first use."""
     if _session not in config.stash:
         from pytest_sway.run.controller import load_progress, weights_folder
         from pytest_sway.run.named_specs import named_specs
@@ -397,7 +397,7 @@ def _end(config: pytest.Config, owner: Owner) -> None:
 
 
 def _terminal(config: pytest.Config) -> Any | None:
-    """The terminal past pytest's capture, or ``None`` where there is none."""
+    """Return the terminal, bypassing pytest's capture; ``None`` if standard error is no terminal."""
     descriptor = config.stash.get(_terminal_fd, None)
     if descriptor is None or not os.isatty(descriptor):
         return None
@@ -405,7 +405,7 @@ def _terminal(config: pytest.Config) -> Any | None:
 
 
 def _marked(item: pytest.Item) -> tuple[SpecLike, ...]:
-    """The specs of the closest marker ``sway_spec``."""
+    """Return the specs of the closest ``sway_spec`` marker."""
     marker = item.get_closest_marker("sway_spec")
     return () if marker is None else marker.args
 

@@ -1,7 +1,7 @@
-"""What a backend hands out: the types of its answers and the Protocols it satisfies.
+"""The types of answers, and the Protocols of backends and views.
 
-The Protocols are those of dlm-sway 0.1 (``dlm_sway.core.scoring`` and ``dlm_sway.core.model``), so that one backend
-serves both. Unlike there, any number of views may be open at once.
+The Protocols are those of dlm-sway 0.1 (``dlm_sway.core.scoring`` and ``dlm_sway.core.model``), so one backend serves
+both. Unlike in dlm-sway, any number of views may be open at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation, such as ``{"role": "user", "content": "Hello"}``."""
 
 Prompt: TypeAlias = str | Sequence[Message]
-"""What is to be continued: a text, or messages, which the tokenizer's chat template makes a text of."""
+"""A text, or messages that the tokenizer's chat template renders as a text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +29,7 @@ class RollingLogprob:
     """The log-probability of each token of a text, given the tokens before it.
 
     Attributes:
-        token_ids: int64, shape ``(N,)``: the text's tokens, behind the prefix token if there is one.
+        token_ids: int64, shape ``(N,)``: the prefix token, if there is one, and the text's tokens.
         logprobs: float32, shape ``(max(N - 1, 0),)``, in nats: ``log p(token[i] | token[:i])`` for ``i >= 1``.
         num_tokens: ``N``.
         total_logprob: Sum of ``logprobs``, in nats.
@@ -42,12 +42,12 @@ class RollingLogprob:
 
     @property
     def mean_logprob(self) -> float:
-        """Nats per scored token; 0.0 where no token was scored."""
+        """Mean of ``logprobs``, in nats per token; 0.0 if no token was scored."""
         return self.total_logprob / self.logprobs.size if self.logprobs.size else 0.0
 
     @property
     def perplexity(self) -> float:
-        """``exp(-mean_logprob)``: the natural perplexity, at least 1."""
+        """``exp(-mean_logprob)``, at least 1."""
         return math.exp(-self.mean_logprob)
 
 
@@ -58,9 +58,9 @@ class TokenDist:
     Attributes:
         token_ids: int64, shape ``(k,)``, most probable first.
         logprobs: float32, shape ``(k,)``, in nats, normalised over the whole vocabulary.
-        vocab_size: Size of the vocabulary that the logits cover; 0 where a server does not tell it.
-        tail_logprob: Log of the mass outside the ``k`` tokens; ``None`` where they are the whole vocabulary, and 0.0
-            where the mass is too small to be told from none (dlm-sway's convention: both mean no tail).
+        vocab_size: Number of logits; 0 if a server does not report it.
+        tail_logprob: Log of the probability mass outside the ``k`` tokens, in nats. It is ``None`` if the ``k`` tokens
+            are the whole vocabulary, and 0.0 if that mass is at most 1e-12. Both mean no tail, as in dlm-sway.
     """
 
     token_ids: NDArray[np.int64]
@@ -73,7 +73,7 @@ _SMALLEST_TAIL: Final = 1e-12
 
 
 def log_of_tail(mass: float) -> float:
-    """Return the ``tail_logprob`` of a distribution whose tokens leave a mass to others; NaN and infinity stay."""
+    """Return the ``tail_logprob`` for a probability mass outside the top tokens; NaN and infinity stay."""
     return math.log(mass) if mass > _SMALLEST_TAIL else 0.0 if math.isfinite(mass) else mass
 
 
@@ -92,11 +92,11 @@ class Model(Protocol):
         top_p: float = 1.0,
         seed: int = 0,
     ) -> str:
-        """Continue ``prompt``; greedy at temperature 0, else sampled from ``seed``."""
+        """Continue ``prompt``: greedily at temperature 0, else by sampling with ``seed``."""
         ...
 
     def close(self) -> None:
-        """Release what this view itself holds."""
+        """Release the view's own resources."""
         ...
 
 
@@ -105,21 +105,21 @@ class ScoringBackend(Protocol):
     """Log-probabilities; dlm-sway's ``ScoringBackend``."""
 
     def logprob_of(self, prompt: str, completion: str) -> float:
-        """Sum of the log-probabilities of the completion's tokens given the prompt, in nats."""
+        """Return the sum of the log-probabilities of the completion's tokens given the prompt, in nats."""
         ...
 
     def rolling_logprob(self, text: str) -> RollingLogprob:
-        """Log-probability of each token of ``text`` given those before it."""
+        """Return the log-probability of each token of ``text`` given the tokens before it."""
         ...
 
     def next_token_dist(self, prompt: str, *, top_k: int = 256) -> TokenDist:
-        """Distribution of the token after ``prompt``."""
+        """Return the distribution of the token after ``prompt``, cut to its ``top_k`` most probable tokens."""
         ...
 
 
 @runtime_checkable
 class View(Model, ScoringBackend, Protocol):
-    """One side of a backend: generation and scoring in one state of the model."""
+    """One side of a backend, which generates and scores."""
 
 
 @runtime_checkable
@@ -127,18 +127,20 @@ class BatchView(View, Protocol):
     """A view that answers many questions in few forward passes; answers come in the order of the questions."""
 
     def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
-        """`logprob_of` for each pair of a prompt and a completion."""
+        """Return `logprob_of` for each pair of a prompt and a completion."""
         ...
 
     def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
-        """`rolling_logprob` for each text; ``prefix`` is ``True`` by default for every kind of backend.
+        """Return `rolling_logprob` for each text.
 
-        With it, all of a text's own tokens are scored, behind the token that begins a text.
+        Args:
+            texts: The texts.
+            prefix: Whether to put a prefix token (BOS, else EOS) before each text, so that its first token has a score.
         """
         ...
 
     def next_token_dists(self, prompts: Iterable[Prompt], *, top_k: int = 256) -> list[TokenDist]:
-        """`next_token_dist` for each prompt."""
+        """Return `next_token_dist` for each prompt."""
         ...
 
     def generate_many(
@@ -150,11 +152,11 @@ class BatchView(View, Protocol):
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
     ) -> list[str]:
-        """`generate` for each prompt."""
+        """Return `generate` for each prompt."""
         ...
 
     def render(self, messages: Iterable[Message]) -> str:
-        """Return what the tokenizer's chat template makes of a conversation."""
+        """Render a conversation with the tokenizer's chat template."""
         ...
 
 
@@ -164,22 +166,22 @@ class RawView(View, Protocol):
 
     @property
     def model(self) -> Any:
-        """The framework's model, with exactly this view's adapter or none.
+        """The framework's model with this view's adapter, or without one.
 
-        It is the test's own: the same object for as long as the view is open, and nobody else's. It shares the memory
-        of the weights that nobody writes to. What a test does to it reaches no view's answers and no other test.
+        It belongs to the test, and is the same object while the view is open. It shares the base's memory and copies a
+        tensor on write, so changes to it affect neither the answers of views nor other tests.
         """
         ...
 
     @property
     def tokenizer(self) -> Any:
-        """The framework's tokenizer, with settings of the test's own."""
+        """The framework's tokenizer, a copy that belongs to the test."""
         ...
 
 
 @runtime_checkable
 class DifferentialBackend(Protocol):
-    """A base model and its fine-tuned self."""
+    """A base model and its fine-tuned model."""
 
     def as_base(self) -> AbstractContextManager[View]:
         """Open a view on the base model."""
@@ -195,34 +197,34 @@ class ScalableDifferentialBackend(DifferentialBackend, Protocol):
     """A differential backend whose adapter can be scaled."""
 
     def as_scaled_adapter(self, lam: float) -> AbstractContextManager[View]:
-        """Open a view in which the adapter's additive term counts ``lam`` times: 0 is the base, 1 the adapter."""
+        """Open a view with the adapter's additive term multiplied by ``lam``: 0 is the base, 1 the adapter."""
         ...
 
 
 @runtime_checkable
 class NullCalibratedBackend(DifferentialBackend, Protocol):
-    """A differential backend that can put noise in the adapter's place."""
+    """A differential backend that can replace its adapter's weights by noise."""
 
     def as_null_adapter(
         self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0
     ) -> AbstractContextManager[View]:
-        """Open a view whose adapter has the same structure and weights from ``N(0, init_scale**2 * rank_scale)``."""
+        """Open a view on an adapter of the same structure with weights from ``N(0, init_scale**2 * rank_scale)``."""
         ...
 
 
 @runtime_checkable
 class PreflightCheckable(Protocol):
-    """A backend that can tell whether its answers are finite."""
+    """A backend that can check whether its answers are finite."""
 
     def preflight_finite_check(self) -> tuple[bool, str]:
-        """``(True, "")``, or ``(False, reason)``."""
+        """Return ``(True, "")`` if they are, else ``(False, reason)``."""
         ...
 
 
 @runtime_checkable
 class Inspectable(Protocol):
-    """A backend that knows whether it is still what it was when it was loaded."""
+    """A backend that can tell what has changed since its load."""
 
     def changes(self) -> list[str]:
-        """One line for each thing that is no longer as it was after the load; empty when nothing is."""
+        """Return one line for each change since the load."""
         ...

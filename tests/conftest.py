@@ -1,4 +1,4 @@
-"""Tiny models for whoever loads them, made when they are first asked for."""
+"""Fixtures of tiny models, made on first use."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def other_adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 @pytest.fixture
 def loads() -> list[str]:
-    """The names of the bases that were loaded, in order."""
+    """The names of the loaded bases, in order."""
     return []

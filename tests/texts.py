@@ -1,4 +1,4 @@
-"""Texts to score, made on the spot: English sentences in a drawn order, cut to a number of tokens."""
+"""Generates texts to score: English sentences in random order, cut to a number of tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SENTENCES: Final = (
 
 
 def texts(tokenizer: Any, lengths: list[int], seed: int = 0) -> list[str]:
-    """One text for each of ``lengths``, of as many tokens or one or two fewer, since a cut can join tokens."""
+    """Return a text for each of ``lengths``, with that many tokens, or one or two fewer if the cut joins tokens."""
     draw = random.Random(seed)
     made = []
     for length in lengths:
@@ -34,7 +34,7 @@ def texts(tokenizer: Any, lengths: list[int], seed: int = 0) -> list[str]:
 
 
 def lengths(count: int, shortest: int, longest: int, seed: int = 0) -> list[int]:
-    """``count`` lengths in a drawn order, evenly spread from ``shortest`` to ``longest``."""
+    """Return ``count`` lengths, evenly spread from ``shortest`` to ``longest``, in random order."""
     step = (longest - shortest) / max(1, count - 1)
     evenly = [round(shortest + step * n) for n in range(count)]
     random.Random(seed).shuffle(evenly)

@@ -1,6 +1,6 @@
-"""Tiny models made on the spot: a Llama of two layers with its tokenizer, and PEFT adapters for it, whole and broken.
+"""Makes tiny models: a Llama of two layers with its tokenizer, and PEFT adapters for it, good and broken.
 
-Nothing heavy is imported before a model is made.
+Nothing heavy is imported before the first model is made.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def make_base(
     """Save a random Llama and its tokenizer to ``folder``; equal arguments give equal weights.
 
     Args:
-        folder: Where it goes; made if need be.
+        folder: The folder, created if needed.
         seed: Seeds the weights.
         layers: Number of layers.
         hidden: Hidden size.
-        dtype: Torch's name of the dtype that it is saved in.
+        dtype: Torch's name of the stored dtype.
         config: Further fields of ``LlamaConfig``.
     """
     import torch
@@ -56,7 +56,7 @@ def make_base(
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "initializer_range": 0.2,  # 0.02 would make all words about equally probable
+        "initializer_range": 0.2,  # with 0.02, all words would be about equally probable
     }
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -69,8 +69,8 @@ def make_tokenizer(folder: Path | str, *, extra: tuple[str, ...] = (), pad: bool
     """Save a tokenizer of whole words to ``folder`` and return the size of its vocabulary.
 
     Args:
-        folder: Where it goes.
-        extra: Words on top of `WORDS`.
+        folder: The folder.
+        extra: Words in addition to `WORDS`.
         pad: Whether it has a token for padding.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -83,7 +83,7 @@ def make_tokenizer(folder: Path | str, *, extra: tuple[str, ...] = (), pad: bool
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     names |= {"pad_token": "<pad>"} if pad else {}
-    names |= {"model_input_names": ["input_ids", "attention_mask"]}  # as Llama's own tokenizer says
+    names |= {"model_input_names": ["input_ids", "attention_mask"]}  # as in Llama's own tokenizer
     with quiet():
         tokenizer_class(tokenizer_object=tokenizer, model_max_length=256, **names).save_pretrained(folder)
     return len(vocab)
@@ -93,9 +93,9 @@ def make_gguf(file: Path | str, base: Path | str, *, kind: str = "F32", **metada
     """Write the Llama in ``base`` as a GGUF file, with a tokenizer of letters.
 
     Args:
-        file: Where it goes.
+        file: The file to write.
         base: The folder of the model.
-        kind: How weights are stored, by ggml's name; all but ``F32`` are rounded.
+        kind: ggml's name of the weights' type; all but ``F32`` round.
         metadata: Further numbers of its metadata, with ``__`` for ``.``.
     """
     import gguf
@@ -115,7 +115,7 @@ def make_gguf(file: Path | str, base: Path | str, *, kind: str = "F32", **metada
     writer.add_vocab_size(config["vocab_size"])
     for name, value in metadata.items():
         writer.add_uint32(name.replace("__", "."), value)
-    letters = [*"abcdefghijklmnopqrstuvwxyz.,?!:;", "\u0120"]  # the last one stands for a space
+    letters = [*"abcdefghijklmnopqrstuvwxyz.,?!:;", "\u0120"]  # the last one is the space
     tokens = ["<pad>", "<s>", "</s>", "<unk>", *letters, "th", "the"]
     tokens += [f"<{n}>" for n in range(config["vocab_size"] - len(tokens))]
     writer.add_tokenizer_model("gpt2")
@@ -128,7 +128,7 @@ def make_gguf(file: Path | str, base: Path | str, *, kind: str = "F32", **metada
     stored = gguf.GGMLQuantizationType[kind]
     for name, tensor in load_file(Path(base) / "model.safetensors").items():
         for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if part in name:  # GGUF has the two halves of a head's rows in turns
+            if part in name:  # GGUF interleaves the two halves of a head's rows
                 rows = tensor.reshape(count, 2, -1, tensor.shape[1])
                 tensor = rows.swapaxes(1, 2).reshape(tensor.shape)  # noqa: PLW2901
         target = str(names.get_name(name, try_suffixes=(".weight",)))
@@ -181,13 +181,13 @@ def make_adapter(
     """Save a LoRA adapter for the model in ``base`` to ``folder``; its weights are noise, so that it has an effect.
 
     Args:
-        folder: Where it goes.
+        folder: The folder.
         base: The folder of the model.
         seed: Seeds the weights.
         r: Rank.
         targets: ``target_modules``.
-        zero_b: Leave all B at zero, as an adapter that was never trained.
-        scale: Standard deviation of the noise that is added to the weights.
+        zero_b: Leave all B at zero, like an untrained adapter.
+        scale: Standard deviation of the noise.
         lora_kwargs: Further fields of ``LoraConfig``.
     """
     from peft import LoraConfig
@@ -198,7 +198,7 @@ def make_adapter(
 
 
 def save_adapter(folder: Path | str, base: Path | str, config: Any, *, seed: int = 1, scale: float = 0.3) -> Path:
-    """Save an adapter of any PEFT type, with noise of ``scale`` added to all that it would train."""
+    """Save an adapter of any PEFT type, with noise of ``scale`` added to all trainable weights."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -225,7 +225,7 @@ def edit_weights(
     *,
     file: str = "adapter_model.safetensors",
 ) -> Path:
-    """Rewrite the weights of an adapter, or of a model, with what ``change`` makes of them, in place or anew."""
+    """Apply ``change`` to the weights of an adapter or a model; it works in place or returns new weights."""
     from safetensors.torch import load_file, save_file
 
     path = Path(adapter) / file
@@ -243,7 +243,7 @@ def edit_config(adapter: Path | str, **fields: Any) -> Path:
 
 
 def poison(adapter: Path | str, *, file: str = "adapter_model.safetensors") -> Path:
-    """Put a NaN into the first tensor of an adapter, or of a model."""
+    """Put a NaN into the first tensor of an adapter or a model."""
 
     def change(tensors: dict[str, Any]) -> None:
         tensors[min(tensors)].view(-1)[0] = float("nan")
@@ -252,14 +252,14 @@ def poison(adapter: Path | str, *, file: str = "adapter_model.safetensors") -> P
 
 
 def truncate(adapter: Path | str) -> Path:
-    """Cut an adapter's file of weights in half."""
+    """Cut an adapter's weights file in half."""
     path = Path(adapter) / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return Path(adapter)
 
 
 def pickled(folder: Path | str, *, file: str = "adapter_model.safetensors") -> Path:
-    """Replace the safetensors of an adapter, or of a model, by a pickle."""
+    """Replace the safetensors of an adapter or a model by a pickle."""
     import torch
     from safetensors.torch import load_file
 
@@ -272,7 +272,7 @@ def pickled(folder: Path | str, *, file: str = "adapter_model.safetensors") -> P
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers and PEFT from writing to the terminal or warning while a model is made."""
+    """Suppress the output and warnings of transformers and PEFT while a model is made."""
     transformers_logging: Any = import_module("transformers.utils.logging")
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

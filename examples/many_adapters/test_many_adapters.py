@@ -1,4 +1,4 @@
-"""The same questions to each of six adapters; as written, that is the worst order there is for loading them."""
+"""Four tests for each of six adapters. In the order of this file, a small cache would load an adapter for each test."""
 
 from __future__ import annotations
 

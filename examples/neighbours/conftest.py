@@ -1,4 +1,4 @@
-"""The quickstart's base and adapter, and what two of the neighbours need to know."""
+"""The spec of the quickstart's base and adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytest-torch: its inference contract holds for the raw model of both sides."""
+"""pytest-torch's inference contract on the model of both sides."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def test_the_model_keeps_the_inference_contract(sway_backend: Any, spec: Any, si
         )
         check_inference_contract(
             view.model,
-            {**inputs, "use_cache": False},  # caches are objects, which are never equal
+            {**inputs, "use_cache": False},  # two cache objects never compare equal
             checks=["eval_mode", "finite_outputs", "deterministic", "no_state_mutation"],
         )

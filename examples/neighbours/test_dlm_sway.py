@@ -1,4 +1,4 @@
-"""dlm-sway: its probes on a backend that the cache keeps warm, instead of one that is loaded for each suite."""
+"""dlm-sway's probes on a cached backend, instead of one that is loaded for each suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUITE = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")  # dlm-sway's own
+@pytest.mark.filterwarnings("ignore")  # dlm-sway itself warns
 def test_the_suite_passes(sway_backend: Any, spec: Any) -> None:
     from dlm_sway.suite.loader import from_dict
     from dlm_sway.suite.runner import run

@@ -1,4 +1,4 @@
-"""pytest-regressions: numbers that must not move, kept beside the test; ``--force-regen`` writes them anew."""
+"""pytest-regressions: numbers that must not change, in a file beside the test; ``--force-regen`` rewrites it."""
 
 from __future__ import annotations
 

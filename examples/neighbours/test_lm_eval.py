@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: a task of one's own, scored by its own HFLM, on both sides of one set of weights."""
+"""A custom task of lm-evaluation-harness, scored by its HFLM on both sides of one backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what the harness and its data sets import has been deprecated
+pytestmark = pytest.mark.filterwarnings("ignore")  # the harness imports deprecated modules
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Where the base and the adapter come from. For your own, return their folders here."""
+"""The folders of the base and the adapter. To test your own, return their folders here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to ask of an adapter: it learned the text, it left the rest alone, and a broken copy of it never passes."""
+"""Tests for any adapter: it learned the text, it left the rest alone, and broken copies are refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_fact_is_likelier_in_other_words_too(backend: DifferentialBackend, p
 
 
 def next_token_logprobs(view: View, prompt: str) -> NDArray[np.float32]:
-    """The log-probability of every token of the vocabulary, in the vocabulary's order."""
+    """Return the log-probability of every token, in the order of the token ids."""
     dist = view.next_token_dist(prompt, top_k=WHOLE_VOCABULARY)
     return dist.logprobs[np.argsort(dist.token_ids)]
 

@@ -1,1 +1,1 @@
-"""Who may hold which backend, and for how long. Knows no pytest and no torch."""
+"""The cache of live backends: leases, eviction and closing. It knows neither pytest nor torch."""

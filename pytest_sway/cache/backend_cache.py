@@ -2,36 +2,36 @@
 
 Its invariants, each with a test of its number:
 
- 1. Per key at most one load runs at a time, and all who wait for it get the same object.
+ 1. Per key at most one load runs at a time, and all its waiters get the same object.
  2. ``close()`` never starts while the entry is leased.
  3. Each loaded backend is closed at most once, and exactly once after `BackendCache.shutdown`.
  4. loading + ready + closing <= max_size, always: room is made before the load.
- 5. Becoming READY and granting leases to those who waited is one atomic step.
- 6. A CLOSING entry is never handed out; who asks for it waits, then gets a new one.
+ 5. Becoming READY and granting leases to the waiters is one atomic step.
+ 6. A CLOSING entry is never handed out; a request for it waits, then gets a new one.
  7. The victim is the least recently used idle entry.
  8. A late completion, release or eviction of one generation never touches the next.
  9. A failed load is not cached: leader and waiters get the error, and the next call tries again.
-10. An interrupted load undoes its reservation; the interrupt goes up where it struck, and a waiter takes over.
-11. A ``close()`` that raises fails nobody else's request.
+10. An interrupted load undoes its reservation; the interrupt propagates, and a waiter takes over.
+11. A ``close()`` that raises fails no other request.
 12. Backends without ``close()`` are dropped.
 13. When nothing is in flight, no waiter or error is left, and none keeps a backend alive.
-14. A load that waits for itself, also through other threads, gets an error, not a deadlock.
-15. Releasing a lease twice is harmless, from any thread.
+14. A load that waits for itself, even through other threads, raises an error instead of a deadlock.
+15. A lease may be released twice, from any thread.
 16. A base is loaded once, closed after its last adapter, and its bytes count once.
-17. When all that is resident is leased by who asks, `CacheFullError` comes at once; else at the deadline. What a
-    test keeps to its end is the test's in all its threads, and what an ended thread has left is the main thread's.
-    When an `Owner` ends, so do its leases, and it gets no more, whichever thread asked.
-18. With a byte budget, sizes are estimated before the load, and unknown counts as the whole budget.
-19. After a fork the child starts empty and closes nothing of its parent's.
-20. `BackendCache.evict_all` closes every idle entry even when some raise, and can be called twice.
+17. If the requester itself holds every lease, `CacheFullError` is raised at once; else at the deadline. A lease that a
+    test keeps to its end is held by all its threads. An ended thread's lease is held by the main thread. When an
+    `Owner` ends, its leases end, and it gets no more.
+18. With a byte budget, sizes are estimated before the load; an unknown size counts as the whole budget.
+19. After a fork the child's cache is empty and closes none of the parent's backends.
+20. `BackendCache.evict_all` closes every idle entry even if some raise, and can be called twice.
 
-How a request goes: `acquire` opens an `Operation`, its record of what it has taken. The atomic steps of the `Ledger`
-are all that touches the entries. Between them, outside its lock, backends are loaded and closed here. Whatever error
-comes up, `_abandon` gives back all that the operation's record names.
+A request: `acquire` opens an `Operation`, the record of what it has taken. Only the atomic steps of the `Ledger` change
+entries. Between them, outside the lock, this module loads and closes backends. After an error, `_abandon` gives back
+all that the operation's record names.
 
 An interrupt may come at any line, and the run goes on after it: pytest-timeout's signal method calls ``pytest.fail`` in
-its handler, which is no `Exception`. So each step is atomic and may be repeated. One that strikes while an error is
-being cleaned up, within microseconds, can leave a slot taken until the session ends.
+its handler, which raises no `Exception`. So each step is atomic and may be repeated. A second interrupt during the
+cleanup of a first, within microseconds, can leave a slot taken until the session ends.
 """
 
 from __future__ import annotations
@@ -72,32 +72,32 @@ __tracebackhide__ = True
 _log = logging.getLogger(__name__)
 
 _TRIES: Final = 3
-"""How often a load is tried whose files change meanwhile."""
+"""How often a load is tried if its files keep changing."""
 
 _GLANCE: Final = 1.0
-"""Seconds after which who waits looks again for what nobody announces: a lease that was dropped, not released."""
+"""Seconds between a waiter's looks for a lease that was dropped without a release, which nobody announces."""
 
 
 @final
 class BackendCache:
-    """At most ``max_size`` live backends, loaded once each, leased while in use, closed when evicted.
+    """An LRU cache of at most ``max_size`` live backends, which are leased while in use and closed when evicted.
 
-    Thread-safe, and local to its process.
+    It is thread-safe, and local to its process.
 
     Args:
         max_size: The most backends that are loading, ready or closing at one time; at least 1.
         max_bytes: The most bytes of weights that are resident at one time; ``None`` for no bound.
-        build: What makes a backend of a spec: any ``build(spec, *, adapter_path=None)``, or a `Build`. By
-            default the backends of this package, with bases shared among the adapters of this cache.
-        named: Specs that may be asked for by name.
-        listener: Who is told of loads and closes.
-        owner: Whose the lease is that the calling thread asks for now. By default it is named after the thread, and
-            its release alone ends the lease.
-        remedy: What to do when there is no room, at the end of a sentence.
-        lease_timeout: Seconds that a request waits for others to release what keeps it from being loaded.
+        build: Builds a backend from a spec: any ``build(spec, *, adapter_path=None)``, or a `Build`. The default builds
+            all kinds of this package, and adapters in this cache share their bases.
+        named: Specs by name.
+        listener: Is told of loads and closes.
+        owner: Returns the owner of a lease that the calling thread requests. The default owner is named after the
+            thread; only a release ends its leases.
+        remedy: Advice that ends the message of a `CacheFullError`.
+        lease_timeout: Seconds that a request waits for others to release their leases.
 
     Attributes:
-        stats: What happened so far.
+        stats: The counts so far.
 
     Raises:
         ValueError: ``max_size`` or ``max_bytes`` is less than 1.
@@ -141,23 +141,23 @@ class BackendCache:
         return self._budget.max_bytes
 
     def resolve(self, spec: SpecLike, *, adapter_path: Path | None = None) -> ModelSpec:
-        """Return ``spec`` parsed, with the device and dtype that it is loaded with here.
+        """Parse ``spec``, and replace ``auto`` by the device and dtype in use here.
 
         Raises:
-            SpecError: It is malformed.
+            SpecError: The spec is malformed.
         """
         try:
             return self._build.resolve(with_adapter(parse_spec(spec, named=self._named), adapter_path))
         except Exception as error:
-            without_secrets(error)  # somebody may have put one into a field
+            without_secrets(error)  # a field may contain one
             raise
 
     def get_or_load(self, spec: SpecLike, *, adapter_path: Path | None = None) -> CachedBackend:
-        """Return the entry of ``spec``, loaded if need be. It is not pinned: a later load may evict it.
+        """Return the backend of ``spec``, loading it if needed. It is not pinned: a later load may evict it.
 
         Args:
-            spec: What to load, in any form that `pytest_sway.spec.parsing.parse_spec` takes.
-            adapter_path: An adapter that takes the place of the spec's own, in the key as in the load.
+            spec: A spec, in any form that `pytest_sway.spec.parsing.parse_spec` takes.
+            adapter_path: Replaces the spec's adapter.
 
         Raises:
             SwayError: As `acquire`.
@@ -175,12 +175,12 @@ class BackendCache:
 
     @contextmanager
     def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Iterator[Any]:
-        """Give the backend of ``spec``, pinned until the block ends, or what it was asked in: see `end`.
+        """Give the backend of ``spec``, pinned until the block or its owner ends (see `end`).
 
         Args:
-            spec: What to load.
-            adapter_path: An adapter that takes the place of the spec's own.
-            holder: Who is named to others when the cache is full.
+            spec: The spec to load.
+            adapter_path: Replaces the spec's adapter.
+            holder: The name that messages show when the cache is full.
 
         Raises:
             SwayError: As `acquire`.
@@ -196,13 +196,13 @@ class BackendCache:
         holder: str | None = None,
         owner: Owner | None = None,
     ) -> Lease:
-        """Return a lease on the backend of ``spec``, which is loaded if need be.
+        """Return a lease on the backend of ``spec``, loading it if needed.
 
         Args:
-            spec: What to load.
-            adapter_path: An adapter that takes the place of the spec's own.
-            holder: Who is named to others when the cache is full; by default the owner.
-            owner: With what the lease ends, unless it is released before; by default as the cache's ``owner`` says.
+            spec: The spec to load.
+            adapter_path: Replaces the spec's adapter.
+            holder: The name that messages show when the cache is full; by default the owner's.
+            owner: The owner with which the lease ends at the latest; by default, the cache's ``owner()``.
 
         Raises:
             SpecError: The spec is malformed.
@@ -217,10 +217,10 @@ class BackendCache:
         for tries_left in reversed(range(_TRIES)):
             try:
                 return self._acquire(resolved, holder or owner.name, owner)
-            except FilesChangedError:  # the next look at them gives another key
+            except FilesChangedError:  # the next try reads them anew, under another key
                 if not tries_left:
                     raise
-        raise AssertionError("the last try has returned or raised")
+        raise AssertionError("the last try returned or raised")
 
     def _acquire(self, resolved: ModelSpec, holder: str, owner: Owner) -> Lease:
         operation = Operation(holder, owner)
@@ -232,30 +232,30 @@ class BackendCache:
             return lease
         except BaseException as error:
             self._abandon(operation)
-            without_secrets(error)  # in place: what is not an Exception goes up as it is
+            without_secrets(error)  # in place, since an interrupt must propagate as the same object
             raise
 
     def end(self, owner: Owner) -> None:
-        """End all leases of an owner, released or not, and refuse it others, those of loads under way included.
+        """End all leases of an owner and refuse it new ones, also from loads in progress.
 
-        What is used after that may be closed, and raises `pytest_sway.errors.BackendClosedError` then.
+        Its backends may be closed from then on, and raise `pytest_sway.errors.BackendClosedError`.
         """
         self._close_each(lambda operation: self._ledger.unclaim_all(operation, owner))
 
     def loaded_keys(self) -> list[Key]:
-        """The keys of what is ready now, most recently used last."""
+        """Return the keys of all ready backends, most recently used last."""
         return self._ledger.loaded_keys()
 
     def loaded_specs(self) -> list[ModelSpec]:
-        """The specs of what is ready now, most recently used last."""
+        """Return the specs of all ready backends, most recently used last."""
         return self._ledger.loaded_specs()
 
     def leased(self) -> list[CachedBackend]:
-        """What is leased now and not retired."""
+        """Return the leased backends, without retired ones."""
         return self._ledger.leased()
 
     def ready(self) -> list[CachedBackend]:
-        """What is ready now, leased or idle, most recently used last; not what is retired."""
+        """Return the ready backends, leased or idle, most recently used last, without retired ones."""
         return self._ledger.ready()
 
     def note_hits(self) -> None:
@@ -263,22 +263,22 @@ class BackendCache:
         self._ledger.note_hits()
 
     def retire(self, cached: CachedBackend) -> None:
-        """Hand ``cached`` out to nobody new, and close it: now if it is idle, else after its last lease."""
+        """Stop handing out ``cached``, and close it: now if it is idle, else after its last lease."""
         self._close_each(lambda operation: self._ledger.retire(operation, lambda entry: entry.cached is cached))
 
     def evict_all(self) -> None:
-        """Close everything: what is idle now, what is leased after its last lease. Loads under way go on."""
+        """Close every ready backend: now if it is idle, else after its last lease. Loads in progress go on."""
         self._close_each(lambda operation: self._ledger.retire(operation, lambda entry: entry.state is State.READY))
 
     def shutdown(self, timeout: float | None = None) -> list[str]:
-        """Close everything for good, waiting for loads and closes under way; later requests get `CacheClosedError`.
+        """Close everything for good; later requests raise `CacheClosedError`.
 
         Args:
-            timeout: Seconds to wait for them; by default as long as for leases. What is still loading then is closed
-                by its own thread when it is done.
+            timeout: Seconds to wait for loads and closes in progress; ``lease_timeout`` by default. A load that takes
+                longer is closed by its own thread when it ends.
 
         Returns:
-            The holders of leases that were still open; their backends were closed all the same.
+            The holders of open leases. Their backends are closed too.
         """
         try:
             self._ledger.refuse_from_now_on()
@@ -301,7 +301,7 @@ class BackendCache:
                 self._ledger.stop_waiting(operation)
 
     def _load(self, operation: Operation, spec: ModelSpec) -> Lease:
-        """Load what this operation leads; the lease is its own, those who waited have theirs."""
+        """Load the operation's entry and return the operation's lease; waiters are granted theirs."""
         try:
             plan = self._checked(operation, spec)
             self._refuse_if_over_budget(plan)
@@ -313,7 +313,7 @@ class BackendCache:
                 raise messages.files_changed(spec)
             lease = self._ledger.admit(operation, seconds, self._build.measure(operation.built[0]))
         except Exception as error:
-            # Frames that have ended would keep a half-loaded model alive for as long as the error's report lives.
+            # The ended frames would keep a half-loaded model alive as long as the error's report.
             traceback.clear_frames(error.__traceback__)
             shown = without_secrets(error)
             failure = shown if isinstance(shown, SwayError) else messages.load_failed(shown, spec)
@@ -326,11 +326,11 @@ class BackendCache:
         return lease
 
     def _build_in_memory(self, operation: Operation, plan: Plan) -> float:
-        """Build, and once more without all that is idle if the memory runs out; return the seconds without imports."""
+        """Build; if memory runs out, close all idle backends and build again. Return the seconds without imports."""
         started = time.perf_counter() - import_seconds()
         for attempt in (1, 2):
             try:
-                operation.built.extend(map(self._build.build, [plan]))  # in C: nothing comes between build and record
+                operation.built.extend(map(self._build.build, [plan]))  # in C, so no interrupt can lose the backend
                 break
             except Exception as error:
                 if not self._build.exhausted(error):
@@ -343,9 +343,9 @@ class BackendCache:
         return max(0.0, time.perf_counter() - import_seconds() - started)
 
     def _checked(self, operation: Operation, spec: ModelSpec) -> Plan:
-        """Return the plan for a load; raise if the files have changed since the request, so that their key is another.
+        """Return the plan of a load; raise `FilesChangedError` if the files have changed since the request.
 
-        What a check refuses may be files that somebody is writing.
+        A failed check looks at the files again too, since they may have been half written.
         """
         try:
             plan = self._build.check(spec)
@@ -377,7 +377,7 @@ class BackendCache:
             self._close(operation, operation.victims[0])
 
     def _close_each(self, take: Callable[[Operation], None]) -> None:
-        """Close what ``take`` puts among the victims of an operation, whatever some of the closes raise."""
+        """Close the victims that ``take`` gives an operation, even if some of the closes raise."""
         operation = Operation("")
         try:
             take(operation)
@@ -388,7 +388,7 @@ class BackendCache:
             raise
 
     def _close(self, operation: Operation, entry: Entry) -> None:
-        """Close a CLOSING entry; the only place where a backend's ``close()`` is called."""
+        """Close a CLOSING entry."""
         try:
             while entry.closers:
                 entry.closers.pop()()
@@ -407,7 +407,7 @@ class BackendCache:
         if self._ledger.unclaim(entry, claim):
             self._close_each(self._ledger.take_retired)
 
-    # --- the steps: each is atomic, and can be repeated ---------------------------------------------------------------
+    # --- after an error -----------------------------------------------------------------------------------------------
 
     def _abandon(self, operation: Operation) -> None:
         """Give back all that an operation has taken, after an error or an interrupt."""
@@ -428,5 +428,5 @@ class BackendCache:
         except Exception as raised:
             self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
 
-    def _wait(self, event: OneShotEvent, timeout: float) -> None:  # apart, so that tests can decide who goes on
+    def _wait(self, event: OneShotEvent, timeout: float) -> None:  # a method, so that tests can replace it
         event.wait(timeout)

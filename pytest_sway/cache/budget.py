@@ -1,26 +1,22 @@
-"""What fits beside what is resident, and who has to go: arithmetic, no locks and no loading."""
+"""The bounds of a cache: which entries fit together, and which to evict. It neither locks nor loads."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pytest_sway.cache.entries import Entry, SizeByPart
 from pytest_sway.system.wording import format_bytes
-
-if TYPE_CHECKING:
-    pass
 
 __tracebackhide__ = True
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may be resident at one time.
+    """The most that may be resident at one time.
 
     Attributes:
-        max_size: Backends, at least 1.
+        max_size: Number of backends, at least 1.
         max_bytes: Bytes of weights, or ``None`` for no bound.
     """
 
@@ -28,7 +24,7 @@ class Budget:
     max_bytes: int | None
 
     def allows(self, entries: Iterable[Entry]) -> bool:
-        """Whether these may be resident together; one of unknown size takes up all the bytes."""
+        """Whether ``entries`` may be resident together; an entry of unknown size counts as the whole byte budget."""
         together = list(entries)
         if len(together) > self.max_size:
             return False
@@ -38,21 +34,21 @@ class Budget:
         return total is not None and total <= self.max_bytes
 
     def victims(self, residents: Iterable[Entry], newcomer: Entry) -> list[Entry] | None:
-        """The idle entries to close so that ``newcomer`` fits, least recently used first; ``None`` if it cannot fit.
+        """Return the idle entries to close so that ``newcomer`` fits, least recently used first; ``None`` if it cannot.
 
         Args:
-            residents: What is resident, least recently used first.
-            newcomer: What is to be loaded, with its estimated parts.
+            residents: The resident entries, least recently used first.
+            newcomer: The entry to load, with its estimated parts.
         """
         oldest_idle, fits = self._oldest_idle(residents, newcomer)
         return oldest_idle if fits else None
 
     def surplus(self, residents: Iterable[Entry], newest: Entry) -> list[Entry]:
-        """The idle entries to close because ``newest`` turned out larger than was estimated."""
+        """Return the idle entries to close because ``newest`` is larger than estimated."""
         return self._oldest_idle([entry for entry in residents if entry is not newest], newest)[0]
 
     def _oldest_idle(self, residents: Iterable[Entry], newcomer: Entry) -> tuple[list[Entry], bool]:
-        """The idle entries without which ``newcomer`` fits, or all of them; and whether it fits then."""
+        """Return the idle entries to close, oldest first, until ``newcomer`` fits; and whether it fits then."""
         staying = list(residents)
         victims: list[Entry] = []
         for entry in [entry for entry in staying if entry.idle]:
@@ -64,7 +60,7 @@ class Budget:
 
 
 def total_bytes(entries: Iterable[Entry]) -> int | None:
-    """The bytes of these together, each part counted once; ``None`` if one's size is unknown."""
+    """Return the bytes of ``entries``, each shared part counted once; ``None`` if a size is unknown."""
     parts: dict[Hashable, int] = {}
     for entry in entries:
         if entry.parts is None:
@@ -75,5 +71,5 @@ def total_bytes(entries: Iterable[Entry]) -> int | None:
 
 
 def format_parts(parts: SizeByPart | None) -> str:
-    """The size of something for people, where it is known."""
+    """Return a readable size, or "an unknown size"."""
     return "an unknown size" if parts is None else format_bytes(sum(parts.values()))

@@ -1,4 +1,4 @@
-"""What a cache builds with, and whom it tells."""
+"""The `Build` that a cache uses, and the `Listener` that it notifies."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Who is told of loads and closes, in the thread that does them and outside the lock; deaf unless overridden."""
+    """Callbacks for loads and closes, called in the thread that loads or closes, outside the lock.
 
-    def loading(self, spec: ModelSpec) -> AbstractContextManager[None]:  # noqa: ARG002 # for those who override it
-        """A load begins; the block lasts as long as the load."""
+    Each does nothing unless a subclass overrides it.
+    """
+
+    def loading(self, spec: ModelSpec) -> AbstractContextManager[None]:  # noqa: ARG002 # subclasses use it
+        """Called when a load begins; the block lasts as long as the load."""
         return nullcontext()
 
     def leased(self, cached: CachedBackend) -> None:
-        """A lease was granted."""
+        """Called when a lease was granted."""
 
     def loaded(self, cached: CachedBackend) -> None:
-        """A load succeeded."""
+        """Called when a load succeeded."""
 
     def evicted(self, cached: CachedBackend) -> None:
-        """A backend was closed, for whatever reason."""
+        """Called when a backend was closed, for any reason."""
 
 
 def informed(build: Callable[..., Any] | None) -> Build:
-    """Return ``build`` if it is a `Build`, else one that calls it; by default, a new `Builder`."""
+    """Return ``build`` if it is a `Build`, else a `Build` that calls it; a new `Builder` for ``None``."""
     if build is None:
         return Builder()
     return build if isinstance(build, Build) else _Plain(build)
 
 
 class _Plain(Build):
-    """Stands for a function that makes backends."""
+    """A `Build` that calls a plain function."""
 
     def __init__(self, build: Callable[..., Any]) -> None:
         self._build = build

@@ -1,4 +1,4 @@
-"""What the cache holds, as records: an entry, who claims it, and what callers get. No locks, no loading."""
+"""The records of the cache: entries, claims, operations and leases. They neither lock nor load."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 SizeByPart: TypeAlias = Mapping[Hashable, int]
-"""Bytes by part; backends that share a part, such as a base, name it by the same key."""
+"""Bytes by part; backends that share a part, such as a base, use the same key for it."""
 
 
 __tracebackhide__ = True
 
 
 class State(enum.Enum):
-    """Where an entry stands; it only ever goes downwards."""
+    """The state of an entry. An entry passes through the states from top to bottom."""
 
     QUEUED = "waiting for room"
     LOADING = "loading"
@@ -40,12 +40,12 @@ RESIDENT: Final = frozenset({State.LOADING, State.READY, State.CLOSING})
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """One lease, as its entry knows it.
+    """The record of one lease in its entry.
 
     Attributes:
-        holder: Who holds it, by name.
-        owner: With what it ends at the latest.
-        thread: Which thread asked.
+        holder: The holder's name, for messages.
+        owner: The test or fixture with which the lease ends at the latest.
+        thread: The thread that asked.
     """
 
     holder: str
@@ -54,11 +54,11 @@ class Claim:
 
     @property
     def orphaned(self) -> bool:
-        """Whether the thread that asked has ended without a release."""
+        """Whether the thread that took the lease has ended without releasing it."""
         return not self.owner.keeps and not self.thread.is_alive()
 
     def ends_without(self, asker: Operation) -> bool:
-        """Whether it can end while this one waits; what a thread leaves behind is the main thread's to release."""
+        """Whether the lease can end while ``asker`` waits. Only the main thread can release an ended thread's lease."""
         if self.owner.keeps and self.holder == asker.holder:
             return False
         return asker.thread is not (threading.main_thread() if self.orphaned else self.thread)
@@ -66,17 +66,17 @@ class Claim:
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """What one call has taken from the cache, so that it can be given back whatever happens.
+    """The record of what one call has taken from the cache, so that an error or interrupt can give it back.
 
     Attributes:
-        holder: Who is named to others when the cache is full.
-        owner: With what a lease ends that this call takes.
-        thread: The calling thread, as an object: the number of one that ended is given to the next.
+        holder: The name that messages show when the cache is full.
+        owner: The test or fixture that owns the lease.
+        thread: The calling thread, as an object, since thread numbers are reused.
         entry: The entry that this call loads.
         built: The backend, between its build and its admission.
         victims: Entries that this call has set to CLOSING.
         waits_for: The entry whose load this call waits for.
-        lease: Granted by the thread that loaded what this call waited for.
+        lease: The lease, once granted; to a waiting call, the loading thread grants it.
         error: The failure of the load that this call waited for.
     """
 
@@ -93,19 +93,19 @@ class Operation:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One generation of one key, from the request that asked first until it is gone.
+    """One generation of one key, from its first request until it is closed.
 
     Attributes:
         key: Its identity.
-        spec: What it is loaded from, resolved.
+        spec: Its resolved spec.
         leader: The operation that loads it, until it is READY.
-        state: Where it stands.
-        cached: What callers get, once it is READY.
-        parts: Its bytes: estimated while LOADING, measured when READY; ``None`` where unknown.
+        state: Its state.
+        cached: The loaded backend, once it is READY.
+        parts: Its bytes by part: estimated while LOADING, measured once READY; ``None`` if unknown.
         claims: Its leases.
         waiters: The operations that wait for its load.
-        closers: Its ``close()``, until that was called.
-        closing_thread: Who closes it, once it is CLOSING.
+        closers: Its ``close()``, until it is called.
+        closing_thread: The thread that closes it, once it is CLOSING.
     """
 
     key: Key
@@ -125,7 +125,7 @@ class Entry:
         return self.state is State.READY and not self.claims
 
     def ends_without(self, asker: Operation) -> bool:
-        """Whether it can become idle or gone while this one waits."""
+        """Whether the entry can become idle or gone while ``asker`` waits."""
         if self.state is State.READY:
             return all(claim.ends_without(asker) for claim in self.claims)
         worker = self.closing_thread if self.state is State.CLOSING else self.leader and self.leader.thread
@@ -133,7 +133,7 @@ class Entry:
 
     @property
     def occupation(self) -> str:
-        """What keeps it from being evicted, for people."""
+        """The reason why it cannot be evicted, for messages."""
         if self.state is State.READY and self.claims:
             return "held by " + ", ".join(sorted({claim.holder for claim in self.claims}))
         return self.state.value
@@ -144,11 +144,10 @@ class CachedBackend:
     """A backend in the cache.
 
     Attributes:
-        key: Its identity, `pytest_sway.backends.registry.cache_key_for`.
-        backend: What the build returned.
-        model_spec: The spec it was loaded from, with device and dtype resolved.
-        load_seconds: How long the load took, its base included where that was loaded too, and the import of libraries
-            not.
+        key: Its identity, from `pytest_sway.backends.registry.cache_key_for`.
+        backend: The live backend.
+        model_spec: Its spec, with device and dtype resolved.
+        load_seconds: Seconds that the load took, with the base if that was loaded too, without imports of libraries.
     """
 
     key: Key
@@ -158,27 +157,27 @@ class CachedBackend:
 
 
 class TakesBack(Protocol):
-    """Who gave a lease, and takes it back: the `Ledger`.
+    """The part of `Ledger` that a `Lease` uses.
 
     Attributes:
-        dropped: Leases that were collected before they were released.
+        dropped: Leases that were garbage-collected before they were released.
     """
 
     dropped: deque[tuple[Entry, Claim]]
 
     def release(self, entry: Entry, claim: Claim) -> object:
-        """Give a claim up."""
+        """End the lease of a claim."""
         ...
 
 
 @final
 class Lease:
-    """A claim on an entry, which is not evicted before `release`; also a context manager that gives the backend.
+    """A lease on a backend, which is not evicted before `release`. As a context manager it gives the backend.
 
-    A lease that is dropped without a release counts as released once it is collected.
+    A lease that you drop without a release counts as released once it is garbage-collected.
 
     Attributes:
-        cached: What is leased.
+        cached: The leased backend, with its spec and key.
     """
 
     __slots__ = ("__weakref__", "_claim", "_entry", "_ledger", "cached")
@@ -187,7 +186,7 @@ class Lease:
         self._ledger = ledger
         self._entry = entry
         self.cached = cached
-        self._claim = claim  # last: a lease that an interrupt left half made has none
+        self._claim = claim  # last, so that __del__ ignores a lease whose creation was interrupted
 
     @property
     def backend(self) -> Any:
@@ -195,7 +194,7 @@ class Lease:
         return self.cached.backend
 
     def release(self) -> None:
-        """Give the claim up. Again, or from another thread, is harmless."""
+        """End the lease. You may call this twice, and from any thread."""
         self._ledger.release(self._entry, self._claim)
 
     def __enter__(self) -> Any:
@@ -205,6 +204,6 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
-        # A collection can come at any moment, also under the lock: so only leave a note, for the next step to read.
+        # Garbage collection can run while this thread holds the lock, so the next step of the ledger does the release.
         if hasattr(self, "_claim") and self._claim in self._entry.claims:
             self._ledger.dropped.append((self._entry, self._claim))

@@ -1,7 +1,7 @@
-"""`Ledger`: the book of what a cache holds, who leases it and who waits for it.
+"""`Ledger`: the entries of a cache, their leases and their waiters.
 
-Its public methods are the steps of the cache's operations. Each is atomic, and each can be repeated, since an interrupt
-can strike anywhere; none loads, closes or waits.
+Its public methods are the steps of the cache's operations. Each is atomic and can be repeated, since an interrupt can
+come at any line. None of them loads, closes or waits.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _PATIENCE_WITH_ENDED_THREADS: Final = 10.0
-"""Seconds that a request waits for a lease whose thread has ended, which few release and the main thread may."""
+"""Seconds that a request waits for an ended thread's lease, which at best the main thread releases."""
 
 
 @final
 class Ledger:
-    """The entries of one cache; after a fork, the child's is empty.
+    """The entries of one cache. In a forked child it is empty.
 
     Args:
-        budget: What may be resident.
-        stats: What happened so far.
-        remedy: What to do when there is no room, at the end of a sentence.
+        budget: The bounds.
+        stats: The counts to update.
+        remedy: Advice that ends the message of a `CacheFullError`.
         release: Ends a lease.
 
     Attributes:
         release: Ends a lease.
-        dropped: Leases that were collected before they were released.
+        dropped: Leases that were garbage-collected before they were released.
     """
 
     def __init__(self, budget: Budget, stats: SwayStats, remedy: str, release: Callable[[Entry, Claim], None]) -> None:
@@ -57,7 +57,7 @@ class Ledger:
         call_in_forked_child(self._start_empty)
 
     def _start_empty(self) -> None:
-        """Begin with nothing: as a new cache does, and as a forked child's must, whose locks nobody will free."""
+        """Reset to no entries and a new lock. A forked child needs this, since nobody there frees the parent's lock."""
         self._lock = threading.Lock()
         self._changed: OneShotEvent | None = None
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
@@ -70,28 +70,28 @@ class Ledger:
 
     @atomic
     def loaded_keys(self) -> list[Key]:
-        """The keys of what is ready now, most recently used last."""
+        """Return the keys of all ready entries, most recently used last."""
         return [entry.key for entry in self._entries.values() if entry.state is State.READY]
 
     @atomic
     def loaded_specs(self) -> list[ModelSpec]:
-        """The specs of what is ready now, most recently used last."""
+        """Return the specs of all ready entries, most recently used last."""
         return [entry.spec for entry in self._entries.values() if entry.state is State.READY]
 
     @atomic
     def leased(self) -> list[CachedBackend]:
-        """What is leased now and not retired."""
+        """Return the leased backends, without retired ones."""
         self._collect_dropped()
         return [entry.cached for entry in self._entries.values() if entry.claims and entry.cached is not None]
 
     @atomic
     def ready(self) -> list[CachedBackend]:
-        """What is ready now, leased or idle, most recently used last; not what is retired."""
+        """Return the ready backends, leased or idle, most recently used last, without retired ones."""
         return [e.cached for e in self._entries.values() if e.state is State.READY and e.cached is not None]
 
     @atomic
     def residents(self) -> list[Entry]:
-        """What counts towards the cap, least recently used first; what is retired before all else."""
+        """Return all entries that are loading, ready or closing: first retired ones, then least recently used first."""
         return self._residents()
 
     # --- the steps ----------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class Ledger:
 
     @atomic
     def try_to_claim(self, operation: Operation, spec: ModelSpec, key: Key) -> Lease | OneShotEvent | None:
-        """Lease what is ready, wait for what is loading, or (``None``) lead the load of what is neither."""
+        """Return a lease if the entry is ready, or an event to wait for, or ``None`` if the caller should load it."""
         self._collect_dropped()
         if operation.lease is not None:
             return operation.lease
@@ -131,7 +131,7 @@ class Ledger:
 
     @atomic
     def stop_waiting(self, operation: Operation) -> None:
-        """Take the operation from among those who wait for a load."""
+        """Remove the operation from the waiters of a load."""
         self._waiting.pop(operation.thread, None)
         operation.error = None
 
@@ -139,10 +139,10 @@ class Ledger:
     def reserve(
         self, operation: Operation, estimate: SizeByPart | None, since: float, patience: float
     ) -> OneShotEvent | None:
-        """Take room for the operation's entry, which is LOADING from then on; or, to come again, victims to close.
+        """Make the operation's entry LOADING if there is room; else choose victims for the operation to close.
 
         Returns:
-            ``None`` if there is room; else what to wait for, unless there are victims to close.
+            ``None`` if there is room. Else close the victims, or wait for this event if there are none, and call again.
         """
         newcomer = cast("Entry", operation.entry)
         newcomer.parts = estimate
@@ -160,19 +160,19 @@ class Ledger:
             self._evict(operation, victims)
             return self._change()
         if self._never_fits(newcomer, operation):
-            raise self._full(newcomer, f"all of it is in use by the one who asks{self._or_by_ended_threads()}")
+            raise self._full(newcomer, f"all of them are in use by the caller{self._ended_threads()}")
         abandoned = patience > _PATIENCE_WITH_ENDED_THREADS and self._waits_for_ended_threads(newcomer, operation)
         patience = _PATIENCE_WITH_ENDED_THREADS if abandoned else patience
         if time.monotonic() >= since + patience:
-            left = self._or_by_ended_threads() if abandoned else ""
-            error = self._full(newcomer, f"none of it came free within {patience:g} s{left}")
+            left = self._ended_threads() if abandoned else ""
+            error = self._full(newcomer, f"none of them was released within {patience:g} s{left}")
             self._refuse(list(newcomer.waiters), error)
             raise error
         return self._change()
 
     @atomic
     def admit(self, operation: Operation, seconds: float, parts: SizeByPart | None) -> Lease:
-        """Make the loaded entry READY and grant all who waited their leases, in one step."""
+        """Make the loaded entry READY and grant leases to the operation and to all waiters."""
         entry = cast("Entry", operation.entry)
         if self._shut:
             raise messages.shut_down(f"while {entry.spec} was loading")
@@ -207,13 +207,13 @@ class Ledger:
         began = entry.state is State.LOADING
         if began:
             self._refuse(list(entry.waiters), error)
-        if began or not isinstance(error, CacheError | BackendUseError):  # what was refused is no failed load
+        if began or not isinstance(error, CacheError | BackendUseError):  # a refused request is no failed load
             self._stats.backend(str(entry.spec)).failures += 1
             self._note("failure", entry)
 
     @atomic
     def retire(self, operation: Operation, chosen: Callable[[Entry], bool]) -> None:
-        """Take the chosen entries out of the map; what is idle of them is the operation's to close."""
+        """Retire the chosen entries; the operation gets those that are idle, to close."""
         leaving = [entry for entry in self._entries.values() if entry.claims and chosen(entry)]
         staying = [entry for entry in self._entries.values() if entry not in leaving]
         # In one assignment, which an interrupt cannot split.
@@ -223,7 +223,7 @@ class Ledger:
 
     @atomic
     def unclaim(self, entry: Entry, claim: Claim) -> bool:
-        """Strike a lease out; return whether something that was retired is idle now."""
+        """Remove a claim; return whether a retired entry is idle now."""
         self._collect_dropped()
         entry.claims.discard(claim)
         self._announce()
@@ -231,13 +231,13 @@ class Ledger:
 
     @atomic
     def take_retired(self, operation: Operation) -> None:
-        """Make what was retired and is idle the operation's to close."""
+        """Give the operation all retired entries that are idle, to close."""
         self._take(operation, [entry for entry in self._retired if entry.idle])
         self._announce()
 
     @atomic
     def unclaim_all(self, operation: Operation, owner: Owner) -> None:
-        """Strike out all leases of an owner, for good; what was retired and is idle now is the operation's to close."""
+        """Remove all claims of an owner for good; the operation gets retired entries that are idle now, to close."""
         owner.over = True
         for entry in self._residents():
             entry.claims.difference_update([claim for claim in entry.claims if claim.owner is owner])
@@ -246,8 +246,8 @@ class Ledger:
 
     @atomic
     def forget(self, operation: Operation, entry: Entry) -> CachedBackend | None:
-        """Let go of an entry whose close has been called; return what was in it, the first time."""
-        if entry.closers:  # an interrupt came before the close: the entry lives on
+        """Remove a closed entry; return its backend, the first time only."""
+        if entry.closers:  # an interrupt came before the close, so the entry stays
             return None
         self._detach(entry)
         self._announce()
@@ -265,13 +265,13 @@ class Ledger:
 
     @atomic
     def refuse_from_now_on(self) -> None:
-        """Refuse every request that comes later."""
+        """Refuse every later request."""
         self._shut = True
         self._announce()
 
     @atomic
     def under_way(self) -> OneShotEvent | None:
-        """What to wait for while other threads load or close."""
+        """Return an event to wait for while other threads load or close; ``None`` if none does."""
         me = Operation("")
         entries = (*self._retired, *self._entries.values())
         under_way = any(entry.state is not State.READY and entry.ends_without(me) for entry in entries)
@@ -279,7 +279,7 @@ class Ledger:
 
     @atomic
     def revoke_leases(self) -> list[str]:
-        """Strike all leases out; return their holders."""
+        """Remove all claims; return their holders."""
         self._collect_dropped()
         holders = [claim.holder for entry in self._residents() for claim in entry.claims]
         for entry in self._residents():
@@ -288,17 +288,17 @@ class Ledger:
 
     @atomic
     def evict_idle(self, operation: Operation) -> None:
-        """Make all that is idle the operation's to close, to make room."""
+        """Give the operation all idle entries to close, and count them as evictions."""
         self._evict(operation, self._idle())
 
     @atomic
     def take_idle(self, operation: Operation) -> None:
-        """Make all that is idle the operation's to close, at the end."""
+        """Give the operation all idle entries to close, without counting them as evictions."""
         self._take(operation, self._idle())
 
     @atomic
     def undo(self, operation: Operation) -> None:
-        """Give back all that the operation's record names."""
+        """Give back everything in the operation's record."""
         entry, lease = operation.entry, operation.lease
         self._waiting.pop(operation.thread, None)
         if operation.waits_for is not None and operation in operation.waits_for.waiters:
@@ -306,12 +306,12 @@ class Ledger:
         if lease is not None:
             lease._entry.claims.discard(lease._claim)
         if entry is not None:
-            self._dismiss_waiters(entry)  # they look again, and one of them takes over
+            self._dismiss_waiters(entry)  # they try to claim again, and one of them takes over
             if entry.state in (State.QUEUED, State.LOADING):
                 self._detach(entry)
         for victim in operation.victims:
             if victim.state is State.CLOSING and victim.closers:
-                victim.state = State.READY  # its close was not called: it lives on
+                victim.state = State.READY  # its close was not called, so it stays
             elif victim.state is not State.READY:
                 self._detach(victim)
         operation.built.clear()
@@ -328,13 +328,13 @@ class Ledger:
         return [entry for entry in self._residents() if entry.idle]
 
     def _announce(self) -> None:
-        """Wake all who wait, to look again."""
+        """Wake all waiting threads, so that they look again."""
         event, self._changed = self._changed, None
         if event is not None:
             event.set()
 
     def _change(self) -> OneShotEvent:
-        """Return what wakes at the next change; it is made when somebody waits, since most requests find all ready."""
+        """Return the event of the next change. It is made on demand, since most requests find their entry ready."""
         if self._changed is None:
             self._changed = OneShotEvent()
         return self._changed
@@ -351,7 +351,7 @@ class Ledger:
         return lease
 
     def _join(self, operation: Operation, entry: Entry) -> None:
-        """Wait for the load of another, unless that waits for us."""
+        """Record that the operation waits for the entry's load; raise if that load waits for the operation."""
         if operation.waits_for is entry:
             return
         if any(leader.thread is operation.thread for leader in self._leaders(entry)):
@@ -361,25 +361,25 @@ class Ledger:
         entry.waiters.append(operation)
 
     def _leaders(self, entry: Entry | None) -> Iterator[Operation]:
-        """Who loads ``entry``, who loads what that one waits for, and so on."""
+        """Yield the operation that loads ``entry``, then the one that this waits for, and so on."""
         while entry is not None and entry.leader is not None:
             yield entry.leader
             waiting = self._waiting.get(entry.leader.thread)
             entry = None if waiting is None else waiting.waits_for
 
     def _never_fits(self, newcomer: Entry, asker: Operation) -> bool:
-        """Whether there is no room even when all has ended that can end while this one waits."""
+        """Whether ``newcomer`` still has no room once every lease and load that ``asker`` can wait for has ended."""
         return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(asker)), newcomer])
 
     def _waits_for_ended_threads(self, newcomer: Entry, asker: Operation) -> bool:
-        """Whether there is room only if somebody releases what a thread has left that ended."""
+        """Whether ``newcomer`` has room only if somebody releases an ended thread's lease."""
         left = [entry for entry in self._residents() if any(claim.orphaned for claim in entry.claims)]
         staying = [entry for entry in self._residents() if entry in left or not entry.ends_without(asker)]
         return bool(left) and not self._budget.allows([*staying, newcomer])
 
-    def _or_by_ended_threads(self) -> str:
+    def _ended_threads(self) -> str:
         orphaned = any(claim.orphaned for entry in self._residents() for claim in entry.claims)
-        return ", or was leased in a thread that has ended and did not release it" if orphaned else ""
+        return "; a thread ended without releasing its lease" if orphaned else ""
 
     def _refuse(self, waiters: Iterable[Operation], error: SwayError) -> None:
         for waiter in waiters:
@@ -411,7 +411,7 @@ class Ledger:
             del self._entries[entry.key]
         if entry in self._retired:
             self._retired.remove(entry)
-        entry.state = State.GONE  # last, so that a detachment that was interrupted is tried again
+        entry.state = State.GONE  # last, so that an interrupted call is repeated
 
     def _collect_dropped(self) -> None:
         while self.dropped:

@@ -1,4 +1,4 @@
-"""Why the cache refuses a request, in words: what was asked, what was found and what to do."""
+"""The cache's errors with their messages: what was asked, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __tracebackhide__ = True
 
 
 _LONGEST: Final = 2000
-"""Characters of what a library says: some repeat a file."""
+"""Characters of a library's message; some quote a whole file."""
 
 
 def load_failed(error: BaseException, spec: ModelSpec) -> BackendLoadError:
-    """A build raised something that is no `SwayError`; what stands for it names its type itself."""
+    """Wrap an error of a build that is no `SwayError`; a `RedactedError` names the type that it replaces."""
     adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
     finetuned = "" if spec.finetuned is None else f" with fine-tuned model {spec.finetuned!r}"
     by = f" by {spec.entry_point!r}" if spec.kind == "custom" else ""
@@ -45,22 +45,22 @@ def load_failed(error: BaseException, spec: ModelSpec) -> BackendLoadError:
 
 
 def files_changed(spec: ModelSpec) -> FilesChangedError:
-    """What was loaded may be neither what was asked for nor what is there now."""
+    """The files changed during each try to load them."""
     return FilesChangedError(
-        f"the files of {spec} changed each time while they were loaded, so what was loaded is not known. Wait until"
-        " nobody writes to them any more, or copy them and test the copy."
+        f"the files of {spec} changed during each try to load them, so it is unknown which contents were loaded."
+        " Wait until nothing writes to them, or test a copy."
     )
 
 
 def full(newcomer: Entry, residents: Sequence[Entry], budget: Budget, why: str, remedy: str) -> CacheFullError:
-    """There is no room for ``newcomer`` beside what is leased.
+    """The leased entries leave no room for ``newcomer``.
 
     Args:
-        newcomer: What was to be loaded.
-        residents: What is resident.
-        budget: What may be.
-        why: Why nothing of it can be evicted.
-        remedy: What else to do than to release something.
+        newcomer: The entry to load.
+        residents: The resident entries.
+        budget: The bounds.
+        why: Why no resident can be evicted.
+        remedy: What else you can do than release one.
     """
     names = "; ".join(f"{entry.spec} ({entry.occupation})" for entry in residents)
     bound = f"{len(residents)} of at most {budget.max_size} backends"
@@ -75,53 +75,55 @@ def full(newcomer: Entry, residents: Sequence[Entry], budget: Budget, why: str, 
 
 
 def out_of_memory(spec: ModelSpec, estimate: SizeByPart | None, residents: Sequence[Entry]) -> CacheFullError:
-    """The memory ran out in the load, and again when all that was idle had been closed."""
+    """Memory ran out during the load, and again after all idle backends were closed."""
     others = [entry for entry in residents if entry.state is not State.LOADING]
     names = "; ".join(f"{entry.spec}, {format_parts(entry.parts)} ({entry.occupation})" for entry in others)
     return CacheFullError(
-        f"the memory of {spec.device} ran out twice while {spec} was loaded, which takes {format_parts(estimate)};"
-        f" all that was idle was closed before the second try, and {names or 'nothing'} stays loaded."
-        " Ask for a smaller dtype or model, or release what is in use."
+        f"loading {spec} ({format_parts(estimate)}) ran out of memory on device {spec.device} twice. All idle backends"
+        f" were closed before the second try; still loaded: {names or 'nothing'}."
+        " Use a smaller dtype or model, or release a backend."
     )
 
 
 def too_large(spec: ModelSpec, size: int, max_bytes: int) -> ModelTooLargeError:
-    """What is asked for would take more than the whole budget."""
+    """The estimate alone exceeds the byte budget."""
     return ModelTooLargeError(
         f"{spec} takes {format_bytes(size)}, more than the whole budget of {format_bytes(max_bytes)}; nothing was"
-        " evicted for it. Raise the budget, or ask for a smaller dtype or model."
+        " evicted for it. Raise the budget, or use a smaller dtype or model."
     )
 
 
 def turned_out_too_large(spec: ModelSpec, size: int, max_bytes: int) -> ModelTooLargeError:
-    """What was loaded takes more than the whole budget, although its estimate did not."""
+    """The loaded backend exceeds the byte budget, although its estimate did not."""
     return ModelTooLargeError(
-        f"{spec} turned out to take {format_bytes(size)}, more than the whole budget of {format_bytes(max_bytes)}."
-        " Raise the budget, or ask for a smaller dtype or model."
+        f"{spec} takes {format_bytes(size)} after its load, more than the whole budget of {format_bytes(max_bytes)}."
+        " Raise the budget, or use a smaller dtype or model."
     )
 
 
 def shut_down(when: str) -> CacheClosedError:
-    """The cache was shut down, ``when`` being before or during the load of what is asked for."""
-    return CacheClosedError(f"the cache was shut down {when}; nothing can be had from it any more.")
+    """The cache was shut down; ``when`` says at which point of the request."""
+    return CacheClosedError(f"the cache was shut down {when}; it serves no more requests.")
 
 
 def ended(spec: ModelSpec, owner: str) -> BackendUseError:
-    """The test or fixture that asks, in one of its threads, has ended."""
+    """The owner of the request has ended, while one of its threads still runs."""
     return BackendUseError(
-        f"{spec} was asked for by {owner}, which has ended, and its leases with it. Wait for its threads before it"
-        " ends, and ask in the test that needs the backend."
+        f"{owner} has ended, but one of its threads still asks for {spec}. Join the thread before the test ends, or ask"
+        " in the test that needs the backend."
     )
 
 
 def load_asks_for_itself(spec: ModelSpec) -> CacheDeadlockError:
-    """A load waits, perhaps through other threads, for itself."""
+    """A load waits for itself, perhaps through other threads."""
     return CacheDeadlockError(
-        f"the load of {spec} asks, while it is loading, for itself; it would wait forever. A build may ask the cache"
-        " for other specs, not for the one that it builds."
+        f"the load of {spec} asks the cache for the same spec, so it would wait for itself forever. A build may ask"
+        " for other specs, but not for its own."
     )
 
 
 def close_asks_for_itself(spec: ModelSpec) -> CacheDeadlockError:
-    """A ``close()`` waits for what it closes."""
-    return CacheDeadlockError(f"the close of {spec} asks for {spec}; it would wait forever.")
+    """A ``close()`` waits for itself."""
+    return CacheDeadlockError(
+        f"the close() of {spec} asks the cache for the same spec, so it would wait for itself forever."
+    )

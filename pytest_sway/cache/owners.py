@@ -1,4 +1,4 @@
-"""`Owner`: whose leases are. It is apart and plain, since each run of pytest that has the plugin makes some."""
+"""`Owner`, the test or fixture that owns leases. It is a module of its own since every run of pytest imports it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ __tracebackhide__ = True
 
 
 class Owner:
-    """Whose leases are, such as a test: they end with it, whichever thread asked, and it gets no others then.
+    """A test or fixture that owns leases. They end with it, whichever thread took them, and it gets no others.
 
     Attributes:
-        name: Who is named to others when the cache is full.
-        keeps: It gives back nothing before its end, so that what it asks for meanwhile cannot wait for that.
-        over: It has ended.
+        name: The name that messages show when the cache is full.
+        keeps: Whether it releases nothing before its end, so its own requests must not wait for its leases.
+        over: Whether it has ended.
     """
 
     __slots__ = ("keeps", "name", "over")

@@ -1,4 +1,4 @@
-"""What happened in a run, as plain built-in types that can be sent between processes and merged."""
+"""The counts of a run, as plain values that can be sent between processes and merged."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _ONE_EVENT: Final = 1.0
 
 @dataclass(slots=True)
 class BackendStats:
-    """What happened to one backend, or to one shared base.
+    """The counts of one backend, or of one shared base.
 
     Attributes:
         loads: Loads that succeeded.
-        hits: Requests that were served without a load.
+        hits: Requests served without a load.
         failures: Loads that failed.
         evictions: Closes to make room.
-        load_seconds: Seconds spent in the loads that succeeded, without the import of libraries.
-        base: The name of the shared base that it uses; empty where it shares none.
+        load_seconds: Seconds spent in successful loads, without imports of libraries.
+        base: The name of its shared base; empty if it shares none.
     """
 
     loads: int = 0
@@ -42,17 +42,17 @@ class BackendStats:
 
     @property
     def seconds_per_load(self) -> float:
-        """Mean seconds of a load; 0.0 where none succeeded."""
+        """Mean seconds of a successful load; 0.0 if none succeeded."""
         return self.load_seconds / self.loads if self.loads else 0.0
 
 
 @dataclass(slots=True)
 class RecallStats:
-    """What one base answered from memory.
+    """The answers that one base gave from its answer cache.
 
     Attributes:
-        answers: How many answers.
-        seconds: What they took when they were computed.
+        answers: Their number.
+        seconds: The seconds that computing them had taken.
     """
 
     answers: int = 0
@@ -128,24 +128,23 @@ class EventLog:
 
 @dataclass(slots=True)
 class SwayStats:
-    """What happened in one process, or in several after `merge`.
+    """The counts of one process, or of several after `merge`.
 
     Attributes:
-        backends: By the spec's label.
-        bases: The loads of shared bases, by the base's name; they are part of the backends' load seconds.
-        recalled: What bases answered from memory, by the base's name.
-        import_seconds: Seconds spent on importing libraries such as torch, once in each process.
+        backends: Counts by the label of the spec.
+        bases: Loads of shared bases by name. Their seconds are part of the backends' load seconds.
+        recalled: Answers from the answer cache, by the base's name.
+        import_seconds: Seconds spent importing libraries such as torch, once in each process.
         peak_resident: The most backends that were loading, ready or closing at one time.
-        peak_bytes: The most bytes of weights that were resident at one time, as far as their sizes are known.
+        peak_bytes: The most bytes of weights that were resident at one time; unknown sizes count as 0.
         close_errors: One line for each ``close()`` that raised.
-        mutations: One line for each test that left a backend changed.
-        leaks: One line for each close after which weights were still in memory.
-        hook_errors: One line for each hook, and each look for leaks, that raised.
-        log: What happened when; of one process, so it is not merged.
-        specs: What was loaded: by its label or the name by which it was asked for, its fields and the digest of its
-            files.
-        versions: Of the libraries that were imported.
-        devices: What was loaded on: by torch's name, the name of the hardware.
+        mutations: One message for each test that left a backend changed.
+        leaks: One message for each close after which weights were still in memory.
+        hook_errors: One line for each hook, or leak check, that raised.
+        log: The events of one process; not merged.
+        specs: The specs of what was loaded, by label or configured name: their fields and the digest of their files.
+        versions: The versions of the imported libraries.
+        devices: The devices of what was loaded: torch's name, and the name of the hardware.
     """
 
     backends: dict[str, BackendStats] = field(default_factory=dict)
@@ -164,7 +163,7 @@ class SwayStats:
     devices: dict[str, str] = field(default_factory=dict)
 
     def backend(self, label: str) -> BackendStats:
-        """The counts of one backend, made on first use."""
+        """Return the counts of one backend, creating them on first use."""
         return self.backends.setdefault(label, BackendStats())
 
     def base_loaded(self, name: str, seconds: float) -> None:
@@ -172,11 +171,11 @@ class SwayStats:
         self.bases.setdefault(name, BackendStats()).add(BackendStats(loads=1, load_seconds=seconds))
 
     def base_recalled(self, name: str, answers: int, seconds: float) -> None:
-        """Count answers that a base gave from memory."""
+        """Count answers that a base gave from its answer cache."""
         self.recalled.setdefault(name, RecallStats()).add(RecallStats(answers, seconds))
 
     def total(self) -> BackendStats:
-        """The sum over all backends."""
+        """Return the sum over all backends."""
         total = BackendStats()
         for stats in self.backends.values():
             total.add(stats)
@@ -184,10 +183,10 @@ class SwayStats:
         return total
 
     def saved_seconds(self) -> float:
-        """Seconds of loading that a run without cache and shared bases would have spent besides, estimated.
+        """Estimate the seconds of loading that the cache and the shared bases have saved.
 
-        Each hit would have been a load of its base and its adapter, and each load that found its base there would
-        have loaded that base too, at the mean cost of the loads that were measured.
+        Without them, each hit would load its base and its adapter, and each adapter load that shared a base would load
+        that base too. Each of these costs the mean of the measured loads.
         """
         saved = 0.0
         for backend in self.backends.values():
@@ -205,11 +204,11 @@ class SwayStats:
         return saved
 
     def merge(self, other: SwayStats, *, origin: str | None = None) -> None:
-        """Add what happened in another process; peaks are per process, so the larger one stays.
+        """Add the counts of another process; of the peaks, which are per process, keep the larger.
 
         Args:
-            other: What happened there.
-            origin: The other process's name, put before each of its lines.
+            other: The counts of the other process.
+            origin: Its name, put before each of its lines.
         """
         for mine, theirs in ((self.backends, other.backends), (self.bases, other.bases)):
             for label, stats in theirs.items():
@@ -231,13 +230,13 @@ class SwayStats:
             ours.extend(lines if origin is None else (f"{origin}: {line}" for line in lines))
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as dicts, lists, strings and numbers."""
+        """Return the counts as dicts, lists, strings and numbers."""
         log = {"events": [list(event) for event in self.log.events], "left_out": self.log.left_out}
         return {**asdict(replace(self, log=EventLog())), "log": log}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `as_dict`."""
+        """Rebuild the counts from `as_dict`."""
         return cls(
             **{
                 **values,
@@ -251,13 +250,13 @@ class SwayStats:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """What one worker handed back.
+    """The result of one worker.
 
     Attributes:
-        name: The worker's, such as ``gw0``.
-        stats: What happened in it, or ``None`` where it used no backend or did not live to say so.
-        error: How it ended without handing back anything, or ``None``.
-        loading: What it was loading then.
+        name: The worker's name, such as ``gw0``.
+        stats: Its counts, or ``None`` if it used no backend or ended without a report.
+        error: How it ended without a report, or ``None``.
+        loading: The specs that it was loading at that time.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""From `pytest_sway.cache.stats` to what a person reads."""
+"""The lines that a run prints: its summary, its comparisons and the progress of loads."""

@@ -1,4 +1,4 @@
-"""What is being loaded right now: on the terminal once it takes long, and on disk for whoever outlives the process."""
+"""The loads in progress: slow ones are shown on the terminal, and all are noted on disk in case the worker dies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TextIO
 
 
 class LoadProgress:
-    """Says on a terminal what is being loaded, once that has taken a while.
+    """Shows slow loads on a terminal, and notes all loads in a file.
 
     Args:
-        terminal: Where to write, past pytest's capture; ``None`` to say nothing.
-        worker: The name of the worker that loads, where several write to one terminal.
-        note: A file that holds what is being loaded, one line for each load, for as long as it is.
-        patience: Seconds after which a load is worth a line.
+        terminal: The terminal, bypassing pytest's capture; ``None`` to show nothing.
+        worker: The name of the xdist worker, if several write to one terminal.
+        note: A file that holds one line for each load in progress.
+        patience: Seconds after which a load is shown.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class LoadProgress:
 
     @contextmanager
     def loading(self, what: str) -> Iterator[None]:
-        """Watch one load, which lasts as long as the block."""
+        """Watch one load for as long as the block lasts."""
         with self._noted(what), self._shown(what):
             yield
 
@@ -53,7 +53,7 @@ class LoadProgress:
 
     def _write_note(self) -> None:
         if self._note is not None:
-            with self._lock, suppress(OSError):  # a full disk fails no load
+            with self._lock, suppress(OSError):  # a full disk must not fail a load
                 self._note.write_text("\n".join(self._running), "utf-8", "backslashreplace")
 
     @contextmanager
@@ -78,18 +78,18 @@ class LoadProgress:
         announced.set()
         if self._worker is None:
             self._write(f"\nsway: loading {what} ... ")
-        else:  # whole lines, since the terminal is not this process's alone
+        else:  # whole lines, since several processes write to the terminal
             self._write(f"\n[{self._worker}] sway: loading {what} ...\n")
 
     def _write(self, text: str) -> None:
         if self._terminal is not None:
-            with suppress(OSError, ValueError):  # a terminal that went away fails no load
+            with suppress(OSError, ValueError):  # a closed terminal must not fail a load
                 self._terminal.write(text)
                 self._terminal.flush()
 
 
 def noted_loads(note: Path) -> tuple[str, ...]:
-    """Return what a process was loading when it wrote its note, or when it died."""
+    """Return the loads that a process was doing when it last wrote its note, such as when it died."""
     try:
         return tuple(note.read_text("utf-8").splitlines())
     except OSError:

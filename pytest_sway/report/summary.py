@@ -1,4 +1,4 @@
-"""The summary that stands at the end of a run."""
+"""The summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _COLUMNS = ("backend", "loads", "hits", "seconds", "evicted", "failed")
 def write_summary(
     terminal: pytest.TerminalReporter, stats: SwayStats, workers: Sequence[WorkerReport] = (), *, fails: bool
 ) -> None:
-    """Write the summary's section, if a test asked for a backend.
+    """Write the section ``sway``, if a test asked for a backend.
 
     Args:
-        terminal: Where it is written.
-        stats: What happened, over all workers where there are some.
-        workers: What happened in each worker.
+        terminal: The reporter to write to.
+        stats: The counts, summed over all workers.
+        workers: The report of each worker.
         fails: Whether leaks fail the run.
     """
     lines = list(summary_lines(stats, workers, dist=terminal.config.getoption("dist", "no")))
@@ -39,12 +39,12 @@ def write_summary(
 
 
 def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = (), *, dist: str = "no") -> Iterator[str]:
-    """The lines of the summary; none where no test asked for a backend.
+    """Yield the lines of the summary; none if no test asked for a backend.
 
     Args:
-        stats: What happened, over all workers where there are some.
-        workers: What happened in each worker.
-        dist: How pytest-xdist distributed the tests.
+        stats: The counts, summed over all workers.
+        workers: The report of each worker.
+        dist: The value of pytest-xdist's ``--dist``.
     """
     if stats.backends:
         yield from _table(stats)
@@ -63,8 +63,8 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = (), *, dis
     loaders = Counter(name for worker in workers if worker.stats is not None for name in worker.stats.bases)
     if dist not in ("loadgroup", "each") and max(loaders.values(), default=0) > 1:
         yield (
-            "several workers loaded the same base; --dist loadgroup keeps the tests of a base together, as far as their"
-            " specs are known before they run"
+            "several workers loaded the same base; --dist loadgroup keeps the tests of a base together, if a marker or"
+            " a parameter names their specs"
         )
     for worker in workers:
         yield from _worker_line(worker)
@@ -96,7 +96,7 @@ def _row(label: str, stats: BackendStats) -> tuple[str, ...]:
 def _worker_line(worker: WorkerReport) -> Iterator[str]:
     if worker.error is not None:
         loading = f" while it loaded {', '.join(worker.loading)}" if worker.loading else ""
-        yield f"{worker.name}: {worker.error}{loading}; what it did is not counted"
+        yield f"{worker.name}: {worker.error}{loading}; its counts are missing"
     elif worker.stats is not None:
         total = worker.stats.total()
         counts = f"{_times(total.loads, 'load')}, {_times(total.hits, 'hit')}, {total.load_seconds:.2f} s"

@@ -1,1 +1,1 @@
-"""One pytest run: its options, the order of its tests, its workers, and who is to blame for leaks and mutations."""
+"""One pytest run: its options, the order of its tests, its workers, and its checks for leaks and mutations."""

@@ -1,8 +1,8 @@
-"""pytest-xdist: what the controller tells its workers, and what it hears from them.
+"""The data that pytest-xdist's controller and its workers exchange.
 
-The controller loads no model. It hands each worker plain data as ``workerinput["pytest_sway"]``; each worker that used
-a backend hands back its stats as ``workeroutput["pytest_sway"]`` when its session ends. A worker that crashed hands
-back nothing, and is named.
+The controller loads no model. It sends each worker plain data as ``workerinput["pytest_sway"]``. A worker that used a
+backend returns its counts as ``workeroutput["pytest_sway"]`` when its session ends. A worker that crashed returns
+nothing; the summary names it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HERE: Final = "here"
 
 
 def distributes(config: pytest.Config) -> bool:
-    """Return whether this process is the controller of a run whose tests go to workers."""
+    """Return whether this process is the controller of a run with workers."""
     return (
         hasattr(config.hook, "pytest_configure_node")
         and not hasattr(config, "workerinput")
@@ -41,43 +41,43 @@ def distributes(config: pytest.Config) -> bool:
 
 
 def worker_data(config: pytest.Config) -> Mapping[str, Any]:
-    """Return what the controller told this worker; empty where there is no controller.
+    """Return the data that the controller sent this worker; empty if this process is no worker.
 
-    ``folder``, a path as text, is the run's folder for what the workers of the controller's machine share; workers
-    elsewhere have none. The controller removes it when the run ends. ``shares_weights``: whether weights are among it.
+    ``folder``: the path of the run's folder, which the workers on the controller's machine share, else ``None``. The
+    controller removes it when the run ends. ``shares_weights``: whether the workers share weights in it.
     """
     data: Mapping[str, Any] = getattr(config, "workerinput", {}).get(_KEY, {})
     return data
 
 
 def weights_folder(config: pytest.Config) -> Path | None:
-    """Return the folder through which the workers of a machine share weights; ``None`` where each has its own."""
+    """Return the folder in which the workers of a machine share weights; ``None`` if they do not."""
     data = worker_data(config)
     return Path(data["folder"]) if data.get("shares_weights") else None
 
 
 def publish(config: pytest.Config, stats: SwayStats) -> None:
-    """Leave a worker's stats for the controller; called before the worker's session has ended."""
+    """Send a worker's counts to the controller. Call it before the worker's session has ended."""
     if hasattr(config, "workeroutput"):
-        config.workeroutput[_KEY] = json.dumps(stats.as_dict())  # JSON takes any text, also undecodable file names
+        config.workeroutput[_KEY] = json.dumps(stats.as_dict())  # JSON carries any text, even undecodable file names
 
 
 class Node(Protocol):
-    """A worker as the controller sees it: what is used here of ``xdist.workermanage.WorkerController``."""
+    """The part of ``xdist.workermanage.WorkerController`` that is used here."""
 
     gateway: Any
     workerinput: dict[str, Any]
 
 
 def load_progress(config: pytest.Config, terminal: TextIO | None) -> LoadProgress:
-    """Return what shows the loads of this process, and in a worker leaves a note for the controller."""
+    """Return the progress display of this process; in a worker, it also leaves a note for the controller."""
     worker = getattr(config, "workerinput", {}).get("workerid")
     folder = worker_data(config).get("folder")
     return LoadProgress(terminal, worker=worker, note=_note(folder, worker) if folder and worker else None)
 
 
 class Controller:
-    """The controller's side, a plugin that is registered while tests are distributed."""
+    """The controller's hooks, registered if workers run the tests."""
 
     def __init__(self, config: pytest.Config, settings: SwaySettings) -> None:
         self._settings = settings
@@ -88,15 +88,15 @@ class Controller:
 
     @pytest.hookimpl
     def pytest_report_header(self) -> str | None:
-        """Show how many threads each worker gets, where the user has not chosen."""
+        """Show the number of threads of each worker, unless the user has set it."""
         threads = threads_for(self._workers_here, os.environ).get("OMP_NUM_THREADS")
         return f"sway: OMP_NUM_THREADS={threads} in each of {self._workers_here} workers" if threads else None
 
     @pytest.hookimpl
     def pytest_xdist_setupnodes(self, specs: Sequence[Any]) -> None:
-        """Give the workers their environment, which they have before they start; replacements of them have it too.
+        """Set the environment variables of the workers before they start, and of their replacements.
 
-        Workers on other machines keep their own threads: how many processors there are is not known here.
+        Workers on other machines keep their own number of threads, since their processors are not known here.
         """
         seen: Counter[str] = Counter()
         for spec in specs:
@@ -109,7 +109,7 @@ class Controller:
 
     @pytest.hookimpl
     def pytest_configure_node(self, node: Node) -> None:
-        """Tell a worker what it should know before it starts; a worker that replaces another comes here too."""
+        """Send a worker its data before it starts; pytest-xdist calls this for replacements too."""
         self._nodes.append(node)
         here = _machine(str(node.gateway.spec)) == _HERE
         shares = here and self._workers_here > 1 and self._settings.share_weights == "auto"
@@ -117,13 +117,13 @@ class Controller:
 
     @pytest.hookimpl
     def pytest_testnodedown(self, node: Node, error: object | None) -> None:
-        """Remember why a worker ended before its time."""
+        """Remember why a worker crashed."""
         if error:
             self._errors[node.gateway.id] = str(error)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Fail the run for what a worker alone would fail it for; the workers have ended by now."""
+        """Fail the run for leaks in a worker; all workers have ended by now."""
         if self._settings.fails_run(self.stats().leaks) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -135,19 +135,19 @@ class Controller:
 
     @pytest.hookimpl
     def pytest_unconfigure(self) -> None:
-        """Remove what the workers shared."""
+        """Remove the workers' shared folder."""
         if self._folder is not None:
             self._folder.remove()
 
     def reports(self) -> list[WorkerReport]:
-        """What the workers handed back, in the order in which they were started.
+        """Return the workers' reports, in the order in which the workers were started.
 
-        After an interrupt pytest-xdist tells of no worker's end any more, but what they sent has arrived.
+        After an interrupt pytest-xdist no longer calls ``pytest_testnodedown``, but the workers' data has arrived.
         """
         return [self._report(node) for node in self._nodes]
 
     def stats(self) -> SwayStats:
-        """All workers' stats as one; each line about what went wrong starts with the worker's name."""
+        """Return the sum of all workers' counts; each line about a failure starts with the worker's name."""
         total = SwayStats()
         for report in self.reports():
             if report.stats is not None:
@@ -176,14 +176,14 @@ def _note(folder: str, worker: str) -> Path:
 
 
 def _expanded(specs: Sequence[str]) -> Iterator[str]:
-    """The execution specs of ``--tx``, with ``3*popen`` written out."""
+    """Yield the execution specs of ``--tx``, with ``3*popen`` repeated three times."""
     for spec in specs:
         times, star, rest = spec.partition("*")
         yield from [rest] * int(times) if star and times.isdecimal() else [spec]
 
 
 def _machine(spec: str) -> str:
-    """Where the worker of an execution spec runs; equal for workers on one machine."""
+    """Return the machine of an execution spec; equal for workers on one machine."""
     keys = dict(part.partition("=")[::2] for part in spec.split("//"))
     if "via" not in keys and "popen" in keys:
         return _HERE

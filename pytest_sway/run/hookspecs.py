@@ -1,4 +1,4 @@
-"""The hooks of pytest-sway, for a conftest.py or another plugin to implement."""
+"""The hooks that you can implement in a conftest.py or a plugin."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
 
 @pytest.hookspec(firstresult=True)
 def pytest_sway_build_backend(spec: ModelSpec, config: pytest.Config) -> DifferentialBackend | None:
-    """Build the backend of ``spec``, or return ``None`` to leave it to others and at last to pytest-sway.
+    """Build the backend of ``spec``, or return ``None`` to leave it to other plugins and to pytest-sway.
 
     Called once for each load, in the thread that asked. An error that is no `pytest_sway.SwayError` is wrapped in one.
-    What it returns has ``as_base()`` and ``as_finetuned()``, is leased and evicted like any other, and may have:
+    The backend must have ``as_base()`` and ``as_finetuned()``. It is leased and evicted like any other, and may have:
 
-    * ``close()``, called once, when it is evicted or the session ends;
-    * ``changes()``, the lines that say what about it is not as it was when it was loaded; asked after each test;
-    * ``leak()``, asked after the close: ``None``, or an object with ``nbytes``, what is still in memory, and
-      ``holders``, lines that say by what it is held;
-    * ``sizes()``, the bytes that each of its parts takes, for ``--sway-cache-memory``: a mapping whose keys are equal
-      for parts that backends share.
+    * ``close()``, called once, when the backend is evicted or the session ends;
+    * ``changes()``, called after each test: returns one line for each change since the load;
+    * ``leak()``, called after the close: returns ``None``, or an object with ``nbytes``, the bytes still in memory, and
+      ``holders``, one line for each chain of references that holds them;
+    * ``sizes()``, for ``--sway-cache-memory``: returns a mapping from parts to bytes. Backends that share a part use
+      the same key for it.
 
     Args:
-        spec: What to load, with device and dtype resolved.
+        spec: The spec to load, with device and dtype resolved.
         config: The run's configuration.
     """
 
 
 def pytest_sway_backend_loaded(cached: CachedBackend, config: pytest.Config) -> None:
-    """A backend was loaded; ``cached`` holds it, its spec, its key and the seconds that its load took.
+    """Called after a load; ``cached`` holds the backend, its spec, its key and the seconds of its load.
 
-    An error that this raises is reported in the summary and fails no test.
+    An error raised here is reported in the summary and fails no test.
     """
 
 
 def pytest_sway_backend_evicted(spec: ModelSpec, config: pytest.Config) -> None:
-    """The backend of ``spec`` was closed: to make room, because a test changed it, or at the session's end.
+    """Called after a close: to make room, because a test changed the backend, or at the session's end.
 
-    An error that this raises is reported in the summary and fails no test.
+    An error raised here is reported in the summary and fails no test.
     """

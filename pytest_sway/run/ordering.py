@@ -1,6 +1,6 @@
-"""Hooks that put the collected tests into the order of fewest loads, and tell xdist which belong together.
+"""Hooks that reorder the collected tests for fewest loads, and tell xdist which tests belong together.
 
-Imported in every run of pytest, so what it needs itself is imported once a test names a spec before it runs.
+Every run of pytest imports this module, so the rest is imported only if a marker or a parameter names a spec.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pytest_sway.run.scheduling import Needs
 
 _GROUP: Final = "pytest-sway-"
-"""What the names of groups begin with; they exist only between xdist's workers and its scheduler."""
+"""The prefix of group names, which only xdist's workers and its scheduler see."""
 
 _needs = pytest.StashKey["Needs"]()
 
@@ -25,7 +25,7 @@ _needs = pytest.StashKey["Needs"]()
 class Collection:
     """The hooks of one run.
 
-    To be registered after those of all installed plugins, so that these run first and a plugin that shuffles wins.
+    Register it after all installed plugins, so that it reorders first and a plugin that shuffles has the last word.
     """
 
     def __init__(self, settings: SwaySettings) -> None:
@@ -36,7 +36,7 @@ class Collection:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> Generator[None, object, object]:
-        """Put tests of equal models together."""
+        """Put tests of the same model together."""
         specs = [_spec_values(item) for item in items]
         self._known = any(specs)
         if self._known:
@@ -50,13 +50,13 @@ class Collection:
 
         try:
             named = named_specs(config)
-        except Exception:  # the first test that uses a backend says what is wrong with the file
+        except Exception:  # the first test that uses a backend reports it
             named = {}
         for item, values in zip(items, specs, strict=True):
             try:
                 parsed = [parse_spec(value, named=named) for value in values]
                 needs = needs_of(parsed, device=self._settings.device, dtype=self._settings.dtype)
-            except Exception:  # the test itself says what is wrong with its spec
+            except Exception:  # the test itself reports its spec
                 needs = None
             if needs is not None:
                 item.stash[_needs] = needs
@@ -64,7 +64,7 @@ class Collection:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Under ``--dist loadgroup``, send xdist the groups; by now all is deselected that will be."""
+        """Under ``--dist loadgroup``, send xdist the groups; all deselection is done by now."""
         config = session.config
         if not self._known or not hasattr(config, "workerinput") or not config.getoption("loadgroup", False):
             return (yield)
@@ -73,7 +73,7 @@ class Collection:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, report: pytest.TestReport) -> None:
-        """Take the group out of the report that xdist makes for a test that killed its worker."""
+        """Remove the group from the node id in xdist's report of a test that killed its worker."""
         nodeid, at, _ = report.nodeid.rpartition(f"@{_GROUP}")
         if at:
             report.longrepr = str(report.longrepr).replace(report.nodeid, nodeid)
@@ -81,7 +81,7 @@ class Collection:
 
 
 def _spec_values(item: pytest.Item) -> list[Any]:
-    """What a test says about its specs before it runs: its marker's arguments, and parameters that are specs."""
+    """Return the specs that are known before a test runs: its marker's arguments, and parameters that are specs."""
     marker = item.get_closest_marker("sway_spec") if "sway_spec" in item.keywords else None
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     return [*(() if marker is None else marker.args), *(value for value in parameters.values() if is_spec(value))]
@@ -106,11 +106,11 @@ def _known(items: Sequence[pytest.Item]) -> list[Needs | None]:
 
 @contextmanager
 def _groups_sent(session: pytest.Session) -> Iterator[None]:
-    """While this lasts, what xdist's worker sends its controller about the collected tests has their groups in it.
+    """Add groups to the node ids that xdist's worker sends to the controller during the block.
 
-    xdist's scheduler reads a test's group from the end of its node id. Its own way to put it there, the mark
-    ``xdist_group``, changes the node id itself, and with it what ``--lf`` stores and what reports show; with pytest 9.2
-    it has no effect at all. So the groups are put into the message alone, and the tests keep their node ids.
+    xdist's scheduler reads a test's group from the end of its node id. The mark ``xdist_group`` would change the node
+    id itself, and so the ids in ``--lf`` and in reports; with pytest 9.2 it has no effect at all. So only the message
+    gets the groups, and the tests keep their node ids.
     """
     config: Any = session.config
     worker = next(plugin for plugin in config.pluginmanager.get_plugins() if hasattr(plugin, "sendevent"))
@@ -129,9 +129,9 @@ def _groups_sent(session: pytest.Session) -> Iterator[None]:
 
 
 def _grouped_ids(items: Sequence[pytest.Item], workers: int) -> list[str]:
-    """The tests' node ids, each with the group that it is in, if it is in one."""
+    """Return the tests' node ids, with ``@group`` appended if a test is in a group."""
     suffixes = ["" if group is None else f"@{group}" for group in _groups(items, workers)]
-    # xdist itself has put the user's groups there, where it can.
+    # With some versions of pytest, xdist itself has already appended the user's groups.
     return [
         item.nodeid if item.nodeid.endswith(suffix) else item.nodeid + suffix
         for item, suffix in zip(items, suffixes, strict=True)
@@ -139,7 +139,7 @@ def _grouped_ids(items: Sequence[pytest.Item], workers: int) -> list[str]:
 
 
 def _groups(items: Sequence[pytest.Item], workers: int) -> list[str | None]:
-    """The group of each test: the user's where there is one, ours where its needs are known, or ``None``."""
+    """Return the group of each test: the user's, else ours if its needs are known, else ``None``."""
     from pytest_sway.run.scheduling import dealt
 
     own = [_own_group(item) for item in items]
@@ -149,7 +149,7 @@ def _groups(items: Sequence[pytest.Item], workers: int) -> list[str | None]:
 
 
 def _own_group(item: pytest.Item) -> str | None:
-    """The name that xdist gives to the group in which the user has put a test."""
+    """Return the name that xdist gives to the group that the user chose for a test."""
     marks = item.iter_markers("xdist_group")
     names = {str(mark.args[0] if mark.args else mark.kwargs.get("name", "default")) for mark in marks}
     return "_".join(sorted(names)) or None

@@ -1,7 +1,7 @@
-"""Which tests stand together and which worker runs them, so that the fewest bases are loaded.
+"""The order of tests and their groups, chosen so that few bases are loaded.
 
-All of it works on plain values: what a test needs is a `Needs`, or ``None`` where that is not known. Reading them from
-pytest's items, and telling xdist, is `pytest_sway.run.ordering`.
+This module works on plain values: a test's `Needs`, or ``None`` if they are not known. `pytest_sway.run.ordering` reads
+them from pytest's items and tells xdist.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any, Final, NamedTuple
 from pytest_sway.spec.identity import base_spec, finetuned_spec
 from pytest_sway.spec.model_spec import ModelSpec
 
-_ROOM_IN_TENTHS: Final = 12  # the largest share that a worker may get, in tenths of the mean
+_ROOM_IN_TENTHS: Final = 12  # the most tests that a worker may get, in tenths of the mean
 _TRIALS: Final = 32
 
 
 class Needs(NamedTuple):
-    """What a test is known to need, by identity.
+    """The models that a test needs, by identity.
 
     Attributes:
-        bases: The base of each of its specs, in the order of its specs; at least one.
+        bases: The bases of its specs, in the order of its specs; at least one.
         specs: Its specs.
     """
 
@@ -34,15 +34,15 @@ class Needs(NamedTuple):
 
 
 def needs_of(specs: Iterable[ModelSpec], *, device: str = "auto", dtype: str = "auto") -> Needs | None:
-    """Return what a test with these specs needs, or ``None`` if there are none.
+    """Return the needs of a test with these specs, or ``None`` if there are none.
 
-    No files are read and nothing heavy is imported for it. So ``auto`` on a machine without an accelerator is not known
-    to be ``cpu``.
+    It reads no files and imports nothing heavy. So ``auto`` and ``cpu`` count as two devices, even on a machine without
+    an accelerator.
 
     Args:
         specs: The test's specs.
-        device: What ``auto`` means for devices in this run.
-        dtype: What ``auto`` means for dtypes in this run.
+        device: The device that ``auto`` stands for in this run.
+        dtype: The dtype that ``auto`` stands for in this run.
     """
     identities = [_identity(spec, device, dtype) for spec in specs]
     if not identities:
@@ -52,7 +52,7 @@ def needs_of(specs: Iterable[ModelSpec], *, device: str = "auto", dtype: str = "
 
 @lru_cache(maxsize=1024)
 def _identity(spec: ModelSpec, device: str, dtype: str) -> tuple[tuple[ModelSpec, ...], ModelSpec]:
-    """The bases that a spec loads, and the spec itself, without what makes no difference."""
+    """Return the bases that a spec loads, and the spec itself, without fields that make no difference."""
     values: dict[str, Any] = {"trust_remote_code": False}
     values |= {"device": device} if spec.device == "auto" else {}
     values |= {"dtype": dtype} if spec.dtype == "auto" else {}
@@ -64,8 +64,8 @@ def _identity(spec: ModelSpec, device: str, dtype: str) -> tuple[tuple[ModelSpec
 def ordered(tests: Sequence[Needs | None]) -> list[int]:
     """Return the positions of the tests in the order in which they should run.
 
-    Each base's tests stand where its first one stood; among them each adapter's tests stand where its first one stood;
-    beyond that, and among tests whose needs are not known, the order stays.
+    Tests of one base run together, at the position of the first; among them, tests of one adapter do the same. All
+    other tests keep their place.
     """
     first: dict[Hashable, int] = {}
     places: list[tuple[int, ...]] = []
@@ -73,22 +73,21 @@ def ordered(tests: Sequence[Needs | None]) -> list[int]:
         if needs is None:
             places.append((position,))
         else:
-            # A base's own place comes first, so that a test of two bases stands among those of its first.
+            # The first base's place comes first, so that a test of two bases runs among the tests of its first base.
             parts = (needs.bases[0], needs.bases, needs)
             places.append((*(first.setdefault((depth, part), position) for depth, part in enumerate(parts)), position))
     return sorted(range(len(tests)), key=places.__getitem__)
 
 
 def dealt(tests: Sequence[Needs | None], workers: int) -> list[int | None]:
-    """Deal tests out to workers: return each test's group, ``None`` where its needs are not known.
+    """Return the group of each test, one group for each worker; ``None`` if a test's needs are not known.
 
-    There are at most as many groups as workers, so that each worker gets one, whatever the tests cost. Together they
-    hold at most (distinct bases + workers - 1) bases, so no more than that are loaded. No group holds more than 1.2
-    times the mean number of tests, or that number rounded up where tests are few.
+    At most (distinct bases + workers - 1) bases are loaded. No group holds more than 1.2 times the mean number of
+    tests, or the mean rounded up if that is more.
 
     Args:
-        tests: In the order in which they run.
-        workers: How many workers there are, at least 1.
+        tests: The tests in the order in which they run.
+        workers: The number of workers, at least 1.
     """
     sizes = Counter(needs.bases[0] for needs in tests if needs is not None)
     packed = _packed(list(sizes.values()), workers)
@@ -100,10 +99,10 @@ def dealt(tests: Sequence[Needs | None], workers: int) -> list[int | None]:
 
 
 def _packed(sizes: Sequence[int], workers: int) -> list[list[tuple[int, int]]]:
-    """Return for each size the pieces that it is cut into: the group and the size of each.
+    """Cut each size into pieces; return the group and the size of each piece.
 
-    How full a group may get decides how often bases are cut; of the bounds from the mean to 1.2 times the mean, the
-    one with the fewest pieces is taken, and of those the one with the smallest largest group.
+    The more a group may hold, the fewer bases are cut. This tries bounds from the mean to 1.2 times the mean, and takes
+    the one with the fewest pieces, and among those the smallest largest group.
     """
     total = sum(sizes)
     least = -(-total // workers)
@@ -120,10 +119,10 @@ def _cost(pieces: list[list[tuple[int, int]]]) -> tuple[int, int]:
 
 
 def _filled(sizes: Sequence[int], workers: int, room: int) -> list[list[tuple[int, int]]]:
-    """Put each size, largest first, into the fullest group that has room for it, or else fill up the emptiest with it.
+    """Put each size, largest first, into the fullest group with room for it; if none has, cut it to fill the emptiest.
 
-    Whoever is filled up takes nothing more. If ``room * workers`` holds all, then at most ``workers - 1`` groups are
-    filled up by a cut, since what is left after that fits into the last.
+    A group that a cut has filled takes nothing more. If ``room * workers`` holds all, at most ``workers - 1`` groups
+    are filled by a cut, since the rest fits into the last.
     """
     held = [0] * workers
     pieces: list[list[tuple[int, int]]] = [[] for _ in sizes]

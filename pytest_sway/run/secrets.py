@@ -1,4 +1,4 @@
-"""Keeping secrets out of what pytest shows, whoever raised, logged or printed them."""
+"""Hooks that keep secrets out of pytest's output, whoever raised, logged or printed them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     import warnings
 
 _DEEPEST: Final = 20
-"""Containers within each other in a report as pytest writes it for others; of the exceptions' local variables, 10."""
+"""The deepest nesting of containers that is searched in a serialized report."""
 
 
 class SecretsHidden:
-    """The hooks that everything passes on its way to the terminal, to JUnit and to the controller of workers.
+    """The hooks that every report passes on its way to the terminal, to JUnit and to xdist's controller.
 
-    Registered once a run has used a backend; reports of other runs are none of our business.
+    Registered once a run uses a backend; other runs' reports stay as they are.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -26,7 +26,7 @@ class SecretsHidden:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Hide what a failure's traceback and a test's captured output quote."""
+        """Hide secrets in a failure's traceback and in a test's captured output."""
         if report.longrepr is None and not report.sections:
             return
         hook, config = self._config.hook, self._config
@@ -39,11 +39,11 @@ class SecretsHidden:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_warning_recorded(self, warning_message: warnings.WarningMessage) -> None:
-        """Hide what a warning quotes; what a thread raised is one of pytest's."""
+        """Hide secrets in a warning; an error in a thread arrives here as a warning too."""
         if isinstance(warning_message.message, Warning):
             without_secrets(warning_message.message)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Hide what ``pytest.exit`` says."""
+        """Hide secrets in the reason of ``pytest.exit``."""
         without_secrets(excinfo.value)

@@ -1,7 +1,7 @@
-"""`SwaySession`: one run's cache and all that happens around it, without pytest's hooks.
+"""`SwaySession`: one run's cache, and the checks around it, without pytest's hooks.
 
-It parses and remembers, names the holders of leases, compares what a test leaves behind with what it was given, and
-looks for what outlives its backend.
+It remembers failed loads, owns the leases of tests, compares models after each test with their state after the load,
+and looks for weights that are still in memory after their close.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ __tracebackhide__ = True
 
 
 _PATIENCE_AT_END: Final = 3.0
-"""Seconds that the end of a session waits for threads that still load. pytest-xdist kills a worker after ten, of which
-five may have passed before the worker hears of an interrupt."""
+"""Seconds that the end of a session waits for loads in progress. pytest-xdist kills a worker after ten seconds, and
+five of them may pass before the worker hears of an interrupt."""
 
 
 class SwayBackend(Protocol):
@@ -50,54 +50,54 @@ class SwayBackend(Protocol):
     def __call__(
         self, spec: SpecLike | None = None, *, adapter_path: Path | None = None, **fields: Any
     ) -> DifferentialBackend:
-        """Return the live backend of ``spec``, which stays loaded until the test's teardown.
+        """Return the backend of ``spec``, which stays loaded until the test's teardown.
 
         Args:
             spec: A `ModelSpec`, a mapping of its fields, a configured name, or any object with the same attributes.
-                It can be left out under a marker ``sway_spec`` with exactly one spec.
-            adapter_path: An adapter that takes the place of the spec's own.
-            fields: The fields of a spec, in the place of ``spec``: ``sway_backend(base=..., adapter=...)``.
+                You can omit it if the marker ``sway_spec`` has exactly one spec.
+            adapter_path: Replaces the spec's adapter.
+            fields: The fields of a spec, instead of ``spec``: ``sway_backend(base=..., adapter=...)``.
 
         Raises:
-            SwayError: The spec is wrong, or cannot be loaded; the message says why and what to do.
+            SwayError: The spec is wrong or cannot be loaded; the message says why and what to do.
         """
         ...
 
 
 class Hooks(BuildHooks, Protocol):
-    """The user's part in building and watching backends."""
+    """The hooks ``pytest_sway_*``, without pytest."""
 
     def loaded(self, cached: CachedBackend) -> None:
-        """Tell the user of a load."""
+        """Call ``pytest_sway_backend_loaded``."""
         ...
 
     def evicted(self, spec: ModelSpec) -> None:
-        """Tell the user of a close."""
+        """Call ``pytest_sway_backend_evicted``."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """A load that failed for good."""
+    """A permanent failure of a load."""
 
     error_type: type[SwayError]
     text: str
     holder: str
 
     def again(self) -> SwayError:
-        return self.error_type(f"{self.text}\n(First met by {self.holder}; the load is not tried again.)")
+        return self.error_type(f"{self.text}\n(First raised for {self.holder}; the load is not repeated.)")
 
 
 class SwaySession(Listener):
-    """What one run holds, and what it has found out.
+    """The cache and the checks of one run.
 
     Args:
-        settings: What is in force.
+        settings: The settings of the run.
         hooks: The user's hooks.
         named: Specs by name.
-        progress: Shows loads that take long.
-        owner: The test or fixture that runs now, whose leases are that no fixture ``sway_backend`` takes.
-        share_weights: A folder through which the workers of this host hold one copy of converted weights.
+        progress: Shows slow loads.
+        owner: Returns the test or fixture that runs now. It owns the leases that are not taken by ``sway_backend``.
+        share_weights: A folder for converted weights that the workers of this machine share.
     """
 
     def __init__(
@@ -143,18 +143,18 @@ class SwaySession(Listener):
 
     @property
     def stats(self) -> SwayStats:
-        """What happened so far."""
+        """The counts so far."""
         return self.cache.stats
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def backends_for(self, test: str, marked: Sequence[SpecLike]) -> Iterator[SwayBackend]:
-        """Give what hands a test its backends and pins them until the block's end.
+        """Give the value of the fixture ``sway_backend``; the backends that it returns are pinned until the block ends.
 
         Args:
             test: The test's node id.
-            marked: The specs of its marker.
+            marked: The specs of its ``sway_spec`` marker.
         """
         owner = Owner(test, keeps=True)
         leases: dict[Key, Lease] = {}
@@ -167,7 +167,7 @@ class SwaySession(Listener):
             resolved = self._resolve(_marked_spec(marked) if spec is None else spec, adapter_path, test)
             key = resolved_key(resolved)
             lease = None if owner.over else leases.get(key)
-            if lease is None:  # another thread of the test may bring one meanwhile
+            if lease is None:  # another thread of the test may add one at the same time
                 lease = leases.setdefault(key, self._acquire((key, resolved.trust_remote_code), resolved, owner))
             backend: DifferentialBackend = lease.backend
             return backend
@@ -192,7 +192,7 @@ class SwaySession(Listener):
         try:
             return self.resolve(spec, adapter_path)
         except SpecError as error:
-            if isinstance(spec, Mapping | str):  # of other objects, the same words can mean different things
+            if isinstance(spec, Mapping | str):  # other objects can differ and have the same repr
                 self._fail_once(("malformed", repr(spec), repr(adapter_path)), error, test)
             raise
 
@@ -207,7 +207,7 @@ class SwaySession(Listener):
             raise
 
     def _fail_once(self, request: Hashable, error: SwayError, test: str) -> None:
-        """Remember a failure for good, or raise the one that is remembered."""
+        """Remember a permanent failure, or raise the remembered one."""
         if request in self._failures:
             raise self._failures[request].again()
         if error.permanent:
@@ -216,19 +216,19 @@ class SwaySession(Listener):
     # --- hygiene ------------------------------------------------------------------------------------------------------
 
     def leased(self, cached: CachedBackend) -> None:
-        """Note that the running test has, or its fixtures have, laid hands on a backend."""
+        """Note that the running test or its fixtures use a backend."""
         self._touched.append(cached)
         users = self._users.setdefault(id(cached), deque(maxlen=3))
         if (user := self._owner().name) not in users:
             users.append(user)
 
     def end_test(self, owner: Owner) -> MutationError | None:
-        """End a test's leases, compare all that was leased during it, or is, with what it was; retire what is changed.
+        """End a test's leases, compare the backends leased during it with their loaded state, and retire changed ones.
 
-        To be called when the test and its own fixtures have ended, so that what they put back counts as put back.
+        Call it when the test and its own fixtures have ended, so that they may undo their changes.
 
         Returns:
-            The error for the test, where changes are errors.
+            The error for the test, if it left changes and they are errors.
         """
         test = owner.name
         look_again()
@@ -238,11 +238,11 @@ class SwaySession(Listener):
         if self._settings.on_mutation == "ignore":
             return None
         used = {id(cached): cached for cached in (*touched, *self.cache.leased())}
-        ready = self.cache.ready()  # what is retired was reported when that was done
+        ready = self.cache.ready()  # without retired backends, whose changes were reported before
         changed = [(cached, lines) for cached in ready if id(cached) in used and (lines := changes(cached.backend))]
         if not changed:
             return None
-        for cached in ready:  # what shares a changed base is changed too, and nobody else is to blame
+        for cached in ready:  # backends that share a changed base are changed too, by this test
             if changes(cached.backend):
                 self._spoilt.append((cached, test))
                 self.cache.retire(cached)
@@ -254,7 +254,7 @@ class SwaySession(Listener):
         return MutationError(message)
 
     def check_fixtures(self, values: Mapping[str, Any]) -> None:
-        """Refuse a test whose fixtures hold a backend that an earlier test has changed.
+        """Refuse a test whose fixtures hold a backend that an earlier test changed.
 
         Args:
             values: The values of its fixtures, by name.
@@ -271,14 +271,14 @@ class SwaySession(Listener):
 
     @contextmanager
     def loading(self, spec: ModelSpec) -> Iterator[None]:
-        """Show a load that takes long."""
+        """Show a slow load."""
         with self._progress.loading(str(spec)):
             yield
 
     def loaded(self, cached: CachedBackend) -> None:
         """Count the seconds of a load apart from the test, and tell the user's hook."""
         spec = cached.model_spec
-        if spec.kind in ("hf", "mlx"):  # whose backends share bases
+        if spec.kind in ("hf", "mlx"):  # the kinds that share bases
             self.stats.backend(str(spec)).base = short_name(spec.base)
         self._loaded[spec] = adapter_digest_in(cached.key)
         self._unreported_seconds += cached.load_seconds
@@ -286,7 +286,7 @@ class SwaySession(Listener):
             self._hooks.loaded(cached)
 
     def evicted(self, cached: CachedBackend) -> None:
-        """Look for what outlived its close, and tell the user's hook."""
+        """Look for a leak, and tell the user's hook."""
         users = tuple(self._users.pop(id(cached), ()))
         with self._noted("looking for leaks", cached):
             if self._settings.on_leak != "ignore" and (found := leak(cached.backend)) is not None:
@@ -296,7 +296,7 @@ class SwaySession(Listener):
 
     @contextmanager
     def _noted(self, what: str, cached: CachedBackend) -> Iterator[None]:
-        """Keep an error for the summary: a request fails for no listener's sake."""
+        """Report an error in the summary, since an error in a hook must not fail a request."""
         try:
             yield
         except Exception as error:
@@ -310,14 +310,14 @@ class SwaySession(Listener):
         self.stats.base_recalled(short_name(name), answers, seconds)
 
     def take_load_seconds(self) -> float:
-        """The seconds spent in loads and in imports for them since this was last asked."""
+        """Return the seconds spent in loads and their imports since the last call."""
         imported, self._seconds_before = import_seconds() - self._seconds_before, import_seconds()
         self.stats.import_seconds += imported
         seconds, self._unreported_seconds = self._unreported_seconds + imported, 0.0
         return seconds
 
     def close(self) -> None:
-        """Close everything for good; a thread that still loads then closes what it loads itself."""
+        """Close everything for good; a thread that still loads closes its backend itself."""
         self.cache.shutdown(timeout=_PATIENCE_AT_END)
         self.take_load_seconds()
         keep_modules()
@@ -346,9 +346,9 @@ def _of_fields(spec: SpecLike | None, more: tuple[object, ...], fields: dict[str
 
 def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:
     if len(marked) != 1:
-        found = "it has no such marker" if not marked else f"its marker has {len(marked)}"
+        found = "the test has no such marker" if not marked else f"the test's marker has {len(marked)}"
         raise SpecError(
-            f"sway_backend() without a spec needs a marker sway_spec with exactly one on the test; {found}."
+            f"sway_backend() without a spec needs a sway_spec marker with exactly one spec; {found}."
             " Pass the spec: sway_backend(spec)."
         )
     return marked[0]

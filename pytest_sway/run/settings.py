@@ -11,33 +11,33 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-# As in `pytest_sway.spec`, which a run that uses no backend does not import.
+# Repeated from `pytest_sway.spec`, so that a run without a backend does not import it.
 DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
 POLICIES: Final = ("error", "warn", "ignore")
 
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Compiled when they are first used, which most runs never do.
+# Strings, compiled on first use, since most runs never use them.
 _MEMORY: Final = r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B?)"
 _DEVICE: Final = r"[a-z]+(:\d+)?"
 _CONFIDENCE: Final = 0.99
 
 
-class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every run of pytest pays for it
-    """What is in force in this run.
+class SwaySettings(NamedTuple):  # faster to define than a dataclass, and every run of pytest defines it
+    """The settings of this run.
 
     Attributes:
         cache_size: The most backends that are resident in one process, at least 1.
         cache_memory: The most bytes of weights that are resident in one process, or ``None`` for no bound.
-        device: What ``auto`` means for devices.
-        dtype: What ``auto`` means for dtypes.
-        on_mutation: What a test gets that leaves a backend changed.
-        on_leak: What the run gets when weights outlive their backend.
-        on_base_mismatch: What a test gets whose adapter names another base than its spec.
-        reorder: Whether tests of equal models are put together.
-        offline: Whether nothing is asked of a hub.
-        share_weights: ``auto`` if the workers of a host hold one copy of converted weights, else ``off``.
+        device: The device that ``auto`` stands for.
+        dtype: The dtype that ``auto`` stands for.
+        on_mutation: The policy if a test leaves a backend changed.
+        on_leak: The policy if weights are still in memory after their backend was closed.
+        on_base_mismatch: The policy if an adapter names another base than its spec.
+        reorder: Whether tests of the same model run together.
+        offline: Whether no hub is asked for anything.
+        share_weights: ``auto`` if the workers of a machine share one copy of converted weights, else ``off``.
         score_cache: The most bytes of answers that each base remembers; 0 for none.
-        confidence: Of the intervals of ``sway_compare``.
+        confidence: The confidence of the intervals of ``sway_compare``, at least 0.5 and below 1.
     """
 
     cache_size: int
@@ -58,7 +58,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
         return bool(leaks) and self.on_leak == "error"
 
     def header(self) -> str:
-        """One line for pytest's header."""
+        """Return the line for pytest's header."""
         memory = "no memory bound" if self.cache_memory is None else f"at most {self.cache_memory / 2**30:.4g} GiB"
         return (
             f"sway: cache of {self.cache_size}, {memory}, device {self.device}, dtype {self.dtype},"
@@ -72,7 +72,7 @@ class SwaySettings(NamedTuple):  # cheaper to define than a dataclass, and every
 
 
 class _Setting(NamedTuple):
-    """One setting: its ini name, and its option where it has one; a flag's default is a bool, its metavar empty."""
+    """One setting: an ini value, and an option if ``metavar`` is not ``None``. A flag's metavar is empty."""
 
     name: str
     default: str | bool
@@ -85,14 +85,14 @@ class _Setting(NamedTuple):
         return option_of(self.name)
 
     def resolve(self, config: pytest.Config) -> Any:
-        """The value in force: the option's, else the ini file's, else the default."""
+        """Return the value of the option, else of the ini file, else the default."""
         text = None if self.metavar is None else config.getoption(self.name)
         origin = self.option
         if text is None:
             origin = f"ini value {self.name}"
             try:
                 text = config.getini(self.name)
-            except (ValueError, pytest.UsageError) as error:  # pytest's own, for a flag
+            except (ValueError, pytest.UsageError) as error:  # pytest itself parses flags
                 raise pytest.UsageError(f"{origin}: must be true or false; {error}.") from None
         try:
             return text if isinstance(text, bool) else self.parse(str(text).strip())
@@ -101,14 +101,14 @@ class _Setting(NamedTuple):
 
 
 def parse_cache_size(text: str) -> int:
-    """A whole number of backends, at least 1."""
+    """Parse a whole number of backends, at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise ValueError("must be a whole number of backends, at least 1")
     return int(text)
 
 
 def parse_memory(text: str) -> int | None:
-    """Bytes, from a number with a unit, such as ``8GiB``; ``None`` for an empty text: no bound."""
+    """Parse bytes or a number with a unit, such as ``8GiB``; return bytes, or ``None`` (no bound) for an empty text."""
     if not text:
         return None
     match = re.fullmatch(_MEMORY, text, re.IGNORECASE)
@@ -119,7 +119,7 @@ def parse_memory(text: str) -> int | None:
 
 
 def parse_score_cache(text: str) -> int:
-    """Bytes, as in `parse_memory`; 0 for ``off``."""
+    """Parse bytes as `parse_memory` does; return 0 for ``off``."""
     if text == "off":
         return 0
     try:
@@ -132,25 +132,25 @@ def parse_score_cache(text: str) -> int:
 
 
 def parse_confidence(text: str) -> float:
-    """A probability between 0.5 and 1."""
+    """Parse a number of at least 0.5 and below 1."""
     try:
         confidence = float(text)
     except ValueError:
         confidence = 0.0
     if not 0.5 <= confidence < 1.0:
-        raise ValueError("must be a number from 0.5 to under 1, such as 0.99")
+        raise ValueError("must be a number of at least 0.5 and below 1, such as 0.99")
     return confidence
 
 
 def parse_device(text: str) -> str:
-    """``auto`` or a torch device."""
+    """Check that the text is ``auto`` or a torch device."""
     if text != "auto" and not re.fullmatch(_DEVICE, text):
         raise ValueError("must be auto or a torch device such as cpu, cuda:0 or mps")
     return text
 
 
 def one_of(*valid: str) -> Callable[[str], str]:
-    """A parser that takes one of the words given."""
+    """Return a parser that accepts only the words ``valid``."""
 
     def parse(text: str) -> str:
         if text not in valid:
@@ -165,66 +165,66 @@ _SETTINGS: Final = (
         "sway_cache_size",
         "2",
         parse_cache_size,
-        "the most model backends that are loaded at one time, in each process (default: 2)",
+        "the most backends loaded at one time, in each process (default: 2)",
         "N",
     ),
     _Setting(
         "sway_cache_memory",
         "",
         parse_memory,
-        "the most memory that loaded weights may take, in each process, such as 8GiB (default: no bound)",
+        "the most memory for loaded weights, in each process, such as 8GiB (default: no bound)",
         "SIZE",
     ),
-    _Setting("sway_device", "auto", parse_device, "what device 'auto' in a spec means (default: the best)", "DEVICE"),
+    _Setting("sway_device", "auto", parse_device, "the device of specs with 'auto' (default: the best)", "DEVICE"),
     _Setting(
         "sway_dtype",
         "auto",
         one_of(*DTYPES),
-        f"what dtype 'auto' in a spec means: {', '.join(DTYPES)} (default: fp32 on a CPU)",
+        f"the dtype of specs with 'auto': {', '.join(DTYPES)} (default: fp32 on a CPU)",
         "DTYPE",
     ),
     _Setting(
         "sway_on_mutation",
         "error",
         one_of(*POLICIES),
-        f"what a test gets that leaves a shared model changed: {', '.join(POLICIES)} (default: error)",
+        f"if a test leaves a shared model changed: {', '.join(POLICIES)} (default: error)",
     ),
     _Setting(
         "sway_on_leak",
         "error",
         one_of(*POLICIES),
-        f"what the run gets when weights outlive their backend: {', '.join(POLICIES)} (default: error)",
+        f"if weights stay in memory after their backend was closed: {', '.join(POLICIES)} (default: error)",
     ),
     _Setting(
         "sway_on_base_mismatch",
         "warn",
         one_of(*POLICIES),
-        f"what a test gets whose adapter was trained on another base: {', '.join(POLICIES)} (default: warn)",
+        f"if an adapter was trained on another base: {', '.join(POLICIES)} (default: warn)",
     ),
     _Setting(
         "sway_reorder",
         True,
         bool,
-        "put tests together that use equal models, and under --dist loadgroup on equal workers (default: true)",
+        "run tests of the same model together, and under --dist loadgroup in the same worker (default: true)",
     ),
-    _Setting("sway_offline", False, bool, "ask nothing of a hub: use what is on this machine (default: false)", ""),
+    _Setting("sway_offline", False, bool, "use only files on this machine and ask no hub (default: false)", ""),
     _Setting(
         "sway_share_weights",
         "auto",
         one_of("auto", "off"),
-        "one copy of converted weights for all pytest-xdist workers of a host: auto, off (default: auto)",
+        "share converted weights among the pytest-xdist workers of a machine: auto, off (default: auto)",
     ),
     _Setting(
         "sway_score_cache",
         "64MiB",
         parse_score_cache,
-        "the most memory for what each base model has answered, which all its adapters share; off (default: 64MiB)",
+        "the most memory for the remembered answers of each base, or off (default: 64MiB)",
     ),
     _Setting(
         "sway_confidence",
         str(_CONFIDENCE),
         parse_confidence,
-        f"the confidence of the intervals that sway_compare gives (default: {_CONFIDENCE})",
+        f"the confidence of the intervals of sway_compare (default: {_CONFIDENCE})",
     ),
 )
 
@@ -256,15 +256,15 @@ def add_options(parser: pytest.Parser) -> None:
         "--sway-set",
         action="append",
         metavar="NAME.FIELD=VALUE",
-        help="change or make a named spec for this run, such as candidate.adapter=runs/v4; may be repeated",
+        help="change or add a named spec for this run, such as candidate.adapter=runs/v4; may be repeated",
     )
 
 
 def resolve_settings(config: pytest.Config) -> SwaySettings:
-    """Return what is in force.
+    """Return the settings of this run.
 
     Raises:
-        pytest.UsageError: A value is not one that its setting takes.
+        pytest.UsageError: A setting has an invalid value.
     """
     return SwaySettings(**{setting.name.removeprefix("sway_"): setting.resolve(config) for setting in _SETTINGS})
 
@@ -275,7 +275,7 @@ def asks_for_reports(config: pytest.Config) -> bool:
 
 
 def asks_for_offline(early_config: pytest.Config) -> bool:
-    """Return whether a run is to be offline, before its options are resolved; a bad value is reported then."""
+    """Return whether a run should be offline, before its settings are resolved; a bad value is reported then."""
     if early_config.known_args_namespace.sway_offline:
         return True
     try:

@@ -1,4 +1,4 @@
-"""A real server, llama-cpp-python, and the same models under the hf backend."""
+"""A real llama-cpp-python server, and the same models in the hf backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.tiny import make_adapter
 
 KEY = "a-key-of-this-test-alone"
 BOS = "<|im_start|>"
-"""What the server puts in front of each text, and the hf backend does not."""
+"""The server puts this token before each text; the hf backend does not."""
 
 _READY_SECONDS = 120.0
 
@@ -45,10 +45,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def endpoint(tmp_path_factory: pytest.TempPathFactory, adapter: Path) -> Iterator[str]:
-    """The address of a server of three models.
+    """The address of a server with three models.
 
-    ``base`` and ``tuned`` are computed in float32, with a BOS in front of each text; ``quantised`` is the file as it
-    comes, in 4 bits and without BOS.
+    ``base`` and ``tuned`` compute in float32, with a BOS before each text; ``quantised`` is the original 4-bit file,
+    without BOS.
     """
     folder = tmp_path_factory.mktemp("server")
     weights = write_float32(smollm2_gguf(), folder / "base.gguf", tokenizer__ggml__add_bos_token=True)
@@ -88,7 +88,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
             httpx.get(url, headers={"Authorization": f"Bearer {KEY}"}).raise_for_status()
             return
         except httpx.HTTPError:
-            time.sleep(0.1)  # between polls; nothing tells when a server begins to listen
+            time.sleep(0.1)  # between polls, since the server does not announce that it listens
     pytest.fail(f"the server did not start (exit status {server.poll()}):\n{log.read_text()[-3000:]}")
 
 

@@ -1,4 +1,4 @@
-"""Files for llama.cpp: the weights of a model as float32, and a PEFT adapter."""
+"""Writes files for llama.cpp: the weights of a model as float32, and a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 MODULES = {"v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate", "down_proj": "ffn_down"}
-"""GGUF's names of a Llama's modules. Left out are those whose rows llama.cpp has in another order (query and key)."""
+"""GGUF's names of a Llama's modules, without query and key, whose rows llama.cpp stores in another order."""
 
 
 def write_float32(source: Path, target: Path, **metadata: Any) -> Path:
-    """Write the model in ``source`` with the float32 values that its quantised weights stand for.
+    """Write the model in ``source`` with its weights dequantised to float32.
 
     Args:
         source: A GGUF file.
-        target: Where it goes.
+        target: The file to write.
         metadata: Fields of the file to change, with two underscores for each dot in their names.
     """
     from gguf import GGUFReader, GGUFValueType

@@ -1,7 +1,7 @@
-"""The api backend on a real server, against the hf backend on the same weights.
+"""The api backend on a real server agrees with the hf backend on the same weights.
 
-Both compute in float32 here, so that they agree to a thousandth of a nat; llama.cpp's own 4-bit kernels, which round
-the activations too, are off by some hundredths for each token.
+In float32 they agree to a thousandth of a nat. llama.cpp's 4-bit kernels also round the activations, so their results
+differ by some hundredths of a nat for each token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.api.conftest import BOS, KEY
 
 TOLERANCE = 1e-3
 QUANTISED_TOLERANCE = 0.3
-"""Nats for one token between the 4-bit kernels and the float32 values that the same weights stand for."""
+"""Nats for one token between the 4-bit kernels and float32 on the same weights, dequantised."""
 
 PROMPT = "The capital of France is"
 PAIRS = [
@@ -41,7 +41,7 @@ def test_texts_have_the_logprobs_of_the_hf_backend(served: Any, local: Any, side
     with getattr(local, side)() as reference, getattr(served, side)() as view:
         expected = reference.rolling_logprob(BOS + text, prefix=False)
         rolling = view.rolling_logprob(text, prefix=False)
-    np.testing.assert_allclose(rolling.logprobs, expected.logprobs[1:], atol=TOLERANCE)  # the first is not scored here
+    np.testing.assert_allclose(rolling.logprobs, expected.logprobs[1:], atol=TOLERANCE)  # the first has no score
     assert rolling.num_tokens == expected.num_tokens - 1
 
 

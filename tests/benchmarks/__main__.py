@@ -1,4 +1,4 @@
-"""Measure every figure that is promised: ``python -m tests.benchmarks [NAME ...]``, with the names that `ALL` has."""
+"""Measure every promised figure, or those named: ``python -m tests.benchmarks [NAME ...]``, with names from `ALL`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A Llama's forward pass, written by hand for speed on a CPU: what torch can do where one architecture is all there is.
+"""A Llama's forward pass, written by hand for speed on a CPU, as a reference for `next_token_dists`.
 
-It is what `next_token_dists` is measured against besides its peers. Nothing is kept that is not needed any more,
-whatever can be is done in place, and the last layer computes what is asked for only.
+It frees tensors as soon as possible, works in place where it can, and computes only the needed positions in the last
+layer.
 """
 
 from __future__ import annotations

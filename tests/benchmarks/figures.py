@@ -1,4 +1,4 @@
-"""A figure: what is promised, what was measured, and whether that is kept."""
+"""A figure: a promise, its measurement, and whether the promise holds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Figure:
     """One promise and its measurement, both in the same unit.
 
     Attributes:
-        name: What was measured.
-        promised: The bound.
-        measured: What was found.
-        detail: What it was made of.
-        at_least: Whether the bound is from below; usually it is from above.
+        name: Its name.
+        promised: The promised bound.
+        measured: The measured value.
+        detail: The numbers behind it.
+        at_least: Whether the bound is a minimum; by default it is a maximum.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """What a child process took."""
+    """The time and memory of a child process."""
 
     seconds: float
     peak_bytes: int
@@ -54,9 +54,9 @@ def run(arguments: Sequence[str], folder: Path, variables: Mapping[str, str | No
     """Run ``python arguments`` in ``folder`` and measure its wall time and its peak resident memory.
 
     Args:
-        arguments: What python is given.
+        arguments: Python's arguments.
         folder: The working directory.
-        variables: What is changed in the environment; ``None`` takes a variable out of it.
+        variables: Changes to the environment; ``None`` removes a variable.
     """
     environment = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
     started = time.perf_counter()
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str], folder: Path, variables: Mapping[str, str | No
 
 
 def medians(rounds: int, **sides: Callable[[], object]) -> dict[str, float]:
-    """Return each side's median seconds; the sides take turns, so that all meet the same machine."""
+    """Return each side's median seconds; the sides take turns, so that all see the same load on the machine."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():

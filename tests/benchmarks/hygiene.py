@@ -1,4 +1,4 @@
-"""What comparing a backend with its snapshot costs after each test."""
+"""The cost of comparing a backend with its snapshot after each test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a second adapter on a base that is there, against loading all of it; and memory after each eviction."""
+"""The load of a second adapter compared with a full load; and memory after each eviction."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _second_adapter(base: Path, adapters: list[Path]) -> Figure:
 
     cache = BackendCache(max_size=1)
     full, second = [], []
-    cache.get_or_load({"base": base, "adapter": adapters[0]})  # imports and first-time costs are in neither
+    cache.get_or_load({"base": base, "adapter": adapters[0]})  # so that imports and first-time costs count for neither
     for _ in range(ROUNDS):
         full.append(_seconds(full_load))
         gc.collect()
@@ -54,7 +54,7 @@ def _second_adapter(base: Path, adapters: list[Path]) -> Figure:
 
 
 def _memory_after_eviction(base: Path, adapter: Path, dtype: str) -> Figure:
-    """The largest growth of the resident set over a load and its eviction, in parts of the base's bytes."""
+    """Return the largest growth of the resident set over a load and its eviction, as a fraction of the base's bytes."""
     cache = BackendCache(max_size=1)
     size = 0
     growth = []

@@ -1,7 +1,6 @@
-"""pytest-sway and its peers, each in a process of its own, as its users have it.
+"""pytest-sway and its peers, each in a process of its own.
 
-They cannot share one: how a process's heap behaves depends on what was allocated and freed in it before, and
-pytest-sway sees to that, to its peers' advantage too.
+In one process, pytest-sway's settings of the heap would speed up its peers, too.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Ours:
 
 
 class DlmSway:
-    """The tuned side of dlm-sway, which is kept from remembering what it has computed."""
+    """The tuned side of dlm-sway, without its cache."""
 
     def __init__(self, stack: ExitStack, base: Path, adapter: Path) -> None:
         self._view = stack.enter_context(dlm_sway(stack, base, adapter).as_finetuned())
@@ -61,7 +60,7 @@ class DlmSway:
 
 
 class Plain:
-    """transformers and PEFT by themselves, and lm-evaluation-harness's HFLM around them."""
+    """transformers and PEFT alone, and lm-evaluation-harness's HFLM around them."""
 
     def __init__(self, stack: ExitStack, base: Path, adapter: Path) -> None:
         import torch
@@ -93,7 +92,7 @@ class Plain:
 
 
 class ByHand:
-    """The base's weights in a pass that is written for their architecture, and for nothing else; no adapter."""
+    """The base in the forward pass of `by_hand`, without an adapter."""
 
     def __init__(self, stack: ExitStack, base: Path, adapter: Path) -> None:
         import torch
@@ -108,7 +107,7 @@ class ByHand:
         torch.testing.assert_close(by_hand.last_logits(self._model, trial), expected, atol=1e-3, rtol=1e-3)
 
     def distributions(self, prompts: Sequence[str], tokens: int = 1536) -> None:
-        """Do what `Ours.distributions` does, ``tokens`` at most at once."""
+        """Do the same as `Ours.distributions`, with at most ``tokens`` in one batch."""
         ids = sorted(self._tokenizer(prompts)["input_ids"], key=len, reverse=True)
         while ids:
             fitting = max(1, sum(total <= tokens for total in accumulate(map(len, ids))))
@@ -117,7 +116,7 @@ class ByHand:
 
 
 class Apart:
-    """Calls the methods of what lives in another process, and returns when they have."""
+    """Calls the methods of an object in another process, and waits for them."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -134,7 +133,7 @@ class Apart:
 
 @contextmanager
 def apart(kind: type, base: Path, adapter: Path) -> Iterator[Any]:
-    """Have ``kind(stack, base, adapter)`` in a process of its own."""
+    """Create ``kind(stack, base, adapter)`` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, kind, base, adapter), daemon=True)
@@ -162,12 +161,12 @@ def _serve(connection: Connection, kind: Any, base: Path, adapter: Path) -> None
 
 
 def dlm_sway(stack: ExitStack, base: Path, adapter: Path) -> Any:
-    """Return dlm-sway's backend, which is closed with ``stack``."""
+    """Return dlm-sway's backend; ``stack`` closes it."""
     from dlm_sway.backends import build
     from dlm_sway.core.model import ModelSpec
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it uses names that transformers has deprecated
+        warnings.simplefilter("ignore")  # it uses deprecated names of transformers
         backend: Any = build(ModelSpec(base=str(base), adapter=adapter, dtype="fp32", device="cpu"))
     stack.callback(backend.close)
     return backend

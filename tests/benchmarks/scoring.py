@@ -1,4 +1,4 @@
-"""Scoring, beside lm-evaluation-harness and dlm-sway, on SmolLM2 with LoRA adapters."""
+"""Scoring compared with lm-evaluation-harness and dlm-sway, on SmolLM2 with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FEWER_ROUNDS = 3
 ADAPTERS = 6
 BATCH_SIZES = (1, 4, 8, 16, 32)
 OF_POSSIBLE = 0.75
-"""What is promised where not even a pass written by hand reaches what is wanted: this part of what that reaches."""
+"""If even the hand-written pass misses the target, the promise is this fraction of the hand-written pass's speed."""
 COMPLETIONS = (" yes", " no, not at all", " perhaps it is so", " nobody knows why")
 
 
@@ -67,7 +67,7 @@ def _beside_peers(base: Path, adapter: Path) -> Iterator[Figure]:
 
 @dataclass(frozen=True)
 class Sides:
-    """The same work done by all, on the same adapter; each is in a process of its own, and they take turns."""
+    """The same work by all peers on the same adapter, each in a process of its own, in turns."""
 
     ours: Any
     dlm_sway: Any
@@ -148,7 +148,7 @@ def _best_batch_size(work: Callable[[int], None]) -> int:
 
 
 def _overhead(side: str, view: Any) -> Figure:
-    """One call, against the bare pass of the same tokens; each prompt is asked once, so that none is remembered."""
+    """The overhead of a call over the bare pass of the same tokens; each prompt is new, so no answer is cached."""
     import torch
 
     prompts = texts(view.tokenizer, [100] * 20 * ROUNDS)
@@ -170,7 +170,7 @@ def _overhead(side: str, view: Any) -> Figure:
 
 
 def _six_adapters(base: Path, adapters: Sequence[Path]) -> Figure:
-    """Base and tuned scores of the same texts for each adapter, with a new base each time, memory on or off."""
+    """Base and tuned scores of the same texts for each adapter, on a new base, with or without the answer cache."""
     sides: dict[str, list[float]] = {"off": [], "on": []}
     for _ in range(FEWER_ROUNDS):
         for side, taken in sides.items():
@@ -212,7 +212,7 @@ print(json.dumps(peak_of(sys.argv[1], sys.argv[2], sys.argv[3])))
 
 
 def peak_of(side: str, base: str, adapter: str) -> int:
-    """Return the bytes by which the peak of the resident set is over what the loaded weights leave it at."""
+    """Return the bytes by which the peak resident set exceeds the resident set with only the weights loaded."""
     with ExitStack() as stack:
         if side == "ours":
             cache = BackendCache(max_size=1)
@@ -223,9 +223,9 @@ def peak_of(side: str, base: str, adapter: str) -> int:
             view = stack.enter_context(dlm_sway(stack, Path(base), Path(adapter)).as_finetuned())
         tokenizer = view.tokenizer if side == "ours" else view._tokenizer
         scored = texts(tokenizer, lengths(32, 50, 400))
-        # One short pass of each kind maps all weights and makes what is made once.
+        # One short pass of each kind maps all weights and creates everything that is created once.
         view.rolling_logprob(scored[0][:20])
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         if side == "ours":
             view.rolling_logprobs(scored)

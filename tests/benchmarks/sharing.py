@@ -1,8 +1,8 @@
-"""What each of two pytest-xdist workers adds to its own memory for a base that is stored in bf16 and computed in fp32.
+"""The private memory of each of two pytest-xdist workers for a base that is stored in bf16 and computed in fp32.
 
-A process's own memory is its unique set size, ``Private_Clean + Private_Dirty`` of Linux's smaps_rollup: what would
-come back if it ended. It is read in both workers when both have imported torch, transformers and PEFT, and again when
-both hold the base with an adapter and have scored once on each side.
+Private memory is the unique set size, ``Private_Clean + Private_Dirty`` of Linux's smaps_rollup: the memory that would
+be freed if the process ended. Both workers read it after importing torch, transformers and PEFT, and again after both
+have loaded the base with an adapter and scored once on each side.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def figures() -> Iterator[Figure]:
 
 
 def _grown(folder: Path, source: str) -> list[float]:
-    """By how many MB each of two workers has grown."""
+    """Return the growth of each of two workers, in MB."""
     folder.mkdir()
     (folder / "test_memory.py").write_text(source)
     for place in ("imported", "started", "scored", "measured"):

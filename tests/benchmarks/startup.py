@@ -1,4 +1,4 @@
-"""What the plugin costs a run that does not use it."""
+"""The plugin's cost in a run that does not use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A suite of 36 tests over six adapters in the worst order, against the same suite that loads in each test."""
+"""A suite of 36 tests over six adapters in the worst order, compared with the same suite that loads in each test."""
 
 from __future__ import annotations
 

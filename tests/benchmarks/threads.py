@@ -1,4 +1,4 @@
-"""A suite that computes all the time, in two workers: threads as pytest-sway sets them, against the best by hand."""
+"""A compute-bound suite in two workers: pytest-sway's number of threads compared with the best fixed number."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def figures() -> Iterator[Figure]:
         (folder / "test_suite.py").write_text(SUITE.format(base=str(smollm2_folder())))
         settings = list(taken.items())
         for turn in range(ROUNDS):
-            for threads, seconds in settings[turn:] + settings[:turn]:  # none is always the first
+            for threads, seconds in settings[turn:] + settings[:turn]:  # rotated, so that none is always first
                 variables = {"OMP_NUM_THREADS": None if threads is None else str(threads), "MKL_NUM_THREADS": None}
                 command = ["-m", "pytest", "-q", "-n2", "--dist=loadgroup"]
                 seconds.append(run(command, folder, variables).seconds)

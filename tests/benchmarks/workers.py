@@ -1,6 +1,6 @@
 """A suite of 48 tests over four bases and twelve adapters in the worst order, in two workers of pytest-xdist.
 
-It is held against the same suite with one plain session-scoped fixture for each adapter, and against one process.
+It is compared with a plain session-scoped fixture for each adapter, and with one process.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def pytest_sway_backend_loaded(cached):
 
 @dataclass(frozen=True)
 class Suite:
-    """One way to run the 48 tests, and what it took each time."""
+    """One way to run the 48 tests, and its measurements."""
 
     folder: Path
     options: tuple[str, ...]
@@ -139,7 +139,7 @@ def figures() -> Iterator[Figure]:
 
 
 def _copy(source: Path, target: Path) -> Path:
-    """A model in a folder of its own; its files take no more room where they can be linked."""
+    """Copy a model to a folder of its own, with hard links if possible."""
 
     def link(file: str, copy: str) -> None:
         try:

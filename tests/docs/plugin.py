@@ -1,10 +1,10 @@
-"""The code blocks of README.md and of the docs as tests: ``pytest -p tests.docs.plugin README.md docs``.
+"""Runs the code blocks of README.md and of the docs as tests: ``pytest -p tests.docs.plugin README.md docs``.
 
-The title of a block is the name of a file. The block is written to that file, beside those of the earlier blocks of its
-page. If the name begins with ``test_``, pytest runs the file, and all of its tests must pass. A block of the language
-``console`` is a command of pytest and lines of its output, which must come in that order (`_pattern`).
+A block's title is a file name. The block is written to that file, next to the files of earlier blocks of its page. If
+the name begins with ``test_``, pytest runs the file, and all of its tests must pass. A block of the language
+``console`` is a pytest command and lines of its output, which must appear in that order (`_pattern`).
 
-The model and the adapters lie there under the names that the pages give them: SmolLM2-135M-Instruct, and what the
+The folder has the model and the adapters under the names in the pages: SmolLM2-135M-Instruct, and adapters that the
 quickstart trains on it.
 """
 
@@ -29,7 +29,7 @@ from examples.smollm2 import made_once, smollm2_folder
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SERVER = "http://localhost:8000"
 HOME = "/home/you/project"
-"""How the pages name the folder that they are about."""
+"""The pages' name for the folder of the test files."""
 UNTRAINED = "untrained"
 STRENGTHS = {
     "v2": 0.9,
@@ -39,7 +39,7 @@ STRENGTHS = {
     "town/checkpoint-24": 1.0,
     UNTRAINED: 0.0,
 }
-"""What the trained adapter is multiplied with, so that the others in ``runs`` learned less, or nothing."""
+"""Factors of the trained adapter's weights, so that some adapters in ``runs`` have learned less, or nothing."""
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def _base() -> Path:
 
 @pytest.fixture(scope="session")
 def _runs(_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of adapters, by the names that the pages give them."""
+    """A folder with the adapters, under the names in the pages."""
     from safetensors.torch import load_file, save_file
 
     trained = made_once(f"quickstart/{fingerprint(_base)}", lambda folder: train(_base, folder))
@@ -64,7 +64,7 @@ def _runs(_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _world(_base: Path, _runs: Path, pytester: pytest.Pytester) -> pytest.Pytester:
-    """The folder in which a page's files are tested."""
+    """The folder in which a page's files are run."""
     base = pytester.mkdir(BASE.split("/", maxsplit=1)[0]) / BASE.split("/", maxsplit=1)[1]
     base.mkdir()
     for file in _base.iterdir():
@@ -75,7 +75,7 @@ def _world(_base: Path, _runs: Path, pytester: pytest.Pytester) -> pytest.Pytest
 
 @pytest.fixture(scope="session")
 def _server() -> Iterator[str]:
-    """The address of a server of toy models, under the names that the pages give them."""
+    """The address of a server with toy models, under the names in the pages."""
     from pytest_httpserver import HTTPServer
 
     from tests.unit.backends.api.toy import Toy
@@ -111,7 +111,7 @@ def _evaluate(example: Example) -> None:
 
 
 def _compare(world: pytest.Pytester, block: str, *, untrained: bool) -> None:
-    command, *lines = re.sub(r"\n +\.\.\.", " ...", block).splitlines()  # a line may go on in the next
+    command, *lines = re.sub(r"\n +\.\.\.", " ...", block).splitlines()  # an indented "..." continues the line before
     program, *arguments = shlex.split(command.removeprefix("$ "))
     assert program == "pytest", f"a console shows a run of pytest, not of {program}"
     if untrained:
@@ -123,7 +123,7 @@ def _compare(world: pytest.Pytester, block: str, *, untrained: bool) -> None:
 
 
 def _pattern(line: str) -> str:
-    """A line of output: blanks, rulers, seconds and sizes may be others, and three dots stand for anything."""
+    """Return a pattern for a line of output. Blanks, rulers, seconds and sizes may differ; "..." matches anything."""
     words = re.sub(r"={3,}", "===", line).split()
     exact = r"\s+".join(re.escape(word) for word in words).replace(r"\.\.\.", ".*")
     return r"^\s*" + re.sub(r"\d+\\\.\d+", r"[\\d.]+", exact).replace("===", "=+") + r"\s*$"

@@ -1,4 +1,4 @@
-"""Tests of the mlx backend: only ``tox -e mlx`` has what they need, and names their folder."""
+"""Fixtures of the mlx backend's tests, which only ``tox -e mlx`` runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_sway.spec.model_spec import ModelSpec
 
 @pytest.fixture
 def build(loads: list[str]) -> Iterator[Callable[..., Any]]:
-    """Build a backend, of kind ``mlx`` unless told otherwise; it is closed after the test."""
+    """Build a backend, by default of kind ``mlx``; it is closed after the test."""
     builder = Builder(on_base_load=lambda name, seconds: loads.append(name))
     built: list[Any] = []
 

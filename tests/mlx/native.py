@@ -1,4 +1,4 @@
-"""Adapters as mlx-lm writes them, and what mlx-lm itself makes of them."""
+"""Adapters in mlx-lm's own format, and the results that mlx-lm itself computes with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LLAMA3 = {
 def make_native(
     folder: Path, base: Path, *, kind: str = "lora", layers: int = 2, scale: float = 0.3, **lora: Any
 ) -> Path:
-    """Save an adapter for the model in ``base``, with noise of ``scale`` added to all that mlx-lm would train."""
+    """Save an adapter for the model in ``base``, with noise of ``scale`` added to all trainable weights."""
     model, _ = mlx_lm_module("utils").load(str(base))
     mx.random.seed(5)
     model.freeze()
@@ -50,7 +50,7 @@ def make_native(
 
 
 def fresh_logits(base: Path, adapter: Path | None = None, **config: Any) -> Any:
-    """The logits of `TEXT` from a model that mlx-lm alone has loaded: float32, shape ``(tokens, vocabulary)``."""
+    """The logits of `TEXT` from a model that mlx-lm itself loads: float32, shape ``(tokens, vocabulary)``."""
     model, tokenizer = mlx_lm_module("utils").load(
         str(base), adapter_path=None if adapter is None else str(adapter), model_config=config
     )
@@ -68,7 +68,7 @@ def view_logits(view: Any) -> Any:
 
 
 def edit_native(adapter: Path, change: Any) -> Path:
-    """Rewrite an adapter's tensors with what ``change`` makes of them in place."""
+    """Apply ``change``, which works in place, to an adapter's tensors."""
     path = adapter / "adapters.safetensors"
     tensors = dict(mx.load(str(path)))
     mx.eval(tensors)

@@ -1,4 +1,4 @@
-"""Which adapters are put on, and why others are refused."""
+"""The adapters that the mlx backend loads, and the refusals of others."""
 
 from __future__ import annotations
 

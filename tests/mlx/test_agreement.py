@@ -63,7 +63,7 @@ def compare(ours: Any, theirs: Any, pairs: list[tuple[str, str]], prompts: list[
                 our_tail, their_tail = our_dist.tail_logprob, their_dist.tail_logprob
                 assert our_tail is not None
                 assert their_tail is not None
-                # As masses: what is left of one after the tokens has few digits, of which the log makes large ones
+                # Compared as masses, since a small tail has few significant digits, and its log would differ much
                 assert np.exp(our_tail) == pytest.approx(np.exp(their_tail), abs=CLOSE)
             assert our_view.generate_many(prompts, max_new_tokens=6) == their_view.generate_many(
                 prompts, max_new_tokens=6
@@ -77,7 +77,7 @@ def test_an_adapter_of_peft_gives_what_the_hf_backend_gives(
     adapter = make_adapter(tmp_path / "adapter", base, **settings)
     ours, theirs = build(base, adapter), build(base, adapter, kind="hf")
     compare(ours, theirs, PAIRS, PROMPTS)
-    with theirs.as_base() as plain, theirs.as_finetuned() as tuned:  # the adapter is one that can be told from none
+    with theirs.as_base() as plain, theirs.as_finetuned() as tuned:  # the adapter must have an effect
         assert abs(plain.logprob_of(*PAIRS[0]) - tuned.logprob_of(*PAIRS[0])) > 100 * CLOSE
 
 

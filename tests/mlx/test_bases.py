@@ -1,4 +1,4 @@
-"""Bases: loaded once, counted, freed, and what is refused in their place."""
+"""Bases are loaded once, counted and freed; bad ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The questions that all kinds answer alike, to kind ``mlx``."""
+"""Kind ``mlx`` answers the questions of `tests.unit.kinds` like all other kinds."""
 
 from __future__ import annotations
 

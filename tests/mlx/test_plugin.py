@@ -1,4 +1,4 @@
-"""The fixture hands out mlx backends as it hands out any other."""
+"""The fixture serves mlx backends like any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mlx backend on a real model, against the hf backend and with what mlx-lm itself has trained."""
+"""The mlx backend on a real model: it agrees with the hf backend, and serves an adapter that mlx-lm has trained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that mlx-lm's own command has trained for a few steps."""
+    """An adapter that mlx-lm's command has trained for a few steps."""
     folder = tmp_path_factory.mktemp("trained")
     text = json.dumps({"text": f"{LEARNED[0]}{LEARNED[1]}."})
     for part in ("train", "valid"):
@@ -72,7 +72,7 @@ def test_an_adapter_that_mlx_lm_trained_gives_what_it_gives_in_peft(
 
 
 def _as_peft(adapter: Path, folder: Path) -> Path:
-    """Write what mlx-lm has trained as PEFT would have saved it."""
+    """Write mlx-lm's adapter in PEFT's format."""
     from peft import LoraConfig
     from safetensors.numpy import save_file
 

@@ -1,4 +1,4 @@
-"""Views share memory and nothing else: what a test does to its model and its tokenizer ends with the test."""
+"""Views share memory and nothing else: a test's changes to its model and its tokenizer end with the test."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def _scatter(view: Any) -> None:
 
 
 def _give_away_its_last_reference(view: Any) -> None:
-    """Have MLX compute with an array that nothing in Python refers to any more, whose memory it would like to reuse."""
+    """Let MLX compute with an array that Python no longer refers to, so that MLX may reuse its memory."""
     projection = _attention(view).o_proj
     weight = projection.pop("weight")
     doubled = weight * 2.0
@@ -298,14 +298,14 @@ KEEPING: dict[str, Callable[[Any], Any]] = {
 
 
 class Measured:
-    """A backend, and what it answered before anything was done to a model of its views."""
+    """A backend, and its answers before any change to a view's model."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
         self.before = self.answers()
 
     def answers(self) -> list[Any]:
-        """What the views answer, and what the models compute that they hand out, to the bit."""
+        """Return the views' answers and their models' logits, to the bit."""
         found: list[Any] = []
         for side in (self.backend.as_base, self.backend.as_finetuned, partial(self.backend.as_scaled_adapter, 0.5)):
             with side() as view:
@@ -340,7 +340,7 @@ def test_what_a_test_does_to_a_model_changes_that_model_alone(
 
 @pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
 @pytest.mark.parametrize("use", KEEPING.values(), ids=KEEPING)
-def test_what_leaves_the_numbers_alone_is_nobody_elses_affair(
+def test_changes_that_leave_the_numbers_alone_are_allowed(
     measured: Measured, use: Callable[[Any], Any], side: str
 ) -> None:
     with getattr(measured.backend, side)() as view:
@@ -383,7 +383,7 @@ def test_what_is_done_to_a_scaled_model_changes_no_other(measured: Measured) -> 
 # --- what is still shared ---------------------------------------------------------------------------------------------
 
 
-def test_a_write_past_mlx_is_found_and_the_base_goes_to_nobody_else(
+def test_a_write_past_mlx_is_found_and_the_base_is_not_served_again(
     build: Build, base: Path, adapter: Path, loads: list[str]
 ) -> None:
     backend, other = build(base, adapter), build(base)
@@ -465,7 +465,7 @@ def test_a_scaled_adapter_inside_another_is_scaled_once(build: Build, base: Path
 
 
 def _in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What ``work`` returns in each of some threads, which start it at the same moment."""
+    """Return the results of ``work`` in several threads that start at the same moment."""
     start, found = threading.Barrier(count), dict[int, Any]()
 
     def run(i: int) -> None:
@@ -574,7 +574,7 @@ def test_a_model_that_is_kept_is_a_leak_with_its_holder_until_it_goes(
     backend = build(base, adapter)
     nbytes = list(backend.sizes().values())
     with getattr(backend, side)() as view, getattr(backend, side)() as other:
-        KEEP.extend([view.model, other.model])  # whose memory is the same
+        KEEP.extend([view.model, other.model])  # these share one memory
     backend.close()
     found = backend.leak()
     assert found is not None

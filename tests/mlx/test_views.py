@@ -1,4 +1,4 @@
-"""What a view shows, to the bit, whatever others do meanwhile."""
+"""A view's answers stay equal to the bit while other views work."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_the_preflight_names_the_side_that_is_not_finite(
     with backend.as_scaled_adapter(1e38) as view:
         assert not np.isfinite(view.logprob_of(*PAIR))
     assert backend.preflight_finite_check() == (True, "")
-    monkeypatch.setattr("pytest_sway.backends.mlx.adapters.verification._TOKENS", 1)  # or it would not have been loaded
+    monkeypatch.setattr("pytest_sway.backends.mlx.adapters.verification._TOKENS", 1)  # else the load would be refused
     diverged = edit_weights(
         shutil.copytree(adapter, tmp_path / "diverged"),
         lambda tensors: {name: tensor * 0 + 1e38 for name, tensor in tensors.items()},

@@ -1,4 +1,4 @@
-"""What the tests beside other tools share with those on the real model."""
+"""Fixtures that these tests share with `tests/real`."""
 
 from __future__ import annotations
 

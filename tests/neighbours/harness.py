@@ -1,4 +1,4 @@
-"""lm-evaluation-harness as a peer: its own `HFLM` around a model that is loaded already."""
+"""lm-evaluation-harness as a peer: its `HFLM` around a loaded model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 def hflm(model: Any, tokenizer: Any, batch_size: int = 8) -> Any:
     """Return the harness's own Hugging Face model around ``model``."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it imports what others have deprecated
+        warnings.simplefilter("ignore")  # it imports deprecated modules
         models: Any = import_module("lm_eval.models.huggingface")
         return models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
 

@@ -66,7 +66,7 @@ def _results(backend: Any, base: Path, adapter: Path) -> dict[str, Any]:
         Section(id="c", kind="preference", content=PROSE, preferences=(SectionPreference(PROMPTS[1], ", a", " b"),)),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what dlm-sway asks of numpy
+        warnings.simplefilter("ignore")  # dlm-sway's calls of numpy warn
         return {result.name: result for result in run(spec, backend, sections=sections, doc_text=PROSE).probes}
 
 
@@ -76,7 +76,7 @@ def theirs(base: Path, adapter: Path) -> dict[str, Any]:
     from dlm_sway.core.model import ModelSpec
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it uses names that transformers has deprecated
+        warnings.simplefilter("ignore")  # it uses deprecated names of transformers
         backend: Any = build(ModelSpec(base=str(base), adapter=adapter, dtype="fp32", device="cpu"))
     try:
         return _results(backend, base, adapter)

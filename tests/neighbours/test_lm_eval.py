@@ -1,4 +1,4 @@
-"""The same numbers as lm-evaluation-harness, on SmolLM2."""
+"""Scores equal lm-evaluation-harness's, on SmolLM2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A suite under test whose backends are fakes that write down what happens to them."""
+"""The fixture `suite`, which runs pytest with fake backends that log their loads and closes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest_sway.run.session  # noqa: F401
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# pytester forgets what a run in this process imports first, and torch cannot be imported twice.
+# pytester removes modules that an in-process run imports first, and torch cannot be imported twice.
 with contextlib.suppress(ImportError):
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -97,18 +97,18 @@ def backend(sway_cache):
         yield backend
         note("fixture ends")
 """
-"""The text of a fixture that leases from the cache, wider than a test."""
+"""The source of a module-scoped fixture that leases from the cache."""
 
 
 OTHERS = ("anyio", "benchmark", "hypothesispytest", "pytest_httpserver", "sway")
-"""Plugins that may be installed. Loading them takes longer than most of the runs; `test_dlm_sway` loads them all."""
+"""Plugins that may be installed. They are disabled, since loading them takes longer than most runs."""
 
 
 class Suite:
-    """Runs test files against the fakes and tells what happened to the backends.
+    """Runs test files with the fakes, and reads their log.
 
     Args:
-        pytester: Where they run.
+        pytester: Runs them.
         args: Options of every run.
     """
 
@@ -136,7 +136,7 @@ class Suite:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects() -> Iterator[None]:
-    """Keep collections of garbage, of which each close makes some, from looking at all that was imported till now."""
+    """Exclude the imported modules from garbage collection, which each close runs, to save time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -144,7 +144,7 @@ def few_objects() -> Iterator[None]:
 
 @pytest.fixture
 def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """Runs pytest in pytest, without the plugins that no test here is about."""
+    """Runs pytest in pytest, without the plugins in `OTHERS`."""
     monkeypatch.setenv("PYTEST_ADDOPTS", " ".join(f"-p no:{name}" for name in OTHERS))
     return pytester
 
@@ -156,5 +156,5 @@ def suite(pytester: pytest.Pytester) -> Suite:
 
 @pytest.fixture(params=[("-p", "no:xdist"), ("-n", "0"), ("-n", "2")], ids=" ".join)
 def any_suite(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> Suite:
-    """A suite that runs without pytest-xdist, with it in one process, and in two workers."""
+    """A suite that runs without pytest-xdist, with ``-n 0``, and with two workers."""
     return Suite(pytester, *request.param)

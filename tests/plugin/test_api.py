@@ -1,4 +1,4 @@
-"""A backend on a server, through the fixture: it works as any other, and a failure shows no key."""
+"""The fixture serves a backend on a server like any other, and a failure shows no key."""
 
 from __future__ import annotations
 

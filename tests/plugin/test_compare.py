@@ -1,4 +1,4 @@
-"""The fixture ``sway_compare``: what a side may be, what a failing test shows, and what bad input gets."""
+"""The fixture ``sway_compare``: its sides, its report of a failing test, and its errors."""
 
 from __future__ import annotations
 
@@ -220,8 +220,8 @@ def test_the_confidence_is_a_setting(pytester: pytest.Pytester) -> None:
         result = run(pytester, body, "-o", f"sway_confidence={value}")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         assert (
-            f"ERROR: ini value sway_confidence: must be a number from 0.5 to under 1, such as 0.99; found '{value}'."
-            in result.stderr.str()
+            f"ERROR: ini value sway_confidence: must be a number of at least 0.5 and below 1, such as 0.99;"
+            f" found '{value}'." in result.stderr.str()
         )
 
 

@@ -1,4 +1,4 @@
-"""Under pytest-xdist: a cache in each worker, one summary in the controller, whatever becomes of the workers."""
+"""Under pytest-xdist, each worker has a cache, and the controller prints one summary, even if workers crash."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_lives(sway_backend, n):
     result.stdout.re_match_lines_random(
         [
             r"=+ sway =+",
-            rf"gw\d: crashed \(Not properly terminated\){loading}; what it did is not counted",
+            rf"gw\d: crashed \(Not properly terminated\){loading}; its counts are missing",
             r"gw\d: 1 load, ",
         ]
     )
@@ -66,7 +66,7 @@ def test_when_the_only_load_kills_its_worker_the_summary_still_says_so(suite: Su
     result.stdout.fnmatch_lines(
         [
             "*= sway =*",
-            "gw0: crashed (Not properly terminated) while it loaded dummy:killed; what it did is not counted",
+            "gw0: crashed (Not properly terminated) while it loaded dummy:killed; its counts are missing",
         ]
     )
 

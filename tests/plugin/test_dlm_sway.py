@@ -1,4 +1,4 @@
-"""dlm-sway in the same environment: both plugins load, both work, and each takes what is the other's."""
+"""dlm-sway in the same environment: both plugins load, both work, and each accepts the other's specs and backends."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ suite:
 
 @pytest.fixture
 def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """Runs pytest in pytest with all plugins that are installed."""
+    """Runs pytest in pytest with all installed plugins."""
     monkeypatch.delenv("PYTEST_ADDOPTS")
     return pytester
 

@@ -1,4 +1,4 @@
-"""A suite that tests its own test code with canned answers."""
+"""Kind ``dummy`` in a suite: canned answers to test one's test code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run sets for itself and its workers: offline mode, threads, turns among the devices."""
+"""A run's settings for itself and its workers: offline mode, threads, devices in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads that fail: what the test gets, and what the tests after it get."""
+"""Failed loads: the error of the first test, and of later tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_unharmed(sway_backend):
 """
 
 
-def test_a_failure_for_good_is_not_tried_again_and_names_who_met_it_first(suite: Suite) -> None:
+def test_a_permanent_failure_is_not_repeated_and_names_the_first_test(suite: Suite) -> None:
     result = suite.run(MANY.format(spec='dummy("mismatch")'))
     result.assert_outcomes(failed=4, passed=1)
     assert suite.events() == ["load mismatch", "load a", "close a"]
@@ -24,7 +24,7 @@ def test_a_failure_for_good_is_not_tried_again_and_names_who_met_it_first(suite:
         [
             "E*AdapterMismatchError: the adapter does not fit.",
             "E*AdapterMismatchError: the adapter does not fit.",
-            "E*(First met by test_suite.py::test_x?0?; the load is not tried again.)",
+            "E*(First raised for test_suite.py::test_x?0?; the load is not repeated.)",
         ]
     )
 
@@ -38,11 +38,11 @@ def test_a_passing_failure_is_tried_again(suite: Suite) -> None:
     )
 
 
-def test_a_malformed_spec_names_who_met_it_first(suite: Suite) -> None:
+def test_a_malformed_spec_names_the_first_test(suite: Suite) -> None:
     result = suite.run(MANY.format(spec='{"kind": "hf", "bse": "x"}'))
     result.assert_outcomes(failed=4, passed=1)
     assert result.stdout.str().count("Did you mean 'base'?") >= 4
-    result.stdout.fnmatch_lines(["*(First met by test_suite.py::test_x?0?; the load is not tried again.)"])
+    result.stdout.fnmatch_lines(["*(First raised for test_suite.py::test_x?0?; the load is not repeated.)"])
 
 
 def test_a_failure_is_forgotten_when_the_adapter_changes(suite: Suite) -> None:
@@ -113,7 +113,7 @@ def pytest_sway_build_backend(spec):
     result = suite.run(MANY.format(spec='dummy("large")'), "-p", "large", "--sway-cache-memory=1MiB")
     result.assert_outcomes(failed=5)
     assert suite.events().count("load large") == 1
-    result.stdout.fnmatch_lines(["*ModelTooLargeError: dummy:large turned out to take 2.0 MiB, more than the whole*"])
+    result.stdout.fnmatch_lines(["*ModelTooLargeError: dummy:large takes 2.0 MiB after its load, more than the whole*"])
 
 
 SEE = "See {0} in the docs of pytest-sway: reference/errors.md#{1}"

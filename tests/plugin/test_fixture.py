@@ -1,4 +1,4 @@
-"""``sway_backend`` and ``sway_cache``: what is shared, what is pinned, what is handed out."""
+"""The fixtures ``sway_backend`` and ``sway_cache``: sharing, pinning and accepted specs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_evicts(sway_backend):
     assert suite.events() == ["load a", "load b", "close a", "load c", "c in use", "close b", "close c"]
 
 
-def test_a_test_that_pins_more_than_fits_is_told_who_holds_what_and_what_to_do(suite: Suite) -> None:
+def test_a_test_that_pins_more_than_fits_learns_the_holders_and_a_remedy(suite: Suite) -> None:
     result = suite.run("""
 def test_greedy(sway_backend):
     for name in "abc":
@@ -49,8 +49,8 @@ def test_unharmed(sway_backend):
     result.assert_outcomes(failed=1, passed=1)
     result.stdout.fnmatch_lines(
         [
-            "*CacheFullError: there is no room to load dummy:c: the cache holds 2 of at most 2 backends, and all of it"
-            " is in use by the one who asks: dummy:a (held by test_suite.py::test_greedy); dummy:b (held by"
+            "*CacheFullError: there is no room to load dummy:c: the cache holds 2 of at most 2 backends, and all of"
+            " them are in use by the caller: dummy:a (held by test_suite.py::test_greedy); dummy:b (held by"
             " test_suite.py::test_greedy). Release one of them first, or raise"
             " --sway-cache-size (now 2) or --sway-cache-memory."
         ]
@@ -156,7 +156,7 @@ def test_retrained(sway_backend, tmp_path):
     assert any_suite.events().count("load a") == 2
 
 
-def test_a_user_who_closes_a_shared_backend_is_told_and_harms_nobody(suite: Suite) -> None:
+def test_a_test_that_closes_a_shared_backend_gets_an_error_and_harms_no_other(suite: Suite) -> None:
     result = suite.run("""
 def test_closes(sway_backend):
     sway_backend(dummy("a")).closed = True
@@ -165,7 +165,7 @@ def test_next(sway_backend):
     assert not sway_backend(dummy("a")).closed
 """)
     result.assert_outcomes(passed=2, errors=1)
-    result.stdout.fnmatch_lines(["*the backend was closed, which is the cache's to do*"])
+    result.stdout.fnmatch_lines(["*the backend was closed, which only the cache may do*"])
 
 
 def test_the_fixture_of_a_test_that_ended_hands_out_nothing(suite: Suite) -> None:
@@ -180,7 +180,7 @@ def test_late():
 """)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
-        ["*BackendUseError: dummy:a was asked for by test_suite.py::test_keeps, which has ended, and its leases*"]
+        ["*BackendUseError: test_suite.py::test_keeps has ended, but one of its threads still asks for dummy:a.*"]
     )
     assert suite.events() == []
 

@@ -37,7 +37,7 @@ def test_a_hook_that_raises_is_reported_and_fails_nobody(suite: Suite, hook: str
     assert suite.events() == ["load a", "close a"]
 
 
-def test_a_hook_that_builds_no_differential_backend_is_told_what_lacks(suite: Suite) -> None:
+def test_a_hook_that_builds_no_differential_backend_learns_what_is_missing(suite: Suite) -> None:
     suite.pytester.makepyfile(
         builds="""
 def pytest_sway_build_backend(spec):

@@ -1,4 +1,4 @@
-"""Mutations and leaks: the right test gets the blame, and the next one a clean backend."""
+"""Mutations and leaks: the right test is blamed, and the next one gets a clean backend."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_others_go_on(sway_backend):
     )
     result.assert_outcomes(passed=3, failed=1, errors=1)
     result.stdout.fnmatch_lines(
-        ["*MutationError: the fixture 'backend' holds dummy:wide, which test_suite.py::test_dirty left changed; what*"]
+        ["*MutationError: the fixture 'backend' holds dummy:wide, which test_suite.py::test_dirty left changed, so*"]
     )
     result.stdout.fnmatch_lines(["*ERROR at teardown of test_dirty*"])
     assert suite.events().count("load wide") == 2
@@ -125,7 +125,7 @@ def test_x(backend, sway_backend):
 """
     )
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["*it cannot be compared with what it was: RuntimeError: cannot compare"])
+    result.stdout.fnmatch_lines(["*comparing it with its state after the load failed: RuntimeError: cannot compare"])
     assert suite.events() == ["load wide", "load a", "fixture ends", "close wide", "close a"]
 
 
@@ -175,7 +175,7 @@ def test_x(sway_backend):
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
-def test_a_leak_check_that_raises_fails_nobody_and_is_reported(suite: Suite) -> None:
+def test_a_leak_check_that_raises_is_reported_and_fails_no_test(suite: Suite) -> None:
     result = suite.run(
         """
 def test_one(sway_backend):

@@ -1,4 +1,4 @@
-"""Weights that outlive their backend, in each way that tests really keep them: found, sized, and the holder named."""
+"""Leaked weights are found, sized and their holder named, in every way that tests keep weights."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_failed_tests_traceback_keeps_no_weights(
     pytester: pytest.Pytester, models: Path, options: tuple[str, ...]
 ) -> None:
     pytester.makepyfile(SUITE.format(root=str(models)) + FAILS + NEXT)
-    result = pytester.runpytest_subprocess("--sway-cache-size=1", *options)  # in process, pytester records all calls
+    result = pytester.runpytest_subprocess("--sway-cache-size=1", *options)  # in-process, pytester keeps all calls
     result.assert_outcomes(passed=1, failed=1, errors=1)
     result.stdout.fnmatch_lines(["*RuntimeError: broken fixture*"])
     result.stdout.no_fnmatch_line("leaked:*")
@@ -186,7 +186,7 @@ def test_fails(sway_backend):
 
 
 def test_hundreds_of_clean_loads_raise_no_alarm(models: Path) -> None:
-    """Of two adapters in turn; after each twenty, of their base too."""
+    """Two adapters are loaded in turn; after each twenty, their base is reloaded too."""
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.run.hygiene import changes, leak
 

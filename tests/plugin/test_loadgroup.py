@@ -1,4 +1,4 @@
-"""Runs under ``-n 2 --dist loadgroup``: what is loaded where, and that tests keep their node ids."""
+"""Runs under ``-n 2 --dist loadgroup``: which worker loads which base, and unchanged node ids."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_x(base, uses):
     assert base != "b"
 """
 MENDED = WORST_ORDER.replace('"b"', '"no b"')
-"""Of another size: pytest takes the bytecode of a file that was written in the same second and has the same size."""
+"""It differs in size, since pytest reuses the bytecode of a file with the same size, written in the same second."""
 
 
 def loads(suite: Suite) -> Counter[str]:
@@ -40,7 +40,7 @@ def loads(suite: Suite) -> Counter[str]:
 
 
 def ran(suite: Suite) -> dict[str, str]:
-    """What each worker ran: the bases of its tests, in their order."""
+    """Return the bases of each worker's tests, in the order of the tests."""
     workers: dict[str, str] = defaultdict(str)
     for event in suite.events():
         if event.startswith("run "):

@@ -27,7 +27,10 @@ class TestClass:
 
 @pytest.mark.parametrize(
     ("marker", "found"),
-    [("", "it has no such marker"), ('@pytest.mark.sway_spec(dummy("a"), dummy("b"))', "its marker has 2")],
+    [
+        ("", "the test has no such marker"),
+        ('@pytest.mark.sway_spec(dummy("a"), dummy("b"))', "the test's marker has 2"),
+    ],
 )
 def test_without_exactly_one_marked_spec_the_argument_is_asked_for(suite: Suite, marker: str, found: str) -> None:
     result = suite.run(f"""
@@ -38,7 +41,7 @@ def test_x(sway_backend):
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "*SpecError: sway_backend() without a spec needs a marker sway_spec with exactly one on the test;"
+            "*SpecError: sway_backend() without a spec needs a sway_spec marker with exactly one spec;"
             f" {found}. Pass the spec: sway_backend(spec)."
         ]
     )
@@ -60,4 +63,4 @@ def test_other(sway_backend):
 
 def test_the_marker_is_declared(suite: Suite) -> None:
     result = suite.run("def test_x(): pass", "--markers")
-    result.stdout.fnmatch_lines(["@pytest.mark.sway_spec(*specs): the model specs that a test uses;*"])
+    result.stdout.fnmatch_lines(["@pytest.mark.sway_spec(*specs): the specs that the test uses;*"])

@@ -1,4 +1,4 @@
-"""Options and ini values, the header, and what bad values get."""
+"""Options and ini values, the header, and errors for bad values."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ AS_WRITTEN = ["test_ax", "test_b", "test_unknown", "test_ay", "test_ax_again", "
 
 
 def order(suite: Suite, source: str, *args: str) -> list[str]:
-    """The names of the collected tests in the order in which they would run."""
+    """Return the names of the collected tests in the order in which they would run."""
     lines = suite.run(source, "--collect-only", "-q", *args).outlines
     return [line.partition("::")[2] for line in lines if "::" in line]
 

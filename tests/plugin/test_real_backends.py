@@ -1,4 +1,4 @@
-"""The plugin over the hf backend, on models made on the spot: bad input, mutations, leaks, what startup imports."""
+"""The plugin with the hf backend on tiny models: bad input, mutations, leaks, and imports at startup."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT, ANSWER = "the sun rises in the", " east"
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one base, one good adapter, and each broken kind of it."""
+    """A folder with one base, one good adapter, and broken copies of it."""
     root = tmp_path_factory.mktemp("models")
     base = make_base(root / "base")
     good = make_adapter(root / "good", base)
@@ -83,7 +83,7 @@ def test_good_after(sway_backend, sway_cache):
     result = pytester.runpytest_inprocess("--sway-cache-size=1")
     result.assert_outcomes(passed=2, failed=2)
     result.stdout.fnmatch_lines(
-        [f"E  *Error: {sentence}", "E  *(First met by *::test_bad?0?; the load is not tried again.)"]
+        [f"E  *Error: {sentence}", "E  *(First raised for *::test_bad?0?; the load is not repeated.)"]
     )
 
 
@@ -236,7 +236,7 @@ def pytest_unconfigure():
     Path("modules.json").write_text(json.dumps(sorted(sys.modules)))
 """)
     pytester.makepyfile(f"def test_x({'' if uses == 'nothing' else 'sway_backend'}): {bodies[uses]}")
-    # xdist and the other plugins that happen to be installed are no part of the question
+    # without the imports of xdist and other installed plugins
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "pytest_sway.plugin"],
         env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": ""},
@@ -302,7 +302,7 @@ def test_adapter(sway_backend, adapter):
 
 
 def test_a_suite_may_run_pytest_with_a_backend_in_its_own_process(pytester: pytest.Pytester, models: Path) -> None:
-    """pytester takes what the inner run imported out of the process, and torch cannot be imported twice."""
+    """pytester removes modules that the inner run imports, and torch cannot be imported twice."""
     inner = f"""
 def test_x(sway_backend):
     import torch

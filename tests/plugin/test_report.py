@@ -1,4 +1,4 @@
-"""The summary, the durations, and what is shown while a load takes long."""
+"""The summary, the durations, and the display of slow loads."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_shared_base_and_its_bytes_are_shown() -> None:
     stats.base_loaded("base", 2.0)
     text = "\n".join(summary_lines(stats))
     assert "base base: 1 load, 2.00 s" in text
-    # one hit at 1 s of adapter and 2 s of base, and one load that found its base there
+    # one hit saves 1 s of adapter and 2 s of base, and one load shares its base
     assert "peak: 2 backends, 1.5 GiB of weights; saved about 5.0 s of loading" in text
 
 
@@ -100,7 +100,7 @@ def test_load_seconds_are_not_charged_to_the_test_that_came_first(
 
 
 class _Terminal(io.StringIO):
-    """Tells when something was written."""
+    """A terminal that sets an event when something is written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_x(sway_backend):
     )
     os.close(terminal)
     text, told = b"", False
-    with suppress(OSError):  # what reading a terminal ends with on Linux
+    with suppress(OSError):  # on Linux, reading a closed terminal raises it
         while select.select([shown], [], [], 60)[0] and (chunk := os.read(shown, 4096)):
             text += chunk
             if b"sway: loading dummy:waits" in text and not told:

@@ -1,4 +1,4 @@
-"""No secret of the environment is on the terminal or in a report, by whichever way an error leaves."""
+"""No secret of the environment reaches the terminal or a report, however an error propagates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stubborn(Exception):
     def __str__(self):
         return quote()
 """
-"""What shows secrets: the text of an answer, and an error that makes its text when it is asked for it."""
+"""Code that shows secrets: in the text of an answer, and in an error that creates its text on demand."""
 
 
 def test_neither_the_terminal_nor_junit_shows_a_secret(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def pytest_sway_build_backend(spec):
 
 
 def test_nor_do_they_show_that_of_what_is_no_exception(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``pytest.fail`` in a build, and the end of a program that was written as a script."""
+    """``pytest.fail`` in a build, and ``sys.exit`` in a script."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
     suite.pytester.makepyfile(leaky=NO_EXCEPTIONS)
     result = suite.run(

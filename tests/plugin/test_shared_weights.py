@@ -1,4 +1,4 @@
-"""One copy of converted weights for all workers of a host, in a folder that goes with the run."""
+"""All workers of a machine share one copy of converted weights, in a folder that is removed after the run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Runs:
-    """Runs suites whose temporary directory is their own."""
+    """Runs suites with a temporary directory of their own."""
 
     def __init__(self, pytester: pytest.Pytester, models: Path, temporary: Path) -> None:
         self.pytester = pytester
@@ -228,7 +228,7 @@ def test_scores(sway_backend, n):
     assert runs.left() == []
 
 
-def test_a_full_disk_is_said_and_each_worker_goes_on_with_its_own_copy(runs: Runs) -> None:
+def test_a_full_disk_gives_a_warning_and_each_worker_keeps_its_own_copy(runs: Runs) -> None:
     runs.pytester.makeconftest(
         """
 import shutil
@@ -258,7 +258,7 @@ def test_waits(sway_backend):
 
 @pytest.fixture
 def waiting(runs: Runs, start: Callable[..., subprocess.Popen[str]]) -> subprocess.Popen[str]:
-    """A run that has its weights, and waits to be told to go on."""
+    """A run that has loaded its weights, and waits for the test."""
     for place in ("there", "go on"):
         os.mkfifo(place)
     runs.write(WAITS)

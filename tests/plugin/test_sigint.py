@@ -1,4 +1,4 @@
-"""A real Ctrl-C while a load, a close or a test runs: everything is closed, and pytest says that it was interrupted."""
+"""A real Ctrl-C during a load, a close or a test: every backend is closed, and pytest reports the interrupt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the test need
 
 @pytest.fixture(autouse=True)
 def default_signals() -> Iterator[None]:
-    """Have child processes start with the default handlers: in a background shell, SIGINT and SIGHUP are ignored."""
+    """Start child processes with default handlers, since a background shell ignores SIGINT and SIGHUP."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -128,7 +128,7 @@ def interrupted(
     number: int = signal.SIGINT,
     code: int = pytest.ExitCode.INTERRUPTED,
 ) -> str:
-    """Run the tests apart, send a signal at the moment that they tell, and return what was printed."""
+    """Run the tests in a subprocess, send a signal when they ask for it, and return the output."""
     suite.pytester.makepyfile(blocks=BLOCKS, plugin=PLUGIN)
     suite.write(tests)
     os.mkfifo("moment")

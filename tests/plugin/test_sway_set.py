@@ -1,4 +1,4 @@
-"""``--sway-set NAME.FIELD=VALUE``: named specs that are changed, or made, for one run."""
+"""``--sway-set NAME.FIELD=VALUE`` changes or adds named specs for one run."""
 
 from __future__ import annotations
 

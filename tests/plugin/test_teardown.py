@@ -1,4 +1,4 @@
-"""Every backend is closed at the end of the session, however that ends."""
+"""Every backend is closed at the end of the session, even after errors and interrupts."""
 
 from __future__ import annotations
 

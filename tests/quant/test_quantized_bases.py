@@ -1,7 +1,7 @@
-"""Quantized bases: PEFT's numbers on both sides, one load for two adapters, and nobody accused of what libraries do.
+"""Quantized bases: PEFT's numbers on both sides, one load for two adapters, and no false mutation errors.
 
-bitsandbytes repacks 4-bit weights in the first pass on a CPU, and compressed-tensors unpacks them there. So a model
-that has run is no longer what was loaded.
+bitsandbytes repacks 4-bit weights in the first pass on a CPU, and compressed-tensors unpacks them. So a model's weights
+change when it first runs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ FORMATS: dict[str, Callable[[Path, Path], None]] = {
 
 
 class Models:
-    """A quantized base with two adapters, and what transformers and PEFT compute with them."""
+    """A quantized base with two adapters, and the results of transformers and PEFT."""
 
     def __init__(self, folder: Path, quantize: Callable[[Path, Path], None]) -> None:
         plain = make_base(folder / "plain", hidden=64)

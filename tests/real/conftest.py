@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, and adapters on it that change what it says."""
+"""Fixtures of SmolLM2-135M-Instruct, and of adapters that change its answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a load will take is known before it, from the headers of the files."""
+"""The size of a load is estimated before it from the headers of the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM2 as the GGUF file that its package carries, and as the ordinary folder that was made of it."""
+"""SmolLM2 as the GGUF file of its package, and as the folder converted from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests do to their models ends with them; what they share with others is blamed on the right test."""
+"""Tests' changes to their own models end with them; a change of a shared part is blamed on the right test."""
 
 from __future__ import annotations
 

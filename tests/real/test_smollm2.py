@@ -1,4 +1,4 @@
-"""The hf backend on a real model: right to the bit, agreed with dlm-sway, and gone after its close."""
+"""The hf backend on a real model: exact to the bit, equal to dlm-sway, and freed after its close."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_scores_agree_with_dlm_sway(cache: BackendCache, base: Path, adapters: l
 
     spec = ModelSpec(base=str(base), adapter=adapters[0], dtype="fp32", device="cpu")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it uses names that transformers has deprecated
+        warnings.simplefilter("ignore")  # it uses deprecated names of transformers
         theirs = dlm.build(spec)
     try:
         with cache.lease(spec) as ours:

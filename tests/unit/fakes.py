@@ -1,7 +1,7 @@
-"""Counted fakes for the cache: backends, builds with gates, a live count that asks nobody, and threads with deadlines.
+"""Counted fakes for the cache: backends, builds with gates, an independent live count, and threads with deadlines.
 
-Nothing here sleeps. What a test must wait for is an event: a gate that was reached, a thread that waits in the cache,
-a thread that ended. Each wait has a deadline, after which the stacks of all threads are printed.
+Nothing here sleeps. A test waits for events: a thread reached a gate, waits in the cache, or ended. Each wait has a
+deadline, after which the stacks of all threads are printed.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from pytest_sway.system.locking import OneShotEvent
 T = TypeVar("T")
 
 DEADLINE = float(os.environ.get("SWAY_TEST_DEADLINE", "20"))
-"""Seconds after which a wait that should end at once has failed."""
+"""Seconds after which a wait fails that should end at once."""
 
 
 def spec(name: str) -> ModelSpec:
-    """The spec of a name such as ``a``, or ``a+x`` for adapter x on base a."""
+    """Return the spec of a name such as ``a``, or ``a+x`` for adapter x on base a."""
     base, _, adapter = name.partition("+")
     return ModelSpec(kind="dummy", base=f"org/{base}", adapter=Path("/nowhere") / adapter if adapter else None)
 
 
 def name_of(asked: ModelSpec) -> str:
-    """The inverse of `spec`."""
+    """Return the name of a spec, the inverse of `spec`."""
     return asked.base.removeprefix("org/") + (f"+{asked.adapter.name}" if asked.adapter else "")
 
 
 def names(cache: BackendCache) -> list[str]:
-    """What is ready in ``cache``, most recently used last."""
+    """Return the names of the ready backends, most recently used last."""
     return [name_of(loaded) for loaded in cache.loaded_specs()]
 
 
 class Gate:
-    """A place where a thread stops until the test lets it go on."""
+    """A gate at which a thread stops until the test opens it."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
         self._open = threading.Event()
 
     def pass_through(self) -> None:
-        """Called by the thread that is to be stopped."""
+        """Stop the calling thread until the gate is opened."""
         self.reached.set()
         assert self._open.wait(DEADLINE), "nobody opened the gate"
 
     def wait(self) -> None:
-        """Wait until a thread stands at the gate."""
+        """Wait until a thread has reached the gate."""
         if not self.reached.wait(DEADLINE):
             faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
             raise AssertionError("nobody came to the gate")
@@ -73,7 +73,7 @@ class Gate:
 
 @dataclass
 class Oracle:
-    """Counts what is alive, by itself: from the begin of a load to the end of its close, or to its failure."""
+    """Counts live backends without the cache: from the start of a load to its failure or the end of its close."""
 
     live: int = 0
     peak: int = 0
@@ -95,7 +95,7 @@ class Oracle:
 
 
 class FakeBackend:
-    """A differential backend of nothing, which counts its closes and refuses to be used after the first."""
+    """A differential backend without a model, which counts its closes and refuses to be used after the first."""
 
     def __init__(self, built_from: ModelSpec, build: FakeBuild) -> None:
         self.spec = built_from
@@ -132,7 +132,7 @@ class Unclosable:
 
 
 class FakeBuild:
-    """A build that is only a callable; loads and closes stop at gates and raise what the test has put in."""
+    """A plain build function; its loads and closes stop at gates and raise the test's errors."""
 
     def __init__(self) -> None:
         self.oracle = Oracle()
@@ -165,7 +165,7 @@ class FakeBuild:
         return FakeBackend(asked, self)
 
     def closing(self, backend: FakeBackend) -> None:
-        """What happens inside the ``close()`` of a backend."""
+        """Run a backend's ``close()``."""
         if backend.name in self.close_gates:
             self.close_gates[backend.name].pass_through()
         if backend.name in self.inside_close:
@@ -185,7 +185,7 @@ class FakeBuild:
 
     @property
     def closes(self) -> dict[str, list[int]]:
-        """How often each backend was closed, by name, in the order of their loads."""
+        """Return how often each backend was closed, by name, in the order of their loads."""
         closes: dict[str, list[int]] = defaultdict(list)
         for backend in self.built:
             closes[backend.name].append(backend.closes)
@@ -193,7 +193,7 @@ class FakeBuild:
 
 
 class SharingBackend(FakeBackend):
-    """A backend whose base is shared with the others on it."""
+    """A backend that shares its base with others."""
 
     def __init__(self, built_from: ModelSpec, build: InformedFakeBuild, base: PoolLease[str]) -> None:
         super().__init__(built_from, build)
@@ -207,7 +207,7 @@ class SharingBackend(FakeBackend):
 
 
 class InformedFakeBuild(FakeBuild, Build):
-    """A build that makes plans, with bases that the adapters share.
+    """A build that makes plans, with shared bases.
 
     A base takes 100 bytes and an adapter 10, unless ``estimates`` or ``sizes`` say otherwise by name.
     """
@@ -262,7 +262,7 @@ class InformedFakeBuild(FakeBuild, Build):
 
 
 class Watched:
-    """A cache's waits, which tell the test how many threads wait."""
+    """Watches a cache's waits, and tells the test how many threads wait."""
 
     def __init__(self, cache: BackendCache) -> None:
         self.waiting = 0
@@ -281,14 +281,14 @@ class Watched:
             self._count(-1)
 
     def until_waiting(self, threads: int = 1) -> None:
-        """Return once so many threads wait in the cache."""
+        """Wait until this many threads wait in the cache."""
         with self._seen:
             if not self._seen.wait_for(lambda: self.waiting >= threads, DEADLINE):
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
                 raise AssertionError(f"{self.waiting} threads wait in the cache, not {threads}")
 
     def crowd(self, build: FakeBuild, waiters: int) -> tuple[Gate, list[Call[Lease]]]:
-        """Requests for ``a``: the first loads it, and stands at its gate; the others wait for that."""
+        """Start requests for ``a``: the first loads it and stops at its gate; the others wait for that load."""
         gate = build.load_gate("a")
         calls = [Call(partial(self._cache.acquire, spec("a")))]
         gate.wait()
@@ -323,14 +323,14 @@ class Call(Generic[T]):
         return not self.thread.is_alive()
 
     def result(self) -> T:
-        """What the call returned; raises what it raised."""
+        """Return the call's result, or raise its error."""
         error = self.error()
         if error is not None:
             raise error
         return self._values[0]
 
     def error(self) -> BaseException | None:
-        """What the call raised."""
+        """Return the call's error."""
         self.thread.join(DEADLINE)
         if self.thread.is_alive():
             faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)

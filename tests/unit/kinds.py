@@ -1,4 +1,4 @@
-"""What backends of all kinds promise alike, as tests for each of them: a subclass says which ones."""
+"""Tests of the promises that all kinds of backends share; a subclass names its kinds."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ CALLS: dict[str, Ask] = {
 
 
 class Agreement:
-    """Tests of two fixtures: ``backend``, which has two sides, and ``fresh``, another one, which a test may close."""
+    """Tests of the fixtures ``backend``, which has two sides, and ``fresh``, which a test may close."""
 
     @pytest.fixture
     def view(self, backend: Any) -> Iterator[Any]:
@@ -125,7 +125,7 @@ class Agreement:
         question, drawn = QUESTIONS[name], random.Random(0)
         alone = {item: question.one(view, item) for item in question.items}
         for count in (1, 3, 6):
-            asked = drawn.choices(question.items, k=count)  # in any order, and some more than once
+            asked = drawn.choices(question.items, k=count)  # in any order, some repeatedly
             assert_equal(question.many(view, asked), [alone[item] for item in asked])
 
     @pytest.mark.parametrize("name", QUESTIONS)
@@ -134,7 +134,7 @@ class Agreement:
         assert_equal(question.many(view, iter(question.items)), question.many(view, list(question.items)))
         assert question.many(view, []) == []
 
-    def test_all_tokens_of_a_text_are_scored_unless_told_otherwise(self, view: Any) -> None:
+    def test_all_tokens_of_a_text_are_scored_by_default(self, view: Any) -> None:
         assert_equal([view.rolling_logprob("the sun is")], [view.rolling_logprob("the sun is", prefix=True)])
 
     def test_answers_have_the_types_and_shapes_that_are_documented(self, view: Any) -> None:
@@ -178,7 +178,7 @@ class Agreement:
 
 
 def assert_equal(found: list[Any], expected: list[Any]) -> None:
-    """Fail unless answers are equal, but for how exactly those of many agree with those of one."""
+    """Fail unless answers are equal, within the tolerance between one question and many."""
     assert [type(answer) for answer in found] == [type(answer) for answer in expected]
     for ours, theirs in zip(found, expected, strict=True):
         if isinstance(ours, RollingLogprob | TokenDist):

@@ -1,4 +1,4 @@
-"""The reference names what there is, all of it and nothing else: errors, options, fields of a spec, hooks."""
+"""The reference lists exactly the existing errors, options, fields of a spec and hooks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _headings(page: str) -> list[str]:
 
 
 def _cells(page: str, column: int) -> list[str]:
-    """What stands as code in a column of a page's tables, without what comes after an equals sign."""
+    """Return the code in a column of a page's tables, without the part after an equals sign."""
     rows = re.findall(r"^\|(.*)\|$", (REFERENCE / page).read_text("utf-8"), re.MULTILINE)
     cells = [row.split("|")[column].strip() for row in rows]
     return [match[1] for cell in cells if (match := re.fullmatch(r"`([\w-]+)(?:=\w+)?`", cell))]
@@ -65,6 +65,6 @@ def test_each_hook_has_its_place() -> None:
 
 def test_each_public_name_is_in_the_reference() -> None:
     shown = "".join(page.read_text("utf-8") for page in REFERENCE.glob("*.md"))
-    plain = {"Message", "Prompt"}  # aliases, which the page of views describes
+    plain = {"Message", "Prompt"}  # aliases; views.md describes them
     missing = [name for name in pytest_sway.__all__ if f"::: pytest_sway.{name}\n" not in shown and name not in plain]
-    assert missing == ["SwayError", "SwayWarning"]  # which have a page of their own
+    assert missing == ["SwayError", "SwayWarning"]  # they are in errors.md

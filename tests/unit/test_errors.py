@@ -1,4 +1,4 @@
-"""The tree of errors is the one that is drawn, and each error takes its message alone."""
+"""The tree in the docstring of errors.py matches the classes, and each error takes only its message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ERRORS = [error for error in _CLASSES if issubclass(error, errors.SwayError)]
 
 
 def _drawn() -> dict[str, tuple[str, ...]]:
-    """The bases of each error in the drawing: its parent there, and what stands in brackets."""
+    """Return the bases of each error in the drawing: its parent, and the class in brackets."""
     bases: dict[str, tuple[str, ...]] = {}
     parents = ["Exception"]
     for line in inspect.cleandoc(errors.__doc__ or "").splitlines():
@@ -33,7 +33,7 @@ def test_the_tree_that_is_drawn_is_the_real_one() -> None:
     assert _drawn() == {error.__name__: tuple(base.__name__ for base in error.__bases__) for error in _ERRORS}
 
 
-def test_there_is_nothing_besides_the_tree_and_one_warning() -> None:
+def test_the_module_has_only_the_tree_and_one_warning() -> None:
     assert [other for other in _CLASSES if other not in _ERRORS] == [errors.SwayWarning]
     assert issubclass(errors.SwayWarning, UserWarning)
 

@@ -1,4 +1,4 @@
-"""The same questions to backends of all kinds; ``tests/mlx`` asks them of kind ``mlx``."""
+"""All kinds of backends keep the promises in `tests.unit.kinds`; ``tests/mlx`` tests kind ``mlx``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ VIEWS = ("hf.view:HFView", "mlx.view:MLXView", "api.view:ApiView", "dummy.backen
 
 
 class Mine(DummyBackend):
-    """A class of a user's own."""
+    """A user's class for kind ``custom``."""
 
-    def __init__(self, base_spec: ModelSpec, adapter_path: Path | None) -> None:  # as it is called
+    def __init__(self, base_spec: ModelSpec, adapter_path: Path | None) -> None:  # pytest-sway passes these keywords
         super().__init__(name=base_spec.base)
 
 
@@ -72,7 +72,7 @@ def fresh(make: Callable[[], Any]) -> Any:
 
 
 class TestAllKinds(Agreement):
-    """In this process."""
+    """The kinds that run in this process."""
 
 
 def test_each_kind_of_spec_has_what_builds_it() -> None:

@@ -1,4 +1,4 @@
-"""Nothing heavy is imported before a test asks for a backend: a fresh interpreter is asked."""
+"""In a fresh interpreter, nothing heavy is imported before a test asks for a backend."""
 
 from __future__ import annotations
 

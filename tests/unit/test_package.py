@@ -1,4 +1,4 @@
-"""The package as others see it: its version, and the name of its plugin."""
+"""The installed package: its version, and the name of its plugin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types of the answers, and what the Protocols take for a backend."""
+"""The types of answers, and the Protocols' checks of backends."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class _Everything(_Sides):
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, set) else "",
 )
-def test_the_protocols_tell_who_can_do_what(made: object, protocols: set[type]) -> None:
+def test_the_protocols_match_the_backends_abilities(made: object, protocols: set[type]) -> None:
     known = (
         Model,
         ScoringBackend,

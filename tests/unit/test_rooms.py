@@ -1,4 +1,4 @@
-"""The rooms of the package and the arrows between them. Every import counts: inside functions and for types, too."""
+"""The order of the package's rooms. Every import counts, even inside functions and for types."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NEVER_IN = dict.fromkeys(("cache", "backends", "comparison"), ("pytest", "_pytes
 
 @dataclass(frozen=True, order=True)
 class Arrow:
-    """One module imports another; those of the package are named as inside it, such as ``cache.ledger``."""
+    """An import of one module by another; the package's modules have names such as ``cache.ledger``."""
 
     source: str
     target: str
@@ -81,7 +81,7 @@ def _name(path: Path, package: Path) -> str:
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
-    """What is imported, with its whole path; the last part may be a name in a module."""
+    """Yield the full path of each import; the last part may be a name in a module."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names):
@@ -105,7 +105,7 @@ def _of_package(imported: str, package: str, modules: dict[str, Path]) -> str | 
 
 
 def circles(pairs: set[tuple[str, str]]) -> list[set[str]]:
-    """Groups in which everyone is reached from everyone."""
+    """Return groups of modules that all reach each other."""
     after: dict[str, set[str]] = {}
     for source, target in pairs:
         after.setdefault(source, set()).add(target)
@@ -134,7 +134,7 @@ def against_the_order(found: set[Arrow]) -> list[str]:
 
 def _points_down(arrow: Arrow) -> bool:
     if not arrow.source:
-        return True  # the package itself, which hands on what is public
+        return True  # the package itself exports the public names
     source, target = arrow.source.split("."), arrow.target.split(".")
     shared = 0
     while shared < min(len(source), len(target)) and source[shared] == target[shared]:
@@ -143,13 +143,13 @@ def _points_down(arrow: Arrow) -> bool:
     if room not in ORDER:
         return True
     if shared in (len(source), len(target)):
-        return False  # a room's __init__ is imported, or imports: it only says what the room is for
+        return False  # a room's __init__ only states its purpose, so nothing may import it, nor may it import
     heights = {name: height for height, names in enumerate(ORDER[room]) for name in names.split()}
     return heights.get(target[shared], len(heights)) < heights.get(source[shared], -1)
 
 
 def strangers(found: set[Arrow]) -> list[str]:
-    """Imports of libraries outside the one room that may import them, or inside a room that may not."""
+    """Return imports of libraries in rooms that may not import them."""
     wrong = []
     for arrow in found:
         if arrow.own:
@@ -188,7 +188,7 @@ def test_a_library_is_imported_in_its_own_room_alone(found: set[Arrow]) -> None:
 def test_a_room_says_its_purpose_and_hands_nothing_on(room: str) -> None:
     tree = ast.parse((PACKAGE.joinpath(*room.split(".")) / "__init__.py").read_text("utf-8"))
     assert ast.get_docstring(tree)
-    assert len(tree.body) == 1 or not room  # the package hands on what is public
+    assert len(tree.body) == 1 or not room  # the package itself exports the public names
 
 
 def test_a_room_is_no_larger_than_a_reader_remembers() -> None:
@@ -203,7 +203,7 @@ def test_a_room_is_no_larger_than_a_reader_remembers() -> None:
 
 
 class Made:
-    """A package that is written as a test needs it; its modules are named as inside it."""
+    """A package that a test writes; its modules have names as in `Arrow`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -262,7 +262,7 @@ def test_an_arrow_that_points_up_or_aside_is_named(made: Made, source: str, targ
     assert against_the_order(made.arrows()) == [f"{source} -> {target}"]
 
 
-def test_an_arrow_that_points_down_is_nobodys_business(made: Made) -> None:
+def test_an_arrow_that_points_down_is_allowed(made: Made) -> None:
     made.write("backends.hf.view", AT_THE_TOP.format("errors"))
     made.write("run.session", AT_THE_TOP.format("backends.hf.view"))
     assert against_the_order(made.arrows()) == []
@@ -284,7 +284,7 @@ def test_a_library_in_a_room_that_is_not_its_own_is_named(made: Made, source: st
     assert [arrow.partition(" -> ")[0] for arrow in strangers(made.arrows())] == [source]
 
 
-def test_a_library_in_its_own_room_is_nobodys_business(made: Made) -> None:
+def test_a_library_in_its_own_room_is_allowed(made: Made) -> None:
     made.write("backends.hf.loading.model", "def load():\n    import torch, transformers")
     made.write("run.session", "import pytest")
     assert strangers(made.arrows()) == []

@@ -1,4 +1,4 @@
-"""Backends of the user's own: found by their entry point, called as dlm-sway calls them, refused in clear words."""
+"""Kind ``custom``: classes are found by their entry point, called as by dlm-sway, and refused with clear messages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Holder:
 
 
 class SetsItsMethods:
-    """What is needed is on the object, and not on its class."""
+    """The required methods are on the object, not on its class."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.as_base = self.as_finetuned = nullcontext
@@ -154,7 +154,7 @@ def test_an_object_with_the_methods_is_enough_whatever_made_it(entry_point: str)
         ),
     ],
 )
-def test_an_error_in_the_users_module_is_told_with_its_cause(
+def test_an_error_in_the_users_module_is_shown_with_its_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception], sentence: str
 ) -> None:
     (tmp_path / "failing_module.py").write_text(code)
@@ -175,7 +175,7 @@ def test_what_is_no_differential_backend_is_refused(name: str, missing: str) -> 
 def test_what_is_refused_is_closed() -> None:
     with pytest.raises(BackendLoadError):
         Builder()(_spec("my_backends:OneSided"))
-    assert Mine.closes == 1  # what was made and cannot be handed out is closed
+    assert Mine.closes == 1  # a backend that cannot be served is closed
 
 
 def test_the_cache_serves_it_and_closes_it() -> None:

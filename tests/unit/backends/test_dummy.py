@@ -1,4 +1,4 @@
-"""The dummy kind: what is canned is answered, what is not is made up or missed, and all else is as with a model."""
+"""Kind ``dummy``: canned answers, generated answers, errors for missing prompts, and a model's checks otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a spec of kind ``mlx`` where mlx is not installed, and of adapters that it cannot have."""
+"""Kind ``mlx`` without mlx: specs are refused with advice, and so are adapters that it does not support."""
 
 from __future__ import annotations
 

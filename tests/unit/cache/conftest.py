@@ -1,4 +1,4 @@
-"""The builds that the tests of the cache load with."""
+"""Fixtures of fake builds for the tests of the cache."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def sharing() -> InformedFakeBuild:
 
 @pytest.fixture(autouse=True)
 def _nobody_glances(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is not woken stays asleep, and its test fails."""
+    """Disable periodic looks, so that a thread that nobody wakes fails its test."""
     monkeypatch.setattr("pytest_sway.cache.backend_cache._GLANCE", 10 * DEADLINE)

@@ -1,4 +1,4 @@
-"""What was loaded is kept under a key of the files that it was loaded from, whoever writes to them meanwhile."""
+"""A loaded backend has the key of the files that it was loaded from, even if the files change during the load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """The weights of an adapter whose folder is ``x``."""
+    """The weights file of an adapter in the folder ``x``."""
     folder = tmp_path / "x"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
@@ -75,7 +75,7 @@ def test_files_that_are_put_back_before_the_load_ends_are_loaded_again(
 def test_files_that_never_rest_are_refused(build: FakeBuild, asked: ModelSpec, weights: Path) -> None:
     build.inside["a+x"] = lambda: _replace(weights, bytes(build.loads["a+x"]))
     cache = BackendCache(build=build)
-    with pytest.raises(FilesChangedError, match=r"^the files of dummy:org/a \+ \S+/x changed each time while"):
+    with pytest.raises(FilesChangedError, match=r"^the files of dummy:org/a \+ \S+/x changed during each try"):
         cache.acquire(asked)
     assert build.closes["a+x"] == [1, 1, 1]
     assert cache.loaded_keys() == []

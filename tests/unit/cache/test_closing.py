@@ -1,4 +1,4 @@
-"""Closes: never of what is leased, once each, waited for by who asks again, and whatever some of them raise."""
+"""Closes: never during a lease, once each, awaited by later requests, and completed even if some raise."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_inv03_each_backend_is_closed_exactly_once_after_shutdown(build: FakeBui
     assert build.oracle.live == 0
     with pytest.raises(
         CacheClosedError,
-        match="the cache was shut down before dummy:org/a was asked for; nothing can be had from it any more",
+        match="the cache was shut down before dummy:org/a was asked for; it serves no more requests",
     ):
         cache.acquire(spec("a"))
 
@@ -87,10 +87,7 @@ def test_inv03_shutdown_waits_for_a_load_under_way_and_closes_what_it_built(buil
     assert not shutdown.done
     gate.open()
     assert isinstance(leader.error(), CacheClosedError)
-    assert (
-        str(leader.error())
-        == "the cache was shut down while dummy:org/a was loading; nothing can be had from it any more."
-    )
+    assert str(leader.error()) == "the cache was shut down while dummy:org/a was loading; it serves no more requests."
     assert shutdown.result() == []
     assert build.closes == {"a": [1]}
 
@@ -133,7 +130,7 @@ def test_inv03_a_shutdown_that_was_interrupted_can_be_called_again(build: FakeBu
     assert build.closes == {"a": [1], "b": [1], "c": [1]}
 
 
-def test_inv06_who_asks_for_what_is_closing_waits_and_gets_a_new_one(build: FakeBuild) -> None:
+def test_inv06_a_request_for_a_closing_backend_waits_and_gets_a_new_one(build: FakeBuild) -> None:
     cache = BackendCache(max_size=2, build=build)
     watched = Watched(cache)
     old = cache.get_or_load(spec("a"))
@@ -168,9 +165,7 @@ def test_inv06_what_is_closing_to_make_room_is_not_handed_out(build: FakeBuild) 
     assert build.oracle.peak == 1
 
 
-def test_inv11_a_close_that_raises_fails_nobody_elses_request(
-    build: FakeBuild, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_inv11_a_close_that_raises_fails_no_other_request(build: FakeBuild, caplog: pytest.LogCaptureFixture) -> None:
     evicted: list[str] = []
 
     class Note(Listener):

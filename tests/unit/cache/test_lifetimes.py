@@ -1,4 +1,4 @@
-"""Generations, leases and processes: what is late touches nothing new, what is over leaves nothing behind."""
+"""Generations, leases and processes: late events do not affect newer entries, and ended ones leave nothing behind."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_inv08_a_close_that_ends_late_does_not_touch_the_next_generation(build: 
 
 
 def test_inv08_a_load_that_is_interrupted_late_does_not_touch_the_next_generation(build: FakeBuild) -> None:
-    """The first load fails while it closes what it built; the next generation is there only afterwards."""
+    """The first load fails while it closes its backend; the next generation starts only afterwards."""
 
     class InterruptFirst(Listener):
         interrupts = 1
@@ -101,7 +101,7 @@ def _nothing_is_left(cache: BackendCache) -> bool:
 
 
 def _watch_built(build: FakeBuild, weak: list[weakref.ref[object]]) -> None:
-    """Keep only weak references to what is built."""
+    """Keep only weak references to built backends."""
     usual: Callable[..., FakeBackend] = build.make
 
     def make(asked: object) -> FakeBackend:
@@ -142,7 +142,7 @@ def test_inv13_a_released_lease_keeps_the_backend_only_as_long_as_it_lives(
 
 
 def test_inv13_errors_of_others_keep_nothing(build: FakeBuild, weak: list[weakref.ref[object]]) -> None:
-    """A failed load, a full cache and a deadlock, whose errors are all still held, tracebacks and all."""
+    """The errors of a failed load, a full cache and a deadlock are still held, with their tracebacks."""
     _watch_built(build, weak)
     cache = BackendCache(max_size=1, build=build)
     build.load_errors["b"] = [RuntimeError("broken")]
@@ -189,7 +189,7 @@ def test_inv13_nothing_is_left_after_a_crowd(build: FakeBuild, weak: list[weakre
     assert errors[0] is KeyboardInterrupt
     assert BackendLoadError in errors
     del calls
-    gc.collect()  # leases that were dropped are released
+    gc.collect()  # releases dropped leases
     cache.leased()
     cache.evict_all()
     assert _nothing_is_left(cache)
@@ -240,7 +240,7 @@ def test_inv15_a_lease_is_released_when_its_block_raises(build: FakeBuild) -> No
 
 
 def _in_child(work: Callable[[], bool]) -> int:
-    """The exit status of a forked child that does ``work``: 0 if it returned True; a watchdog ends one that hangs."""
+    """Return the exit status of a forked child that runs ``work``: 0 if it is True. A watchdog ends a hanging child."""
     pid = os.fork()
     if pid == 0:
         status = 2
@@ -260,7 +260,7 @@ forks = [needs_fork, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of
 
 
 class TestOwner:
-    """What an owner has leased ends with it, and nothing else does."""
+    """An owner's leases end with it, and no others do."""
 
     def test_inv17_its_leases_end_with_it_however_they_are_kept(self, build: FakeBuild) -> None:
         cache = BackendCache(max_size=3, build=build)
@@ -300,7 +300,7 @@ class TestOwner:
         owner = Owner("a test")
         cache = BackendCache(build=build)
         cache.end(owner)
-        with pytest.raises(BackendUseError, match=r"^dummy:org/a was asked for by a test, which has ended"):
+        with pytest.raises(BackendUseError, match=r"^a test has ended, but one of its threads still asks for dummy"):
             cache.acquire(spec("a"), owner=owner)
         assert not build.loads
         assert not cache.stats.total().failures
@@ -324,7 +324,7 @@ class TestOwner:
         assert not cache.leased()
         assert build.closes == {"a": [0]}
 
-    def test_inv17_who_waits_for_room_at_its_end_waits_no_longer(self, build: FakeBuild) -> None:
+    def test_inv17_a_request_stops_waiting_for_room_when_its_owner_ends(self, build: FakeBuild) -> None:
         owner = Owner("a test")
         cache = BackendCache(max_size=1, build=build)
         watched = Watched(cache)

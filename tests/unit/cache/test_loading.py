@@ -1,4 +1,4 @@
-"""Loads: one per key at a time, shared by who waits; failures, interrupts and loads that ask for themselves."""
+"""Loads: one per key at a time, shared by waiters; failures, interrupts and loads that wait for themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_sway.errors import BackendLoadError, CacheDeadlockError, CacheFullEr
 from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched, spec
 
 
-def test_inv01_all_who_wait_for_a_load_get_its_object(build: FakeBuild) -> None:
+def test_inv01_all_waiters_for_a_load_get_its_object(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
     gate, (leader, *waiters) = Watched(cache).crowd(build, 5)
     gate.open()
@@ -60,11 +60,11 @@ def test_inv01_hits_are_served_while_another_key_loads_and_a_third_closes(build:
     loader.result()
 
 
-def test_inv05_who_waited_holds_the_entry_before_another_can_evict_it(build: FakeBuild) -> None:
+def test_inv05_a_waiter_holds_the_entry_before_another_request_can_evict_it(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)
     gate = build.load_gate("a")
-    leader = Call(partial(cache.get_or_load, spec("a")))  # lets go at once
+    leader = Call(partial(cache.get_or_load, spec("a")))  # releases at once
     gate.wait()
     waiter = Call(partial(cache.acquire, spec("a")))
     watched.until_waiting(1)
@@ -80,8 +80,8 @@ def test_inv05_who_waited_holds_the_entry_before_another_can_evict_it(build: Fak
     assert build.closes == {"a": [1], "b": [0]}
 
 
-def test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready(build: FakeBuild) -> None:
-    """The leader is told of its load before any waiter had a chance to run: their claims are there already."""
+def test_inv05_leases_of_waiters_exist_when_the_entry_becomes_ready(build: FakeBuild) -> None:
+    """The leader's callback runs before any waiter can run: the waiters' claims exist already."""
     claims: list[int] = []
 
     class Count(Listener):
@@ -177,13 +177,13 @@ def test_inv10_an_interrupt_in_the_close_of_what_a_failed_load_left_leaves_its_r
         assert backend.use() == "b"
 
 
-def test_inv09_a_request_that_found_no_room_gives_its_error_to_nobody_else(build: FakeBuild) -> None:
+def test_inv09_a_request_without_room_gives_its_error_to_no_other(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)
     held = cache.acquire(spec("a"), holder="me")
     other = Call(partial(cache.acquire, spec("b")))
     watched.until_waiting(1)
-    with pytest.raises(CacheFullError, match="in use by the one who asks"):
+    with pytest.raises(CacheFullError, match="in use by the caller"):
         cache.acquire(spec("c"))
     held.release()
     assert other.result().backend.use() == "b"
@@ -242,12 +242,12 @@ def test_inv10_an_interrupt_while_waiting_leaves_the_load_to_the_others(
     assert not cache.leased()
 
 
-def test_inv14_a_load_that_asks_for_itself_is_told_so(build: FakeBuild) -> None:
+def test_inv14_a_load_that_waits_for_itself_gets_an_error(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
     build.inside["a"] = lambda: cache.acquire(spec("a"))
     sentence = (
-        "the load of dummy:org/a asks, while it is loading, for itself; it would wait forever. A build may ask the"
-        " cache for other specs, not for the one that it builds."
+        "the load of dummy:org/a asks the cache for the same spec, so it would wait for itself forever. A build may ask"
+        " for other specs, but not for its own."
     )
     with pytest.raises(CacheDeadlockError, match=f"^{re.escape(sentence)}$"):
         Call(partial(cache.acquire, spec("a"))).result()
@@ -263,10 +263,10 @@ def test_inv14_a_load_may_ask_for_another_key(build: FakeBuild) -> None:
         assert inner[0].backend.use() == "b"
 
 
-def test_inv14_a_load_that_asks_for_another_key_without_room_for_both_is_told_so(build: FakeBuild) -> None:
+def test_inv14_a_load_that_asks_for_another_key_without_room_for_both_gets_an_error(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build)
     build.inside["a"] = lambda: cache.acquire(spec("b"))
-    with pytest.raises(CacheFullError, match=r"in use by the one who asks: dummy:org/a \(loading\)"):
+    with pytest.raises(CacheFullError, match=r"in use by the caller: dummy:org/a \(loading\)"):
         cache.acquire(spec("a"))
 
 
@@ -286,21 +286,19 @@ def test_inv14_two_loads_that_ask_for_each_other_do_not_wait_forever(build: Fake
     assert build.oracle.live == 0
 
 
-def test_inv14_a_close_that_asks_for_what_it_closes_is_told_so(build: FakeBuild) -> None:
+def test_inv14_a_close_that_waits_for_itself_gets_an_error(build: FakeBuild) -> None:
     cache = BackendCache(build=build)
     cache.get_or_load(spec("a"))
     build.inside_close["a"] = lambda: cache.acquire(spec("a"))
     cache.evict_all()
     assert cache.stats.close_errors == [
-        "closing dummy:org/a failed: CacheDeadlockError: the close of dummy:org/a asks for dummy:org/a; it would wait"
-        " forever."
+        "closing dummy:org/a failed: CacheDeadlockError: the close() of dummy:org/a asks the cache for the same spec,"
+        " so it would wait for itself forever."
     ]
 
 
-def test_inv14_who_was_granted_what_it_waited_for_no_longer_waits(
-    build: FakeBuild, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one who loaded b asks for a before the one who loads a, and was granted b, had a chance to run."""
+def test_inv14_a_granted_waiter_no_longer_counts_as_waiting(build: FakeBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that loaded b asks for a, before the thread that loads a and was granted b can run."""
 
     class AskBack(Listener):
         def loaded(self, cached: CachedBackend) -> None:

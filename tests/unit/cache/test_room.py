@@ -1,4 +1,4 @@
-"""Room: never more resident than the cap, by number and by bytes; who goes, who waits, and who is refused."""
+"""Room: the bounds by number and by bytes hold; eviction, waiting and refusal."""
 
 from __future__ import annotations
 
@@ -201,17 +201,17 @@ def test_inv16_a_shared_base_counts_once(sharing: InformedFakeBuild) -> None:
     assert sharing.base_loads == {"org/a": 1}
 
 
-def test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all(build: FakeBuild) -> None:
+def test_inv17_a_request_fails_at_once_if_the_caller_holds_everything(build: FakeBuild) -> None:
     cache = BackendCache(max_size=2, build=build, lease_timeout=1000)
     sentence = (
-        "there is no room to load dummy:org/c: the cache holds 2 of at most 2 backends, and all of it is in use by"
-        " the one who asks: dummy:org/a + nowhere/x (held by tests/test_a.py::test_it); dummy:org/b (held by a"
+        "there is no room to load dummy:org/c: the cache holds 2 of at most 2 backends, and all of them are in use"
+        " by the caller: dummy:org/a + nowhere/x (held by tests/test_a.py::test_it); dummy:org/b (held by a"
         " fixture). Release one of them first, or raise the size of the cache."
     )
 
     def ask_for_more_than_there_is() -> None:
         with cache.lease(spec("a+x"), holder="tests/test_a.py::test_it"), cache.lease(spec("b"), holder="a fixture"):
-            assert cache.get_or_load(spec("b")).backend.use() == "b"  # what is there is had all the same
+            assert cache.get_or_load(spec("b")).backend.use() == "b"  # a loaded backend is served all the same
             cache.acquire(spec("c"))
 
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
@@ -249,8 +249,8 @@ def test_inv17_it_waits_until_its_deadline(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.05)
     held = Call(partial(cache.acquire, spec("a"), holder="another test")).result()
     sentence = (
-        "there is no room to load dummy:org/b: the cache holds 1 of at most 1 backends, and none of it came free within"
-        " 0.05 s: dummy:org/a (held by another test). Release one of them first, or raise the size of the cache."
+        "there is no room to load dummy:org/b: the cache holds 1 of at most 1 backends, and none of them was released"
+        " within 0.05 s: dummy:org/a (held by another test). Release one of them first, or raise the size of the cache."
     )
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
         Call(partial(cache.acquire, spec("b"))).result()
@@ -258,19 +258,20 @@ def test_inv17_it_waits_until_its_deadline(build: FakeBuild) -> None:
     assert cache.get_or_load(spec("b")).backend.use() == "b"
 
 
-def test_inv17_who_holds_the_room_that_its_own_request_waits_for_waits_until_the_deadline(build: FakeBuild) -> None:
-    """Another thread leads the load that both want."""
+def test_inv17_a_caller_that_holds_the_room_for_a_load_it_waits_for_waits_until_the_deadline(build: FakeBuild) -> None:
+    """Another thread leads the load that both threads request."""
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.3)
     watched = Watched(cache)
     with cache.lease(spec("a"), holder="a test"):
         leader = Call(partial(cache.acquire, spec("b")))
         watched.until_waiting(1)
-        with pytest.raises(CacheFullError, match=r"none of it came free within 0.3 s: dummy:org/a \(held by a test\)"):
+        sentence = r"none of them was released within 0.3 s: dummy:org/a \(held by a test\)"
+        with pytest.raises(CacheFullError, match=sentence):
             cache.acquire(spec("b"))
         assert isinstance(leader.error(), CacheFullError)
 
 
-def test_inv17_those_who_wait_for_one_that_found_no_room_in_time_get_its_error(build: FakeBuild) -> None:
+def test_inv17_waiters_for_a_load_without_room_get_its_error(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.3)
     watched = Watched(cache)
     with cache.lease(spec("a")):
@@ -282,7 +283,7 @@ def test_inv17_those_who_wait_for_one_that_found_no_room_in_time_get_its_error(b
 
 
 def test_inv17_the_lease_of_a_thread_that_ended_is_not_taken_for_that_of_the_next(build: FakeBuild) -> None:
-    """Threads' numbers are used again."""
+    """Thread numbers are reused."""
     cache = BackendCache(max_size=1, build=build)
     watched = Watched(cache)
     held = Call(partial(cache.acquire, spec("a"))).result()
@@ -295,8 +296,8 @@ def test_inv17_the_lease_of_a_thread_that_ended_is_not_taken_for_that_of_the_nex
 def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_thread(build: FakeBuild) -> None:
     cache = BackendCache(max_size=1, build=build, lease_timeout=0.5)
     held = Call(partial(cache.acquire, spec("a"), holder="a thread that has ended")).result()
-    sentence = "all of it is in use by the one who asks, or was leased in a thread that has ended and did not release"
-    with pytest.raises(CacheFullError, match=rf"{sentence} it: dummy:org/a \(held by a thread that has ended\)"):
+    sentence = "all of them are in use by the caller; a thread ended without releasing its lease"
+    with pytest.raises(CacheFullError, match=rf"{sentence}: dummy:org/a \(held by a thread that has ended\)"):
         cache.acquire(spec("b"))
     held.release()
     assert cache.get_or_load(spec("b")).backend.use() == "b"
@@ -311,7 +312,7 @@ def test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_as_long_in_oth
     held = Call(partial(cache.acquire, spec("a"), holder="a thread that has ended")).result()
     asker = Call(partial(cache.get_or_load, spec("b")))
     with pytest.raises(
-        CacheFullError, match=r"none of it came free within 0.1 s, or was leased in a thread that has e"
+        CacheFullError, match=r"none of them was released within 0.1 s; a thread ended without releasing its lease"
     ):
         asker.result()
     held.release()
@@ -335,7 +336,7 @@ def test_inv17_a_thread_that_ends_while_its_lease_is_waited_for_is_noticed(
     holder = Call(lease_and_end)
     assert held.wait(DEADLINE)
     watched.on_wait = may_end.set
-    with pytest.raises(CacheFullError, match="was leased in a thread that has ended"):
+    with pytest.raises(CacheFullError, match="a thread ended without releasing its lease"):
         cache.acquire(spec("b"))
     holder.result().release()
 
@@ -357,7 +358,7 @@ def test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads(build:
     if ended:
         other.result()
     for ask in (keep, partial(cache.acquire, holder="a test")):
-        with pytest.raises(CacheFullError, match=r"in use by the one who asks: dummy:org/a \(held by a test\)"):
+        with pytest.raises(CacheFullError, match=r"in use by the caller: dummy:org/a \(held by a test\)"):
             ask(spec("b"))
     may_end.set()
     other.result().release()
@@ -395,7 +396,7 @@ def test_inv18_what_is_over_the_whole_budget_is_refused_before_anything_is_evict
     sharing.estimates["b"] = {"b": 3 << 20}
     sentence = (
         "dummy:org/b takes 3.0 MiB, more than the whole budget of 2.0 MiB; nothing was evicted for it. Raise the"
-        " budget, or ask for a smaller dtype or model."
+        " budget, or use a smaller dtype or model."
     )
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
         cache.acquire(spec("b"))
@@ -462,7 +463,7 @@ def test_inv18_what_turns_out_larger_than_the_whole_budget_is_closed_and_refused
     cache = BackendCache(max_size=9, max_bytes=300, build=sharing)
     sharing.sizes["a"] = {"a": 301}
     sentence = (
-        "dummy:org/a turned out to take 301 B, more than the whole budget of 300 B. Raise the budget, or ask for a"
+        "dummy:org/a takes 301 B after its load, more than the whole budget of 300 B. Raise the budget, or use a"
         " smaller dtype or model."
     )
     with pytest.raises(CacheFullError, match=f"^{re.escape(sentence)}$"):
@@ -474,7 +475,7 @@ def test_inv18_what_turns_out_larger_than_the_whole_budget_is_closed_and_refused
 @pytest.mark.parametrize(
     ("held", "known"), [({"a": 100}, "100 B"), (None, "an unknown number of bytes")], ids=["known", "unknown"]
 )
-def test_inv18_who_is_refused_for_bytes_is_told_the_bytes(
+def test_inv18_a_refusal_for_bytes_names_the_bytes(
     sharing: InformedFakeBuild, held: SizeByPart | None, known: str
 ) -> None:
     cache = BackendCache(max_size=9, max_bytes=150, build=sharing)
@@ -552,7 +553,7 @@ def test_bytes_are_written_for_people(size: int, text: str) -> None:
 
 
 class _OutOfMemory:
-    """A build of which only so many fit in a device's memory, whatever the cache believes."""
+    """A build that runs out of memory beyond ``fits`` backends, whatever the cache's budget."""
 
     def __init__(self, fits: int) -> None:
         self.fits = fits
@@ -578,16 +579,16 @@ def test_a_load_that_runs_out_of_memory_is_tried_once_more_without_what_is_idle(
     assert build.alive == ["c"]
 
 
-def test_a_second_time_out_of_memory_says_what_was_needed_and_what_is_there() -> None:
+def test_out_of_memory_twice_names_the_size_and_the_loaded_backends() -> None:
     build = _OutOfMemory(fits=1)
     cache = BackendCache(max_size=4, build=build)
     with cache.lease(spec("a"), holder="test_x"):
         with pytest.raises(CacheFullError) as caught:
             cache.get_or_load(spec("b"))
         assert str(caught.value) == (
-            "the memory of auto ran out twice while dummy:org/b was loaded, which takes an unknown size; all that was"
-            " idle was closed before the second try, and dummy:org/a, an unknown size (held by test_x) stays loaded."
-            " Ask for a smaller dtype or model, or release what is in use."
+            "loading dummy:org/b (an unknown size) ran out of memory on device auto twice. All idle backends were"
+            " closed before the second try; still loaded: dummy:org/a, an unknown size (held by test_x)."
+            " Use a smaller dtype or model, or release a backend."
         )
     assert build.tries == ["a", "b", "b"]
     assert names(cache) == ["a"]

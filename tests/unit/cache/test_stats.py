@@ -1,4 +1,4 @@
-"""What happened: counted, summed, merged, and sent as plain values."""
+"""Counts are added, merged, and sent as plain values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_seconds_per_load_are_of_the_loads_that_succeeded() -> None:
 
 
 def test_saved_seconds_are_the_loads_that_hits_and_shared_bases_spared() -> None:
-    """On a, two loads took 3.0 s and their base 1.5 s: an adapter costs 0.75 s; on b, by the same count, 0.5 s."""
+    """On a, two loads took 3.0 s and their base 1.5 s, so an adapter costs 0.75 s; on b, it costs 0.5 s."""
     assert _stats().saved_seconds() == pytest.approx(5 * (0.75 + 1.5) + 1 * 1.5 + 1 * (0.5 + 1.5))
 
 

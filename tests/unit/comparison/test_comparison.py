@@ -1,4 +1,4 @@
-"""`Comparison`: the numbers, and what is shown of them."""
+"""`Comparison`: its numbers and its report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_scores_of_0_and_1_have_an_interval_of_proportions() -> None:
     assert -1.0 < comparison.low < -0.5
     assert 0.5 < comparison.high < 1.0
     half = made([1.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 5)
-    assert half.mean == 0.125  # one of the two questions of one of the four prompts
+    assert half.mean == 0.125  # one of two questions of one of four prompts
 
 
 def test_one_model_on_both_sides_is_exactly_0_whatever_the_scores() -> None:

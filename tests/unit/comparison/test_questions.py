@@ -1,4 +1,4 @@
-"""Questions: what they score on a view, and which of them count as one."""
+"""Questions: their scores on a view, and which of them share a prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS = ["the sun rises", "the sun sets"]
 
 
 class OneByOne:
-    """A view that has no methods for many, as dlm-sway's are."""
+    """A view without batch methods, like dlm-sway's."""
 
     def logprob_of(self, prompt: Any, completion: str) -> float:
         return -float(len(completion))

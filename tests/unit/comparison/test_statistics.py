@@ -1,4 +1,4 @@
-"""The intervals: known values, the level by simulation, and how many questions a shift takes."""
+"""The intervals: known values, their level by simulation, and the number of questions that a shift needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOMINAL = (0.005, 0.025)
 
 @cache
 def false_alarms(name: str, n: int, nominal: float) -> float:
-    """How often the interval is wholly below 0 for differences whose true mean is 0, in multiples of ``nominal``."""
+    """Return how often the interval is below 0 though the true mean is 0, in multiples of ``nominal``."""
     differences = CENTRED[name](np.random.default_rng(n), (SAMPLES, n))
     _, _, high = mean_interval(differences, 1 - 2 * nominal)
     return float((high < 0).mean()) / nominal
@@ -101,14 +101,14 @@ def test_two_differences_are_enough() -> None:
 
 @cache
 def _proportions(n: int, confidence: float) -> list[tuple[int, int, float, float]]:
-    """Every outcome that ``n`` questions can have, and its interval."""
+    """Return every possible outcome of ``n`` questions, and its interval."""
     outcomes = [(gained, lost) for gained in range(n + 1) for lost in range(n + 1 - gained)]
     intervals = [PairedProportions(gained, lost, n).interval(confidence) for gained, lost in outcomes]
     return [(*outcome, each.low, each.high) for outcome, each in zip(outcomes, intervals, strict=True)]
 
 
 def _false_alarms_of_proportions(n: int, nominal: float, true: float) -> Iterator[float]:
-    """The probability, not simulated, of an interval wholly below the true difference, however many outcomes change."""
+    """Return the largest exact probability of an interval below the true difference, over all shares of changes."""
     gained, lost, _, high = np.array(_proportions(n, 1 - 2 * nominal)).T
     kept = n - gained - lost
     ways = np.array(
@@ -151,7 +151,7 @@ def test_without_the_correction_it_is_tangos_interval() -> None:
 
 
 def _tango(gained: int, lost: int, n: int, z: float) -> tuple[float, float]:
-    """The interval without correction, on a grid."""
+    """Compute the interval without correction, on a grid."""
     evidence = PairedProportions(gained, lost, n)
     grid = [step / 10_000 for step in range(-9_999, 10_000)]
     inside = [d for d in grid if abs(gained - lost - n * d) <= z * evidence._error(d)]
@@ -182,10 +182,10 @@ def test_what_is_detectable_is_seen_four_times_of_five() -> None:
 
 def test_what_is_detectable_in_proportions_is_seen_four_times_of_five_or_more() -> None:
     rng = np.random.default_rng(0)
-    shift = PairedProportions(0, 0, 40).detectable(0.95)  # where as many outcomes change as the shift
+    shift = PairedProportions(0, 0, 40).detectable(0.95)  # if only as many outcomes change as the shift needs
     lost = rng.binomial(40, shift, 2_000)
     bounds = {count: PairedProportions(0, int(count), 40).interval(0.95).high for count in np.unique(lost)}
-    assert 0.8 <= np.mean([bounds[count] < 0 for count in lost]) <= 0.95  # outcomes are counted in whole ones
+    assert 0.8 <= np.mean([bounds[count] < 0 for count in lost]) <= 0.95  # outcomes are whole numbers
 
 
 def test_too_few_scores_of_0_and_1_see_nothing() -> None:

@@ -1,6 +1,6 @@
-"""Who of several threads runs, waits in the cache, or stands at a gate: so that a test chooses each interleaving.
+"""The status of several threads, running, waiting in the cache or at a gate, so that a test chooses each interleaving.
 
-After each command the test waits until the board is quiet: no thread runs any more. Then it may open one gate.
+After each command the test waits until no thread runs. Then it may open one gate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Status(enum.Enum):
 
 
 class Board:
-    """The statuses of the workers, and the gates that they stand at."""
+    """The statuses of the workers, and their gates."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -55,7 +55,7 @@ class Board:
         assert passed, f"nobody opened the gate of {name}"
 
     def open_gate(self, number: int) -> None:
-        """Open one of the gates that somebody stands at."""
+        """Open a gate at which a worker waits."""
         with self.changed:
             if self.gates:
                 me = list(self.gates)[number % len(self.gates)]
@@ -72,7 +72,7 @@ class Board:
             self.changed.notify_all()
 
     def settle(self) -> None:
-        """Wait until nobody runs."""
+        """Wait until no worker runs."""
         with self.changed:
             quiet = self.changed.wait_for(lambda: Status.RUNNING not in self.status.values(), DEADLINE)
         if not quiet:
@@ -85,7 +85,7 @@ class Board:
 
 
 def note_waits(cache: BackendCache, board: Board) -> None:
-    """Have the board know who waits in the cache; who was woken runs again, even before it does."""
+    """Record which workers wait in the cache; a woken worker counts as running at once."""
     usual_wait, usual_announce = cache._wait, cache._ledger._announce
     rung: weakref.WeakSet[OneShotEvent] = weakref.WeakSet()
 
@@ -111,7 +111,7 @@ def note_waits(cache: BackendCache, board: Board) -> None:
 
 
 class Worker:
-    """A thread that does one command after the other."""
+    """A thread that runs one command after the other."""
 
     def __init__(self, board: Board, name: str) -> None:
         self._board = board

@@ -1,7 +1,7 @@
-"""Bugs that systems like this one really had, put into our modules one at a time: the table of bug and killer.
+"""A table of bugs that such systems really had, and of the tests that kill them.
 
-Loaded as a plugin (``pytest -p tests.unit.fire.mutants``) it changes a module while it is imported, in memory, as the
-environment variable SWAY_MUTANT says. What is changed is the syntax tree, so comments and layout make no difference.
+As a plugin (``pytest -p tests.unit.fire.mutants``), this module puts the bug in the environment variable SWAY_MUTANT
+into its module during the import. It changes the syntax tree, so comments and layout make no difference.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Mutant:
     """A bug, the changes that make it, and the test that finds it.
 
     Attributes:
-        bug: What it is, in words.
-        module: The module that has it.
-        changes: In which function, method or constant which expressions or statements are replaced by what. In the
-            old ones, ``...`` stands for anything, also for all arguments of a call.
+        bug: The bug, in words.
+        module: The module that gets it.
+        changes: Its changes: a function, method or constant; an expression or statement in it; and the replacement.
+            In the expression, ``...`` matches anything, including all arguments of a call.
         killer: The test that fails.
     """
 
@@ -47,7 +47,7 @@ class Mutant:
 
 
 def _places(tree: ast.AST, names: list[str]) -> Iterator[ast.AST]:
-    """What is defined under these names, each inside of the one before."""
+    """Yield the definitions under these names, each inside the one before."""
     if not names:
         yield tree
         return
@@ -70,7 +70,7 @@ class _Change(ast.NodeTransformer):
 
 
 def _parsed(code: str) -> ast.AST:
-    """The statement, or the expression where it is one."""
+    """Parse a statement, or an expression."""
     [statement] = ast.parse(code).body
     return statement.value if isinstance(statement, ast.Expr) else statement
 
@@ -100,7 +100,7 @@ def _read(row: str) -> Mutant:
     )
 
 
-# One bug: what it is in words, where what is replaced by what, and its killer.
+# Each entry: the bug in words, its changes (place: old -> new), and its killer.
 _TABLE = """\
 the victim is chosen among leased entries too
     cache.entries:Entry.idle: not self.claims -> True
@@ -118,19 +118,19 @@ room is made after the load
 the oldest goes, not the least recently used
     cache.ledger:Ledger._hit: self._entries.move_to_end(...) -> None
     cache/test_room.py::test_inv07_the_victim_is_the_least_recently_used
-two load when a second asks during the load
+a second request during a load starts another load
     cache.ledger:Ledger.try_to_claim: entry is None -> entry is None or entry.state is State.LOADING
-    cache/test_loading.py::test_inv01_all_who_wait_for_a_load_get_its_object
-who waited holds no lease when the entry becomes ready
+    cache/test_loading.py::test_inv01_all_waiters_for_a_load_get_its_object
+a waiter holds no lease when the entry becomes ready
     cache.ledger:Ledger.admit: waiter.lease = ... -> pass
-    cache/test_loading.py::test_inv05_leases_of_those_who_waited_exist_when_the_entry_becomes_ready
-who waits is not woken by the load
+    cache/test_loading.py::test_inv05_leases_of_waiters_exist_when_the_entry_becomes_ready
+a waiter is not woken by the load
     cache.ledger:Ledger.admit: self._announce() -> None
-    cache/test_loading.py::test_inv01_all_who_wait_for_a_load_get_its_object
-who waits is not told of the failure
+    cache/test_loading.py::test_inv01_all_waiters_for_a_load_get_its_object
+a waiter does not get the failure
     cache.ledger:Ledger._refuse: waiter.error = ... -> pass
     cache/test_loading.py::test_inv09_leader_and_waiters_get_the_error_of_one_load_and_the_next_call_tries_again
-who waits is not woken by a failure or an interrupt
+a waiter is not woken by a failure or an interrupt
     cache.ledger:Ledger.undo: self._announce() -> None
     cache/test_loading.py::test_inv10_an_interrupt_goes_up_where_it_struck_and_a_waiter_takes_over
 a failed load stays in the cache
@@ -139,37 +139,37 @@ a failed load stays in the cache
 an interrupted load keeps its reservation
     cache.backend_cache:BackendCache._acquire: BaseException -> Exception
     cache/test_loading.py::test_inv10_an_interrupt_goes_up_where_it_struck_and_a_waiter_takes_over
-what is closing is handed out
+a closing backend is handed out
     cache.ledger:Ledger.try_to_claim: entry.state is State.READY -> entry.state in (State.READY, State.CLOSING)
-    cache/test_closing.py::test_inv06_who_asks_for_what_is_closing_waits_and_gets_a_new_one
+    cache/test_closing.py::test_inv06_a_request_for_a_closing_backend_waits_and_gets_a_new_one
 a stale release hits the next generation
     cache.ledger:Ledger.unclaim: entry.claims.discard(...) -> self._entries.get(entry.key, entry).claims.clear()
     cache/test_lifetimes.py::test_inv08_a_late_release_does_not_touch_the_next_generation
 a second release takes another's lease
     cache.ledger:Ledger.unclaim: entry.claims.discard(...) -> entry.claims and entry.claims.pop()
     cache/test_lifetimes.py::test_inv15_releasing_twice_is_harmless
-evicting all closes what is leased
+evicting all closes a leased backend
     cache.ledger:Ledger.retire: entry.idle -> True
     cache/test_closing.py::test_inv02_what_is_leased_is_closed_after_its_last_lease
 a close that raises fails the request that made room
     cache.backend_cache:BackendCache._close: Exception -> ()
-    cache/test_closing.py::test_inv11_a_close_that_raises_fails_nobody_elses_request
+    cache/test_closing.py::test_inv11_a_close_that_raises_fails_no_other_request
 a load that ends after the shutdown is kept
     cache.ledger:Ledger.admit: self._shut -> False
     cache/test_closing.py::test_inv03_a_load_that_ends_after_the_shutdown_gave_up_on_it_is_closed
-a load that asks for itself waits forever
+a load that waits for itself waits forever
     cache.ledger:Ledger._join: any(...) -> False
-    cache/test_loading.py::test_inv14_a_load_that_asks_for_itself_is_told_so
-who holds all the room waits for itself
+    cache/test_loading.py::test_inv14_a_load_that_waits_for_itself_gets_an_error
+a caller that holds all the room waits for itself
     cache.ledger:Ledger.reserve: self._never_fits(...) -> False
-    cache/test_room.py::test_inv17_it_is_refused_at_once_when_who_asks_holds_it_all
-a lease that its thread has left is waited for by who would have to release it
+    cache/test_room.py::test_inv17_a_request_fails_at_once_if_the_caller_holds_everything
+the main thread waits for the lease of an ended thread
     cache.entries:Claim.ends_without: self.orphaned -> False
     cache/test_room.py::test_inv17_the_lease_that_a_thread_has_left_is_not_waited_for_in_the_main_thread
-a test waits for what another of its threads keeps to its end
+a test waits for a lease that another of its threads keeps
     cache.entries:Claim.ends_without: self.owner.keeps -> False
     cache/test_room.py::test_inv17_what_a_test_keeps_to_its_end_is_its_own_in_all_its_threads
-a load that was under way when its test ended is pinned
+a load in progress when its test ends is pinned
     cache.backend_cache:BackendCache._acquire: owner.over -> False
     cache/test_lifetimes.py::TestOwner::test_inv17_a_load_under_way_at_its_end_is_pinned_by_nobody
 the end of a test ends the leases of another
@@ -181,13 +181,13 @@ the base is closed while room is made for its next adapter
 a base is closed with an adapter alive
     backends.local.pool:SharedPool._depart: slot.users.discard(...) -> slot.users.clear()
     cache/test_room.py::test_inv16_a_base_goes_with_its_last_adapter
-two load a base at once
+a base is loaded twice at once
     backends.local.pool:SharedPool.acquire: holding(...) -> self._share(slot, user, load)
-    backends/local/test_pool.py::test_those_who_ask_during_a_load_wait_for_it
-a base that closes is handed out
+    backends/local/test_pool.py::test_requests_during_a_load_wait_for_it
+a closing base is handed out
     backends.local.pool:SharedPool._leave: holding(...) -> self._close_unused(slot)
     backends/local/test_pool.py::test_who_asks_during_a_close_waits_for_it_and_loads_anew
-a base is closed though somebody just asked for it
+a base is closed despite a new request for it
     backends.local.pool:SharedPool._give_up: not slot.users -> True
     backends/local/test_pool.py::test_who_asks_between_the_last_release_and_the_close_keeps_the_value
 a shared base is counted for each adapter
@@ -199,10 +199,10 @@ an unknown size counts as none
 a larger size than estimated is not charged
     cache.ledger:Ledger.admit: entry.parts = ... -> pass
     cache/test_room.py::test_inv18_what_turns_out_larger_is_charged_at_once
-what is over the whole budget evicts first
+a model over the whole budget evicts others first
     cache.backend_cache:BackendCache._load: self._refuse_if_over_budget(...) -> None
     cache/test_room.py::test_inv18_what_is_over_the_whole_budget_is_refused_before_anything_is_evicted
-a forked child has what its parent loaded
+a forked child has its parent's entries
     cache.ledger:Ledger.__init__: call_in_forked_child(...) -> None
     cache/test_lifetimes.py::TestFork::test_inv19_the_child_starts_empty_and_closes_nothing
 the key leaves out a field

@@ -1,4 +1,4 @@
-"""How long the tests in this folder go on: chosen by the environment variable SWAY_FIRE, by default ``ci``."""
+"""The length of the tests in this folder, chosen by the environment variable SWAY_FIRE, by default ``ci``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 @dataclass(frozen=True)
 class Profile:
-    """Examples and steps for the two state machines; runs under signals; the stress test's seeds, threads, seconds."""
+    """Examples and steps of the state machines; runs with signals; seeds, threads and seconds of the stress test."""
 
     model: tuple[int, int]
     threads: tuple[int, int]

@@ -1,6 +1,6 @@
-"""What a cache should do, told again in the simplest way: one thread, lists, no locks, none of the cache's code.
+"""A reference model of the cache: one thread, lists, no locks, and none of the cache's code.
 
-Names are those of `tests.unit.fakes.spec`: ``a+x`` is adapter x on base a.
+Names are as in `tests.unit.fakes.spec`: ``a+x`` is adapter x on base a.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Failed(Exception):  # noqa: N818
 
 
 class Interrupted(Exception):  # noqa: N818
-    """An interrupt came up."""
+    """An interrupt came."""
 
 
 @dataclass(eq=False)

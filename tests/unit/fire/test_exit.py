@@ -1,4 +1,4 @@
-"""The ends of processes, with leases open and threads under way: no hang, no close in a child, no noise."""
+"""Processes end cleanly with open leases and running threads: no hang, no close in a child, no output."""
 
 from __future__ import annotations
 

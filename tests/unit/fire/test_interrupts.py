@@ -1,9 +1,9 @@
 """A KeyboardInterrupt at every line of the cache in turn: after each, nothing is lost and the next request works.
 
-Lines that handle an error are left out: two faults within microseconds are nobody's promise.
+Lines that handle an error are excluded, since the cache promises nothing about two faults within microseconds.
 
-The line that a ``with`` statement ends on is traced too, although no real interrupt can strike before the exit there.
-`Lease.__del__` is left out: what an interpreter raises in a finaliser goes nowhere.
+The last line of a ``with`` statement is traced too, although no real interrupt can come before its exit.
+`Lease.__del__` is excluded, since Python ignores errors in a finaliser.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POOL_FILES = frozenset({pool.__file__})
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line that is run in some files by this thread."""
+    """Raises KeyboardInterrupt at the n-th line that this thread runs in the given files."""
 
     def __init__(self, files: frozenset[str | None], strike_at: int) -> None:
         self._files = files
@@ -62,7 +62,7 @@ class Interrupter:
 
 
 class Scenario:
-    """What is done under interrupts, in a cache of its own; `act` alone is interrupted."""
+    """An operation on a cache of its own; only `act` is interrupted."""
 
     max_size = 2
     max_bytes: int | None = None
@@ -212,7 +212,7 @@ class Retirement(Scenario):
 
 
 class Waiter(Scenario):
-    """We wait for the load of another thread, which goes on as soon as we wait."""
+    """This thread waits for another thread's load, which continues once this thread waits."""
 
     def arrange(self) -> None:
         gate = self.build.load_gate("a")
@@ -253,7 +253,7 @@ class WaiterForRoom(Scenario):
 
 
 class Leader(Scenario):
-    """Others wait for the load that we lead; when we are struck, one of them takes over."""
+    """Other threads wait for this thread's load; after the interrupt, one of them takes over."""
 
     def act(self) -> None:
         self.build.inside["a"] = self.start_waiters
@@ -364,7 +364,7 @@ SCENARIOS = [
 
 @pytest.fixture(autouse=True)
 def _quick_collections() -> Iterator[None]:
-    """Collections are part of each check, so that what was there before is left out of them."""
+    """Exclude existing objects from garbage collection, which is part of each check, to save time."""
     logging.disable(logging.WARNING)
     gc.collect()
     gc.freeze()
@@ -404,7 +404,7 @@ def test_an_interrupt_at_any_line_loses_nothing(make: type[Scenario]) -> None:
 
 
 class PoolUser:
-    """One who uses a shared value from its load to its close, and repeats what an interrupt stopped."""
+    """Uses a shared value from its load to its close, and repeats interrupted steps."""
 
     def __init__(self) -> None:
         self.loads = self.closes = 0

@@ -1,4 +1,4 @@
-"""The cache against its reference, in any order of requests, releases, faults and sizes that hypothesis thinks of."""
+"""The cache equals its reference model for any order of requests, releases, faults and sizes (hypothesis)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parts_of(name: str, base_bytes: int | None) -> SizeByPart | None:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """One thread; leases are taken by it and by others that have ended since."""
+    """One thread, with leases that it or ended threads have taken."""
 
     @initialize(max_size=st.integers(1, 4), max_bytes=st.none() | st.sampled_from([150, 250, 400]))
     def start(self, max_size: int, max_bytes: int | None) -> None:
@@ -130,7 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.both(self.cache.evict_all, lambda: self.reference.retire(self.reference.residents()))
 
     def both(self, real: Callable[[], Any], told: Callable[[], Any]) -> tuple[Any, Any] | None:
-        """What both return, or ``None`` if both raise the same."""
+        """Return the common result, or ``None`` if both raise the same error."""
         try:
             expected = told()
         except tuple(SAME) as refusal:

@@ -1,4 +1,4 @@
-"""Each bug of the table is found by the test that the table names."""
+"""The test named in the table finds its bug."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_it_is_found(number: int) -> None:
             mutant.killer,
         ],
         cwd=ROOT,
-        # Loading all installed plugins takes longer than most of the killers.
+        # Loading all installed plugins takes longer than most of these tests.
         env={
             **os.environ,
             "SWAY_MUTANT": str(number),

@@ -1,8 +1,8 @@
-"""Real signals at random moments, between any two bytecodes of the cache: what `test_interrupts` does by the line.
+"""Real signals at random moments, between any two bytecodes of the cache.
 
-Left out is what no cache can help: a signal inside a backend's own ``close()``, or between its being taken for closing
-and its first line. Such a close counts as called, and its backend is dropped. Left out too, as in `test_interrupts`, is
-a signal while an error is handled.
+Excluded are signals inside a backend's ``close()``, or between the cache's decision to close and its first line. Such a
+close counts as called, and its backend is dropped. As in `test_interrupts`, signals while an error is handled are
+excluded too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this p
 
 
 class Striker:
-    """Raises KeyboardInterrupt in this thread at the first moment after a delay at which the cache itself runs."""
+    """Raises KeyboardInterrupt in this thread after a delay, as soon as the cache's own code runs."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)

@@ -1,6 +1,6 @@
-"""Many threads at once, with faults: the oracle counts what is alive by itself and never asks the cache.
+"""Many threads at once, with faults; an oracle counts live backends independently of the cache.
 
-``SWAY_FIRE=soak`` goes on for ten minutes with 64 threads.
+``SWAY_FIRE=soak`` runs for ten minutes with 64 threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Exit(BaseException):
 
 
 class FaultyBuild(InformedFakeBuild):
-    """Loads fail in 5% and exit in 2%, closes raise in 5% and are slow in 1%, sizes are unknown or wrong in 5%."""
+    """5% of loads fail and 2% exit, 5% of closes raise and 1% are slow, 5% of sizes are unknown or wrong."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class FaultyBuild(InformedFakeBuild):
 
 @dataclass
 class Stress:
-    """A cache, its faulty build and what the threads did."""
+    """A cache, its faulty build and the threads' counts."""
 
     seed: int
     max_size: int
@@ -175,7 +175,7 @@ class Stress:
 
 @pytest.fixture
 def _restless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads change as often as they can; a dropped lease is looked for often."""
+    """Make threads switch, and look for dropped leases, as often as possible."""
     usual = sys.getswitchinterval()
     monkeypatch.setattr("pytest_sway.cache.backend_cache._GLANCE", 0.01)
     logging.disable(logging.WARNING)

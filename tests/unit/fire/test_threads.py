@@ -1,4 +1,4 @@
-"""Four threads, each load and each close stopped at a gate, in any interleaving that hypothesis thinks of."""
+"""Four threads in any interleaving (hypothesis); each load and each close stops at a gate."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BoardGate(Gate):
 
 
 class BoardBuild(InformedFakeBuild):
-    """A build whose loads and closes stop at the gates of a board, and which looks after the rules itself."""
+    """A build whose loads and closes stop at a board's gates, and which checks the cache's rules."""
 
     def __init__(self, board: Board) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class ThreadsMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 9), again=st.booleans())
     def release(self, number: int, again: bool) -> None:
-        """By the helper, since who holds a lease may wait for another."""
+        """Release by the helper thread, since the holder may wait for another backend."""
         if self.leases and self.helper.idle:
             lease = self.leases.pop(number % len(self.leases))
             self.build.held[lease.backend] -= 1
@@ -168,7 +168,7 @@ class ThreadsMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
-        """Who waits while nothing loads or closes waits for room, all of which is leased."""
+        """A thread that waits while nothing loads or closes must wait for leased room."""
         if self.board.count(Status.WAITING) and not self.board.count(Status.AT_GATE):
             leased = {lease.backend for lease in self.leases}
             assert len(leased) == self.cache.max_size, self.board.status

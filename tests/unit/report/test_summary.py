@@ -1,4 +1,4 @@
-"""The lines of the summary, of plain values."""
+"""The lines of the summary, from plain values."""
 
 from __future__ import annotations
 

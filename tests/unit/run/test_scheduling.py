@@ -1,4 +1,4 @@
-"""The order of tests and their groups, the latter dealt out by xdist's own scheduler."""
+"""The order of tests, and their groups, which xdist's own scheduler distributes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pytest_sway.spec.model_spec import ModelSpec
 
 
 def needs(text: str) -> Needs | None:
-    """What ``a``, ``a+x`` or, for two specs, ``a+x b`` stands for; ``-`` is a test whose needs are not known."""
+    """Return the needs of ``a``, ``a+x`` or, for two specs, ``a+x b``; ``-`` means unknown needs."""
     if text == "-":
         return None
     specs = tuple(text.split())
@@ -27,7 +27,7 @@ def needs(text: str) -> Needs | None:
 
 
 def order_of(*texts: str) -> str:
-    """The tests' numbers in the order in which they run."""
+    """Return the tests' numbers in the order in which they run."""
     return " ".join(map(str, ordered([needs(text) for text in texts])))
 
 
@@ -46,11 +46,11 @@ def test_among_equal_models_the_order_stays() -> None:
     assert order_of("a+x", "a+x", "a+x") == "0 1 2"
 
 
-def test_tests_whose_needs_are_not_known_keep_their_order_and_what_stands_before_them() -> None:
+def test_tests_of_unknown_needs_keep_their_order_and_their_predecessors() -> None:
     assert order_of("-", "a", "-", "b", "a", "-") == "0 1 4 2 3 5"
 
 
-def test_a_test_of_two_bases_stands_with_those_of_its_first() -> None:
+def test_a_test_of_two_bases_runs_with_those_of_its_first() -> None:
     assert order_of("a", "a b", "b", "a", "b a") == "0 3 1 2 4"
 
 
@@ -102,7 +102,7 @@ def test_a_whole_fine_tuned_model_is_a_second_base() -> None:
 
 
 def base_loads(tests: Sequence[Needs | None], groups: Sequence[int | None]) -> Counter[Hashable]:
-    """How often each base is loaded when each group runs in a process of its own."""
+    """Return how often each base is loaded if each group runs in a process of its own."""
     pairs = {(base, group) for needs, group in zip(tests, groups, strict=True) if needs for base in needs.bases}
     return Counter(base for base, _ in pairs)
 
@@ -141,7 +141,7 @@ def test_a_test_of_two_bases_costs_a_load_of_each() -> None:
 
 
 class FakeNode:
-    """A worker as xdist's scheduler sees it: what it is sent, it runs in that order."""
+    """A worker as xdist's scheduler sees it, which runs tests in the order in which it receives them."""
 
     def __init__(self, name: str) -> None:
         self.gateway = SimpleNamespace(id=name)
@@ -156,14 +156,14 @@ class FakeNode:
         self.shutting_down = True
 
     def can_run(self) -> bool:
-        """Whether a test is there; xdist's workers also wait until they know the one after it."""
+        """Whether a test can run; xdist's workers also wait until they know the next one."""
         return len(self.queue) > (0 if self.shutting_down else 1)
 
 
 def run_under_xdist(
     groups: Sequence[int | None], workers: int, *, reorder: bool, chance: random.Random
 ) -> list[FakeNode]:
-    """Let xdist's scheduler deal out tests with these groups to workers that finish them in any order."""
+    """Let xdist's scheduler distribute tests with these groups to workers that finish them in any order."""
     config: Any = SimpleNamespace(
         getvalue=lambda name: {"tx": ["popen"] * workers}[name], option=SimpleNamespace(loadscopereorder=reorder)
     )
@@ -184,7 +184,7 @@ def run_under_xdist(
 
 
 def loads_of(ran: Sequence[int], tests: Sequence[Needs | None]) -> Iterator[str]:
-    """The bases that a worker loads which keeps one at a time."""
+    """Return the loads of a worker that keeps one base at a time."""
     loaded = None
     for index in ran:
         known = tests[index]
@@ -195,7 +195,7 @@ def loads_of(ran: Sequence[int], tests: Sequence[Needs | None]) -> Iterator[str]
 
 @st.composite
 def suites(draw: st.DrawFn) -> list[Needs | None]:
-    """Up to 12 bases, some with many more tests than others, each with up to four adapters, and other tests between."""
+    """Draw up to 12 bases with up to four adapters each, with different numbers of tests, and other tests between."""
     tests: list[Needs | None] = []
     for base in range(draw(st.integers(1, 12))):
         size = draw(st.one_of(st.integers(1, 4), st.integers(1, 100)))
@@ -206,7 +206,7 @@ def suites(draw: st.DrawFn) -> list[Needs | None]:
     return tests
 
 
-@settings(deadline=None)  # time passes on a busy machine, too
+@settings(deadline=None)  # a busy machine may be slow
 @given(suites(), st.integers(1, 8), st.booleans(), st.randoms(use_true_random=False))
 def test_both_bounds_hold_under_xdists_own_scheduler(
     collected: list[Needs | None], workers: int, reorder: bool, chance: random.Random
@@ -220,7 +220,7 @@ def test_both_bounds_hold_under_xdists_own_scheduler(
     assert len(loads) <= len(distinct) + workers - 1
     shares = [sum(tests[index] is not None for index in node.ran) for node in nodes]
     sizes = Counter(group for group in groups if group is not None)
-    # A group that waits behind other tests goes to whoever is free first; xdist sends the larger ones first.
+    # A queued group goes to the first free worker; xdist sends larger groups first.
     if None not in tests or (reorder and min(sizes.values()) > 1):
         whole_tests = -(-len(known) // workers)
         assert max(shares) <= max(1.2 * len(known) / workers, whole_tests)

@@ -1,4 +1,4 @@
-"""Canned answers: their forms, and what is said of those that are in none."""
+"""Canned answers: their forms, and the errors for malformed ones."""
 
 from __future__ import annotations
 

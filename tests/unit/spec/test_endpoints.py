@@ -1,4 +1,4 @@
-"""Addresses of servers: one form, and no secret in a spec or in what refuses one."""
+"""Server addresses: one normal form, and no secret in a spec or an error."""
 
 from __future__ import annotations
 

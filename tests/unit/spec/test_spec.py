@@ -1,4 +1,4 @@
-"""Specs: the forms they are accepted in, what is refused in which words, and what counts as the same."""
+"""Specs: their forms, the errors for wrong ones, and equality."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLACED: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """The folder of an adapter, as far as its identity goes, with what a training run leaves beside it."""
+    """An adapter's folder with the files that identify it, and with leftovers of a training run."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     for name in (
@@ -58,7 +58,7 @@ def _key(base: Any = "org/base", adapter: Any = None, **fields: Any) -> Key:
 
 
 class _DlmLike:
-    """What dlm-sway's ModelSpec offers, and things that are none of our business."""
+    """The attributes of dlm-sway's ModelSpec, and some that pytest-sway ignores."""
 
     kind = "hf"
     base = "org/base"
@@ -554,7 +554,7 @@ def test_a_base_of_which_weights_are_replaced_or_written_in_place_has_another_ke
     os.utime(path, ns=(1, 1))
     keys = [without, _key(base=base)]
     with path.open("r+b") as file:
-        file.write(b"new")  # as many bytes
+        file.write(b"new")  # of equal length
     keys.append(_key(base=base))
     (base / "other").write_bytes(b"new")
     (base / "other").replace(path)

@@ -1,4 +1,4 @@
-"""Heavy libraries are imported once, to the end, and timed apart."""
+"""Heavy libraries are imported once, without interruption, and timed separately."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if sys.log_gate is not None:
 
 @pytest.fixture
 def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A package that notes when it is imported, and stops at a gate if there is one."""
+    """A package that records its import, and stops at a gate if there is one."""
     (tmp_path / "heavy_library").mkdir()
     (tmp_path / "heavy_library" / "__init__.py").write_text(SOURCE)
     (tmp_path / "heavy_library" / "part.py").write_text("")
@@ -60,7 +60,7 @@ def _strike_at(gate: Gate) -> None:
 
 
 class _Timeout(BaseException):
-    """What pytest-timeout raises from a signal, in whatever line runs."""
+    """An error like pytest-timeout's, which a signal raises at any line."""
 
 
 def test_a_library_is_imported_once_whoever_asks(heavy: Any) -> None:
@@ -123,7 +123,7 @@ def test_what_an_import_does_to_the_process_can_be_put_back_in_its_own_thread(he
 
 
 @pytest.mark.parametrize(("name", "what"), [("broken_library", "a symbol is missing"), ("no_such", "No module")])
-def test_a_broken_library_is_an_error_for_everyone_who_asks(heavy: Any, name: str, what: str) -> None:
+def test_a_broken_library_is_an_error_for_every_caller(heavy: Any, name: str, what: str) -> None:
     for _ in range(2):
         with pytest.raises(ImportError, match=what):
             import_apart("heavy_library", name)

@@ -1,4 +1,4 @@
-"""Offline mode: for the processes that are started, for libraries that are imported later, and for those that were."""
+"""Offline mode applies to child processes, to libraries imported later, and to those already imported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_the_environment_said_before_is_put_back(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("online")
-def test_libraries_that_are_imported_already_are_told_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_are_imported_already_go_offline_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     resets: list[str] = []
     hub, transformers = SimpleNamespace(HF_HUB_OFFLINE=False), SimpleNamespace(_is_offline_mode=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub.constants", hub)

@@ -1,4 +1,4 @@
-"""Files that come from anywhere: regular ones, up to a bound, and nothing is waited for."""
+"""Untrusted files: only regular files are read, up to a bound, without blocking."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_the_value_of_a_secret_variable_is_replaced(monkeypatch: pytest.MonkeyPa
         "cannot reach https://someone:p4ss%2Fword@hub.example/api",
         "cannot reach https://someone:p4ss%2Fword@other.example",
         "the password p4ss/word is refused",
-        "cannot reach https://someone:short@elsewhere.example",  # which no variable holds
+        "cannot reach https://someone:short@elsewhere.example",  # no variable holds this one
     ],
 )
 def test_a_password_in_an_address_is_replaced(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
@@ -130,7 +130,7 @@ def test_an_error_of_a_load_shows_no_secret(monkeypatch: pytest.MonkeyPatch, mak
     shown = _shown(caught.value)
     assert SECRET not in shown
     assert "***" in shown
-    assert "in act" in shown  # where it came from
+    assert "in act" in shown  # the frame that raised it
 
 
 @each_way
@@ -168,9 +168,7 @@ def test_a_close_that_raises_with_a_secret_is_reported_and_logged_without_it(
 
 
 @each_way
-def test_a_comparison_that_raises_with_a_secret_is_told_without_it(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Exception]
-) -> None:
+def test_a_comparison_error_hides_a_secret(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Exception]) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     error = make()
 
@@ -179,11 +177,11 @@ def test_a_comparison_that_raises_with_a_secret_is_told_without_it(
             raise error
 
     (line,) = changes(Backend())
-    assert line.startswith(f"it cannot be compared with what it was: {type(error).__name__}: ")
+    assert line.startswith(f"comparing it with its state after the load failed: {type(error).__name__}: ")
     assert SECRET not in line
 
 
-def test_what_is_left_changed_is_told_without_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mutation_message_hides_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
 
     class Backend:

@@ -1,4 +1,4 @@
-"""The folder of a run: there while the run is, gone afterwards, however the run ends."""
+"""The folder of a run exists during the run and is removed afterwards, even after signals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pytest_sway.system.run_folder import RunFolder
 
 @pytest.fixture(autouse=True)
 def default_signals() -> Iterator[None]:
-    """Have child processes start with the default handlers: under nohup, SIGHUP is ignored."""
+    """Start child processes with default handlers, since nohup ignores SIGHUP."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
@@ -27,7 +27,7 @@ def default_signals() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The temporary directory, with nothing of others in it."""
+    """An empty temporary directory."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

@@ -40,13 +40,13 @@ def toy(server: HTTPServer, request: pytest.FixtureRequest) -> Toy:
 
 @pytest.fixture
 def sleeps() -> list[float]:
-    """The seconds that the backends of a test would have slept between attempts."""
+    """The seconds that the test's backends would have slept between attempts."""
     return []
 
 
 @pytest.fixture
 def build(toy: Toy, sleeps: list[float]) -> Iterator[Build]:
-    """Makes backends of the toy server, on a clock of its own, and closes them."""
+    """Builds backends of the toy server with a fake clock, and closes them."""
     built: list[ApiBackend] = []
 
     async def sleep(seconds: float) -> None:

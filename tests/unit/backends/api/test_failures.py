@@ -1,4 +1,4 @@
-"""Servers that fail: what is tried again and for how long, and in which words the rest is told."""
+"""Servers that fail: which requests are repeated, how often, and the messages of the errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.backends.api.conftest import Build
 from tests.unit.backends.api.toy import Toy, reply
 
 BACKOFF = [(0.5, 1.0), (1.0, 1.5), (2.0, 2.5), (4.0, 4.5)]
-"""Seconds, doubling from a half, and up to a half more, so that many clients do not come back at once."""
+"""Bounds of the pauses in seconds: they double from 0.5, plus up to 0.5 so that clients don't retry in step."""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def generate(build: Build) -> Callable[[], str]:
 
 @pytest.fixture
 def never() -> Iterator[Callable[[Request], Response]]:
-    """An answer that does not come before the test is over."""
+    """An answer that does not come before the test ends."""
     over = threading.Event()
 
     def wait(_request: Request) -> Response:
@@ -80,7 +80,7 @@ def test_what_does_not_pass_is_given_up(toy: Toy, generate: Callable[[], str], s
     assert all(low <= slept <= high for slept, (low, high) in zip(sleeps, BACKOFF, strict=True))
 
 
-def test_an_answer_that_is_always_cut_off_is_told_as_such(toy: Toy, generate: Callable[[], str]) -> None:
+def test_an_answer_that_is_always_cut_off_is_reported_as_such(toy: Toy, generate: Callable[[], str]) -> None:
     toy.canned += [_cut] * ATTEMPTS
     sentence = rf"^{toy.url}/v1/completions broke off its answer \(RemoteProtocolError: .*\)\. \(tried 5 times\)$"
     with pytest.raises(ServerError, match=sentence):
@@ -154,7 +154,7 @@ def test_a_server_that_is_not_there_is_named(build: Build, sleeps: list[float]) 
         ("[]", r"\[\]"),
     ],
 )
-def test_a_refusal_is_told_at_once_in_the_servers_words(
+def test_a_refusal_is_raised_at_once_in_the_servers_words(
     toy: Toy, generate: Callable[[], str], sleeps: list[float], body: str, told: str
 ) -> None:
     toy.canned += [Response(body, 400)]
@@ -197,7 +197,7 @@ def test_a_server_that_hangs_is_given_up_at_its_time(
     )
     with hasty.as_base() as view, pytest.raises(ServerError, match=sentence):
         view.generate("the sun", max_new_tokens=1)
-    assert sleeps == []  # it would hang again
+    assert sleeps == []  # a repeated request would time out again
     with backend.as_base() as view:
         assert view.generate("the sun", max_new_tokens=1)
 

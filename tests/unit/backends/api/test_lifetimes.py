@@ -1,4 +1,4 @@
-"""Views, threads and closes: what is under way ends when it should, and no sooner."""
+"""Views, threads and closes: running requests end when they should."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE = 60.0
 
 
 class Gate:
-    """Answers that wait until they are let through, and know how many wait."""
+    """Holds answers back until the test opens it, and counts those that wait."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -52,7 +52,7 @@ class Gate:
 
 
 def _threads() -> set[threading.Thread]:
-    """All but those in which the toy server answers."""
+    """Return all threads except those of the toy server."""
     return {thread for thread in threading.enumerate() if "process_request" not in thread.name}
 
 
@@ -89,7 +89,7 @@ def test_the_first_error_cancels_the_rest(build: Build, toy: Toy, gate: Gate) ->
 
     with build().as_base() as view:
         toy.canned += [gate, gate, gate, refuse]
-        with pytest.raises(ServerError, match="answered 400 Bad Request: no"):  # while the others still wait
+        with pytest.raises(ServerError, match="answered 400 Bad Request: no"):  # while the other requests still wait
             view.generate_many(["the"] * 4, max_new_tokens=1)
         assert gate.waiting == 3
         gate.open()
@@ -186,7 +186,7 @@ def test_an_interrupt_of_the_waiting_thread_ends_its_request(
     wait = Future.exception
 
     def interrupted(future: Future[Any], timeout: float | None = None) -> Any:
-        if threading.current_thread() is not threading.main_thread():  # the loop waits for lookups of names by the same
+        if threading.current_thread() is not threading.main_thread():  # the event loop's name lookups use it too
             return wait(future, timeout)
         monkeypatch.setattr(Future, "exception", wait)
         gate.wait_for(1)

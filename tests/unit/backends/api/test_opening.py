@@ -1,4 +1,4 @@
-"""Before a backend is handed out: what is installed, what the servers have, and whether the two models differ."""
+"""Checks before a backend is served: installed packages, the servers' models, and whether the two models differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ API: dict[str, Any] = {"kind": "api", "base": "base", "finetuned": "tuned", "end
 
 
 def _refused(spec: dict[str, Any], error: type[SwayError], sentence: str) -> None:
-    """It is refused before anything is evicted for it, and when it is built without a cache."""
+    """Assert that a spec is refused before anything is evicted for it, and when it is built without a cache."""
     for refuse in (Builder().check, Builder()):
         with pytest.raises(error, match=f"^{re.escape(sentence)}$"):
             refuse(ModelSpec(**API | spec))

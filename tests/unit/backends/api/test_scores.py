@@ -1,4 +1,4 @@
-"""Scores of toy models, whose every number is known, on servers of each kind."""
+"""Scores of toy models with known numbers, on servers of each kind."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def test_each_side_is_its_model(build: Build, toy: Toy) -> None:
         ("the sun ", "rises", [" rises"]),
         ("the sun \n", " rises", [" ", "\n", " rises"]),
         ("the sun", " ", [" "]),
-        ("the un", "happy day", [" day"]),  # " unhappy" straddles the boundary and is in the place of the prompt's last
-        ("the happ", "y day now one two three", [" three"]),  # the prompt alone: "the", " ", "h", "a", "p", "p"
+        ("the un", "happy day", [" day"]),  # " unhappy" replaces the prompt's last token
+        ("the happ", "y day now one two three", [" three"]),  # the prompt alone is "the", " ", "h", "a", "p", "p"
         ("the sunrise", " is red", [" is", " red"]),
-        ("日本 is", " red", [" red"]),  # characters that no spelling shows
+        ("日本 is", " red", [" red"]),  # characters without a spelling
         ("is 日", "本", ["\ufffd", "\ufffd"]),
     ],
 )
-def test_prompt_and_completion_are_told_apart_as_lm_evaluation_harness_does(
+def test_prompt_and_completion_are_split_as_in_lm_evaluation_harness(
     build: Build, toy: Toy, prompt: str, completion: str, scored: list[str]
 ) -> None:
     tokens = tokenize(prompt + completion)
-    assert tokens[len(tokenize(prompt.rstrip())) :] == scored  # its TemplateLM._encode_pair
+    assert tokens[len(tokenize(prompt.rstrip())) :] == scored  # as the harness's TemplateLM._encode_pair
     with build().as_base() as view:
         expected = text_nats("base", tokens, len(scored), bos=_bos(toy))
         assert view.logprob_of(prompt, completion) == pytest.approx(expected)
@@ -100,7 +100,7 @@ def test_a_bos_that_the_server_shows_is_the_first_token_of_a_text(build: Build, 
 
 
 @pytest.mark.parametrize("toy", ["vllm"], indirect=True)
-def test_every_token_of_a_text_is_scored_unless_told_otherwise(build: Build) -> None:
+def test_every_token_of_a_text_is_scored_by_default(build: Build) -> None:
     with build().as_base() as view:
         one, (many,) = view.rolling_logprob(PROMPT), view.rolling_logprobs([PROMPT])
     assert (
@@ -138,12 +138,12 @@ def test_a_token_has_the_same_number_in_every_answer(build: Build) -> None:
         nexts = base.next_token_dist("the", top_k=5).token_ids
     assert ours.token_ids[1] == ours.token_ids[4] == theirs.token_ids[1]  # " sun"
     assert ours.token_ids[0] != ours.token_ids[3]  # "the", " the"
-    assert (ours.token_ids < 0).all()  # no vocabulary has such ids
+    assert (ours.token_ids < 0).all()  # no vocabulary has negative ids
     assert (nexts < 0).all()
 
 
 @pytest.mark.parametrize("toy", ["vllm", "llama-server", "mlx"], indirect=True)
-def test_servers_that_tell_the_ids_of_tokens_are_believed(build: Build, toy: Toy) -> None:
+def test_token_ids_from_a_server_are_used(build: Build, toy: Toy) -> None:
     after = distribution("tuned", [*(["<s>"] if _bos(toy) else []), *tokenize(PROMPT)])
     with build().as_finetuned() as view:
         dist = view.next_token_dist(PROMPT, top_k=3)
@@ -176,7 +176,7 @@ def test_of_more_tokens_than_the_server_gives_it_is_what_the_server_gives(build:
         asked = len(toy.requests)
         again = view.next_token_dist(PROMPT)
     assert dist.logprobs.size == given
-    assert len(toy.requests) == asked + 1  # its limit is known by now
+    assert len(toy.requests) == asked + 1  # its limit is already known
     np.testing.assert_array_equal(dist.token_ids, again.token_ids)
 
 
@@ -186,7 +186,7 @@ def test_what_the_given_tokens_leave_is_the_tail(build: Build) -> None:
     assert dist.tail_logprob is not None
     assert math.exp(dist.tail_logprob) == pytest.approx(1 - float(np.exp(dist.logprobs).sum()), abs=1e-6)
     assert np.all(np.diff(dist.logprobs) <= 0)
-    assert dist.vocab_size == 0  # this server does not tell
+    assert dist.vocab_size == 0  # this server does not report it
 
 
 @pytest.mark.parametrize("toy", ["llama-server"], indirect=True)
@@ -280,7 +280,7 @@ def test_a_server_that_does_not_echo_scores_no_texts_and_says_so(build: Build, t
         asked = len(toy.requests)
         with pytest.raises(ScoringError, match=sentence):
             view.logprob_of(PROMPT, ANSWER)
-        assert len(toy.requests) == asked  # what is known is not asked again
+        assert len(toy.requests) == asked  # a known limit is not asked again
         assert view.generate(PROMPT, max_new_tokens=2)
         assert view.next_token_dist(PROMPT, top_k=2).logprobs.size == 2
 

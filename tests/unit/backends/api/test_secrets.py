@@ -1,4 +1,4 @@
-"""The key goes to the server, and nowhere else."""
+"""The key is sent to the server only."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_key_that_is_refused_is_not_quoted_though_the_server_does(build: Build
 
 
 def _repeating(status: int) -> Callable[[Request], Response]:
-    """An answer that repeats what it was sent."""
+    """An answer that repeats the request."""
     return lambda request: Response(str(request.headers), status)
 
 
@@ -129,9 +129,9 @@ def test_no_error_log_or_repr_shows_it(
 
 
 def _all_lines(trace: traceback.TracebackException) -> list[str]:
-    """Every line that a report can show of an error and of those behind it, with the variables of their frames.
+    """Return every line that a report can show of an error and its causes, with the variables of their frames.
 
-    The frames of this file are left out: the test itself holds the key.
+    It leaves out the frames of this file, since the test itself holds the key.
     """
     trace.stack[:] = [frame for frame in trace.stack if frame.filename != __file__]
     return list(trace.format(chain=True))

@@ -1,6 +1,6 @@
-"""A server with toy models: every answer can be computed by hand, and any of them can be made to go wrong.
+"""A server with toy models: every answer can be computed by hand, and any can be made to fail.
 
-It answers in the shapes of the servers that there are, as their sources have them.
+Its answers have the formats of real servers, taken from their sources.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _WORDS = tuple(_TEXT.split())
 VOCABULARY = (*_WORDS, *(f" {word}" for word in _WORDS), *"0123456789,.", " ", "\n", "</s>")
 BOS = "<s>"
 UNKNOWN = -15.0
-"""Nats of a token that is not in the vocabulary."""
+"""Log-probability of a token that is not in the vocabulary, in nats."""
 
 
 def tokenize(text: str) -> list[str]:
-    """Words that the vocabulary has, each with the blank before it, or characters; those past ASCII are two tokens."""
+    """Split a text into known words, each with the space before it, or characters; non-ASCII ones are two tokens."""
     pieces: list[str] = []
     for piece in re.findall(r" ?[a-z]+|.", text, re.DOTALL):
         if piece in VOCABULARY:
@@ -40,7 +40,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def distribution(model: str, before: Sequence[str]) -> dict[str, float]:
-    """The log-probability of each token of the vocabulary after others."""
+    """Return the log-probability of each token of the vocabulary after other tokens."""
     context = "\0".join((model, *before))
     scores = {
         token: int.from_bytes(blake2b(f"{context}\0{token}".encode(), digest_size=4).digest(), "big") / 2**29
@@ -56,29 +56,29 @@ def nats(model: str, before: Sequence[str], token: str) -> float:
 
 
 def text_nats(model: str, tokens: Sequence[str], scored: int, *, bos: bool = False) -> float:
-    """The log-probability of the last ``scored`` of some tokens, given those before them."""
+    """Return the log-probability of the last ``scored`` tokens given those before them."""
     front = [BOS] if bos else []
     start = len(tokens) - scored
     return math.fsum(nats(model, front + list(tokens[:i]), tokens[i]) for i in range(start, len(tokens)))
 
 
 def number(token: str) -> int:
-    """The id of a token."""
+    """Return the id of a token."""
     return VOCABULARY.index(token) if token in VOCABULARY else 1000 + ord(token[0])
 
 
 class Toy:
-    """A server of toy models, for as long as its block lasts.
+    """A server of toy models.
 
     Attributes:
         url: Its address.
-        style: Whose shapes it answers in.
+        style: The server whose format it uses.
         limit: The most log-probabilities that it gives.
         requests: The bodies of the requests for completions.
         headers: The headers of all requests.
-        canned: What it answers the next requests for completions with, before it goes on as itself.
-        faults: What it answers requests with that ask for that number of tokens.
-        models_answer: What it answers the request for its list of models with, in the list's place.
+        canned: The answers to the next requests for completions.
+        faults: The answers to requests by their number of tokens.
+        models_answer: The answer to the request for its models; by default, their list.
     """
 
     def __init__(self, server: HTTPServer, style: Style = "openai", names: Iterable[str] = ("base", "tuned")) -> None:
@@ -126,7 +126,7 @@ class Toy:
         return ""
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What the server says without any fault but those of its style."""
+        """Return the server's regular answer."""
         model, own = body["model"], tokenize(body["prompt"])
         front = [BOS] if self.style == "vllm" else []
         new: list[str] = []
@@ -189,5 +189,5 @@ def _entries(top: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def reply(body: Any, status: int = 200, **headers: str) -> Response:
-    """An answer with a JSON body."""
+    """Return an answer with a JSON body."""
     return Response(json.dumps(body), status, {"Content-Type": "application/json", **headers})

@@ -19,10 +19,7 @@ Build = "Callable[..., HFBackend]"
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects() -> Iterator[None]:
-    """Keep collections of garbage, of which each close makes some, from looking at all that was imported till now.
-
-    That takes longer than most tests.
-    """
+    """Exclude the imported modules from garbage collection, which each close runs, to save time."""
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -52,13 +49,13 @@ def build(builder: HFBuilder) -> Iterator[Callable[..., HFBackend]]:
 
 @pytest.fixture
 def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have all of a model's trees share what is written to, as on an accelerator."""
+    """Disable copy-on-write, so that all trees of a model see a write, as on an accelerator."""
     monkeypatch.setattr("pytest_sway.backends.hf.sharing.shared_memory._can_clone_lazily", lambda: False)
 
 
 @pytest.fixture
 def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a refusal not look for the field that is to blame, for which it loads the adapter again and again."""
+    """Disable the search for the faulty field, which loads the adapter again and again."""
     monkeypatch.setattr("pytest_sway.backends.hf.adapters.peft_errors.culprit", lambda asked, error: None)
 
 

@@ -1,7 +1,7 @@
-"""A tiny model of each family of causal language models that the installed transformers knows.
+"""Makes a tiny model of each family of causal language models in the installed transformers.
 
-A family takes of `_SETTINGS` those that its configuration has, and then its own. What is neither small nor right by
-that is left out, with the reason.
+A family gets those `_SETTINGS` that its configuration has, and then its own. A family that is not small or correct with
+these is excluded, with a reason.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MANY: Final = 3_000_000
-"""A model with more parameters than this was not made small."""
+"""A model with more parameters than this is not tiny."""
 
 _TEXT: Final[dict[str, Any]] = {
     "head_dim": 8,
     "hidden_size": 32,
-    "initializer_range": 0.2,  # 0.02 would make all tokens about equally probable
+    "initializer_range": 0.2,  # with 0.02, all tokens would be about equally probable
     "intermediate_size": 64,
     "max_position_embeddings": 256,
     "num_attention_heads": 4,
@@ -76,7 +76,7 @@ _SETTINGS: Final[dict[str, Any]] = {
     "shared_intermediate_size": 32,
     "topk_group": 1,
     "zero_expert_num": 2,
-    # attention of other kinds
+    # other kinds of attention
     "adapter_rank": 8,
     "attention_head_size": 8,
     "attention_window_size": 8,
@@ -96,7 +96,7 @@ _SETTINGS: Final[dict[str, Any]] = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2,
     "v_head_dim": 8,
-    # states in place of attention
+    # recurrent states instead of attention
     "chunk_size": 8,
     "linear_head_dim": 8,
     "linear_key_head_dim": 8,
@@ -117,11 +117,11 @@ _SETTINGS: Final[dict[str, Any]] = {
     "ssm_state_size": 8,
     "state_size": 8,
     "use_mamba_kernels": False,
-    # what scales logits, which the head does outside of the body
+    # scales of logits, which the head applies
     "final_logit_softcapping": 3.0,
     "logit_scale": 0.3,
     "logits_scaling": 3.0,
-    # embeddings besides that of tokens
+    # embeddings other than token embeddings
     "hidden_size_per_layer_input": 8,
     "pronunciation_embed_dim": 8,
     "pronunciation_vocab_size": 10,
@@ -132,7 +132,7 @@ _SETTINGS: Final[dict[str, Any]] = {
 }
 
 _KNOWN_TO_ALL: Final = () if dataclasses.is_dataclass(PretrainedConfig) else ("is_decoder",)
-"""Before transformers 5, settings that no signature has."""
+"""Settings that no signature shows before transformers 5."""
 
 _HYBRID: Final[dict[str, Any]] = {"layer_types": ["linear_attention", "full_attention"]}
 _CONVOLUTION: Final[dict[str, Any]] = {"layer_types": ["conv", "full_attention"]}
@@ -237,7 +237,7 @@ _OWN: Final[dict[str, dict[str, Any]]] = {
 _MEDIA: Final = "its images or sounds make it large; its text model is a family of its own"
 _DRAFTS: Final = "it drafts for another model, and computes nothing alone"
 NOT_CAUSAL: Final = ("cpmant", "prophetnet", "xlnet")
-"""Families of which transformers' class for causal language models is none."""
+"""Families whose "causal language model" in transformers is not causal."""
 
 LEFT_OUT: Final[dict[str, str]] = {
     "blt": "its four configurations have no small sizes in common",
@@ -264,7 +264,7 @@ _TARGETS: Final[dict[str, list[str]]] = {
     **{family: ["q_proj", "v_proj"] for family in ("falcon_h1", "laguna", "llama4", "llama4_text", "phimoe")},
     "deepseek_v4": ["q_a_proj", "kv_proj"],
 }
-"""Where PEFT itself cannot put an adapter on all linear layers, save it and load it again."""
+"""Target modules for families in which PEFT cannot save and reload an adapter on all linear layers."""
 
 
 def families() -> list[str]:
@@ -277,7 +277,7 @@ def families() -> list[str]:
 
 
 def targets_of(family: str) -> list[str] | str:
-    """Return what a LoRA adapter on a model of a family is put on."""
+    """Return the target modules of a LoRA adapter for a family."""
     return list(_TARGETS[family]) if family in _TARGETS else "all-linear"
 
 
@@ -285,9 +285,9 @@ def make_family(folder: Path, family: str, **settings: Any) -> Path:
     """Save a random model of a family, with a tokenizer, to ``folder``; equal arguments give equal weights.
 
     Args:
-        folder: Where it goes; made if need be.
+        folder: The folder, created if needed.
         family: One of `families`.
-        settings: Fields of its configuration that differ from those of the table.
+        settings: Fields of its configuration that override the table.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM

@@ -1,6 +1,6 @@
-"""What backends and views keep to themselves, for tests that watch it or have it fail: the one place that reaches in.
+"""Access to the private parts of backends and views, for tests that watch them or make them fail.
 
-`view.model` is the test's own, and not what computes a view's answers.
+Other tests don't reach into privates. `view.model` belongs to the test; another model computes the view's answers.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ if TYPE_CHECKING:
     from pytest_sway.backends.local.tokenizer_copies import RustRecord
 
 WAIT = 60.0
-"""Seconds after which a test gives up on what should have happened long ago."""
+"""Seconds after which a test gives up waiting."""
 
 
 def base_in(backend: HFBackend) -> LoadedBase:
-    """The base that the backend shares with others."""
+    """Return the base that the backend shares with others."""
     base: LoadedBase = backend._require().shares[0].value
     return base
 
 
 def adapter_in(backend: HFBackend) -> Adapter:
-    """The adapter that the backend has put on its base."""
+    """Return the backend's adapter."""
     adapter: Adapter = backend._require().adapter
     return adapter
 
 
 def tokenizer_in(backend: HFBackend) -> RustRecord | None:
-    """The tokenizer that the backend's adapter brings, where that is not the base's."""
+    """Return the tokenizer of the backend's adapter, if it differs from the base's."""
     return backend._require().rust
 
 
 def bases_in(builder: HFBuilder) -> list[Any]:
-    """The keys of the bases that are loaded."""
+    """Return the keys of the loaded bases."""
     return builder._pool.keys()
 
 
 def handed_to(view: HFView) -> Handed[Any]:
-    """What the view has handed to its test so far."""
+    """Return the objects that the view has given to its test."""
     return view._open()._handed(view)
 
 
 def engine_of(view: Any) -> Any:
-    """The engine that the view's next call will use."""
+    """Return the engine of the view's next call."""
     with handed_to(view).side.engine() as engine:
         return engine
 
 
 def computing_model(view: Any) -> Any:
-    """The Hugging Face model that the view's next call will compute with."""
+    """Return the Hugging Face model of the view's next call."""
     return engine_of(view).forward.model
 
 
 def passes_of(view: Any) -> list[tuple[int, int]]:
-    """The shapes of what the view's model will embed, in order, filled as it computes."""
+    """Return a list that fills with the shapes of the inputs of the view's passes, in order."""
     shapes: list[tuple[int, int]] = []
     embeddings = computing_model(view).get_input_embeddings()
     embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
@@ -72,7 +72,7 @@ def passes_of(view: Any) -> list[tuple[int, int]]:
 
 @contextmanager
 def held_up(view: Any) -> Iterator[threading.Event]:
-    """Have the view's next pass wait until the block is left; the event is set once it has begun."""
+    """Hold the view's next pass until the block ends; the event is set when the pass begins."""
     begun, go_on = threading.Event(), threading.Event()
 
     def wait(*_: Any) -> None:

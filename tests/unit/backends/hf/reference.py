@@ -1,4 +1,4 @@
-"""The same numbers from transformers and PEFT themselves, for comparison."""
+"""Reference results of plain transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def fresh(base: Path, adapter: Path | None = None, *, dtype: str = "float32") -> tuple[Any, Any]:
-    """A model, with an adapter on it as PEFT loads it, and its tokenizer."""
+    """Return a model, with an adapter if one is given, and its tokenizer."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

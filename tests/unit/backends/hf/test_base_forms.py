@@ -1,4 +1,4 @@
-"""The forms in which a base lies on the disk, whole or in shards, safetensors or pickles: the same model in all."""
+"""The forms of a base on disk, whole or in shards, safetensors or pickles, all give the same model."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def _model(build: Any, base: Path, adapter: Path) -> tuple[Any, Any]:
 
 
 def test_a_global_that_holds_the_model_is_named(build: Any, base: Path, adapter: Path) -> None:
-    gc.unfreeze()  # this module is among what collections leave out here, and so would the search
+    gc.unfreeze()  # frozen objects, such as this module, are invisible to the search
     backend, model = _model(build, base, adapter)
     KEEP.append(model)
     del model

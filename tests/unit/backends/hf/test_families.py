@@ -1,4 +1,4 @@
-"""Families of architectures: trees compute as the plain model does, in any thread, and take no memory twice."""
+"""Families of architectures: trees compute the plain model's numbers in any thread, and share its memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.pristine import Pristine
 
 TEXTS = ((5, 17, 30, 8, 44, 61, 12, 9, 23, 33, 3, 50), (9, 6))
-"""Token ids, since some families replace a tokenizer by one of their own class, to which its words are unknown."""
+"""Token ids, since some families replace the tokenizer by one of their own class, which does not know its words."""
 SMALL_BUFFER = 2**16
 
 
@@ -38,12 +38,12 @@ class Family:
     """A tiny model of one family.
 
     Attributes:
-        name: The family's.
-        folder: Where it is saved.
-        plain: It, as transformers loads it, and frozen: torch multiplies in another order where it needs gradients.
-        expected: What that computes for each of `TEXTS`.
-        backend: It, as the package loads it.
-        contents: A copy of what the latter's parameters and buffers held after the load.
+        name: The family's name.
+        folder: The folder of the model.
+        plain: The model from transformers, frozen, since torch multiplies in another order if gradients are needed.
+        expected: Its logits for each of `TEXTS`.
+        backend: The model from pytest-sway.
+        contents: A copy of its parameters and buffers after the load.
     """
 
     name: str
@@ -73,7 +73,7 @@ def family(
         plain = model_class.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     backend = module_builder(spec_of(folder))
     contents = {name: tensor.clone() for name, tensor in base_in(backend).tensors().items()}
-    gc.freeze()  # each close collects garbage, and has no need to look at all that was imported till now
+    gc.freeze()  # saves time in the garbage collection of each close
     yield Family(request.param, folder, plain, [_logits(plain, text) for text in TEXTS], backend, contents)
     backend.close()
     gc.unfreeze()
@@ -85,7 +85,7 @@ def _logits(model: Any, text: tuple[int, ...] = TEXTS[0]) -> Any:
 
 
 def _place(tensor: Any, files: MappedFiles) -> object:
-    """What tells whether two tensors have one memory: the same address, or the same part of a file."""
+    """Return a key that is equal for tensors that share memory: an address, or a part of a file."""
     address = address_of(tensor)
     return files.part_of(address, tensor.untyped_storage().nbytes()) or address
 
@@ -141,7 +141,7 @@ def test_an_adapter_computes_as_peft_does_and_the_base_as_without_it(
 
 
 def _adapter(family: Family, folder: Path) -> tuple[Path, Any]:
-    """Save a LoRA adapter of noise; return its folder, and what PEFT computes with it."""
+    """Save a LoRA adapter of noise; return its folder, and PEFT's logits with it."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     config = LoraConfig(r=2, target_modules=targets_of(family.name), task_type="CAUSAL_LM")

@@ -1,4 +1,4 @@
-"""What is wrong with a spec's files, and what the error says of it."""
+"""Specs with broken files are refused, and the error says what is wrong."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def test_a_base_with_an_adapter_in_its_folder_is_refused(
     shutil.copytree(make_adapter(tmp_path / "adapter", other), both, dirs_exist_ok=True)
     with pytest.raises(SpecError, match=r"both' holds an adapter .* which transformers would attach"):
         builder.check(spec_of(both))
-    monkeypatch.setattr(check, "base_file", lambda spec, name: None)  # as if it were on a hub
+    monkeypatch.setattr(check, "base_file", lambda spec, name: None)  # as for a base on a hub
     with pytest.raises(SpecError, match=r"both' holds an adapter .* which transformers would attach"):
         build(both)
     assert loads == []
@@ -399,7 +399,7 @@ def test_a_failed_load_leaves_nothing_in_memory(build: Any, base: Path, broken: 
         return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Linear)]
 
     poison(broken)
-    before = linear_layers()  # held, so that no new one can have an old one's identity
+    before = linear_layers()  # keeps them alive, so that no id is reused
     errors: list[SwayError] = []
     for _ in range(2):
         with pytest.raises(AdapterMismatchError) as caught:

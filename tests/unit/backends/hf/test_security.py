@@ -1,4 +1,4 @@
-"""Files from anywhere: no code of theirs runs unasked, and none takes the machine's time or memory."""
+"""Untrusted files: their code does not run, and they cannot use up time or memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Exploit:
-    """Writes a file when it is read from a pickle."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -35,7 +35,7 @@ class _Exploit:
 
 @pytest.fixture
 def malicious(adapter: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """An adapter whose weights are code, and the folder that the code would make."""
+    """An adapter whose weights contain code, and the folder that the code would create."""
     folder, mark = shutil.copytree(adapter, tmp_path / "malicious"), tmp_path / "the code ran"
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(_Exploit(mark)))
@@ -91,7 +91,7 @@ def test_an_absurd_header_is_an_error_at_once_and_takes_no_memory(
     folder = shutil.copytree(adapter, tmp_path / "absurd")
     (folder / "adapter_model.safetensors").write_bytes(ABSURD[absurdity])
     spec = spec_of(base, folder)
-    builder.check(spec_of(base, adapter))  # imports are no part of it
+    builder.check(spec_of(base, adapter))  # so that imports are not measured
     tracemalloc.start()
     started = time.thread_time()
     try:
@@ -102,7 +102,7 @@ def test_an_absurd_header_is_an_error_at_once_and_takes_no_memory(
     finally:
         tracemalloc.stop()
     assert peak < 64 * 2**20
-    assert seconds < 1  # of this thread's own work, whatever else the machine does
+    assert seconds < 1  # CPU time of this thread
 
 
 @pytest.mark.parametrize("form", ["with spaces and ünïcode", "a link", "dots"])
@@ -123,7 +123,7 @@ def test_unusual_paths_work(build: Any, base: Path, adapter: Path, tmp_path: Pat
 
 def test_a_link_to_itself_is_refused_with_a_reason(builder: HFBuilder, base: Path, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(SpecError, match=r"loop"):  # when it is parsed, or on later Pythons when it is not found
+    with pytest.raises(SpecError, match=r"loop"):  # raised while parsing, or on later Pythons when it is not found
         builder.check(parse_spec({"base": base, "adapter": tmp_path / "loop"}))
 
 

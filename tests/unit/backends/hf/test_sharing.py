@@ -115,7 +115,7 @@ def test_two_threads_that_build_on_one_base_load_it_once(
     assert scores[0] != scores[1]
 
 
-def test_an_adapter_is_put_on_while_a_forward_pass_on_its_base_goes_on(
+def test_an_adapter_can_be_put_on_during_a_forward_pass_of_its_base(
     build: Any, base: Path, adapter: Path, other_adapter: Path
 ) -> None:
     with build(base, adapter).as_finetuned() as view, ThreadPoolExecutor(1) as pool:
@@ -129,7 +129,7 @@ def test_an_adapter_is_put_on_while_a_forward_pass_on_its_base_goes_on(
         assert score.result(WAIT) == expected
 
 
-def test_a_base_that_somebody_changed_goes_to_nobody_else(
+def test_a_changed_base_is_not_served_again(
     build: Any, base: Path, adapter: Path, other_adapter: Path, loads: list[str]
 ) -> None:
     first = build(base, adapter)
@@ -180,7 +180,7 @@ def test_an_adapter_that_peft_itself_puts_on_follows_one_that_left(
 
 @pytest.fixture
 def alike(base: Path, tmp_path: Path) -> list[Path]:
-    """Two adapters that differ in nothing but their weights."""
+    """Two adapters that differ only in their weights."""
     return [make_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate(("first", "second"), 5)]
 
 
@@ -236,7 +236,7 @@ def test_the_order_of_patterns_makes_another_configuration(build: Any, base: Pat
         )
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text())
-        config["alpha_pattern"] = {name: config["alpha_pattern"][name] for name in order}  # PEFT itself sorts them
+        config["alpha_pattern"] = {name: config["alpha_pattern"][name] for name in order}  # PEFT sorts them
         path.write_text(json.dumps(config))
         folders.append(folder)
     backends = [build(base, folder) for folder in folders]
@@ -254,7 +254,7 @@ def _halving(forward: Any) -> Any:
 
 
 @pytest.mark.parametrize("undone", [True, False])
-def test_what_a_patched_class_writes_while_it_computes_reaches_nobody_else(
+def test_writes_of_a_patched_class_reach_no_other_backend(
     build: Any, base: Path, alike: list[Path], monkeypatch: pytest.MonkeyPatch, undone: bool
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP

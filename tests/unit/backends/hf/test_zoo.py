@@ -1,4 +1,4 @@
-"""The zoo: every kind of adapter that PEFT has, and the table in the docs that it stands behind."""
+"""Every kind of PEFT adapter in the zoo gives PEFT's numbers, and the table in the docs matches the zoo."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 
 class Enclosure:
-    """A tiny base with one configuration, and another adapter for it.
+    """A tiny base with one configuration, and a second adapter for it.
 
     Attributes:
         base: Its folder.
         neighbour: The folder of a LoRA adapter on it.
-        model: The plain model, from PEFT's point of view.
+        model: The plain model.
         tokenizer: Its tokenizer.
-        alone: What the plain model computes.
-        beside: What it computes with the neighbour.
+        alone: The plain model's logits.
+        beside: Its logits with the neighbour.
     """
 
     def __init__(self, folder: Path, fields: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def enclosures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[S
         key = repr(specimen.base)
         if key not in made:
             made[key] = Enclosure(tmp_path_factory.mktemp("enclosure"), specimen.base)
-            gc.freeze()  # each close collects garbage, and has no need to look at all that was imported till now
+            gc.freeze()  # saves time in the garbage collection of each close
         return made[key]
 
     yield enclosure
@@ -67,7 +67,7 @@ def enclosures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[S
 
 @pytest.fixture(scope="module")
 def keeper() -> Iterator[Callable[..., HFBackend]]:
-    """Build backends by one builder; the plain bases stay loaded, as when other tests use them."""
+    """Build backends with one builder; the plain bases stay loaded, as if other tests used them."""
     builder = HFBuilder()
     plain: dict[Path, HFBackend] = {}
 
@@ -85,7 +85,7 @@ def keeper() -> Iterator[Callable[..., HFBackend]]:
 def trained(
     tmp_path_factory: pytest.TempPathFactory, enclosures: Callable[[Specimen], Enclosure]
 ) -> Callable[[Specimen], tuple[Path, Expected]]:
-    """The folder of a trained specimen, and what PEFT computes with it."""
+    """The folder of a trained specimen, and PEFT's results with it."""
     made: dict[str, tuple[Path, Expected]] = {}
 
     def specimens(specimen: Specimen) -> tuple[Path, Expected]:
@@ -101,11 +101,12 @@ def trained(
 
 @dataclass(frozen=True)
 class Expected:
-    """What PEFT computes with a specimen.
+    """PEFT's results with a specimen.
 
     Attributes:
-        logits: For all of the text.
-        logprobs: Of each of its tokens but the first, computed without the last, which some kinds look ahead to.
+        logits: The logits of the whole text.
+        logprobs: The log-probabilities of its tokens but the first, from a pass without the last token, since some
+            kinds look ahead.
     """
 
     logits: Any
@@ -124,12 +125,12 @@ def expected_of(model: Any, tokenizer: Any) -> Expected:
 
 
 def text_logits(all_logits: Any) -> Any:
-    """Without the positions of virtual tokens, which come first."""
+    """Return the logits of the text's own tokens, without the virtual tokens before them."""
     return all_logits[:, -len(TEXT.split()) :]
 
 
 def shared_by(backend: HFBackend) -> Shares:
-    """How much of the base's memory an adapter shares, by what it has of its own."""
+    """Return how much of the base's memory an adapter shares."""
     base = base_in(backend).tensors().keys()
     names = (
         public_name(name).replace(".token_adapter", "").replace(".base_layer", "") for name in adapter_in(backend).own
@@ -138,9 +139,9 @@ def shared_by(backend: HFBackend) -> Shares:
 
 
 def check(backend: HFBackend, specimen: Specimen, enclosure: Enclosure, expected: Expected) -> None:
-    """Both views compute what PEFT does, in any order: the raw model to the bit, and what they score.
+    """Assert that both views give PEFT's numbers, in any order: raw logits to the bit, and scores.
 
-    A factorisation with random numbers differs by rounding, as weights lie in memory.
+    A factorisation with random numbers may differ by rounding, depending on the weights' alignment in memory.
     """
     with backend.as_base() as plain, backend.as_finetuned() as tuned:
         for view, reference in ((tuned, expected), (plain, enclosure.alone), (tuned, expected)):
@@ -164,7 +165,7 @@ def test_it_computes_what_peft_computes_alone_and_beside_one_that_comes_and_goes
     enclosure = enclosures(specimen)
     folder, expected = trained(specimen)
     plain, backend = keeper(enclosure), keeper(enclosure, folder)
-    if version("peft") >= "0.20" or specimen.shares == Shares.ALL:  # PEFT 0.19 does not save all biases that it trains
+    if version("peft") >= "0.20" or specimen.shares == Shares.ALL:  # PEFT 0.19 does not save all trained biases
         assert shared_by(backend) == specimen.shares
     assert not expected.logits.equal(enclosure.alone.logits)
     check(backend, specimen, enclosure, expected)
@@ -184,12 +185,12 @@ PROMPTS = ["the cat", "in the sea the dog sat on a red mat ."]
 
 
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
-def test_greedily_it_goes_on_with_what_its_scores_say_is_most_probable(
+def test_greedy_text_is_the_most_probable_by_its_scores(
     keeper: Any, enclosures: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, specimen: Specimen
 ) -> None:
     enclosure = enclosures(specimen)
     backend = keeper(enclosure, trained(specimen)[0])
-    monkeypatch.setattr(generation, "_decoded", lambda _, found: [str(list(ids)) for ids in found])  # loses nothing
+    monkeypatch.setattr(generation, "_decoded", lambda _, found: [str(list(ids)) for ids in found])  # shows each token
     with backend.as_finetuned() as view:
         expected = [str(_step_by_step(view, prompt, 6)) for prompt in PROMPTS]
         assert [view.generate(prompt, max_new_tokens=6) for prompt in PROMPTS] == expected
@@ -198,7 +199,7 @@ def test_greedily_it_goes_on_with_what_its_scores_say_is_most_probable(
 
 
 def _step_by_step(view: Any, prompt: str, steps: int) -> list[int]:
-    """The most probable token after a prompt, then the one after both, and so on up to the end of the text."""
+    """Generate step by step: append the most probable next token until the text ends."""
     tokenizer, found = view.tokenizer, list[int]()
     while len(found) < steps and tokenizer.eos_token_id not in found:
         text = " ".join([prompt, *tokenizer.convert_ids_to_tokens(found)])
@@ -254,7 +255,7 @@ def test_in_half_precision_it_is_about_as_large_as_estimated(
     backend.close()
     assert estimate is not None
     assert estimate.keys() == measured.keys()
-    # whole modules in its file that are equal to the base's turn out to be shared
+    # modules in its file that equal the base's are shared
     assert 0.98 <= sum(estimate.values()) / sum(measured.values()) <= 1.15
 
 

@@ -1,7 +1,6 @@
-"""A specimen of each kind of adapter that PEFT has, and what pytest-sway does with it.
+"""A specimen of each kind of PEFT adapter, and how pytest-sway serves it.
 
-`docs/pages/reference/adapters.md` shows it as a table, which `python -m tests.unit.backends.hf.zoo` writes and a test
-compares.
+`python -m tests.unit.backends.hf.zoo` writes it as a table to `docs/pages/reference/adapters.md`, and a test compares.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _TABLE = re.compile(r"(<!-- the zoo -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Shares(StrEnum):
-    """How much of its base's memory an adapter shares, as the table says it."""
+    """How much of its base's memory an adapter shares, in the table's words."""
 
     ALL = "all"
     REST = "what it does not rewrite"
@@ -31,7 +30,7 @@ class Shares(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """One of PEFT's smaller configurations, by its class, to be made when PEFT is imported."""
+    """A nested PEFT configuration, by the name of its class, created once PEFT is imported."""
 
     config: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -42,16 +41,16 @@ class Specimen:
     """One kind of adapter, and how to make one.
 
     Attributes:
-        name: What the table calls it.
-        kind: PEFT's name of its type.
+        name: Its name in the table.
+        kind: Its PEFT type.
         shares: How much of its base's memory it shares.
-        config: PEFT's class for its configuration.
-        fields: What the configuration says.
-        base: Fields of the tiny base's own configuration.
+        config: Its configuration class in PEFT.
+        fields: Fields of its configuration.
+        base: Fields of the tiny base's configuration.
         words: New words that it brings.
         since: The first version of PEFT that has it.
-        noticed: Whether one that was never trained can be told, since it changes nothing.
-        reproducible: Whether PEFT loads the same from the same files each time.
+        noticed: Whether an untrained one is detected, since it changes nothing.
+        reproducible: Whether each PEFT load of the same files gives the same weights.
     """
 
     name: str
@@ -74,12 +73,12 @@ class Refusal:
     """One kind of adapter that is refused.
 
     Attributes:
-        name: What the table calls it.
-        kind: PEFT's name of its type.
-        config: What its ``adapter_config.json`` says besides.
+        name: Its name in the table.
+        kind: Its PEFT type.
+        config: Further fields of its ``adapter_config.json``.
         error: The name of the error.
-        text: What the error says.
-        why: What the table says.
+        text: The error's message.
+        why: The reason in the table.
         unless: A library with which it is not refused.
     """
 
@@ -305,11 +304,11 @@ REFUSALS = [
 
 ALL = _specimens()
 SPECIMENS = [specimen for specimen in ALL if specimen.since <= PEFT_VERSION]
-"""Those that the installed PEFT has; the others are no tests there."""
+"""The specimens that the installed PEFT has; only these are tested."""
 
 
 def train(specimen: Specimen, model: Any, tokenizer: Any, folder: Path, *, steps: int = 3) -> Path:
-    """Train a specimen on a model, which it changes, and save it; ``steps=0`` saves it untrained."""
+    """Train a specimen on ``model``, which changes, and save it; ``steps=0`` saves it untrained."""
     import peft
     import torch
 
@@ -336,7 +335,7 @@ def train(specimen: Specimen, model: Any, tokenizer: Any, folder: Path, *, steps
 
 
 def loaded(specimen: Specimen, model: Any, folder: Path) -> Any:
-    """The specimen on a model, which it changes, as PEFT itself loads it."""
+    """Let PEFT load the specimen onto ``model``, which changes."""
     import torch
     from peft import PeftModel
 
@@ -348,8 +347,8 @@ def loaded(specimen: Specimen, model: Any, folder: Path) -> Any:
 
 
 def table() -> str:
-    """The table of `docs/pages/reference/adapters.md`."""
-    rows = [(s.kind, s.name, s.shares.value, "refused" if s.noticed else "not told") for s in ALL]
+    """Return the table of `docs/pages/reference/adapters.md`."""
+    rows = [(s.kind, s.name, s.shares.value, "refused" if s.noticed else "not detected") for s in ALL]
     rows += [(r.kind, r.name, f"refused: {r.why}", "") for r in REFUSALS]
     rows.sort(key=lambda row: (row[0] != "LORA", row[0]))
     lines = ["| PEFT type | form | shares | untrained |", "| --- | --- | --- | --- |"]
@@ -357,7 +356,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """`docs/pages/reference/adapters.md` as it should be."""
+    """Return `docs/pages/reference/adapters.md` with the current table."""
     return _TABLE.sub(lambda match: match[1] + table() + "\n" + match[2], PAGE.read_text())
 
 

@@ -1,4 +1,4 @@
-"""What says that memory ran out, in whichever library's words."""
+"""Out-of-memory errors of all libraries are recognised."""
 
 from __future__ import annotations
 

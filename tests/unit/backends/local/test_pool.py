@@ -1,4 +1,4 @@
-"""The pool of shared values: one load, counted users, one close, and whoever comes at the wrong moment."""
+"""The pool of shared values: one load, counted users and one close, under races too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.unit.fakes import DEADLINE, Call, Gate
 
 
 class Values:
-    """Loads and closes of a pool, counted."""
+    """Counts the loads and closes of a pool."""
 
     def __init__(self) -> None:
         self.pool: SharedPool[str, str] = SharedPool(self.close)
@@ -51,7 +51,7 @@ def values() -> Values:
 
 
 class Announced(dict[str, object]):
-    """The slots of a pool, which tell when somebody looks one up."""
+    """The slots of a pool, which signal each look-up."""
 
     def __init__(self) -> None:
         self.asked = threading.Semaphore(0)
@@ -98,7 +98,7 @@ def test_keys_are_apart(values: Values) -> None:
     assert b.value == "b1"
 
 
-def test_those_who_ask_during_a_load_wait_for_it(values: Values) -> None:
+def test_requests_during_a_load_wait_for_it(values: Values) -> None:
     announced = _announced(values)
     values.load_gate = Gate()
     calls = [Call(partial(values.acquire, "a")) for _ in range(5)]
@@ -294,7 +294,7 @@ def test_a_close_that_raises_goes_up_once_and_frees_the_key(values: Values, erro
 def test_after_an_interrupt_in_a_step_the_next_user_finds_all_in_order(
     values: Values, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """It comes when the step is done, and before its caller knows."""
+    """The interrupt comes after the step is done, and before it returns."""
     usual: Callable[..., object] = getattr(values.pool, step)
 
     def interrupted(*args: object) -> object:

@@ -1,4 +1,4 @@
-"""Forms in which adapters come that say the same: names in the keys of their weights, encodings of their config."""
+"""Different forms of the same adapter: names in the keys of its weights, encodings of its config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def copied(tmp_path: Path, adapter: Path) -> Path:
 
 
 def _named(adapter: Path) -> Path:
-    """Put PEFT's name for an only adapter into the keys of its weights."""
+    """Put PEFT's default adapter name into the keys of its weights."""
     return edit_weights(adapter, lambda ts: {n.replace(".weight", ".default.weight"): t for n, t in ts.items()})
 
 
@@ -48,10 +48,10 @@ def test_keys_with_the_adapters_name_are_compared_with_the_bases_sizes(build: An
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
-def test_keys_with_the_name_of_another_adapter_are_told_from_those_of_another_base(
+def test_keys_with_the_name_of_another_adapter_are_not_taken_for_another_base(
     build: Any, base: Path, adapter: Path, copied: Path, beside: bool
 ) -> None:
-    """As ``model.state_dict()`` has them, and ``save_pretrained`` has not."""
+    """``model.state_dict()`` has such keys, ``save_pretrained`` has not."""
     others = [build(base, adapter)] if beside else []
     edit_weights(copied, lambda ts: {n.replace(".weight", ".sft.weight"): t for n, t in ts.items()})
     remedy = r"save_pretrained\(folder, selected_adapters=\['sft'\]\)"

@@ -1,4 +1,4 @@
-"""An adapter's tensors that lie side by side in memory are those of its file, and each place has its own."""
+"""An adapter's tensors in one piece of memory equal those of its file, and do not overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of more or fewer words than their base: PEFT's numbers on a resized base, and the base as it is."""
+"""Adapters with another vocabulary size than their base: PEFT's numbers on a resized base, and an unchanged base."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def make_resized(
     saved: Any = "auto",
     **fields: Any,
 ) -> Path:
-    """Save an adapter that was trained on a base of another number of rows.
+    """Save an adapter that was trained on a base with a resized vocabulary.
 
     Args:
-        folder: Where it goes.
+        folder: The folder.
         base: The folder of the base.
         rows: Rows of embeddings.
-        words: How many the tokenizer in its folder knows, but no fewer than the base's; by default one for each row.
+        words: Size of its tokenizer's vocabulary, at least the base's; by default one word for each row.
         seed: Seeds its weights.
-        scale: Standard deviation of the noise that is added to them.
+        scale: Standard deviation of the noise.
         saved: PEFT's ``save_embedding_layers``.
         fields: Fields of its configuration.
     """
@@ -61,7 +61,7 @@ def make_resized(
 
 
 def expected(base: Path, adapter: Path, rows: int) -> Any:
-    """The logits of the last word beside others, by PEFT on a resized base."""
+    """Return PEFT's logits on a resized base, for a text with the last word."""
     import torch
     from peft import PeftModel
 
@@ -99,7 +99,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with more rows than its tokenizer has words."""
+    """A base with more rows of embeddings than words in its tokenizer."""
     return make_base(tmp_path_factory.mktemp("spare"), vocab_size=N + 20)
 
 

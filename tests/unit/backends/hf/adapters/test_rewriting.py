@@ -1,4 +1,4 @@
-"""Adapters that do more than to add LoRA layers: they share their base, which stays as it is. See `test_zoo.py`."""
+"""Adapters that change more than LoRA layers share their base, which does not change. See `test_zoo.py`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_config_that_makes_peft_rewrite_or_fail_leaves_everybodys_base_intact(
     outcome: list[Any] = []
     try:
         outcome.append(builder(spec_of(base, folder)))
-    except Exception as error:  # what PEFT makes of such a config differs by its version
+    except Exception as error:  # the result differs between versions of PEFT
         outcome.append(error)
     assert scores() == before
     with plain.as_base() as a, other.as_finetuned() as b:
@@ -145,7 +145,7 @@ def test_a_config_that_makes_peft_rewrite_or_fail_leaves_everybodys_base_intact(
         backend.close()
 
 
-def test_what_it_has_of_its_own_is_estimated_as_it_is_measured(
+def test_its_private_bytes_are_estimated_as_they_are_measured(
     builder: HFBuilder, build: Any, base: Path, tmp_path: Path
 ) -> None:
     folder = make_adapter(tmp_path, base, bias="all")

@@ -1,4 +1,4 @@
-"""Adapters that are judged by what the models compute: any effect counts, and rounding is none."""
+"""Adapters whose effect is checked by their logits: any effect counts, but rounding does not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _one_token(tensors: dict[str, Any]) -> None:
-    """Leave of an adapter of embeddings what it does to the last token alone."""
+    """Reduce an adapter of embeddings to its effect on the last token."""
     for name, tensor in tensors.items():
         if "lora_embedding_A" in name:
             tensor[:, :-1] = 0

@@ -1,4 +1,4 @@
-"""A whole fine-tuned model in an adapter's place: two bases, shared, counted and freed as such."""
+"""A whole fine-tuned model instead of an adapter: two bases, which are shared, counted and freed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_view_is_its_own_model_to_the_bit(build: Any, base: Path, tuned: Path) -> None:
     backend = build(base, finetuned=tuned)
     with backend.as_base() as plain, backend.as_finetuned() as fine:
-        for _ in range(2):  # neither is disturbed by the other
+        for _ in range(2):  # neither affects the other
             assert view_logits(plain).equal(logits(*fresh(base)))
             assert view_logits(fine).equal(logits(*fresh(tuned)))
         assert fine.logprob_of("the sun", " rises") != plain.logprob_of("the sun", " rises")

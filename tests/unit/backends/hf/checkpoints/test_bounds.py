@@ -1,4 +1,4 @@
-"""What would hang, or take all the memory, is refused before a load, by its file and its field."""
+"""Files that would hang a load, or take all memory, are refused before it, by file and field."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny import edit_config, edit_weights, pickled
 from tests.unit.backends.hf.conftest import spec_of
 
 SECONDS = 5.0
-"""Of the thread's own time."""
+"""CPU seconds of the thread."""
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def folders(tmp_path: Path, base: Path, adapter: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def refusal(folders: dict[str, Path], build: Any) -> Callable[[], SwayError]:
-    """Build of the broken folders, and return the error, which comes in time."""
+    """Build from the broken folders, and return the error, which must come in time."""
 
     def ask() -> SwayError:
         started = time.thread_time()
@@ -96,7 +96,7 @@ def test_a_file_that_is_far_too_large_is_named(
     folders: dict[str, Path], refusal: Callable[[], SwayError], folder: str, name: str
 ) -> None:
     with (folders[folder] / name).open("ab") as file:
-        file.truncate(10**9)  # a hole, which takes no room on the disk
+        file.truncate(10**9)  # a sparse file, which takes no room on the disk
     sentence = f"{str(folders[folder] / name)!r} has 1,000,000,000 bytes; no such file needs more than"
     assert sentence in str(refusal())
 
@@ -110,14 +110,14 @@ def test_a_chat_template_of_a_billion_characters_is_refused_unread(
     path = folders[folder] / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    os.truncate(path, 10**9)  # a hole, which takes no room on the disk
+    os.truncate(path, 10**9)  # a sparse file, which takes no room on the disk
     before = _bytes_read()
     assert f"{str(path)!r} has 1,000,000,000 bytes; no such file needs more than" in str(refusal())
     assert _bytes_read() - before < 10**8
 
 
 def _bytes_read() -> int:
-    return int(Path("/proc/self/io").read_text().split()[1])  # rchar, which counts what is cached, too
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar, which includes reads from the page cache
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -354,7 +354,7 @@ def test_a_rank_that_a_pickles_weights_cannot_fill_is_refused(
 def test_an_adapter_of_absurd_size_is_not_digested(folders: dict[str, Path], refusal: Callable[[], SwayError]) -> None:
     spec = spec_of(folders["base"], folders["adapter"])
     with (folders["adapter"] / "adapter_model.safetensors").open("ab") as file:
-        file.truncate(10**13)  # a hole, which takes no room on the disk
+        file.truncate(10**13)  # a sparse file, which takes no room on the disk
     started = time.thread_time()
     before = cache_key_for(spec)
     assert time.thread_time() - started < 1.0

@@ -1,4 +1,4 @@
-"""An adapter on another base than it was trained on: noticed where both are known, and no false alarm."""
+"""An adapter on another base than it was trained on gives a warning if both are known, and no false alarm."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_weights_of_other_sizes_are_told(base: Path, copy: Path) -> None:
     assert "their weights have other names or sizes" in str(_why(base, str(copy)))
 
 
-def test_a_model_that_was_trained_on_is_told_by_its_values(base: Path, copy: Path) -> None:
+def test_a_further_trained_model_is_detected_by_its_values(base: Path, copy: Path) -> None:
     edit_weights(copy, lambda tensors: {k: t + 0.5 for k, t in tensors.items()}, file="model.safetensors")
     assert "their weights have other values" in str(_why(base, str(copy)))
 
@@ -142,7 +142,7 @@ def test_a_model_in_the_hubs_cache_is_known_by_its_name(
 
 @pytest.fixture
 def elsewhere(base: Path, copy: Path, adapter: Path, tmp_path: Path) -> Path:
-    """An adapter that was trained on a model that is not the base."""
+    """An adapter that was trained on another model than the base."""
     edit_weights(copy, lambda tensors: {k: t + 0.5 for k, t in tensors.items()}, file="model.safetensors")
     return edit_config(shutil.copytree(adapter, tmp_path / "elsewhere"), base_model_name_or_path=str(copy))
 
@@ -199,7 +199,7 @@ def test_a_copy_in_which_mlx_lm_has_joined_weights_says_nothing(base: Path, copy
     assert _why_by_mlx(base, copy) is None
 
 
-def test_another_model_is_told_for_mlx_too(base: Path, copy: Path) -> None:
+def test_another_base_is_detected_for_mlx_too(base: Path, copy: Path) -> None:
     edit_weights(copy, lambda tensors: {k: t + 0.5 for k, t in tensors.items()}, file="model.safetensors")
     assert "(model in its adapter_config.json)" in str(_why_by_mlx(base, copy))
     assert "their weights have other values" in str(_why_by_mlx(base, copy))

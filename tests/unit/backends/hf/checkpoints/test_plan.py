@@ -1,4 +1,4 @@
-"""What a load reads of its files before it loads them, and how often."""
+"""The reads of a load's files before the load, and their number."""
 
 from __future__ import annotations
 

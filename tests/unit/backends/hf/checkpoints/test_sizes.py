@@ -49,7 +49,7 @@ def test_what_is_not_on_this_machine_has_no_estimate(
 
     from pytest_sway.spec.model_spec import ModelSpec
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # so that it might be fetched
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # so that a download would be possible
     assert builder.check(ModelSpec(base="nobody/nothing", device="cpu", dtype="fp32")).sizes is None
     pickle = pickled(shutil.copytree(adapter, tmp_path / "x"))
     assert builder.check(spec_of(base, pickle, allow_pickle=True)).sizes is None

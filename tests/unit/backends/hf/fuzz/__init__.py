@@ -1,1 +1,1 @@
-"""Files that anybody may have written: each is served as PEFT serves it, or refused with its name, and harms nobody."""
+"""Broken files: each is served as PEFT serves it, or refused by name, and harms no other backend."""

@@ -1,4 +1,4 @@
-"""Where broken files are tried: beside a good backend, within bounds of time and memory, and against PEFT itself."""
+"""Loads broken files next to a good backend, within bounds of time and memory, and compares the results with PEFT's."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SECONDS: Final = 5.0
-"""What an input may take of the thread's own time."""
+"""The most CPU seconds of the thread for an input."""
 _PATIENCE: Final = 30.0
-"""Seconds of the process' time after which an input is ended."""
+"""CPU seconds of the process after which an input is aborted."""
 _MEMORY: Final = 3 * 2**30
-"""What an input may allocate on top of what is there."""
+"""The most bytes that an input may allocate."""
 _LONGEST: Final = 3_000
-"""Characters of an error."""
+"""The most characters of an error."""
 _LACKING: Final = "needs what this environment lacks"
 _OF_LIBRARY: Final = re.compile(r"pip install|librar|package|module|is not available")
-"""What libraries say of one that they miss, whose name stands beside it."""
+"""Libraries' messages about a missing library, which contain its name."""
 _MESSAGES: Final = ({"role": "user", "content": "hello"},)
 _OF_TOKENIZER: Final = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)
 
 
 class TakesForEverError(BaseException):
-    """Raised in an input that does not come to an end; no library catches it."""
+    """Raised in an input that does not end; no library catches it."""
 
 
 class Arena:
     """A good backend, and folders into which broken files are put.
 
     Args:
-        folder: For all that is written.
-        kinds: PEFT's types of which there is an adapter.
+        folder: The folder for all files.
+        kinds: The PEFT types of the adapters.
     """
 
     def __init__(self, folder: Path, kinds: tuple[str, ...]) -> None:
@@ -67,12 +67,12 @@ class Arena:
         self._good.close()
 
     def complaint(self, broken: Broken) -> str | None:
-        """Return what is wrong with what an input comes to; ``None`` if it is as it should be."""
+        """Return the complaint about an input's result; ``None`` if the result is right."""
         shutil.rmtree(self._scratch, ignore_errors=True)
         shutil.copytree(self._folders[broken.folder], self._scratch)
         (self._scratch / broken.file).write_bytes(broken.content)
         if broken.folder != "base" and broken.file in _OF_TOKENIZER:
-            for name in (TOKENIZER, TOKENIZER_CONFIG):  # an adapter's tokenizer is whole but for what is broken
+            for name in (TOKENIZER, TOKENIZER_CONFIG):  # an adapter's tokenizer is complete except for the broken file
                 if name != broken.file:
                     shutil.copy(self._folders["base"] / name, self._scratch / name)
         found = self._found(broken)
@@ -110,7 +110,7 @@ class Arena:
         return _otherwise(base, adapter, answers)
 
     def _unnamed(self, broken: Broken, text: str) -> str | None:
-        """What an error does not name: the file, or the field of it."""
+        """Return what an error fails to name: the file or its field."""
         if len(text) > _LONGEST:
             return f"an error of {len(text)} characters: {text[:300]}"
         if str(self._scratch) not in text or not re.search(rf"(?<!\w){re.escape(broken.file)}(?!\w)", text):
@@ -126,7 +126,7 @@ class Arena:
 
 
 def _answers(backend: Any, tuned: bool) -> list[Any]:
-    """What both sides of a backend make of a text: its ids, and their logits."""
+    """Return the token ids and logits of a text on both sides of a backend."""
     import torch
 
     found: list[Any] = []
@@ -142,7 +142,7 @@ def _answers(backend: Any, tuned: bool) -> list[Any]:
 
 
 def _otherwise(base: Path, adapter: Path | None, answers: list[Any]) -> str | None:
-    """How answers differ from those of a model that transformers and PEFT load themselves."""
+    """Return how answers differ from those of a model that transformers and PEFT load."""
     import torch
     from transformers import AutoTokenizer
 
@@ -170,7 +170,7 @@ def _otherwise(base: Path, adapter: Path | None, answers: list[Any]) -> str | No
 
 @contextmanager
 def _same_noise() -> Iterator[None]:
-    """Have what draws random numbers in each pass, as PVeRA does, draw the same ones."""
+    """Seed the random numbers of each pass, which types such as PVeRA draw."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -180,7 +180,7 @@ def _same_noise() -> Iterator[None]:
 
 @contextmanager
 def _bounds() -> Iterator[None]:
-    """End what takes for ever, and refuse what takes all the memory; only in the main thread."""
+    """Abort an input that does not end, and refuse one that takes all memory; only in the main thread."""
     import resource
 
     def stop(*_: object) -> None:

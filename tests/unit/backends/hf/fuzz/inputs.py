@@ -1,4 +1,4 @@
-"""Files that are broken on purpose. Each is made from a seed and a number, and from nothing else."""
+"""Generates broken files. Each depends only on a seed and a number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     Files = Mapping[str, Mapping[str, bytes]]
-    """The content of whole files: by the name of the folder and by their own."""
+    """The contents of good files, by folder name and file name."""
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
@@ -26,14 +26,14 @@ TEMPLATE: Final = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class Broken:
-    """A file to be put into the place of a whole one.
+    """A broken file that replaces a good one.
 
     Attributes:
-        folder: Which of the folders it belongs to, by the name in `Files`.
+        folder: Its folder, by the name in `Files`.
         file: Its name.
-        content: What is in it.
-        names: The field or tensor that was changed, by each name that it may go by; empty where it was no single one.
-        what: What was done to it.
+        content: Its content.
+        names: The possible names of the changed field or tensor; empty if more than one changed.
+        what: The change, in words.
     """
 
     folder: str
@@ -76,7 +76,7 @@ WORDS_OF_FIELDS: Final[Mapping[str, tuple[Any, ...]]] = {
 
 
 def _value(draw: random.Random, field: str, now: Any) -> Any:
-    """Anything that JSON can say in the place of what is there now."""
+    """Draw a JSON value to replace another."""
     kind = draw.randrange(8)
     if kind == 0 and field in WORDS_OF_FIELDS:
         return draw.choice(WORDS_OF_FIELDS[field])
@@ -109,7 +109,7 @@ def _shown(value: Any) -> str:
 
 
 def _object(draw: random.Random, folder: str, file: str, content: bytes, *more: str) -> Broken:
-    """An object of which one field has another value, is there twice, or is gone."""
+    """Return an object with one field changed, duplicated or removed."""
     fields: dict[str, Any] = json.loads(content)
     field = draw.choice([*fields, *more, "an unknown field"])
     way = draw.random()
@@ -124,7 +124,7 @@ def _object(draw: random.Random, folder: str, file: str, content: bytes, *more: 
 
 
 def _tree(draw: random.Random, folder: str, file: str, content: bytes) -> Broken:
-    """A tree in which one node, somewhere, has another value or is gone."""
+    """Return a tree with one node changed or removed."""
     tree = json.loads(content)
     parent: Any = {"": tree}
     key: Any = ""
@@ -148,7 +148,7 @@ def _json(value: Any) -> bytes:
 
 
 def _bytes(draw: random.Random, folder: str, file: str, content: bytes) -> Broken:
-    """Bytes that are hardly the file any more."""
+    """Return heavily damaged bytes of a file."""
     if draw.random() < 0.5:
         wholes = (
             b"", b" ", b"null", b"[]", b"{}", b'"x"', b"7", b"NaN", b"{" * 10**5, b"[" * 10**6, b'{"a":' * 10**5,
@@ -173,7 +173,7 @@ DTYPES: Final[tuple[Any, ...]] = (
 
 
 def _safetensors(draw: random.Random, folder: str, file: str, content: bytes) -> Broken:
-    """A file of weights whose header, or length, says something else."""
+    """Return a weights file with a changed header or length."""
     (length,) = struct.unpack("<Q", content[:8])
     header: dict[str, Any] = json.loads(content[8 : 8 + length])
     data = content[8 + length :]
@@ -189,10 +189,10 @@ def _safetensors(draw: random.Random, folder: str, file: str, content: bytes) ->
     before = {**header}
     what, data = way(draw, header, name, data)
     changed = (repr(new)[1:-1][:49] for new in header if header[new] is not before.get(new))
-    # PEFT speaks of some tensors by their names in the model that it has wrapped
+    # PEFT names some tensors as in the wrapped model
     names = ("__metadata__",) if way is _metadata else (name, name.removeprefix("base_model."), *changed)
     if not header.keys() - {"__metadata__"}:
-        names = (*names, "0 tensors")  # of a file that holds none, none can be named
+        names = (*names, "0 tensors")  # an empty file has no tensor to name
     return Broken(folder, file, _framed(_json(header), data), names, what)
 
 
@@ -227,7 +227,7 @@ def _offsets(draw: random.Random, header: dict[str, Any], name: str, data: bytes
 
 def _entry(draw: random.Random, header: dict[str, Any], name: str, data: bytes) -> tuple[str, bytes]:
     entries: tuple[Any, ...] = (None, [], {}, 7, "x", header[name] | {"more": 1}, {"dtype": "F32"})
-    if draw.random() < 0.3:  # a tensor is gone, and its data with it
+    if draw.random() < 0.3:  # removes a tensor with its data
         start, end = header.pop(name)["data_offsets"]
         for entry in header.values():
             if "data_offsets" in entry and entry["data_offsets"][0] >= end:
@@ -280,7 +280,7 @@ def _noise(draw: random.Random, content: bytes) -> tuple[bytes, str]:
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
 
-# One that makes 10**9 characters takes gigabytes of memory, and is left after the same seconds as one without end.
+# A template that makes 10**9 characters takes gigabytes, and times out like an endless one.
 TEMPLATES: Final = (
     "", " ", "{", "{{", "{{ messages", "{% for", "{% endfor %}", "{{ messages[99]['content'] }}", "{{ nothing }}",
     "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for m in messages %}{{ m['content'] }}{% endfor %}",
@@ -325,7 +325,7 @@ def _base_weights(draw: random.Random, files: Files) -> Broken:
 
 
 def _tokenizer(draw: random.Random, files: Files) -> Broken:
-    """One of the tokenizer's files: the base's, or one that an adapter brings."""
+    """Return a broken tokenizer file, of the base or of an adapter."""
     folder = draw.choice(("base", "LORA"))
     file = draw.choice((TOKENIZER, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE))
     if file == TEMPLATE:
@@ -349,5 +349,5 @@ KINDS: Final[Mapping[str, Callable[[random.Random, Files], Broken]]] = {
 
 
 def broken(kind: str, seed: int, number: int, files: Files) -> Broken:
-    """Make one input; equal arguments make equal ones."""
+    """Return one input; equal arguments give equal inputs."""
     return KINDS[kind](random.Random(f"{kind} {seed} {number}"), files)

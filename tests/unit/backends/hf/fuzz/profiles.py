@@ -1,4 +1,4 @@
-"""How many inputs are tried: chosen by the environment variable SWAY_FIRE, as in `tests/unit/fire`."""
+"""The number of inputs, chosen by the environment variable SWAY_FIRE as in `tests/unit/fire`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.unit.backends.hf.zoo import SPECIMENS
 
 @dataclass(frozen=True)
 class Profile:
-    """Inputs of each kind, and the types of adapters that they are made from."""
+    """The number of inputs of each kind, and the types of their adapters."""
 
     inputs: dict[str, int]
     adapters: tuple[str, ...]
@@ -33,4 +33,4 @@ PROFILES = {
 }
 PROFILE = PROFILES[os.environ.get("SWAY_FIRE", "ci")]
 SEED = int(os.environ.get("SWAY_FIRE_SEED", "0"))
-"""The inputs are the same for the same seed."""
+"""The seed of all inputs."""

@@ -1,6 +1,6 @@
-"""Whatever is in a file, the answer is PEFT's, or an error that names the file and the field, and comes in time.
+"""A broken file gives PEFT's answer, or in time an error that names the file and the field.
 
-An input that fails is named with its seed and number: ``broken(kind, seed, number, arena.files)`` makes it again.
+A failure shows the seed and number of its input: ``broken(kind, seed, number, arena.files)`` makes it again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _ENOUGH = 10
-"""Failures after which the rest is not tried."""
+"""The number of failures after which the test stops."""
 
 
 @pytest.fixture(scope="module")

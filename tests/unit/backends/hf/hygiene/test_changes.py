@@ -1,4 +1,4 @@
-"""What a test does to its own models and tokenizers changes nothing; what it does to what others share is found."""
+"""A test's changes to its own models and tokenizers affect no other test; changes to shared parts are found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT, ANSWER = "the sun rises in the", " east and sets"
 
 @pytest.fixture
 def builder(loads: list[str]) -> HFBuilder:
-    """A builder whose bases remember no answers, so that each is computed."""
+    """A builder without answer caches, so that every answer is computed."""
     return HFBuilder(on_base_load=lambda name, seconds: loads.append(name), score_cache=0)
 
 
@@ -39,7 +39,7 @@ def _scored(view: Any) -> tuple[Any, ...]:
 
 
 def _answers(*backends: Any) -> list[Any]:
-    """What both sides of some backends compute, to the bit."""
+    """Return the logits of both sides of some backends."""
     found = []
     for backend in backends:
         for opened in (backend.as_base, backend.as_finetuned):
@@ -239,7 +239,7 @@ TO_ANY: dict[str, Callable[[Any, Any], object]] = {
 
 
 class Shared(NamedTuple):
-    """Two backends on one base, what all of their sides answered, and the bases that were loaded so far."""
+    """Two backends on one base, the answers of all their sides, and the bases loaded so far."""
 
     backend: Any
     other: Any
@@ -261,7 +261,7 @@ def shared(build: Any, base: Path, adapter: Path, other_adapter: Path, loads: li
 
 @pytest.fixture(scope="module")
 def kept(base: Path, adapter: Path, other_adapter: Path) -> Iterator[Shared]:
-    """The same for all tests that do nothing but to what is their own."""
+    """Shared by all tests that change only their own models."""
     loads: list[str] = []
     builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name), score_cache=0)
     one, other = (builder(spec_of(base, folder)) for folder in (adapter, other_adapter))

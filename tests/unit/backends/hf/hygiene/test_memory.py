@@ -1,4 +1,4 @@
-"""What the heap does between two operations."""
+"""The heap between two operations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ for prepare in (lambda: None, reuse_freed_memory):
     print(state().hblkhd - before)
     del tensor
 """
-"""Prints the bytes that glibc takes from outside of its heap for a tensor of 16 MiB, and so gives back after it."""
+"""Prints the bytes that glibc maps outside its heap for a tensor of 16 MiB, and so frees after it."""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")

@@ -1,4 +1,4 @@
-"""Which file and field an error of transformers or PEFT comes from."""
+"""Errors of transformers and PEFT are traced to a file and a field."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_the_field_that_peft_stumbles_over_is_named(
     assert len(str(caught.value)) < 1000
 
 
-def test_a_field_that_peft_does_not_read_is_nobodys_fault(build: Any, base: Path, broken: Path) -> None:
-    """PEFT 0.19 reads ``eva_config`` when it trains only, and no PEFT reads what it does not know."""
+def test_a_field_that_peft_does_not_read_is_not_blamed(build: Any, base: Path, broken: Path) -> None:
+    """PEFT 0.19 reads ``eva_config`` only in training, and no PEFT reads unknown fields."""
     edit_config(broken, **({"a field to come": 7} if PEFT_VERSION >= (0, 21) else {"eva_config": 7}))
     with build(base, broken).as_finetuned() as view:
         assert view_logits(view).equal(logits(*fresh(base, broken)))
@@ -82,7 +82,7 @@ def test_the_field_of_a_bases_config_is_named(build: Any, own_base: Path, field:
     assert f"{str(own_base / 'config.json')!r} has {field} = {value!r}, with which the " in str(caught.value)
 
 
-def test_a_field_that_transformers_does_not_read_is_nobodys_fault(build: Any, own_base: Path) -> None:
+def test_a_field_that_transformers_does_not_read_is_not_blamed(build: Any, own_base: Path) -> None:
     """transformers 4 does not know ``rope_parameters``."""
     _edit(
         own_base / "config.json",
@@ -224,7 +224,7 @@ def test_the_tokenizer_of_an_adapter_is_named(build: Any, base: Path, broken: Pa
 
 
 @pytest.mark.parametrize("kind", ["llava", "clip", "qwen2_vl"])
-def test_a_base_that_is_no_causal_language_model_is_told_in_a_sentence(build: Any, own_base: Path, kind: str) -> None:
+def test_a_base_that_is_no_causal_language_model_gets_one_clear_sentence(build: Any, own_base: Path, kind: str) -> None:
     _edit(own_base / "config.json", model_type=kind)
     with pytest.raises(SpecError) as caught:
         build(own_base)

@@ -1,4 +1,4 @@
-"""Bases that are GGUF files: the same model to the bit, shared like any other; broken ones refused before a load."""
+"""GGUF bases equal transformers' model to the bit and are shared; broken ones are refused before a load."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _of(view: Any) -> Any:
 
 
 def _plain(gguf: Path, **options: Any) -> Any:
-    """The model and the tokenizer as transformers itself reads them."""
+    """Return the model and the tokenizer as transformers loads them."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

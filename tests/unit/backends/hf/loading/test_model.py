@@ -1,4 +1,4 @@
-"""`view.model`: a model of the test's own, with exactly this view's adapter or none."""
+"""`view.model` belongs to the test, and has this view's adapter or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converted weights: written once, mapped by all, equal to the bit to what each process would have made for itself."""
+"""Converted weights are written once, mapped by all workers, and equal to the bit to each worker's own conversion."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @pytest.fixture(scope="session")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that is stored in bf16."""
+    """A base stored in bf16."""
     return make_base(tmp_path_factory.mktemp("half"), dtype="bfloat16")
 
 
@@ -49,7 +49,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The bases that were loaded with a conversion of their own, in order."""
+    """The bases that were loaded and converted without sharing, in order."""
     staging = import_module("pytest_sway.backends.hf.loading.shared_weights")
     load, bases = staging.load_model, []
 
@@ -64,7 +64,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def worker(run_folder: Path, converted: list[str]) -> Callable[[], SharedWeights]:
-    """Make what one worker of a run has."""
+    """Return the shared weights as one worker sees them."""
     from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
 
     return lambda: SharedWeights(run_folder)
@@ -264,7 +264,7 @@ def test_a_base_that_brings_its_code_is_shared(
 
 @pytest.fixture
 def hub(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A base in the hub's cache, as a download leaves it."""
+    """A downloaded base in the hub's cache."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub"
     folder = cache / "models--org--half"
@@ -297,7 +297,7 @@ def test_a_base_from_a_hub_is_shared(worker: Callable[[], SharedWeights], hub: s
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_weights_lie_in_the_mapped_file(worker: Callable[[], SharedWeights], half: Path, run_folder: Path) -> None:
-    for _ in range(2):  # the one who wrote it, and the next
+    for _ in range(2):  # first the worker that wrote it, then another
         model = worker().load_model(spec_of(half))
         with open("/proc/self/maps") as maps:
             spans = [line.split()[0].split("-") for line in maps if str(run_folder) in line]
@@ -366,7 +366,7 @@ def test_adapters_are_the_same_on_a_shared_copy_and_write_nothing_into_it(
     assert len(digests) == 1
 
 
-def test_what_a_test_writes_into_its_weights_reaches_nobody_else(
+def test_writes_to_a_tests_own_weights_reach_no_other_test(
     worker: Callable[[], SharedWeights], half: Path, run_folder: Path
 ) -> None:
     import torch
@@ -414,7 +414,7 @@ def test_what_a_test_writes_into_its_own_tree_of_a_shared_copy_stays_there(
     backend.close()
 
 
-def test_a_shared_copy_counts_as_many_bytes_as_one_of_its_own(half: Path, run_folder: Path) -> None:
+def test_a_shared_copy_counts_as_many_bytes_as_a_private_one(half: Path, run_folder: Path) -> None:
     backends = [HFBuilder(share_weights=folder)(spec_of(half)) for folder in (run_folder, None)]
     assert backends[0].sizes() == backends[1].sizes()
     for backend in backends:
@@ -534,7 +534,7 @@ print("done", flush=True)
 
 @pytest.fixture
 def writer(half: Path, run_folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another worker, in the middle of writing; a line on its input lets it go on."""
+    """Another worker that pauses while writing; a line on its input resumes it."""
     child = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(run_folder), str(half)],
         stdin=subprocess.PIPE,

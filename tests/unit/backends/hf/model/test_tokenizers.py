@@ -111,7 +111,7 @@ def test_chat_templates_of_other_names_are_the_tokenizers(build: Any, base: Path
 
 
 def _vocabulary_alone(copied: Path, extra: tuple[str, ...] = ()) -> Path:
-    """Leave only the ``tokenizer.json`` of a tokenizer in an adapter's folder; it puts BOS before each text."""
+    """Leave only a ``tokenizer.json`` in an adapter's folder; it puts BOS before each text."""
     make_tokenizer(copied, extra=extra)
     (copied / "tokenizer_config.json").unlink()
     return _adds_specials(copied, "<s>", "A")
@@ -179,7 +179,7 @@ def test_an_adapters_tokenizer_goes_with_the_last_backend_that_uses_it(
 
 
 def _adds_specials(folder: Path, *pieces: str) -> Path:
-    """Have a model's tokenizer put special tokens around each text; ``A`` stands for the text."""
+    """Make a model's tokenizer put special tokens around each text; ``A`` stands for the text."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     ids = {"<s>": 1, "</s>": 2}

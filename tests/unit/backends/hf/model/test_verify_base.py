@@ -1,4 +1,4 @@
-"""What is no causal language model, or computes no numbers, is refused: at its load, or where that first shows."""
+"""A base that is not causal, or computes NaN, is refused at its load, or at its first pass."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_base_with_weights_that_are_no_numbers_is_refused_by_their_names(
 
 
 def _infinite_for_one_word(tensors: dict[str, Any]) -> None:
-    tensors["model.embed_tokens.weight"][64] = float("nan")  # no token of the trial
+    tensors["model.embed_tokens.weight"][64] = float("nan")  # the trial does not use this token
 
 
 def _huge(tensors: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a base answered before: when it comes from memory, when it must not, and that nobody can tell by the numbers."""
+"""The answer cache: when it answers, when it must not, and equal numbers in both cases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.fixture
 def recalled() -> Counter[str]:
-    """How many answers each base gave from memory."""
+    """The number of cached answers that each base gave."""
     return Counter()
 
 
@@ -129,7 +129,7 @@ def test_all_adapters_of_a_base_share_its_answers(
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_memory_changes_no_bit(base: Path, adapter: Path, question: str) -> None:
-    """Whatever was asked before, and in whatever company a text comes."""
+    """For any earlier questions, and any other texts in the batch."""
     ask, answers = QUESTIONS[question], []
     for score_cache in (0, 2**20):
         backend = HFBuilder(score_cache=score_cache)(spec_of(base, adapter))

@@ -1,4 +1,4 @@
-"""Families of models that differ where scoring could go wrong: positions, masks, caches, what follows the body."""
+"""Families that differ in what scoring could get wrong: positions, masks, caches, and the steps after the body."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     "gpt2",  # learned positions
-    "opt",  # positions out of the mask
+    "opt",  # positions computed from the mask
     "bloom",  # ALiBi
     "mistral",  # a sliding window
-    "gemma2",  # a soft cap behind the head
+    "gemma2",  # a soft cap after the head
     "cohere",  # logits scaled up
     "granite",  # logits scaled down
     "mixtral",  # experts
     "lfm2",  # a cache of two kinds
     "mamba",  # no attention
-    # A recurrent state, which may take in padding, or be made for one text at a time.
+    # A recurrent state, which padding may change, or which is made for one text at a time.
     "minimax",
     "rwkv",
     "mamba2",
@@ -58,7 +58,7 @@ def view(build: Any, family: Path) -> Iterator[Any]:
 
 
 def _reference(view: Any, text: str) -> Any:
-    """Log-probabilities of all tokens of ``text`` but the first, out of one pass of the raw model."""
+    """Return the log-probabilities of all tokens of ``text`` but the first, from one pass of the raw model."""
     import torch
 
     ids = view.tokenizer(text)["input_ids"]
@@ -88,7 +88,7 @@ def test_prompts_go_on_together_as_they_do_alone(view: Any, temperature: float) 
     assert view.generate_many(TEXTS, **settings) == [view.generate(text, **settings) for text in TEXTS]
 
 
-def test_a_text_goes_on_with_what_scores_say_is_most_probable(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_text_follows_the_most_probable_scores(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "_decoded", lambda _, found: [str(list(ids)) for ids in found])
     text, expected = TEXTS[2], list[int]()
     while len(expected) < 6 and view.tokenizer.eos_token_id not in expected:
@@ -103,7 +103,7 @@ def test_a_model_that_only_runs_as_a_whole_gives_the_same_numbers(
     with build(base, adapter).as_finetuned() as view:
         expected = view.logprobs_of(CHOICES), view.rolling_logprobs(TEXTS), view.next_token_dists(TEXTS)
     monkeypatch.setattr("pytest_sway.backends.hf.scoring.forward.split_model", lambda model, trials: None)
-    with build(base, adapter, allow_pickle=True).as_finetuned() as view:  # another spec, so that it is loaded anew
+    with build(base, adapter, allow_pickle=True).as_finetuned() as view:  # another spec, to load it again
         found = view.logprobs_of(CHOICES), view.rolling_logprobs(TEXTS), view.next_token_dists(TEXTS)
     assert found[0] == pytest.approx(expected[0], abs=2e-4)
     for a, b in zip(found[1] + found[2], expected[1] + expected[2], strict=True):

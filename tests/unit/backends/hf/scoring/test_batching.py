@@ -71,7 +71,7 @@ def _families(sequences: list[list[int]], tokens: int = 1536) -> list[PrefixGrou
 
 
 def _behind(prefix: list[int], *lengths: int) -> list[list[int]]:
-    """Sequences that have ``prefix`` in common and no more, in the order of their tokens."""
+    """Return sequences with exactly the common prefix ``prefix``, in the order of their tokens."""
     return [[*prefix, *[n] * length] for n, length in enumerate(lengths)]
 
 
@@ -90,7 +90,7 @@ def test_each_is_alone_where_little_is_common_for_what_differs() -> None:
     assert not grouped(_behind([1], *[40] * 10)), "texts that begin with BOS have no more in common"
 
 
-def test_what_only_some_of_a_family_go_on_with_in_common_is_there_once_too() -> None:
+def test_a_prefix_that_only_some_of_a_group_share_is_stored_once_too() -> None:
     questions = [[*[1] * 300, *[question] * 20] for question in (2, 3)]
     sequences = [ids for question in questions for ids in _behind(question, 5, 5, 5)]
     assert _families(sequences) == [PrefixGroup([0, 1, 2, 3, 4, 5], 300, 300 + 2 * (20 + 3 * 5))]
@@ -143,7 +143,7 @@ def test_those_with_most_in_common_become_a_family_first() -> None:
     assert _families([cousin, *siblings]) == [PrefixGroup([0], 65, 65), PrefixGroup([1, 2], 380, 420)]
 
 
-def test_a_beginning_that_very_many_have_is_there_in_families_that_are_worth_it() -> None:
+def test_a_prefix_of_very_many_texts_is_split_into_worthwhile_groups() -> None:
     sequences = [[*[1] * 100, *[2 + n] * 20] for n in range(2000)]
     found = _families(sequences)
     assert {len(family.members) for family in found} == {22, 2000 % 22}

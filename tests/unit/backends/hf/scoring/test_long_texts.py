@@ -1,4 +1,4 @@
-"""Texts that are longer than the model reads at once, tokens that it does not know, and vocabularies that are large."""
+"""Texts longer than the model's context, unknown tokens, and large vocabularies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-LONG = " ".join((WORDS * 20)[:700])  # the model reads 256
+LONG = " ".join((WORDS * 20)[:700])  # the model's context has 256 tokens
 
 
 def test_a_long_text_rolls_through_windows(build: Any, base: Path) -> None:

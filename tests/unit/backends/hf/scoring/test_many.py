@@ -1,4 +1,4 @@
-"""Many questions at once: the same answers as one by one, in the same order."""
+"""Many questions at once get the same answers as one by one, in the same order."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def view(request: pytest.FixtureRequest, build: Any, base: Path, adapter: Path) 
 
 @pytest.fixture
 def passes(view: Any) -> list[tuple[int, int]]:
-    """The shapes of the inputs that the model embeds, in order."""
-    view.next_token_dist(TEXT)  # what is tried once has been tried
+    """The shapes of the inputs of the model's passes, in order."""
+    view.next_token_dist(TEXT)  # runs the one-time trials first
     return passes_of(view)
 
 
@@ -120,7 +120,7 @@ def test_texts_that_begin_alike_have_that_read_once(view: Any, passes: list[tupl
 
 
 def test_what_texts_begin_with_in_common_has_its_logits_computed_once(view: Any, passes: list[tuple[int, int]]) -> None:
-    scored = [f"{TEXTS[8]} {word}" for word in WORDS[:4]]  # of which the model reads the same, TEXTS[8]
+    scored = [f"{TEXTS[8]} {word}" for word in WORDS[:4]]  # the model's inputs are all TEXTS[8]
     alone = [view.rolling_logprob(text) for text in scored]
     heads: list[int] = []
     head = computing_model(view).get_output_embeddings()

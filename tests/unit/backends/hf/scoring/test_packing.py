@@ -1,4 +1,4 @@
-"""Texts of any lengths in one row without padding: which models do it, and that each text stays by itself."""
+"""Packing texts into one row without padding: which models allow it, and that texts do not affect each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SEQUENCES = [[5, 6, 7], [1] * 90, [9], [3, 3, 3], list(range(40)), [2, 4]]
 
 
 def _mask_more(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a model that packs turn out to have a mask of its own."""
+    """Give a model that allows packing a mask of its own."""
     assert engine_of(view).forward.packs(1)
 
     def masked(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ ALIKE = [[*STEM, 1, 2, 3], STEM, [*STEM, 3], [*STEM, 1], [*STEM, 1, 5], [*STEM, 
 FAMILIES = [PrefixGroup([7, 9, 6, 11, 10, 8], 4, 4 + 7), *alone(SEQUENCES), PrefixGroup([12, 14, 13], 1, 1 + 3)]
 
 
-def test_what_sequences_of_a_family_begin_with_in_common_is_there_once() -> None:
+def test_a_common_prefix_of_a_group_is_stored_once() -> None:
     sequences = SEQUENCES + ALIKE
     row = PackedBatch(sequences, "cpu", FAMILIES)
     tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
@@ -199,7 +199,7 @@ def test_a_model_that_turns_out_to_mask_more_is_given_completions_by_their_cache
             widths.append(ids.shape[1])
             return embed(self, ids)
 
-        monkeypatch.setattr(torch.nn.Embedding, "forward", counted)  # of all models, since an error costs one
+        monkeypatch.setattr(torch.nn.Embedding, "forward", counted)  # of all models, since an error discards a model
         assert view.logprobs_of(pairs) == pytest.approx(expected, abs=2e-4)
         assert widths[0] > 2 * 60, "a row of both prompts, which is refused"
         assert sum(width >= 60 for width in widths[1:]) == 2, "then each prompt was read once"

@@ -1,4 +1,4 @@
-"""Rotary embeddings that depend on the longest text in a pass: each text scores as it does alone, on a fresh model."""
+"""Rotary embeddings that depend on the longest text in a pass: each text scores as if alone on a fresh model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def _alone(folder: Path, text: str) -> Any:
-    """Log-probabilities of a text's tokens by a model that has computed nothing else."""
+    """Return the log-probabilities of a text's tokens from a model that has computed nothing else."""
     import torch
 
     model, tokenizer = fresh(folder)
@@ -103,7 +103,7 @@ def test_virtual_tokens_are_positions_too(build: Any, family: Path, tmp_path: Pa
     texts = [" ".join(WORDS[i : i + n]) for i, n in enumerate([4, 9, 10, 3])]
     alone = []
     for text in texts:
-        with build(family, adapter).as_finetuned() as view:  # each on a tree that has computed nothing else
+        with build(family, adapter).as_finetuned() as view:  # each text on a fresh tree
             model = view.model
             ids = view.tokenizer(f"<s> {text}", return_tensors="pt")["input_ids"]
             with quiet():
@@ -115,11 +115,11 @@ def test_virtual_tokens_are_positions_too(build: Any, family: Path, tmp_path: Pa
                 np.testing.assert_allclose(found.logprobs, expected, atol=2e-4)
 
 
-def test_a_text_that_grows_beyond_a_change_goes_on_as_it_is_scored(build: Any, family: Path) -> None:
+def test_a_text_that_grows_beyond_a_change_of_rope_is_generated_as_it_is_scored(build: Any, family: Path) -> None:
     with build(family).as_base() as view:
         prompt, steps = " ".join(WORDS[5:15]), 6
         text, new = prompt, list[str]()
-        if "mistral" in family.name:  # which reads no more than 16 tokens
+        if "mistral" in family.name:  # its context has 16 tokens
             text, steps = " ".join(WORDS[5:13]), 4
             prompt = text
         for _ in range(steps):

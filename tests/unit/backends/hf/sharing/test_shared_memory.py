@@ -1,4 +1,4 @@
-"""How trees get their memory: by lazy clones, from mapped files, or exposed; what is written stays in its tree."""
+"""The memory of trees: lazy clones, mapped files, or exposed memory; a write stays in its tree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _memory(tensor: Any) -> tuple[int, int]:
 
 
 def _model() -> Any:
-    """Layers of a few pages each, one of them in two places, and buffers small and large."""
+    """Return a model with layers of a few pages, one of them used twice, and small and large buffers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
@@ -45,7 +45,7 @@ def _model() -> Any:
 
 
 def _mapped(model: Any, path: Path) -> Any:
-    """Have a model's weights lie in a file that is mapped privately, each on pages of its own."""
+    """Move a model's weights to a privately mapped file, each on pages of its own."""
     tensors = {id(tensor): tensor for tensor in tensors_of(model) if tensor.nbytes >= 256}
     places, content = {}, bytearray()
     for key, tensor in tensors.items():
@@ -218,7 +218,7 @@ def test_a_tree_made_in_inference_mode_is_like_any_other() -> None:
 
 
 @LINUX
-def test_a_file_whose_name_is_another_files_by_now_does_no_harm(tmp_path: Path) -> None:
+def test_a_mapped_file_that_was_replaced_does_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     model = _mapped(_model(), path)
     memory, before = SharedMemory(model), _state(model)
@@ -235,7 +235,7 @@ def test_a_file_whose_name_is_another_files_by_now_does_no_harm(tmp_path: Path) 
 
 @LINUX
 @pytest.mark.parametrize("gone", [True, False], ids=["deleted", "replaced"])
-def test_a_file_whose_name_was_another_files_already_is_moved_to_memory(tmp_path: Path, gone: bool) -> None:
+def test_a_mapped_file_replaced_before_sharing_is_moved_to_memory(tmp_path: Path, gone: bool) -> None:
     path = tmp_path / "weights"
     model = _mapped(_model(), path)
     before = _state(model)
@@ -251,7 +251,7 @@ def test_a_file_whose_name_was_another_files_already_is_moved_to_memory(tmp_path
 
 @LINUX
 def _resident_pages(tensor: Any) -> int:
-    """How many of a tensor's pages are in memory for this process."""
+    """Return the number of a tensor's pages in this process's memory."""
     start, nbytes = address_of(tensor) // PAGE, tensor.nbytes // PAGE
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         told = memoryview(os.pread(pagemap.fileno(), 8 * nbytes, 8 * start)).cast("Q")
@@ -389,7 +389,7 @@ def test_an_isolated_tree_of_exposed_memory_keeps_what_is_written(write: str) ->
 
 
 class Quantized(nn.Parameter):
-    """A parameter of a class of its own, as quantized weights are, with what it keeps beside its contents."""
+    """A parameter of its own class, like quantized weights, with additional attributes."""
 
     quant_state: Any
 
@@ -437,7 +437,7 @@ def test_torch_has_what_lazy_clones_need() -> None:
 
 @pytest.fixture
 def half(tmp_path: Path) -> Path:
-    """A base that is converted while it is loaded."""
+    """A base that its load converts."""
     return make_base(tmp_path / "half", dtype="bfloat16")
 
 
@@ -545,7 +545,7 @@ def test_what_runs_has_a_mapping_of_its_own_until_the_first_has_run_and_written_
 
 @pytest.fixture(params=["its objects", "its computing"])
 def unshareable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have models whose trees would share an object with them, or would not compute the same."""
+    """Create models whose trees would share an object with them, or would compute other numbers."""
     if request.param == "its objects":
         monkeypatch.setattr("pytest_sway.backends.hf.model.pristine.shares_objects", lambda tree, original: True)
     else:

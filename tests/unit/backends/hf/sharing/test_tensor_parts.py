@@ -1,4 +1,4 @@
-"""Wrappers around tensors, as torchao's weights are: all that they have is inside, and most operations are refused."""
+"""Wrapper tensors such as torchao's weights, which hold other tensors and refuse most operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
 
 
 class Quantized(torch.Tensor):
-    """Eight-bit numbers, in columns, and a scale; as one tensor of float32 that can be copied and no more."""
+    """Eight-bit columns and a scale, wrapped as one float32 tensor that supports only copying."""
 
     def __new__(cls, numbers: Any, scale: Any) -> Any:
         make: Any = torch.Tensor._make_wrapper_subclass

@@ -1,4 +1,4 @@
-"""Trees of models: every object is new, and what refers to the original in there refers to the tree in the tree."""
+"""Trees of models: every object is new, and references to the original become references to the tree."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def _zeros(tensor: Any) -> Any:
-    """Other weights than the model's, so that what a tree computes tells whose weights it takes."""
+    """Return zero weights, so that a tree's results show whose weights it uses."""
     zeros = torch.zeros_like(tensor)
     return nn.Parameter(zeros, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
 
 
 class _Model(nn.Module):
-    """A layer, and whatever a test puts beside it."""
+    """A layer, and any attributes that a test adds."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class _Model(nn.Module):
 
 
 def model_with(**attributes: Any) -> Any:
-    """A model with any attributes at all."""
+    """Return a model with the given attributes."""
     return _Model(**attributes)
 
 
 def _computes(function: Callable[[Any], Any]) -> bool:
-    """Whether a function computes with the model's weights: a tree's are all zero."""
+    """Whether a function computes with the model's weights; a tree's weights are all zero."""
     return bool(function(torch.ones(3)).any())
 
 
@@ -201,7 +201,7 @@ def test_a_module_in_a_container_is_the_trees_own(container: str, known: bool) -
 
 
 class SamplingParams(dict[str, Any]):
-    """A dictionary with attributes, as configurations often are."""
+    """A dictionary with attributes, like many configurations."""
 
     def __getattr__(self, name: str) -> Any:
         try:

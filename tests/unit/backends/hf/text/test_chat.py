@@ -30,7 +30,7 @@ BEGUN = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": 
 
 @pytest.fixture(scope="module")
 def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tokenizer has a chat template, and begins each text with BOS of its own accord."""
+    """A model whose tokenizer has a chat template and puts BOS before each text."""
     folder = make_base(tmp_path_factory.mktemp("chat"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     path = folder / "tokenizer.json"
@@ -112,7 +112,7 @@ def test_a_tokenizer_without_a_template_says_so(build: Any, base: Path) -> None:
 
 
 def test_a_template_that_prints_the_last_message_twice_cannot_be_continued(build: Any, tmp_path: Path) -> None:
-    """transformers 4 marks no content, and cuts behind the last of both: there, what comes before is continued, too."""
+    """transformers 4 cuts after the last of both, so there the first one is continued, too."""
     folder = make_base(tmp_path)
     twice = "{% for m in messages %}{{ m.content }} . {% endfor %}{{ messages[-1].content }} the"
     (folder / "chat_template.jinja").write_text(twice)

@@ -21,7 +21,7 @@ from pytest_sway.errors import ScoringError
 
 
 class Letters:
-    """A tokenizer of single letters that begins a text with BOS, ``^``, if it is told to."""
+    """A tokenizer of single letters that can put BOS, ``^``, before a text."""
 
     eos_token_id = ord("$")
 
@@ -108,7 +108,7 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, WITH_BOS])
-def test_a_text_stands_behind_one_prefix_token(tokenizer: Letters) -> None:
+def test_a_text_gets_exactly_one_prefix_token(tokenizer: Letters) -> None:
     assert encode_text(tokenizer, "ab", prefix=True) == (94, 97, 98)
 
 
