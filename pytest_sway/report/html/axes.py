@@ -1,0 +1,90 @@
+"""Where the values of a chart stand, in percent of its width, and the shape of sorted differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+_INSET: Final = 5.0
+"""Percent of the width that are left free on both sides, so that labels fit."""
+_TICKS: Final = 5
+_STEPS: Final = (1.0, 2.0, 5.0, 10.0)
+_TALL: Final = 1000
+"""Units of a shape's height, so that its coordinates are whole and short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A linear axis from the first of its ticks to the last."""
+
+    ticks: tuple[float, ...]
+
+    @classmethod
+    def over(cls, values: Iterable[float | None]) -> Self:
+        """The axis on which all values stand, and zero."""
+        known = [0.0, *(value for value in values if value is not None and math.isfinite(value))]
+        low, high = min(known), max(known)
+        step = _step((high - low) or 1.0)
+        first, last = math.floor(low / step), math.ceil(high / step)
+        return cls(tuple(round(at * step, 12) for at in range(first, max(last, first + 1) + 1)))
+
+    def at(self, value: float | None) -> float:
+        """Where a value stands, in percent; what is on no axis stands at zero."""
+        low, high = self.ticks[0], self.ticks[-1]
+        share = ((value if value is not None and math.isfinite(value) else 0.0) - low) / (high - low)
+        return round(_INSET + min(max(share, 0.0), 1.0) * (100 - 2 * _INSET), 2)
+
+
+def _step(span: float) -> float:
+    unit = 10.0 ** math.floor(math.log10(span / _TICKS))
+    return next(unit * step for step in _STEPS if span / (unit * step) <= _TICKS)
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Differences in order, as two shapes over ``width`` times `_TALL` units: what lost, and what gained.
+
+    Attributes:
+        width: How many bars there are.
+        lost: The path of the bars below zero.
+        gained: The path of those above.
+        zero: Where zero stands.
+        band: Where the interval of the mean begins, and how tall it is.
+        mean: Where the mean stands.
+    """
+
+    width: int
+    lost: str
+    gained: str
+    zero: int
+    band: tuple[int, int]
+    mean: int
+
+    @classmethod
+    def of(cls, differences: Sequence[float], mean: float | None, low: float | None, high: float | None) -> Self:
+        """The bars of sorted differences, and the interval of their mean."""
+        drawn = [0.0, *differences, *(value for value in (mean, low, high) if value is not None)]
+        top, bottom = max(drawn), min(drawn)
+
+        def y(value: float | None) -> int:
+            return round(_TALL * (top - (value or 0.0)) / ((top - bottom) or 1.0))
+
+        edge = y(high)
+        return cls(
+            len(differences),
+            "".join(_bars([(at, y(each)) for at, each in enumerate(differences) if each < 0], y(0.0))),
+            "".join(_bars([(at, y(each)) for at, each in enumerate(differences) if each > 0], y(0.0))),
+            y(0.0),
+            (edge, max(y(low) - edge, 1)),
+            y(mean),
+        )
+
+
+def _bars(tops: Sequence[tuple[int, int]], zero: int) -> Iterator[str]:
+    """A bar of width 1 for each; there is no gap, so that hundreds of them stay one shape."""
+    if tops:
+        yield f"M{tops[0][0]} {zero}"
+        yield from (f"V{top}h1" for _, top in tops)
+        yield f"V{zero}z"

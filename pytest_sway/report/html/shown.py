@@ -1,0 +1,156 @@
+"""A comparison as the page shows it, made of its part of the run record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Self
+
+from pytest_sway.report.html.axes import Axis, Bars
+from pytest_sway.report.html.texts import Run, Token, beginning, clipped, most_changed, parts, runs
+from pytest_sway.report.html.words import failed, verdict
+
+_CLAIM: Final = re.compile(r"(over|under) (.+)")
+_EXTREMES: Final = 5
+_ROWS: Final = 10_000
+_TOKENS: Final = 30_000
+"""How many rows, and tokens, a page has room for; many comparisons share it, and each has some."""
+
+
+class Room(NamedTuple):
+    """How much of one comparison is shown."""
+
+    rows: int
+    tokens: int
+
+    @classmethod
+    def among(cls, comparisons: int) -> Self:
+        """An equal share for each."""
+        return cls(max(_ROWS // comparisons, 20), max(_TOKENS // (comparisons * 2 * _EXTREMES), 20))
+
+
+class Row(NamedTuple):
+    """A question in the table of all of them."""
+
+    beginning: str
+    difference: float
+    candidate: float
+    baseline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One of the worst or best questions, with its tokens where they are known.
+
+    Attributes:
+        row: Its scores.
+        prompt: What was given.
+        answer: What was scored.
+        sides: For each other side its name, and the text coloured by how much more probable it became since.
+        tokens: Those that changed most.
+        left_out: How many tokens are not shown.
+    """
+
+    row: Row
+    prompt: str
+    answer: str
+    sides: list[tuple[str, list[Run]]]
+    tokens: list[Token]
+    left_out: int
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], most: int) -> Self:
+        """What is shown of a row of the record, of at most so many tokens."""
+        known = row.get("tokens") or {}
+        tokens = {side: values and values[:most] for side, values in known.items()}
+        prompt, answer = parts(row["question"])
+        sides = [(side, runs(tokens, "candidate", side)) for side in ("baseline", "base")]
+        return cls(
+            _row(row),
+            clipped(prompt, from_end=True),
+            clipped(answer),
+            [(side, coloured) for side, coloured in sides if coloured],
+            most_changed(tokens),
+            len(known.get("text") or ()) - len(tokens.get("text") or ()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A comparison on the page.
+
+    Attributes:
+        record: Its part of the run record.
+        number: Its place in that.
+        failed: Whether its test failed.
+        verdict: One word.
+        margin: What its test asserted a bound to be over or under; ``None`` where that is not known.
+        holds: From where to where the axis is as was asserted, in percent.
+        axis: The axis on which its interval stands, with others of the same unit.
+        bars: Its differences, sorted.
+        lost: How many questions lost.
+        gained: How many gained.
+        worst: The worst questions.
+        best: The best of the others.
+        rows: All questions from the worst to the best, or as many of the worst and best as there is room for.
+    """
+
+    record: Mapping[str, Any]
+    number: int
+    failed: bool
+    verdict: str
+    margin: float | None
+    holds: tuple[float, float]
+    axis: Axis
+    bars: Bars
+    lost: int
+    gained: int
+    worst: list[Text]
+    best: list[Text]
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], number: int, axis: Axis, room: Room) -> Self:
+        """What is shown of a comparison."""
+        scored = (row for row in record.get("rows") or () if None not in (row["candidate"], row["baseline"]))
+        ordered: Sequence[Mapping[str, Any]] = sorted(scored, key=_difference)
+        differences = list(map(_difference, ordered))
+        over, margin = claimed(record)
+        holds = (axis.at(margin), 100.0) if over else (0.0, axis.at(margin))
+        return cls(
+            record,
+            number,
+            failed(record),
+            verdict(record),
+            margin,
+            holds,
+            axis,
+            Bars.of(differences, record["mean"], record["low"], record["high"]),
+            sum(each < 0 for each in differences),
+            sum(each > 0 for each in differences),
+            [Text.of(row, room.tokens) for row in ordered[:_EXTREMES]],
+            [Text.of(row, room.tokens) for row in ordered[_EXTREMES:][-_EXTREMES:][::-1]],
+            [_row(row) for row in _both_ends(ordered, room.rows)],
+        )
+
+
+def claimed(record: Mapping[str, Any]) -> tuple[bool, float | None]:
+    """Whether a bound was asserted to be over a margin rather than under it, and the margin."""
+    match = _CLAIM.fullmatch(record.get("claim") or "")
+    try:
+        return (match[1] == "over", float(match[2])) if match else (True, None)
+    except ValueError:
+        return True, None
+
+
+def _both_ends(ordered: Sequence[Any], most: int) -> Sequence[Any]:
+    return ordered if len(ordered) <= most else [*ordered[: most - most // 2], *ordered[-(most // 2) :]]
+
+
+def _difference(row: Mapping[str, Any]) -> float:
+    return float(row["candidate"]) - float(row["baseline"])
+
+
+def _row(row: Mapping[str, Any]) -> Row:
+    return Row(beginning(row["question"]), _difference(row), row["candidate"], row["baseline"])
