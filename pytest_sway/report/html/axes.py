@@ -11,6 +11,8 @@ _INSET: Final = 5.0
 """Percent of the width that are left free on both sides, so that labels fit."""
 _TICKS: Final = 5
 _STEPS: Final = (1.0, 2.0, 5.0, 10.0)
+_FEW: Final = 60
+"""Up to how many bars there are gaps between them."""
 _TALL: Final = 1000
 """Units of a shape's height, so that its coordinates are whole and short."""
 
@@ -51,7 +53,6 @@ class Bars:
         lost: The path of the bars below zero.
         gained: The path of those above.
         zero: Where zero stands.
-        band: Where the interval of the mean begins, and how tall it is.
         mean: Where the mean stands.
     """
 
@@ -59,32 +60,30 @@ class Bars:
     lost: str
     gained: str
     zero: int
-    band: tuple[int, int]
     mean: int
 
     @classmethod
-    def of(cls, differences: Sequence[float], mean: float | None, low: float | None, high: float | None) -> Self:
-        """The bars of sorted differences, and the interval of their mean."""
-        drawn = [0.0, *differences, *(value for value in (mean, low, high) if value is not None)]
-        top, bottom = max(drawn), min(drawn)
+    def of(cls, differences: Sequence[float], mean: float | None) -> Self:
+        """The bars of sorted differences, and their mean."""
+        top, bottom = max([0.0, *differences]), min([0.0, *differences])
+        gap = len(differences) <= _FEW
 
         def y(value: float | None) -> int:
             return round(_TALL * (top - (value or 0.0)) / ((top - bottom) or 1.0))
 
-        edge = y(high)
+        zero = y(0.0)
         return cls(
             len(differences),
-            "".join(_bars([(at, y(each)) for at, each in enumerate(differences) if each < 0], y(0.0))),
-            "".join(_bars([(at, y(each)) for at, each in enumerate(differences) if each > 0], y(0.0))),
-            y(0.0),
-            (edge, max(y(low) - edge, 1)),
+            "".join(_bars([(at, y(each)) for at, each in enumerate(differences) if each < 0], zero, gap)),
+            "".join(_bars([(at, y(each)) for at, each in enumerate(differences) if each > 0], zero, gap)),
+            zero,
             y(mean),
         )
 
 
-def _bars(tops: Sequence[tuple[int, int]], zero: int) -> Iterator[str]:
-    """A bar of width 1 for each; there is no gap, so that hundreds of them stay one shape."""
+def _bars(tops: Sequence[tuple[int, int]], zero: int, gap: bool) -> Iterator[str]:
+    """A bar of width 1 for each; without a gap, hundreds of them are one silhouette."""
     if tops:
         yield f"M{tops[0][0]} {zero}"
-        yield from (f"V{top}h1" for _, top in tops)
+        yield from (f"V{top}h.8V{zero}h.2" if gap else f"V{top}h1" for _, top in tops)
         yield f"V{zero}z"

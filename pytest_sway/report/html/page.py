@@ -35,8 +35,7 @@ def page(record: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(words, name) for name in ("signed", "plain", "short", "size", "times")}
-    environment.filters["chance"] = words.probability
+    environment.filters |= {name: getattr(words, name) for name in ("signed", "plain", "short", "times", "percent", "claim", "probability")}
     style = _own("page.css")
     comparisons: Sequence[Mapping[str, Any]] = record.get("comparisons") or ()
     leaks, mutations = list(record.get("leaks") or ()), list(record.get("mutations") or ())

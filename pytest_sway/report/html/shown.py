@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self
 
 from pytest_sway.report.html.axes import Axis, Bars
-from pytest_sway.report.html.texts import Run, Token, beginning, clipped, most_changed, parts, runs
+from pytest_sway.report.html.texts import Run, Token, brief, clipped, most_changed, parts, runs
 from pytest_sway.report.html.words import failed, verdict
 
 _CLAIM: Final = re.compile(r"(over|under) (.+)")
@@ -33,7 +33,7 @@ class Room(NamedTuple):
 class Row(NamedTuple):
     """A question in the table of all of them."""
 
-    beginning: str
+    question: str
     difference: float
     candidate: float
     baseline: float
@@ -126,7 +126,7 @@ class Shown:
             margin,
             holds,
             axis,
-            Bars.of(differences, record["mean"], record["low"], record["high"]),
+            Bars.of(differences, record["mean"]),
             sum(each < 0 for each in differences),
             sum(each > 0 for each in differences),
             [Text.of(row, room.tokens) for row in ordered[:_EXTREMES]],
@@ -153,4 +153,4 @@ def _difference(row: Mapping[str, Any]) -> float:
 
 
 def _row(row: Mapping[str, Any]) -> Row:
-    return Row(beginning(row["question"]), _difference(row), row["candidate"], row["baseline"])
+    return Row(brief(row["question"]), _difference(row), row["candidate"], row["baseline"])

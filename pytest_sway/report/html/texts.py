@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 
-_LONGEST: Final = 48
+_HEAD: Final = 18
+_TAIL: Final = 9
 _LONG: Final = 600
-_MOST: Final = 6
+_MOST: Final = 4
 """How many tokens of a text stand in the table of those that changed."""
 _SHARES: Final = (math.log(1.1), math.log(2), math.log(10))
 """What makes a change small, large and very large, in nats: a tenth, twice and ten times as probable or improbable."""
@@ -37,10 +38,12 @@ class Token(NamedTuple):
         return None if self.candidate is None or self.baseline is None else self.candidate - self.baseline
 
 
-def beginning(question: Any) -> str:
-    """A question's beginning, on one line."""
+def brief(question: Any) -> str:
+    """A question on one line: its beginning and its end."""
     text = " ".join("".join(parts(question)).split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
+    if len(text) <= _HEAD + _TAIL + 1:
+        return text
+    return f"{text[:_HEAD]}\N{HORIZONTAL ELLIPSIS}{text[-_TAIL:]}"
 
 
 def parts(question: Any) -> tuple[str, str]:

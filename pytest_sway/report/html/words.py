@@ -25,6 +25,16 @@ def short(number: float) -> str:
     return f"{number:.4g}".replace("-", _MINUS)
 
 
+def percent(share: float) -> str:
+    """A share of one in percent."""
+    return f"{100 * share:.4g}%"
+
+
+def claim(text: str) -> str:
+    """What was asserted, with a minus where it has a hyphen."""
+    return text.replace(" -", f" {_MINUS}")
+
+
 def probability(p: float | None) -> str:
     """A p-value."""
     if p is None:
@@ -61,23 +71,23 @@ def verdict(comparison: Mapping[str, Any]) -> str:
     return found or str(comparison.get("outcome") or "passed")
 
 
-def headline(comparisons: Sequence[Mapping[str, Any]], exit_status: int | None) -> str:
-    """The run's verdict in one sentence."""
+def headline(comparisons: Sequence[Mapping[str, Any]], exit_status: int | None) -> tuple[str, str]:
+    """The run's verdict in one sentence: what came out, and what is to be said of it."""
     lost = [each for each in comparisons if failed(each)]
     if not comparisons:
-        return "Nothing was compared"
+        return "Nothing was compared", ""
     if lost:
         told = f"{len(lost)} of {times(len(comparisons), 'comparison')} failed"
         if len(comparisons) == 1:
             told = "The comparison failed"
-        return f"{told}: {_listed(lost)}"
+        return f"{told}: ", _listed(lost)
     told = "The comparison passed" if len(comparisons) == 1 else f"All {len(comparisons)} comparisons passed"
-    return told if exit_status in (0, None) else f"{told}, but the run failed with exit status {exit_status}"
+    return told, "" if exit_status in (0, None) else f", but the run failed with exit status {exit_status}"
 
 
 def _listed(lost: Sequence[Mapping[str, Any]]) -> str:
     words = {"refuted": "is refuted", "undecided": "is undecided", "shown": "is shown"}
-    told = [f"{each['name']} {words.get(verdict(each), 'failed')}" for each in lost[:_NAMED]]
+    told = [f"\N{LEFT DOUBLE QUOTATION MARK}{each['name']}\N{RIGHT DOUBLE QUOTATION MARK} {words.get(verdict(each), 'failed')}" for each in lost[:_NAMED]]
     if len(lost) > _NAMED:
         told.append(f"and {len(lost) - _NAMED} more")
     return "; ".join(told)
