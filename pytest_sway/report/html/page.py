@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Final
 
 from pytest_sway.report.html import words
 from pytest_sway.report.html.axes import Axis
-from pytest_sway.report.html.shown import Room, Shown, claimed
+from pytest_sway.report.html.shown import Room, Shown
 from pytest_sway.report.html.timeline import workers
 
 _POLICY: Final = "default-src 'none'; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
@@ -35,51 +32,24 @@ def page(record: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(words, name) for name in ("signed", "plain", "short", "times", "percent", "claim", "probability")}
+    environment.filters |= {name: getattr(words, name) for name in ("signed", "plain", "short", "times", "percent", "probability")}
     style = _own("page.css")
-    comparisons: Sequence[Mapping[str, Any]] = record.get("comparisons") or ()
-    leaks, mutations = list(record.get("leaks") or ()), list(record.get("mutations") or ())
-    run = record.get("run") or {}
+    comparisons, leaks, mutations = record["comparisons"], record["leaks"], record["mutations"]
     seconds, timeline = workers(record)
     return environment.from_string(_own("page.html.j2")).render(
         policy=_POLICY.format(base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()),
         style=Markup(style),  # noqa: S704 # ours
-        headline=words.headline(comparisons, run.get("exit_status")),
+        headline=words.headline(comparisons, record["run"]["exit_status"]),
         findings=words.findings(leaks, mutations),
-        run=run,
-        versions=record.get("versions") or {},
-        specs=record.get("specs") or {},
+        run=record["run"],
+        facts={**record["versions"], **record.get("devices", {})},
+        specs=record["specs"],
         groups=_groups(comparisons),
         seconds=seconds,
         workers=timeline,
         leaks=leaks,
         mutations=mutations,
     )
-
-
-def write_page(path: Path, record: Mapping[str, Any]) -> None:
-    """Write the page of a run, whole or not at all.
-
-    Raises:
-        ImportError: Jinja2 is not installed.
-        OSError: The file cannot be written.
-    """
-    content = page(record).encode("utf-8", "replace")  # half a surrogate pair is no text
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _own(name: str) -> str:
@@ -101,4 +71,4 @@ def _groups(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[str, Axis, l
 
 def _drawn(comparisons: Iterable[Mapping[str, Any]]) -> Iterable[float | None]:
     for each in comparisons:
-        yield from (each["low"], each["high"], claimed(each)[1])
+        yield from (each["low"], each["high"], each["margin"])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self
 
 from pytest_sway.report.html.axes import Axis, Bars
 from pytest_sway.report.html.texts import Run, Token, brief, clipped, most_changed, parts, runs
-from pytest_sway.report.html.words import failed, verdict
+from pytest_sway.report.html.words import asserted, failed
 
-_CLAIM: Final = re.compile(r"(over|under) (.+)")
 _EXTREMES: Final = 5
 _ROWS: Final = 10_000
 _TOKENS: Final = 30_000
@@ -84,7 +82,7 @@ class Shown:
         record: Its part of the run record.
         number: Its place in that.
         failed: Whether its test failed.
-        verdict: One word.
+        asserted: What it shows of what its test asserted.
         margin: What its test asserted a bound to be over or under; ``None`` where that is not known.
         holds: From where to where the axis is as was asserted, in percent.
         axis: The axis on which its interval stands, with others of the same unit.
@@ -99,7 +97,7 @@ class Shown:
     record: Mapping[str, Any]
     number: int
     failed: bool
-    verdict: str
+    asserted: str
     margin: float | None
     holds: tuple[float, float]
     axis: Axis
@@ -116,13 +114,14 @@ class Shown:
         scored = (row for row in record.get("rows") or () if None not in (row["candidate"], row["baseline"]))
         ordered: Sequence[Mapping[str, Any]] = sorted(scored, key=_difference)
         differences = list(map(_difference, ordered))
-        over, margin = claimed(record)
-        holds = (axis.at(margin), 100.0) if over else (0.0, axis.at(margin))
+        margin = record["margin"]
+        under = (record["claim"] or "").startswith("under")
+        holds = (0.0, axis.at(margin)) if under else (axis.at(margin), 100.0)
         return cls(
             record,
             number,
             failed(record),
-            verdict(record),
+            asserted(record),
             margin,
             holds,
             axis,
@@ -133,15 +132,6 @@ class Shown:
             [Text.of(row, room.tokens) for row in ordered[_EXTREMES:][-_EXTREMES:][::-1]],
             [_row(row) for row in _both_ends(ordered, room.rows)],
         )
-
-
-def claimed(record: Mapping[str, Any]) -> tuple[bool, float | None]:
-    """Whether a bound was asserted to be over a margin rather than under it, and the margin."""
-    match = _CLAIM.fullmatch(record.get("claim") or "")
-    try:
-        return (match[1] == "over", float(match[2])) if match else (True, None)
-    except ValueError:
-        return True, None
 
 
 def _both_ends(ordered: Sequence[Any], most: int) -> Sequence[Any]:

@@ -49,8 +49,8 @@ def brief(question: Any) -> str:
 def parts(question: Any) -> tuple[str, str]:
     """The prompt and the answer of a pair; of anything else nothing and its text."""
     if isinstance(question, list | tuple) and len(question) == 2 and isinstance(question[1], str):
-        return _prompt(question[0]), question[1]
-    return "", question if isinstance(question, str) else repr(question)
+        return str(question[0]), question[1]
+    return "", str(question)
 
 
 def clipped(text: str, *, from_end: bool = False) -> str:
@@ -58,14 +58,6 @@ def clipped(text: str, *, from_end: bool = False) -> str:
     if len(text) <= _LONG:
         return text
     return f"\N{HORIZONTAL ELLIPSIS}{text[-_LONG:]}" if from_end else f"{text[:_LONG]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _prompt(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list | tuple) and all(isinstance(turn, Mapping) for turn in prompt):
-        return "".join(f"{turn.get('role')}: {turn.get('content')}\n" for turn in prompt)
-    return repr(prompt)
 
 
 def runs(tokens: Mapping[str, Any], new: str, old: str) -> list[Run]:

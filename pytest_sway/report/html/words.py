@@ -30,8 +30,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.4g}%"
 
 
-def claim(text: str) -> str:
-    """What was asserted, with a minus where it has a hyphen."""
+def asserted(comparison: Mapping[str, Any]) -> str:
+    """What a comparison shows of the margin that its test has asserted, or of 0 where that is not known."""
+    if comparison["claim"] is None:
+        return _typeset(comparison.get("against_0") or "")
+    return _typeset(f"{comparison['claim']}: {comparison['verdict']}")
+
+
+def _typeset(text: str) -> str:
     return text.replace(" -", f" {_MINUS}")
 
 
@@ -47,28 +53,9 @@ def times(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def size(count: float | None) -> str:
-    """Bytes, in the largest unit that leaves a whole part."""
-    if not count:
-        return ""
-    value, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
-    unit = next(units)
-    for larger in units:
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
 def failed(comparison: Mapping[str, Any]) -> bool:
     """Whether the comparison's test failed."""
-    return comparison.get("outcome") == "failed"
-
-
-def verdict(comparison: Mapping[str, Any]) -> str:
-    """One word for what a comparison came to: ``refuted``, ``undecided``, ``shown``, or its test's outcome."""
-    found = str(comparison.get("verdict") or "").partition(",")[0]
-    return found or str(comparison.get("outcome") or "passed")
+    return bool(comparison["outcome"] == "failed")
 
 
 def headline(comparisons: Sequence[Mapping[str, Any]], exit_status: int | None) -> tuple[str, str]:
@@ -86,11 +73,15 @@ def headline(comparisons: Sequence[Mapping[str, Any]], exit_status: int | None) 
 
 
 def _listed(lost: Sequence[Mapping[str, Any]]) -> str:
-    words = {"refuted": "is refuted", "undecided": "is undecided", "shown": "is shown"}
-    told = [f"\N{LEFT DOUBLE QUOTATION MARK}{each['name']}\N{RIGHT DOUBLE QUOTATION MARK} {words.get(verdict(each), 'failed')}" for each in lost[:_NAMED]]
+    told = [f"\N{LEFT DOUBLE QUOTATION MARK}{each['name']}\N{RIGHT DOUBLE QUOTATION MARK} {_outcome(each)}" for each in lost[:_NAMED]]
     if len(lost) > _NAMED:
         told.append(f"and {len(lost) - _NAMED} more")
     return "; ".join(told)
+
+
+def _outcome(comparison: Mapping[str, Any]) -> str:
+    verdict = (comparison["verdict"] or "").partition(",")[0]
+    return f"is {verdict}" if verdict in ("refuted", "undecided") else "failed"
 
 
 def findings(leaks: Iterable[str], mutations: Iterable[str]) -> str:

@@ -63,21 +63,29 @@ def comparison(
         "p_holm": 0.0861,
         "drift": None,
         "claim": None if margin is None else f"over {margin:.4g}",
+        "margin": margin,
+        "against_0": "over 0: undecided, needs about 900 prompts",
         "verdict": verdict,
         "rows": made,
         **changed,
     }
 
 
+def event(at: float, kind: str, spec: str, **changed: Any) -> dict[str, Any]:
+    """Something that happened in a worker."""
+    return {"at": at, "event": kind, "spec": spec, "count": 1, "seconds": None, "bytes": None} | changed
+
+
 def record(comparisons: Sequence[dict[str, Any]] = (), **changed: Any) -> dict[str, Any]:
     """A run of two workers."""
     spec = "SmolLM2-135M-Instruct + runs/v"
     events = [
-        {"at": 1.6, "event": "load", "spec": f"{spec}3", "seconds": 0.8, "bytes": 5.4e8},
-        {"at": 2.4, "event": "load", "spec": f"{spec}4", "seconds": 0.5, "bytes": 3.1e7},
-        *({"at": 3 + 0.31 * at, "event": "hit", "spec": f"{spec}{3 + at % 2}"} for at in range(16)),
-        {"at": 8.4, "event": "evict", "spec": f"{spec}3"},
-        {"at": 9.3, "event": "load", "spec": f"{spec}2", "seconds": 0.7, "bytes": 5.4e8},
+        event(1.6, "load", f"{spec}3", seconds=0.8, bytes=541_000_000, resident_bytes=541_000_000),
+        event(2.4, "load", f"{spec}4", seconds=0.5, bytes=541_000_000, resident_bytes=572_000_000),
+        *(event(3 + 0.31 * at, "hit", f"{spec}{3 + at % 2}", count=2) for at in range(16)),
+        event(8.4, "evict", f"{spec}3", bytes=541_000_000, resident_bytes=572_000_000),
+        event(8.5, "close", f"{spec}3", bytes=541_000_000, resident_bytes=541_000_000),
+        event(9.3, "load", f"{spec}2", seconds=0.7, bytes=541_000_000, resident_bytes=572_000_000),
     ]
     return {
         "schema": 1,
@@ -89,9 +97,13 @@ def record(comparisons: Sequence[dict[str, Any]] = (), **changed: Any) -> dict[s
             "workers": 2,
         },
         "versions": {"python": "3.11.7", "pytest": "9.2.0", "pytest-sway": "0.1.0", "torch": "2.13.0"},
+        "devices": {"cpu": "a processor"},
         "specs": {"candidate": {"fields": {"base": "SmolLM2", "adapter": "runs/v4"}, "digest": "3f2a9c"}},
         "comparisons": list(comparisons),
-        "workers": {"gw0": {"events": events}, "gw1": {"events": events[:4]}},
+        "workers": {
+            "gw0": {"error": None, "events": events, "left_out": 0},
+            "gw1": {"error": None, "events": events[:4], "left_out": 0},
+        },
         "leaks": [],
         "mutations": [],
         **changed,
