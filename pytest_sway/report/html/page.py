@@ -32,7 +32,9 @@ def page(record: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(words, name) for name in ("signed", "plain", "short", "times", "percent", "probability")}
+    environment.filters |= {
+        name: getattr(words, name) for name in ("signed", "plain", "short", "times", "percent", "probability")
+    }
     style = _own("page.css")
     comparisons, leaks, mutations = record["comparisons"], record["leaks"], record["mutations"]
     seconds, timeline = workers(record)

@@ -91,9 +91,7 @@ def _when(event: Mapping[str, Any]) -> float:
     return float(event["at"])
 
 
-def _worker(
-    name: str, events: Sequence[Mapping[str, Any]], told: Mapping[str, Any], axis: Axis, end: float
-) -> Worker:
+def _worker(name: str, events: Sequence[Mapping[str, Any]], told: Mapping[str, Any], axis: Axis, end: float) -> Worker:
     lanes: dict[str, Lane] = {}
     since: dict[str, float] = {}
     for event in events:

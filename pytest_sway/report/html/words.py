@@ -73,7 +73,10 @@ def headline(comparisons: Sequence[Mapping[str, Any]], exit_status: int | None) 
 
 
 def _listed(lost: Sequence[Mapping[str, Any]]) -> str:
-    told = [f"\N{LEFT DOUBLE QUOTATION MARK}{each['name']}\N{RIGHT DOUBLE QUOTATION MARK} {_outcome(each)}" for each in lost[:_NAMED]]
+    told = [
+        f"\N{LEFT DOUBLE QUOTATION MARK}{each['name']}\N{RIGHT DOUBLE QUOTATION MARK} {_outcome(each)}"
+        for each in lost[:_NAMED]
+    ]
     if len(lost) > _NAMED:
         told.append(f"and {len(lost) - _NAMED} more")
     return "; ".join(told)

@@ -6,10 +6,11 @@ import random
 from collections.abc import Sequence
 from typing import Any, Final
 
-WORDS: Final = (
+_TEXT: Final = (
     "the mayor of this old harbour town sails every spring from a green and white lighthouse to trade in blue salt"
     " while kites fly over its market square and nobody there remembers who painted them first"
-).split()
+)
+WORDS: Final = _TEXT.split()
 CLAIMS: Final = ((-0.1, "refuted"), (0.0, "undecided, needs about 180 prompts"), (None, None))
 
 
@@ -139,7 +140,9 @@ def varied() -> dict[str, Any]:
         }
         town["rows"].append(row)
     town |= {"mean": -1.184, "low": -4.833, "high": 1.355, "n": 7, "detectable": 4.692, "drift": 0.0004}
-    everyday = comparison(1, rows=200, shift=-0.3, claim=(-0.1, "refuted"), name="everyday texts lose no more than a tenth")
+    everyday = comparison(
+        1, rows=200, shift=-0.3, claim=(-0.1, "refuted"), name="everyday texts lose no more than a tenth"
+    )
     others = [
         comparison(2, rows=200, shift=0.2, name="stories"),
         comparison(3, rows=50, shift=0.0, name="arithmetic", unit="points"),
