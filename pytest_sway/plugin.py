@@ -14,13 +14,15 @@ import pytest
 
 from pytest_sway.cache.owners import Owner
 from pytest_sway.run.ordering import Collection
-from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, resolve_settings
+from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, asks_for_reports, resolve_settings
 from pytest_sway.system.frames import forget_frames
 from pytest_sway.system.imports import restore_modules
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend
+    from pytest_sway.cache.stats import WorkerReport
+    from pytest_sway.report.collected import Collected
     from pytest_sway.run.comparing import Compared, SwayCompare
     from pytest_sway.run.session import SwayBackend, SwaySession
     from pytest_sway.spec.model_spec import ModelSpec
@@ -32,6 +34,7 @@ _terminal_fd = pytest.StashKey[int]()
 _running = pytest.StashKey[Owner]()
 _errors = pytest.StashKey[list[BaseException]]()
 _compared = pytest.StashKey[list["Compared"]]()
+_collected = pytest.StashKey["Collected"]()
 _changed = pytest.StashKey[str]()
 
 
@@ -74,11 +77,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
     if settings.reorder:
         config.pluginmanager.register(Collection(settings), "pytest_sway_collection")
+    controller = None
     if getattr(config.option, "tx", None):  # pytest-xdist's workers
         from pytest_sway.run.controller import Controller, distributes
 
         if distributes(config):
-            config.pluginmanager.register(Controller(config, settings), "pytest_sway_controller")
+            controller = Controller(config, settings)
+            config.pluginmanager.register(controller, "pytest_sway_controller")
+            _collect(config)
+    if asks_for_reports(config) and not hasattr(config, "workerinput") and not config.getoption("collectonly"):
+        from pytest_sway.run.reports import Reports
+
+        workers = partial(_here, config) if controller is None else controller.reports
+        config.pluginmanager.register(Reports(config, _collect(config), workers), "pytest_sway_reports")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -120,13 +131,15 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
     from pytest_sway.run.comparing import Compared, comparing
 
     config = request.config
+    _collect(config)
     session, made = _sway(config), list[Compared]()
     config.stash[_compared] = request.node.stash[_compared] = made
     return comparing(
         partial(session.backends_for, request.node.nodeid, ()),
-        session.cache.resolve,
+        session.resolve,
         confidence=config.stash[_settings].confidence,
         made=made.append,
+        tokens=config.getoption("sway_html") is not None,
     )
 
 
@@ -160,8 +173,13 @@ def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, obje
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Name the test to the cache, and refuse a marker that says nothing."""
+    """Name the test to the cache, forget an earlier try of it, and refuse a marker that says nothing."""
     item.config.stash[_running] = Owner(item.nodeid)
+    if _compared in item.stash:
+        from pytest_sway.report.comparisons import set_properties
+
+        del item.stash[_compared]
+        set_properties(item.user_properties, ())
     for marker in item.iter_markers("sway_spec"):
         if not marker.args or marker.kwargs:
             pytest.fail(
@@ -196,6 +214,12 @@ def pytest_assertrepr_compare(config: pytest.Config, op: str, left: object, righ
     """Note the margin of a failing assertion about a comparison; how it is shown is left to pytest."""
     for compared in config.stash.get(_compared, ()):
         compared.asserted(op, left, right)
+
+
+def pytest_assertion_pass(item: pytest.Item, expl: str) -> None:
+    """Note the margin of an assertion that passed. pytest tells only with ``enable_assertion_pass_hook = true``."""
+    for compared in item.stash.get(_compared, ()):
+        compared.passed(expl)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -235,6 +259,13 @@ def pytest_runtest_makereport(
         set_properties(item.user_properties, compared)
     report = yield
     report.duration = max(0.0, report.duration - seconds)
+    new = [each for each in compared if not each.reported]
+    if new and asks_for_reports(item.config):
+        from pytest_sway.report.comparisons import ROWS, rows_of
+
+        setattr(report, ROWS, rows_of(new))
+        for each in new:
+            each.reported = True
     if report.failed and report.when == "call":
         report.sections += [("sway_compare", each.report()) for each in compared]
     return report
@@ -270,10 +301,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print what was compared, and what happened, if a test used a backend."""
-    if any(report for reports in terminalreporter.stats.values() for report in reports if _compares(report)):
+    if (collected := config.stash.get(_collected, None)) is not None:
         from pytest_sway.report.comparisons import write_comparisons
 
-        write_comparisons(terminalreporter)
+        write_comparisons(terminalreporter, collected.comparisons())
     if (sway := _used(config)) is not None:
         from pytest_sway.report.summary import write_summary
 
@@ -328,8 +359,22 @@ def _sway(config: pytest.Config) -> SwaySession:
     return config.stash[_session]
 
 
-def _compares(report: object) -> bool:
-    return any(name == "sway_compare" for name, _ in getattr(report, "user_properties", ()))
+def _collect(config: pytest.Config) -> Collected:
+    """What keeps the comparisons of the run, from the first test on that makes one; of a worker nobody asks."""
+    if _collected not in config.stash:
+        from pytest_sway.report.collected import Collected
+
+        config.stash[_collected] = collected = Collected(each=config.getoption("dist", "no") == "each")
+        config.pluginmanager.register(collected, "pytest_sway_collected")
+    return config.stash[_collected]
+
+
+def _here(config: pytest.Config) -> list[WorkerReport]:
+    """What happened in this process, where it runs the tests."""
+    from pytest_sway.cache.stats import WorkerReport
+
+    session = _used(config)
+    return [WorkerReport("main", None if session is None else session.stats)]
 
 
 def _end(config: pytest.Config, owner: Owner) -> None:

@@ -253,6 +253,10 @@ class BackendCache:
         """What is ready now, leased or idle, most recently used last; not what is retired."""
         return self._ledger.ready()
 
+    def note_hits(self) -> None:
+        """Put the hits since this was last called into the log of what happened when."""
+        self._ledger.note_hits()
+
     def retire(self, cached: CachedBackend) -> None:
         """Hand ``cached`` out to nobody new, and close it: now if it is idle, else after its last lease."""
         self._close_each(lambda operation: self._ledger.retire(operation, lambda entry: entry.cached is cached))

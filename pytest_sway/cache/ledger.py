@@ -188,6 +188,7 @@ class Ledger:
         stats.loads += 1
         stats.load_seconds += seconds
         self._note_peaks()
+        self._note("load", entry, seconds=seconds)
         self._evict(operation, self._budget.surplus(self._residents(), entry))
         self._announce()
         return operation.lease
@@ -201,6 +202,7 @@ class Ledger:
             self._refuse(list(entry.waiters), error)
         if began or not isinstance(error, CacheError | BackendUseError):  # what was refused is no failed load
             self._stats.backend(str(entry.spec)).failures += 1
+            self._note("failure", entry)
 
     @atomic
     def retire(self, operation: Operation, chosen: Callable[[Entry], bool]) -> None:
@@ -242,10 +244,17 @@ class Ledger:
             return None
         self._detach(entry)
         self._announce()
+        if entry.cached is not None:
+            self._note("close", entry)
         cached, entry.cached = entry.cached, None
         if entry in operation.victims:
             operation.victims.remove(entry)
         return cached
+
+    @atomic
+    def note_hits(self) -> None:
+        """Put the hits since the last event into the log."""
+        self._stats.log.note_hits(self._stats.backends)
 
     @atomic
     def refuse_from_now_on(self) -> None:
@@ -369,6 +378,7 @@ class Ledger:
     def _evict(self, operation: Operation, victims: list[Entry]) -> None:
         for victim in victims:
             self._stats.backend(str(victim.spec)).evictions += 1
+            self._note("evict", victim)
         self._take(operation, victims)
 
     def _take(self, operation: Operation, victims: Iterable[Entry]) -> None:
@@ -394,6 +404,16 @@ class Ledger:
         residents = self._residents()
         self._stats.peak_resident = max(self._stats.peak_resident, len(residents))
         self._stats.peak_bytes = max(self._stats.peak_bytes, total_bytes(e for e in residents if e.parts) or 0)
+
+    def _note(self, event: str, entry: Entry, seconds: float | None = None) -> None:
+        self._stats.log.note_hits(self._stats.backends)  # those before this event come before it in the log
+        self._stats.log.note(
+            event,
+            str(entry.spec),
+            seconds=seconds,
+            nbytes=total_bytes([entry]),
+            resident=total_bytes(self._residents()),
+        )
 
     def _full(self, newcomer: Entry, why: str) -> CacheFullError:
         return messages.full(newcomer, self._residents(), self._budget, why, self._remedy)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, NamedTuple, Self
+
+_MOST_EVENTS: Final = 5_000
+_ONE_EVENT: Final = 1.0
+"""Seconds within which the hits of a backend are one event."""
 
 
 @dataclass(slots=True)
@@ -59,6 +64,68 @@ class RecallStats:
         self.seconds += other.seconds
 
 
+class Event(NamedTuple):
+    """Something that happened to a backend.
+
+    Attributes:
+        at: When, in seconds of `time.time`.
+        event: ``load`` (it is ready), ``failure`` (of a load), ``hit``, ``evict`` (it is to make room) or ``close``
+            (its memory is given back).
+        spec: The backend's label.
+        times: How often, of ``hit``.
+        seconds: How long the load took, without the import of libraries.
+        nbytes: Of its weights, a shared base included, where their size is known.
+        resident: Bytes of all weights that are loaded now, each once, where their sizes are known.
+    """
+
+    at: float
+    event: str
+    spec: str
+    times: int = 1
+    seconds: float | None = None
+    nbytes: int | None = None
+    resident: int | None = None
+
+
+@dataclass(slots=True)
+class EventLog:
+    """What happened when, in one process; the first thousands of events.
+
+    Attributes:
+        events: In their order.
+        left_out: How many came when there was no room for more.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    left_out: int = 0
+    _hits: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """How many hits of each backend are in the log."""
+    _last: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """Where each backend's last event is."""
+
+    def note(self, event: str, spec: str, **values: Any) -> None:
+        """Add an event of now."""
+        if len(self.events) >= _MOST_EVENTS:
+            self.left_out += 1
+            return
+        self._last[spec] = len(self.events)
+        self.events.append(Event(time.time(), event, spec, **values))
+
+    def note_hits(self, backends: dict[str, BackendStats]) -> None:
+        """Add the hits since this was last called. A request itself notes nothing, since it takes microseconds."""
+        for spec, stats in backends.items():
+            times = stats.hits - self._hits.get(spec, 0)
+            if not times:
+                continue
+            self._hits[spec] = stats.hits
+            at = self._last.get(spec)
+            last = None if at is None else self.events[at]
+            if at is not None and last is not None and last.event == "hit" and time.time() - last.at < _ONE_EVENT:
+                self.events[at] = last._replace(times=last.times + times)
+            else:
+                self.note("hit", spec, times=times)
+
+
 @dataclass(slots=True)
 class SwayStats:
     """What happened in one process, or in several after `merge`.
@@ -74,6 +141,11 @@ class SwayStats:
         mutations: One line for each test that left a backend changed.
         leaks: One line for each close after which weights were still in memory.
         hook_errors: One line for each hook, and each look for leaks, that raised.
+        log: What happened when; of one process, so it is not merged.
+        specs: What was loaded: by its label or the name by which it was asked for, its fields and the digest of its
+            files.
+        versions: Of the libraries that were imported.
+        devices: What was loaded on: by torch's name, the name of the hardware.
     """
 
     backends: dict[str, BackendStats] = field(default_factory=dict)
@@ -86,6 +158,10 @@ class SwayStats:
     mutations: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     hook_errors: list[str] = field(default_factory=list)
+    log: EventLog = field(default_factory=EventLog)
+    specs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)
 
     def backend(self, label: str) -> BackendStats:
         """The counts of one backend, made on first use."""
@@ -140,6 +216,9 @@ class SwayStats:
                 mine.setdefault(label, BackendStats()).add(stats)
         for name, recalled in other.recalled.items():
             self.recalled.setdefault(name, RecallStats()).add(recalled)
+        self.specs = {**other.specs, **self.specs}
+        self.versions = {**other.versions, **self.versions}
+        self.devices = {**other.devices, **self.devices}
         self.import_seconds += other.import_seconds
         self.peak_resident = max(self.peak_resident, other.peak_resident)
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
@@ -153,7 +232,8 @@ class SwayStats:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, strings and numbers."""
-        return asdict(self)
+        log = {"events": [list(event) for event in self.log.events], "left_out": self.log.left_out}
+        return {**asdict(replace(self, log=EventLog())), "log": log}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -164,6 +244,7 @@ class SwayStats:
                 "backends": {label: BackendStats(**stats) for label, stats in values["backends"].items()},
                 "bases": {label: BackendStats(**stats) for label, stats in values["bases"].items()},
                 "recalled": {name: RecallStats(**stats) for name, stats in values["recalled"].items()},
+                "log": EventLog([Event(*each) for each in values["log"]["events"]], values["log"]["left_out"]),
             }
         )
 

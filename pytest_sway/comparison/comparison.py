@@ -86,6 +86,19 @@ class Comparison:
         """The smallest shift that as many such prompts would show with 80% power; infinite where they show none."""
         return self._evidence.detectable(self.confidence)
 
+    @property
+    def p_value(self) -> float:
+        """The two-sided p of a true mean difference of 0, for reports: under ``1 - confidence`` as 0 is outside."""
+        return self._evidence.p_value()
+
+    @property
+    def against_0(self) -> str:
+        """What the interval says of a difference from 0."""
+        if self.low == 0.0 == self.high:
+            return "exactly 0"
+        claim = Claim(">" if self.mean >= 0.0 else "<", 0.0)
+        return f"{claim}: {self.verdict(claim)}"
+
     def needed(self, margin: float) -> int:
         """Return about how many such prompts show a shift of ``margin`` with 80% power.
 
@@ -149,6 +162,20 @@ class Comparison:
         if isinstance(right, bool) or not isinstance(right, int | float) or not math.isfinite(right):
             return None
         return Claim(op[0], float(right))
+
+    def claim_in(self, explanation: str) -> Claim | None:
+        """Return what an assertion claims of this one that has passed.
+
+        Args:
+            explanation: pytest's, which begins with the two numbers that were compared.
+        """
+        left, op, right, *_ = [*explanation.partition("\n")[0].split(" "), "", "", ""]
+        try:
+            numbers = [float(left), float(right)]
+        except ValueError:
+            return None
+        bounds = {self.high: self.high, self.low: self.low}
+        return self.claim(op, *(bounds.get(number, number) for number in numbers))
 
     def _prompts_needed(self) -> Iterator[str]:
         detectable = self.detectable

@@ -23,6 +23,8 @@ __tracebackhide__ = True
 POWER: Final = 0.8
 """How probable it is that a shift is seen that counts as detectable."""
 
+_LITTLE_SKEW: Final = 1e-6
+
 _MOST: Final = 10**9
 """More questions than anybody asks."""
 
@@ -50,6 +52,10 @@ class Evidence(Protocol):
         """About how many such questions see a shift of ``margin`` with `POWER`."""
         ...
 
+    def p_value(self) -> float:
+        """The two-sided p of a true mean difference of 0: under ``1 - confidence`` where the interval excludes 0."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PairedMeans:
@@ -75,6 +81,20 @@ class PairedMeans:
         """About how many such questions see a shift of ``margin`` with `POWER`."""
         spread = self._spread(confidence)
         return _fewest(lambda n: self._shift(n, spread, confidence) <= margin)
+
+    def p_value(self) -> float:
+        """The two-sided p of no difference; 1 where all differences are 0, and 0 where they are equal otherwise."""
+        import numpy as np
+
+        mean, error, skew = map(float, _moments(np.array(self.differences, dtype=np.float64)))
+        if error == 0.0:
+            return 1.0 if mean == 0.0 else 0.0
+        # The t whose interval just reaches 0: Student's, or where that is less, what `_skewed` makes the same of.
+        t = abs(mean) / error
+        skew = math.copysign(skew, skew * mean)
+        if abs(skew) >= _LITTLE_SKEW:
+            t = min(t, skew + ((1 + 2 * skew * t) ** 3 - 1) / (6 * skew))
+        return min(1.0, 2 * float(_scipy().stdtr(len(self.differences) - 1, -t)))
 
     def _spread(self, confidence: float) -> float:
         """The standard deviation with which Student's interval would be as wide as the wider half of this one."""
@@ -104,6 +124,15 @@ def mean_interval(
     """
     import numpy as np
 
+    mean, error, skew = _moments(differences)
+    t = _t_quantile(differences.shape[-1] - 1, confidence)
+    return mean, mean - np.maximum(t, _skewed(t, skew)) * error, mean + np.maximum(t, -_skewed(-t, skew)) * error
+
+
+def _moments(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """The mean along the last axis, its standard error, and what `_skewed` takes of the skewness."""
+    import numpy as np
+
     n = differences.shape[-1]
     equal = np.ptp(differences, axis=-1) == 0.0
     mean = np.where(equal, differences[..., 0], differences.mean(axis=-1))  # a mean of equal numbers may be rounded
@@ -111,16 +140,14 @@ def mean_interval(
     spread = np.sqrt((centred**2).sum(axis=-1) / (n - 1))
     third = (centred**3).sum(axis=-1) * n / ((n - 1) * max(n - 2, 1))
     skewness = third / np.where(spread == 0.0, 1.0, spread) ** 3 * (1 + 14 / max(n, 14))
-    t, error = _t_quantile(n - 1, confidence), spread / math.sqrt(n)
-    skew = skewness / (6 * math.sqrt(n))
-    return mean, mean - np.maximum(t, _skewed(t, skew)) * error, mean + np.maximum(t, -_skewed(-t, skew)) * error
+    return mean, spread / math.sqrt(n), skewness / (6 * math.sqrt(n))
 
 
 def _skewed(t: float, skew: NDArray[np.float64]) -> NDArray[np.float64]:
     """The value that the t of a skewed sample has as rarely as that of a symmetric one has ``t``."""
     import numpy as np
 
-    little = np.abs(skew) < 1e-6  # where the quotient is all rounding, and its limit is t
+    little = np.abs(skew) < _LITTLE_SKEW  # where the quotient is all rounding, and its limit is t
     some = np.where(little, 1.0, skew)
     return np.where(little, t, (np.cbrt(1 + 6 * some * (t - some)) - 1) / (2 * some))
 
@@ -158,6 +185,12 @@ class PairedProportions:
         """About how many such questions see a shift of ``margin`` with `POWER`."""
         return min(_MOST, max(2, math.ceil(self._questions(min(margin, 1.0), confidence))))
 
+    def p_value(self) -> float:
+        """The two-sided p of no difference: McNemar's, with the same correction; 1 where as much is gained as lost."""
+        changed = self.gained + self.lost
+        excess = abs(self.gained - self.lost) - 1
+        return math.erfc(excess / math.sqrt(2 * changed)) if excess > 0 else 1.0
+
     def _questions(self, shift: float, confidence: float) -> float:
         """Connor's formula (Biometrics 43, 1987) with the correction, where as many outcomes change as here."""
         changing = max((self.gained + self.lost) / self.n, shift)
@@ -179,6 +212,16 @@ class PairedProportions:
         c = -self.lost * delta * (1 - delta)
         lost = (math.sqrt(max(b * b - 8 * self.n * c, 0.0)) - b) / (4 * self.n)  # the most likely share of lost ones
         return math.sqrt(max(self.n * (2 * lost + delta * (1 - delta)), 0.0))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979), as ordered."""
+    adjusted = [0.0] * len(p_values)
+    least = 0.0
+    for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[at]))
+        adjusted[at] = least
+    return adjusted
 
 
 def _fewest(enough: Callable[[int], bool]) -> int:

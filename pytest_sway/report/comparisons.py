@@ -1,12 +1,13 @@
-"""The run's table of comparisons, which travel in the reports of their tests: to JUnit, and from xdist's workers."""
+"""What the reports of tests carry of comparisons, to JUnit and from xdist's workers; and the run's table of them."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from pytest_sway.system.redaction import redacted
+from pytest_sway.system.redaction import redacted, redacted_values
 
 if TYPE_CHECKING:
     import pytest
@@ -14,74 +15,125 @@ if TYPE_CHECKING:
     from pytest_sway.comparison.comparison import Claim, Comparison
 
 PROPERTY: Final = "sway_compare"
-_FIELDS: Final = ("name", "candidate", "baseline", "unit", "mean", "low", "high", "n", "confidence")
-_COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "unit", "asserted")
-_NUMBERS: Final = ("prompts", "mean", "low", "high")
+"""The name of a comparison among a test's ``user_properties``, whose value is JSON of its numbers."""
+
+ROWS: Final = "sway_rows"
+"""The attribute of a test's report with the rows of comparisons that no report before it has carried, as JSON."""
+
+_FIELDS: Final = ("name", "candidate", "baseline", "unit", "mean", "low", "high", "n", "confidence", "detectable")
+_COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "p", "unit", "shown")
+_NUMBERS: Final = ("prompts", "mean", "low", "high", "p")
 
 
 class Asserted(Protocol):
-    """A comparison, and what a failing test has asserted of it."""
+    """A comparison, and what its test has asserted of it, as far as that is known."""
 
     comparison: Comparison
     claim: Claim | None
+    tokens: Mapping[int, dict[str, Any]]
 
 
 def set_properties(properties: list[tuple[str, object]], compared: Iterable[Asserted]) -> None:
     """Put comparisons among a test's ``user_properties``, in the place of those that are there."""
     properties[:] = [each for each in properties if each[0] != PROPERTY]
-    for each in compared:
-        values = {name: getattr(each.comparison, name) for name in _FIELDS}
-        if each.claim is not None:
-            values["claim"], values["verdict"] = str(each.claim), each.comparison.verdict(each.claim)
-        properties.append((PROPERTY, json.dumps(values)))
+    properties += [(PROPERTY, json.dumps(redacted_values(_numbers(each)))) for each in compared]
 
 
-def write_comparisons(terminal: pytest.TerminalReporter) -> None:
-    """Write the table, if a test has compared anything."""
-    found = list(_found(terminal.stats))
-    if not found:
-        return
-    terminal.section("sway comparisons")
-    for line in table_lines(found):
-        terminal.write_line(redacted(line))
+def rows_of(compared: Iterable[Asserted]) -> str:
+    """The rows of comparisons as JSON, for their test's report: a list of rows for each."""
+    rows = [[_row_of(row, each.tokens.get(at)) for at, row in enumerate(each.comparison.rows)] for each in compared]
+    return json.dumps(redacted_values(rows, deepest=20))
 
 
-def table_lines(found: Sequence[tuple[Mapping[str, Any], bool]]) -> Iterator[str]:
+def _numbers(each: Asserted) -> dict[str, Any]:
+    values = {name: getattr(each.comparison, name) for name in _FIELDS}
+    values["p"] = each.comparison.p_value
+    values["against_0"] = each.comparison.against_0
+    if each.claim is not None:
+        values["claim"], values["margin"] = str(each.claim), each.claim.margin
+        values["verdict"] = each.comparison.verdict(each.claim)
+    return {name: finite(value) for name, value in values.items()}
+
+
+def finite(value: Any) -> Any:
+    """``value``, or ``None`` for a number that JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row_of(row: Any, tokens: dict[str, Any] | None) -> dict[str, Any]:
+    values = {"question": _question(row.question), "candidate": row.candidate, "baseline": row.baseline}
+    return values if tokens is None else {**values, "tokens": tokens}
+
+
+def _question(question: Any) -> str | list[str]:
+    """A text as it is; a prompt and an answer as two texts; anything else as Python writes it."""
+    if isinstance(question, str):
+        return question
+    if isinstance(question, Sequence) and len(question) == 2 and isinstance(question[1], str):
+        return [question[0] if isinstance(question[0], str) else repr(question[0]), question[1]]
+    return repr(question)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def write_comparisons(terminal: pytest.TerminalReporter, comparisons: Sequence[Mapping[str, Any]]) -> None:
+    """Write the table, if a test has compared anything.
+
+    Args:
+        terminal: Where it is written.
+        comparisons: Those of the run's record.
+    """
+    if comparisons:
+        terminal.section("sway comparisons")
+        for line in table_lines(comparisons):
+            terminal.write_line(redacted(line))
+
+
+def table_lines(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The lines of the table, those of failed tests first.
 
     Args:
-        found: Each comparison's numbers, and whether its test failed.
+        comparisons: Those of the run's record.
     """
-    rows = [_row(each, failed) for each, failed in sorted(found, key=lambda pair: not pair[1])]
-    columns = [(name, *cells) for name, cells in zip(_COLUMNS, zip(*rows, strict=True), strict=True) if any(cells)]
+    rows = [_table_row(each) for each in failures_first(comparisons)]
     aligned = [
         [
             cell.rjust(max(map(len, column))) if column[0] in _NUMBERS else cell.ljust(max(map(len, column)))
             for cell in column
         ]
-        for column in columns
+        for column in zip(_COLUMNS, *rows, strict=True)
     ]
     for row in zip(*aligned, strict=True):
         yield "  ".join(row).rstrip()
-    confidences = sorted({float(each["confidence"]) for each, _ in found})
-    yield f"low to high: {' or '.join(f'{100 * each:.4g}%' for each in confidences)} interval of the mean"
+    yield from legend(comparisons)
 
 
-def _row(each: Mapping[str, Any], failed: bool) -> tuple[str, ...]:
+def failures_first(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The comparisons of failed tests, then the others, each in their order."""
+    return sorted(comparisons, key=lambda each: each["outcome"] != "failed")
+
+
+def legend(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the columns of a table are."""
+    confidences = sorted({float(each["confidence"]) for each in comparisons})
+    confidence = " or ".join(f"{100 * each:.4g}%" for each in confidences)
+    number = "this comparison" if len(comparisons) == 1 else f"these {len(comparisons)} comparisons, after Holm"
+    yield f"low to high: {confidence} interval of the mean; p: of no difference, over {number}; it decides nothing"
+    if any(each["claim"] is None for each in comparisons):
+        yield "shown: of the margin that a failing test has asserted, and of 0 where no margin is known"
+
+
+def shown(each: Mapping[str, Any]) -> str:
+    """What a comparison shows of the margin that its test has asserted, or of 0 where that is not known."""
+    return each["against_0"] if each["claim"] is None else f"{each['claim']}: {each['verdict']}"
+
+
+def cells(each: Mapping[str, Any]) -> tuple[str, ...]:
+    """The numbers of a comparison, as tables show them: prompts, mean, low, high and p."""
     numbers = (f"{each[name]:+.4g}" for name in ("mean", "low", "high"))
-    verdict = f"{each['claim']}: {each['verdict']}" if "claim" in each else ""
-    return (each["name"], "failed" if failed else "passed", str(each["n"]), *numbers, each["unit"], verdict)
+    return (str(each["n"]), *numbers, f"{each['p_holm']:.2g}")
 
 
-def _found(stats: Mapping[str, Sequence[Any]]) -> Iterator[tuple[Mapping[str, Any], bool]]:
-    """Of each test the comparisons of its last report that has some; not of a try that was run again."""
-    last: dict[str, list[str]] = {}
-    failed = set()
-    for category, reports in stats.items():
-        for report in reports if category != "rerun" else ():
-            values = [value for name, value in getattr(report, "user_properties", ()) if name == PROPERTY]
-            if values:
-                last[report.nodeid] = max(values, last.get(report.nodeid, []), key=len)
-                failed |= {report.nodeid} if report.failed else set()
-    for nodeid, values in last.items():
-        yield from ((json.loads(value), nodeid in failed) for value in values)
+def _table_row(each: Mapping[str, Any]) -> tuple[str, ...]:
+    return (each["name"], each["outcome"], *cells(each), each["unit"], shown(each))

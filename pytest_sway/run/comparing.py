@@ -61,16 +61,27 @@ class SwayCompare(Protocol):
 
 @dataclass(slots=True)
 class Compared:
-    """A comparison of the running test, and what the test has asserted of it when it failed."""
+    """A comparison of the running test.
+
+    Attributes:
+        comparison: It.
+        claim: What the test has asserted of it, as far as that is known.
+        reported: Whether a report of the test has carried its rows.
+        tokens: Those of the worst and best rows, by the row's position, where they were asked for and are known.
+    """
 
     comparison: Comparison
     claim: Claim | None = None
+    reported: bool = False
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
-    """Of the worst and best rows, by their position, where they were asked for and are known."""
 
     def asserted(self, op: str, left: object, right: object) -> None:
         """Note a failing assertion, if it is about this comparison."""
         self.claim = self.comparison.claim(op, left, right) or self.claim
+
+    def passed(self, explanation: str) -> None:
+        """Note an assertion that has passed, if it is about this comparison."""
+        self.claim = self.comparison.claim_in(explanation) or self.claim
 
     def report(self) -> str:
         """What a failing test shows of it."""

@@ -20,12 +20,13 @@ from pytest_sway.cache.entries import CachedBackend, Lease
 from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.run.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
-from pytest_sway.spec.identity import Key, look_again, resolved_key
+from pytest_sway.spec.identity import Key, adapter_digest_in, look_again, resolved_key
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import SpecLike
 from pytest_sway.spec.paths import short_name
 from pytest_sway.system.imports import import_seconds, keep_modules
 from pytest_sway.system.redaction import redacted
+from pytest_sway.system.versions import device_names, imported_versions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,6 +114,8 @@ class SwaySession(Listener):
         self._touched: list[CachedBackend] = []
         self._spoilt: list[tuple[CachedBackend, str]] = []
         self._users: dict[int, deque[str]] = {}
+        self._names: dict[str, ModelSpec] = {}
+        self._loaded: dict[ModelSpec, str | None] = {}
         self._unreported_seconds = 0.0
         self._seconds_before = import_seconds()
         builder = Builder(
@@ -167,9 +170,20 @@ class SwaySession(Listener):
         finally:
             self.cache.end(owner)
 
+    def resolve(self, spec: SpecLike, adapter_path: Path | None = None) -> ModelSpec:
+        """Return ``spec`` parsed, as the cache does; a name is remembered.
+
+        Raises:
+            SpecError: It is malformed.
+        """
+        resolved = self.cache.resolve(spec, adapter_path=adapter_path)
+        if isinstance(spec, str) and adapter_path is None:
+            self._names[spec] = resolved
+        return resolved
+
     def _resolve(self, spec: SpecLike, adapter_path: Path | None, test: str) -> ModelSpec:
         try:
-            return self.cache.resolve(spec, adapter_path=adapter_path)
+            return self.resolve(spec, adapter_path)
         except SpecError as error:
             if isinstance(spec, Mapping | str):  # of other objects, the same words can mean different things
                 self._fail_once(("malformed", repr(spec), repr(adapter_path)), error, test)
@@ -212,6 +226,7 @@ class SwaySession(Listener):
         test = owner.name
         look_again()
         self.cache.end(owner)
+        self.cache.note_hits()
         touched, self._touched = self._touched, []
         if self._settings.on_mutation == "ignore":
             return None
@@ -258,6 +273,7 @@ class SwaySession(Listener):
         spec = cached.model_spec
         if spec.kind in ("hf", "mlx"):  # whose backends share bases
             self.stats.backend(str(spec)).base = short_name(spec.base)
+        self._loaded[spec] = adapter_digest_in(cached.key)
         self._unreported_seconds += cached.load_seconds
         with self._noted("pytest_sway_backend_loaded", cached):
             self._hooks.loaded(cached)
@@ -298,6 +314,12 @@ class SwaySession(Listener):
         self.cache.shutdown(timeout=_PATIENCE_AT_END)
         self.take_load_seconds()
         keep_modules()
+        stats, names = self.stats, self._names
+        stats.versions = imported_versions()
+        stats.devices = device_names({spec.device for spec in self._loaded})
+        unnamed = [spec for spec in self._loaded if spec not in names.values()]
+        for name, spec in (*names.items(), *((str(spec), spec) for spec in unnamed)):
+            stats.specs[name] = {"fields": spec.as_dict(), "digest": self._loaded.get(spec)}
 
 
 def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:

@@ -82,7 +82,7 @@ class _Setting(NamedTuple):
 
     @property
     def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return option_of(self.name)
 
     def resolve(self, config: pytest.Config) -> Any:
         """The value in force: the option's, else the ini file's, else the default."""
@@ -229,6 +229,19 @@ _SETTINGS: Final = (
 )
 
 
+REPORTS: Final = {
+    "sway_json": "write the run's comparisons, every row of them, and its loads to a file, as JSON",
+    "sway_markdown": "append the table of comparisons, and the worst texts of failures, to a file, as Markdown",
+    "sway_html": "write a page to look at, with the differences, tokens and loads, to a file, as HTML",
+}
+"""The files that a run can write, by the destination of their option."""
+
+
+def option_of(name: str) -> str:
+    """The option whose destination is ``name``."""
+    return "--" + name.replace("_", "-")
+
+
 def add_options(parser: pytest.Parser) -> None:
     """Declare every option and ini value."""
     group = parser.getgroup("sway", "pytest-sway: fine-tuned models")
@@ -238,6 +251,8 @@ def add_options(parser: pytest.Parser) -> None:
             group.addoption(setting.option, dest=setting.name, default=None, help=setting.help, **form)
         flag: Any = "bool" if isinstance(setting.default, bool) else None
         parser.addini(setting.name, setting.help, type=flag, default=setting.default)
+    for name, text in REPORTS.items():
+        group.addoption(option_of(name), dest=name, default=None, metavar="PATH", help=text)
     group.addoption(
         "--sway-set",
         action="append",
@@ -253,6 +268,11 @@ def resolve_settings(config: pytest.Config) -> SwaySettings:
         pytest.UsageError: A value is not one that its setting takes.
     """
     return SwaySettings(**{setting.name.removeprefix("sway_"): setting.resolve(config) for setting in _SETTINGS})
+
+
+def asks_for_reports(config: pytest.Config) -> bool:
+    """Return whether the run writes any file, here or, in a worker, at its controller."""
+    return any(config.getoption(name) is not None for name in REPORTS)
 
 
 def asks_for_offline(early_config: pytest.Config) -> bool:

@@ -45,6 +45,11 @@ def resolved_key(spec: ModelSpec) -> Key:
     )
 
 
+def adapter_digest_in(key: Key) -> str | None:
+    """Return the digest of the adapter's files that a resolved spec's key holds; ``None`` where it has none."""
+    return key[-1] if isinstance(key[-1], str) else None
+
+
 @lru_cache(maxsize=256)
 def _settings(spec: ModelSpec) -> Key:
     """What a spec's own fields add to its key, whatever the files hold that they name."""

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -34,6 +34,7 @@ _DTYPE_ALIASES: Final = {
 _DEVICE: Final = re.compile(r"(auto|[a-z]+(:\d+)?)")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _ENDPOINTS: Final = ("endpoint", "finetuned_endpoint")
+_ALWAYS_SHOWN: Final = ("kind", "base", "device", "dtype")
 _ENTRY_POINT: Final = re.compile(r"[^\d\W][\w.]*:[^\d\W][\w.]*")
 
 
@@ -140,6 +141,14 @@ class ModelSpec:
     def __str__(self) -> str:
         """A short label for people: the kind where it is not ``hf``, the base, the adapter or the fine-tuned model."""
         return self._label
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it is loaded from, as plain values: kind, base, device and dtype, and what else is not the default."""
+        return {
+            each.name: str(value) if isinstance(value, Path) else value
+            for each in fields(self)
+            if each.init and ((value := getattr(self, each.name)) != each.default or each.name in _ALWAYS_SHOWN)
+        }
 
     def _described(self) -> str:
         kind = "" if self.kind == "hf" else f"{self.kind}:"

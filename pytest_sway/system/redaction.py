@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -38,9 +38,7 @@ def redacted(text: str) -> str:
     These are the values of variables whose names say that they are secret, and passwords and queries in values that are
     addresses, such as ``HF_ENDPOINT``.
     """
-    for secret in _secrets_among(tuple(os.environ.items())):
-        text = text.replace(secret, _HIDDEN)
-    return _USER.sub(f"{_HIDDEN}@", text)
+    return _without(_secrets(), text)
 
 
 def redacted_values(value: Any, deepest: int = _DEEPEST) -> Any:
@@ -50,17 +48,28 @@ def redacted_values(value: Any, deepest: int = _DEEPEST) -> Any:
         value: Any object.
         deepest: How many containers within each other are looked into; they may contain themselves.
     """
+    return _values_without(_secrets(), value, deepest)
+
+
+def _values_without(secrets: Sequence[str], value: Any, deepest: int) -> Any:
     if type(value) is str:
-        return redacted(value)
+        return _without(secrets, value)
     if type(value) is bytes:
-        return redacted(value.decode("latin-1")).encode("latin-1", "replace")
+        return _without(secrets, value.decode("latin-1")).encode("latin-1", "replace")
     if deepest < 0:
         return value
     if type(value) in (tuple, list, set, frozenset):
-        return type(value)(redacted_values(item, deepest - 1) for item in value)
+        return type(value)(_values_without(secrets, item, deepest - 1) for item in value)
     if type(value) is dict:
-        return {redacted_values(key, deepest - 1): redacted_values(item, deepest - 1) for key, item in value.items()}
+        clean = partial(_values_without, secrets, deepest=deepest - 1)
+        return {clean(key): clean(item) for key, item in value.items()}
     return value
+
+
+def _without(secrets: Sequence[str], text: str) -> str:
+    for secret in secrets:
+        text = text.replace(secret, _HIDDEN)
+    return _USER.sub(f"{_HIDDEN}@", text) if "@" in text else text
 
 
 def without_secrets(error: BaseException) -> BaseException:
@@ -160,6 +169,10 @@ def _link(error: BaseException, instead: dict[int, BaseException]) -> None:
     if id(context) in instead:
         error.__context__ = instead[id(context)]
     error.__suppress_context__ = suppressed
+
+
+def _secrets() -> list[str]:
+    return _secrets_among(tuple(os.environ.items()))
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Final
 
+from pytest_sway.report.comparisons import failures_first
 from pytest_sway.report.html import words
 from pytest_sway.report.html.axes import Axis
 from pytest_sway.report.html.shown import Room, Shown
@@ -38,13 +39,13 @@ def page(record: Mapping[str, Any]) -> str:
     style = _own("page.css")
     comparisons, leaks, mutations = record["comparisons"], record["leaks"], record["mutations"]
     seconds, timeline = workers(record)
-    return environment.from_string(_own("page.html.j2")).render(
+    written = environment.from_string(_own("page.html.j2")).render(
         policy=_POLICY.format(base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()),
         style=Markup(style),  # noqa: S704 # ours
         headline=words.headline(comparisons, record["run"]["exit_status"]),
         findings=words.findings(leaks, mutations),
         run=record["run"],
-        facts={**record["versions"], **record.get("devices", {})},
+        facts={**record["versions"], **record["devices"]},
         specs=record["specs"],
         groups=_groups(comparisons),
         seconds=seconds,
@@ -52,6 +53,7 @@ def page(record: Mapping[str, Any]) -> str:
         leaks=leaks,
         mutations=mutations,
     )
+    return written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
 
 
 def _own(name: str) -> str:
@@ -61,11 +63,11 @@ def _own(name: str) -> str:
 def _groups(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[str, Axis, list[Shown]]]:
     """The comparisons of each unit, which share an axis; those that failed come first, and so do their units."""
     room = Room.among(max(len(comparisons), 1))
-    ordered = sorted(enumerate(comparisons), key=lambda each: not words.failed(each[1]))
-    units = dict.fromkeys(str(each["unit"]) for _, each in ordered)
+    units: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for number, each in enumerate(failures_first(comparisons)):
+        units.setdefault(each["unit"], []).append((number, each))
     groups = []
-    for unit in units:
-        own = [(number, each) for number, each in ordered if str(each["unit"]) == unit]
+    for unit, own in units.items():
         axis = Axis.over(_drawn(each for _, each in own))
         groups.append((unit, axis, [Shown.of(each, number, axis, room) for number, each in own]))
     return groups

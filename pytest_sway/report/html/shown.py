@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self
 
+from pytest_sway.report.comparisons import shown
 from pytest_sway.report.html.axes import Axis, Bars
 from pytest_sway.report.html.texts import Run, Token, brief, clipped, most_changed, parts, runs
-from pytest_sway.report.html.words import asserted, failed
+from pytest_sway.report.html.words import failed, typeset
 
 _EXTREMES: Final = 5
 _ROWS: Final = 10_000
@@ -80,7 +81,7 @@ class Shown:
 
     Attributes:
         record: Its part of the run record.
-        number: Its place in that.
+        number: Its place on the page.
         failed: Whether its test failed.
         asserted: What it shows of what its test asserted.
         margin: What its test asserted a bound to be over or under; ``None`` where that is not known.
@@ -121,7 +122,7 @@ class Shown:
             record,
             number,
             failed(record),
-            asserted(record),
+            typeset(shown(record)),
             margin,
             holds,
             axis,

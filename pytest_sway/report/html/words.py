@@ -30,14 +30,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.4g}%"
 
 
-def asserted(comparison: Mapping[str, Any]) -> str:
-    """What a comparison shows of the margin that its test has asserted, or of 0 where that is not known."""
-    if comparison["claim"] is None:
-        return _typeset(comparison.get("against_0") or "")
-    return _typeset(f"{comparison['claim']}: {comparison['verdict']}")
-
-
-def _typeset(text: str) -> str:
+def typeset(text: str) -> str:
+    """A text of the run record, with a minus where a number has a hyphen."""
     return text.replace(" -", f" {_MINUS}")
 
 

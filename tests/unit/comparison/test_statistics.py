@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pytest_sway.comparison.statistics import Evidence, PairedMeans, PairedProportions, mean_interval
+from pytest_sway.comparison.statistics import Evidence, PairedMeans, PairedProportions, holm, mean_interval
 
 Sampler = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]
 
@@ -201,3 +201,53 @@ def test_questions_without_spread_see_everything() -> None:
 def test_a_margin_that_nothing_would_show_has_a_bound() -> None:
     assert PairedMeans([0.0, 1.0, 5.0]).needed(1e-300, 0.99) == 10**9
     assert PairedProportions(1, 1, 10).needed(1e-9, 0.99) == 10**9
+
+
+# --- p-values ---------------------------------------------------------------------------------------------------------
+
+
+def _samples(name: str) -> Iterator[Evidence]:
+    rng = np.random.default_rng(7)
+    for n in (2, 5, 10, 30):
+        for shift in (-1.0, -0.3, 0.0, 0.3, 1.0):
+            yield PairedMeans([float(each) for each in CENTRED[name](rng, (1, n))[0] + shift])
+
+
+def _excludes_0(evidence: Evidence, confidence: float) -> bool:
+    interval = evidence.interval(confidence)
+    return interval.low > 1e-11 or interval.high < -1e-11
+
+
+@pytest.mark.parametrize("name", CENTRED)
+def test_p_is_under_1_minus_the_confidence_just_where_the_interval_excludes_0(name: str) -> None:
+    for evidence in _samples(name):
+        p = evidence.p_value()
+        for confidence in (0.5, 0.95, 0.99, 1 - p * 1.0001, 1 - p * 0.9999):
+            if 0.0 < confidence < 1.0:
+                assert _excludes_0(evidence, confidence) == (p < 1 - confidence)
+
+
+@pytest.mark.parametrize("n", [2, 5, 21])
+def test_p_of_proportions_agrees_with_their_interval(n: int) -> None:
+    for gained, lost, _, _ in _proportions(n, 0.99):
+        evidence = PairedProportions(gained, lost, n)
+        p = evidence.p_value()
+        for confidence in (0.8, 0.99, 1 - p * 1.0001, 1 - p * 0.9999):
+            if 0.0 < confidence < 1.0:
+                assert _excludes_0(evidence, confidence) == (p < 1 - confidence)
+
+
+def test_p_of_proportions_is_mcnemars() -> None:
+    """The square is (16 - 6 - 1)**2 / 22 = 3.682; chi-squared with one degree of freedom exceeds that in 5.50%."""
+    assert PairedProportions(16, 6, 60).p_value() == pytest.approx(0.0550, abs=5e-5)
+
+
+@pytest.mark.parametrize(("difference", "p"), [(0.0, 1.0), (0.1, 0.0), (-0.3, 0.0)])
+def test_p_of_equal_differences_is_1_or_0_as_their_interval_has_no_width(difference: float, p: float) -> None:
+    assert PairedMeans([difference] * 7).p_value() == p
+
+
+def test_holms_p_grows_with_the_number_of_comparisons_and_keeps_their_order() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -1,0 +1,76 @@
+"""The comparisons of a run, as they arrive in the reports of its tests: of this process, or of xdist's workers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.report.comparisons import PROPERTY, ROWS
+
+if TYPE_CHECKING:
+    import pytest
+
+
+@dataclass(slots=True)
+class _Try:
+    """What one try of a test has compared, as JSON."""
+
+    outcome: str
+    numbers: list[str] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
+
+
+class Collected:
+    """A plugin that keeps what each test has compared in its last try.
+
+    Args:
+        each: Whether each worker runs all tests, so that a test is one of each worker's.
+    """
+
+    def __init__(self, *, each: bool = False) -> None:
+        self._each: Final = each
+        self._tries: Final[dict[tuple[str, str], _Try]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take over what a report carries. The first report of a try makes the one before it forgotten."""
+        key = (report.nodeid, getattr(report, "worker_id", "") if self._each else "")
+        if report.when == "setup":
+            self._tries.pop(key, None)
+        numbers = [str(value) for name, value in report.user_properties if name == PROPERTY]
+        if numbers:
+            self._tries.setdefault(key, _Try(report.outcome)).numbers = numbers
+        if (found := self._tries.get(key)) is None:
+            return
+        found.rows += json.loads(getattr(report, ROWS, "[]"))
+        if report.failed or report.outcome not in ("passed", "skipped"):  # or rerun
+            found.outcome = "failed"
+        elif report.when == "call":
+            found.outcome = report.outcome
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """All of them, as the run's record has them, ordered by test, so that it does not matter who was faster."""
+        from pytest_sway.comparison.statistics import holm
+
+        found = [each for key in sorted(self._tries) for each in _comparisons(key, self._tries[key])]
+        for each, p in zip(found, holm([each["p"] for each in found]), strict=True):
+            each["p_holm"] = p
+        return found
+
+
+def _comparisons(key: tuple[str, str], tried: _Try) -> list[dict[str, Any]]:
+    nodeid, worker = key
+    return [
+        {
+            "test": f"[{worker}] {nodeid}" if worker else nodeid,
+            "outcome": tried.outcome,
+            "drift": None,
+            "claim": None,
+            "margin": None,
+            "verdict": None,
+            **json.loads(numbers),
+            "p_holm": 1.0,
+            "rows": rows,
+        }
+        for numbers, rows in zip(tried.numbers, [*tried.rows, *([] for _ in tried.numbers)], strict=False)
+    ]

@@ -1,0 +1,47 @@
+"""Writing the files of a run: whole, or appended to what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a record as JSON, in the place of a file that is there.
+
+    Raises:
+        OSError: It cannot be written; a file that was there is as it was.
+    """
+    write_text(json.dumps(record, allow_nan=False, indent=1) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file in the place of one that is there.
+
+    Raises:
+        OSError: It cannot be written; a file that was there is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def append_text(text: str, path: Path) -> None:
+    """Append to a text file, in one write, behind the end of a line.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with path.open("ab") as file:
+        file.write(text.encode("utf-8", "backslashreplace"))

@@ -1,0 +1,139 @@
+"""The files that a run writes at its end: ``--sway-json`` and its like, made from the run's record by one process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pytest_sway.errors import SpecError
+from pytest_sway.report.files import append_text, write_json, write_text
+from pytest_sway.report.html.page import page
+from pytest_sway.report.markdown import markdown
+from pytest_sway.report.run_record import Run, run_record
+from pytest_sway.run.named_specs import named_specs
+from pytest_sway.run.settings import REPORTS, option_of
+from pytest_sway.system.versions import imported_versions
+
+if TYPE_CHECKING:
+    from pytest_sway.cache.stats import WorkerReport
+    from pytest_sway.report.collected import Collected
+
+_WRITERS: Final[dict[str, Callable[[dict[str, Any], Path], None]]] = {
+    "sway_json": write_json,
+    "sway_markdown": lambda record, path: append_text(markdown(record), path),
+    "sway_html": lambda record, path: write_text(page(record), path),
+}
+
+
+class Reports:
+    """A plugin that writes the files, in the process that hears of all tests.
+
+    Args:
+        config: Of the run.
+        collected: What was compared.
+        workers: Gives what the processes have done that ran tests.
+
+    Raises:
+        pytest.UsageError: A file cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: pytest.Config,
+        collected: Collected,
+        workers: Callable[[], Sequence[WorkerReport]],
+    ) -> None:
+        self._paths: Final = report_paths(config)
+        self._collected: Final = collected
+        self._workers: Final = workers
+        self._started: Final = (time.time(), time.perf_counter())
+        self._lines: Final[list[tuple[str, bool]]] = []
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write them, when all else has ended; one that cannot be written fails the run."""
+        record = self._record(session)
+        for name, path in self._paths.items():
+            try:
+                _WRITERS[name](record, path)
+            except OSError as error:
+                self._lines.append((f"{option_of(name)}: {path} cannot be written: {error.strerror or error}", True))
+                if session.exitstatus == pytest.ExitCode.OK:
+                    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            else:
+                self._lines.append((f"{option_of(name)}: wrote {path}", False))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say what was written."""
+        for line, failed in self._lines:
+            terminalreporter.write_line(line, red=failed)
+
+    def _record(self, session: pytest.Session) -> dict[str, Any]:
+        started, tick = self._started
+        config = session.config
+        arguments = [str(argument) for argument in config.invocation_params.args]
+        return run_record(
+            Run(started, time.perf_counter() - tick, int(session.exitstatus), arguments),
+            self._collected.comparisons(),
+            self._workers(),
+            distributed=config.pluginmanager.has_plugin("pytest_sway_controller"),
+            named=_named(config),
+            versions=imported_versions(),
+        )
+
+
+def _named(config: pytest.Config) -> Mapping[str, Any]:
+    try:
+        return named_specs(config)
+    except SpecError:  # which each test has heard of that asked for a name
+        return {}
+
+
+def report_paths(config: pytest.Config) -> dict[str, Path]:
+    """Return the files to write, by the destination of their option; relative ones are of the folder of the call.
+
+    Raises:
+        pytest.UsageError: One is named twice, or cannot be written, or a library is missing.
+    """
+    paths: dict[str, Path] = {}
+    for name in REPORTS:
+        text = config.getoption(name)
+        if text is None:
+            continue
+        path = Path(os.path.realpath(config.invocation_params.dir / Path(str(text)).expanduser()))
+        wrong = _why_not(path, str(text), appended=name == "sway_markdown")
+        if path in paths.values():
+            wrong = "another report is written there"
+        if wrong is not None:
+            raise pytest.UsageError(f"{option_of(name)}: {wrong}; found {str(text)!r}.")
+        if name == "sway_html" and find_spec("jinja2") is None:
+            raise pytest.UsageError(
+                "--sway-html needs Jinja2, which this environment lacks. Install it with: pip install"
+                " 'pytest-sway[html]'"
+            )
+        paths[name] = path
+    return paths
+
+
+def _why_not(path: Path, text: str, *, appended: bool) -> str | None:
+    """Why a report cannot be written there; ``None`` if it can."""
+    if not text.strip():
+        return "must be the path of a file, and none is named"
+    if path.is_dir():
+        return "must be the path of a file, and a folder is there"
+    if not path.parent.is_dir():
+        return f"the folder {str(path.parent)!r} does not exist; make it first"
+    if path.exists() and not appended and not path.is_file():
+        return "must be the path of a file that can be replaced, and something else is there"
+    # A file that is replaced needs a folder that can be written; one that is appended to must be writable itself.
+    checked = path if appended and path.exists() else path.parent
+    if not os.access(checked, os.W_OK):
+        return f"{str(checked)!r} cannot be written"
+    return None
