@@ -151,3 +151,21 @@ def varied() -> dict[str, Any]:
     ]
     mutation = "tests/test_town.py::test_merges left the base of SmolLM2 changed: model.layers.0.mlp.down_proj.weight"
     return record([others[0], town, *others[1:], everyday], mutations=[mutation])
+
+
+def with_text(text: str) -> dict[str, Any]:
+    """A run in which each text that a user, a model or a path could have written is ``text``."""
+    hostile = comparison(7, rows=12, claim=(-0.1, "refuted"), length=(3, 6))
+    hostile |= dict.fromkeys(("test", "name", "candidate", "baseline", "unit", "claim", "verdict"), text)
+    for at, row in enumerate(hostile["rows"]):
+        row["question"] = text if at % 2 else [text, text]
+        if "tokens" in row:
+            row["tokens"]["text"] = [text] * len(row["tokens"]["text"])
+    made = record([hostile], leaks=[text], mutations=[text])
+    made["run"] |= {"started": text, "arguments": [text]}
+    for worker in made["workers"].values():
+        worker["error"] = text
+        for each in worker["events"]:
+            each["spec"] = text
+    made |= {name: {text: text} for name in ("versions", "devices")}
+    return made | {"specs": {text: {"fields": {text: text}, "digest": text}}, "workers": {text: made["workers"]["gw0"]}}
