@@ -53,7 +53,8 @@ def page(record: Mapping[str, Any]) -> str:
         leaks=leaks,
         mutations=mutations,
     )
-    return written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
+    # What HTML cannot hold: half of a surrogate pair, and NUL, which it drops without a trace.
+    return written.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _own(name: str) -> str:

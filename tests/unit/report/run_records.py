@@ -141,13 +141,15 @@ def varied() -> dict[str, Any]:
         town["rows"].append(row)
     town |= {"mean": -1.184, "low": -4.833, "high": 1.355, "n": 7, "detectable": 4.692, "drift": 0.0004}
     everyday = comparison(
-        1, rows=200, shift=-0.3, claim=(-0.1, "refuted"), name="everyday texts lose no more than a tenth"
+        1, rows=80, shift=-0.3, claim=(-0.1, "refuted"), length=(8, 24), name="everyday texts lose no more than a tenth"
     )
     others = [
-        comparison(2, rows=200, shift=0.2, name="stories"),
-        comparison(3, rows=50, shift=0.0, name="arithmetic", unit="points"),
-        comparison(4, rows=40, shift=0.05, name="candidate against baseline"),
-        comparison(5, rows=120, shift=0.4, name="more than noise", baseline="null_1", unit="nats an answer"),
+        comparison(2, rows=20, shift=0.2, length=(4, 12), name="stories"),
+        comparison(3, rows=12, shift=0.0, length=(4, 12), name="arithmetic", unit="points"),
+        comparison(4, rows=12, shift=0.05, length=(4, 12), name="candidate against baseline"),
+        comparison(
+            5, rows=12, shift=0.9, length=(4, 12), name="more than noise", baseline="null_1", unit="nats an answer"
+        ),
     ]
     mutation = "tests/test_town.py::test_merges left the base of SmolLM2 changed: model.layers.0.mlp.down_proj.weight"
     return record([others[0], town, *others[1:], everyday], mutations=[mutation])
