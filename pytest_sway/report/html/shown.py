@@ -15,10 +15,11 @@ _EXTREMES: Final = 5
 _ROWS: Final = 10_000
 _TOKENS: Final = 30_000
 """How many rows, and tokens, a page has room for; many comparisons share it, and each has some."""
+_LONGEST: Final = 400
 
 
 class Room(NamedTuple):
-    """How much of one comparison is shown."""
+    """How much of one comparison is shown: how many rows, and how many tokens of a text."""
 
     rows: int
     tokens: int
@@ -26,7 +27,8 @@ class Room(NamedTuple):
     @classmethod
     def among(cls, comparisons: int) -> Self:
         """An equal share for each."""
-        return cls(max(_ROWS // comparisons, 20), max(_TOKENS // (comparisons * 2 * _EXTREMES), 20))
+        tokens = _TOKENS // (comparisons * 2 * _EXTREMES)
+        return cls(max(_ROWS // comparisons, 20), min(max(tokens, 20), _LONGEST))
 
 
 class Row(NamedTuple):
@@ -70,7 +72,7 @@ class Text:
             clipped(prompt, from_end=True),
             clipped(answer),
             [(side, coloured) for side, coloured in sides if coloured],
-            most_changed(tokens),
+            most_changed(known),
             len(known.get("text") or ()) - len(tokens.get("text") or ()),
         )
 
