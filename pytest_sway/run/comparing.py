@@ -84,8 +84,9 @@ class Compared:
         self.claim = self.comparison.claim_in(explanation) or self.claim
 
     def report(self) -> str:
-        """What a failing test shows of it."""
-        return "\n".join(self.comparison.report(self.claim))
+        """What a failing test shows of it, in characters that a worker can send."""
+        text = "\n".join(self.comparison.report(self.claim))
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,10 +54,18 @@ class Reports:
         self._workers: Final = workers
         self._started: Final = (time.time(), time.perf_counter())
         self._lines: Final[list[tuple[str, bool]]] = []
+        self._ran = False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> None:
+        """Note that tests are run: ``--fixtures`` and its like have sessions, too."""
+        self._ran = True
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write them, when all else has ended; one that cannot be written fails the run."""
+        if not self._ran:
+            return
         record = self._record(session)
         for name, path in self._paths.items():
             try:

@@ -316,7 +316,7 @@ class SwaySession(Listener):
         keep_modules()
         stats, names = self.stats, self._names
         stats.versions = imported_versions()
-        stats.devices = device_names({spec.device for spec in self._loaded})
+        stats.devices = device_names({spec.device for spec in self._loaded} - {"auto"})
         unnamed = [spec for spec in self._loaded if spec not in names.values()]
         for name, spec in (*names.items(), *((str(spec), spec) for spec in unnamed)):
             stats.specs[name] = {"fields": spec.as_dict(), "digest": self._loaded.get(spec)}

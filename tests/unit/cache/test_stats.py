@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pytest_sway.cache.stats import BackendStats, RecallStats, SwayStats
+from pytest_sway.cache.stats import BackendStats, Event, EventLog, RecallStats, SwayStats
 
 
 def _stats() -> SwayStats:
@@ -125,6 +125,17 @@ def test_they_survive_json() -> None:
     sent = json.loads(json.dumps(_stats().as_dict()))
     assert SwayStats.from_dict(sent) == _stats()
     assert SwayStats.from_dict(SwayStats().as_dict()) == SwayStats()
+
+
+def test_what_happened_when_survives_json_and_stays_its_processs_own() -> None:
+    log = EventLog([Event(1.5, "load", "a", seconds=0.5, nbytes=8, resident=8), Event(2.0, "hit", "a", times=3)], 2)
+    stats = SwayStats(log=log, specs={"a": {"digest": None}}, versions={"torch": "2"}, devices={"cpu": "x"})
+    sent = SwayStats.from_dict(json.loads(json.dumps(stats.as_dict())))
+    assert sent == stats
+    total = SwayStats(versions={"torch": "1"})
+    total.merge(sent)
+    assert total.log == EventLog()
+    assert (total.specs, total.versions, total.devices) == ({"a": {"digest": None}}, {"torch": "1"}, {"cpu": "x"})
 
 
 def test_imports_are_summed_over_the_processes_and_no_part_of_what_was_saved() -> None:

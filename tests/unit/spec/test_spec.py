@@ -15,7 +15,7 @@ import pytest
 
 from pytest_sway import ModelSpec, cache_key_for
 from pytest_sway.errors import SpecError
-from pytest_sway.spec.identity import Key, base_key, finetuned_spec, resolved_key, with_adapter
+from pytest_sway.spec.identity import Key, adapter_digest_in, base_key, finetuned_spec, resolved_key, with_adapter
 from pytest_sway.spec.parsing import parse_spec
 from pytest_sway.spec.paths import is_path
 
@@ -472,6 +472,15 @@ def test_another_content_has_another_key(adapter: Path, change: Callable[[Path],
     assert _key(adapter=adapter) != before
 
 
+def test_a_key_holds_the_digest_of_the_adapters_files(adapter: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    first, second = (adapter_digest_in(_key(adapter=folder)) for folder in (adapter, copy))
+    assert first == second is not None
+    _write(copy / "adapter_model.safetensors", "retrained")
+    assert adapter_digest_in(_key(adapter=copy)) != first
+    assert adapter_digest_in(_key()) is None
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
 def test_a_base_whose_tokenizer_is_replaced_is_another(tmp_path: Path, name: str) -> None:
     base = tmp_path / "base"
@@ -588,3 +597,16 @@ def test_an_unreadable_file_does_not_stop_a_key(adapter: Path) -> None:
     weights.unlink()
     weights.symlink_to("nowhere")
     assert _key(adapter=adapter) != before
+
+
+def test_the_plain_values_of_a_spec_are_its_placement_and_what_is_not_the_default(adapter: Path) -> None:
+    spec = ModelSpec(base="org/a", adapter=adapter, revision="main", **PLACED)
+    assert spec.as_dict() == {
+        "kind": "hf",
+        "base": "org/a",
+        "adapter": str(adapter),
+        "dtype": "fp32",
+        "device": "cpu",
+        "revision": "main",
+    }
+    assert parse_spec(spec.as_dict()) == spec
