@@ -112,9 +112,8 @@ def _asked(view: Any, question: Any) -> _Asked | None:
     if isinstance(question, Mapping) or not isinstance(question, Sequence):
         return None
     prompt, answer = checked_pair(question)
-    rendered = not isinstance(prompt, str)
-    given = view.render(prompt) if rendered else prompt
-    window = encode_pair(view.tokenizer, given, answer, rendered=rendered)
+    given = prompt if isinstance(prompt, str) else str(view.render(prompt))
+    window = encode_pair(view.tokenizer, given, answer, rendered=not isinstance(prompt, str))
     text, first = given + answer, view.tokenizer.bos_token
     if first and text.startswith(first) and tuple(encode(view.tokenizer, text)[:2]) == window.context[:1] * 2:
         text = text.removeprefix(first)  # which the tokenizer puts there itself

@@ -22,11 +22,15 @@ QUESTIONS = [
 ]
 
 
+def told(view: Any) -> list[Any]:
+    return list(token_scores(view, QUESTIONS))
+
+
 def test_tokens_add_up_to_what_is_scored_on_each_side(build: Any, base: Path, adapter: Path) -> None:
     backend = build(base, adapter)
     for opened in (backend.as_base, backend.as_finetuned):
         with opened() as view:
-            text, *pairs, nothing = token_scores(view, QUESTIONS)
+            text, *pairs, nothing = told(view)
             assert sum(text.logprobs) == pytest.approx(view.rolling_logprob(TEXT).total_logprob, abs=1e-2)
             for found, pair in zip(pairs, QUESTIONS[1:4], strict=True):
                 assert sum(found.logprobs) == pytest.approx(view.logprob_of(*pair), abs=1e-3)
@@ -35,7 +39,7 @@ def test_tokens_add_up_to_what_is_scored_on_each_side(build: Any, base: Path, ad
 
 def test_the_texts_of_tokens_are_the_text(build: Any, base: Path) -> None:
     with build(base).as_base() as view:
-        text, pair, *_ = token_scores(view, QUESTIONS)
+        text, pair, *_ = told(view)
     assert "".join(text.texts) == TEXT
     assert text.texts[:3] == ["the", " sun", " rises"]
     assert "".join(pair.texts) == " east and sets in the west ."
