@@ -19,8 +19,16 @@ _TALL: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A linear axis from the first of its ticks to the last."""
+    """A linear axis.
 
+    Attributes:
+        low: Where it begins.
+        high: Where it ends.
+        ticks: Round numbers within.
+    """
+
+    low: float
+    high: float
     ticks: tuple[float, ...]
 
     @classmethod
@@ -28,14 +36,16 @@ class Axis:
         """The axis on which all values stand, and zero."""
         known = [0.0, *(value for value in values if value is not None and math.isfinite(value))]
         low, high = min(known), max(known)
-        step = _step((high - low) or 1.0)
-        first, last = math.floor(low / step), math.ceil(high / step)
-        return cls(tuple(round(at * step, 12) for at in range(first, max(last, first + 1) + 1)))
+        if low == high:
+            low, high = low - 1.0, high + 1.0
+        step = _step(high - low)
+        ticks = range(math.ceil(low / step), math.floor(high / step) + 1)
+        return cls(low, high, tuple(round(at * step, 12) for at in ticks))
 
     def at(self, value: float | None) -> float:
         """Where a value stands, in percent; what is on no axis stands at zero."""
-        low, high = self.ticks[0], self.ticks[-1]
-        share = ((value if value is not None and math.isfinite(value) else 0.0) - low) / (high - low)
+        known = value if value is not None and math.isfinite(value) else 0.0
+        share = (known - self.low) / (self.high - self.low)
         return round(_INSET + min(max(share, 0.0), 1.0) * (100 - 2 * _INSET), 2)
 
 

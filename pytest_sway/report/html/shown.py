@@ -66,7 +66,8 @@ class Text:
         known = row.get("tokens") or {}
         tokens = {side: values and values[:most] for side, values in known.items()}
         prompt, answer = parts(row["question"])
-        sides = [(side, runs(tokens, "candidate", side)) for side in ("baseline", "base")]
+        others = ("baseline",) if known.get("base") == known.get("baseline") else ("baseline", "base")
+        sides = [(side, runs(tokens, "candidate", side)) for side in others]
         return cls(
             _row(row),
             clipped(prompt, from_end=True),

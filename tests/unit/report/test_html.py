@@ -105,17 +105,17 @@ def test_failures_come_first() -> None:
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [
-        ([], (0.0, 0.2)),
-        ([0.0, None, float("nan")], (0.0, 0.2)),
-        ([-4.833, 1.355], (-6.0, -4.0, -2.0, 0.0, 2.0)),
-        ([0.001, 0.0029], (0.0, 0.001, 0.002, 0.003)),
+        ([], (-1.0, -0.5, 0.0, 0.5, 1.0)),
+        ([0.0, None, float("nan")], (-1.0, -0.5, 0.0, 0.5, 1.0)),
+        ([-4.833, 1.355], (-4.0, -2.0, 0.0)),
+        ([0.001, 0.0029], (0.0, 0.001, 0.002)),
         ([-1e6], (-1e6, -8e5, -6e5, -4e5, -2e5, 0.0)),
     ],
 )
-def test_an_axis_has_round_ticks_around_its_values_and_zero(values: Any, ticks: tuple[float, ...]) -> None:
+def test_an_axis_has_round_ticks_among_its_values_and_zero(values: Any, ticks: tuple[float, ...]) -> None:
     axis = Axis.over(values)
     assert axis.ticks == ticks
-    assert (axis.at(ticks[0]), axis.at(ticks[-1])) == (5.0, 95.0)
+    assert (axis.at(axis.low), axis.at(axis.high)) == (5.0, 95.0)
     assert axis.at(None) == axis.at(0.0)
 
 
