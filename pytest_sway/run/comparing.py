@@ -177,16 +177,17 @@ def _tokens(comparison: Comparison, new: _Side, old: _Side | None, backends: Bac
     """The tokens of the worst and best rows, by their position; of the baseline's where it is no record."""
     places = extreme_rows(comparison.rows)
     asked = [comparison.rows[at].question for at in places]
-    candidate, base = _scored(new, asked, backends)
-    baseline = candidate if old is not None and new.model == old.model else _scored(old, asked, backends)[0]
+    # The baseline first: its backend was used last, and a small cache holds it still.
+    baseline, _ = _scored(old, asked, backends)
+    candidate, base = _scored(new, asked, backends, with_base=True)
     found = zip(places, merged(candidate, baseline, base), strict=True)
     return {at: tokens for at, tokens in found if tokens is not None}
 
 
 def _scored(
-    side: _Side | None, asked: Sequence[Any], backends: Backends
+    side: _Side | None, asked: Sequence[Any], backends: Backends, *, with_base: bool = False
 ) -> tuple[list[TokenScores | None], list[TokenScores | None]]:
-    """The tokens of questions on a side's view and, where it has a base beside it, on that."""
+    """The tokens of questions on a side's view and, if they are wanted and it has a base beside it, on that."""
     unknown: list[TokenScores | None] = [None] * len(asked)
     if side is None:
         return unknown, unknown
@@ -194,13 +195,16 @@ def _scored(
         return token_scores(side.model, asked), unknown
     with suppress(Exception), backends() as open_backend:  # no report is worth a failing test
         backend = open_backend(side.model)
-        with backend.as_base() as view:
-            base = token_scores(view, asked)
         try:
             with backend.as_finetuned() as view:
-                return token_scores(view, asked), base
+                found = token_scores(view, asked)
         except NoAdapterError:
-            return base, unknown
+            with backend.as_base() as view:
+                return token_scores(view, asked), unknown
+        if not with_base:
+            return found, unknown
+        with backend.as_base() as view:
+            return found, token_scores(view, asked)
     return unknown, unknown
 
 
