@@ -101,3 +101,31 @@ def test_without_jinja2_the_run_does_not_start(
     result = run("--sway-html=page.html")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --sway-html needs Jinja2, *: pip install 'pytest-sway?html?'"])
+
+
+def test_a_cache_of_one_is_filled_only_once_more(
+    pytester: pytest.Pytester, run: Callable[..., pytest.RunResult]
+) -> None:
+    run("--sway-html=page.html", "--sway-json=run.json", "--sway-cache-size=1", "-k", "texts")
+    events = json.loads((pytester.path / "run.json").read_text())["workers"]["main"]["events"]
+    loads = [each["spec"].rpartition("/")[2] for each in events if each["event"] == "load"]
+    assert loads == ["new", "old", "new"]
+
+
+def test_a_test_fails_for_no_tokens_sake(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+class View:
+    tokenizer = property(lambda self: 1 / 0)
+
+    def rolling_logprob(self, text):
+        raise RuntimeError("no tokens")
+
+    def logprob_of(self, prompt, answer):
+        return -len(answer)
+
+def test_it(sway_compare):
+    assert sway_compare([("a", " b"), ("b", " cd"), ("c", " e")], View(), View()).mean == 0
+""")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "--sway-html=page.html")
+    result.assert_outcomes(passed=1)
+    assert "The comparison passed" in (pytester.path / "page.html").read_text()
