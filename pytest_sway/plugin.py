@@ -154,6 +154,7 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
         session.resolve,
         confidence=config.stash[_settings].confidence,
         made=made.append,
+        tokens=config.getoption("sway_html") is not None,
     )
 
 

@@ -30,6 +30,7 @@ class Asserted(Protocol):
 
     comparison: Comparison
     claim: Claim | None
+    tokens: Mapping[int, dict[str, Any]]
 
 
 def set_properties(properties: list[tuple[str, object]], compared: Iterable[Asserted]) -> None:
@@ -40,7 +41,7 @@ def set_properties(properties: list[tuple[str, object]], compared: Iterable[Asse
 
 def rows_of(compared: Iterable[Asserted]) -> str:
     """The rows of comparisons as JSON, for their test's report: a list of rows for each."""
-    rows = [[_row_of(row) for row in each.comparison.rows] for each in compared]
+    rows = [[_row_of(row, each.tokens.get(at)) for at, row in enumerate(each.comparison.rows)] for each in compared]
     return json.dumps(redacted_values(rows, deepest=20))
 
 
@@ -59,8 +60,9 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _row_of(row: Any) -> dict[str, Any]:
-    return {"question": _question(row.question), "candidate": row.candidate, "baseline": row.baseline}
+def _row_of(row: Any, tokens: dict[str, Any] | None) -> dict[str, Any]:
+    values = {"question": _question(row.question), "candidate": row.candidate, "baseline": row.baseline}
+    return values if tokens is None else {**values, "tokens": tokens}
 
 
 def _question(question: Any) -> str | list[str]:

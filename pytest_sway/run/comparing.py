@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
+from pytest_sway.comparison.token_scores import TokenScores, extreme_rows, merged, token_scores
 from pytest_sway.errors import ComparisonError, NoAdapterError
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.wording import shown
@@ -66,11 +67,13 @@ class Compared:
         comparison: It.
         claim: What the test has asserted of it, as far as that is known.
         reported: Whether a report of the test has carried its rows.
+        tokens: Those of the worst and best rows, by the row's position, where they were asked for and are known.
     """
 
     comparison: Comparison
     claim: Claim | None = None
     reported: bool = False
+    tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
 
     def asserted(self, op: str, left: object, right: object) -> None:
         """Note a failing assertion, if it is about this comparison."""
@@ -119,6 +122,7 @@ def comparing(
     *,
     confidence: float,
     made: Callable[[Compared], None],
+    tokens: bool = False,
 ) -> SwayCompare:
     """Return the fixture ``sway_compare`` of one test.
 
@@ -128,6 +132,7 @@ def comparing(
         resolve: Makes a spec of all of its forms.
         confidence: Of the intervals.
         made: Is told of each comparison.
+        tokens: Whether the worst and best questions are asked again for each of their tokens.
     """
 
     def side(asked: Any, role: str) -> _Side:
@@ -162,10 +167,45 @@ def comparing(
             name=name,
             same=same,
         )
-        made(Compared(comparison))
+        made(Compared(comparison, tokens=_tokens(comparison, new, old, backends) if tokens else {}))
         return comparison
 
     return sway_compare
+
+
+def _tokens(comparison: Comparison, new: _Side, old: _Side | None, backends: Backends) -> dict[int, dict[str, Any]]:
+    """The tokens of the worst and best rows, by their position; of the baseline's where it is no record."""
+    places = extreme_rows(comparison.rows)
+    asked = [comparison.rows[at].question for at in places]
+    # The baseline first: its backend was used last, and a small cache holds it still.
+    baseline, _ = _scored(old, asked, backends)
+    candidate, base = _scored(new, asked, backends, with_base=True)
+    found = zip(places, merged(candidate, baseline, base), strict=True)
+    return {at: tokens for at, tokens in found if tokens is not None}
+
+
+def _scored(
+    side: _Side | None, asked: Sequence[Any], backends: Backends, *, with_base: bool = False
+) -> tuple[list[TokenScores | None], list[TokenScores | None]]:
+    """The tokens of questions on a side's view and, if they are wanted and it has a base beside it, on that."""
+    unknown: list[TokenScores | None] = [None] * len(asked)
+    if side is None:
+        return unknown, unknown
+    if not isinstance(side.model, ModelSpec):
+        return token_scores(side.model, asked), unknown
+    with suppress(Exception), backends() as open_backend:  # no report is worth a failing test
+        backend = open_backend(side.model)
+        try:
+            with backend.as_finetuned() as view:
+                found = token_scores(view, asked)
+        except NoAdapterError:
+            with backend.as_base() as view:
+                return token_scores(view, asked), unknown
+        if not with_base:
+            return found, unknown
+        with backend.as_base() as view:
+            return found, token_scores(view, asked)
+    return unknown, unknown
 
 
 def _is_view(side: object) -> bool:

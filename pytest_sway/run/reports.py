@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from pytest_sway.errors import SpecError
-from pytest_sway.report.files import append_text, write_json
+from pytest_sway.report.files import append_text, write_json, write_text
+from pytest_sway.report.html.page import page
 from pytest_sway.report.markdown import markdown
 from pytest_sway.report.run_record import Run, run_record
 from pytest_sway.run.named_specs import named_specs
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _WRITERS: Final[dict[str, Callable[[dict[str, Any], Path], None]]] = {
     "sway_json": write_json,
     "sway_markdown": lambda record, path: append_text(markdown(record), path),
+    "sway_html": lambda record, path: write_text(page(record), path),
 }
 
 
@@ -105,7 +108,7 @@ def report_paths(config: pytest.Config) -> dict[str, Path]:
     """Return the files to write, by the destination of their option; relative ones are of the folder of the call.
 
     Raises:
-        pytest.UsageError: One is named twice, or cannot be written.
+        pytest.UsageError: One is named twice, or cannot be written, or a library is missing.
     """
     paths: dict[str, Path] = {}
     for name in REPORTS:
@@ -118,6 +121,11 @@ def report_paths(config: pytest.Config) -> dict[str, Path]:
             wrong = "another report is written there"
         if wrong is not None:
             raise pytest.UsageError(f"{option_of(name)}: {wrong}; found {str(text)!r}.")
+        if name == "sway_html" and find_spec("jinja2") is None:
+            raise pytest.UsageError(
+                "--sway-html needs Jinja2, which this environment lacks. Install it with: pip install"
+                " 'pytest-sway[html]'"
+            )
         paths[name] = path
     return paths
 

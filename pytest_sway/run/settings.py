@@ -232,6 +232,7 @@ _SETTINGS: Final = (
 REPORTS: Final = {
     "sway_json": "write the run's comparisons, every row of them, and its loads to a file, as JSON",
     "sway_markdown": "append the table of comparisons, and the worst texts of failures, to a file, as Markdown",
+    "sway_html": "write a page to look at, with the differences, tokens and loads, to a file, as HTML",
 }
 """The files that a run can write, by the destination of their option."""
 

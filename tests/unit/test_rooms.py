@@ -45,6 +45,7 @@ ONLY_IN = {
     ("mlx", "mlx_lm"): ("backends.mlx",),
     ("httpx",): ("backends.api",),
     ("scipy",): ("comparison",),
+    ("jinja2", "markupsafe"): ("report",),
 }
 
 NEVER_IN = dict.fromkeys(("cache", "backends", "comparison"), ("pytest", "_pytest", "xdist"))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
+from pytest_sway.comparison.token_scores import token_scores
 from pytest_sway.errors import ScoringError
 from tests.tiny import make_base
 from tests.unit.backends.hf.insides import WAIT, computing_model
@@ -58,6 +59,17 @@ def test_messages_stand_for_the_prompt_that_they_render_to(build: Any, chat_base
         assert view.generate(MESSAGES, max_new_tokens=5) == view.generate(RENDERED, max_new_tokens=5)
         dists = [view.next_token_dist(prompt).logprobs.tolist() for prompt in (MESSAGES, RENDERED)]
         assert dists[0] == dists[1]
+
+
+def test_the_tokens_of_an_answer_to_messages_add_up_to_its_logprob(build: Any, chat_base: Path) -> None:
+    with build(chat_base).as_base() as view:
+        (found,) = token_scores(view, [(MESSAGES, " hello world")])
+        assert found is not None
+        assert found.texts == [" hello", " world"]
+        assert found.logprobs == [
+            pytest.approx(view.logprob_of(MESSAGES, " hello"), abs=1e-4),
+            pytest.approx(view.logprob_of(f"{RENDERED} hello", " world"), abs=1e-4),
+        ]
 
 
 def test_a_turn_that_the_assistant_has_begun_is_continued(build: Any, chat_base: Path) -> None:

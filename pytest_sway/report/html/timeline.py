@@ -1,0 +1,134 @@
+"""What a worker loaded, found and evicted, and how much memory that took, over the seconds of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pytest_sway.report.html.axes import Axis
+from pytest_sway.report.html.words import times
+from pytest_sway.system.wording import format_bytes
+
+_TALL: Final = 100
+_TOLD: Final = 5
+"""How many times of one kind are named."""
+
+
+@dataclass(slots=True)
+class Lane:
+    """What happened to one backend in one worker.
+
+    Attributes:
+        spec: Its name.
+        loads: When each load began and ended, in seconds.
+        failures: When loads failed.
+        stays: When it began and ended to be in memory.
+        hits: When it was found there.
+        count: How often.
+        evictions: When it was closed to make room.
+    """
+
+    spec: str
+    loads: list[tuple[float, float]] = field(default_factory=list)
+    failures: list[float] = field(default_factory=list)
+    stays: list[tuple[float, float]] = field(default_factory=list)
+    hits: list[float] = field(default_factory=list)
+    count: int = 0
+    evictions: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Of all its loads."""
+        return sum(end - begin for begin, end in self.loads)
+
+    def told(self) -> str:
+        """What is drawn, in words."""
+        said = [
+            f"{what} at {_seconds(moments)}"
+            for what, moments in (
+                ("loaded", [begin for begin, _ in self.loads]),
+                ("failed to load", self.failures),
+                ("evicted", self.evictions),
+            )
+            if moments
+        ]
+        if self.count:
+            said.append(times(self.count, "hit"))
+        return f"{self.spec}: {', '.join(said)}"
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker's part of the time line.
+
+    Attributes:
+        name: The worker's.
+        lanes: One for each backend, in the order of their first events.
+        peak: The most memory at one time, in words; empty where no size is known.
+        memory: The path of the memory, over the width of the axis in percent and 0 to 100.
+        notes: What else is to be said: how it ended, what is left out.
+    """
+
+    name: str
+    lanes: list[Lane]
+    peak: str
+    memory: str
+    notes: list[str]
+
+
+def workers(record: Mapping[str, Any]) -> tuple[Axis, list[Worker]]:
+    """The seconds of the run, and what each worker did in them."""
+    found: Mapping[str, Any] = record.get("workers") or {}
+    events = {name: sorted(worker.get("events") or (), key=_when) for name, worker in found.items()}
+    end = max([0.0, record["run"]["seconds"], *(_when(event) for each in events.values() for event in each)])
+    axis = Axis.over([end])
+    drawn = [_worker(name, each, found[name], axis, end) for name, each in events.items()]
+    return axis, [worker for worker in drawn if worker.lanes or worker.notes]
+
+
+def _when(event: Mapping[str, Any]) -> float:
+    return float(event["at"])
+
+
+def _worker(name: str, events: Sequence[Mapping[str, Any]], told: Mapping[str, Any], axis: Axis, end: float) -> Worker:
+    lanes: dict[str, Lane] = {}
+    since: dict[str, float] = {}
+    for event in events:
+        at, spec = _when(event), str(event["spec"])
+        lane = lanes.setdefault(spec, Lane(spec))
+        match event["event"]:
+            case "load":
+                lane.loads.append((max(at - (event.get("seconds") or 0.0), 0.0), at))
+                since[spec] = at
+            case "failure":
+                lane.failures.append(at)
+            case "hit":
+                lane.hits.append(at)
+                lane.count += event.get("count") or 1
+            case "evict":
+                lane.evictions.append(at)
+            case "close" if spec in since:
+                lane.stays.append((since.pop(spec), at))
+    for spec, began in since.items():
+        lanes[spec].stays.append((began, end))
+    resident = [(_when(event), event["resident_bytes"]) for event in events if event.get("resident_bytes") is not None]
+    peak = max((taken for _, taken in resident), default=0)
+    notes = [told["error"]] if told.get("error") else []
+    if told.get("left_out"):
+        notes.append(f"{times(told['left_out'], 'later event')} left out")
+    memory = "".join(_area(resident, peak, axis, end)) if peak else ""
+    return Worker(name, list(lanes.values()), format_bytes(peak) if peak else "", memory, notes)
+
+
+def _area(steps: Sequence[tuple[float, int]], peak: int, axis: Axis, end: float) -> Iterator[str]:
+    yield f"M{axis.at(0.0)} {_TALL}"
+    for at, taken in steps:
+        yield f"H{axis.at(at)}V{round(_TALL * (1 - taken / peak))}"
+    yield f"H{axis.at(end)}V{_TALL}z"
+
+
+def _seconds(moments: Iterable[float]) -> str:
+    listed = [f"{each:.1f} s" for each in moments]
+    more = f" and {times(len(listed) - _TOLD, 'time')} more" if len(listed) > _TOLD else ""
+    return ", ".join(listed[:_TOLD]) + more

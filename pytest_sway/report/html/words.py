@@ -1,0 +1,87 @@
+"""Numbers and sentences of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+_MINUS: Final = "\N{MINUS SIGN}"
+_NAMED: Final = 3
+"""How many failures the headline names."""
+
+
+def signed(number: float | None) -> str:
+    """A difference with its sign, three decimals, or more digits where it is large."""
+    return "none" if number is None else f"{number:+.3f}".replace("-", _MINUS)
+
+
+def plain(number: float | None) -> str:
+    """A number with three decimals."""
+    return "none" if number is None else f"{number:.3f}".replace("-", _MINUS)
+
+
+def short(number: float) -> str:
+    """A number in as few digits as say it."""
+    return f"{number:.4g}".replace("-", _MINUS)
+
+
+def percent(share: float) -> str:
+    """A share of one in percent."""
+    return f"{100 * share:.4g}%"
+
+
+def typeset(text: str) -> str:
+    """A text of the run record, with a minus where a number has a hyphen."""
+    return text.replace(" -", f" {_MINUS}")
+
+
+def probability(p: float | None) -> str:
+    """A p-value."""
+    if p is None:
+        return "none"
+    return "under 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def times(count: int, noun: str) -> str:
+    """A number of things."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def failed(comparison: Mapping[str, Any]) -> bool:
+    """Whether the comparison's test failed."""
+    return bool(comparison["outcome"] == "failed")
+
+
+def headline(comparisons: Sequence[Mapping[str, Any]], exit_status: int | None) -> tuple[str, str]:
+    """The run's verdict in one sentence: what came out, and what is to be said of it."""
+    lost = [each for each in comparisons if failed(each)]
+    if not comparisons:
+        return "Nothing was compared", ""
+    if lost:
+        told = f"{len(lost)} of {times(len(comparisons), 'comparison')} failed"
+        if len(comparisons) == 1:
+            told = "The comparison failed"
+        return f"{told}: ", _listed(lost)
+    told = "The comparison passed" if len(comparisons) == 1 else f"All {len(comparisons)} comparisons passed"
+    return told, "" if exit_status in (0, None) else f", but the run failed with exit status {exit_status}"
+
+
+def _listed(lost: Sequence[Mapping[str, Any]]) -> str:
+    told = [
+        f"\N{LEFT DOUBLE QUOTATION MARK}{each['name']}\N{RIGHT DOUBLE QUOTATION MARK} {_outcome(each)}"
+        for each in lost[:_NAMED]
+    ]
+    if len(lost) > _NAMED:
+        told.append(f"and {len(lost) - _NAMED} more")
+    return "; ".join(told)
+
+
+def _outcome(comparison: Mapping[str, Any]) -> str:
+    verdict = (comparison["verdict"] or "").partition(",")[0]
+    return f"is {verdict}" if verdict in ("refuted", "undecided") else "failed"
+
+
+def findings(leaks: Iterable[str], mutations: Iterable[str]) -> str:
+    """What else went wrong; empty where nothing did."""
+    counted = [(len(list(leaks)), "leak"), (len(list(mutations)), "mutation")]
+    return " and ".join(times(count, noun) for count, noun in counted if count)
