@@ -20,6 +20,7 @@ The tree::
     │   └── NoAdapterError                the fine-tuned side of a spec without adapter
     ├── ScoringError (ValueError)         what was passed cannot be scored, or not by this model's server
     ├── ComparisonError (ValueError)      what was passed to sway_compare cannot be compared
+    │   └── RecordError                   recorded scores are missing, of something else, or damaged
     ├── ServerError                       a server refused, failed, or did not answer
     └── MutationError                     a test left a shared model changed
 
@@ -118,6 +119,10 @@ class ScoringError(SwayError, ValueError):
 
 class ComparisonError(SwayError, ValueError):
     """What was passed to ``sway_compare`` cannot be compared: a side, the questions, or what a score gave."""
+
+
+class RecordError(ComparisonError):
+    """Recorded scores are missing, damaged or of something else, cannot be written, or their base has moved since."""
 
 
 class ServerError(SwayError):

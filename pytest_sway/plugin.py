@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend
     from pytest_sway.run.comparing import Compared, SwayCompare
+    from pytest_sway.run.records import Records
     from pytest_sway.run.session import SwayBackend, SwaySession
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
@@ -33,6 +34,7 @@ _running = pytest.StashKey[Owner]()
 _errors = pytest.StashKey[list[BaseException]]()
 _compared = pytest.StashKey[list["Compared"]]()
 _changed = pytest.StashKey[str]()
+_records = pytest.StashKey["Records"]()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -93,7 +95,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Show what is in force."""
     changed = config.stash.get(_changed, None)
-    return [config.stash[_settings].header(), *(() if changed is None else (changed,))]
+    recording = "sway: recording the scores of tests that pass" if config.getoption("sway_record") else None
+    return [config.stash[_settings].header(), *(line for line in (changed, recording) if line is not None)]
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
@@ -115,17 +118,22 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
     """Call it with questions, a candidate and a baseline to get how much more the candidate scores, in plain numbers.
 
     ``assert sway_compare(questions, "candidate", "baseline").low > -0.1``: the candidate is shown to lose less than
-    0.1. A side is a view, a spec or a configured name.
+    0.1. A side is a view, a spec or a configured name. Without a baseline, it compares with the scores that
+    ``--sway-record`` has written beside the test.
     """
     from pytest_sway.run.comparing import Compared, comparing
+    from pytest_sway.run.records import Records
 
     config = request.config
+    records = request.node.stash[_records] = Records(request.node, recording=config.getoption("sway_record"))
     session, made = _sway(config), list[Compared]()
     config.stash[_compared] = request.node.stash[_compared] = made
     return comparing(
         partial(session.backends_for, request.node.nodeid, ()),
         session.cache.resolve,
+        records=records,
         confidence=config.stash[_settings].confidence,
+        drift=config.stash[_settings].drift,
         made=made.append,
     )
 
@@ -173,15 +181,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Compare what a test and its fixtures have used, once they have ended, so that the right test gets the error."""
+    """Compare what a test and its fixtures have used, once they have ended, so that the right test gets the error.
+
+    Only then the scores of a test that passed are recorded.
+    """
     try:
-        return (yield)
+        result = yield
     finally:
         restore_modules()  # which a run inside of this test may have taken away
         session = _used(item.config)
         error = session.end_test(item.config.stash[_running]) if session is not None else None
         if error is not None:
             raise error
+    records: Records | None = item.stash.get(_records, None)
+    if records is not None and (line := records.end()) is not None:
+        item.user_properties.append(("sway_recorded", line))
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -235,6 +250,8 @@ def pytest_runtest_makereport(
         set_properties(item.user_properties, compared)
     report = yield
     report.duration = max(0.0, report.duration - seconds)
+    if report.passed and report.when == "call" and _records in item.stash:
+        item.stash[_records].passed = True
     if report.failed and report.when == "call":
         report.sections += [("sway_compare", each.report()) for each in compared]
     return report
@@ -274,6 +291,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         from pytest_sway.report.comparisons import write_comparisons
 
         write_comparisons(terminalreporter)
+    if config.getoption("sway_record"):
+        from pytest_sway.run.records import write_recorded
+
+        write_recorded(terminalreporter)
     if (sway := _used(config)) is not None:
         from pytest_sway.report.summary import write_summary
 

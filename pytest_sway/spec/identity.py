@@ -111,6 +111,41 @@ def _answers_identity(answers: Mapping[str, Any] | str | Path | None) -> Hashabl
     return (str(answers), _file_digest(str(answers), _stats((str(answers),))))
 
 
+def adapter_digest(spec: ModelSpec) -> str | None:
+    """Return a digest of the contents of a spec's adapter, equal on every machine; ``None`` where there is none."""
+    adapter = str(spec.adapter)
+    return None if spec.adapter is None else _adapter_digest(adapter, _adapter_signature(adapter))
+
+
+_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 2**14
+
+
+def weights_digest(model: Path) -> str | None:
+    """Return a digest of a model's weights, equal on every machine; ``None`` where there are none, or none to read.
+
+    It is of each file's name and size and of 64 samples of its bytes, since to read all would take as long as a load.
+    Training changes most of the weights, so two models differ in nearly all samples.
+
+    Args:
+        model: A folder, or a GGUF file.
+    """
+    paths = [model] if model.is_file() else sorted(model.glob("model*.safetensors"))
+    paths = paths or list(map(Path, _listed(str(model), _WEIGHTS)))
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            with open_regular(path) as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(f"{path.suffix if path == model else path.name}\0{size}\0".encode())
+                for at in range(_SAMPLES):
+                    file.seek(size * at // _SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
+    except OSError:
+        return None
+    return digest.hexdigest() if paths else None
+
+
 _Signature: TypeAlias = tuple[tuple[int, int, int, int], ...]
 _IDENTITY_FILES: Final = re.compile(
     r".*\.(safetensors|jinja|model|txt)|(?!trainer_state).*\.json|(adapter_model|new_embeddings).*\.bin"
