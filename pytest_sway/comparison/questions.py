@@ -22,6 +22,9 @@ Score: TypeAlias = "Callable[[Any, list[Any]], Iterable[SupportsFloat]]"
 
 _UNITS: Final = {"pair": "nats an answer", "text": "nats per token"}
 _SCORES: Final = {"pair": "logprob_of", "text": "rolling_logprob"}
+POINTS: Final = "points"
+"""The unit of a score whose scale nobody knows."""
+
 _OWN: Final = "a question"
 _LONGEST: Final = 60
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -61,7 +64,7 @@ class Questions:
                     " them apart, or pass score=."
                 )
         self._kind = kinds[0] if kinds else _OWN
-        self.unit: Final = _UNITS.get(self._kind, "points")
+        self.unit: Final = _UNITS.get(self._kind, POINTS)
         self.score: Final = _SCORES.get(self._kind) or _name(score)
         self._refuse_repeated()
         if (prompts := len(self.clusters())) < 2:

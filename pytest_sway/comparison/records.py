@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_sway.comparison.questions import beginning
+from pytest_sway.comparison.questions import POINTS, beginning
 from pytest_sway.errors import RecordError
 from pytest_sway.system.redaction import redacted
 
@@ -158,31 +158,33 @@ def recorded(
         base: What the base is.
         candidate: What the candidate is.
         made_with: What may move scores beside the models.
-
-    Raises:
-        RecordError: The scores are too small for four decimals.
     """
-    tuned, control = rounded(tuned), None if control is None else rounded(control)
+    kept, base_kept = rounded(tuned), None if control is None else rounded(control)
     rows = tuple(
-        RecordedRow(digest, None if control is None else control[at], tuned[at], questions.tokens.get(at), _text(asked))
+        RecordedRow(
+            digest, None if base_kept is None else base_kept[at], kept[at], questions.tokens.get(at), _text(asked)
+        )
         for at, (digest, asked) in enumerate(zip(questions.digests(), questions.asked, strict=True))
     )
     return Record(name, questions.unit, questions.score, base, candidate, made_with, rows)
 
 
-def rounded(scores: Sequence[float]) -> list[float]:
-    """Return scores as a record keeps them, so that what is unchanged differs by exactly 0.
+def check_scale(questions: Questions, tuned: Sequence[float]) -> None:
+    """Raise if a record would hold nothing of the scores of the user's own ``score``.
 
     Raises:
-        RecordError: Nothing is left of them.
+        RecordError: It would.
     """
-    kept = [float(f"{score:.{DECIMALS}f}") + 0.0 for score in scores]  # + 0.0: not -0.0
-    if any(scores) and not any(kept):
+    if questions.unit == POINTS and any(tuned) and not any(rounded(tuned)):
         raise RecordError(
-            f"a record keeps {DECIMALS} decimals, and the scores are all closer to 0 (the largest is"
-            f" {max(scores, key=abs):.3g}). Have score= give larger numbers, such as the logarithm or 1000 times these."
+            f"a record keeps {DECIMALS} decimals, and the scores of {questions.score} are all closer to 0 (the largest"
+            f" is {max(tuned, key=abs):.3g}). Have score= give larger numbers, such as 1000 times these."
         )
-    return kept
+
+
+def rounded(scores: Sequence[float]) -> list[float]:
+    """Return scores as a record keeps them, so that what is unchanged differs by exactly 0."""
+    return [float(f"{score:.{DECIMALS}f}") + 0.0 for score in scores]  # + 0.0: not -0.0
 
 
 def _text(question: Any) -> str:

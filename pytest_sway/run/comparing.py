@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from pytest_sway.backends.questions import shortened
 from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
-from pytest_sway.comparison.records import Identity, Record, drift_between, drift_message, recorded
+from pytest_sway.comparison.records import Identity, Record, check_scale, drift_between, drift_message, recorded
 from pytest_sway.errors import ComparisonError, NoAdapterError, RecordError
 from pytest_sway.run.records import Records, base_identity, candidate_identity, made_with
 from pytest_sway.spec.model_spec import ModelSpec
@@ -203,6 +203,8 @@ def comparing(
             if before is not None:
                 before.check_base(base, records.where)
             tuned = questions.scored_by(view, new.name)
+            if before is None:
+                check_scale(questions, tuned)
             with nullcontext() if open_base is None else open_base() as control:
                 scores = None if control is None else questions.scored_by(control, "the base")
         candidate = Identity(new.name) if spec is None else candidate_identity(new.name, spec)

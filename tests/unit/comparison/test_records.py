@@ -12,7 +12,7 @@ import pytest
 
 from pytest_sway.comparison.questions import Questions
 from pytest_sway.comparison.record_file import decode, encode
-from pytest_sway.comparison.records import Identity, Record, drift_between, recorded, rounded
+from pytest_sway.comparison.records import Identity, Record, check_scale, drift_between, recorded, rounded
 from pytest_sway.errors import ComparisonError, RecordError
 
 PAIRS = [("a", " x"), ("a", " y"), ("b", " x"), ("c", " x")]
@@ -137,9 +137,14 @@ def test_scores_keep_four_decimals_and_no_minus_before_0() -> None:
 
 
 def test_scores_of_which_nothing_would_be_left_are_refused() -> None:
-    with pytest.raises(RecordError, match=r"keeps 4 decimals, .* \(the largest is -2e-05\)"):
-        rounded([1e-5, -2e-5])
-    assert rounded([0.0, 0.0]) == [0.0, 0.0]
+    def tiny(view: Any, questions: list[Any]) -> list[float]:
+        return [1e-5] * len(questions)
+
+    own = Questions(PAIRS, tiny)
+    with pytest.raises(RecordError, match=r"4 decimals, and the scores of tiny are all .* \(the largest is -2e-05\)"):
+        check_scale(own, [1e-5, -2e-5, 0.0, 0.0])
+    check_scale(own, [0.0] * 4)
+    check_scale(Questions(PAIRS), [-1e-5] * 4)  # nats of answers that it knows
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
