@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +18,7 @@ from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.comparison.record_file import decode, encode
 from pytest_sway.comparison.records import ANEW, Identity, Record
 from pytest_sway.errors import RecordError
-from pytest_sway.spec.identity import adapter_digest, base_spec, weights_digest
+from pytest_sway.spec.identity import adapter_digest, base_spec, finetuned_spec, weights_digest
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import GGUF_SUFFIX, short_name
 from pytest_sway.system.reading import INDEX_BYTES, read_bounded
@@ -50,7 +49,7 @@ class Records:
         self.passed = False
         self._test = item.nodeid
         self._over = False
-        self._made: Counter[str] = Counter()
+        self._names: set[str] = set()
         self._before: dict[str, Record] | None = None
         self._now: list[Record] = []
 
@@ -65,9 +64,11 @@ class Records:
                 f"sway_compare was called after the end of its test {self._test}, whose record it uses. Ask for the"
                 " fixture in each test that compares."
             )
-        name = given or "comparison"
-        self._made[name] += 1
-        return name if self._made[name] == 1 else f"{name} #{self._made[name]}"
+        first = given or "comparison"
+        names = (first, *(f"{first} #{number}" for number in range(2, len(self._names) + 2)))
+        name = next(name for name in names if name not in self._names)
+        self._names.add(name)
+        return name
 
     def before(self, name: str) -> Record:
         """Return what was recorded under a name.
@@ -147,7 +148,8 @@ def candidate_identity(name: str, spec: ModelSpec) -> Identity:
     """Return what a candidate is, for people who read the record."""
     tuned = spec.adapter or spec.finetuned
     shown = name if tuned is None else f"{name}: {short_name(str(tuned))}"
-    return Identity(redacted(shown), adapter_digest(spec))
+    digest = adapter_digest(spec) if spec.adapter is not None else _digest(finetuned_spec(spec) or spec)
+    return Identity(redacted(shown), digest)
 
 
 def made_with(spec: ModelSpec | None) -> dict[str, str]:
@@ -174,6 +176,7 @@ def _recorded(reports: Sequence[Any]) -> Iterator[object]:
 
 
 def _digest(base: ModelSpec) -> str | None:
+    """A digest of a model's weights, where they are files of this machine."""
     if base.kind not in ("hf", "mlx"):
         return None
     if base.base.endswith(GGUF_SUFFIX):

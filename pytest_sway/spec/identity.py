@@ -131,19 +131,26 @@ def weights_digest(model: Path) -> str | None:
         model: A folder, or a GGUF file.
     """
     paths = [model] if model.is_file() else sorted(model.glob("model*.safetensors"))
-    paths = paths or list(map(Path, _listed(str(model), _WEIGHTS)))
+    files = tuple(map(str, paths)) or _listed(str(model), _WEIGHTS)
+    return _sampled_digest(files, _stats(files)) if files else None
+
+
+@lru_cache(maxsize=256)
+def _sampled_digest(files: tuple[str, ...], _signature: _Signature) -> str | None:
+    """A digest of samples of some files; they are read again only when their signature has changed."""
     digest = hashlib.sha256()
     try:
-        for path in paths:
+        for path in files:
             with open_regular(path) as file:
                 size = file.seek(0, os.SEEK_END)
-                digest.update(f"{path.suffix if path == model else path.name}\0{size}\0".encode())
+                name = GGUF_SUFFIX if path.endswith(GGUF_SUFFIX) else os.path.basename(path)
+                digest.update(f"{name}\0{size}\0".encode())
                 for at in range(_SAMPLES):
                     file.seek(size * at // _SAMPLES)
                     digest.update(file.read(_SAMPLE_BYTES))
     except OSError:
         return None
-    return digest.hexdigest() if paths else None
+    return digest.hexdigest()
 
 
 _Signature: TypeAlias = tuple[tuple[int, int, int, int], ...]

@@ -113,6 +113,14 @@ def test_several_comparisons_of_a_test_are_in_one_file(suite: Recording) -> None
     )
 
 
+def test_names_of_comparisons_never_meet(suite: Recording) -> None:
+    calls = ["", "", ", name='comparison #2'", ", name='comparison'"]
+    body = "def test_it(sway_compare):\n" + "".join(f"    sway_compare(FACTS, canned(0.1){call})\n" for call in calls)
+    suite.record(body)
+    names = [each["name"] for each in suite.read()["comparisons"]]
+    assert names == ["comparison", "comparison #2", "comparison #2 #2", "comparison #3"]
+
+
 def test_two_workers_record_what_each_of_them_runs(suite: Recording) -> None:
     body = (
         "@pytest.mark.parametrize('town', ['Paris', 'paris', 'a/b', 'a_b'])\n"
