@@ -156,6 +156,11 @@ def test_nothing_is_recorded_of_a_test_that_does_not_pass(suite: Recording, fail
     assert suite.names() == []
 
 
+def test_nothing_is_recorded_of_a_test_that_should_have_failed(suite: Recording) -> None:
+    suite.record("@pytest.mark.xfail(strict=True)\n" + GOOD.format(0.1)).assert_outcomes(failed=1)
+    assert suite.names() == []
+
+
 def test_nothing_is_recorded_of_a_test_whose_teardown_fails(suite: Recording) -> None:
     suite.record(
         "@pytest.fixture\ndef broken():\n    yield\n    raise OSError('no')\n\n"
