@@ -20,6 +20,7 @@ The tree::
     │   └── NoAdapterError                the spec has no adapter, so it has no fine-tuned side
     ├── ScoringError (ValueError)         the question cannot be scored, or not by this server
     ├── ComparisonError (ValueError)      sway_compare cannot compare its arguments
+    │   └── RecordError                   recorded scores are missing, damaged, or of something else
     ├── ServerError                       a server refused, failed, or did not answer
     └── MutationError                     a test left a shared model changed
 
@@ -118,6 +119,10 @@ class ScoringError(SwayError, ValueError):
 
 class ComparisonError(SwayError, ValueError):
     """``sway_compare`` cannot compare its arguments: a side, the questions, or the values that a score returned."""
+
+
+class RecordError(ComparisonError):
+    """Recorded scores are missing, damaged or of something else, cannot be written, or their base has moved since."""
 
 
 class ServerError(SwayError):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_sway.cache.stats import WorkerReport
     from pytest_sway.report.collected import Collected
     from pytest_sway.run.comparing import Compared, SwayCompare
+    from pytest_sway.run.records import Records
     from pytest_sway.run.session import SwayBackend, SwaySession
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
@@ -36,6 +37,7 @@ _errors = pytest.StashKey[list[BaseException]]()
 _compared = pytest.StashKey[list["Compared"]]()
 _collected = pytest.StashKey["Collected"]()
 _changed = pytest.StashKey[str]()
+_records = pytest.StashKey["Records"]()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -104,7 +106,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Show the settings, and the named specs that ``--sway-set`` changed."""
     changed = config.stash.get(_changed, None)
-    return [config.stash[_settings].header(), *(() if changed is None else (changed,))]
+    recording = "sway: recording the scores of tests that pass" if config.getoption("sway_record") else None
+    return [config.stash[_settings].header(), *(line for line in (changed, recording) if line is not None)]
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -141,18 +144,23 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
     """Call it with questions, a candidate and a baseline to learn how much higher the candidate scores.
 
     ``assert sway_compare(questions, "candidate", "baseline").low > -0.1`` shows that the candidate loses less than 0.1.
-    A side is a view, a spec or a configured name.
+    A side is a view, a spec or a configured name. Without a baseline, it compares with the scores that
+    ``--sway-record`` has written beside the test.
     """
     from pytest_sway.run.comparing import Compared, comparing
+    from pytest_sway.run.records import Records
 
     config = request.config
     _collect(config)
+    records = request.node.stash[_records] = Records(request.node, recording=config.getoption("sway_record"))
     session, made = _sway(config), list[Compared]()
     config.stash[_compared] = request.node.stash[_compared] = made
     return comparing(
         partial(session.backends_for, request.node.nodeid, ()),
         session.resolve,
+        records=records,
         confidence=config.stash[_settings].confidence,
+        drift=config.stash[_settings].drift,
         made=made.append,
         tokens=config.getoption("sway_html") is not None,
     )
@@ -206,15 +214,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Compare the used models after the test's own fixtures have ended, so that the right test gets the error."""
+    """Compare the used models after the test's own fixtures have ended, so that the right test gets the error.
+
+    The scores of a test that passed are recorded only then.
+    """
     try:
-        return (yield)
+        result = yield
     finally:
         restore_modules()  # a pytest run inside this test may have removed some
         session = _used(item.config)
         error = session.end_test(item.config.stash[_running]) if session is not None else None
         if error is not None:
             raise error
+    records: Records | None = item.stash.get(_records, None)
+    if records is not None and (line := records.end()) is not None:
+        item.user_properties.append(("sway_recorded", line))
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -281,6 +296,8 @@ def pytest_runtest_makereport(
         setattr(report, ROWS, rows_of(new))
         for each in new:
             each.reported = True
+    if report.passed and report.when == "call" and _records in item.stash:
+        item.stash[_records].passed = True
     if report.failed and report.when == "call":
         report.sections += [("sway_compare", each.report()) for each in compared]
     return report
@@ -320,6 +337,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         from pytest_sway.report.comparisons import write_comparisons
 
         write_comparisons(terminalreporter, collected.comparisons())
+    if config.getoption("sway_record"):
+        from pytest_sway.run.records import write_recorded
+
+        write_recorded(terminalreporter)
     if (sway := _used(config)) is not None:
         from pytest_sway.report.summary import write_summary
 

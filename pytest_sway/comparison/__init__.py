@@ -1,6 +1,6 @@
 """Regression runs: whether a candidate is worse than a baseline, on the same questions, in numbers that hold.
 
-Three modules, from the lowest up, that know neither pytest nor torch:
+Five modules, from the lowest up, that know neither pytest nor torch:
 
 * `statistics`: `PairedMeans` for scores of any size and `PairedProportions` for scores of 0 and 1; both give an
   `Interval`, the shift that they would see (``detectable``), and how many questions would see another (``needed``).
@@ -8,6 +8,8 @@ Three modules, from the lowest up, that know neither pytest nor torch:
   pair, nats per token for a text, or what the user's own ``score`` says. Equal prompts are one cluster (``clusters``).
 * `comparison`: `compare` makes a `Comparison` of both sides' scores: the plain numbers that a test asserts, with a
   `Row` for each question. ``verdict`` says what it shows of a `Claim`, ``report`` is what a failing test shows of it.
+* `records`: a `Record` holds what was scored once; ``rows_of`` gives the baseline's scores where no baseline is named.
+* `record_file`: ``encode`` makes the text of a file of records, ``decode`` reads it and refuses what it has not made.
 
 One comparison goes one way::
 

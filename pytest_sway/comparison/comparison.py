@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
+from pytest_sway.comparison.questions import Questions, beginning
 from pytest_sway.comparison.statistics import POWER, Evidence, PairedMeans, PairedProportions
 from pytest_sway.errors import ComparisonError
-
-if TYPE_CHECKING:
-    from pytest_sway.comparison.questions import Questions
 
 __tracebackhide__ = True
 
 _WORST: Final = 5
-_LONGEST: Final = 60
 _MIRRORED: Final = str.maketrans("<>", "><")
 
 
@@ -67,6 +64,8 @@ class Comparison:
         n: How many different prompts there are; questions with equal prompts count as one.
         confidence: How probable it is that such an interval holds the true mean difference.
         rows: Every question with both scores, in the order in which they were asked.
+        drift: How much more the base scores now than when the baseline was recorded, in the mean over the prompts;
+            ``None`` where the baseline is scored now, or where no base stands beside the candidate.
     """
 
     name: str
@@ -80,6 +79,7 @@ class Comparison:
     confidence: float
     rows: tuple[Row, ...]
     _evidence: Evidence = field(repr=False)
+    drift: float | None = None
 
     @property
     def detectable(self) -> float:
@@ -134,13 +134,15 @@ class Comparison:
         yield f"{100 * self.confidence:.4g}% interval {self.low:+.4g} to {self.high:+.4g}, {self.n} prompts"
         if claim is not None:
             yield f"{claim}: {self.verdict(claim)}"
+        if self.drift is not None:
+            yield f"the base itself scores {self.drift:+.4g} since it was recorded"
         yield from self._prompts_needed()
         worst = sorted(self.rows, key=lambda row: row.difference)[:_WORST]
         yield f"the worst {len(worst)} of {len(self.rows)}:"
         yield f"{'difference':>10}  {'candidate':>10}  {'baseline':>10}  question"
         for row in worst:
             numbers = (row.difference, row.candidate, row.baseline)
-            yield "  ".join([*(f"{number:10.4g}" for number in numbers), _shown(row.question)])
+            yield "  ".join([*(f"{number:10.4g}" for number in numbers), beginning(row.question)])
 
     def verdict(self, claim: Claim) -> str:
         """Return what the interval says of a claim: shown, refuted, or undecided and how many prompts would decide."""
@@ -199,6 +201,7 @@ def compare(
     confidence: float,
     name: str | None = None,
     same: bool = False,
+    drift: float | None = None,
 ) -> Comparison:
     """Return the comparison of two sides' scores.
 
@@ -209,6 +212,7 @@ def compare(
         confidence: Of the interval.
         name: What the comparison is called; by default after its sides.
         same: Whether both sides are one model, so that the difference is known to be 0.
+        drift: How much more the base scores now than when the baseline was recorded.
     """
     rows = tuple(map(Row, questions.asked, candidate[1], baseline[1]))
     clusters = questions.clusters()
@@ -232,6 +236,7 @@ def compare(
         confidence,
         rows,
         evidence,
+        drift,
     )
 
 
@@ -247,10 +252,3 @@ def _about(count: int) -> int:
     """A number that promises no more than two digits."""
     unit: int = 10 ** max(len(str(count)) - 2, 0)
     return -(-count // unit) * unit
-
-
-def _shown(question: Any) -> str:
-    """The beginning of a question, on one line; a pair of texts as one."""
-    pair = isinstance(question, Sequence) and all(isinstance(part, str) for part in question)
-    text = " ".join(("".join(question) if pair else repr(question)).split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias
 
@@ -20,7 +22,13 @@ Score: TypeAlias = "Callable[[Any, list[Any]], Iterable[SupportsFloat]]"
 """A function of a view and the questions that gives one number for each, more for a better answer."""
 
 _UNITS: Final = {"pair": "nats an answer", "text": "nats per token"}
+_SCORES: Final = {"pair": "logprob_of", "text": "rolling_logprob"}
+POINTS: Final = "points"
+"""The unit of a score whose scale nobody knows."""
+
 _OWN: Final = "a question"
+_LONGEST: Final = 60
+_ADDRESS: Final = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class Questions:
@@ -33,6 +41,8 @@ class Questions:
     Attributes:
         asked: The questions, in their order.
         unit: What one point of the scores is.
+        score: What makes the scores, by name.
+        tokens: How many tokens a text's score is a mean over, by position, once it is scored.
 
     Raises:
         ComparisonError: They are of several kinds or of none, one is there twice, or all have one prompt.
@@ -40,7 +50,7 @@ class Questions:
 
     def __init__(self, questions: Iterable[Any], score: Score | None = None) -> None:
         self._score = score
-        self._tokens: dict[int, int] = {}
+        self.tokens: Final[dict[int, int]] = {}
         try:
             self.asked: Final = listed(questions, "questions")
         except ScoringError as error:
@@ -55,7 +65,8 @@ class Questions:
                     " them apart, or pass score=."
                 )
         self._kind = kinds[0] if kinds else _OWN
-        self.unit: Final = _UNITS.get(self._kind, "points")
+        self.unit: Final = _UNITS.get(self._kind, POINTS)
+        self.score: Final = _SCORES.get(self._kind) or _name(score)
         self._refuse_repeated()
         if (prompts := len(self.clusters())) < 2:
             raise ComparisonError(
@@ -91,6 +102,24 @@ class Questions:
             found.setdefault(prompt, []).append(at)
         return list(found.values())
 
+    def mean(self, numbers: Sequence[float]) -> float:
+        """Return the mean of one number for each question, in which questions with equal prompts count as one."""
+        means = [math.fsum(numbers[at] for at in cluster) / len(cluster) for cluster in self.clusters()]
+        return math.fsum(means) / len(means)
+
+    def digests(self) -> list[str]:
+        """What tells each question from others, also in other runs and on other machines.
+
+        Raises:
+            ComparisonError: A question is or holds an object that another run does not know again.
+        """
+        texts = [_canonical(question, _lasting) for question in self.asked]
+        return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+
+    def expect_tokens(self, tokens: Mapping[int, int]) -> None:
+        """Have texts refused that have other numbers of tokens than these, which are by position."""
+        self.tokens.update(tokens)
+
     def _answers(self, view: Any) -> Any:
         if self._score is not None:
             return self._score(view, list(self.asked))
@@ -106,7 +135,7 @@ class Questions:
         tokens = len(rolled.logprobs)
         if tokens == 0:
             raise ComparisonError(f"questions[{at}] has no token to score. Take the text out.")
-        if (others := self._tokens.setdefault(at, tokens)) != tokens:
+        if (others := self.tokens.setdefault(at, tokens)) != tokens:
             raise ComparisonError(
                 f"questions[{at}] has {others} tokens on one side and {tokens} on the other, whose tokenizers differ:"
                 " nats per token are not comparable. Compare pairs of a prompt and an answer, or pass score=."
@@ -157,9 +186,35 @@ def _kind(question: Any, at: int) -> str:
     )
 
 
-def _canonical(question: Any) -> str:
-    """A text that is equal for equal questions."""
+def _name(score: Any) -> str:
+    """What a score is called: a function by its name, also one whose arguments are bound; any other by its class."""
+    function = getattr(score, "func", score)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def beginning(question: Any) -> str:
+    """Return the beginning of a question, on one line; a pair of texts as one."""
+    pair = isinstance(question, Sequence) and all(isinstance(part, str) for part in question)
+    text = " ".join(("".join(question) if pair else repr(question)).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _canonical(question: Any, as_text: Callable[[Any], str] = repr) -> str:
+    """A text that is equal for equal questions; ``as_text`` makes one of what JSON cannot hold."""
     try:
-        return json.dumps(question, sort_keys=True, default=repr)
-    except (TypeError, ValueError, RecursionError):  # keys that are no text, or a circle
-        return repr(question)
+        return json.dumps(question, sort_keys=True, default=as_text)
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, or a circle
+        if isinstance(error, ComparisonError):
+            raise
+        return as_text(question)
+
+
+def _lasting(part: Any) -> str:
+    """The ``repr`` of a part of a question, if it is the same in every run."""
+    text = repr(part)
+    if address := _ADDRESS.search(text):
+        raise ComparisonError(
+            f"the question {shown(part)} is known only by{address[0]}, its place in memory, which another run does"
+            " not know again. Ask texts, numbers, lists or dicts, or give its class a __repr__."
+        )
+    return text

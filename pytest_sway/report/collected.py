@@ -64,7 +64,6 @@ def _comparisons(key: tuple[str, str], tried: _Try) -> list[dict[str, Any]]:
         {
             "test": f"[{worker}] {nodeid}" if worker else nodeid,
             "outcome": tried.outcome,
-            "drift": None,
             "claim": None,
             "margin": None,
             "verdict": None,

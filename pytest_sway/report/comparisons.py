@@ -20,7 +20,19 @@ PROPERTY: Final = "sway_compare"
 ROWS: Final = "sway_rows"
 """The attribute of a test's report with the rows of comparisons that no report before it has carried, as JSON."""
 
-_FIELDS: Final = ("name", "candidate", "baseline", "unit", "mean", "low", "high", "n", "confidence", "detectable")
+_FIELDS: Final = (
+    "name",
+    "candidate",
+    "baseline",
+    "unit",
+    "mean",
+    "low",
+    "high",
+    "n",
+    "confidence",
+    "detectable",
+    "drift",
+)
 _COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "p", "unit", "shown")
 _NUMBERS: Final = ("prompts", "mean", "low", "high", "p")
 

@@ -1,16 +1,21 @@
-"""The fixture ``sway_compare``: opens the views of both sides, has them answer, and keeps what was compared."""
+"""The fixture ``sway_compare``: opens the views of both sides, has them answer, and keeps what was compared.
+
+Without a baseline, the scores in the test's record take its place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
+from pytest_sway.comparison.records import Identity, Record, check_scale, drift_between, drift_message, recorded
 from pytest_sway.comparison.token_scores import TokenScores, extreme_rows, merged, token_scores
-from pytest_sway.errors import ComparisonError, NoAdapterError
+from pytest_sway.errors import ComparisonError, NoAdapterError, RecordError
+from pytest_sway.run.records import Records, base_identity, candidate_identity, made_with
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.wording import shown
 
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 SideLike: TypeAlias = "View | SpecLike"
+OpensView: TypeAlias = "Callable[[], AbstractContextManager[Any]]"
 Backends: TypeAlias = "Callable[[], AbstractContextManager[SwayBackend]]"
 
 
@@ -48,7 +54,7 @@ class SwayCompare(Protocol):
             questions: Pairs of a prompt and an answer, which score the answer's log-probability in nats; or texts,
                 which score the mean log-probability of their tokens; or anything that ``score`` takes.
             candidate: What may replace the baseline.
-            baseline: What is good enough now.
+            baseline: What is good enough now; left out, the scores that ``--sway-record`` has written for this test.
             score: A function of a view and the list of questions that gives one number for each, more for a better
                 answer.
             name: What reports call the comparison; by default after its sides.
@@ -104,23 +110,31 @@ class _Side:
     @contextmanager
     def view(self, backends: Backends) -> Iterator[Any]:
         """Give the side's view: of a spec the fine-tuned one, or the base's where it has no other."""
+        with self.view_and_base(backends) as (view, _):
+            yield view
+
+    @contextmanager
+    def view_and_base(self, backends: Backends) -> Iterator[tuple[Any, OpensView | None]]:
+        """Give the side's view, and what opens a view of the base beside it, if there is one."""
         if not isinstance(self.model, ModelSpec):
-            yield self.model
+            yield self.model, None
             return
         with ExitStack() as stack:
             backend = stack.enter_context(backends())(self.model)
             try:
-                view = stack.enter_context(backend.as_finetuned())
+                view, base = stack.enter_context(backend.as_finetuned()), backend.as_base
             except NoAdapterError:
-                view = stack.enter_context(backend.as_base())
-            yield view
+                view, base = stack.enter_context(backend.as_base()), None
+            yield view, base
 
 
 def comparing(
     backends: Backends,
     resolve: Callable[[SpecLike], ModelSpec],
     *,
+    records: Records,
     confidence: float,
+    drift: float,
     made: Callable[[Compared], None],
     tokens: bool = False,
 ) -> SwayCompare:
@@ -130,7 +144,9 @@ def comparing(
         backends: Gives what gets the test its backends. A side's is kept only while it is scored, so that a test can
             compare more models than the cache holds.
         resolve: Makes a spec of all of its forms.
+        records: What the test has recorded before.
         confidence: Of the intervals.
+        drift: How far a base may move since it was recorded.
         made: Is told of each comparison.
         tokens: Whether the worst and best questions are asked again for each of their tokens.
     """
@@ -156,7 +172,10 @@ def comparing(
         name: str | None = None,
     ) -> Comparison:
         checked = Questions(questions, score)
-        new, old = side(candidate, "candidate"), side(baseline, "baseline")
+        new = side(candidate, "candidate")
+        if baseline is None:
+            return with_record(checked, new, name)
+        old = side(baseline, "baseline")
         same = new.model == old.model
         found = scores(checked, new)
         comparison = compare(
@@ -169,6 +188,44 @@ def comparing(
         )
         made(Compared(comparison, tokens=_tokens(comparison, new, old, backends) if tokens else {}))
         return comparison
+
+    def with_record(questions: Questions, new: _Side, name: str | None) -> Comparison:
+        key = records.name(name)
+        before = None if records.recording else records.before(key)
+        if before is not None:
+            before.rows_of(questions, records.where)  # what is wrong with them is wrong before the load
+        now = scored(questions, new, key, before)
+        then = before or now
+        rows = then.rows_of(questions, records.where)
+        comparison = compare(
+            questions,
+            (new.name, [row.tuned for row in now.rows]),
+            ("recorded", [row.tuned for row in rows]),
+            confidence=confidence,
+            name=name,
+            drift=drift_between(questions, rows, now.rows),
+        )
+        made(Compared(comparison, tokens=_tokens(comparison, new, None, backends) if tokens else {}))
+        if comparison.drift is not None and abs(comparison.drift) > drift:
+            raise RecordError(drift_message(comparison, drift, then, now, records.where))
+        if before is None:
+            records.add(now)
+        return comparison
+
+    def scored(questions: Questions, new: _Side, key: str, before: Record | None) -> Record:
+        """What a candidate and its base score now."""
+        spec = new.model if isinstance(new.model, ModelSpec) else None
+        with new.view_and_base(backends) as (view, open_base):
+            base = None if spec is None or open_base is None else base_identity(spec)
+            if before is not None:
+                before.check_base(base, records.where)
+            tuned = questions.scored_by(view, new.name)
+            if before is None:
+                check_scale(questions, tuned)
+            with nullcontext() if open_base is None else open_base() as control:
+                scores = None if control is None else questions.scored_by(control, "the base")
+        candidate = Identity(new.name) if spec is None else candidate_identity(new.name, spec)
+        return recorded(questions, tuned, scores, name=key, base=base, candidate=candidate, made_with=made_with(spec))
 
     return sway_compare
 

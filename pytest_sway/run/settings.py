@@ -20,6 +20,7 @@ _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2*
 _MEMORY: Final = r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B?)"
 _DEVICE: Final = r"[a-z]+(:\d+)?"
 _CONFIDENCE: Final = 0.99
+_DRIFT: Final = 0.05
 
 
 class SwaySettings(NamedTuple):  # faster to define than a dataclass, and every run of pytest defines it
@@ -38,6 +39,7 @@ class SwaySettings(NamedTuple):  # faster to define than a dataclass, and every 
         share_weights: ``auto`` if the workers of a machine share one copy of converted weights, else ``off``.
         score_cache: The most bytes of answers that each base remembers; 0 for none.
         confidence: The confidence of the intervals of ``sway_compare``, at least 0.5 and below 1.
+        drift: The most that a base may move from its recorded scores, in their unit.
     """
 
     cache_size: int
@@ -52,6 +54,7 @@ class SwaySettings(NamedTuple):  # faster to define than a dataclass, and every 
     share_weights: str
     score_cache: int
     confidence: float
+    drift: float
 
     def fails_run(self, leaks: Sequence[str]) -> bool:
         """Whether ``leaks`` fail a run in which every test passed."""
@@ -68,6 +71,7 @@ class SwaySettings(NamedTuple):  # faster to define than a dataclass, and every 
             f"{'' if self.score_cache else ', answers not remembered'}"
             f"{'' if self.on_base_mismatch == 'warn' else f', on base mismatch {self.on_base_mismatch}'}"
             f"{'' if self.confidence == _CONFIDENCE else f', confidence {self.confidence:.4g}'}"
+            f"{'' if self.drift == _DRIFT else f', drift at most {self.drift:.4g}'}"
         )
 
 
@@ -140,6 +144,17 @@ def parse_confidence(text: str) -> float:
     if not 0.5 <= confidence < 1.0:
         raise ValueError("must be a number of at least 0.5 and below 1, such as 0.99")
     return confidence
+
+
+def parse_drift(text: str) -> float:
+    """A bound of 0 or more, also infinite."""
+    try:
+        drift = float(text)
+    except ValueError:
+        drift = -1.0
+    if not drift >= 0.0:
+        raise ValueError("must be a number of 0 or more, such as 0.05, or inf for no bound")
+    return drift
 
 
 def parse_device(text: str) -> str:
@@ -226,6 +241,12 @@ _SETTINGS: Final = (
         parse_confidence,
         f"the confidence of the intervals of sway_compare (default: {_CONFIDENCE})",
     ),
+    _Setting(
+        "sway_drift",
+        str(_DRIFT),
+        parse_drift,
+        f"how far the base may move since scores were recorded, in their unit (default: {_DRIFT})",
+    ),
 )
 
 
@@ -258,6 +279,11 @@ def add_options(parser: pytest.Parser) -> None:
         action="append",
         metavar="NAME.FIELD=VALUE",
         help="change or add a named spec for this run, such as candidate.adapter=runs/v4; may be repeated",
+    )
+    group.addoption(
+        "--sway-record",
+        action="store_true",
+        help="record the scores of comparisons without a baseline, of each test that passes, in a file beside it",
     )
 
 

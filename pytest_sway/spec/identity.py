@@ -116,6 +116,48 @@ def _answers_identity(answers: Mapping[str, Any] | str | Path | None) -> Hashabl
     return (str(answers), _file_digest(str(answers), _stats((str(answers),))))
 
 
+def adapter_digest(spec: ModelSpec) -> str | None:
+    """Return a digest of the contents of a spec's adapter, equal on every machine; ``None`` where there is none."""
+    adapter = str(spec.adapter)
+    return None if spec.adapter is None else _adapter_digest(adapter, _adapter_signature(adapter))
+
+
+_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 2**14
+
+
+def weights_digest(model: Path) -> str | None:
+    """Return a digest of a model's weights, equal on every machine; ``None`` where there are none, or none to read.
+
+    It is of each file's name and size and of 64 samples of its bytes, since to read all would take as long as a load.
+    Training changes most of the weights, so two models differ in nearly all samples.
+
+    Args:
+        model: A folder, or a GGUF file.
+    """
+    paths = [model] if model.is_file() else sorted(model.glob("model*.safetensors"))
+    files = tuple(map(str, paths)) or _listed(str(model), _WEIGHTS)
+    return _sampled_digest(files, _stats(files)) if files else None
+
+
+@lru_cache(maxsize=256)
+def _sampled_digest(files: tuple[str, ...], _signature: _Signature) -> str | None:
+    """A digest of samples of some files; they are read again only when their signature has changed."""
+    digest = hashlib.sha256()
+    try:
+        for path in files:
+            with open_regular(path) as file:
+                size = file.seek(0, os.SEEK_END)
+                name = GGUF_SUFFIX if path.endswith(GGUF_SUFFIX) else os.path.basename(path)
+                digest.update(f"{name}\0{size}\0".encode())
+                for at in range(_SAMPLES):
+                    file.seek(size * at // _SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
 _Signature: TypeAlias = tuple[tuple[int, int, int, int], ...]
 _IDENTITY_FILES: Final = re.compile(
     r".*\.(safetensors|jinja|model|txt)|(?!trainer_state).*\.json|(adapter_model|new_embeddings).*\.bin"

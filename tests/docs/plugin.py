@@ -2,7 +2,7 @@
 
 A block's title is a file name. The block is written to that file, next to the files of earlier blocks of its page. If
 the name begins with ``test_``, pytest runs the file, and all of its tests must pass. A block of the language
-``console`` is a pytest command and lines of its output, which must appear in that order (`_pattern`).
+``console`` is pytest commands, each with lines of its output, which must appear in that order (`_pattern`).
 
 The folder has the model and the adapters under the names in the pages: SmolLM2-135M-Instruct, and adapters that the
 quickstart trains on it.
@@ -104,19 +104,21 @@ def _evaluate(example: Example) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     if language == "console":
-        _compare(world, str(example.parsed), untrained=UNTRAINED in title)
+        if UNTRAINED in title:
+            shutil.rmtree(world.path / "runs" / "v3")
+            os.rename(world.path / "runs" / UNTRAINED, world.path / "runs" / "v3")
+        for block in re.split(r"^(?=\$ )", str(example.parsed), flags=re.MULTILINE):
+            if block:
+                _compare(world, block)
     elif Path(title).name.startswith("test_"):
         result = world.runpytest(title, "-p", "no:cacheprovider")
         assert result.ret == pytest.ExitCode.OK, f"{example.path}:{example.line}"
 
 
-def _compare(world: pytest.Pytester, block: str, *, untrained: bool) -> None:
+def _compare(world: pytest.Pytester, block: str) -> None:
     command, *lines = re.sub(r"\n +\.\.\.", " ...", block).splitlines()  # an indented "..." continues the line before
     program, *arguments = shlex.split(command.removeprefix("$ "))
     assert program == "pytest", f"a console shows a run of pytest, not of {program}"
-    if untrained:
-        shutil.rmtree(world.path / "runs" / "v3")
-        os.rename(world.path / "runs" / UNTRAINED, world.path / "runs" / "v3")
     result = world.runpytest(*arguments, "-p", "no:cacheprovider")
     output = [line.replace(str(world.path), HOME) for line in result.outlines]
     pytest.LineMatcher(output).re_match_lines([_pattern(line) for line in lines if line.strip() not in ("", "...")])

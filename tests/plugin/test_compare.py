@@ -227,7 +227,6 @@ def test_the_confidence_is_a_setting(pytester: pytest.Pytester) -> None:
 
 BAD = {
     'FACTS, "nwe", OLD': "no spec is named 'nwe' (named specs: new, old).*",
-    "FACTS, NEW": "sway_compare needs a baseline: pass a view, a spec or a configured name, such as *",
     "FACTS, None, OLD": "sway_compare needs a candidate: *",
     "FACTS, 3, OLD": "the candidate of a comparison is a view, a spec or a configured name; found int: 3.",
     "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the one that you*",

@@ -84,6 +84,7 @@ def test_with_a_comparison(sway_backend: SwayBackend, sway_compare: SwayCompare)
     assert_type((comparison.mean, comparison.low, comparison.high, comparison.n), tuple[float, float, float, int])
     assert_type((comparison.detectable, comparison.needed(0.1)), tuple[float, int])
     assert_type([row.difference for row in comparison.rows], list[float])
+    assert_type(sway_compare(pairs, "candidate").drift, float | None)
     with sway_backend(SPEC).as_finetuned() as tuned:
         sway_compare(["a text", "another"], tuned, {"base": "org/name"})
         sway_compare([1, 2], tuned, "baseline", score=lambda view, questions: [len(view.id) for _ in questions])

@@ -15,7 +15,16 @@ import pytest
 
 from pytest_sway import ModelSpec, cache_key_for
 from pytest_sway.errors import SpecError
-from pytest_sway.spec.identity import Key, adapter_digest_in, base_key, finetuned_spec, resolved_key, with_adapter
+from pytest_sway.spec.identity import (
+    Key,
+    adapter_digest,
+    adapter_digest_in,
+    base_key,
+    finetuned_spec,
+    resolved_key,
+    weights_digest,
+    with_adapter,
+)
 from pytest_sway.spec.parsing import parse_spec
 from pytest_sway.spec.paths import is_path
 
@@ -492,6 +501,47 @@ def test_a_key_holds_the_digest_of_the_adapters_files(adapter: Path, tmp_path: P
     _write(copy / "adapter_model.safetensors", "retrained")
     assert adapter_digest_in(_key(adapter=copy)) != first
     assert adapter_digest_in(_key()) is None
+
+
+def test_a_copy_of_an_adapter_has_its_digest_and_another_content_has_not(adapter: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    digests = [adapter_digest(ModelSpec(base="org/base", adapter=folder)) for folder in (adapter, copy)]
+    assert digests[0] == digests[1]
+    assert digests[0] is not None
+    _write(copy / "adapter_model.safetensors", "retrained")
+    assert adapter_digest(ModelSpec(base="org/base", adapter=copy)) != digests[0]
+    assert adapter_digest(ModelSpec(base="org/base")) is None
+
+
+def test_the_digest_of_weights_is_that_of_their_content_alone(tmp_path: Path) -> None:
+    one, other = (tmp_path / name for name in ("one", "other"))
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"_name_or_path": "{folder}"}}')
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 10_000)
+    (other / "pytorch_model.bin").write_text("the same once more")
+    (tmp_path / "one.gguf").write_bytes(b"weights")
+    (tmp_path / "other.gguf").write_bytes(b"weights")
+    assert weights_digest(one) == weights_digest(other)
+    assert weights_digest(tmp_path / "one.gguf") == weights_digest(tmp_path / "other.gguf")
+    assert weights_digest(tmp_path / "one.gguf") not in (None, weights_digest(one))
+
+
+def test_weights_that_were_trained_or_are_longer_have_another_digest(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    content = bytes(3_000_000)
+    digests = set()
+    for changed in (content, content[:-1], content[:-1_000_000] + bytes([1]) * 1_000_000):
+        weights.write_bytes(changed)
+        digests.add(weights_digest(tmp_path))
+    assert len(digests) == 3
+
+
+def test_where_there_are_no_weights_there_is_no_digest(tmp_path: Path) -> None:
+    assert weights_digest(tmp_path) is None
+    assert weights_digest(tmp_path / "gone") is None
+    (tmp_path / "model.safetensors").mkdir()
+    assert weights_digest(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])

@@ -1,0 +1,203 @@
+"""The record of one test: where it lies, what is read of it, and what ``--sway-record`` writes when the test passed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from pytest_sway.backends.checkpoints.hub_files import base_file
+from pytest_sway.comparison.record_file import decode, encode
+from pytest_sway.comparison.records import ANEW, Identity, Record
+from pytest_sway.errors import RecordError
+from pytest_sway.spec.identity import adapter_digest, base_spec, finetuned_spec, weights_digest
+from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.spec.paths import GGUF_SUFFIX, short_name
+from pytest_sway.system.reading import INDEX_BYTES, read_bounded
+from pytest_sway.system.redaction import redacted
+
+__tracebackhide__ = True
+
+PROPERTY: Final = "sway_recorded"
+
+_LONGEST: Final = 100
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.\-\[\]]")
+_DIGESTED: Final = re.compile(r"-[0-9a-f]{8}$")
+_LIBRARIES: Final = {"torch": "torch", "transformers": "transformers", "peft": "peft", "mlx_lm": "mlx-lm"}
+
+
+class Records:
+    """What one test has recorded before, and records now.
+
+    Args:
+        item: The test.
+        recording: Whether its scores are to be recorded.
+    """
+
+    def __init__(self, item: pytest.Item, *, recording: bool) -> None:
+        self.recording: Final = recording
+        self.path: Final = record_path(item)
+        self.where: Final = os.path.relpath(self.path, item.config.rootpath)
+        self.passed = False
+        self._test = item.nodeid
+        self._over = False
+        self._names: set[str] = set()
+        self._before: dict[str, Record] | None = None
+        self._now: list[Record] = []
+
+    def name(self, given: str | None) -> str:
+        """Return the name in the record of the next comparison: the one given, and a number where it comes again.
+
+        Raises:
+            RecordError: The test has ended.
+        """
+        if self._over:
+            raise RecordError(
+                f"sway_compare was called after the end of its test {self._test}, whose record it uses. Ask for the"
+                " fixture in each test that compares."
+            )
+        first = given or "comparison"
+        names = (first, *(f"{first} #{number}" for number in range(2, len(self._names) + 2)))
+        name = next(name for name in names if name not in self._names)
+        self._names.add(name)
+        return name
+
+    def before(self, name: str) -> Record:
+        """Return what was recorded under a name.
+
+        Raises:
+            RecordError: Nothing was, or the file is damaged.
+        """
+        if self._before is None:
+            self._before = self._read()
+        if name not in self._before:
+            there = ", ".join(map(repr, self._before))
+            raise RecordError(f"{self.where} has no comparison {name!r}; it has {there}. {ANEW}")
+        return self._before[name]
+
+    def add(self, record: Record) -> None:
+        """Note what is to be written if the test passes."""
+        self._now.append(record)
+
+    def end(self) -> str | None:
+        """Write what was noted, if the test has passed; say so in a line.
+
+        Raises:
+            RecordError: It cannot be written. What was there is there still.
+        """
+        self._over = True
+        if not (self.passed and self._now):
+            return None
+        try:
+            _write(self.path, encode(self._now))
+        except OSError as error:
+            raise RecordError(
+                f"the scores of {self._test} cannot be recorded: {self.where} cannot be written"
+                f" ({error.strerror or error}). Run --sway-record where the tests' folder can be written to."
+            ) from error
+        return f"{sum(len(record.rows) for record in self._now)} scores in {self.where}"
+
+    def _read(self) -> dict[str, Record]:
+        try:
+            content = read_bounded(self.path, INDEX_BYTES)
+        except FileNotFoundError:
+            raise RecordError(
+                f"sway_compare was given no baseline, and no scores are recorded for {self._test}: there is no"
+                f" {self.where}. Run the test with --sway-record on a candidate that is good enough, review the file"
+                " and commit it; or pass a baseline."
+            ) from None
+        except OSError as error:
+            raise RecordError(f"{self.where} cannot be read ({error.strerror or error}). {ANEW}") from error
+        return decode(content, self.where)
+
+
+def record_path(item: pytest.Item) -> Path:
+    """Return where a test's record lies: beside its module, in a folder of the module's name."""
+    names = [node.name for node in item.listchain() if isinstance(node, pytest.Class | pytest.Item)]
+    return item.path.with_suffix("") / f"{file_name('.'.join(names))}.json"
+
+
+def file_name(test: str) -> str:
+    """Return the name of a test as the beginning of a file's name, another one for each test on every file system.
+
+    Where letters of the name are not safe, are capital or too many, a digest of it follows: some file systems take
+    small and capital letters for the same.
+    """
+    safe = _UNSAFE.sub("_", test)[:_LONGEST]
+    if safe == test == test.lower() and not _DIGESTED.search(test):
+        return test
+    return f"{safe}-{hashlib.sha256(test.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def base_identity(spec: ModelSpec) -> Identity:
+    """Return what the base of a resolved spec is, on whatever machine and in whatever folder."""
+    base = base_spec(spec)
+    name = short_name(base.base) if base.revision is None else f"{short_name(base.base)}@{base.revision}"
+    return Identity(redacted(name), _digest(base))
+
+
+def candidate_identity(name: str, spec: ModelSpec) -> Identity:
+    """Return what a candidate is, for people who read the record."""
+    tuned = spec.adapter or spec.finetuned
+    shown = name if tuned is None else f"{name}: {short_name(str(tuned))}"
+    digest = adapter_digest(spec) if spec.adapter is not None else _digest(finetuned_spec(spec) or spec)
+    return Identity(redacted(shown), digest)
+
+
+def made_with(spec: ModelSpec | None) -> dict[str, str]:
+    """Return what may move scores beside the model: device, dtype and versions of what is imported."""
+    placed = {} if spec is None else {"device": spec.device, "dtype": spec.dtype}
+    libraries = [name for module, name in _LIBRARIES.items() if module in sys.modules]
+    versions = {name: found for name in ("pytest-sway", *libraries) if (found := _version(name))}
+    return {**placed, "machine": platform.machine(), "python": platform.python_version(), **versions}
+
+
+def write_recorded(terminal: pytest.TerminalReporter) -> None:
+    """Tell which files were written, if there are some."""
+    lines = sorted({str(line) for reports in terminal.stats.values() for line in _recorded(reports)})
+    if lines:
+        terminal.section("sway records")
+        for line in lines:
+            terminal.write_line(line)
+        terminal.write_line("review the differences and commit them")
+
+
+def _recorded(reports: Sequence[Any]) -> Iterator[object]:
+    for report in reports:
+        yield from (value for name, value in getattr(report, "user_properties", ()) if name == PROPERTY)
+
+
+def _digest(base: ModelSpec) -> str | None:
+    """A digest of a model's weights, where they are files of this machine."""
+    if base.kind not in ("hf", "mlx"):
+        return None
+    if base.base.endswith(GGUF_SUFFIX):
+        return weights_digest(Path(base.base))
+    config = base_file(base, "config.json")
+    return None if config is None else weights_digest(config.parent)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

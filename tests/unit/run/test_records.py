@@ -1,0 +1,40 @@
+"""Where a test's record lies."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_sway.run.records import file_name
+
+
+@pytest.mark.parametrize("name", ["test_it", "test_it[a-1]", "test_it[v1.5]"])
+def test_a_plain_name_stays(name: str) -> None:
+    assert file_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("test_it[Paris]", "test_it[paris]"),
+        ("test_it[a/b]", "test_it[a_b]"),
+        ("test_it[a b]", "test_it[a:b]"),
+        ("TestTown.test_it", "Testtown.test_it"),
+        (f"test_it[{'x' * 300}]", f"test_it[{'x' * 301}]"),
+        ("test_it[é]", "test_it[e\u0301]"),
+    ],
+)
+def test_names_that_a_file_system_may_take_for_one_have_files_of_their_own(one: str, other: str) -> None:
+    assert file_name(one).lower() != file_name(other).lower()
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_no_two_tests_share_a_file(one: str, other: str) -> None:
+    names = [file_name(one), file_name(other), file_name(file_name(one))]
+    assert (names[0].lower() == names[1].lower()) == (one == other)
+    assert (names[0].lower() == names[2].lower()) == (one == names[0])
+    for name in names:
+        assert name.isascii()
+        assert len(name) < 120
+        assert not set(name) & set('/\\:*?"<>|\0')
