@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         TokenDist,
         View,
     )
-    from pytest_sway.run.comparing import SwayCompare
+    from pytest_sway.run.regression.comparing import SwayCompare
     from pytest_sway.run.session import SwayBackend
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.training_runs import checkpoints
@@ -74,7 +74,7 @@ _HOMES = {
         "TokenDist",
         "View",
     ),
-    "run.comparing": ("SwayCompare",),
+    "run.regression.comparing": ("SwayCompare",),
     "run.session": ("SwayBackend",),
     "spec.model_spec": ("ModelSpec",),
     "spec.training_runs": ("checkpoints",),

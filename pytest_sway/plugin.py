@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pytest_sway.cache.entries import CachedBackend
     from pytest_sway.cache.stats import WorkerReport
     from pytest_sway.report.collected import Collected
-    from pytest_sway.run.comparing import Compared, SwayCompare
-    from pytest_sway.run.records import Records
+    from pytest_sway.run.regression.comparing import Compared, SwayCompare
+    from pytest_sway.run.regression.records import Records
     from pytest_sway.run.session import SwayBackend, SwaySession
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
@@ -147,8 +147,8 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
     A side is a view, a spec or a configured name. Without a baseline, it compares with the scores that
     ``--sway-record`` has written beside the test.
     """
-    from pytest_sway.run.comparing import Compared, comparing
-    from pytest_sway.run.records import Records
+    from pytest_sway.run.regression.comparing import Compared, comparing
+    from pytest_sway.run.regression.records import Records
 
     config = request.config
     _collect(config)
@@ -338,7 +338,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
         write_comparisons(terminalreporter, collected.comparisons())
     if config.getoption("sway_record"):
-        from pytest_sway.run.records import write_recorded
+        from pytest_sway.run.regression.records import write_recorded
 
         write_recorded(terminalreporter)
     if (sway := _used(config)) is not None:

@@ -13,7 +13,7 @@ Five modules, from the lowest up, that know neither pytest nor torch:
 
 One comparison goes one way::
 
-    sway_compare(questions, candidate, baseline) -> the two sides' views are opened (pytest_sway.run.comparing)
+    sway_compare(questions, candidate, baseline) -> the two sides' views are opened (pytest_sway.run.regression)
       -> Questions.scored_by(view), once for each side -> compare(...) -> rows -> clusters -> PairedMeans or
       PairedProportions -> Interval -> Comparison -> the test's asserts -> its report, and the run's table
 """

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.run.records import file_name
+from pytest_sway.run.regression.records import file_name
 
 
 @pytest.mark.parametrize("name", ["test_it", "test_it[a-1]", "test_it[v1.5]"])

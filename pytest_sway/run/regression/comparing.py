@@ -15,7 +15,7 @@ from pytest_sway.comparison.questions import Questions, Score
 from pytest_sway.comparison.records import Identity, Record, check_scale, drift_between, drift_message, recorded
 from pytest_sway.comparison.token_scores import TokenScores, extreme_rows, merged, token_scores
 from pytest_sway.errors import ComparisonError, NoAdapterError, RecordError
-from pytest_sway.run.records import Records, base_identity, candidate_identity, made_with
+from pytest_sway.run.regression.records import Records, base_identity, candidate_identity, made_with
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.wording import shown
 
