@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pytest_sway.comparison.questions import Score
     from pytest_sway.protocols import Prompt, TokenDist, View
 
+__all__ = ["Divergence", "Metric", "divergences", "exact_match", "js_from", "kl_from", "multiple_choice"]
+
 __tracebackhide__ = True
 
 Metric: TypeAlias = Literal["acc", "acc_norm", "acc_bytes"]

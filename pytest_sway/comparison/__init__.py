@@ -1,6 +1,6 @@
 """Regression runs: whether a candidate is worse than a baseline, on the same questions, in numbers that hold.
 
-Three modules, from the lowest up, that know neither pytest nor torch:
+Four modules that know neither pytest nor torch, the first three from the lowest up:
 
 * `statistics`: `PairedMeans` for scores of any size and `PairedProportions` for scores of 0 and 1; both give an
   `Interval`, the shift that they would see (``detectable``), and how many questions would see another (``needed``).
@@ -8,6 +8,7 @@ Three modules, from the lowest up, that know neither pytest nor torch:
   pair, nats per token for a text, or what the user's own ``score`` says. Equal prompts are one cluster (``clusters``).
 * `comparison`: `compare` makes a `Comparison` of both sides' scores: the plain numbers that a test asserts, with a
   `Row` for each question. ``verdict`` says what it shows of a `Claim`, ``report`` is what a failing test shows of it.
+* `divergence`: how far two distributions of the next token are from each other, for the scores of `pytest_sway.scores`.
 
 One comparison goes one way::
 
