@@ -43,15 +43,15 @@ def figures() -> Iterator[Figure]:
                 view.rolling_logprobs(asked)
 
         # The processor's seconds: the promise is closer than the wall's on a machine that does other things besides.
-        seconds = medians(ROUNDS, clock=time.process_time, compared=lambda: sway_compare(asked, *views), scores=scores)
+        seconds = medians(ROUNDS, time.process_time, compared=lambda: sway_compare(asked, *views), scores=scores)
         known = [_Known(view.rolling_logprobs(asked)) for view in views]
         added = medians(ROUNDS, compared=lambda: sway_compare(asked, *cast(Any, known)))["compared"]
         yield Figure(
             "sway_compare / rolling_logprobs of both sides",
             1.02,
             seconds["compared"] / seconds["scores"],
-            f"medians of {ROUNDS}, processor time: {seconds['compared']:.2f} s, {seconds['scores']:.2f} s; {TEXTS} texts of 20 to 60"
-            f" tokens; by itself {added * 1e3:.1f} ms",
+            f"medians of {ROUNDS}, processor time: {seconds['compared']:.2f} s, {seconds['scores']:.2f} s;"
+            f" {TEXTS} texts of 20 to 60 tokens; by itself {added * 1e3:.1f} ms",
         )
 
 

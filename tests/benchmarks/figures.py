@@ -75,7 +75,7 @@ def run(arguments: Sequence[str], folder: Path, variables: Mapping[str, str | No
 
 
 def medians(
-    rounds: int, *, clock: Callable[[], float] = time.perf_counter, **sides: Callable[[], object]
+    rounds: int, clock: Callable[[], float] = time.perf_counter, /, **sides: Callable[[], object]
 ) -> dict[str, float]:
     """Return each side's median seconds; the sides take turns, so that all meet the same machine.
 
