@@ -47,7 +47,7 @@ def divergences(
         view: One view.
         reference: Another one, over the same tokens.
         top_k: How many tokens each distribution is cut to; by default as many as the view gives: the whole vocabulary
-            of a model in this process, what a server allows.
+            of a model in this process, what a server allows (pass 20 where one refuses without naming its limit).
 
     Raises:
         ScoringError: A side is no view, or the two number their tokens differently.
@@ -60,7 +60,7 @@ def divergences(
         dists, others = _dists(view, some, top_k), _dists(reference, some, top_k)
         if not found:
             _require_same_tokens(view, dists[0], reference, others[0])
-        found += map(divergence, dists, others)
+        found += [divergence(*pair) for pair in zip(dists, others, strict=True)]
     return found
 
 
