@@ -1,6 +1,6 @@
 """Regression runs: whether a candidate is worse than a baseline, on the same questions, in numbers that hold.
 
-Five modules, from the lowest up, that know neither pytest nor torch:
+Modules that know neither pytest nor torch, the first five from the lowest up:
 
 * `statistics`: `PairedMeans` for scores of any size and `PairedProportions` for scores of 0 and 1; both give an
   `Interval`, the shift that they would see (``detectable``), and how many questions would see another (``needed``).
@@ -10,6 +10,7 @@ Five modules, from the lowest up, that know neither pytest nor torch:
   `Row` for each question. ``verdict`` says what it shows of a `Claim`, ``report`` is what a failing test shows of it.
 * `records`: a `Record` holds what was scored once; ``rows_of`` gives the baseline's scores where no baseline is named.
 * `record_file`: ``encode`` makes the text of a file of records, ``decode`` reads it and refuses what it has not made.
+* `divergence`: the divergence of two next-token distributions, for `pytest_sway.scores`.
 
 One comparison goes one way::
 

@@ -65,7 +65,7 @@ class Questions:
                     " them apart, or pass score=."
                 )
         self._kind = kinds[0] if kinds else _OWN
-        self.unit: Final = _UNITS.get(self._kind, POINTS)
+        self.unit: Final = _UNITS.get(self._kind) or str(getattr(score, "unit", POINTS))
         self.score: Final = _SCORES.get(self._kind) or _name(score)
         self._refuse_repeated()
         if (prompts := len(self.clusters())) < 2:
@@ -164,7 +164,8 @@ class Questions:
                 )
 
     def _prompts(self) -> list[str]:
-        return [_canonical(question[0] if _is_pair(question) else question) for question in self.asked]
+        asked = (question[0] if _is_pair(question) or _has_choices(question) else question for question in self.asked)
+        return [_canonical(prompt) for prompt in asked]
 
 
 def _is_pair(question: Any) -> bool:
@@ -173,6 +174,14 @@ def _is_pair(question: Any) -> bool:
     except ScoringError:
         return False
     return isinstance(question, Sequence)
+
+
+def _has_choices(question: Any) -> bool:
+    """Whether it is a prompt with several answers and what is to be said of them."""
+    if isinstance(question, str | bytes) or not isinstance(question, Sequence) or len(question) != 3:
+        return False
+    choices = question[1]
+    return isinstance(choices, list | tuple) and all(isinstance(choice, str) for choice in choices)
 
 
 def _kind(question: Any, at: int) -> str:

@@ -74,12 +74,20 @@ def run(arguments: Sequence[str], folder: Path, variables: Mapping[str, str | No
     return Run(seconds, usage.ru_maxrss * 1024, text)
 
 
-def medians(rounds: int, **sides: Callable[[], object]) -> dict[str, float]:
-    """Return each side's median seconds; the sides take turns, so that all see the same load on the machine."""
+def medians(
+    rounds: int, clock: Callable[[], float] = time.perf_counter, /, **sides: Callable[[], object]
+) -> dict[str, float]:
+    """Return each side's median seconds; the sides take turns, so that all see the same load on the machine.
+
+    Args:
+        rounds: The number of turns of each.
+        clock: Returns the time in seconds.
+        sides: The measured functions, by name.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            started = time.perf_counter()
+            started = clock()
             side()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: median(taken) for name, taken in seconds.items()}

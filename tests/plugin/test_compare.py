@@ -129,6 +129,35 @@ def test_it(sway_backend, sway_compare):
     result.assert_outcomes(passed=1)
 
 
+def test_how_far_a_side_has_moved_from_a_view_is_compared_in_nats(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+from pytest_sway.errors import ViewClosedError
+from pytest_sway.scores import js_from, multiple_choice
+
+def test_it(sway_backend, sway_compare):
+    prompts = [prompt for prompt, _ in FACTS]
+    backend = sway_backend(NEW)
+    with backend.as_base() as base, backend.as_finetuned() as tuned, backend.as_scaled_adapter(0.5) as half:
+        farther = sway_compare(prompts, tuned, half, score=js_from(base))
+        assert (farther.unit, farther.high < 0.0) == ("nats", True)
+        assert sway_compare(prompts, half, base, score=js_from(base)).rows[0].baseline == 0.0
+        with backend.as_base() as reference:
+            score = js_from(reference)
+        with pytest.raises(ViewClosedError, match="the view 'base' was used after its `with` block"):
+            sway_compare(prompts, tuned, half, score=score)
+
+def test_an_accuracy_has_the_interval_of_proportions(sway_compare):
+    questions = [(prompt, ["one", "two"], n % 2) for n, (prompt, _) in enumerate(FACTS)]
+    comparison = sway_compare(questions, NEW, OLD, score=multiple_choice())
+    assert (comparison.mean, comparison.unit) == (0.0, "right answers")
+    assert comparison.low < 0.0 < comparison.high
+""",
+    )
+    result.assert_outcomes(passed=2)
+
+
 def test_a_failing_test_shows_the_interval_how_many_prompts_would_do_and_the_worst(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,

@@ -35,6 +35,7 @@ from pytest_sway.protocols import (
     RawView,
     ScalableDifferentialBackend,
 )
+from pytest_sway.scores import divergences, exact_match, js_from, kl_from, multiple_choice
 
 SPEC = ModelSpec(base="org/name", adapter=Path("runs/v3"), dtype="bf16")
 WHOLE = ModelSpec(base="org/name", finetuned="org/tuned")
@@ -88,6 +89,12 @@ def test_with_a_comparison(sway_backend: SwayBackend, sway_compare: SwayCompare)
     with sway_backend(SPEC).as_finetuned() as tuned:
         sway_compare(["a text", "another"], tuned, {"base": "org/name"})
         sway_compare([1, 2], tuned, "baseline", score=lambda view, questions: [len(view.id) for _ in questions])
+        sway_compare(["a text", "another"], "candidate", "baseline", score=js_from(tuned))
+        sway_compare(["a text", "another"], "candidate", "baseline", score=kl_from(tuned, top_k=20))
+        sway_compare([("prompt", ["a", "b"], 0)], "candidate", "baseline", score=multiple_choice("acc_norm"))
+        sway_compare(pairs, "candidate", "baseline", score=exact_match(max_new_tokens=8, until=["."]))
+        (found,) = divergences(["prompt"], tuned, tuned, top_k=20)
+        assert_type((found.kl, found.kl_tail, found.js, found.js_tail), tuple[float, float, float, float])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
 from pytest_sway.protocols import BatchView, DifferentialBackend, PreflightCheckable, RollingLogprob, TokenDist
+from pytest_sway.scores import divergences, exact_match, js_from, multiple_choice
 
 Ask = Callable[[Any], Any]
 
@@ -147,6 +149,17 @@ class Agreement:
         assert dist.token_ids.shape == dist.logprobs.shape == (2,)
         assert dist.logprobs[0] >= dist.logprobs[1]
         assert dist.tail_logprob is None or dist.tail_logprob <= 0.0
+
+    def test_it_answers_what_a_comparison_scores(self, backend: Any, view: Any) -> None:
+        asked = [(prompt, ["warm", "cold", "red"], 0) for prompt in TEXTS]
+        with backend.as_base() as base:
+            for exact in divergences(TEXTS, view, base):
+                assert 0.0 <= exact.js <= exact.js + exact.js_tail <= math.log(2) + 1e-6
+                assert 0.0 <= exact.js <= exact.kl
+            assert js_from(base)(base, list(TEXTS)) == pytest.approx([0.0] * len(TEXTS), abs=1e-6)
+        assert set(multiple_choice("acc_norm")(view, asked)) <= {0.0, 1.0}
+        pairs = [(prompt, view.generate(prompt, max_new_tokens=2)) for prompt in TEXTS]
+        assert exact_match(max_new_tokens=2)(view, pairs) == [1.0] * len(TEXTS)
 
     @pytest.mark.parametrize(("ask", "sentence"), WITHOUT_MEANING)
     def test_a_question_without_meaning_is_refused(self, view: Any, ask: Ask, sentence: str) -> None:

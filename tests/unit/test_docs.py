@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pytest_sway
-from pytest_sway import ModelSpec, errors
+from pytest_sway import ModelSpec, errors, scores
 from pytest_sway.run import hookspecs
 from pytest_sway.run.settings import add_options
 
@@ -68,3 +68,8 @@ def test_each_public_name_is_in_the_reference() -> None:
     plain = {"Message", "Prompt"}  # aliases; views.md describes them
     missing = [name for name in pytest_sway.__all__ if f"::: pytest_sway.{name}\n" not in shown and name not in plain]
     assert missing == ["SwayError", "SwayWarning"]  # they are in errors.md
+
+
+def test_each_score_is_in_the_reference() -> None:
+    shown = (REFERENCE / "python.md").read_text("utf-8")
+    assert [name for name in scores.__all__ if f"::: pytest_sway.scores.{name}\n" not in shown] == ["Metric"]

@@ -12,7 +12,16 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pytest_sway"
 
 ORDER = {
-    "": ("errors system", "protocols", "spec dlm_sway", "backends", "cache comparison", "report", "run", "plugin"),
+    "": (
+        "errors system",
+        "protocols",
+        "spec dlm_sway",
+        "backends",
+        "cache comparison",
+        "report scores",
+        "run",
+        "plugin",
+    ),
     "backends": (
         "questions",
         "checkpoints",
