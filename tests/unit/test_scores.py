@@ -192,7 +192,7 @@ def test_a_reference_that_is_no_view_is_refused_at_once(backend: Any, tuned: Any
         kl_from(cast(Any, "baseline"))
     with pytest.raises(ScoringError, match="found NoneType: None"):
         divergences(PROMPTS, tuned, cast(Any, None))
-    with pytest.raises(ScoringError, match="expected a list of prompts, and 'the sun' is none"):
+    with pytest.raises(ScoringError, match="expected a list of prompts; found 'the sun'"):
         divergences("the sun", tuned, tuned)
 
 
@@ -254,7 +254,7 @@ def test_a_view_without_methods_for_many_is_asked_one_by_one() -> None:
     [
         (("2 + 2 =", " 4"), r"is \(prompt, choices, label\), such as .*; questions\[1\] is \('2 \+ 2 =', ' 4'\)"),
         ("2 + 2", r"is \(prompt, choices, label\), .*; questions\[1\] is '2 \+ 2'"),
-        (("x", "ab", 0), r"expected a list of choices in questions\[1\], and 'ab' is none"),
+        (("x", "ab", 0), r"expected a list of choices in questions\[1\]; found 'ab'"),
         (("x", [], 0), r"at least 2 choices; questions\[1\] has 0"),
         (("x", ["a"], 0), r"at least 2 choices; questions\[1\] has 1"),
         (("x", ["a", ""], 0), r"not empty; choices\[1\] of questions\[1\] is ''"),
@@ -321,8 +321,8 @@ def test_the_text_is_the_greedy_one(tuned: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"until": "\n"}, r"expected a list of texts, and '\\n' is none"),
-        ({"regexes_to_ignore": "the"}, "expected a list of regular expressions, and 'the' is none"),
+        ({"until": "\n"}, r"expected a list of texts; found '\\n'"),
+        ({"regexes_to_ignore": "the"}, "expected a list of regular expressions; found 'the'"),
         ({"regexes_to_ignore": ["(the"]}, r"regexes_to_ignore has '\(the', which is no expression: "),
         ({"regexes_to_ignore": [5]}, "regexes_to_ignore has 5, which is no expression"),
     ],
@@ -333,7 +333,7 @@ def test_settings_of_exact_match_that_are_none_are_refused(options: Any, sentenc
 
 
 def test_questions_of_exact_match_are_pairs_and_its_length_is_checked(tuned: Any) -> None:
-    with pytest.raises(ScoringError, match="a pair is a prompt and a completion, and 'the sun' is none"):
+    with pytest.raises(ScoringError, match="expected a pair of a prompt and a completion; found 'the sun'"):
         exact_match(max_new_tokens=4)(tuned, ["the sun"])
     with pytest.raises(ScoringError, match="max_new_tokens must be at least 1, not 0"):
         exact_match(max_new_tokens=0)(tuned, [("the sun", " rises")])
