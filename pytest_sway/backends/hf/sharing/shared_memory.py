@@ -2,10 +2,11 @@
 
 A tensor's memory is shared in one of three ways:
 
-* Memory that torch allocated for a CPU is cloned lazily. torch copies it when somebody is about to write to it.
+* Memory that torch allocated for a CPU or a CUDA device is cloned lazily. torch copies it when somebody is about to write
+  to it.
 * A mapped file is mapped again, privately. The operating system copies each page when somebody writes to it.
-* An accelerator's memory, and tensors of other classes such as quantized weights, allow neither. They are exposed: all
-  trees have the same memory, and `contents.ContentsRecord` detects writes to it.
+* The memory of other devices, and tensors of other classes such as quantized weights, allow neither. They are exposed:
+  all trees have the same memory, and `contents.ContentsRecord` detects writes to it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ _COPIED_BYTES: Final = 2**16
 
 _ALIGNMENT: Final = 64
 """Bytes; torch allocates memory at multiples of this."""
+
+
+_CLONED_LAZILY: Final = ("cpu", "cuda")
+"""Types of devices on which a pass over lazy clones copies nothing, as tests/gpu measures."""
 
 
 class Method(Enum):
@@ -241,6 +246,8 @@ def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
         return Method.EXPOSED
     if _lazy_clone(tensor) is not None:
         return Method.LAZY_CLONE
+    if tensor.device.type != "cpu":
+        return Method.EXPOSED
     part = None if files is None else files.part_of(*_memory_of(tensor))
     if part is None:
         tensor.data = _moved(tensor)
@@ -262,7 +269,7 @@ def _moved(tensor: Any) -> Any:
 
 
 def _is_exposed(tensor: Any) -> bool:
-    return not _is_plain(tensor) or tensor.device.type != "cpu" or not _can_clone_lazily()
+    return not _is_plain(tensor) or tensor.device.type not in _CLONED_LAZILY or not _can_clone_lazily()
 
 
 def _is_plain(tensor: Any) -> bool:
