@@ -130,7 +130,7 @@ def test_a_load_for_which_there_is_no_memory_says_so_and_leaves_all_as_it_was(
         scores, before = asked(first), allocated()
         with (
             short_of_memory(TOO_LITTLE_FOR_A_BASE) as failures,
-            pytest.raises(CacheFullError, match=r"the memory of .* ran out twice"),
+            pytest.raises(CacheFullError, match=r"ran out of memory on device .* twice"),
         ):
             cache.get_or_load({"base": other_medium})
         assert failures

@@ -2,8 +2,7 @@
 
 A tensor's memory is shared in one of three ways:
 
-* Memory that torch allocated for a CPU or a CUDA device is cloned lazily. torch copies it when somebody is about to write
-  to it.
+* Memory that torch allocated for a CPU or a CUDA device is cloned lazily: torch copies it before the first write to it.
 * A mapped file is mapped again, privately. The operating system copies each page when somebody writes to it.
 * The memory of other devices, and tensors of other classes such as quantized weights, allow neither. They are exposed:
   all trees have the same memory, and `contents.ContentsRecord` detects writes to it.
