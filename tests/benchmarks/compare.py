@@ -9,11 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from pytest_sway.run.regression.comparing import comparing
-
 from examples.quickstart.train import RANK
 from examples.smollm2 import smollm2_folder
 from pytest_sway.cache.backend_cache import BackendCache
+from pytest_sway.run.regression.comparing import comparing
 from tests.benchmarks.figures import Figure, medians
 from tests.texts import lengths, texts
 from tests.tiny import make_adapter
