@@ -1,4 +1,4 @@
-"""What a test does to its own model, writes to weights included, harms nobody else."""
+"""What a test does to its own model harms nobody else; on a GPU, training it does, and is found."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.gpu.device import ON_CUDA
 from tests.tiny import make_adapter
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
 
 PROMPT, ANSWER = "the sun rises in the", " east"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+"""A weight of the tiny base."""
 
 
 def scores(backend: Any) -> list[float]:
@@ -66,7 +69,7 @@ HARMLESS: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
 @pytest.mark.parametrize("write", WRITES)
-def test_a_write_to_weights_harms_nobody_else(
+def test_a_write_to_weights_harms_nobody_else_or_is_found(
     cache: BackendCache, base: Path, adapter: Path, write: str, side: str
 ) -> None:
     spec = {"base": base, "adapter": adapter}
@@ -74,8 +77,15 @@ def test_a_write_to_weights_harms_nobody_else(
     before = scores(cached.backend)
     with getattr(cached.backend, side)() as view:
         WRITES[write](view.model)
-    assert cached.backend.changes() == []
-    assert scores(cached.backend) == before
+    if not (ON_CUDA and write == "training"):  # there, optimizers write past torch's lazy clones
+        assert cached.backend.changes() == []
+        assert scores(cached.backend) == before
+        return
+    assert cached.backend.changes() == [f"{Q_PROJ}: contents changed"]
+    cache.retire(cached)
+    clean = cache.get_or_load(spec).backend
+    assert clean.changes() == []
+    assert scores(clean) == before
 
 
 @pytest.mark.parametrize("side", ["as_base", "as_finetuned"])

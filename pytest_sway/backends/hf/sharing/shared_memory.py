@@ -3,6 +3,7 @@
 A tensor's memory is shared in one of three ways:
 
 * Memory that torch allocated for a CPU or a CUDA device is cloned lazily: torch copies it before the first write to it.
+  A CUDA device's is watched all the same, since torch's optimizers write to it without that copy.
 * A mapped file is mapped again, privately. The operating system copies each page when somebody writes to it.
 * The memory of other devices, and tensors of other classes such as quantized weights, allow neither. They are exposed:
   all trees have the same memory, and `contents.ContentsRecord` detects writes to it.
@@ -58,7 +59,7 @@ class SharedMemory:
             another model gives all but those of its own tensors, which are no parts of files.
 
     Attributes:
-        exposed: The tensors for which all trees have the same memory, by name.
+        exposed: The tensors whose memory a write in one tree can change for all trees, by name.
     """
 
     def __init__(self, model: Any, ways: Mapping[int, Way] | None = None) -> None:
@@ -75,7 +76,7 @@ class SharedMemory:
                     if members is module._buffers and tensor.nbytes <= _COPIED_BYTES and _is_plain(tensor):
                         way = Method.COPIED
                     self._ways[id(tensor)] = way = _way_of(tensor, files) if way is None else way
-                    if way is Method.EXPOSED:
+                    if _is_open_to_writes(tensor, way):
                         self.exposed[f"{module_name}.{key}" if module_name else key] = tensor
         if files is not None:
             files.give_back()  # the model never runs
@@ -174,8 +175,8 @@ class SharedTensors:
             self._ways[id(tensor)] = ways[storage]
 
     def exposes(self, tensor: Any) -> bool:
-        """Return whether all trees have the same memory for a tensor."""
-        return self._ways[id(tensor)] is Method.EXPOSED
+        """Return whether a write in one tree can change a tensor's memory for all trees."""
+        return _is_open_to_writes(tensor, self._ways[id(tensor)])
 
     def shared(self) -> list[Any]:
         """Return new tensors for a tree, in the order of the originals."""
@@ -269,6 +270,15 @@ def _moved(tensor: Any) -> Any:
 
 def _is_exposed(tensor: Any) -> bool:
     return not _is_plain(tensor) or tensor.device.type not in _CLONED_LAZILY or not _can_clone_lazily()
+
+
+def _is_open_to_writes(tensor: Any, way: Way) -> bool:
+    """Return whether a write in one tree can change the memory of all trees.
+
+    On a CUDA device, torch's operations on lists of tensors, with which its optimizers step, do not end a lazy clone
+    before they write to it.
+    """
+    return way is Method.EXPOSED or (way is Method.LAZY_CLONE and tensor.device.type != "cpu")
 
 
 def _is_plain(tensor: Any) -> bool:
