@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,11 +45,11 @@ def _add_to_one(model: Any) -> None:
         _weight(model)[3, 5].add_(1)
 
 
-def _train(model: Any) -> None:
+def _train(model: Any, **options: Any) -> None:
     import torch
 
     weight = _weight(model).requires_grad_(True)
-    step = torch.optim.SGD([weight], lr=1.0)
+    step = torch.optim.SGD([weight], lr=1.0, **options)
     model(input_ids=torch.tensor([[5, 6, 7]], device=weight.device)).logits.logsumexp(-1).sum().backward()
     step.step()
 
@@ -58,6 +59,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "one value": _add_to_one,
     "through .data": lambda model: _weight(model).data.mul_(2),
     "training": _train,
+    "training one tensor at a time": partial(_train, foreach=False),
 }
 HARMLESS: dict[str, Callable[[Any], object]] = {
     "a hook": lambda model: model.register_forward_hook(lambda *_: None),
