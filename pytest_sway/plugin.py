@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pytest_sway.cache.entries import CachedBackend
     from pytest_sway.cache.stats import WorkerReport
     from pytest_sway.report.collected import Collected
-    from pytest_sway.run.regression.comparing import Compared, SwayCompare
-    from pytest_sway.run.regression.records import Records
+    from pytest_sway.run.regression.comparing import SwayCompare
+    from pytest_sway.run.regression.hooks import Regression
     from pytest_sway.run.session import SwayBackend, SwaySession
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
@@ -34,10 +34,9 @@ _session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
 _running = pytest.StashKey[Owner]()
 _errors = pytest.StashKey[list[BaseException]]()
-_compared = pytest.StashKey[list["Compared"]]()
 _collected = pytest.StashKey["Collected"]()
 _changed = pytest.StashKey[str]()
-_records = pytest.StashKey["Records"]()
+_regression = pytest.StashKey["Regression"]()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -147,23 +146,7 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
     A side is a view, a spec or a configured name. Without a baseline, it compares with the scores that
     ``--sway-record`` has written beside the test.
     """
-    from pytest_sway.run.regression.comparing import Compared, comparing
-    from pytest_sway.run.regression.records import Records
-
-    config = request.config
-    _collect(config)
-    records = request.node.stash[_records] = Records(request.node, recording=config.getoption("sway_record"))
-    session, made = _sway(config), list[Compared]()
-    config.stash[_compared] = request.node.stash[_compared] = made
-    return comparing(
-        partial(session.backends_for, request.node.nodeid, ()),
-        session.resolve,
-        records=records,
-        confidence=config.stash[_settings].confidence,
-        drift=config.stash[_settings].drift,
-        made=made.append,
-        tokens=config.getoption("sway_html") is not None,
-    )
+    return _comparing(request.config).sway_compare(request)
 
 
 @pytest.fixture(scope="session")
@@ -196,13 +179,8 @@ def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, obje
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Make the test own its leases, forget an earlier try of it, and refuse a ``sway_spec`` marker without specs."""
+    """Make the test own its leases, and refuse a ``sway_spec`` marker without specs."""
     item.config.stash[_running] = Owner(item.nodeid)
-    if _compared in item.stash:
-        from pytest_sway.report.comparisons import set_properties
-
-        del item.stash[_compared]
-        set_properties(item.user_properties, ())
     for marker in item.iter_markers("sway_spec"):
         if not marker.args or marker.kwargs:
             pytest.fail(
@@ -214,22 +192,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Compare the used models after the test's own fixtures have ended, so that the right test gets the error.
-
-    The scores of a test that passed are recorded only then.
-    """
+    """Compare the used models after the test's own fixtures have ended, so that the right test gets the error."""
     try:
-        result = yield
+        return (yield)
     finally:
         restore_modules()  # a pytest run inside this test may have removed some
         session = _used(item.config)
         error = session.end_test(item.config.stash[_running]) if session is not None else None
         if error is not None:
             raise error
-    records: Records | None = item.stash.get(_records, None)
-    if records is not None and (line := records.end()) is not None:
-        item.user_properties.append(("sway_recorded", line))
-    return result
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -240,16 +211,10 @@ def pytest_runtest_call(item: pytest.Item) -> None:
         session.check_fixtures(getattr(item, "funcargs", {}))
 
 
-def pytest_assertrepr_compare(config: pytest.Config, op: str, left: object, right: object) -> None:
-    """Record the margin of a failing assertion about a comparison; pytest shows the assertion itself."""
-    for compared in config.stash.get(_compared, ()):
-        compared.asserted(op, left, right)
-
-
 def pytest_assertion_pass(item: pytest.Item, expl: str) -> None:
-    """Note the margin of an assertion that passed. pytest tells only with ``enable_assertion_pass_hook = true``."""
-    for compared in item.stash.get(_compared, ()):
-        compared.passed(expl)
+    """Note the margin of an assertion that passed. pytest looks for this hook before a test starts."""
+    if (regression := item.config.stash.get(_regression, None)) is not None:
+        regression.asserted(expl)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -282,24 +247,8 @@ def pytest_runtest_makereport(
     seconds = session.take_load_seconds() if session else 0.0
     if seconds:
         item.user_properties.append(("sway_load_seconds", round(seconds, 3)))
-    compared = item.stash.get(_compared, ())
-    if compared:
-        from pytest_sway.report.comparisons import set_properties
-
-        set_properties(item.user_properties, compared)
     report = yield
     report.duration = max(0.0, report.duration - seconds)
-    new = [each for each in compared if not each.reported]
-    if new and asks_for_reports(item.config):
-        from pytest_sway.report.comparisons import ROWS, rows_of
-
-        setattr(report, ROWS, rows_of(new))
-        for each in new:
-            each.reported = True
-    if report.passed and report.when == "call" and _records in item.stash:
-        item.stash[_records].passed = True
-    if report.failed and report.when == "call":
-        report.sections += [("sway_compare", each.report()) for each in compared]
     return report
 
 
@@ -395,8 +344,19 @@ def _sway(config: pytest.Config) -> SwaySession:
     return config.stash[_session]
 
 
+def _comparing(config: pytest.Config) -> Regression:
+    """Return the hooks around ``sway_compare``, registering them on first use."""
+    if _regression not in config.stash:
+        from pytest_sway.run.regression.hooks import Regression
+
+        _collect(config)
+        config.stash[_regression] = regression = Regression(_sway(config), config.stash[_settings])
+        config.pluginmanager.register(regression, "pytest_sway_regression")
+    return config.stash[_regression]
+
+
 def _collect(config: pytest.Config) -> Collected:
-    """What keeps the comparisons of the run, from the first test on that makes one; of a worker nobody asks."""
+    """Return the collected comparisons of the run, registering their plugin on first use."""
     if _collected not in config.stash:
         from pytest_sway.report.collected import Collected
 
@@ -406,7 +366,7 @@ def _collect(config: pytest.Config) -> Collected:
 
 
 def _here(config: pytest.Config) -> list[WorkerReport]:
-    """What happened in this process, where it runs the tests."""
+    """Return the counts of this process, which runs the tests itself."""
     from pytest_sway.cache.stats import WorkerReport
 
     session = _used(config)

@@ -1,0 +1,96 @@
+"""pytest's hooks around ``sway_compare``, registered when a test first asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_sway.report.comparisons import ROWS, rows_of, set_properties
+from pytest_sway.run.regression.comparing import Compared, comparing
+from pytest_sway.run.regression.records import PROPERTY, Records
+from pytest_sway.run.settings import asks_for_reports
+
+if TYPE_CHECKING:
+    from pytest_sway.run.regression.comparing import SwayCompare
+    from pytest_sway.run.session import SwaySession
+    from pytest_sway.run.settings import SwaySettings
+
+_compared = pytest.StashKey[list[Compared]]()
+_records = pytest.StashKey[Records]()
+
+
+class Regression:
+    """The hooks of one run.
+
+    Args:
+        session: Hands out backends.
+        settings: The settings of the run.
+    """
+
+    def __init__(self, session: SwaySession, settings: SwaySettings) -> None:
+        self._session = session
+        self._settings = settings
+        self._running: list[Compared] = []
+
+    def sway_compare(self, request: pytest.FixtureRequest) -> SwayCompare:
+        """Return the fixture of one test."""
+        config, stash = request.config, request.node.stash
+        records = stash[_records] = Records(request.node, recording=config.getoption("sway_record"))
+        made = stash[_compared] = self._running = list[Compared]()
+        return comparing(
+            partial(self._session.backends_for, request.node.nodeid, ()),
+            self._session.resolve,
+            records=records,
+            confidence=self._settings.confidence,
+            drift=self._settings.drift,
+            made=made.append,
+            tokens=config.getoption("sway_html") is not None,
+        )
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Forget the comparisons of an earlier try of the test."""
+        self._running = []
+        if item.stash.get(_compared, None) is not None:
+            del item.stash[_compared]
+            set_properties(item.user_properties, ())
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Record the scores of a test that passed, after its teardown has found no changed model."""
+        result = yield
+        records = item.stash.get(_records, None)
+        if records is not None and (line := records.end()) is not None:
+            item.user_properties.append((PROPERTY, line))
+        return result
+
+    def pytest_assertrepr_compare(self, op: str, left: object, right: object) -> None:
+        """Note the margin of a failing assertion about a comparison. pytest shows the assertion itself."""
+        for compared in self._running:
+            compared.asserted(op, left, right)
+
+    def asserted(self, explanation: str) -> None:
+        """Note the margin of an assertion that passed, from pytest's text of it."""
+        for compared in self._running:
+            compared.passed(explanation)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Put the test's comparisons into its report."""
+        compared = item.stash.get(_compared, [])
+        if compared:
+            set_properties(item.user_properties, compared)
+        report = yield
+        new = [each for each in compared if not each.reported]
+        if new and asks_for_reports(item.config):
+            setattr(report, ROWS, rows_of(new))
+            for each in new:
+                each.reported = True
+        if report.when == "call" and report.passed and _records in item.stash:
+            item.stash[_records].passed = True
+        if report.when == "call" and report.failed:
+            report.sections += [("sway_compare", each.report()) for each in compared]
+        return report
