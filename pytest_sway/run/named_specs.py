@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pytest_sway.errors import SpecError
+from pytest_sway.spec.hub_names import ON_HUBS, is_on_hub
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import parse_spec
 from pytest_sway.system.redaction import redacted
@@ -72,7 +73,8 @@ def check_changes(config: pytest.Config) -> str:
 def _value(change: Change, configured: Mapping[str, Any], specs: Mapping[str, Any]) -> object:
     """What a changed field holds, in the form in which specs keep it: without secrets."""
     known = ", ".join(sorted(configured)) or "none are configured"
-    if change.field in _DEFAULTS and change.name not in configured and "base" not in specs[change.name]:
+    made = specs.get(change.name, {})
+    if change.field in _DEFAULTS and change.name not in configured and not {"base", "adapter"} & made.keys():
         raise pytest.UsageError(
             f"--sway-set {change}: no spec is named {change.name!r} (named specs: {known}). To make a new one, set its"
             f" base, too: --sway-set {change.name}.base=..."
@@ -127,10 +129,14 @@ def _configured(rootpath: Path) -> dict[str, dict[str, Any]]:
 
 def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
     rooted = dict(spec)
+    kind = spec.get("kind", "hf")
     for name in ("adapter", "answers"):
-        if isinstance(spec.get(name), str) and not spec[name].lstrip().startswith("{"):  # answers may be JSON
-            rooted[name] = str(rootpath / Path(spec[name]).expanduser())
-    for name in ("base", "finetuned") if spec.get("kind", "hf") not in ("api", "dummy") else ():
+        path = spec.get(name)
+        if not isinstance(path, str) or path.lstrip().startswith("{"):  # answers may be JSON
+            continue
+        if name == "answers" or kind not in ON_HUBS or not is_on_hub(path, str(rootpath)):
+            rooted[name] = str(rootpath / Path(path).expanduser())
+    for name in ("base", "finetuned") if kind not in ("api", "dummy") else ():
         model = spec.get(name)
         if isinstance(model, str) and (model.startswith((".", "~")) or (rootpath / model).is_dir()):
             rooted[name] = str(rootpath / Path(model).expanduser())

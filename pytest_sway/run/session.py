@@ -26,6 +26,7 @@ from pytest_sway.spec.parsing import SpecLike
 from pytest_sway.spec.paths import short_name
 from pytest_sway.system.imports import import_seconds, keep_modules
 from pytest_sway.system.redaction import redacted
+from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,6 +128,8 @@ class SwaySession(Listener):
             score_cache=settings.score_cache,
             on_recall=self._recalled,
             on_base_mismatch=settings.on_base_mismatch,
+            fetching=progress.loading,
+            on_fetch=self._fetched,
         )
         self.cache = BackendCache(
             settings.cache_size,
@@ -177,7 +180,7 @@ class SwaySession(Listener):
     def _resolve(self, spec: SpecLike, adapter_path: Path | None, test: str) -> ModelSpec:
         try:
             return self.cache.resolve(spec, adapter_path=adapter_path)
-        except SpecError as error:
+        except SwayError as error:
             if isinstance(spec, Mapping | str):  # of other objects, the same words can mean different things
                 self._fail_once(("malformed", repr(spec), repr(adapter_path)), error, test)
             raise
@@ -292,6 +295,12 @@ class SwaySession(Listener):
 
     def _recalled(self, name: str, answers: int, seconds: float) -> None:
         self.stats.base_recalled(short_name(name), answers, seconds)
+
+    def _fetched(self, name: str, nbytes: int, seconds: float) -> None:
+        """Count the seconds apart from the test, and what was fetched for the summary."""
+        self._unreported_seconds += seconds
+        if nbytes:
+            self.stats.fetched.append(f"{name}, {format_bytes(nbytes)}, {seconds:.1f} s")
 
     def take_load_seconds(self) -> float:
         """The seconds spent in loads and in imports for them since this was last asked."""

@@ -1,11 +1,11 @@
-"""Where the files of a base are on this machine: in its folder, or in the hub's cache."""
+"""Where files are on this machine: a base's in its folder, and those of a hub's repositories in the hub's cache."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec.paths import is_path
@@ -19,22 +19,36 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
+WHILE_OFFLINE: Final = "this run is offline (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once online"
+
 
 def base_file(spec: ModelSpec, name: str) -> Path | None:
     """Return the path of a file of the base, or ``None`` if it is not on this machine; nothing is downloaded."""
     if is_path(spec.base):
         path = Path(spec.base, name)
         return path if path.is_file() else None
+    return cached_file(spec.base, name, spec.revision)
+
+
+def cached_file(repository: str, name: str, revision: str | None) -> Path | None:
+    """Return the path of a repository's file in the hub's cache, or ``None`` if it is not there."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return None
     try:
-        found = try_to_load_from_cache(spec.base, name, revision=spec.revision)
+        found = try_to_load_from_cache(repository, name, revision=revision)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def is_offline() -> bool:
+    """Return whether this process asks no hub for anything."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
@@ -76,14 +90,11 @@ def require_cached(spec: ModelSpec, role: str = "base") -> None:
     """
     if is_path(spec.base) or base_file(spec, "config.json") is not None:
         return
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         revision = "" if spec.revision is None else f" in revision {spec.revision!r}"
         raise WeightsError(
             f"the {role} {spec.base!r} is no folder in {os.getcwd()!r} and not in this machine's cache of the"
-            f" hub{revision}, and this run is offline (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once"
-            " online, or name the folder of a model."
+            f" hub{revision}, and {WHILE_OFFLINE}, or name the folder of a model."
         )
 
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from pytest_sway.backends.checkpoints.hub.locator import Locator
 from pytest_sway.backends.checkpoints.lineage import require_same_base
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import SharedPool
@@ -40,14 +41,28 @@ class PooledBuilder(Build, ABC, Generic[B]):
     Args:
         on_base_load: Called with the base's name and the seconds that it took, whenever a base was loaded.
         on_base_mismatch: What an adapter gets that names another base: ``error``, ``warn`` or ``ignore``.
+        located: Finds a spec's adapter and base on this machine; by default, one of its own.
     """
 
     def __init__(
-        self, on_base_load: Callable[[str, float], None] | None = None, *, on_base_mismatch: str = "warn"
+        self,
+        on_base_load: Callable[[str, float], None] | None = None,
+        *,
+        on_base_mismatch: str = "warn",
+        located: Callable[[ModelSpec], ModelSpec] | None = None,
     ) -> None:
         self._on_base_load = on_base_load
         self._on_base_mismatch = on_base_mismatch
+        self._located = located or Locator()
         self._pool: SharedPool[Hashable, B] = SharedPool(close=self._close_base)
+
+    def located(self, spec: ModelSpec) -> ModelSpec:
+        """Return ``spec`` with its adapter as a folder and its base named.
+
+        Raises:
+            SwayError: They cannot be found.
+        """
+        return self._located(spec)
 
     def check(self, spec: ModelSpec) -> Plan:
         """Return the plan for a resolved spec.
@@ -55,7 +70,7 @@ class PooledBuilder(Build, ABC, Generic[B]):
         Raises:
             SwayError: Loading it would fail.
         """
-        plan = self._checked(spec)
+        plan = self._checked(self.located(spec))
         self._compare_base(plan, "error")
         return plan
 
