@@ -44,7 +44,7 @@ class Locator:
         self._fetching = fetching or (lambda _: nullcontext())
         self._on_fetch = on_fetch
         self._folders: dict[HubAdapter, str] = {}
-        self._refused: dict[HubAdapter, SwayError] = {}
+        self._refused: dict[HubAdapter, tuple[type[SwayError], str]] = {}
         self._start_unlocked()
         call_in_forked_child(self._start_unlocked)
 
@@ -73,19 +73,19 @@ class Locator:
             if asked in self._folders:
                 return self._folders[asked]
             if asked in self._refused:
-                raise type(self._refused[asked])(str(self._refused[asked]))
+                kind, text = self._refused[asked]
+                raise kind(text)
             started = time.perf_counter()
             try:
                 with self._fetching(f"{asked} from the hub"):
                     found = fetch_adapter(asked)
             except SwayError as error:
                 if error.permanent:
-                    self._refused[asked] = error.with_traceback(None)
+                    self._refused[asked] = type(error), str(error)  # not the error, whose traceback holds the test's
                 raise
-            finally:
-                seconds = time.perf_counter() - started
             if self._on_fetch is not None:
-                self._on_fetch(str(in_hub_cache(str(found.folder))), found.nbytes, seconds)
+                name = str(in_hub_cache(str(found.folder)))
+                self._on_fetch(name, found.nbytes, time.perf_counter() - started)
             return self._folders.setdefault(asked, str(found.folder))
 
 

@@ -40,13 +40,8 @@ def hub(_server: HTTPServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> It
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", *_PROXIES):
         monkeypatch.delenv(name, raising=False)
     toy = ToyHub(_server)
-    constants = import_module("huggingface_hub.constants")
-    for name, value in (
-        ("ENDPOINT", toy.url),
-        ("HUGGINGFACE_CO_URL_TEMPLATE", f"{toy.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"),
-        ("HF_HUB_OFFLINE", False),
-    ):
-        monkeypatch.setattr(constants, name, value)
+    take_the_place_of_the_hub(monkeypatch, toy.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between huggingface_hub's attempts
     _forget_connections()
     yield toy
@@ -57,6 +52,15 @@ def hub(_server: HTTPServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.fixture(scope="session")
 def adapter_files(adapter: Path) -> Files:
     return files_of(adapter)
+
+
+def take_the_place_of_the_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Have huggingface_hub, which has read its endpoint when it was imported, ask another one."""
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    values = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+    for module in map(import_module, ("huggingface_hub.constants", "huggingface_hub.file_download")):
+        for name in values.keys() & vars(module).keys():  # before its version 1, the second has copies
+            monkeypatch.setattr(module, name, values[name])
 
 
 def _forget_connections() -> None:

@@ -13,6 +13,7 @@ from pytest_sway.backends.registry import Builder
 from pytest_sway.errors import BackendLoadError, SpecError, SwayError, WeightsError
 from pytest_sway.spec.identity import resolved_key
 from pytest_sway.spec.model_spec import ModelSpec
+from tests.unit.backends.hf.hub.conftest import take_the_place_of_the_hub
 from tests.unit.backends.hf.hub.toy import Files, ToyHub, commit_of, cut, error, lay_out
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
@@ -147,9 +148,9 @@ def test_offline_the_cached_snapshot_is_used(cache: Path, base: Path, adapter: P
 def test_offline_what_is_not_cached_is_told_with_what_to_do(cache: Path, base: Path) -> None:
     with pytest.raises(
         WeightsError,
-        match=r"^the adapter 'org/lora' in revision 'v2' is no folder in '.*' and not in this machine's cache of the hub,"
-        r" and this run is offline \(--sway-offline, sway_offline or HF_HUB_OFFLINE\)\. Run once online, or name the"
-        r" folder of an adapter\.$",
+        match=r"^the adapter 'org/lora' in revision 'v2' is no folder in '.*' and not in this machine's cache of the"
+        r" hub, and this run is offline \(--sway-offline, sway_offline or HF_HUB_OFFLINE\)\. Run once online, or name"
+        r" the folder of an adapter\.$",
     ):
         _located(_spec(base, adapter_revision="v2"))
 
@@ -318,11 +319,7 @@ def test_a_download_that_is_cut_is_told_and_goes_on_in_the_next_request(
 
 
 def test_a_hub_that_cannot_be_reached(hub: ToyHub, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
-    )
+    take_the_place_of_the_hub(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(BackendLoadError, match=r"could not be fetched from http://127.0.0.1:9: Connect.* Run again"):
         _located(_spec(base))
 
