@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pytest_sway.errors import SpecError
-from pytest_sway.spec.hub_names import ON_HUBS, is_on_hub
+from pytest_sway.spec.hub_names import ON_HUBS, is_address, is_hub_id
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import parse_spec
 from pytest_sway.system.redaction import redacted
@@ -73,8 +73,7 @@ def check_changes(config: pytest.Config) -> str:
 def _value(change: Change, configured: Mapping[str, Any], specs: Mapping[str, Any]) -> object:
     """What a changed field holds, in the form in which specs keep it: without secrets."""
     known = ", ".join(sorted(configured)) or "none are configured"
-    made = specs.get(change.name, {})
-    if change.field in _DEFAULTS and change.name not in configured and not {"base", "adapter"} & made.keys():
+    if change.field in _DEFAULTS and change.name not in configured and "base" not in specs[change.name]:
         raise pytest.UsageError(
             f"--sway-set {change}: no spec is named {change.name!r} (named specs: {known}). To make a new one, set its"
             f" base, too: --sway-set {change.name}.base=..."
@@ -134,7 +133,9 @@ def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
         path = spec.get(name)
         if not isinstance(path, str) or path.lstrip().startswith("{"):  # answers may be JSON
             continue
-        if name == "answers" or kind not in ON_HUBS or not is_on_hub(path, str(rootpath)):
+        # A run may make the folder later, and in another one: then what it is in is there.
+        on_hub = is_address(path) or (is_hub_id(path) and not (rootpath / path).parent.is_dir())
+        if name == "answers" or kind not in ON_HUBS or not on_hub:
             rooted[name] = str(rootpath / Path(path).expanduser())
     for name in ("base", "finetuned") if kind not in ("api", "dummy") else ():
         model = spec.get(name)

@@ -53,14 +53,9 @@ def is_address(text: str) -> bool:
     return text.startswith((SCHEME, "https://", "http://"))
 
 
-def is_on_hub(adapter: str, folder: str = "") -> bool:
-    """Whether an adapter is named by a hub id or an address; what is there under its name goes before an id.
-
-    Args:
-        adapter: The text.
-        folder: Where a relative path would start; the working folder by default.
-    """
-    return is_address(adapter) or (is_hub_id(adapter) and not os.path.exists(os.path.join(folder, adapter)))
+def is_on_hub(adapter: str) -> bool:
+    """Whether an adapter is named by a hub id or an address; what is there under its name goes before an id."""
+    return is_address(adapter) or (is_hub_id(adapter) and not os.path.exists(adapter))
 
 
 def hub_address(field: str, text: object) -> HubName | None:

@@ -70,7 +70,7 @@ def test_the_needs_of_no_specs_are_not_known() -> None:
 
 
 def test_adapters_of_one_base_need_one_base() -> None:
-    first, second = (needs_of([ModelSpec(base="org/a", adapter=adapter)]) for adapter in ("/x", "/y"))  # type: ignore[arg-type]
+    first, second = (needs_of([ModelSpec(base="org/a", adapter=adapter)]) for adapter in ("/x", "/y"))
     assert first is not None
     assert second is not None
     assert first.bases == second.bases

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pytest_sway.backends.checkpoints.hub.fetching import HubAdapter, adapter_on_hub, fetch_adapter
+from pytest_sway.backends.checkpoints.hub.fetching import adapter_on_hub, fetch_adapter
+from pytest_sway.backends.checkpoints.hub.refusals import HubAdapter
 from pytest_sway.backends.checkpoints.lineage import base_field
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_config
 from pytest_sway.errors import SpecError, SwayError

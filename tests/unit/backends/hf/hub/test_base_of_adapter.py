@@ -11,8 +11,8 @@ from pytest_sway.backends.registry import Builder, cache_key_for
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import parse_spec
+from tests.hub import commit_of
 from tests.tiny import edit_config
-from tests.unit.backends.hf.hub.toy import commit_of
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from pytest_sway.backends.registry import Builder
 from pytest_sway.errors import BackendLoadError, SpecError, SwayError, WeightsError
 from pytest_sway.spec.identity import resolved_key
 from pytest_sway.spec.model_spec import ModelSpec
-from tests.unit.backends.hf.hub.conftest import take_the_place_of_the_hub
-from tests.unit.backends.hf.hub.toy import Files, ToyHub, commit_of, cut, error, lay_out
+from tests.hub import Files, ToyHub, commit_of, cut, error, lay_out, use_hub
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -319,8 +318,10 @@ def test_a_download_that_is_cut_is_told_and_goes_on_in_the_next_request(
 
 
 def test_a_hub_that_cannot_be_reached(hub: ToyHub, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_the_place_of_the_hub(monkeypatch, "http://127.0.0.1:9")
-    with pytest.raises(BackendLoadError, match=r"could not be fetched from http://127.0.0.1:9: Connect.* Run again"):
+    with (
+        use_hub(monkeypatch, "http://127.0.0.1:9"),
+        pytest.raises(BackendLoadError, match=r"could not be fetched from http://127.0.0.1:9: Connect.* Run again"),
+    ):
         _located(_spec(base))
 
 

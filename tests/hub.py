@@ -6,14 +6,21 @@ import hashlib
 import json
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 Files = dict[str, bytes]
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_PROXIES = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 
 def commit_of(name: str) -> str:
@@ -131,3 +138,41 @@ def lay_out(cache: Path, repository: str, commit: str, files: Files, *, branch: 
         (storage / "refs").mkdir(exist_ok=True)
         (storage / "refs" / branch).write_text(commit)
     return snapshot
+
+
+# --- huggingface_hub, which has read its settings when it was imported ------------------------------------------------
+
+
+def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have huggingface_hub use a folder as its cache, without a token and offline."""
+    for name in _SECRETS:
+        monkeypatch.delenv(name, raising=False)
+    _set(monkeypatch, HF_HUB_CACHE=str(folder), HF_TOKEN_PATH=str(folder / "no token"), HF_HUB_OFFLINE=True)
+
+
+@contextmanager
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> Iterator[None]:
+    """Have huggingface_hub ask a server in the place of huggingface.co, and not wait between its attempts."""
+    for name in _PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    _set(monkeypatch, ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=template, HF_HUB_OFFLINE=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    _forget_connections()
+    try:
+        yield
+    finally:
+        _forget_connections()
+
+
+def _set(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
+    for module in map(import_module, ("huggingface_hub.constants", "huggingface_hub.file_download")):
+        for name in values.keys() & vars(module).keys():  # before its version 1, the second has copies
+            monkeypatch.setattr(module, name, values[name])
+
+
+def _forget_connections() -> None:
+    """Before its version 1, huggingface_hub keeps connections that know whether they are offline."""
+    reset = getattr(sys.modules.get("huggingface_hub.utils"), "reset_sessions", None)
+    if reset is not None:
+        reset()
