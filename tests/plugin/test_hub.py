@@ -23,13 +23,19 @@ def test_y(sway_backend, request):
 """
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyHub]:
-    use_cache(monkeypatch, tmp_path / "cache")
+@pytest.fixture(scope="module")
+def _server() -> Iterator[HTTPServer]:
     with HTTPServer(threaded=True) as server:
-        toy = ToyHub(server)
-        with use_hub(monkeypatch, toy.url):
-            yield toy
+        yield server
+
+
+@pytest.fixture
+def hub(_server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyHub]:
+    use_cache(monkeypatch, tmp_path / "cache")
+    toy = ToyHub(_server)
+    with use_hub(monkeypatch, toy.url):
+        yield toy
+    _server.clear()
 
 
 def test_the_second_run_fetches_nothing_and_asks_once(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +20,7 @@ from tests.hub import Files, ToyHub, commit_of, cut, error, lay_out, use_hub
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from werkzeug import Request, Response
@@ -79,6 +83,19 @@ def test_a_run_asks_once_however_often_it_is_asked(hub: ToyHub, base: Path, adap
     assert hub.take_requests() == []
 
 
+def test_threads_that_ask_at_once_ask_the_hub_once(hub: ToyHub, base: Path, adapter_files: Files) -> None:
+    hub.push("org/lora", adapter_files)
+    locator, start = Locator(), Barrier(4)
+
+    def ask(_: int) -> ModelSpec:
+        start.wait()
+        return locator(_spec(base))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len({str(spec) for spec in threads.map(ask, range(4))}) == 1
+    assert hub.take_requests().count(f"HEAD /org/lora/resolve/main/{_CONFIG}") == 1
+
+
 def test_a_branch_that_has_moved_is_fetched_anew(
     hub: ToyHub, base: Path, adapter_files: Files, other_adapter: Path
 ) -> None:
@@ -121,6 +138,21 @@ def test_a_folder_that_is_there_goes_before_a_hub_id(
     assert _located(spec).adapter == _spec(base, "runs/v3").adapter == adapter
     assert hub.take_requests() == []
     assert _located(_spec(base, "hf://runs/v3")).adapter != adapter
+
+
+def test_a_fetch_is_shown_while_it_lasts(hub: ToyHub, base: Path, adapter_files: Files) -> None:
+    hub.push("org/lora", adapter_files, branch="v1")
+    shown: list[str] = []
+
+    @contextmanager
+    def fetching(what: str) -> Iterator[None]:
+        shown.append(what)
+        yield
+        shown.append(f"{len(hub.take_requests())} requests")
+
+    Locator(fetching)(_spec(base, adapter_revision="v1"))
+    assert shown[0] == "the adapter 'org/lora' in revision 'v1' from the hub"
+    assert shown[1] != "0 requests"
 
 
 def test_what_was_fetched_is_told_with_its_bytes(hub: ToyHub, base: Path, adapter_files: Files) -> None:
@@ -323,6 +355,25 @@ def test_a_hub_that_cannot_be_reached(hub: ToyHub, base: Path, monkeypatch: pyte
         pytest.raises(BackendLoadError, match=r"could not be fetched from http://127.0.0.1:9: Connect.* Run again"),
     ):
         _located(_spec(base))
+
+
+def test_a_hub_that_cannot_be_reached_is_not_needed_for_what_is_cached(
+    hub: ToyHub, base: Path, adapter_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("org/lora", adapter_files)
+    spec = _located(_spec(base))
+    with use_hub(monkeypatch, "http://127.0.0.1:9"):
+        assert _located(_spec(base)) == spec
+
+
+def test_a_cache_that_cannot_be_written_to_is_asked_about_again(
+    hub: ToyHub, base: Path, adapter_files: Files, cache: Path
+) -> None:
+    commit = hub.push("org/lora", adapter_files)
+    lay_out(cache, "org/lora", commit, adapter_files).parents[1].joinpath(".pytest-sway").touch()
+    for _ in range(2):
+        assert _located(_spec(base, adapter_revision=commit)).adapter is not None
+        assert hub.take_requests() == [f"GET /api/models/org/lora/tree/{commit}"]
 
 
 def test_weights_that_are_only_a_pickle_are_not_fetched(hub: ToyHub, base: Path, adapter_files: Files) -> None:
