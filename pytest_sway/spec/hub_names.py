@@ -132,7 +132,7 @@ def taken_apart(spec: Mapping[str, Any]) -> dict[str, str]:
         SpecError: An address is none of a hub's, or says something else than another field.
     """
     values: dict[str, str] = {}
-    for field, revision, subfolder in () if spec["kind"] in ("api", "dummy") else _NAMING:
+    for field, revision, subfolder in _NAMING if spec["kind"] in ON_HUBS else ():
         named = hub_address(field, spec[field])
         if named is None:
             continue

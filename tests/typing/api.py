@@ -37,6 +37,7 @@ from pytest_sway.protocols import (
 )
 
 SPEC = ModelSpec(base="org/name", adapter=Path("runs/v3"), dtype="bf16")
+ON_HUB = ModelSpec(adapter="org/lora", adapter_revision="v2", adapter_subfolder="checkpoint-8")
 WHOLE = ModelSpec(base="org/name", finetuned="org/tuned")
 CANNED = ModelSpec(kind="dummy", base="mine", answers={"base": {"generations": {"prompt": " text"}}})
 

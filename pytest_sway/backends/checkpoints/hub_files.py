@@ -1,4 +1,4 @@
-"""Where files are on this machine: a base's in its folder, and those of a hub's repositories in the hub's cache."""
+"""Where the files of a base are on this machine: in its folder, or in the hub's cache."""
 
 from __future__ import annotations
 
@@ -27,18 +27,13 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
     if is_path(spec.base):
         path = Path(spec.base, name)
         return path if path.is_file() else None
-    return cached_file(spec.base, name, spec.revision)
-
-
-def cached_file(repository: str, name: str, revision: str | None) -> Path | None:
-    """Return the path of a repository's file in the hub's cache, or ``None`` if it is not there."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return None
     try:
-        found = try_to_load_from_cache(repository, name, revision=revision)
+        found = try_to_load_from_cache(spec.base, name, revision=spec.revision)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None

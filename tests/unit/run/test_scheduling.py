@@ -70,7 +70,7 @@ def test_the_needs_of_no_specs_are_not_known() -> None:
 
 
 def test_a_base_that_an_adapter_names_is_known_as_that_adapters() -> None:
-    specs = [ModelSpec(adapter=adapter) for adapter in ("/x", "/y", "/x")]  # type: ignore[arg-type]
+    specs = [ModelSpec(adapter=adapter) for adapter in ("/x", "/y", "/x")]
     first, second, again = (needs_of([spec]) for spec in specs)
     assert first == again != second
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +15,25 @@ import pytest
 
 from pytest_sway.backends.checkpoints.hub.locator import Locator
 from pytest_sway.backends.registry import Builder
+from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import BackendLoadError, SpecError, SwayError, WeightsError
 from pytest_sway.spec.identity import resolved_key
 from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.system.offline import go_offline
 from tests.hub import Files, ToyHub, commit_of, cut, error, lay_out, use_hub
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from werkzeug import Request, Response
 
+_PLACED: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def _spec(base: Path | str, adapter: str = "org/lora", **fields: Any) -> ModelSpec:
-    return ModelSpec(**{"base": str(base), "adapter": adapter, "device": "cpu", "dtype": "fp32"} | fields)
+    return ModelSpec(**{"base": str(base), "adapter": adapter, **_PLACED, **fields})
 
 
 def _located(spec: ModelSpec) -> ModelSpec:
@@ -57,6 +61,14 @@ def test_only_what_an_adapter_needs_is_fetched(hub: ToyHub, base: Path, adapter_
     folder = _located(_spec(base)).adapter
     found = {str(path.relative_to(str(folder))) for path in folder.rglob("*") if path.is_file()}  # type: ignore[union-attr]
     assert found == {_CONFIG, _WEIGHTS, *needed}
+
+
+def test_an_adapter_of_mlx_lm_has_its_own_weights(hub: ToyHub) -> None:
+    config = json.dumps({"fine_tune_type": "lora", "model": "org/b"}).encode()
+    hub.push("org/lora", {_CONFIG: config, "adapters.safetensors": b"x", "0000100_adapters.safetensors": b"y"})
+    spec = _located(ModelSpec(kind="mlx", adapter="org/lora", **_PLACED))
+    assert sorted(path.name for path in Path(str(spec.adapter)).iterdir()) == [_CONFIG, "adapters.safetensors"]
+    assert spec.base == "org/b"
 
 
 def test_the_second_run_asks_once_for_a_branch_and_not_for_a_commit(
@@ -174,6 +186,19 @@ def test_offline_the_cached_snapshot_is_used(cache: Path, base: Path, adapter: P
         spec = _located(_spec(base, **fields))
         assert spec.adapter == snapshot
     assert Builder().check(spec).read.folder == snapshot
+
+
+def test_offline_nothing_is_asked(hub: ToyHub, base: Path, cache: Path, adapter_files: Files) -> None:
+    hub.push("org/lora", adapter_files)
+    lay_out(cache, "org/lora", commit_of("a"), adapter_files)
+    restore = go_offline()
+    try:
+        assert str(_located(_spec(base)).adapter).endswith(commit_of("a"))
+        with pytest.raises(WeightsError, match="not in this machine's cache"):
+            _located(_spec(base, "org/other"))
+    finally:
+        restore()
+    assert hub.take_requests() == []
 
 
 def test_offline_what_is_not_cached_is_told_with_what_to_do(cache: Path, base: Path) -> None:
@@ -311,6 +336,14 @@ def _always(answer: Response) -> Any:
 def test_what_a_hub_refuses_is_not_asked_again(hub: ToyHub, base: Path, answer: Response, sentence: str) -> None:
     hub.refuses = _always(answer)
     _refused(hub, _spec(base), SpecError, sentence)
+
+
+def test_no_secret_of_an_endpoint_is_shown(hub: ToyHub, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = hub.url.replace("//", "//me:hunter22@")
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with use_hub(monkeypatch, endpoint), pytest.raises(SpecError, match="has no such repository") as caught:
+        BackendCache().resolve(_spec(base))
+    assert "hunter22" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_hub_that_is_down_is_asked_again(hub: ToyHub, base: Path, adapter_files: Files) -> None:
