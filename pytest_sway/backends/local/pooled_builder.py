@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pytest_sway.backends.checkpoints.hub.locator import Locator
+from pytest_sway.backends.checkpoints.hub.refusals import explained_model
 from pytest_sway.backends.checkpoints.lineage import require_same_base
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import SharedPool
@@ -138,7 +139,8 @@ class PooledBuilder(Build, ABC, Generic[B]):
 
     def _timed(self, spec: ModelSpec) -> B:
         started = time.perf_counter()
-        base = self._load_base(spec)
+        with explained_model(spec):
+            base = self._load_base(spec)
         if self._on_base_load is not None:
             self._on_base_load(spec.base, time.perf_counter() - started)
         return base

@@ -1,4 +1,4 @@
-"""Why an adapter cannot be fetched from a hub, in words: which field asked for it, what was found and what to do."""
+"""Why an adapter or model cannot be fetched from a hub, in words: which field asked, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_sway.backends.checkpoints.hub_files import WHILE_OFFLINE, is_offline
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG
 from pytest_sway.errors import BackendLoadError, SpecError, SwayError, WeightsError
+from pytest_sway.spec.paths import is_path
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
 
@@ -37,6 +40,11 @@ class HubAdapter(NamedTuple):
     subfolder: str | None
     allow_pickle: bool
 
+    @property
+    def field(self) -> str:
+        """The field of its revision in a spec."""
+        return "adapter_revision"
+
     def __str__(self) -> str:
         revision = "" if self.revision is None else f" in revision {self.revision!r}"
         inside = "" if self.subfolder is None else f" in the folder {self.subfolder!r}"
@@ -45,6 +53,53 @@ class HubAdapter(NamedTuple):
     def path(self, name: str) -> str:
         """The path of one of its files in the repository."""
         return name if self.subfolder is None else f"{self.subfolder}/{name}"
+
+
+class HubModel(NamedTuple):
+    """A base or a whole fine-tuned model on a hub.
+
+    Attributes:
+        repository: The id of its repository.
+        revision: A commit, branch or tag; ``None`` for the repository's default.
+    """
+
+    repository: str
+    revision: str | None
+
+    @property
+    def field(self) -> str:
+        """The field of its revision in a spec."""
+        return "revision"
+
+    def __str__(self) -> str:
+        return f"the model {self.repository!r}{'' if self.revision is None else f' in revision {self.revision!r}'}"
+
+
+@contextmanager
+def explained_model(spec: ModelSpec) -> Iterator[None]:
+    """Explain an error of a hub's that a library has met while it loaded a spec's base, and leave others alone."""
+    try:
+        yield
+    except SwayError:
+        raise
+    except Exception as error:
+        cause = None if is_path(spec.base) else _of_hub(error)
+        if cause is None:
+            raise
+        raise _explanation(HubModel(spec.base, spec.revision), cause) from error
+
+
+def _of_hub(error: BaseException) -> Exception | None:
+    """The error by which a hub refused a repository or a revision, or could not be asked, among an error's causes."""
+    try:
+        from huggingface_hub import errors
+    except ImportError:
+        return None
+    of_hub = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.LocalEntryNotFoundError)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, of_hub):
+        cause = cause.__cause__
+    return cause
 
 
 @contextmanager
@@ -58,15 +113,15 @@ def explained(asked: HubAdapter) -> Iterator[None]:
         raise _explanation(asked, error) from error
 
 
-def _explanation(asked: HubAdapter, error: Exception) -> SwayError:
+def _explanation(asked: HubAdapter | HubModel, error: Exception) -> SwayError:
     from huggingface_hub import errors
 
     nowhere = f"{asked} is no folder in {os.getcwd()!r}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         if is_offline():
             return WeightsError(
-                f"{nowhere} and not in this machine's cache of the hub, and {WHILE_OFFLINE}, or name the folder of an"
-                f" adapter.{_meant(asked)}"
+                f"{nowhere} and not in this machine's cache of the hub, and {WHILE_OFFLINE}, or name a folder."
+                f"{_meant(asked)}"
             )
         if isinstance(error.__cause__, Exception):
             error = error.__cause__
@@ -82,7 +137,7 @@ def _explanation(asked: HubAdapter, error: Exception) -> SwayError:
     )
 
 
-def _refusal(asked: HubAdapter, nowhere: str, error: Exception, status: int | None) -> str | None:
+def _refusal(asked: HubAdapter | HubModel, nowhere: str, error: Exception, status: int | None) -> str | None:
     """Why a hub refuses for good, as far as it says; ``None`` for what may pass."""
     from huggingface_hub import errors
 
@@ -94,15 +149,15 @@ def _refusal(asked: HubAdapter, nowhere: str, error: Exception, status: int | No
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return (
-            f"spec field 'adapter_revision': the repository {asked.repository!r} has no branch, tag or commit"
+            f"spec field {asked.field!r}: the repository {asked.repository!r} has no branch, tag or commit"
             f" {asked.revision!r}. Those it has are at {page}/commits."
         )
-    if isinstance(error, errors.EntryNotFoundError) and status is not None:
+    if isinstance(error, errors.EntryNotFoundError) and status is not None and isinstance(asked, HubAdapter):
         return f"{asked} is no adapter: {page} has no {asked.path(CONFIG)}. {_elsewhere(asked)}"
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return (
-            f"{nowhere}, and {_endpoint()} has no such repository, or a private one (HTTP {status}). Name the folder of"
-            f" an adapter, or its repository as org/name; for a private one, log in ({_LOGIN}).{_meant(asked)}"
+            f"{nowhere}, and {_endpoint()} has no such repository, or a private one (HTTP {status}). Name a folder,"
+            f" or a repository as org/name; for a private one, log in ({_LOGIN}).{_meant(asked)}"
         )
     if status in _REFUSED:
         return (
@@ -130,7 +185,7 @@ def _elsewhere(asked: HubAdapter) -> str:
     return "Name a repository into which PEFT's push_to_hub or save_pretrained has written."
 
 
-def _meant(asked: HubAdapter) -> str:
+def _meant(asked: HubAdapter | HubModel) -> str:
     """A sentence on the folder that may have been meant; empty if none is like it."""
     parent, _, name = asked.repository.partition("/")
     here = _folders(Path())

@@ -206,7 +206,7 @@ def test_offline_what_is_not_cached_is_told_with_what_to_do(cache: Path, base: P
         WeightsError,
         match=r"^the adapter 'org/lora' in revision 'v2' is no folder in '.*' and not in this machine's cache of the"
         r" hub, and this run is offline \(--sway-offline, sway_offline or HF_HUB_OFFLINE\)\. Run once online, or name"
-        r" the folder of an adapter\.$",
+        r" a folder\.$",
     ):
         _located(_spec(base, adapter_revision="v2"))
 
@@ -258,7 +258,7 @@ def test_a_repository_that_is_not_there(hub: ToyHub, base: Path) -> None:
         _spec(base),
         SpecError,
         r"^the adapter 'org/lora' is no folder in '.*', and http://localhost:\d+ has no such repository, or a private"
-        r" one \(HTTP 401\)\. Name the folder of an adapter, or its repository as org/name; for a private one, log in"
+        r" one \(HTTP 401\)\. Name a folder, or a repository as org/name; for a private one, log in"
         r" \(hf auth login, or the environment variable HF_TOKEN\)\.$",
     )
 
