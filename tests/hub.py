@@ -19,6 +19,8 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 Files = dict[str, bytes]
+_SETTINGS = ("huggingface_hub.constants", "huggingface_hub.file_download", "transformers.utils.hub")
+"""Where settings are kept; before huggingface_hub 1 and transformers 5, in copies too."""
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _PROXIES = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
@@ -147,7 +149,8 @@ def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Have huggingface_hub use a folder as its cache, without a token and offline."""
     for name in _SECRETS:
         monkeypatch.delenv(name, raising=False)
-    _set(monkeypatch, HF_HUB_CACHE=str(folder), HF_TOKEN_PATH=str(folder / "no token"), HF_HUB_OFFLINE=True)
+    _set(monkeypatch, HF_HUB_CACHE=str(folder), TRANSFORMERS_CACHE=str(folder), HF_TOKEN_PATH=str(folder / "no token"))
+    _set(monkeypatch, HF_HUB_OFFLINE=True, _is_offline_mode=True)
 
 
 @contextmanager
@@ -156,7 +159,8 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> Iterator[None]:
     for name in _PROXIES:
         monkeypatch.delenv(name, raising=False)
     template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    _set(monkeypatch, ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=template, HF_HUB_OFFLINE=False)
+    _set(monkeypatch, ENDPOINT=url, HUGGINGFACE_CO_RESOLVE_ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=template)
+    _set(monkeypatch, HF_HUB_OFFLINE=False, _is_offline_mode=False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     _forget_connections()
     try:
@@ -166,8 +170,8 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> Iterator[None]:
 
 
 def _set(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
-    for module in map(import_module, ("huggingface_hub.constants", "huggingface_hub.file_download")):
-        for name in values.keys() & vars(module).keys():  # before its version 1, the second has copies
+    for module in map(import_module, _SETTINGS):
+        for name in values.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, values[name])
 
 
