@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 from pytest_httpserver import HTTPServer
 
+from pytest_sway.report.progress import LoadProgress
 from tests.hub import ToyHub, files_of, use_cache, use_hub
 
 if TYPE_CHECKING:
@@ -53,6 +55,24 @@ def test_the_second_run_fetches_nothing_and_asks_once(
     second.assert_outcomes(passed=2)
     second.stdout.no_fnmatch_line("fetched from the hub*")
     assert hub.take_requests() == ["HEAD /org/lora/resolve/v1/adapter_config.json"]
+
+
+def test_a_fetch_and_a_load_are_shown_on_the_terminal(
+    pytester: pytest.Pytester, hub: ToyHub, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    @contextmanager
+    def loading(self: LoadProgress, what: str) -> Iterator[None]:
+        shown.append(what)
+        yield
+
+    monkeypatch.setattr(LoadProgress, "loading", loading)
+    commit = hub.push("org/lora", files_of(adapter))
+    pytester.makepyfile(SUITE.format(spec={"base": str(base), "adapter": "hf://org/lora", "device": "cpu"}))
+    pytester.runpytest_inprocess("-p", "no:xdist").assert_outcomes(passed=2)
+    assert shown[0] == "the adapter 'org/lora' from the hub"
+    assert shown[1].endswith(f" + org/lora@{commit[:7]}")
 
 
 def test_a_repository_that_is_not_there_is_asked_for_once_in_a_run(
