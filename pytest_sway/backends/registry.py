@@ -13,6 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from pytest_sway.backends.checkpoints.hub.locator import Fetching, Locator, OnFetch
 from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build, require_differential
 from pytest_sway.errors import SwayError
@@ -81,9 +82,11 @@ class Builder(Build):
         on_recall: Called with a base's name, the number of its cached answers that were used, and the seconds they
             saved.
         on_base_mismatch: What happens if an adapter names another base: ``error``, ``warn`` or ``ignore``.
+        fetching: Shows a fetch from a hub for as long as its block lasts.
+        on_fetch: Called after a fetch from a hub with the adapter's name, the bytes and the seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 # all that a run can say
         self,
         *,
         hooks: BuildHooks | None = None,
@@ -94,6 +97,8 @@ class Builder(Build):
         score_cache: int = 64 * 2**20,
         on_recall: Callable[[str, int, float], None] | None = None,
         on_base_mismatch: str = "warn",
+        fetching: Fetching | None = None,
+        on_fetch: OnFetch | None = None,
     ) -> None:
         self._hooks = hooks
         self._device = device
@@ -104,12 +109,23 @@ class Builder(Build):
             "score_cache": score_cache,
             "on_recall": on_recall,
             "on_base_mismatch": on_base_mismatch,
+            "located": Locator(fetching, on_fetch),
         }
         self._builders: dict[str, Build] = {}
 
     def resolve(self, spec: ModelSpec) -> ModelSpec:
-        """Return ``spec`` with the device and dtype that it will be loaded with."""
-        return resolve(spec, device=self._device, dtype=self._dtype)
+        """Return ``spec`` as it will be loaded: on a device, in a dtype, from folders on this machine.
+
+        Raises:
+            SwayError: Its adapter or base cannot be found, and no hook may build it all the same.
+        """
+        placed = resolve(spec, device=self._device, dtype=self._dtype)
+        try:
+            return self._builder(placed).located(placed)
+        except SwayError:
+            if self._hooks is None or not self._hooks.builds():
+                raise
+            return placed
 
     def check(self, spec: ModelSpec) -> Plan:
         """Return the plan for a resolved spec; an empty one for a spec that fails the check but that a hook may build.
@@ -156,10 +172,10 @@ def cache_key_for(spec: ModelSpec, *, adapter_path: Path | None = None) -> Key:
 
     It begins with ``(kind, base, str(adapter) or None, dtype, device)``. ``auto`` is resolved for this machine, which
     imports torch if the kind needs it and it is installed. The rest of the key is every other field that changes what
-    is loaded, and the state of the files.
+    is loaded, and the state of the files. An adapter on a hub is fetched for it.
 
     Args:
         spec: What is asked for.
         adapter_path: An adapter that replaces the spec's own.
     """
-    return resolved_key(resolve(with_adapter(spec, adapter_path)))
+    return resolved_key(Builder().resolve(with_adapter(spec, adapter_path)))

@@ -134,6 +134,7 @@ class SwayStats:
         backends: Counts by the label of the spec.
         bases: Loads of shared bases by name. Their seconds are part of the backends' load seconds.
         recalled: Answers from the answer cache, by the base's name.
+        fetched: One line for each adapter fetched from a hub. Its seconds are not part of the load seconds.
         import_seconds: Seconds spent importing libraries such as torch, once in each process.
         peak_resident: The most backends that were loading, ready or closing at one time.
         peak_bytes: The most bytes of weights that were resident at one time; unknown sizes count as 0.
@@ -150,6 +151,7 @@ class SwayStats:
     backends: dict[str, BackendStats] = field(default_factory=dict)
     bases: dict[str, BackendStats] = field(default_factory=dict)
     recalled: dict[str, RecallStats] = field(default_factory=dict)
+    fetched: list[str] = field(default_factory=list)
     import_seconds: float = 0.0
     peak_resident: int = 0
     peak_bytes: int = 0
@@ -222,6 +224,7 @@ class SwayStats:
         self.peak_resident = max(self.peak_resident, other.peak_resident)
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
         for ours, lines in (
+            (self.fetched, other.fetched),
             (self.close_errors, other.close_errors),
             (self.mutations, other.mutations),
             (self.leaks, other.leaks),

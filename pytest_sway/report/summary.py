@@ -55,6 +55,7 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = (), *, dis
         if (recalled := stats.recalled.get(name)) is not None:
             line += f"; {_times(recalled.answers, 'answer')} from memory saved {recalled.seconds:.1f} s"
         yield line
+    yield from (f"fetched from the hub: {text}" for text in stats.fetched)
     if stats.import_seconds >= _WORTH_A_LINE:
         each = ", over all workers" if workers else ""
         yield f"imports of libraries: {stats.import_seconds:.1f} s, once in each process{each}"

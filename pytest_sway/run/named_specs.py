@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pytest_sway.errors import SpecError
+from pytest_sway.spec.hub_names import ON_HUBS, is_address, is_hub_id
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import parse_spec
 from pytest_sway.system.redaction import redacted
@@ -127,10 +128,16 @@ def _configured(rootpath: Path) -> dict[str, dict[str, Any]]:
 
 def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
     rooted = dict(spec)
+    kind = spec.get("kind", "hf")
     for name in ("adapter", "answers"):
-        if isinstance(spec.get(name), str) and not spec[name].lstrip().startswith("{"):  # answers may be JSON
-            rooted[name] = str(rootpath / Path(spec[name]).expanduser())
-    for name in ("base", "finetuned") if spec.get("kind", "hf") not in ("api", "dummy") else ():
+        path = spec.get(name)
+        if not isinstance(path, str) or path.lstrip().startswith("{"):  # answers may be JSON
+            continue
+        # A run may make the folder later, and in another one: then what it is in is there.
+        on_hub = is_address(path) or (is_hub_id(path) and not (rootpath / path).parent.is_dir())
+        if name == "answers" or kind not in ON_HUBS or not on_hub:
+            rooted[name] = str(rootpath / Path(path).expanduser())
+    for name in ("base", "finetuned") if kind not in ("api", "dummy") else ():
         model = spec.get(name)
         if isinstance(model, str) and (model.startswith((".", "~")) or (rootpath / model).is_dir()):
             rooted[name] = str(rootpath / Path(model).expanduser())

@@ -88,12 +88,12 @@ def _spec_values(item: pytest.Item) -> list[Any]:
 
 
 def is_spec(value: object) -> bool:
-    """Return whether a parameter is a spec: a ``ModelSpec``, ours or dlm-sway's, or a mapping with a base.
+    """Return whether a parameter is a spec: a ``ModelSpec``, ours or dlm-sway's, or a mapping with a base or adapter.
 
     All parameters of a run are asked, so nothing is imported for it.
     """
     if isinstance(value, Mapping):
-        return "base" in value and all(isinstance(name, str) for name in value)
+        return ("base" in value or "adapter" in value) and all(isinstance(name, str) for name in value)
     return any(cls.__name__ == "ModelSpec" for cls in type(value).__mro__)
 
 

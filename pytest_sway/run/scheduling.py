@@ -57,6 +57,8 @@ def _identity(spec: ModelSpec, device: str, dtype: str) -> tuple[tuple[ModelSpec
     values |= {"device": device} if spec.device == "auto" else {}
     values |= {"dtype": dtype} if spec.dtype == "auto" else {}
     spec = replace(spec, **values)
+    if not spec.base:  # which the adapter names
+        return (spec,), spec
     finetuned = finetuned_spec(spec)
     return (base_spec(spec), *(() if finetuned is None else (finetuned,))), spec
 

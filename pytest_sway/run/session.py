@@ -27,6 +27,7 @@ from pytest_sway.spec.paths import short_name
 from pytest_sway.system.imports import import_seconds, keep_modules
 from pytest_sway.system.redaction import redacted
 from pytest_sway.system.versions import device_names, imported_versions
+from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,6 +131,8 @@ class SwaySession(Listener):
             score_cache=settings.score_cache,
             on_recall=self._recalled,
             on_base_mismatch=settings.on_base_mismatch,
+            fetching=progress.loading,
+            on_fetch=self._fetched,
         )
         self.cache = BackendCache(
             settings.cache_size,
@@ -191,7 +194,7 @@ class SwaySession(Listener):
     def _resolve(self, spec: SpecLike, adapter_path: Path | None, test: str) -> ModelSpec:
         try:
             return self.resolve(spec, adapter_path)
-        except SpecError as error:
+        except SwayError as error:
             if isinstance(spec, Mapping | str):  # other objects can differ and have the same repr
                 self._fail_once(("malformed", repr(spec), repr(adapter_path)), error, test)
             raise
@@ -308,6 +311,12 @@ class SwaySession(Listener):
 
     def _recalled(self, name: str, answers: int, seconds: float) -> None:
         self.stats.base_recalled(short_name(name), answers, seconds)
+
+    def _fetched(self, name: str, nbytes: int, seconds: float) -> None:
+        """Count the seconds apart from the test, and what was fetched for the summary."""
+        self._unreported_seconds += seconds
+        if nbytes:
+            self.stats.fetched.append(f"{name}, {format_bytes(nbytes)}, {seconds:.1f} s")
 
     def take_load_seconds(self) -> float:
         """Return the seconds spent in loads and their imports since the last call."""

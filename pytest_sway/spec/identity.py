@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from pytest_sway.spec.model_spec import ModelSpec
-from pytest_sway.spec.paths import GGUF_SUFFIX
+from pytest_sway.spec.paths import GGUF_SUFFIX, in_hub_cache
 from pytest_sway.system.reading import open_regular
 
 __tracebackhide__ = True
@@ -56,7 +56,7 @@ def _settings(spec: ModelSpec) -> Key:
     return (
         spec.kind,
         spec.base,
-        None if spec.adapter is None else str(spec.adapter),
+        None if spec.adapter is None else _adapter_name(str(spec.adapter)),
         spec.dtype,
         spec.device,
         spec.revision,
@@ -67,7 +67,15 @@ def _settings(spec: ModelSpec) -> Key:
         spec.finetuned_endpoint,
         spec.api_key_env,
         spec.timeout,
+        spec.adapter_revision,
+        spec.adapter_subfolder,
     )
+
+
+def _adapter_name(adapter: str) -> str:
+    """What an adapter is called in a key; a snapshot of a hub goes without its commit, since its contents count."""
+    cached = in_hub_cache(adapter)
+    return adapter if cached is None else cached.name
 
 
 def state_of_files(spec: ModelSpec) -> Hashable:
@@ -94,7 +102,9 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     """Return the spec of the base alone."""
     if spec.adapter is None and spec.finetuned is None:
         return spec
-    return replace(spec, adapter=None, finetuned=None, finetuned_endpoint=None)
+    return replace(
+        spec, adapter=None, adapter_revision=None, adapter_subfolder=None, finetuned=None, finetuned_endpoint=None
+    )
 
 
 def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
@@ -107,7 +117,9 @@ def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
 
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
     """Return ``spec`` with ``adapter_path`` as its adapter; unchanged if that is ``None``."""
-    return spec if adapter_path is None else replace(spec, adapter=adapter_path)  # type: ignore[arg-type] # checked
+    if adapter_path is None:
+        return spec
+    return replace(spec, adapter=adapter_path, adapter_revision=None, adapter_subfolder=None)
 
 
 def _answers_identity(answers: Mapping[str, Any] | str | Path | None) -> Hashable:

@@ -6,12 +6,13 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
+from pytest_sway.spec.hub_names import ON_HUBS, adapter_label, in_subfolder, is_on_hub, taken_apart
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _DTYPE_ALIASES: Final = {
 }
 _DEVICE: Final = re.compile(r"(auto|[a-z]+(:\d+)?)")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_MODELS: Final = ("base", "finetuned", "adapter")
+_OF_REPOSITORIES: Final = ("revision", "adapter_revision", "adapter_subfolder")
 _ENDPOINTS: Final = ("endpoint", "finetuned_endpoint")
 _ALWAYS_SHOWN: Final = ("kind", "base", "device", "dtype")
 _ENTRY_POINT: Final = re.compile(r"[^\d\W][\w.]*:[^\d\W][\w.]*")
@@ -47,8 +50,9 @@ class ModelSpec:
     Attributes:
         kind: The kind of backend: ``hf``, ``mlx``, ``api``, ``dummy`` or ``custom``.
         base: A hub id (``org/name``) or a model's folder, which is made absolute. For ``kind="api"``, the model's name
-            on its server.
-        adapter: The folder of a PEFT adapter, made absolute; ``None`` for the base alone.
+            on its server. Empty for the base that the adapter names.
+        adapter: The folder of a PEFT adapter, made absolute. For kinds ``hf`` and ``mlx`` also a hub id, as text, if
+            there is no such folder. ``None`` for the base alone.
         dtype: ``auto``, ``fp16``, ``bf16`` or ``fp32``. torch's names, such as ``bfloat16``, work too.
         device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
         trust_remote_code: Run the code in the base's repository. Not part of the cache key.
@@ -62,6 +66,8 @@ class ModelSpec:
         finetuned_endpoint: For ``kind="api"``, the address of the server of ``finetuned``; ``None`` for the base's.
         api_key_env: For ``kind="api"``, the name of the environment variable that holds the key; never the key itself.
         timeout: For ``kind="api"``, the most seconds that the server may take for one answer.
+        adapter_revision: The commit, branch or tag of an adapter on a hub.
+        adapter_subfolder: The folder of the adapter in its repository, or in the folder ``adapter``.
 
     Raises:
         SpecError: A field has an invalid value.
@@ -69,7 +75,7 @@ class ModelSpec:
 
     kind: Kind = "hf"
     base: str = ""
-    adapter: Path | None = None
+    adapter: Path | str | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -82,6 +88,8 @@ class ModelSpec:
     finetuned_endpoint: str | None = None
     api_key_env: str | None = None
     timeout: float = 120.0
+    adapter_revision: str | None = None
+    adapter_subfolder: str | None = None
     _label: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +105,8 @@ class ModelSpec:
         for name in ("trust_remote_code", "allow_pickle"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"spec field {name!r} must be true or false, not {getattr(self, name)!r}.")
-        for name in ("revision", "entry_point", *_ENDPOINTS):
+        self._set_all(taken_apart({name: getattr(self, name) for name in ("kind", *_MODELS, *_OF_REPOSITORIES)}))
+        for name in ("entry_point", *_OF_REPOSITORIES, *_ENDPOINTS):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise SpecError(f"spec field {name!r} must be a non-empty string or None, not {value!r}.")
@@ -113,8 +122,9 @@ class ModelSpec:
             raise SpecError(
                 f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {self.device!r}."
             )
-        self._set("base", _model("base", self.base, self.kind))
-        self._set("adapter", _adapter(self.adapter))
+        adapter = _adapter(self.adapter, self.kind)
+        self._set_all(in_subfolder(adapter, self.adapter_revision, self.adapter_subfolder))
+        self._set("base", _model("base", self.base, self.kind, may_be_named=self.adapter is not None))
         if self.finetuned is not None:
             self._set("finetuned", _model("finetuned", self.finetuned, self.kind))
             if self.adapter is not None:
@@ -134,6 +144,16 @@ class ModelSpec:
         if self.finetuned_endpoint is not None and self.finetuned is None:
             raise SpecError("a spec with 'finetuned_endpoint' needs 'finetuned', the model's name on that server.")
 
+    def on_base_of_adapter(self, base: str, revision: str | None) -> ModelSpec:
+        """Return this spec, which leaves out the base, on the one that its adapter names; the label says so."""
+        spec = replace(self, base=base, revision=revision)
+        spec._set("_label", spec._described(" (from adapter_config.json)"))
+        return spec
+
+    def _set_all(self, values: Mapping[str, object]) -> None:
+        for name, value in values.items():
+            self._set(name, value)
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -149,9 +169,12 @@ class ModelSpec:
             if each.init and ((value := getattr(self, each.name)) != each.default or each.name in _ALWAYS_SHOWN)
         }
 
-    def _described(self) -> str:
+    def _described(self, origin: str = "") -> str:
         kind = "" if self.kind == "hf" else f"{self.kind}:"
-        adapter = "" if self.adapter is None else f" + {short_name(str(self.adapter))}"
+        label = adapter_label(self.adapter, self.adapter_revision, self.adapter_subfolder)
+        if not self.base:
+            return f"{kind}{label}"
+        adapter = f"{origin} + {label}" if label else ""
         finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}"
         return f"{kind}{short_name(self.base)}{adapter}{finetuned}"
 
@@ -187,7 +210,9 @@ def _seconds(name: str, value: object) -> float:
     return float(value)
 
 
-def _model(field: str, value: object, kind: Kind) -> str:
+def _model(field: str, value: object, kind: Kind, *, may_be_named: bool = False) -> str:
+    if value in (None, "") and may_be_named and kind in ON_HUBS:
+        return ""
     if isinstance(value, os.PathLike):
         return str(resolved_model(value))
     if not isinstance(value, str) or not value.strip():
@@ -200,12 +225,14 @@ def _model(field: str, value: object, kind: Kind) -> str:
     return value
 
 
-def _adapter(value: object) -> Path | None:
+def _adapter(value: object, kind: Kind) -> Path | str | None:
     if value is None:
         return None
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
-        raise SpecError(f"spec field 'adapter' must be the folder of a PEFT adapter or None; found {value!r}.")
-    return resolved_path(value)
+        raise SpecError(
+            f"spec field 'adapter' must be the folder of a PEFT adapter, a hub id or None; found {value!r}."
+        )
+    return value if isinstance(value, str) and kind in ON_HUBS and is_on_hub(value) else resolved_path(value)
 
 
 def _answers(value: object, kind: Kind) -> str | Path | None:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeAlias
 
 from pytest_sway.errors import SpecError
+from pytest_sway.spec.hub_names import ON_HUBS
 from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
@@ -29,8 +30,8 @@ class SpecAttributes(Protocol):
 SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
 _FIELDS: Final = tuple(each.name for each in fields(ModelSpec) if each.init)
 _ONLY_FOR: Final = {
-    "hf": ("trust_remote_code", "revision", "allow_pickle"),
-    "mlx": ("trust_remote_code", "revision"),
+    "hf": ("trust_remote_code", "revision", "allow_pickle", "adapter_revision", "adapter_subfolder"),
+    "mlx": ("trust_remote_code", "revision", "adapter_revision", "adapter_subfolder"),
     "api": ("endpoint", "finetuned_endpoint", "api_key_env", "timeout"),
     "dummy": ("answers",),
     "custom": ("entry_point", "trust_remote_code", "revision", "allow_pickle", "endpoint", "api_key_env", "timeout"),
@@ -68,10 +69,10 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
         if name not in _FIELDS:
             raise SpecError(_unknown_field(name, values.get("kind", "hf")))
     try:
-        spec, steady = _memoised(tuple(values.items()))
+        spec, hub_ids = _memoised(tuple(values.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
-        steady = False
-    return spec if steady else ModelSpec(**values)
+        return ModelSpec(**values)
+    return ModelSpec(**values) if hub_ids is None or any(map(os.path.exists, hub_ids)) else spec
 
 
 def _unknown_name(value: str, named: Mapping[str, Any]) -> str:
@@ -96,16 +97,22 @@ def _unknown_field(name: object, kind: object) -> str:
 
 
 @lru_cache(maxsize=256)
-def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
-    """The spec of a mapping, and whether it may be kept: resolving its paths takes too long for a warm request.
+def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, tuple[str, ...] | None]:
+    """Return the spec of a mapping, and the hub ids in it; resolving its paths takes too long for a warm request.
 
-    It may not if a path has ``~``, a link or the working folder in it, which can lead elsewhere later, or if a hub id
-    can become the name of a folder.
+    A hub id can become the name of a folder. There are no ids, but ``None``, if a path has ``~``, a link or the working
+    folder in it, which can lead elsewhere later.
     """
     values = dict(items)
     spec = ModelSpec(**values)
-    paths = {name: getattr(spec, name) for name in ("base", "adapter", "finetuned", "answers")}
-    return spec, all(_leads_nowhere_else(values[name], path) for name, path in paths.items() if path is not None)
+    hub_ids: list[str] = []
+    for name in ("base", "adapter", "finetuned", "answers"):
+        found = getattr(spec, name)
+        if isinstance(found, str) and spec.kind in ON_HUBS and not os.path.isabs(found):
+            hub_ids += [found] if name != "adapter" else []  # which is looked for at each request
+        elif found is not None and not _leads_nowhere_else(values[name], found):
+            return spec, None
+    return spec, tuple(filter(None, hub_ids))
 
 
 def _leads_nowhere_else(given: Any, path: Path | str) -> bool:

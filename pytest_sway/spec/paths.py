@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from pytest_sway.errors import SpecError
 
@@ -13,6 +13,7 @@ __tracebackhide__ = True
 
 GGUF_SUFFIX: Final = ".gguf"
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SNAPSHOT: Final = re.compile(r"(?:.*[/\\])?models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)(?:[/\\]+(.*))?")
 
 
 def is_path(base: str) -> bool:
@@ -46,6 +47,39 @@ def resolved_path(path: str | os.PathLike[str]) -> Path:
         raise SpecError(f"the path {os.fspath(path)!r} cannot be resolved: {str(error).rstrip('.')}.") from error
 
 
+class InHubCache(NamedTuple):
+    """A place in a hub's cache.
+
+    Attributes:
+        repository: The id of the repository, ``org/name``.
+        commit: The commit.
+        inside: The path in the repository; empty for its root.
+    """
+
+    repository: str
+    commit: str
+    inside: str
+
+    @property
+    def name(self) -> str:
+        """The repository and the path in it, without the commit."""
+        return "/".join(filter(None, (self.repository, self.inside)))
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (f"{self.repository}@{self.commit[:7]}", self.inside)))
+
+
+def in_hub_cache(path: str) -> InHubCache | None:
+    """Return of which repository's snapshot a path is, on this machine or another; ``None`` if it is of none."""
+    found = _SNAPSHOT.fullmatch(path) if "models--" in path else None
+    if found is None:
+        return None
+    return InHubCache(f"{found[1]}/{found[2]}", found[3], (found[4] or "").rstrip("/\\"))
+
+
 def short_name(text: str) -> str:
-    """Return the last two parts of a path or hub id, as a short label."""
+    """Return the last two parts of a path or hub id, or a snapshot's repository, as a short label."""
+    cached = in_hub_cache(text)
+    if cached is not None:
+        return str(cached)
     return "/".join(text.rstrip(os.sep).split(os.sep)[-2:]).lstrip("/")

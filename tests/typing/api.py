@@ -38,6 +38,7 @@ from pytest_sway.protocols import (
 from pytest_sway.scores import divergences, exact_match, js_from, kl_from, multiple_choice
 
 SPEC = ModelSpec(base="org/name", adapter=Path("runs/v3"), dtype="bf16")
+ON_HUB = ModelSpec(adapter="org/lora", adapter_revision="v2", adapter_subfolder="checkpoint-8")
 WHOLE = ModelSpec(base="org/name", finetuned="org/tuned")
 CANNED = ModelSpec(kind="dummy", base="mine", answers={"base": {"generations": {"prompt": " text"}}})
 

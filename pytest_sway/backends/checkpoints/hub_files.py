@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec.paths import is_path
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
+
+WHILE_OFFLINE: Final = "this run is offline (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once online"
 
 
 def base_file(spec: ModelSpec, name: str) -> Path | None:
@@ -35,6 +37,13 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def is_offline() -> bool:
+    """Return whether this process asks no hub for anything."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
@@ -76,14 +85,11 @@ def require_cached(spec: ModelSpec, role: str = "base") -> None:
     """
     if is_path(spec.base) or base_file(spec, "config.json") is not None:
         return
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         revision = "" if spec.revision is None else f" in revision {spec.revision!r}"
         raise WeightsError(
             f"the {role} {spec.base!r} is neither a folder in {os.getcwd()!r} nor in this machine's cache of the"
-            f" hub{revision}, and this run is offline (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once"
-            " online, or name the folder of a model."
+            f" hub{revision}, and {WHILE_OFFLINE}, or name the folder of a model."
         )
 
 

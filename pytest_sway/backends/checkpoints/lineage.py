@@ -18,7 +18,7 @@ from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.backends.checkpoints.safetensors_header import read_any
 from pytest_sway.errors import AdapterMismatchError, SwayError, SwayWarning
 from pytest_sway.spec.model_spec import ModelSpec
-from pytest_sway.spec.paths import GGUF_SUFFIX, is_path
+from pytest_sway.spec.paths import GGUF_SUFFIX, in_hub_cache, is_path
 from pytest_sway.system.reading import CONFIG_BYTES, open_regular, read_bounded
 from pytest_sway.system.wording import some
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_IN_HUB_CACHE: Final = re.compile(r".*[/\\]models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?")
 _CONVERTED_COPY: Final = re.compile(
     r"(-unsloth)?-bnb-[48]bit$|-(\d(\.\d)?bit|mxfp[48]|nvfp4|bf16|fp16|fp32)(-(dwq|awq|gptq)[\w.-]*)?$"
 )
@@ -76,7 +75,7 @@ def other_base(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
         spec: The spec.
         config: The adapter's config, as PEFT or mlx-lm wrote it.
     """
-    field = "base_model_name_or_path" if "peft_type" in config or spec.kind == "hf" else "model"
+    field = base_field(spec.kind, config)
     named = config.get(field)
     if not isinstance(named, str) or not named.strip() or spec.base.endswith(GGUF_SUFFIX):
         return None
@@ -88,6 +87,11 @@ def other_base(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
         f" base is {spec.base!r}: {why}. Name the base that it was trained on; if they are the same model, set"
         " sway_on_base_mismatch = ignore."
     )
+
+
+def base_field(kind: str, config: Mapping[str, Any]) -> str:
+    """Return the field of an adapter's config that names its base, as PEFT or mlx-lm wrote it."""
+    return "base_model_name_or_path" if "peft_type" in config or kind == "hf" else "model"
 
 
 def _unlike(asked: _Model, trained: _Model, *, by_mlx: bool) -> str | None:
@@ -102,8 +106,8 @@ def _unlike(asked: _Model, trained: _Model, *, by_mlx: bool) -> str | None:
 
 def _known(name: str, revision: str | None) -> _Model:
     path = Path(os.path.expanduser(name))
-    cached = _IN_HUB_CACHE.fullmatch(name) or _IN_HUB_CACHE.fullmatch(str(path))
-    hub_id = f"{cached[1]}/{cached[2]}" if cached else None
+    cached = in_hub_cache(name)
+    hub_id = cached.repository if cached is not None and not cached.inside else None
     try:
         if path.is_dir():
             return _Model(hub_id, path)

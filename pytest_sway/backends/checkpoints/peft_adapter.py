@@ -163,7 +163,7 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
         AdapterMismatchError: The adapter was made for another task than language modelling.
         WeightsError: Its weights are missing, broken, or a pickle that the spec does not allow.
     """
-    config = _config(folder)
+    config = read_config(folder)
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise AdapterMismatchError(
@@ -180,10 +180,7 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     if not pickle.is_file():
         raise WeightsError(f"the adapter {str(folder)!r} has no weights: expected {WEIGHTS} beside its {CONFIG}.")
     if not allow_pickle:
-        raise WeightsError(
-            f"the adapter {str(folder)!r} has its weights only in {PICKLED}, a pickle, which can run code when it is"
-            " read. Save it as safetensors, or set allow_pickle=True in the spec if you trust it."
-        )
+        raise only_pickled(f"the adapter {str(folder)!r}")
     return AdapterFiles(folder, config, None)
 
 
@@ -206,12 +203,25 @@ def checked(files: AdapterFiles) -> AdapterFiles:
     return files
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def only_pickled(adapter: str) -> WeightsError:
+    """Return the error for an adapter without safetensors, where the spec allows no pickle."""
+    return WeightsError(
+        f"{adapter} has its weights only in {PICKLED}, a pickle, which can run code when it is read. Save it as"
+        " safetensors, or set allow_pickle=True in the spec if you trust it."
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what the ``adapter_config.json`` of a folder says.
+
+    Raises:
+        SpecError: There is no such folder, or no config of an adapter in it.
+    """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise SpecError(
-            f"the adapter {str(folder)!r} {what}. Name the folder that PEFT's save_pretrained"
-            f" wrote; an adapter on a hub is fetched first (hf download {_hub_id(folder)})."
+            f"the adapter {str(folder)!r} {what}. Name the folder that PEFT's save_pretrained wrote, or the id of an"
+            " adapter on a hub (org/name)."
         )
     path = folder / CONFIG
     try:
@@ -227,12 +237,6 @@ def _config(folder: Path) -> dict[str, Any]:
         raise SpecError(f"{str(path)!r} names no peft_type, so it describes no adapter. Save the adapter again.")
     require_types(path, config)
     return config
-
-
-def _hub_id(folder: Path) -> str:
-    """The hub id that you may have meant if the folder does not exist."""
-    near = folder.parent.parent == Path.cwd()
-    return "/".join(folder.parts[-2:]) if near else "org/name"
 
 
 def is_adapters(name: str) -> bool:

@@ -40,6 +40,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         on_recall: Called when a base answers from its cache, with the base's name, the number of answers, and the
             seconds that computing them took.
         on_base_mismatch: What to do if an adapter's config names another base: ``error``, ``warn`` or ``ignore``.
+        located: Finds a spec's adapter and base on this machine.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         score_cache: int = DEFAULT_BYTES,
         on_recall: Callable[[str, int, float], None] | None = None,
         on_base_mismatch: str = "warn",
+        located: Callable[[ModelSpec], ModelSpec] | None = None,
     ) -> None:
-        super().__init__(on_base_load, on_base_mismatch=on_base_mismatch)
+        super().__init__(on_base_load, on_base_mismatch=on_base_mismatch, located=located)
         self._score_cache = score_cache
         self._on_recall = on_recall
         self._share_weights = share_weights

@@ -54,9 +54,10 @@ def check_spec(spec: ModelSpec) -> Plan:
     if tuned is not None:
         require_another(spec, tuned)
         models.append(_check_model(tuned, "fine-tuned model"))
-    if spec.adapter is not None:
-        require_files(spec.adapter)
-    files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
+    folder = None if spec.adapter is None else Path(spec.adapter)
+    if folder is not None:
+        require_files(folder)
+    files = None if folder is None else read_adapter(folder, allow_pickle=spec.allow_pickle)
     if files is not None:
         require_fit(models[0], files)
     require_libraries(spec, gguf=any(model.gguf is not None for model in models))

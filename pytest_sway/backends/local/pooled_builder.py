@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from pytest_sway.backends.checkpoints.hub.locator import Locator
+from pytest_sway.backends.checkpoints.hub.refusals import explained_model
 from pytest_sway.backends.checkpoints.lineage import require_same_base
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import SharedPool
@@ -40,14 +42,28 @@ class PooledBuilder(Build, ABC, Generic[B]):
     Args:
         on_base_load: Called after each load of a base, with the base's name and the seconds that the load took.
         on_base_mismatch: What happens if an adapter names another base: ``error``, ``warn`` or ``ignore``.
+        located: Finds a spec's adapter and base on this machine; by default, one of its own.
     """
 
     def __init__(
-        self, on_base_load: Callable[[str, float], None] | None = None, *, on_base_mismatch: str = "warn"
+        self,
+        on_base_load: Callable[[str, float], None] | None = None,
+        *,
+        on_base_mismatch: str = "warn",
+        located: Callable[[ModelSpec], ModelSpec] | None = None,
     ) -> None:
         self._on_base_load = on_base_load
         self._on_base_mismatch = on_base_mismatch
+        self._located = located or Locator()
         self._pool: SharedPool[Hashable, B] = SharedPool(close=self._close_base)
+
+    def located(self, spec: ModelSpec) -> ModelSpec:
+        """Return ``spec`` with its adapter as a folder and its base named.
+
+        Raises:
+            SwayError: They cannot be found.
+        """
+        return self._located(spec)
 
     def check(self, spec: ModelSpec) -> Plan:
         """Return the plan for a resolved spec.
@@ -55,7 +71,7 @@ class PooledBuilder(Build, ABC, Generic[B]):
         Raises:
             SwayError: The spec cannot be loaded.
         """
-        plan = self._checked(spec)
+        plan = self._checked(self.located(spec))
         self._compare_base(plan, "error")
         return plan
 
@@ -123,7 +139,8 @@ class PooledBuilder(Build, ABC, Generic[B]):
 
     def _timed(self, spec: ModelSpec) -> B:
         started = time.perf_counter()
-        base = self._load_base(spec)
+        with explained_model(spec):
+            base = self._load_base(spec)
         if self._on_base_load is not None:
             self._on_base_load(spec.base, time.perf_counter() - started)
         return base

@@ -46,9 +46,10 @@ def check_spec(spec: ModelSpec) -> Plan:
     if tuned is not None:
         require_another(spec, tuned)
         models.append(_check_model(tuned, "fine-tuned model"))
-    if spec.adapter is not None:
-        require_files(spec.adapter)
-    files = None if spec.adapter is None else read_mlx_adapter(spec.adapter)
+    folder = None if spec.adapter is None else Path(spec.adapter)
+    if folder is not None:
+        require_files(folder)
+    files = None if folder is None else read_mlx_adapter(folder)
     if files is not None:
         require_bounded(files, None)
     require_libraries(spec)

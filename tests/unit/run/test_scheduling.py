@@ -69,8 +69,14 @@ def test_the_needs_of_no_specs_are_not_known() -> None:
     assert needs_of([]) is None
 
 
+def test_a_base_that_an_adapter_names_is_known_as_that_adapters() -> None:
+    specs = [ModelSpec(adapter=adapter) for adapter in ("/x", "/y", "/x")]
+    first, second, again = (needs_of([spec]) for spec in specs)
+    assert first == again != second
+
+
 def test_adapters_of_one_base_need_one_base() -> None:
-    first, second = (needs_of([ModelSpec(base="org/a", adapter=adapter)]) for adapter in ("/x", "/y"))  # type: ignore[arg-type]
+    first, second = (needs_of([ModelSpec(base="org/a", adapter=adapter)]) for adapter in ("/x", "/y"))
     assert first is not None
     assert second is not None
     assert first.bases == second.bases

@@ -173,11 +173,11 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         ({"base": ["b"]}, "a spec needs 'base', a hub id or the folder of a model; found ['b']."),
         (
             {"base": "b", "adapter": ""},
-            "spec field 'adapter' must be the folder of a PEFT adapter or None; found ''.",
+            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id or None; found ''.",
         ),
         (
             {"base": "b", "adapter": 7},
-            "spec field 'adapter' must be the folder of a PEFT adapter or None; found 7.",
+            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id or None; found 7.",
         ),
         (
             {"base": "b", "trust_remote_code": "yes"},
@@ -225,7 +225,8 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         (
             {"base": "b", "adaptor": "/x"},
             "a spec has no field 'adaptor'; those of kind 'hf' are kind, base, adapter, dtype, device,"
-            " trust_remote_code, revision, allow_pickle, finetuned. Did you mean 'adapter'?",
+            " trust_remote_code, revision, allow_pickle, finetuned, adapter_revision, adapter_subfolder. Did you mean"
+            " 'adapter'?",
         ),
         (
             {"base": "b", "kind": "api", 3: "/x"},

@@ -1,0 +1,155 @@
+"""`Locator`: finds what a spec names on a hub, and the base that it leaves to its adapter to name."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pytest_sway.backends.checkpoints.hub.fetching import adapter_on_hub, fetch_adapter
+from pytest_sway.backends.checkpoints.hub.refusals import HubAdapter
+from pytest_sway.backends.checkpoints.lineage import base_field
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_config
+from pytest_sway.errors import SpecError, SwayError
+from pytest_sway.spec.paths import in_hub_cache, is_path
+from pytest_sway.system.forking import call_in_forked_child
+from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
+
+if TYPE_CHECKING:
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True
+
+Fetching: TypeAlias = Callable[[str], AbstractContextManager[None]]
+"""Shows what is being fetched, for as long as the block lasts."""
+OnFetch: TypeAlias = Callable[[str, int, float], None]
+"""Is told what was looked for on a hub, how many bytes were fetched for it, and the seconds that took."""
+
+
+class Locator:
+    """Finds a spec's adapter and base on this machine; what a hub has said is remembered as long as it lives.
+
+    Args:
+        fetching: Shows what is being fetched.
+        on_fetch: Is told what was.
+    """
+
+    def __init__(self, fetching: Fetching | None = None, on_fetch: OnFetch | None = None) -> None:
+        self._fetching = fetching or (lambda _: nullcontext())
+        self._on_fetch = on_fetch
+        self._folders: dict[HubAdapter, str] = {}
+        self._refused: dict[HubAdapter, tuple[type[SwayError], str]] = {}
+        self._start_unlocked()
+        call_in_forked_child(self._start_unlocked)
+
+    def _start_unlocked(self) -> None:
+        """Have a lock that is free, as a forked child's must be, whose parent may have been fetching."""
+        self._lock = threading.Lock()
+
+    def __call__(self, spec: ModelSpec) -> ModelSpec:
+        """Return ``spec`` with its adapter as a folder and a base that is named.
+
+        Raises:
+            SwayError: The adapter cannot be had, or names no base that can; see `fetch_adapter`.
+        """
+        if spec.adapter is None or (spec.base and not isinstance(spec.adapter, str)):
+            return spec
+        if isinstance(spec.adapter, str):
+            if os.path.isdir(spec.adapter):  # somebody may have made it since the spec was
+                spec = _in_folder(spec, os.path.abspath(spec.adapter))
+            else:
+                asked = adapter_on_hub(spec)
+                spec = _in_snapshot(spec, self._folders.get(asked) or self._fetched(asked))
+        return spec if spec.base else _on_its_base(spec, os.getcwd(), _state(f"{spec.adapter}/{CONFIG}"))
+
+    def _fetched(self, asked: HubAdapter) -> str:
+        with self._lock:
+            if asked in self._folders:
+                return self._folders[asked]
+            if asked in self._refused:
+                kind, text = self._refused[asked]
+                raise kind(text)
+            started = time.perf_counter()
+            try:
+                with self._fetching(f"{asked} from the hub"):
+                    found = fetch_adapter(asked)
+            except SwayError as error:
+                if error.permanent:
+                    self._refused[asked] = type(error), str(error)  # not the error, whose traceback holds the test's
+                raise
+            if self._on_fetch is not None:
+                name = str(in_hub_cache(str(found.folder)))
+                self._on_fetch(name, found.nbytes, time.perf_counter() - started)
+            return self._folders.setdefault(asked, str(found.folder))
+
+
+@lru_cache(maxsize=256)
+def _in_folder(spec: ModelSpec, folder: str) -> ModelSpec:
+    """The spec with a folder in its adapter's place, in which its subfolder is."""
+    return replace(spec, adapter=Path(folder))
+
+
+@lru_cache(maxsize=256)
+def _in_snapshot(spec: ModelSpec, folder: str) -> ModelSpec:
+    """The spec with its adapter's folder in the hub's cache."""
+    return replace(spec, adapter=Path(folder), adapter_revision=None, adapter_subfolder=None)
+
+
+@lru_cache(maxsize=256)
+def _on_its_base(spec: ModelSpec, _working_folder: str, _state: tuple[int, ...]) -> ModelSpec:
+    """The spec with the base that its adapter's config names, seen from one folder and in one state."""
+    base, revision = _base_of(spec)
+    return spec.on_base_of_adapter(base, revision if spec.revision is None else spec.revision)
+
+
+def _base_of(spec: ModelSpec) -> tuple[str, str | None]:
+    """The base that an adapter's config names, and its revision."""
+    folder = Path(str(spec.adapter))
+    config = _config(spec, folder)
+    field = base_field(spec.kind, config)
+    named = config.get(field)
+    where = f"{field} in its {CONFIG}"
+    if not isinstance(named, str) or not named.strip():
+        raise SpecError(
+            f"the spec names no base, and its adapter {str(folder)!r} does not either ({where} is"
+            f" {json.dumps(named)[:80]}). Name the model that it was trained on as 'base'."
+        )
+    named = named.strip()
+    path = Path(named).expanduser()
+    with suppress(OSError):  # a name too long for a path
+        if path.exists():
+            return str(path.absolute()), None
+    cached = in_hub_cache(named)
+    if cached is not None and not cached.inside:  # of another machine, or no longer there
+        return cached.repository, cached.commit
+    if is_path(named):
+        raise SpecError(
+            f"the spec names no base, and its adapter {str(folder)!r} names {named!r} ({where}), which is not there,"
+            f" seen from {os.getcwd()!r}. Name the model that it was trained on as 'base'."
+        )
+    revision = config.get("revision")
+    return named, revision if isinstance(revision, str) and revision.strip() else None
+
+
+def _config(spec: ModelSpec, folder: Path) -> Mapping[str, Any]:
+    if spec.kind == "mlx":
+        with suppress(OSError, ValueError, RecursionError):
+            config = json.loads(read_bounded(folder / CONFIG, CONFIG_BYTES))
+            if isinstance(config, dict) and "peft_type" not in config:
+                return config
+    return read_config(folder)
+
+
+def _state(path: str) -> tuple[int, ...]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
