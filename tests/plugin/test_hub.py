@@ -84,7 +84,7 @@ def test_a_repository_that_is_not_there_is_asked_for_once_in_a_run(
     result.stdout.fnmatch_lines(
         [
             "E*SpecError: the adapter 'runs/v3' is no folder in *",
-            "E*(First met by *::test_x; the load is not tried again.)",
+            "E*(First raised for *::test_x; the load is not repeated.)",
         ]
     )
     assert len(hub.take_requests()) == 1
