@@ -24,6 +24,10 @@ Prompt: TypeAlias = str | Sequence[Message]
 """A text, or messages that the tokenizer's chat template renders as a text."""
 
 
+NEW_TOKENS: Final = 64
+"""The most tokens that a text gets, if a test does not say."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RollingLogprob:
     """The log-probability of each token of a text, given the tokens before it.
@@ -126,6 +130,22 @@ class View(Model, ScoringBackend, Protocol):
 class BatchView(View, Protocol):
     """A view that answers many questions in few forward passes; answers come in the order of the questions."""
 
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> str:
+        """Continue ``prompt``, up to the first ``stop`` text: greedily at temperature 0, else by sampling."""
+        ...
+
     def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
         """Return `logprob_of` for each pair of a prompt and a completion."""
         ...
@@ -147,10 +167,14 @@ class BatchView(View, Protocol):
         self,
         prompts: Iterable[Prompt],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """Return `generate` for each prompt."""
         ...

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.errors import ScoringError
@@ -16,28 +19,61 @@ __tracebackhide__ = True
 _ASSISTANT: Final = "assistant"
 _MANY: Final = " To ask many at once, use"
 
+_HINTS: Final = {
+    **dict.fromkeys(("max_tokens", "max_length", "max_gen_toks"), "max_new_tokens is the most tokens to add."),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop=[...] takes the texts that end the new text."),
+    "do_sample": "temperature=0 takes the most probable token, and any other temperature samples.",
+}
+"""What replaces a keyword that other libraries have."""
+
 
 class SamplingParams(NamedTuple):
-    """How new text is generated.
+    """How new text is generated; `of` checks the values.
 
     Attributes:
         max_new_tokens: The most tokens to add.
         temperature: 0 takes the most probable token each time. Above 0, logits are divided by it before sampling.
         top_p: Sample from the smallest set of tokens with this mass.
+        stop: Texts that end the new text, and do not belong to it.
+        top_k: Sample from this many of the most probable tokens; 0 for all.
+        min_p: Sample from the tokens at least this times as probable as the most probable one.
+        repetition_penalty: Positive logits of tokens in the prompt and the new text are divided by it, others
+            multiplied.
     """
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
-    def check(self) -> None:
-        """Raise `ScoringError` for an invalid value."""
-        if self.max_new_tokens < 1:
-            raise ScoringError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
-        if not self.temperature >= 0.0:
-            raise ScoringError(f"temperature must be 0 or more, not {self.temperature}.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ScoringError(f"top_p must be over 0 and at most 1, not {self.top_p}.")
+    @classmethod
+    def of(cls, *, stop: str | Iterable[str] | None, **numbers: Any) -> SamplingParams:
+        """Return the settings with these values.
+
+        Raises:
+            ScoringError: A value is invalid.
+        """
+        for name, value in numbers.items():
+            whole = name in ("max_new_tokens", "top_k")
+            kind, what = (Integral, "a whole number") if whole else (Real, "a number")
+            if not isinstance(value, kind):
+                raise ScoringError(f"{name} must be {what}, not {shown(value)}.")
+            numbers[name] = int(value) if whole else float(value)
+        made = cls(stop=_stop_texts(stop), **numbers)
+        for name, valid, what in (
+            ("max_new_tokens", made.max_new_tokens >= 1, "at least 1"),
+            ("temperature", made.temperature >= 0.0, "0 or more"),
+            ("top_p", 0.0 < made.top_p <= 1.0, "over 0 and at most 1"),
+            ("top_k", made.top_k >= 0, "0 (all tokens) or more"),
+            ("min_p", 0.0 <= made.min_p <= 1.0, "from 0 to 1"),
+            ("repetition_penalty", 0.0 < made.repetition_penalty < math.inf, "over 0; 1 is none"),
+        ):
+            if not valid:
+                raise ScoringError(f"{name} must be {what}, not {numbers[name]}.")
+        return made
 
     def room(self, max_length: int) -> int:
         """Return how many tokens of a prompt fit into a model that reads ``max_length`` at once.
@@ -52,6 +88,24 @@ class SamplingParams(NamedTuple):
                 f" {max_length} tokens at once."
             )
         return room
+
+
+def until(text: str, stop: Iterable[str]) -> str:
+    """Return a text up to the first of the stop texts in it."""
+    return text[: min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))]
+
+
+def refuse_unknown(call: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for keywords that a view's call does not have, and name those that it has."""
+    if not unknown:
+        return
+    known = [name for name, each in signature(call).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    hints = "".join(f" {_HINTS[name]}" for name in unknown if name in _HINTS)
+    raise TypeError(
+        f"{call.__name__}() has no keyword {', '.join(map(repr, unknown))}; it has {', '.join(known)}.{hints} For other"
+        " ways to generate, call the model's own in kind 'hf': view.model.generate(**view.tokenizer(prompt,"
+        " return_tensors='pt'), ...)."
+    )
 
 
 def listed(items: Iterable[Any], what: str) -> list[Any]:
@@ -130,6 +184,17 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
     if len(seed) != count:
         raise ScoringError(f"there are {count} prompts and {len(seed)} seeds; pass one seed, or one for each prompt.")
     return list(seed)
+
+
+def _stop_texts(stop: Any) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+        raise ScoringError(f"stop must be a text or a list of texts, not {shown(stop)}.")
+    texts = tuple(texts)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ScoringError(f"each text of stop must be a text that is not empty, not {shown(text)}.")
+    return tuple(dict.fromkeys(texts))
 
 
 def _has_text(content: Any) -> bool:

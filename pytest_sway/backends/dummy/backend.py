@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build, HintsAtViews, opens_view
 from pytest_sway.backends.dummy.canned import Between, Canned, Noisy, Side
-from pytest_sway.backends.questions import SamplingParams, checked_messages
+from pytest_sway.backends.questions import SamplingParams, checked_messages, until
 from pytest_sway.backends.view import BaseView, closed_error, null_id
 from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
@@ -123,6 +123,7 @@ class DummyView(BaseView["DummyBackend"]):
 
     A missing canned answer raises `BackendUseError`. In made-up answers, a token is a word, and token 0 begins a text.
     A canned continuation comes whole, at any temperature and from any seed; a made-up one has ``max_new_tokens`` words.
+    Both end before the first ``stop`` text.
     """
 
     def __init__(self, view_id: str, backend: DummyBackend, side: Side) -> None:
@@ -145,7 +146,8 @@ class DummyView(BaseView["DummyBackend"]):
         return self._each(prompts, lambda side, prompt: _cut(side.dist(_text(prompt)), top_k))
 
     def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]:  # noqa: ARG002
-        return self._each(prompts, lambda side, prompt: side.generation(_text(prompt), settings.max_new_tokens))
+        words = settings.max_new_tokens
+        return self._each(prompts, lambda side, prompt: until(side.generation(_text(prompt), words), settings.stop))
 
     def _each(self, asked: Iterable[Any], answer: Callable[[Side, Any], Any]) -> list[Any]:
         return list(self._run(lambda side: [answer(side, one) for one in asked]))
