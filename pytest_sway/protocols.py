@@ -20,7 +20,31 @@ if TYPE_CHECKING:
 Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation, such as ``{"role": "user", "content": "Hello"}``."""
 
-Prompt: TypeAlias = str | Sequence[Message]
+
+@dataclass(frozen=True, init=False)
+class Chat:
+    """A conversation with arguments for the tokenizer's chat template; it can stand wherever messages can.
+
+    Attributes:
+        messages: Mappings such as ``{"role": "user", "content": "Hello"}``, in order.
+        template_args: What ``tokenizer.apply_chat_template`` and the template take: ``tools``, ``documents``,
+            ``enable_thinking``, ``continue_final_message``, ...
+    """
+
+    messages: tuple[Message, ...]
+    template_args: Mapping[str, Any]
+
+    def __init__(self, messages: Iterable[Message], **template_args: Any) -> None:
+        several = isinstance(messages, Iterable) and not isinstance(messages, str | bytes | Mapping)
+        object.__setattr__(self, "messages", tuple(messages) if several else (messages,))  # checked where it is asked
+        object.__setattr__(self, "template_args", template_args)
+
+    def __repr__(self) -> str:
+        args = "".join(f", {name}={value!r}" for name, value in self.template_args.items())
+        return f"Chat({list(self.messages)!r}{args})"
+
+
+Prompt: TypeAlias = str | Sequence[Message] | Chat
 """A text, or messages that the tokenizer's chat template renders as a text."""
 
 
@@ -179,8 +203,8 @@ class BatchView(View, Protocol):
         """Return `generate` for each prompt."""
         ...
 
-    def render(self, messages: Iterable[Message]) -> str:
-        """Render a conversation with the tokenizer's chat template."""
+    def render(self, messages: Iterable[Message] | Chat, **template_args: Any) -> str:
+        """Render a conversation with the tokenizer's chat template, and with arguments for it."""
         ...
 
 

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.errors import ScoringError
+from pytest_sway.protocols import Chat
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ _HINTS: Final = {
     "do_sample": "temperature=0 takes the most probable token, and any other temperature samples.",
 }
 """What replaces a keyword that other libraries have."""
+
+
+_TOKENISING: Final = (
+    *("conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
+"""Parameters of ``apply_chat_template`` that are not about the text."""
+
+_LISTS: Final = ("tools", "documents")
 
 
 class SamplingParams(NamedTuple):
@@ -58,10 +68,9 @@ class SamplingParams(NamedTuple):
         """
         for name, value in numbers.items():
             whole = name in ("max_new_tokens", "top_k")
-            kind, what = (Integral, "a whole number") if whole else (Real, "a number")
-            if not isinstance(value, kind):
-                raise ScoringError(f"{name} must be {what}, not {shown(value)}.")
-            numbers[name] = int(value) if whole else float(value)
+            if not isinstance(value, Integral if whole else Real):
+                raise ScoringError(f"{name} must be {'a whole number' if whole else 'a number'}, not {shown(value)}.")
+            numbers[name] = int(value) if isinstance(value, Integral) and whole else float(value)
         made = cls(stop=_stop_texts(stop), **numbers)
         for name, valid, what in (
             ("max_new_tokens", made.max_new_tokens >= 1, "at least 1"),
@@ -144,14 +153,33 @@ def checked_text(text: Any) -> str:
     return text
 
 
-def checked_messages(messages: Iterable[Message]) -> tuple[list[dict[str, Any]], bool]:
-    """Return a conversation, and whether to continue its last turn, because that is the assistant's.
+class Conversation(NamedTuple):
+    """A checked conversation.
 
-    An assistant's last turn without text is left out, since it has yet to begin.
+    Attributes:
+        messages: Its turns.
+        continues: Whether the last turn is continued, or the name of its field that is.
+        opens: Whether the assistant's turn begins after the last one.
+        template_args: Further arguments for the chat template.
+    """
+
+    messages: list[dict[str, Any]]
+    continues: bool | str
+    opens: bool
+    template_args: dict[str, Any]
+
+
+def checked_messages(prompt: Iterable[Message] | Chat) -> Conversation:
+    """Return a conversation, and how it goes on.
+
+    Unless the prompt says otherwise, its last turn is continued if that is the assistant's, and else the assistant's
+    turn begins. An assistant's last turn without text is left out, since it has yet to begin.
 
     Raises:
-        ScoringError: ``messages`` is not a conversation, or a message is malformed.
+        ScoringError: ``prompt`` is not a conversation, or a message or an argument is malformed.
     """
+    args = _checked_args(prompt.template_args) if isinstance(prompt, Chat) else {}
+    messages = prompt.messages if isinstance(prompt, Chat) else prompt
     if isinstance(messages, Mapping | str | bytes) or not isinstance(messages, Iterable):
         raise ScoringError(
             f"expected a prompt: a text, or a list of messages with 'role' and 'content'; found {shown(messages)}."
@@ -165,12 +193,16 @@ def checked_messages(messages: Iterable[Message]) -> tuple[list[dict[str, Any]],
     conversation = [_checked(message) for message in messages]
     if not conversation:
         raise ScoringError("the list of messages is empty; a conversation has at least one.")
-    continues = conversation[-1]["role"] == _ASSISTANT
-    if continues and not _has_text(conversation[-1]["content"]):
-        conversation, continues = conversation[:-1], False  # the turn has no text to continue
-        if not conversation:
-            raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
-    return conversation, continues
+    continues, opens = args.pop("continue_final_message", None), args.pop("add_generation_prompt", None)
+    if continues and opens:
+        raise ScoringError("continue_final_message and add_generation_prompt exclude each other; pass one of them.")
+    if continues is None and opens is None:
+        continues = conversation[-1]["role"] == _ASSISTANT
+        if continues and not _has_text(conversation[-1]["content"]):
+            conversation, continues = conversation[:-1], False  # the turn has no text to continue
+            if not conversation:
+                raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
+    return Conversation(conversation, continues or False, not continues if opens is None else bool(opens), args)
 
 
 def seeds(seed: int | Sequence[int], count: int) -> list[int]:
@@ -184,6 +216,15 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
     if len(seed) != count:
         raise ScoringError(f"there are {count} prompts and {len(seed)} seeds; pass one seed, or one for each prompt.")
     return list(seed)
+
+
+def _checked_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in args.items():
+        if name in _TOKENISING:
+            raise ScoringError(f"{name} is no argument for a chat template here: messages are rendered as text.")
+        if name in _LISTS and value is not None and not isinstance(value, list | tuple):
+            raise ScoringError(f"{name} must be a list, with one entry for each; found {shown(value)}.")
+    return dict(args)
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:

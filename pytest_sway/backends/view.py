@@ -18,7 +18,7 @@ from pytest_sway.backends.questions import (
     seeds,
 )
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
-from pytest_sway.protocols import NEW_TOKENS
+from pytest_sway.protocols import NEW_TOKENS, Chat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -66,19 +66,25 @@ class BaseView(ABC, Generic[O]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def render(self, messages: Iterable[Message]) -> str:
+    def render(self, messages: Iterable[Message] | Chat, **template_args: Any) -> str:
         """Return a conversation as the tokenizer's chat template renders it, up to where the answer begins.
 
-        You can pass the messages themselves wherever a prompt is expected. The template writes all special tokens, so
-        none are added when such a prompt is tokenised.
+        You can pass the messages themselves wherever a prompt is expected, and `Chat(messages, ...)` where the template
+        takes arguments. The template writes all special tokens, so none are added when such a prompt is tokenised.
 
         Args:
             messages: Mappings such as ``{"role": "user", "content": "Hello"}``, in order.
+            template_args: What ``tokenizer.apply_chat_template`` and the template take: ``tools``, ``documents``,
+                ``enable_thinking``, ``continue_final_message``, ...
 
         Raises:
-            ScoringError: There is no chat template, a message is malformed, or the template refuses the messages.
+            ScoringError: There is no chat template, a message is malformed, or the template refuses the messages or
+                does not read an argument.
         """
         self._open()
+        if template_args:
+            given = messages if isinstance(messages, Chat) else Chat(messages)
+            messages = Chat(given.messages, **{**given.template_args, **template_args})
         return self._rendered(messages)
 
     def logprob_of(self, prompt: Prompt, completion: str) -> float:
@@ -242,7 +248,7 @@ class BaseView(ABC, Generic[O]):
     # --- implemented by each kind: the arguments are checked, and the view is open ------------------------------------
 
     @abstractmethod
-    def _rendered(self, messages: Iterable[Message]) -> str: ...
+    def _rendered(self, messages: Iterable[Message] | Chat) -> str: ...
 
     @abstractmethod
     def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]: ...

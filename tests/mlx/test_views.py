@@ -183,7 +183,7 @@ def test_a_small_nucleus_leaves_only_the_most_probable_token(build: Build, base:
 )
 def test_what_is_sampled_from_is_what_transformers_samples_from(settings: dict[str, Any]) -> None:
     scores = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 3
-    asked = SamplingParams.of(**{"max_new_tokens": 1, "stop": (), "temperature": 1.0} | settings)
+    asked = SamplingParams.of(stop=(), **{"max_new_tokens": 1, "temperature": 1.0} | settings)
     expected = scores
     for step in processors(asked, [(0,)], [0])[:-1]:  # all but the noise
         expected = step(None, expected)

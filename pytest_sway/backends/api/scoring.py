@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ async def next_token_dist(model: ServedModel, prompt: Prompt, top_k: int) -> Tok
 async def generate(model: ServedModel, prompt: Prompt, settings: SamplingParams, seed: int) -> str:
     """Return a continuation of ``prompt``, up to the first stop text, whether or not the server ends there."""
     text = _text(model, prompt)
-    request = {
+    request: dict[str, Any] = {
         "max_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "top_p": settings.top_p,

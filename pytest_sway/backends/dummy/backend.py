@@ -21,7 +21,7 @@ from pytest_sway.backends.dummy.canned import Between, Canned, Noisy, Side
 from pytest_sway.backends.questions import SamplingParams, checked_messages, until
 from pytest_sway.backends.view import BaseView, closed_error, null_id
 from pytest_sway.errors import ScoringError
-from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
+from pytest_sway.protocols import Chat, Message, Prompt, RollingLogprob, TokenDist
 from pytest_sway.spec.answers import SIDES, canonical, read_answers, tail
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class DummyView(BaseView["DummyBackend"]):
         super().__init__(view_id, backend)
         self.side = side
 
-    def _rendered(self, messages: Iterable[Message]) -> str:
+    def _rendered(self, messages: Iterable[Message] | Chat) -> str:
         return str(self._run(lambda _: _text(messages)))
 
     def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]:
@@ -154,12 +154,15 @@ class DummyView(BaseView["DummyBackend"]):
 
 
 def _text(prompt: Any) -> str:
-    """Return a prompt's text: ``role: content`` for each message, and ``assistant:`` unless the last turn goes on."""
+    """Return a prompt's text: ``role: content`` for each message, and ``assistant:`` where that turn begins.
+
+    Further arguments for a chat template change nothing.
+    """
     if isinstance(prompt, str):
         return prompt
-    conversation, continues = checked_messages(prompt)
-    lines = [f"{message['role']}: {message['content']}" for message in conversation]
-    return "\n".join(lines if continues else [*lines, "assistant:"])
+    conversation = checked_messages(prompt)
+    lines = [f"{message['role']}: {message['content']}" for message in conversation.messages]
+    return "\n".join([*lines, "assistant:"] if conversation.opens else lines)
 
 
 def _rolling(found: Rolling) -> RollingLogprob:

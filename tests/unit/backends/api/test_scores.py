@@ -330,7 +330,7 @@ def test_settings_that_a_server_has_are_passed_on(build: Build, toy: Toy) -> Non
     ],
 )
 def test_a_server_that_ignores_a_setting_is_found_out(
-    build: Build, toy: Toy, setting: dict[str, float], how: str
+    build: Build, toy: Toy, setting: dict[str, Any], how: str
 ) -> None:
     (name,) = setting
     toy.heeds.remove(name)

@@ -160,14 +160,14 @@ class Toy:
     def _next(self, body: dict[str, Any], after: dict[str, float], said: Sequence[str]) -> str:
         """Return the most probable token; from temperature 1 on, one that the seed picks among those that are left."""
         asked = {name: value for name, value in body.items() if name in self.heeds}
-        penalty = asked.get("repetition_penalty", 1.0)
+        penalty: float = asked.get("repetition_penalty", 1.0)
         after = {token: nats * penalty if token in said else nats for token, nats in after.items()}
         order = sorted(after, key=lambda token: -after[token])
         if body["temperature"] < 1.0:
             return order[0]
-        left = [token for token in order if after[token] >= after[order[0]] + math.log(asked.get("min_p") or 1e-9)]
-        left = left[: asked.get("top_k", 0) or None]
-        return left[(body.get("seed", 0) + len(said)) % len(left)]
+        least = after[order[0]] + math.log(asked.get("min_p") or 1e-9)
+        left = [token for token in order if after[token] >= least][: asked.get("top_k", 0) or None]
+        return str(left[(body.get("seed", 0) + len(said)) % len(left)])
 
     def _asked(self, body: dict[str, Any]) -> int:
         return int(body.get("top_logprobs", 0) if self.style == "mlx" else body.get("logprobs", 0))

@@ -141,15 +141,16 @@ def test_what_is_sampled_from_is_what_transformers_samples_from(
     build: Any, base: Path, settings: dict[str, Any]
 ) -> None:
     import torch
-    from transformers import GenerationConfig
+    import transformers
 
     scores = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * 3
     prompts = [(5, 9, 9), (1, 2, 3), (7, 7, 7)]
     ids = torch.tensor(prompts)
-    asked = SamplingParams.of(**{"max_new_tokens": 1, "stop": (), "temperature": 1.0} | _without_seed(settings))
+    asked = SamplingParams.of(stop=(), **{"max_new_tokens": 1, "temperature": 1.0} | _without_seed(settings))
     ours = processors(asked, prompts, [0, 0, 0])[:-1]  # all but the noise
     fields = {"top_k": 0} | _without_seed(settings)
-    config = GenerationConfig(do_sample=True, **fields)
+    config_class: Any = transformers.GenerationConfig
+    config = config_class(do_sample=True, **fields)
     with build(base).as_base() as view:
         theirs = view.model._get_logits_processor(config, input_ids_seq_length=3)
     expected = theirs(ids, scores.clone())

@@ -10,17 +10,18 @@ from pytest_sway.backends.text.stopping import has_stopped, stopped_text
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """A byte-level tokenizer: a stop text can begin and end inside of tokens, and a character can take several."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["st", "op", "top", "stop", "topp", "ed", "Ċ"]
     merges = [("s", "t"), ("o", "p"), ("t", "op"), ("s", "top"), ("top", "p"), ("e", "d")]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys([*letters, *words]))}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    fast: Any = transformers.PreTrainedTokenizerFast
+    return fast(tokenizer_object=made, eos_token="<|im_end|>")
 
 
 def ids_of(tokenizer: Any, *tokens: str) -> list[int]:
