@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pytest_sway.errors import SwayError, SwayWarning
     from pytest_sway.protocols import (
         BatchView,
+        Chat,
         DifferentialBackend,
         Message,
         NullCalibratedBackend,
@@ -34,6 +35,7 @@ __all__ = [
     "BackendCache",
     "BatchView",
     "CachedBackend",
+    "Chat",
     "Comparison",
     "DifferentialBackend",
     "Lease",
@@ -64,6 +66,7 @@ _HOMES = {
     "errors": ("SwayError", "SwayWarning"),
     "protocols": (
         "BatchView",
+        "Chat",
         "DifferentialBackend",
         "Message",
         "NullCalibratedBackend",

@@ -20,8 +20,36 @@ if TYPE_CHECKING:
 Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation, such as ``{"role": "user", "content": "Hello"}``."""
 
-Prompt: TypeAlias = str | Sequence[Message]
+
+@dataclass(frozen=True, init=False)
+class Chat:
+    """A conversation with arguments for the tokenizer's chat template; it can stand wherever messages can.
+
+    Attributes:
+        messages: Mappings such as ``{"role": "user", "content": "Hello"}``, in order.
+        template_args: What ``tokenizer.apply_chat_template`` and the template take: ``tools``, ``documents``,
+            ``enable_thinking``, ``continue_final_message``, ...
+    """
+
+    messages: tuple[Message, ...]
+    template_args: Mapping[str, Any]
+
+    def __init__(self, messages: Iterable[Message], **template_args: Any) -> None:
+        several = isinstance(messages, Iterable) and not isinstance(messages, str | bytes | Mapping)
+        object.__setattr__(self, "messages", tuple(messages) if several else (messages,))  # checked where it is asked
+        object.__setattr__(self, "template_args", template_args)
+
+    def __repr__(self) -> str:
+        args = "".join(f", {name}={value!r}" for name, value in self.template_args.items())
+        return f"Chat({list(self.messages)!r}{args})"
+
+
+Prompt: TypeAlias = str | Sequence[Message] | Chat
 """A text, or messages that the tokenizer's chat template renders as a text."""
+
+
+NEW_TOKENS: Final = 64
+"""The most tokens that a text gets, if a test does not say."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,6 +154,22 @@ class View(Model, ScoringBackend, Protocol):
 class BatchView(View, Protocol):
     """A view that answers many questions in few forward passes; answers come in the order of the questions."""
 
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> str:
+        """Continue ``prompt``, up to the first ``stop`` text: greedily at temperature 0, else by sampling."""
+        ...
+
     def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
         """Return `logprob_of` for each pair of a prompt and a completion."""
         ...
@@ -147,16 +191,20 @@ class BatchView(View, Protocol):
         self,
         prompts: Iterable[Prompt],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """Return `generate` for each prompt."""
         ...
 
-    def render(self, messages: Iterable[Message]) -> str:
-        """Render a conversation with the tokenizer's chat template."""
+    def render(self, messages: Iterable[Message] | Chat, **template_args: Any) -> str:
+        """Render a conversation with the tokenizer's chat template, and with arguments for it."""
         ...
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.errors import ScoringError
+from pytest_sway.protocols import Chat
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
@@ -16,28 +20,69 @@ __tracebackhide__ = True
 _ASSISTANT: Final = "assistant"
 _MANY: Final = " To ask many at once, use"
 
+_HINTS: Final = {
+    **dict.fromkeys(("max_tokens", "max_length", "max_gen_toks"), "max_new_tokens is the most tokens to add."),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop=[...] takes the texts that end the new text."),
+    "do_sample": "temperature=0 takes the most probable token, and any other temperature samples.",
+}
+"""What replaces a keyword that other libraries have."""
+
+
+_TOKENISING: Final = (
+    *("conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
+"""Parameters of ``apply_chat_template`` that are not about the text."""
+
+_LISTS: Final = ("tools", "documents")
+
 
 class SamplingParams(NamedTuple):
-    """How new text is generated.
+    """How new text is generated; `of` checks the values.
 
     Attributes:
         max_new_tokens: The most tokens to add.
         temperature: 0 takes the most probable token each time. Above 0, logits are divided by it before sampling.
         top_p: Sample from the smallest set of tokens with this mass.
+        stop: Texts that end the new text, and do not belong to it.
+        top_k: Sample from this many of the most probable tokens; 0 for all.
+        min_p: Sample from the tokens at least this times as probable as the most probable one.
+        repetition_penalty: Positive logits of tokens in the prompt and the new text are divided by it, others
+            multiplied.
     """
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
-    def check(self) -> None:
-        """Raise `ScoringError` for an invalid value."""
-        if self.max_new_tokens < 1:
-            raise ScoringError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
-        if not self.temperature >= 0.0:
-            raise ScoringError(f"temperature must be 0 or more, not {self.temperature}.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ScoringError(f"top_p must be over 0 and at most 1, not {self.top_p}.")
+    @classmethod
+    def of(cls, *, stop: str | Iterable[str] | None, **numbers: Any) -> SamplingParams:
+        """Return the settings with these values.
+
+        Raises:
+            ScoringError: A value is invalid.
+        """
+        for name, value in numbers.items():
+            whole = name in ("max_new_tokens", "top_k")
+            if not isinstance(value, Integral if whole else Real):
+                raise ScoringError(f"{name} must be {'a whole number' if whole else 'a number'}, not {shown(value)}.")
+            numbers[name] = int(value) if isinstance(value, Integral) and whole else float(value)
+        made = cls(stop=_stop_texts(stop), **numbers)
+        for name, valid, what in (
+            ("max_new_tokens", made.max_new_tokens >= 1, "at least 1"),
+            ("temperature", made.temperature >= 0.0, "0 or more"),
+            ("top_p", 0.0 < made.top_p <= 1.0, "over 0 and at most 1"),
+            ("top_k", made.top_k >= 0, "0 (all tokens) or more"),
+            ("min_p", 0.0 <= made.min_p <= 1.0, "from 0 to 1"),
+            ("repetition_penalty", 0.0 < made.repetition_penalty < math.inf, "over 0; 1 is none"),
+        ):
+            if not valid:
+                raise ScoringError(f"{name} must be {what}, not {numbers[name]}.")
+        return made
 
     def room(self, max_length: int) -> int:
         """Return how many tokens of a prompt fit into a model that reads ``max_length`` at once.
@@ -52,6 +97,24 @@ class SamplingParams(NamedTuple):
                 f" {max_length} tokens at once."
             )
         return room
+
+
+def until(text: str, stop: Iterable[str]) -> str:
+    """Return a text up to the first of the stop texts in it."""
+    return text[: min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))]
+
+
+def refuse_unknown(call: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for keywords that a view's call does not have, and name those that it has."""
+    if not unknown:
+        return
+    known = [name for name, each in signature(call).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    hints = "".join(f" {_HINTS[name]}" for name in unknown if name in _HINTS)
+    raise TypeError(
+        f"{call.__name__}() has no keyword {', '.join(map(repr, unknown))}; it has {', '.join(known)}.{hints} For other"
+        " ways to generate, call the model's own in kind 'hf': view.model.generate(**view.tokenizer(prompt,"
+        " return_tensors='pt'), ...)."
+    )
 
 
 def listed(items: Iterable[Any], what: str) -> list[Any]:
@@ -90,14 +153,33 @@ def checked_text(text: Any) -> str:
     return text
 
 
-def checked_messages(messages: Iterable[Message]) -> tuple[list[dict[str, Any]], bool]:
-    """Return a conversation, and whether to continue its last turn, because that is the assistant's.
+class Conversation(NamedTuple):
+    """A checked conversation.
 
-    An assistant's last turn without text is left out, since it has yet to begin.
+    Attributes:
+        messages: Its turns.
+        continues: Whether the last turn is continued, or the name of its field that is.
+        opens: Whether the assistant's turn begins after the last one.
+        template_args: Further arguments for the chat template.
+    """
+
+    messages: list[dict[str, Any]]
+    continues: bool | str
+    opens: bool
+    template_args: dict[str, Any]
+
+
+def checked_messages(prompt: Iterable[Message] | Chat) -> Conversation:
+    """Return a conversation, and how it goes on.
+
+    Unless the prompt says otherwise, its last turn is continued if that is the assistant's, and else the assistant's
+    turn begins. An assistant's last turn without text is left out, since it has yet to begin.
 
     Raises:
-        ScoringError: ``messages`` is not a conversation, or a message is malformed.
+        ScoringError: ``prompt`` is not a conversation, or a message or an argument is malformed.
     """
+    args = _checked_args(prompt.template_args) if isinstance(prompt, Chat) else {}
+    messages = prompt.messages if isinstance(prompt, Chat) else prompt
     if isinstance(messages, Mapping | str | bytes) or not isinstance(messages, Iterable):
         raise ScoringError(
             f"expected a prompt: a text, or a list of messages with 'role' and 'content'; found {shown(messages)}."
@@ -111,12 +193,16 @@ def checked_messages(messages: Iterable[Message]) -> tuple[list[dict[str, Any]],
     conversation = [_checked(message) for message in messages]
     if not conversation:
         raise ScoringError("the list of messages is empty; a conversation has at least one.")
-    continues = conversation[-1]["role"] == _ASSISTANT
-    if continues and not _has_text(conversation[-1]["content"]):
-        conversation, continues = conversation[:-1], False  # the turn has no text to continue
-        if not conversation:
-            raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
-    return conversation, continues
+    continues, opens = args.pop("continue_final_message", None), args.pop("add_generation_prompt", None)
+    if continues and opens:
+        raise ScoringError("continue_final_message and add_generation_prompt exclude each other; pass one of them.")
+    if continues is None and opens is None:
+        continues = conversation[-1]["role"] == _ASSISTANT
+        if continues and not _has_text(conversation[-1]["content"]):
+            conversation, continues = conversation[:-1], False  # the turn has no text to continue
+            if not conversation:
+                raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
+    return Conversation(conversation, continues or False, not continues if opens is None else bool(opens), args)
 
 
 def seeds(seed: int | Sequence[int], count: int) -> list[int]:
@@ -130,6 +216,26 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
     if len(seed) != count:
         raise ScoringError(f"there are {count} prompts and {len(seed)} seeds; pass one seed, or one for each prompt.")
     return list(seed)
+
+
+def _checked_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in args.items():
+        if name in _TOKENISING:
+            raise ScoringError(f"{name} is no argument for a chat template here: messages are rendered as text.")
+        if name in _LISTS and value is not None and not isinstance(value, list | tuple):
+            raise ScoringError(f"{name} must be a list, with one entry for each; found {shown(value)}.")
+    return dict(args)
+
+
+def _stop_texts(stop: Any) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+        raise ScoringError(f"stop must be a text or a list of texts, not {shown(stop)}.")
+    texts = tuple(texts)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ScoringError(f"each text of stop must be a text that is not empty, not {shown(text)}.")
+    return tuple(dict.fromkeys(texts))
 
 
 def _has_text(content: Any) -> bool:

@@ -9,12 +9,20 @@ import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pytest_sway.backends.questions import SamplingParams, checked_pair, checked_text, listed, seeds
+from pytest_sway.backends.questions import (
+    SamplingParams,
+    checked_pair,
+    checked_text,
+    listed,
+    refuse_unknown,
+    seeds,
+)
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
+from pytest_sway.protocols import NEW_TOKENS, Chat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from typing import Self
+    from typing import Never, Self
 
     from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
 
@@ -58,19 +66,25 @@ class BaseView(ABC, Generic[O]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def render(self, messages: Iterable[Message]) -> str:
+    def render(self, messages: Iterable[Message] | Chat, **template_args: Any) -> str:
         """Return a conversation as the tokenizer's chat template renders it, up to where the answer begins.
 
-        You can pass the messages themselves wherever a prompt is expected. The template writes all special tokens, so
-        none are added when such a prompt is tokenised.
+        You can pass the messages themselves wherever a prompt is expected, and `Chat(messages, ...)` where the template
+        takes arguments. The template writes all special tokens, so none are added when such a prompt is tokenised.
 
         Args:
             messages: Mappings such as ``{"role": "user", "content": "Hello"}``, in order.
+            template_args: What ``tokenizer.apply_chat_template`` and the template take: ``tools``, ``documents``,
+                ``enable_thinking``, ``continue_final_message``, ...
 
         Raises:
-            ScoringError: There is no chat template, a message is malformed, or the template refuses the messages.
+            ScoringError: There is no chat template, a message is malformed, or the template refuses the messages or
+                does not read an argument.
         """
         self._open()
+        if template_args:
+            given = messages if isinstance(messages, Chat) else Chat(messages)
+            messages = Chat(given.messages, **{**given.template_args, **template_args})
         return self._rendered(messages)
 
     def logprob_of(self, prompt: Prompt, completion: str) -> float:
@@ -134,10 +148,15 @@ class BaseView(ABC, Generic[O]):
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        **unknown: Never,
     ) -> str:
         """Continue ``prompt`` and return the new text, without special tokens.
 
@@ -145,28 +164,52 @@ class BaseView(ABC, Generic[O]):
         generation settings (top-k, repetition penalty, ...) only the tokens that end a text are used. The global random
         state is neither used nor changed.
 
+        The arguments mean what they mean in transformers, and follow each other as there: the repetition penalty, the
+        temperature, ``top_k``, ``top_p``, ``min_p``.
+
         Args:
             prompt: What to continue.
-            max_new_tokens: The most tokens to add; fewer where the model ends its text.
+            max_new_tokens: The most tokens to add; fewer where the model ends its text, or at a ``stop`` text.
             temperature: 0 takes the most probable token each time; above 0, tokens are sampled.
             top_p: Sample from the smallest set of tokens with this mass.
             seed: The seed for sampling. Equal seeds give equal texts, on other devices too, except for rounding.
+            stop: One text, or several. The new text ends before the first one in it. The text of a special token, such
+                as ``<|im_end|>``, counts too.
+            top_k: Sample from this many of the most probable tokens; 0 for all.
+            min_p: Sample from the tokens at least this times as probable as the most probable one; 0 for all.
+            repetition_penalty: Over 1, tokens of the prompt and of the new text become less probable; 1 for none.
+            unknown: Refused, with the keywords that there are.
 
         Raises:
             ScoringError: An argument is invalid, or leaves no room for a prompt.
+            TypeError: There is no such keyword.
         """
+        refuse_unknown(self.generate, unknown)
         return self.generate_many(
-            [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
         )[0]
 
     def generate_many(
         self,
         prompts: Iterable[Prompt],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        **unknown: Never,
     ) -> list[str]:
         """Return `generate` for each prompt, in their order. Each gets the text that it gets alone, except for ties.
 
@@ -176,10 +219,23 @@ class BaseView(ABC, Generic[O]):
             temperature: 0 takes the most probable token each time; above 0, tokens are sampled.
             top_p: Sample from the smallest set of tokens with this mass.
             seed: The seed for sampling: one for all prompts, so that equal prompts get equal texts, or one for each.
+            stop: One text, or several, that end each new text.
+            top_k: Sample from this many of the most probable tokens; 0 for all.
+            min_p: Sample from the tokens at least this times as probable as the most probable one; 0 for all.
+            repetition_penalty: Over 1, tokens of a prompt and of its new text become less probable; 1 for none.
+            unknown: Refused, with the keywords that there are.
         """
+        refuse_unknown(self.generate_many, unknown)
         self._open()
-        settings = SamplingParams(max_new_tokens, temperature, top_p)
-        settings.check()
+        settings = SamplingParams.of(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=stop,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
         asked = listed(prompts, "prompts")
         return self._continued(asked, settings, seeds(seed, len(asked)))
 
@@ -192,7 +248,7 @@ class BaseView(ABC, Generic[O]):
     # --- implemented by each kind: the arguments are checked, and the view is open ------------------------------------
 
     @abstractmethod
-    def _rendered(self, messages: Iterable[Message]) -> str: ...
+    def _rendered(self, messages: Iterable[Message] | Chat) -> str: ...
 
     @abstractmethod
     def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]: ...

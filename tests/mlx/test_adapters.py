@@ -392,3 +392,16 @@ def test_a_tokenizer_that_is_the_bases_is_the_bases(build: Build, base: Path, ad
     make_tokenizer(folder)
     with build(base, folder).as_base() as one, build(base, adapter).as_base() as other:
         assert one.tokenizer._tokenizer._tokenizer is other.tokenizer._tokenizer._tokenizer
+
+
+def test_what_a_wrapper_has_put_into_all_names_is_taken_out(
+    build: Build, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(adapter, tmp_path / "copied")
+    edit_weights(copied, lambda tensors: {f"module._orig_mod.{name}": each for name, each in tensors.items()})
+    with build(base, adapter).as_finetuned() as view:
+        expected = view.logprob_of("the sun", " rises")
+    with pytest.warns(SwayWarning, match=r"have '_orig_mod', 'module' in their names"):
+        backend = build(base, copied)
+    with backend.as_finetuned() as view:
+        assert view.logprob_of("the sun", " rises") == expected

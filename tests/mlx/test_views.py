@@ -11,7 +11,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 
+from pytest_sway.backends.hf.sampling import processors
+from pytest_sway.backends.mlx.model.sampling import filtered, penalised
+from pytest_sway.backends.questions import SamplingParams
 from pytest_sway.errors import BackendClosedError, BackendUseError, NoAdapterError, ScoringError, ViewClosedError
 from pytest_sway.protocols import (
     BatchView,
@@ -171,6 +175,28 @@ def test_a_small_nucleus_leaves_only_the_most_probable_token(build: Build, base:
     with build(base).as_base() as view:
         greedy = view.generate("the sun", max_new_tokens=8)
         assert view.generate("the sun", max_new_tokens=8, temperature=2.0, top_p=1e-6, seed=5) == greedy
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 3}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.8, "min_p": 0.1, "temperature": 0.7}, {"top_k": 99}],
+)
+def test_what_is_sampled_from_is_what_transformers_samples_from(settings: dict[str, Any]) -> None:
+    scores = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 3
+    asked = SamplingParams.of(stop=(), **{"max_new_tokens": 1, "temperature": 1.0} | settings)
+    expected = scores
+    for step in processors(asked, [(0,)], [0])[:-1]:  # all but the noise
+        expected = step(None, expected)
+    found = np.array(filtered(mx.array(scores[0].numpy()), asked))
+    np.testing.assert_allclose(found, expected[0].numpy(), rtol=1e-6)
+
+
+def test_a_repetition_penalty_is_that_of_transformers() -> None:
+    scores = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
+    asked = SamplingParams.of(max_new_tokens=1, stop=(), repetition_penalty=1.7)
+    (step,) = processors(asked, [(1, 1, 5)], [0])
+    expected = step(torch.tensor([[1, 1, 5, 8]]), scores)[0].numpy()
+    np.testing.assert_allclose(np.array(penalised(mx.array(scores[0].numpy()), (1, 1, 5, 8), 1.7)), expected, rtol=1e-6)
 
 
 def test_samples_are_drawn_from_the_distribution_of_the_next_token(build: Build, base: Path) -> None:

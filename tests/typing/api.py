@@ -12,6 +12,7 @@ import pytest
 from pytest_sway import (
     BackendCache,
     CachedBackend,
+    Chat,
     Comparison,
     DifferentialBackend,
     Lease,
@@ -66,6 +67,12 @@ def test_with_the_fixture(sway_backend: SwayBackend) -> None:
             assert_type(tuned.rolling_logprobs(["text"], prefix=False), list[RollingLogprob])
             assert_type(tuned.next_token_dists(["prompt", prompt], top_k=8), list[TokenDist])
             assert_type(tuned.generate_many(["prompt", prompt], max_new_tokens=8, seed=[1, 2]), list[str])
+            chat = Chat(messages, tools=[], enable_thinking=False)
+            assert_type(tuned.render(chat, continue_final_message=True), str)
+            assert_type(tuned.generate(chat, stop="."), str)
+            assert_type(tuned.generate_many([chat, "prompt"], stop=[".", "!"], top_k=9, min_p=0.1), list[str])
+            tuned.generate("prompt", temperature=1.0, repetition_penalty=1.1)
+            tuned.generate("prompt", num_beams=4)  # type: ignore[call-arg]
         if isinstance(tuned, RawView):
             tuned.model(tuned.tokenizer("text"))
     if isinstance(backend, ScalableDifferentialBackend):

@@ -72,6 +72,12 @@ WITHOUT_MEANING: list[tuple[Ask, str]] = [
     (lambda view: view.generate("a", max_new_tokens=1, temperature=float("nan")), "temperature must be 0 or more"),
     (lambda view: view.generate_many(["a"], max_new_tokens=1, top_p=2.0), "top_p must be over 0 and at most 1"),
     (lambda view: view.generate_many(["a", "b"], max_new_tokens=1, seed=[1]), "there are 2 prompts and 1 seeds"),
+    (lambda view: view.generate("a", max_new_tokens="5"), "max_new_tokens must be a whole number, not '5'"),
+    (lambda view: view.generate("a", top_k=-1), r"top_k must be 0 \(all tokens\) or more, not -1"),
+    (lambda view: view.generate("a", min_p=2), "min_p must be from 0 to 1, not 2.0"),
+    (lambda view: view.generate_many(["a"], repetition_penalty=0.0), "repetition_penalty must be over 0; 1 is none"),
+    (lambda view: view.generate("a", stop=5), "stop must be a text or a list of texts, not 5"),
+    (lambda view: view.generate_many(["a"], stop=["b", ""]), "each text of stop must be a text that is not empty"),
     (lambda view: view.render([{"role": "user"}]), "message"),
     (lambda view: view.next_token_dist(5), "messages"),
     (lambda view: view.rolling_logprob(["a", "b"]), r"expected a text to score; .* use rolling_logprobs\(texts\)"),
@@ -165,6 +171,32 @@ class Agreement:
     def test_a_question_without_meaning_is_refused(self, view: Any, ask: Ask, sentence: str) -> None:
         with pytest.raises(ScoringError, match=sentence):
             ask(view)
+
+    def test_a_text_ends_before_the_first_stop_text(self, view: Any) -> None:
+        whole = view.generate_many(TEXTS, max_new_tokens=6)
+        middle = whole[0][len(whole[0]) // 2 :][:3]
+        for stop in (middle, ["nowhere", middle]):
+            expected = [text.partition(middle)[0] for text in whole]
+            assert view.generate_many(TEXTS, max_new_tokens=6, stop=stop) == expected
+            assert view.generate(TEXTS[0], max_new_tokens=6, stop=stop) == expected[0]
+
+    def test_every_kind_takes_the_settings_of_sampling(self, view: Any) -> None:
+        settings = {"max_new_tokens": 4, "temperature": 1.0, "seed": 3, "repetition_penalty": 1.3}
+        for extra in ({"top_k": 2}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}):
+            together = view.generate_many(TEXTS, **settings, **extra)
+            assert together == [view.generate(text, **settings, **extra) for text in TEXTS]
+
+    def test_one_token_left_is_the_most_probable_one(self, view: Any) -> None:
+        greedy = view.generate(TEXTS[0], max_new_tokens=4)
+        for left in ({"top_k": 1}, {"min_p": 1.0}):
+            assert view.generate(TEXTS[0], max_new_tokens=4, temperature=1.5, seed=2, **left) == greedy
+
+    def test_an_unknown_keyword_is_refused_with_those_that_there_are(self, view: Any) -> None:
+        sentence = r"generate\(\) has no keyword 'num_beams'; it has max_new_tokens, .*, repetition_penalty\. For other"
+        with pytest.raises(TypeError, match=rf"^{sentence} .* view\.model\.generate"):
+            view.generate("a", num_beams=4)
+        with pytest.raises(TypeError, match=r"^generate_many\(\) .*\. max_new_tokens is the most tokens to add\."):
+            view.generate_many(["a"], max_tokens=4)
 
     def test_a_view_ends_with_its_block(self, backend: Any) -> None:
         with backend.as_base() as view:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import FrozenInstanceError
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pytest_sway.comparison.questions import Questions
 from pytest_sway.protocols import (
+    Chat,
     DifferentialBackend,
     Inspectable,
     Model,
@@ -55,6 +58,22 @@ def test_answers_cannot_be_changed() -> None:
     assert dist.tail_logprob is None
     with pytest.raises(FrozenInstanceError):
         dist.vocab_size = 2  # type: ignore[misc]
+
+
+def test_a_chat_is_known_by_what_it_says() -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = Chat(iter(messages), enable_thinking=False)
+    assert chat == Chat(messages, enable_thinking=False) == copy.deepcopy(chat) != Chat(messages)
+    assert repr(chat) == "Chat([{'role': 'user', 'content': 'Hello'}], enable_thinking=False)"
+    with pytest.raises(FrozenInstanceError):
+        chat.messages = ()  # type: ignore[misc]
+
+
+def test_a_chat_can_be_compared_by_its_answers() -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    pairs = [(Chat(messages, enable_thinking=thinks), " Hi.") for thinks in (False, True)]
+    assert Questions(pairs).clusters() == [[0], [1]]
+    assert Questions(pairs).digests() == Questions(list(pairs)).digests()
 
 
 class _Text:

@@ -36,6 +36,7 @@ ORDER = {
         "sharing",
         "hygiene",
         "loading",
+        "sampling",
         "scoring",
         "model",
         "adapters",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pytest_sway.backends.questions import checked_messages
+from pytest_sway.backends.api.served_model import EXTRAS
+from pytest_sway.backends.questions import SamplingParams, checked_messages, until
 from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import RollingLogprob, TokenDist, log_of_tail
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from pytest_sway.backends.api.completions import Token
     from pytest_sway.backends.api.echo import Echo
     from pytest_sway.backends.api.served_model import ServedModel
-    from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Prompt
 
 __tracebackhide__ = True
@@ -85,12 +85,23 @@ async def next_token_dist(model: ServedModel, prompt: Prompt, top_k: int) -> Tok
 
 
 async def generate(model: ServedModel, prompt: Prompt, settings: SamplingParams, seed: int) -> str:
-    """Return a continuation of ``prompt``."""
-    max_tokens, temperature, top_p = settings
-    completion = await model.complete(
-        prompt=_text(model, prompt), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    return completion.text
+    """Return a continuation of ``prompt``, up to the first stop text, whether or not the server ends there."""
+    text = _text(model, prompt)
+    request: dict[str, Any] = {
+        "max_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "seed": seed,
+    }
+    if settings.stop:
+        request["stop"] = list(settings.stop)
+    matter = EXTRAS if settings.temperature > 0.0 else ("repetition_penalty",)  # others never drop the likeliest token
+    unset = SamplingParams(settings.max_new_tokens)
+    extra = {name: value for name in matter if (value := getattr(settings, name)) != getattr(unset, name)}
+    if extra:
+        await model.require_settings(extra)
+    completion = await model.complete(prompt=text, **request, **extra)
+    return until(completion.text, settings.stop)
 
 
 def no_template(model: ServedModel) -> ScoringError:

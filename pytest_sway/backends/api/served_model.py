@@ -12,7 +12,7 @@ from pytest_sway.backends.api.echo import read_echo
 from pytest_sway.errors import ScoringError, ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pytest_sway.backends.api.completions import Completion
     from pytest_sway.backends.api.connection import Connection
@@ -23,9 +23,21 @@ __tracebackhide__ = True
 _LIMITS: Final = (20, 10, 5, 1)
 """The most log-probabilities that servers give (vLLM, mlx_lm, OpenAI), tried in turn when a server refuses more."""
 
-_NEUTRAL: Final = {"repeat_penalty": 1.0, "repetition_penalty": 1.0, "min_p": 0.0}
-"""Settings that turn off servers' own defaults, which change answers; llama-cpp-python penalises repetition."""
+_WHOLE_TEXT: Final = {"repeat_last_n": -1, "repetition_context_size": 2**20}
+"""Servers penalise the last 64 (llama.cpp) or 20 tokens (mlx_lm) by default; transformers and vLLM all of them."""
 
+_HOT: Final = {"temperature": 2.0}  # the highest that all servers take
+_TRIALS: Final[dict[str, dict[str, Any]]] = {
+    "top_k": {"top_k": 1, **_HOT},
+    "min_p": {"min_p": 1.0, **_HOT},
+    "repetition_penalty": {"repetition_penalty": 2.0},
+}
+"""Requests that show whether a server heeds a setting: the first two leave one token, the last changes a count."""
+
+EXTRAS: Final = tuple(_TRIALS)
+"""Settings of generation that OpenAI's server does not have."""
+
+_TRIAL_TOKENS: Final = 16
 _PROBE: Final = "1, 2, 3, 4, 5,"
 _PROBE_TOKENS: Final = 4
 _TOLERANCE: Final = 1.0
@@ -59,6 +71,8 @@ class ServedModel:
         self._most = math.inf  # the most log-probabilities that the server gives
         self._strict = False  # whether it refuses fields that OpenAI's server does not know
         self._boolean = False  # whether 'logprobs' is a boolean there, as in mlx_lm
+        self._setting_faults: dict[str, str] = {}  # why a setting can't be used; empty if it can
+        self._settings_lock = asyncio.Lock()
         self._echo_lock = asyncio.Lock()
         self._echo_fault: str | None = None  # why its echo can't be used; empty if it can
 
@@ -111,11 +125,12 @@ class ServedModel:
         Raises:
             ServerError: The server does not answer, refuses the request, or answers something else.
         """
-        body = {"model": self._name, "temperature": 0.0, **({} if self._strict else _NEUTRAL), **request}
+        added = {} if self._strict else _neutral(request)
+        body = {"model": self._name, "temperature": 0.0, **added, **request}
         try:
             answer = await self._connection.post(f"{self._endpoint}/v1/completions", body)
         except RefusedError as refused:
-            if self._strict or not any(name in str(refused) for name in _NEUTRAL):
+            if not any(name in str(refused) for name in added):
                 raise
             self._strict = True
             return await self.complete(**request)
@@ -126,6 +141,37 @@ class ServedModel:
             raise ServerError(
                 f"{self} answered with something that is not a completion: {self._connection.quoted(str(error))}."
             ) from None
+
+    async def require_settings(self, names: Iterable[str]) -> None:
+        """Check once that the server heeds settings that OpenAI's server does not have.
+
+        Raises:
+            ScoringError: It refuses or ignores one.
+        """
+        async with self._settings_lock:
+            for name in names:
+                if name not in self._setting_faults:
+                    self._setting_faults[name] = await self._find_setting_fault(name)
+                if self._setting_faults[name]:
+                    raise ScoringError(self._setting_faults[name])
+
+    async def _find_setting_fault(self, name: str) -> str:
+        """Return why a setting can't be used. Many servers ignore a field that they do not know, without an error."""
+        trial = _TRIALS[name]
+        greedy = await self.complete(prompt=_PROBE, max_tokens=_TRIAL_TOKENS)
+        try:
+            tried = await self.complete(prompt=_PROBE, max_tokens=_TRIAL_TOKENS, **trial)
+        except RefusedError as refused:
+            if name not in str(refused):
+                raise
+            return f"{self} refuses {name}: {str(refused).rstrip('.')}. Leave it out, or use a server that has it."
+        if (tried.text == greedy.text) == ("temperature" in trial):
+            return ""
+        asked = ", ".join(f"{field}={value}" for field, value in trial.items())
+        return (
+            f"{self} ignores {name}: with {asked} it continues {_PROBE!r} as it does without {name}. Leave it out, or"
+            " use a server that has it."
+        )
 
     # --- echoes -------------------------------------------------------------------------------------------------------
 
@@ -192,3 +238,13 @@ class ServedModel:
                     " kv_overrides=['tokenizer.ggml.add_bos_token=bool:true']. next_token_dist and generate work."
                 )
         return ""
+
+
+def _neutral(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields that turn off servers' own defaults, which change answers; llama-cpp-python penalises repetition.
+
+    llama.cpp has its own name for the penalty.
+    """
+    penalty = request.get("repetition_penalty", 1.0)
+    fields = {"repeat_penalty": penalty, "repetition_penalty": 1.0, "min_p": 0.0}
+    return fields if penalty == 1.0 else fields | _WHOLE_TEXT

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.api.served_model import ServedModel
     from pytest_sway.backends.questions import SamplingParams
-    from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
+    from pytest_sway.protocols import Chat, Message, Prompt, RollingLogprob, TokenDist
 
 __tracebackhide__ = True
 
@@ -40,7 +40,7 @@ class ApiView(BaseView[ViewOwner]):
         super().__init__(view_id, backend)
         self.served = served
 
-    def _rendered(self, messages: Iterable[Message]) -> str:  # noqa: ARG002 # the signature is that of other views
+    def _rendered(self, messages: Iterable[Message] | Chat) -> str:  # noqa: ARG002 # the signature is that of other views
         raise scoring.no_template(self.served)
 
     def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pytest_sway.backends.checkpoints.bounds import require_own_tensors, require_types
 from pytest_sway.backends.checkpoints.peft_types import (
@@ -24,15 +25,17 @@ from pytest_sway.backends.checkpoints.peft_types import (
     refusal,
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
-from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
+from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 __tracebackhide__ = True
+
+T = TypeVar("T")
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -47,6 +50,16 @@ ROOT: Final = "base_model.model."
 NAME: Final = "default"
 """PEFT's default name for an adapter."""
 
+_WRAPPERS: Final = (
+    re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."),
+    re.compile(r"^(module)\."),
+)
+_ADAPTER: Final = re.compile(
+    r"(?:(?<=\.lora_[AB])|(?<=\.lora_embedding_[AB])|(?<=\.lora_magnitude_vector))"
+    r"\.(?!(?:default|weight|bias)(?:\.|$))([^.]{1,100})(?=\.(?:weight|bias)$|$)"
+)
+"""Matches the adapter's name in a LoRA tensor's; PEFT itself reads its default name."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
@@ -55,12 +68,14 @@ class AdapterFiles:
     Attributes:
         folder: The folder.
         config: Its ``adapter_config.json``.
-        entries: Its tensors by name; ``None`` where they exist only as a pickle.
+        entries: Its tensors by PEFT's name; ``None`` where they exist only as a pickle.
+        taken_out: Parts that the names have in the file, and not in PEFT.
     """
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry] | None
+    taken_out: tuple[str, ...] = ()
 
     @property
     def weights(self) -> Path:
@@ -176,7 +191,8 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     weights, pickle = folder / WEIGHTS, folder / PICKLED
     if weights.is_file():
         entries = read_header(weights)
-        return checked(AdapterFiles(folder, config, entries))
+        _, parts = peft_names(entries)
+        return checked(AdapterFiles(folder, config, with_peft_names(entries), tuple(parts)))
     if not pickle.is_file():
         raise WeightsError(f"the adapter {str(folder)!r} has no weights: expected {WEIGHTS} beside its {CONFIG}.")
     if not allow_pickle:
@@ -252,3 +268,41 @@ def without_name(name: str) -> str:
 def public_name(name: str) -> str:
     """Return a parameter's or module's name without all that PEFT adds to it."""
     return without_name(name.removeprefix(ROOT))
+
+
+def peft_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return each tensor's name as ``save_pretrained`` writes it, and the parts that were taken out of all names.
+
+    torch.compile, DataParallel, DeepSpeed, FSDP and activation checkpointing put a part of their own into the names of
+    a model that they wrap, and ``model.state_dict()`` has the adapter's name. If all names have such a part, and are
+    PEFT's without it, only one adapter can be meant. Otherwise they stay as they are.
+    """
+    names = own = list(names)
+    parts: list[str] = []
+    for pattern in (*_WRAPPERS, _ADAPTER):
+        found = [pattern.findall(name) for name in own]
+        known = sorted({part for each in found for part in each})
+        if known and all(found) and (pattern is not _ADAPTER or len(known) == 1):
+            own = [pattern.sub("", name) for name in own]
+            parts += known
+    if not parts or len(set(own)) < len(own) or not all(name.startswith(ROOT) for name in own):
+        return {name: name for name in names}, []
+    return dict(zip(names, own, strict=True)), parts
+
+
+def with_peft_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the tensors of an adapter's file by `peft_names`."""
+    names, _ = peft_names(tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def warn_of_names(files: AdapterFiles) -> None:
+    """Warn if parts of the names in an adapter's file were taken out."""
+    if files.taken_out:
+        warnings.warn(
+            f"the tensors of the adapter {str(files.folder)!r} have {', '.join(map(repr, files.taken_out))} in their"
+            " names, from a wrapper of the model or as the adapter's name. They were read without; PEFT alone does not"
+            " read them.",
+            SwayWarning,
+            stacklevel=3,
+        )

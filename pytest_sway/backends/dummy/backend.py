@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build, HintsAtViews, opens_view
 from pytest_sway.backends.dummy.canned import Between, Canned, Noisy, Side
-from pytest_sway.backends.questions import SamplingParams, checked_messages
+from pytest_sway.backends.questions import SamplingParams, checked_messages, until
 from pytest_sway.backends.view import BaseView, closed_error, null_id
 from pytest_sway.errors import ScoringError
-from pytest_sway.protocols import Message, Prompt, RollingLogprob, TokenDist
+from pytest_sway.protocols import Chat, Message, Prompt, RollingLogprob, TokenDist
 from pytest_sway.spec.answers import SIDES, canonical, read_answers, tail
 
 if TYPE_CHECKING:
@@ -123,13 +123,14 @@ class DummyView(BaseView["DummyBackend"]):
 
     A missing canned answer raises `BackendUseError`. In made-up answers, a token is a word, and token 0 begins a text.
     A canned continuation comes whole, at any temperature and from any seed; a made-up one has ``max_new_tokens`` words.
+    Both end before the first ``stop`` text.
     """
 
     def __init__(self, view_id: str, backend: DummyBackend, side: Side) -> None:
         super().__init__(view_id, backend)
         self.side = side
 
-    def _rendered(self, messages: Iterable[Message]) -> str:
+    def _rendered(self, messages: Iterable[Message] | Chat) -> str:
         return str(self._run(lambda _: _text(messages)))
 
     def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]:
@@ -145,19 +146,23 @@ class DummyView(BaseView["DummyBackend"]):
         return self._each(prompts, lambda side, prompt: _cut(side.dist(_text(prompt)), top_k))
 
     def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]:  # noqa: ARG002
-        return self._each(prompts, lambda side, prompt: side.generation(_text(prompt), settings.max_new_tokens))
+        words = settings.max_new_tokens
+        return self._each(prompts, lambda side, prompt: until(side.generation(_text(prompt), words), settings.stop))
 
     def _each(self, asked: Iterable[Any], answer: Callable[[Side, Any], Any]) -> list[Any]:
         return list(self._run(lambda side: [answer(side, one) for one in asked]))
 
 
 def _text(prompt: Any) -> str:
-    """Return a prompt's text: ``role: content`` for each message, and ``assistant:`` unless the last turn goes on."""
+    """Return a prompt's text: ``role: content`` for each message, and ``assistant:`` where that turn begins.
+
+    Further arguments for a chat template change nothing.
+    """
     if isinstance(prompt, str):
         return prompt
-    conversation, continues = checked_messages(prompt)
-    lines = [f"{message['role']}: {message['content']}" for message in conversation]
-    return "\n".join(lines if continues else [*lines, "assistant:"])
+    conversation = checked_messages(prompt)
+    lines = [f"{message['role']}: {message['content']}" for message in conversation.messages]
+    return "\n".join([*lines, "assistant:"] if conversation.opens else lines)
 
 
 def _rolling(found: Rolling) -> RollingLogprob:

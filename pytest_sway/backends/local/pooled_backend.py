@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.local.pool import PoolLease
     from pytest_sway.backends.local.pooled_builder import Recorded
     from pytest_sway.backends.local.tokenizer_copies import RustRecord
-    from pytest_sway.protocols import Message
+    from pytest_sway.protocols import Chat, Message
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
@@ -64,11 +64,11 @@ class PooledView(BaseView["PooledBackend[Any, Any]"]):
         """
         return self._open()._tokenizer(self)
 
-    def _rendered(self, messages: Iterable[Message]) -> str:
+    def _rendered(self, messages: Iterable[Message] | Chat) -> str:
         return str(self._run(_render, messages))
 
 
-def _render(engine: Any, messages: Iterable[Message]) -> str:
+def _render(engine: Any, messages: Iterable[Message] | Chat) -> str:
     return chat.render(engine.tokenizer, messages)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from concurrent.futures import Future
 from functools import partial
 from threading import Thread
@@ -13,9 +14,9 @@ from pytest_sway.backends.questions import checked_messages
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
-    from pytest_sway.protocols import Message, Prompt
+    from pytest_sway.protocols import Chat, Message, Prompt
 
 __tracebackhide__ = True
 
@@ -41,37 +42,46 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
     return render(tokenizer, prompt), True
 
 
-def render(tokenizer: Any, messages: Iterable[Message]) -> str:
+def render(tokenizer: Any, messages: Iterable[Message] | Chat) -> str:
     """Return a conversation as the tokenizer's chat template renders it, up to where the answer goes on.
 
     The text ends where the assistant's turn begins. If the last message is the assistant's, the text ends after its
-    content, so that the turn is continued.
+    content, so that the turn is continued. A `Chat` can say otherwise.
 
     Args:
         tokenizer: The tokenizer.
         messages: Mappings such as ``{"role": "user", "content": "Hello"}``, in order.
 
     Raises:
-        ScoringError: The tokenizer has no template, a message is malformed, or the template refuses the messages.
+        ScoringError: The tokenizer has no template, a message is malformed, or the template refuses the messages or
+            does not read an argument.
     """
-    conversation, continues = checked_messages(messages)
-    if not getattr(tokenizer, "chat_template", None):
+    conversation, continues, opens, args = checked_messages(messages)
+    if not getattr(tokenizer, "chat_template", None) and not args.get("chat_template"):
         raise ScoringError(
             "the tokenizer has no chat template, so messages cannot be rendered. Pass the prompt as text, or use the"
             " model's instruction-tuned variant."
         )
-    how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
+    how = {"continue_final_message": continues} if continues else {"add_generation_prompt": opens}
+    how |= {"tokenize": False, **args}
     try:
-        text = str(_in_time(tokenizer, partial(tokenizer.apply_chat_template, conversation, tokenize=False, **how)))
+        unread = _unread(tokenizer, args)
+        text = str(_in_time(tokenizer, partial(tokenizer.apply_chat_template, conversation, **how)))
     except ScoringError:
         raise
     except Exception as error:  # a template is a program, and can raise anything
         roles = ", ".join(str(message["role"]) for message in conversation)
+        given = f" and the arguments {', '.join(args)}" if args else ""
         raise ScoringError(
-            f"the tokenizer's chat template refuses messages with the roles {roles}: {str(error)[:300].rstrip('.')}."
-            f" The template is {template_place(tokenizer)}."
+            f"the tokenizer's chat template refuses messages with the roles {roles}{given}:"
+            f" {str(error)[:300].rstrip('.')}. The template is {template_place(tokenizer)}."
         ) from error
-    said = sum(len(str(message)) for message in conversation)
+    if unread:
+        raise ScoringError(
+            f"the tokenizer's chat template does not read {', '.join(unread)}, so it would change nothing. Leave it"
+            f" out, or check its spelling. The template is {template_place(tokenizer)}."
+        )
+    said = sum(len(str(each)) for each in (*conversation, *args.values()))
     if len(text) > _MOST_ADDED + 4 * said:
         raise ScoringError(
             f"the tokenizer's chat template renders messages of {said:,} characters as {len(text):,} characters, more"
@@ -84,6 +94,15 @@ def render(tokenizer: Any, messages: Iterable[Message]) -> str:
             f" ({template_place(tokenizer)})."
         )
     return text
+
+
+def _unread(tokenizer: Any, args: Mapping[str, Any]) -> list[str]:
+    """Return the arguments whose names are nowhere in the template."""
+    if not args:
+        return []
+    template = str(tokenizer.get_chat_template(args.get("chat_template"), args.get("tools")))
+    words = {*re.findall(r"\w+", template), "chat_template"}
+    return [name for name in args if name not in words]
 
 
 def _in_time(tokenizer: Any, render: Callable[[], Any]) -> Any:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter, warn_of_names, with_peft_names
 from pytest_sway.backends.hf.adapters.packed_weights import read_packed
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, refused
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
@@ -29,7 +31,6 @@ from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.hf.model.base import LoadedBase
@@ -52,6 +53,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
         WeightsError: Its weights cannot be read.
         SpecError: PEFT rejects a field of its config.
     """
+    warn_of_names(files)
     explaining = explained(base, files, tokenizer)
     with explaining, quiet_process(), seeded(base.device):  # random initial weights are the same each time
         adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
@@ -123,7 +125,8 @@ def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[i
     peft_model: Any = kind(tree, config)
     starts = {} if files.plain or config.is_prompt_learning else _copies(adapter_parameters(peft_model))
     key_mapping = None if config.is_prompt_learning else getattr(tree, "_checkpoint_conversion_mapping", {})
-    result = peft_model.load_adapter(str(files.folder), NAME, torch_device=str(base.device), key_mapping=key_mapping)
+    with _folder_for_peft(files) as folder:
+        result = peft_model.load_adapter(str(folder), NAME, torch_device=str(base.device), key_mapping=key_mapping)
     verify_keys(base.spec, files, _unloaded(peft_model, result.missing_keys), result.unexpected_keys)
     peft_model.eval()
     peft_model.requires_grad_(False)
@@ -151,6 +154,22 @@ def _config(files: AdapterFiles) -> Any:
     config = kind.from_peft_type(**kind.check_kwargs(**fields))  # PEFT's from_pretrained fails on a byte order mark
     config.inference_mode = True
     return config
+
+
+@contextmanager
+def _folder_for_peft(files: AdapterFiles) -> Iterator[Path]:
+    """Yield the adapter's folder, or a temporary copy of its weights with PEFT's names."""
+    if not files.taken_out:
+        yield files.folder
+        return
+    from safetensors.torch import load_file, save_file
+
+    with TemporaryDirectory(prefix="pytest-sway-") as made:
+        folder = Path(made)
+        (folder / CONFIG).symlink_to((files.folder / CONFIG).absolute())
+        tensors = load_file(str(files.weights))
+        save_file(with_peft_names(tensors), str(folder / files.weights.name))
+        yield folder
 
 
 def _copies(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +218,9 @@ def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     device = str(base.device)
-    return dict(load_file(str(files.weights), device=device)) if files.weights.is_file() else read_pickle(files, device)
+    if not files.weights.is_file():
+        return read_pickle(files, device)
+    return with_peft_names(load_file(str(files.weights), device=device))
 
 
 def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from pytest_sway.backends.hf.sampling import processors, stopping
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
@@ -13,6 +14,7 @@ from pytest_sway.backends.hf.scoring.engine import Engine, no_number
 from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.hf.scoring.scores import next_logits
 from pytest_sway.backends.text.requests import encoded_prompts, warn_of_cuts
+from pytest_sway.backends.text.stopping import has_stopped, stopped_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +61,7 @@ def generate_many(run: Run, prompts: Sequence[Prompt], settings: SamplingParams,
     found: dict[Request, tuple[int, ...]] = {}
     for batch in run(_planned, list(dict.fromkeys(requests)), settings):
         found |= zip(batch, in_halves(run, _continued, batch, settings, stops), strict=True)
-    texts: list[str] = run(_decoded, [found[request] for request in requests])
+    texts: list[str] = run(_decoded, [found[request] for request in requests], settings.stop)
     return texts
 
 
@@ -91,11 +93,13 @@ def _continued(
     """Return the new tokens after each prompt, including the one that ends them."""
     if not _continues(engine, _ALONE) or _changes_rope(engine, requests, settings):
         return _recomputed(engine, requests, settings, stops)
-    arguments = _left_padded(engine, [request.ids for request in requests], stops.pad)
-    arguments["logits_processor"] = [
-        _checked(engine),
-        *(_sampling(settings, [request.seed for request in requests]) if settings.temperature > 0.0 else ()),
-    ]
+    prompts = [request.ids for request in requests]
+    arguments = _left_padded(engine, prompts, stops.pad)
+    width = arguments["input_ids"].shape[1]
+    seeds = [request.seed for request in requests]
+    arguments["logits_processor"] = [_checked(engine), *processors(settings, prompts, seeds)]
+    if settings.stop:
+        arguments["stopping_criteria"] = [stopping(engine.tokenizer, settings.stop, width)]
     forward, length = engine.forward, max(len(request.ids) for request in requests) + settings.max_new_tokens
     forward.spent = forward.spent or forward.rope.leaves_a_trace(length)
     ends = list(stops.ends) or None
@@ -103,7 +107,7 @@ def _continued(
     with _plain_settings(engine, **fields) as plain:
         output = engine.model.generate(generation_config=plain, **arguments)
     found = []
-    for new in output[:, arguments["input_ids"].shape[1] :].tolist():
+    for new in output[:, width:].tolist():
         end = next((i for i, token in enumerate(new) if token in stops.ends), len(new))
         found.append(tuple(new[: end + 1]))
     return found
@@ -119,25 +123,32 @@ def _recomputed(
     engine: Engine, requests: Sequence[Request], settings: SamplingParams, stops: Stops
 ) -> list[tuple[int, ...]]:
     """Do the same without a cache: each new token takes a pass over all of the text before it."""
+    import torch
+
     check = _checked(engine)
-    chosen = [_sampling(settings, [request.seed]) if settings.temperature > 0.0 else None for request in requests]
+    steps = [processors(settings, [request.ids], [request.seed]) for request in requests]
     found: list[tuple[int, ...]] = [()] * len(requests)
     for _ in range(settings.max_new_tokens):
         texts: dict[tuple[int, ...], list[int]] = {}
         for i, (request, new) in enumerate(zip(requests, found, strict=True)):
-            if not (new and new[-1] in stops.ends):
+            if not (new and _has_ended(engine, new, settings, stops)):
                 texts.setdefault(request.ids + new, []).append(i)
         for text, logits in next_logits(engine, list(texts)):
             check(None, logits)
             for i in texts[text]:
-                sample = chosen[i]
-                scores = logits if sample is None else sample(None, logits.unsqueeze(0))[0]
-                found[i] += (int(scores.argmax()),)
+                scores = logits.unsqueeze(0)
+                for step in steps[i]:
+                    scores = step(torch.tensor([text], device=scores.device), scores)
+                found[i] += (int(scores[0].argmax()),)
     return found
 
 
-def _decoded(engine: Engine, found: Sequence[tuple[int, ...]]) -> list[str]:
-    return [str(engine.tokenizer.decode(list(new), skip_special_tokens=True)) for new in found]
+def _has_ended(engine: Engine, new: tuple[int, ...], settings: SamplingParams, stops: Stops) -> bool:
+    return new[-1] in stops.ends or bool(settings.stop and has_stopped(engine.tokenizer, new, settings.stop))
+
+
+def _decoded(engine: Engine, found: Sequence[tuple[int, ...]], stop: Sequence[str]) -> list[str]:
+    return [stopped_text(engine.tokenizer, new, stop) for new in found]
 
 
 def _left_padded(engine: Engine, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
@@ -159,28 +170,6 @@ def _checked(engine: Engine) -> Any:
         return scores
 
     return check
-
-
-def _sampling(settings: SamplingParams, seeds: Sequence[int | None]) -> Any:
-    """Return logits processors that turn greedy decoding into sampling, row by row.
-
-    The token whose logit plus Gumbel noise is highest is a sample from the softmax. Each row has its own noise
-    generator, on the CPU. So a row gives the same sample alone and in a batch, on any device, and the process's random
-    state does not matter.
-    """
-    import torch
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
-    generators = [torch.Generator(device="cpu").manual_seed(int(seed or 0)) for seed in seeds]
-
-    def add_noise(_ids: Any, scores: Any) -> Any:
-        noise = [torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in generators]
-        return scores - torch.stack(noise).log_().to(scores.device)
-
-    steps: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]
-    if settings.top_p < 1.0:
-        steps.append(TopPLogitsWarper(settings.top_p))
-    return LogitsProcessorList([*steps, add_noise])
 
 
 @contextmanager

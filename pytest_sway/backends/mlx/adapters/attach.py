@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.peft_adapter import with_peft_names
 from pytest_sway.backends.local.tokenizer_files import brings_tokenizer, completed
 from pytest_sway.backends.mlx.adapters.conversion import as_mlx, copied_from_base, inexact, pairs_of
 from pytest_sway.backends.mlx.adapters.verification import verify_names, verify_shapes, verify_values
@@ -70,6 +71,8 @@ def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
     model = tree_of(base.model)
     with computing_on(base.device), quiet_process():
         tensors = mx.load(str(files.weights))
+        if files.peft:
+            tensors = with_peft_names(tensors)
         if files.fine_tune_type == "full":
             layers, arrays = {}, _full_fine_tune(base, files, tensors)
         else:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter, warn_of_names
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.backends.mlx.adapters.conversion import refuse_inexact
 from pytest_sway.errors import SpecError, WeightsError
@@ -70,6 +70,7 @@ def read_mlx_adapter(folder: Path) -> AdapterFiles:
     if config is None or "peft_type" in config:
         files = read_adapter(folder)  # raises for all else that can be wrong with a folder
         assert files.entries is not None
+        warn_of_names(files)
         refuse_inexact(files)
         _check_numbers(folder / CONFIG, files.config)
         return AdapterFiles(folder, True, files.config, files.entries)

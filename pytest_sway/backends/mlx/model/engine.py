@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
+from pytest_sway.backends.mlx.model.sampling import chooser
 from pytest_sway.backends.text import tokens
+from pytest_sway.backends.text.stopping import has_stopped, stopped_text
 from pytest_sway.protocols import TokenDist, log_of_tail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -100,12 +102,15 @@ class Engine:
 
     def continued(self, ids: Sequence[int], settings: SamplingParams, seed: int) -> str:
         """Continue a prompt and return the new text, without special tokens."""
-        choose = _sampler(settings, seed) if settings.temperature > 0.0 else _greedy
+        choose, stop = chooser(settings, ids, seed), settings.stop
         cache, last, new = self._prefilled(ids[:-1]), ids[-1:], list[int]()
-        while len(new) < settings.max_new_tokens and not (new and new[-1] in self.ends):
-            new.append(int(choose(self._last_logits(last, cache)).item()))
+        while len(new) < settings.max_new_tokens and not (new and self._has_ended(new, stop)):
+            new.append(int(choose(self._last_logits(last, cache), new).item()))
             last = new[-1:]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+        return stopped_text(self.tokenizer, new, stop)
+
+    def _has_ended(self, new: Sequence[int], stop: Sequence[str]) -> bool:
+        return new[-1] in self.ends or bool(stop and has_stopped(self.tokenizer, new, stop))
 
     def _prefilled(self, ids: Sequence[int]) -> Any:
         """Return a key-value cache that holds some tokens. Their logits are never evaluated, so they cost nothing."""
@@ -135,38 +140,3 @@ def _log_normaliser(logits: Any) -> Any:
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
     blocks = mx.pad(logits, padding, constant_values=-mx.inf).reshape(*logits.shape[:-1], -1, _BLOCK)
     return mx.logsumexp(mx.logsumexp(blocks, axis=-1), axis=-1)
-
-
-def _greedy(logits: Any) -> Any:
-    """Return the most probable token."""
-    import mlx.core as mx
-
-    return mx.argmax(logits)
-
-
-def _sampler(settings: SamplingParams, seed: int) -> Callable[[Any], Any]:
-    """Return a function that samples tokens with keys of its own, without MLX's random state."""
-    import mlx.core as mx
-
-    key = mx.random.key(seed % 2**64)
-
-    def choose(logits: Any) -> Any:
-        nonlocal key
-        key, now = mx.random.split(key)
-        logits = logits / settings.temperature
-        if settings.top_p < 1.0:
-            logits = _nucleus(logits, settings.top_p)
-        return mx.random.categorical(logits, key=now)
-
-    return choose
-
-
-def _nucleus(logits: Any, top_p: float) -> Any:
-    """Set all logits to -inf but those of the smallest set of most probable tokens with a mass of ``top_p``."""
-    import mlx.core as mx
-
-    order = mx.argsort(-logits)
-    probabilities = mx.softmax(logits[order])
-    before = mx.cumsum(probabilities) - probabilities
-    kept = mx.where(before < top_p, logits[order], -mx.inf)
-    return kept[mx.argsort(order)]

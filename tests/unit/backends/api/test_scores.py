@@ -308,3 +308,62 @@ def test_a_server_without_logprobs_generates_and_says_why_it_does_not_score(buil
             with pytest.raises(ScoringError, match=sentence):
                 score()
         assert view.generate(PROMPT, max_new_tokens=2)
+
+
+def test_settings_that_a_server_has_are_passed_on(build: Build, toy: Toy) -> None:
+    with build().as_base() as view:
+        view.generate(PROMPT, max_new_tokens=2, temperature=1.0, top_k=3, min_p=0.1, repetition_penalty=1.5, stop=["x"])
+        sent = toy.requests[-1]
+        assert (sent["top_k"], sent["min_p"], sent["repetition_penalty"], sent["stop"]) == (3, 0.1, 1.5, ["x"])
+        assert (sent["repeat_penalty"], sent["repeat_last_n"]) == (1.5, -1)  # llama.cpp's names
+        before = len(toy.requests)
+        view.generate_many([PROMPT, "the sun"], max_new_tokens=2, temperature=1.0, top_k=2)
+        assert len(toy.requests) == before + 2  # the server was tried once
+
+
+@pytest.mark.parametrize(
+    ("setting", "how"),
+    [
+        ({"top_k": 3}, r"top_k=1, temperature=2\.0"),
+        ({"min_p": 0.2}, r"min_p=1\.0, temperature=2\.0"),
+        ({"repetition_penalty": 1.1}, r"repetition_penalty=2\.0"),
+    ],
+)
+def test_a_server_that_ignores_a_setting_is_found_out(
+    build: Build, toy: Toy, setting: dict[str, Any], how: str
+) -> None:
+    (name,) = setting
+    toy.heeds.remove(name)
+    with build().as_base() as view:
+        with pytest.raises(ScoringError, match=rf"^'base' on .* ignores {name}: with {how} it continues '1, 2, "):
+            view.generate(PROMPT, max_new_tokens=1, temperature=1.0, **setting)
+        assert view.generate(PROMPT, max_new_tokens=1, temperature=1.0)
+
+
+def test_a_server_that_refuses_a_setting_says_which(build: Build, toy: Toy) -> None:
+    greedy = toy.answer({"model": "base", "prompt": PROMPT, "max_tokens": 1, "temperature": 0.0})
+    refusal = reply({"error": {"message": "Unrecognized request argument supplied: top_k"}}, 400)
+    with build().as_base() as view:
+        toy.canned += [reply(greedy), refusal]
+        with pytest.raises(ScoringError, match=r"^'base' on .* refuses top_k: .*supplied: top_k"):
+            view.generate(PROMPT, max_new_tokens=1, temperature=1.0, top_k=3)
+
+
+def test_settings_of_sampling_are_not_sent_where_nothing_is_sampled(build: Build, toy: Toy) -> None:
+    with build().as_base() as view:
+        before = len(toy.requests)
+        view.generate(PROMPT, max_new_tokens=1, top_k=3, min_p=0.5)
+    assert len(toy.requests) == before + 1
+    assert "top_k" not in toy.requests[-1]
+
+
+@pytest.mark.parametrize("heeded", [True, False])
+def test_a_text_ends_before_a_stop_text_whether_or_not_the_server_knows_it(
+    build: Build, toy: Toy, heeded: bool
+) -> None:
+    if not heeded:
+        toy.heeds.remove("stop")
+    with build().as_base() as view:
+        whole = view.generate(PROMPT, max_new_tokens=6)
+        middle = whole[len(whole) // 2 :]
+        assert view.generate(PROMPT, max_new_tokens=6, stop=middle) == whole[: whole.index(middle)]

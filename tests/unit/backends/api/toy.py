@@ -73,6 +73,7 @@ class Toy:
     Attributes:
         url: Its address.
         style: The server whose format it uses.
+        heeds: The fields of a request that it does not ignore, of those that some servers do.
         limit: The most log-probabilities that it gives.
         requests: The bodies of the requests for completions.
         headers: The headers of all requests.
@@ -85,6 +86,7 @@ class Toy:
         self.url = server.url_for("").rstrip("/")
         self.style = style
         self.names = tuple(names)
+        self.heeds = {"stop", "top_k", "min_p", "repetition_penalty"}
         self.limit = {"vllm": 20, "openai": 5, "mlx": 11}.get(style, 1000)
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -130,9 +132,9 @@ class Toy:
         model, own = body["model"], tokenize(body["prompt"])
         front = [BOS] if self.style == "vllm" else []
         new: list[str] = []
-        for _ in range(body["max_tokens"]):
-            after = distribution(model, [*front, *own, *new])
-            new.append(max(after, key=lambda token: after[token]))
+        stops = body.get("stop", []) if "stop" in self.heeds else []
+        while len(new) < body["max_tokens"] and not any(text in "".join(new) for text in stops):
+            new.append(self._next(body, distribution(model, [*front, *own, *new]), [*own, *new]))
         echo = body.get("echo") and self.style not in ("llama-server", "mlx")
         shown = [*front, *own, *new] if echo else new
         whole = [*front, *own, *new]
@@ -154,6 +156,18 @@ class Toy:
             ],
             "usage": {"prompt_tokens": len(front + own), "completion_tokens": len(new)},
         }
+
+    def _next(self, body: dict[str, Any], after: dict[str, float], said: Sequence[str]) -> str:
+        """Return the most probable token; from temperature 1 on, one that the seed picks among those that are left."""
+        asked = {name: value for name, value in body.items() if name in self.heeds}
+        penalty: float = asked.get("repetition_penalty", 1.0)
+        after = {token: nats * penalty if token in said else nats for token, nats in after.items()}
+        order = sorted(after, key=lambda token: -after[token])
+        if body["temperature"] < 1.0:
+            return order[0]
+        least = after[order[0]] + math.log(asked.get("min_p") or 1e-9)
+        left = [token for token in order if after[token] >= least][: asked.get("top_k", 0) or None]
+        return str(left[(body.get("seed", 0) + len(said)) % len(left)])
 
     def _asked(self, body: dict[str, Any]) -> int:
         return int(body.get("top_logprobs", 0) if self.style == "mlx" else body.get("logprobs", 0))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.errors import AdapterMismatchError, SwayWarning
 from tests.tiny import edit_weights
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import PEFT_VERSION
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -47,13 +49,39 @@ def test_keys_with_the_adapters_name_are_compared_with_the_bases_sizes(build: An
         build(base, copied)
 
 
+WRAPPED = {
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "a compiled base": lambda name: name.replace("model.model.", "model._orig_mod.model."),
+    "DataParallel, DeepSpeed": lambda name: f"module.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "FSDP": lambda name: re.sub(r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module.", name),
+    "an adapter's name": lambda name: name.replace(".weight", ".sft.weight"),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+@pytest.mark.parametrize("rename", WRAPPED.values(), ids=WRAPPED)
+def test_what_a_wrapper_has_put_into_all_names_is_taken_out(
+    build: Any, base: Path, adapter: Path, copied: Path, rename: Callable[[str], str], beside: bool
+) -> None:
+    expected = logits(*fresh(base, adapter))
+    others = [build(base, adapter)] if beside else []
+    edit_weights(copied, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    with pytest.warns(SwayWarning, match=r"have '.*' in their names.* PEFT alone does not read them"):
+        backend = build(base, copied)
+    with backend.as_finetuned() as tuned:
+        assert view_logits(tuned).equal(expected)
+        assert logits(tuned.model, tuned.tokenizer).equal(expected)
+    assert [each.changes() for each in (backend, *others)] == [[]] * (1 + len(others))
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
 def test_keys_with_the_name_of_another_adapter_are_not_taken_for_another_base(
     build: Any, base: Path, adapter: Path, copied: Path, beside: bool
 ) -> None:
     """``model.state_dict()`` has such keys, ``save_pretrained`` has not."""
     others = [build(base, adapter)] if beside else []
-    edit_weights(copied, lambda ts: {n.replace(".weight", ".sft.weight"): t for n, t in ts.items()})
+    edit_weights(copied, lambda ts: {re.sub(r"(q_proj.*)\.weight", r"\1.sft.weight", n): t for n, t in ts.items()})
     remedy = r"save_pretrained\(folder, selected_adapters=\['sft'\]\)"
     with pytest.raises(AdapterMismatchError, match=rf"contain the adapter's name 'sft'.*{remedy}") as caught:
         build(base, copied)

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from pytest_sway.backends.hf.sampling import processors
+from pytest_sway.backends.questions import SamplingParams, until
 from pytest_sway.errors import ScoringError, SwayWarning
 from tests.tiny import TEXT, WORDS, make_base
+from tests.unit.backends.hf.insides import passes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,3 +105,116 @@ def test_a_prompt_that_leaves_no_room_loses_its_beginning(view: Any) -> None:
     with pytest.warns(SwayWarning, match="1 of the prompts are too long: the model reads at most 250 tokens of them"):
         cut = view.generate(" ".join(words), max_new_tokens=6)
     assert cut == view.generate(" ".join(words[-250:]), max_new_tokens=6)
+
+
+STOPPED = [" ".join(WORDS[i : i + n]) for i, n in enumerate([3, 9, 1])]
+SAMPLED = {"temperature": 1.3, "seed": 5}
+EXTRAS = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6},
+    {"top_k": 4, **SAMPLED},
+    {"min_p": 0.3, **SAMPLED},
+    {"top_k": 9, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3, **SAMPLED},
+]
+
+
+@pytest.mark.parametrize("settings", EXTRAS)
+def test_prompts_of_any_length_go_on_together_as_they_do_alone(view: Any, settings: dict[str, Any]) -> None:
+    alone = [view.generate(prompt, max_new_tokens=10, **settings) for prompt in PROMPTS]
+    assert view.generate_many(PROMPTS, max_new_tokens=10, **settings) == alone
+
+
+@pytest.mark.parametrize("penalty", [1.2, 3.0, 0.7])
+def test_a_repetition_penalty_is_that_of_transformers(view: Any, penalty: float) -> None:
+    for prompt in PROMPTS[:3]:
+        asked = view.tokenizer(prompt, return_tensors="pt")
+        plain = view.model.generate(**asked, max_new_tokens=12, do_sample=False, repetition_penalty=penalty)
+        expected = view.tokenizer.decode(plain[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert view.generate(prompt, max_new_tokens=12, repetition_penalty=penalty) == expected
+    assert view.generate(PROMPTS[1], max_new_tokens=12) != view.generate(
+        PROMPTS[1], max_new_tokens=12, repetition_penalty=3.0
+    )
+
+
+@pytest.mark.parametrize("settings", [*EXTRAS, {"top_p": 0.6, "top_k": 20, "min_p": 0.1, "temperature": 0.4}])
+def test_what_is_sampled_from_is_what_transformers_samples_from(
+    build: Any, base: Path, settings: dict[str, Any]
+) -> None:
+    import torch
+    import transformers
+
+    scores = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * 3
+    prompts = [(5, 9, 9), (1, 2, 3), (7, 7, 7)]
+    ids = torch.tensor(prompts)
+    asked = SamplingParams.of(stop=(), **{"max_new_tokens": 1, "temperature": 1.0} | _without_seed(settings))
+    ours = processors(asked, prompts, [0, 0, 0])[:-1]  # all but the noise
+    fields = {"top_k": 0} | _without_seed(settings)
+    config_class: Any = transformers.GenerationConfig
+    config = config_class(do_sample=True, **fields)
+    with build(base).as_base() as view:
+        theirs = view.model._get_logits_processor(config, input_ids_seq_length=3)
+    expected = theirs(ids, scores.clone())
+    found = scores.clone()
+    for step in ours:
+        found = step(ids, found)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+    assert bool(found.isfinite().all()) == (settings.keys() <= {"repetition_penalty"})
+
+
+def test_padding_counts_as_nothing_that_was_said() -> None:
+    import torch
+
+    pad, short, long = 0, (3,), (4, 5, 6)
+    settings = SamplingParams.of(max_new_tokens=1, stop=(), repetition_penalty=2.0)
+    (penalty,) = processors(settings, [short, long], [None, None])
+    found = penalty(torch.tensor([[pad, pad, *short], [*long]]), torch.ones(2, 8))
+    assert found.tolist() == [[1, 1, 1, 0.5, 1, 1, 1, 1], [1, 1, 1, 1, 0.5, 0.5, 0.5, 1]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "seed": 5}])
+def test_a_text_ends_before_the_first_stop_text(view: Any, settings: dict[str, Any]) -> None:
+    whole = view.generate_many(STOPPED, max_new_tokens=12, **settings)
+    before, word = whole[0].split()[1:3]
+    half = word[: max(1, len(word) // 2)]
+    for stop in (word, ["nowhere", f"{before} {half}"]):
+        texts = [stop] if isinstance(stop, str) else stop
+        expected = [until(text, texts) for text in whole]
+        assert expected[0] != whole[0]
+        assert view.generate_many(STOPPED, max_new_tokens=12, stop=stop, **settings) == expected
+        assert [view.generate(prompt, max_new_tokens=12, stop=stop, **settings) for prompt in STOPPED] == expected
+
+
+def test_no_token_is_generated_after_a_stop_text(view: Any) -> None:
+    whole = view.generate(TEXT, max_new_tokens=12)
+    third = whole.split()[2]
+    passes = passes_of(view)
+    view.generate(TEXT, max_new_tokens=12, stop=third)
+    assert len(passes) == 3
+
+
+def test_a_prompt_does_not_stop_what_follows_it(view: Any) -> None:
+    assert view.generate(TEXT, max_new_tokens=4, stop=TEXT) == view.generate(TEXT, max_new_tokens=4)
+
+
+def test_recomputed_texts_follow_the_same_settings(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[dict[str, Any]] = [*EXTRAS, {"stop": view.generate(TEXT, max_new_tokens=9).split()[3]}]
+    cached = [view.generate_many(PROMPTS, max_new_tokens=9, **each) for each in settings]
+    monkeypatch.setattr("pytest_sway.backends.hf.scoring.generation._continues", lambda *_: False)
+    assert [view.generate_many(PROMPTS, max_new_tokens=9, **each) for each in settings] == cached
+
+
+def test_a_remembered_text_is_that_of_its_own_settings(build: Any, base: Path) -> None:
+    with build(base).as_base() as view:
+        word = view.generate(TEXT, max_new_tokens=9).split()[3]
+        ways: list[dict[str, Any]] = [{}, *EXTRAS, {"stop": word}, {"top_k": 5, **SAMPLED}]
+        first = [view.generate(TEXT, max_new_tokens=9, **way) for way in ways]
+        assert [view.generate(TEXT, max_new_tokens=9, **way) for way in ways] == first
+        assert len(set(first)) > len(ways) - 2
+
+
+def test_there_are_64_tokens_unless_you_say(view: Any) -> None:
+    assert view.generate(TEXT) == view.generate(TEXT, max_new_tokens=64)
+
+
+def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "seed"}

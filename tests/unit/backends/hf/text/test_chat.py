@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
+from pytest_sway import Chat
 from pytest_sway.comparison.token_scores import token_scores
 from pytest_sway.errors import ScoringError
 from tests.tiny import make_base
@@ -106,7 +107,7 @@ def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:
         ([], "the list of messages is empty"),
         ({"role": "user", "content": "a"}, "expected a prompt: a text, or a list of messages .*; found "),
         ([{"role": "user"}], r"expected a message with 'role' and 'content'; found \{'role': 'user'\}"),
-        (["hello"], "expected a message .*; found 'hello'"),
+        (["hello"], r"expected a prompt: one text, or a list of messages; found the texts \['hello'\]"),
         ([{"role": "system", "content": "a"}], "template refuses messages with the roles system: no system role"),
     ],
 )
@@ -170,3 +171,88 @@ def test_a_template_without_end_is_left(build: Any, tmp_path: Path, monkeypatch:
         if thread.name == "chat template":
             thread.join(WAIT)
             assert not thread.is_alive()
+
+
+WITH_ARGS = (
+    "{% if tools %}tools : {% for t in tools %}{{ t.function.name }} {% endfor %}. {% endif %}"
+    "{% for d in documents or [] %}{{ d.text }} . {% endfor %}"
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} . {% endfor %}"
+    "{% if add_generation_prompt %}she said :{% if enable_thinking is false %} quiet{% endif %}{% endif %}"
+)
+
+
+def weather(town: str) -> str:
+    """Tell the weather.
+
+    Args:
+        town: Where.
+    """
+    return town
+
+
+@pytest.fixture(scope="module")
+def args_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose chat template takes arguments."""
+    folder = make_base(tmp_path_factory.mktemp("args"))
+    (folder / "chat_template.jinja").write_text(WITH_ARGS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ({}, "user : hello . assistant : world . user : hello . she said :"),
+        ({"enable_thinking": False}, "user : hello . assistant : world . user : hello . she said : quiet"),
+        ({"tools": [weather]}, "tools : weather . user : hello . assistant : world . user : hello . she said :"),
+        (
+            {"documents": [{"text": "the sun"}]},
+            "the sun . user : hello . assistant : world . user : hello . she said :",
+        ),
+        ({"continue_final_message": True}, "user : hello . assistant : world . user : hello"),
+        ({"add_generation_prompt": False}, "user : hello . assistant : world . user : hello . "),
+        ({"chat_template": "{{ messages[0].content }} {{ word }}", "word": "sun"}, "hello sun"),
+    ],
+)
+def test_arguments_reach_the_template_as_in_transformers(
+    build: Any, args_base: Path, args: dict[str, Any], text: str
+) -> None:
+    chat = Chat(MESSAGES, **args)
+    how = {"add_generation_prompt": not args.get("continue_final_message")} | args
+    with build(args_base).as_base() as view:
+        assert view.tokenizer.apply_chat_template(MESSAGES, tokenize=False, **how) == text
+        assert view.render(MESSAGES, **args) == view.render(chat) == view.render(Chat(MESSAGES), **args) == text
+        pair, prompt = view.logprobs_of([(chat, " hello"), (text, " hello")]), [chat, text]
+        assert pair[0] == pytest.approx(pair[1], abs=1e-5)
+        assert len(set(view.generate_many(prompt, max_new_tokens=4))) == 1
+        assert len({dist.logprobs.tobytes() for dist in view.next_token_dists(prompt)}) == 1
+
+
+def test_an_assistants_turn_is_continued_or_not_as_you_say(build: Any, args_base: Path) -> None:
+    with build(args_base).as_base() as view:
+        assert view.render(BEGUN) == "user : hello . assistant : world"
+        assert view.render(BEGUN, continue_final_message=False) == "user : hello . assistant : world . she said :"
+        assert view.render(BEGUN, add_generation_prompt=True) == "user : hello . assistant : world . she said :"
+        assert view.render(Chat(BEGUN, enable_thinking=True), add_generation_prompt=False) == (
+            "user : hello . assistant : world . "
+        )
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ({"enable_thinkng": False}, "template does not read enable_thinkng, so it would change nothing"),
+        ({"tokenize": True}, "tokenize is no argument for a chat template here: messages are rendered as text"),
+        ({"tools": weather}, "tools must be a list, with one entry for each; found <function weather"),
+        ({"tools": [len, print]}, "refuses messages with the roles user, assistant, user and the arguments tools: "),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message and add_generation_prompt exclude each other",
+        ),
+    ],
+)
+def test_arguments_without_meaning_are_refused(build: Any, args_base: Path, args: dict[str, Any], text: str) -> None:
+    with build(args_base).as_base() as view:
+        with pytest.raises(ScoringError, match=text):
+            view.render(MESSAGES, **args)
+        with pytest.raises(ScoringError, match=text):
+            view.generate(Chat(MESSAGES, **args), max_new_tokens=1)
