@@ -227,8 +227,8 @@ def test_without_a_record_the_error_says_how_to_make_one(suite: Recording) -> No
             "[*FACTS, ('new', ' east')], canned(0.1)",
             "*test_it.json has no score of questions?12? ('new east'): 1 of 13 *",
         ),
-        ("FACTS, canned(0.1, name='other')", "*was recorded on another base: base, and the candidate's is other.*"),
-        ("FACTS, canned(0.1), score=ones", "*has another score: 'logprob_of', and the test asks for 'ones'.*"),
+        ("FACTS, canned(0.1, name='other')", "*was recorded on another base: base, but the candidate's is other.*"),
+        ("FACTS, canned(0.1), score=ones", "*has another score: 'logprob_of', but the test asks for 'ones'.*"),
         ("FACTS, canned(0.1), name='new'", "*has no comparison 'new'; it has 'comparison'. To record anew*"),
     ],
 )
@@ -245,8 +245,8 @@ def test_what_was_recorded_otherwise_is_an_error(suite: Recording, call: str, me
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text[: len(text) // 2], "* is cut off or was edited by hand: it is no valid JSON *"),
-        (lambda text: text.replace("-0.9000", "-0.8000"), "* was changed after it was recorded, *its checksum is*"),
+        (lambda text: text[: len(text) // 2], "* is cut off or was edited by hand: it is not valid JSON *"),
+        (lambda text: text.replace("-0.9000", "-0.8000"), "* was changed after it was recorded, *its checksum does*"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), "* has schema 2, and this pytest-sway reads 1. *"),
     ],
 )
@@ -283,11 +283,11 @@ def test_a_base_that_has_moved_fails_the_test_and_not_the_adapter(suite: Recordi
     result.stdout.fnmatch_lines(
         [
             "E *RecordError: the base itself has moved: it scores +0.65 nats an answer since test_suite/test_it.json"
-            " was recorded, and sway_drift allows 0.05. That is the doing of hardware or versions, not of the adapter"
-            " (device, dtype and versions are the same). Run as when it was recorded, raise sway_drift, or record anew"
-            " what was good enough (--sway-record).",
+            " was recorded, and sway_drift allows 0.05. Hardware or versions cause this, not the adapter"
+            " (device, dtype and versions are the same). Run as when it was recorded, raise sway_drift, or record again"
+            " a candidate that was good enough (--sway-record).",
             "dummy:base against recorded: dummy:base - recorded = +0 nats an answer",
-            "the base itself scores +0.65 since it was recorded",
+            "the base itself has moved by +0.65 since it was recorded",
         ]
     )
 
@@ -332,7 +332,7 @@ def test_a_view_has_no_base_beside_it(suite: Recording) -> None:
     suite.run(body.format(0.1), "-s").stdout.fnmatch_lines(["*ft against recorded 0.0"])
     result = suite.run(GOOD.format(0.1))
     result.stdout.fnmatch_lines(
-        ["E *RecordError: *test_it.json has no scores of a base, since what was recorded had *"]
+        ["E *RecordError: *test_it.json has no scores of a base, since the recorded candidate *"]
     )
 
 
@@ -373,7 +373,7 @@ def test_a_base_is_known_by_its_weights_wherever_it_lies(suite: Recording, tmp_p
     suite.run(body.format(str(moved)), "-o", "sway_on_base_mismatch=ignore").assert_outcomes(passed=1)
     result = suite.run(body.format(str(other)), "-o", "sway_on_base_mismatch=ignore")
     result.stdout.fnmatch_lines(
-        ["E *RecordError: *was recorded on another base: *base (digest *), and the candidate's *"]
+        ["E *RecordError: *was recorded on another base: *base (digest *), but the candidate's *"]
     )
 
 
