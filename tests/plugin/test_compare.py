@@ -257,8 +257,8 @@ def test_the_confidence_is_a_setting(pytester: pytest.Pytester) -> None:
 BAD = {
     'FACTS, "nwe", OLD': "no spec is named 'nwe' (named specs: new, old).*",
     "FACTS, None, OLD": "sway_compare needs a candidate: *",
-    "FACTS, 3, OLD": "the candidate of a comparison is a view, a spec or a configured name; found int: 3.",
-    "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the one that you*",
+    "FACTS, 3, OLD": "the candidate of a comparison must be a view, a spec or a configured name; found int: 3.",
+    "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the view that you*",
     "FACTS[:1], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 1: *",
     "[], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 0: *",
     "'the sun', NEW, OLD": "expected a list of questions; found 'the sun'.*",
@@ -394,7 +394,7 @@ def test_it(sway_compare):
     assert [row[:4] for row in table] == [["one", "passed", "12", "+1.3"]]
 
 
-def test_a_last_try_without_comparisons_discards_those_of_the_try_before(pytester: pytest.Pytester) -> None:
+def test_a_last_try_that_compares_nothing_discards_the_try_before(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(TWICE)
     result = run(
         pytester,

@@ -259,11 +259,11 @@ def test_it(sway_compare):
 
 
 BAD = {
-    "missing/run.json": "the folder '*/missing' does not exist; make it first; found 'missing/run.json'.",
-    "": "must be the path of a file, and none is named; found ''.",
-    ".": "must be the path of a file, and a folder is there; found '.'.",
-    "test_suite.py/run.json": "the folder '*/test_suite.py' does not exist; make it first; found *",
-    "/dev/null": "must be the path of a file that can be replaced, and something else is there; found '/dev/null'.",
+    "missing/run.json": "the folder '*/missing' does not exist; create it first; found 'missing/run.json'.",
+    "": "must be the path of a file, not empty; found ''.",
+    ".": "must be the path of a file, not of a folder; found '.'.",
+    "test_suite.py/run.json": "the folder '*/test_suite.py' does not exist; create it first; found *",
+    "/dev/null": "must be the path of a regular file, which can be replaced; found '/dev/null'.",
 }
 
 
@@ -285,7 +285,7 @@ def test_a_folder_without_write_permission_is_a_usage_error(
 
 def test_two_reports_need_two_files(pytester: pytest.Pytester) -> None:
     result = run(pytester, "def test_it():\n    pass\n", JSON, "--sway-markdown=./run.json")
-    result.stderr.fnmatch_lines(["ERROR: --sway-markdown: another report is written there; found './run.json'."])
+    result.stderr.fnmatch_lines(["ERROR: --sway-markdown: another report is written to this file; found './run.json'."])
 
 
 def test_a_file_that_cannot_be_written_at_the_end_fails_the_run(pytester: pytest.Pytester) -> None:
