@@ -311,7 +311,7 @@ def test_the_bound_of_the_drift_is_a_setting(suite: Recording) -> None:
 def test_the_drift_error_names_changed_settings(suite: Recording) -> None:
     suite.record(GOOD.format(0.1))
     body = "def test_it(sway_compare):\n    sway_compare(FACTS, {**canned(0.1, 0.1), 'dtype': 'bf16'})\n"
-    suite.run(body).stdout.fnmatch_lines(["E *not of the adapter (dtype was auto, is bf16). Run as when *"])
+    suite.run(body).stdout.fnmatch_lines(["E *not the adapter (dtype was auto, is bf16). Run as when *"])
 
 
 def test_a_comparison_with_a_baseline_has_no_drift(suite: Recording) -> None:
