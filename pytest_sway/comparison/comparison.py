@@ -48,7 +48,7 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Comparison:
-    """How much more a candidate scores than a baseline: the mean over the prompts, and a confidence interval for it.
+    """The mean difference of a candidate's scores from a baseline's, over the prompts, and its confidence interval.
 
     Assert one of its bounds. ``low > -0.1`` passes if the candidate is shown to lose less than 0.1. ``high >= 0``
     passes unless the candidate is shown to be worse.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _ROUNDING: Final = 1e-6
-"""The least mass that an existing tail counts with: summing float32 log-probabilities may lose this much."""
+"""The least mass of a tail: summing float32 log-probabilities may lose this much."""
 
 _OFF: Final = 0.01
 """How far from 1 the masses of a distribution may sum, since servers round."""
@@ -42,11 +42,11 @@ _SMALLEST: Final = 1e-35
 _LARGEST: Final = 1e35
 
 _NOTHING: Final = 1e-12
-"""A mass up to which a rest is only rounding."""
+"""A remaining mass up to this size is only rounding."""
 
 
 class Divergence(NamedTuple):
-    """How far a distribution of the next token is from a reference, in nats.
+    """The divergence of a next-token distribution from a reference, in nats.
 
     If both distributions are whole, the tails are 0 and the numbers are exact. If one is cut to its most probable
     tokens, the numbers are lower bounds: the true divergence is at least ``js`` and at most ``js + js_tail``.
@@ -91,7 +91,7 @@ def divergence(dist: TokenDist, reference: TokenDist) -> Divergence:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is known of a distribution.
+    """A distribution, as far as it is known.
 
     Attributes:
         masses: The mass of each token, float64; NaN for a token in the tail.

@@ -1,4 +1,4 @@
-"""How test reports carry comparisons, to JUnit and from xdist's workers, and the table at the end of the run."""
+"""The comparisons in test reports, which JUnit and xdist's controller get, and the table at the end of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pytest_sway.comparison.comparison import Claim, Comparison
 
 PROPERTY: Final = "sway_compare"
-"""The name of a test's ``user_properties`` that hold the numbers of a comparison as JSON."""
+"""The name of an entry of a test's ``user_properties`` that holds the numbers of a comparison as JSON."""
 
 ROWS: Final = "sway_rows"
 """The attribute of a test's report that holds, as JSON, the rows of comparisons that no earlier report carried."""
