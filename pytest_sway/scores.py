@@ -1,6 +1,6 @@
-"""What ``sway_compare`` can score besides log-probabilities: how far a model has moved, and whether it is right.
+"""More scores for ``sway_compare``: the distance from a reference model, and whether answers are right.
 
-Each function but `divergences` makes a score, for ``sway_compare(questions, candidate, baseline, score=...)``::
+Each function except `divergences` makes a score, for ``sway_compare(questions, candidate, baseline, score=...)``::
 
     from pytest_sway.scores import exact_match, js_from, kl_from, multiple_choice
 
@@ -29,29 +29,29 @@ __all__ = ["Divergence", "Metric", "divergences", "exact_match", "js_from", "kl_
 __tracebackhide__ = True
 
 Metric: TypeAlias = Literal["acc", "acc_norm", "acc_bytes"]
-"""By what the choices of a question are ranked: the names of lm-evaluation-harness."""
+"""How the choices of a question are ranked, by lm-evaluation-harness's names."""
 
 _EVERY_TOKEN: Final = 2**20
 """More tokens than any vocabulary has."""
 
 _AT_ONCE: Final = 32
-"""Prompts whose whole distributions are in memory at once: 3 MB each for a vocabulary of 262,000."""
+"""The number of prompts whose whole distributions are in memory at once, each 3 MB for a vocabulary of 262,000."""
 
 
 def divergences(
     prompts: Iterable[Prompt], view: View, reference: View, *, top_k: int | None = None
 ) -> list[Divergence]:
-    """Return how far the distribution of the next token on a view is from that on a reference, for each prompt.
+    """Return, for each prompt, the divergence of a view's next-token distribution from a reference's.
 
     Args:
         prompts: Texts or lists of messages.
-        view: One view.
-        reference: Another one, over the same tokens.
-        top_k: How many tokens each distribution is cut to; by default as many as the view gives: the whole vocabulary
-            of a model in this process, what a server allows (pass 20 where one refuses without naming its limit).
+        view: The view to measure.
+        reference: The view to measure from, with the same tokens.
+        top_k: The number of most probable tokens to use. By default, a model in this process gives its whole
+            vocabulary, and a server as many tokens as it allows. If a server refuses without naming its limit, pass 20.
 
     Raises:
-        ScoringError: A side is no view, or the two number their tokens differently.
+        ScoringError: A side is not a view, or the two number their tokens differently.
     """
     for side in (view, reference):
         _require_view(side)
@@ -68,8 +68,8 @@ def divergences(
 def kl_from(reference: View, *, top_k: int | None = None) -> Score:
     """Score prompts by minus the Kullback-Leibler divergence of a side's next token from the reference's, in nats.
 
-    More is closer to the reference, and 0 is equal. Where distributions are cut, it is that of the closest ones that
-    are cut so, as in `Divergence.kl`.
+    0 means equal, and larger is closer. If distributions are cut, the divergence is a lower bound; see
+    `Divergence.kl`.
 
     Args:
         reference: An open view, such as the base's.
@@ -81,8 +81,8 @@ def kl_from(reference: View, *, top_k: int | None = None) -> Score:
 def js_from(reference: View, *, top_k: int | None = None) -> Score:
     """Score prompts by minus the Jensen-Shannon divergence between a side's next token and the reference's, in nats.
 
-    More is closer to the reference, 0 is equal, and ``-log(2)`` is the least. Where distributions are cut, it is that
-    of the closest ones that are cut so, as in `Divergence.js`.
+    0 means equal, larger is closer, and ``-log(2)`` is the least. If distributions are cut, the divergence is a lower
+    bound; see `Divergence.js`.
 
     Args:
         reference: An open view, such as the base's.
@@ -92,20 +92,20 @@ def js_from(reference: View, *, top_k: int | None = None) -> Score:
 
 
 def multiple_choice(metric: Metric = "acc", *, target_delimiter: str = " ") -> Score:
-    """Score questions ``(prompt, choices, label)`` by 1 where the most probable choice is the right one, else 0.
+    """Score questions ``(prompt, choices, label)`` by 1 if the most probable choice is the right one, else 0.
 
-    It is the accuracy of lm-evaluation-harness for the output type ``multiple_choice``
+    This is lm-evaluation-harness's accuracy for the output type ``multiple_choice``
     (``ConfigurableTask.process_results`` in ``lm_eval/api/task.py``, 0.4.13). Of equally probable choices, the first
     counts.
 
     Args:
-        metric: What makes a choice the most probable one. ``acc``: the sum of its tokens' log-probabilities.
-            ``acc_norm``: that, divided by the number of its characters. ``acc_bytes``: by that of its bytes in UTF-8.
-            Neither counts the delimiter.
-        target_delimiter: What stands between the prompt and a choice.
+        metric: How choices are ranked. ``acc`` takes the sum of a choice's log-probabilities, ``acc_norm`` divides it
+            by the number of characters, and ``acc_bytes`` by the number of bytes in UTF-8. The delimiter does not
+            count.
+        target_delimiter: The text between the prompt and a choice.
 
     Raises:
-        ScoringError: There is no such metric; later, a question is malformed.
+        ScoringError: The metric is unknown. The score itself raises it for a malformed question.
     """
     if metric not in get_args(Metric):
         raise ScoringError(f"metric is one of {', '.join(get_args(Metric))}; found {shown(metric)}.")
@@ -136,22 +136,22 @@ def exact_match(
     ignore_punctuation: bool = False,
     ignore_numbers: bool = False,
 ) -> Score:
-    """Score pairs of a prompt and an answer by 1 where the greedy continuation of the prompt is the answer, else 0.
+    """Score pairs of a prompt and an answer by 1 if the greedy continuation of the prompt is the answer, else 0.
 
-    It is ``exact_match`` of lm-evaluation-harness for the output type ``generate_until``
-    (``exact_match_hf_evaluate`` in ``lm_eval/api/metrics.py``, 0.4.13, which has it from Hugging Face's evaluate). Both
-    texts are changed as the ``ignore`` arguments say, in their order, and then compared as they are, blanks and all.
+    This is lm-evaluation-harness's ``exact_match`` for the output type ``generate_until``
+    (``exact_match_hf_evaluate`` in ``lm_eval/api/metrics.py``, 0.4.13, from Hugging Face's evaluate). The arguments
+    below change both texts, in their order. The results must be equal, including blanks.
 
     Args:
         max_new_tokens: The most tokens of a continuation.
-        until: Texts that end it, and do not belong to it.
-        regexes_to_ignore: Regular expressions; what matches one is taken out.
-        ignore_case: Whether upper and lower case are the same.
-        ignore_punctuation: Whether ``string.punctuation`` is taken out.
-        ignore_numbers: Whether ``string.digits`` are taken out.
+        until: Texts that end a continuation; they are not part of it.
+        regexes_to_ignore: Regular expressions whose matches are removed.
+        ignore_case: Whether to ignore case.
+        ignore_punctuation: Whether to remove ``string.punctuation``.
+        ignore_numbers: Whether to remove ``string.digits``.
 
     Raises:
-        ScoringError: ``until`` or ``regexes_to_ignore`` is one text, or an expression cannot be compiled.
+        ScoringError: ``until`` or ``regexes_to_ignore`` is a single text, or an expression cannot be compiled.
     """
     ends = [end for end in listed(until, "texts") if end]
     patterns = [_compiled(pattern) for pattern in listed(regexes_to_ignore, "regular expressions")]
@@ -193,9 +193,9 @@ def _closeness(kind: Literal["kl", "js"], reference: View, top_k: int | None) ->
 
 
 def _named(score: Score, name: str, unit: str) -> Score:
-    """Give a score a name that tells it from others, and the unit that reports show."""
+    """Give a score a distinct name, and the unit that reports show."""
     score.__name__ = score.__qualname__ = name
-    score.unit = unit  # type: ignore[attr-defined] # which `Questions` looks for
+    score.unit = unit  # type: ignore[attr-defined] # `Questions` reads it
     return score
 
 
@@ -210,25 +210,25 @@ def _require_view(side: Any) -> None:
         return
     if hasattr(side, "as_base"):
         raise ScoringError(
-            "a divergence is between two views, and a backend has two of them. Open the one that you mean, as in `with"
-            " backend.as_base() as reference:`."
+            "a divergence is between two views, but this is a backend, which has two. Open the view that you mean, as"
+            " in `with backend.as_base() as reference:`."
         )
     raise ScoringError(
-        f"a divergence is between two open views; found {type(side).__name__}: {shown(side)}. Open one, as in `with"
+        f"a divergence is between two open views; found {type(side).__name__}: {shown(side)}. Open a view, as in `with"
         " sway_backend(spec).as_base() as reference:`."
     )
 
 
 def _require_same_tokens(view: Any, dist: TokenDist, reference: Any, other: TokenDist) -> None:
-    """Raise where the numbers of tokens are known to mean others.
+    """Raise if the two sides are known to number their tokens differently.
 
-    Vocabularies of two sizes are the same where one has words on top, as an adapter may.
+    Vocabularies of two sizes agree if the larger one only adds tokens, as an adapter may.
     """
     spelled = [bool((side.token_ids < 0).any()) for side in (dist, other)]
     if spelled[0] != spelled[1]:
         raise ScoringError(
-            "a divergence is between two views that number their tokens alike; one of them has its tokens' numbers, the"
-            " other is a server that tells their spelling alone. Ask one server for both sides."
+            "a divergence is between two views that number their tokens alike; one of them gives token ids, the other"
+            " is a server that gives only their spelling. Use one server for both sides."
         )
     sizes = (dist.vocab_size, other.vocab_size)
     if sizes[0] == sizes[1] or not all(sizes):
@@ -240,8 +240,8 @@ def _require_same_tokens(view: Any, dist: TokenDist, reference: Any, other: Toke
     if not fewer or any(more.get(word) != number for word, number in fewer.items()):
         raise ScoringError(
             f"a divergence is between two views that number their tokens alike; one has a vocabulary of {sizes[0]:,}"
-            f" tokens, the other of {sizes[1]:,}, and they are not known to be the same. Compare what does not depend"
-            " on tokens, such as the log-probabilities of answers."
+            f" tokens, the other of {sizes[1]:,}, and their common tokens are not known to agree. Use a score that"
+            " does not depend on tokens, such as the log-probabilities of answers."
         )
 
 
@@ -249,13 +249,13 @@ def _checked_choices(question: Any, at: int, delimiter: str) -> tuple[Any, list[
     where = f"questions[{at}]"
     if isinstance(question, str | bytes) or not isinstance(question, Sequence) or len(question) != 3:
         raise ScoringError(
-            f"a question of multiple choice is (prompt, choices, label), such as ('2 + 2 =', ['3', '4'], 1); {where} is"
+            f"a multiple-choice question is (prompt, choices, label), such as ('2 + 2 =', ['3', '4'], 1); {where} is"
             f" {shown(question)}."
         )
     prompt, choices, label = question
     texts = listed(choices, f"choices in {where}")
     if len(texts) < 2:
-        raise ScoringError(f"a question of multiple choice has at least 2 choices; {where} has {len(texts)}.")
+        raise ScoringError(f"a multiple-choice question has at least 2 choices; {where} has {len(texts)}.")
     for number, choice in enumerate(texts):
         if not isinstance(choice, str) or not choice:
             raise ScoringError(
@@ -263,13 +263,13 @@ def _checked_choices(question: Any, at: int, delimiter: str) -> tuple[Any, list[
             )
         if texts.index(choice) != number:
             raise ScoringError(
-                f"choices[{number}] of {where} is choices[{texts.index(choice)}] once more ({shown(choice)}), so"
-                " that two answers would be right or wrong together. Take it out."
+                f"choices[{number}] of {where} repeats choices[{texts.index(choice)}] ({shown(choice)}), so both"
+                " would be right or wrong. Remove one of them."
             )
         if delimiter[-1:].isspace() and choice[0].isspace():
             raise ScoringError(
-                f"choices[{number}] of {where} begins with a blank ({shown(choice)}), and target_delimiter="
-                f"{delimiter!r} puts one before it. Take it away, or pass target_delimiter=''."
+                f"choices[{number}] of {where} begins with a blank ({shown(choice)}), but target_delimiter="
+                f"{delimiter!r} already puts one before it. Remove the blank, or pass target_delimiter=''."
             )
     if isinstance(label, bool) or not isinstance(label, SupportsIndex) or not 0 <= index(label) < len(texts):
         raise ScoringError(
@@ -283,4 +283,6 @@ def _compiled(pattern: Any) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ScoringError(f"regexes_to_ignore has {shown(pattern)}, which is no expression: {error}.") from None
+        raise ScoringError(
+            f"regexes_to_ignore has {shown(pattern)}, which is not a regular expression: {error}."
+        ) from None

@@ -64,7 +64,7 @@ def not_finite(label: str, dist: TokenDist) -> str:
 
 
 def opens_view(opened: Callable[P, Iterator[V]]) -> Callable[P, AbstractContextManager[V]]:
-    """Make a context manager of a generator function, as `contextlib.contextmanager` does, which hints at `with`."""
+    """Decorate like `contextlib.contextmanager`; using the result without ``with`` raises an error that says so."""
     manager = contextmanager(opened)
 
     @wraps(opened)
@@ -96,13 +96,13 @@ class _Opening(AbstractContextManager[V]):
 
         def __getattr__(self, name: str) -> NoReturn:
             raise AttributeError(
-                f"{self._method}() gives a view inside of a `with` block: write `with backend.{self._method}(...) as"
+                f"{self._method}() opens a view in a `with` block: write `with backend.{self._method}(...) as"
                 f" view: view.{name}`."
             )
 
 
 class HintsAtViews:
-    """A backend that says where to ask what is asked of it and is a view's to answer."""
+    """A backend whose `AttributeError` points to its views if you ask it for a view's attribute."""
 
     if not TYPE_CHECKING:
 
@@ -110,7 +110,7 @@ class HintsAtViews:
             message = f"{type(self).__name__!r} object has no attribute {name!r}"
             if name in _OF_VIEWS:
                 message += (
-                    ". A backend has two views, the base's and the fine-tuned model's; ask one of them: `with"
+                    ". A backend has two views, of the base and of the fine-tuned model. Use one of them: `with"
                     f" backend.as_finetuned() as view: view.{name}`."
                 )
             raise AttributeError(message)

@@ -1,4 +1,4 @@
-"""`Comparison`: what a candidate scores beside a baseline, as plain numbers for a test to assert."""
+"""`Comparison`: the difference between a candidate's and a baseline's scores, as numbers for a test to assert."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """One question of a comparison.
 
     Attributes:
-        question: It, as it was asked.
+        question: The question, as the test passed it.
         candidate: Its score on the candidate.
         baseline: Its score on the baseline.
     """
@@ -32,12 +32,12 @@ class Row(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """How much more the candidate scores."""
+        """Return how much more the candidate scores."""
         return self.candidate - self.baseline
 
 
 class Claim(NamedTuple):
-    """That the true mean difference is above (``>``) or below (``<``) a margin."""
+    """A claim that the true mean difference is above (``>``) or below (``<``) a margin."""
 
     op: str
     margin: float
@@ -48,24 +48,24 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Comparison:
-    """How much more a candidate scores than a baseline: the mean over the prompts, and a confidence interval for it.
+    """The mean difference of a candidate's scores from a baseline's, over the prompts, and its confidence interval.
 
-    Assert one of its bounds. ``low > -0.1``: it is shown to lose less than 0.1. ``high >= 0``: it is not shown to be
-    worse.
+    Assert one of its bounds. ``low > -0.1`` passes if the candidate is shown to lose less than 0.1. ``high >= 0``
+    passes unless the candidate is shown to be worse.
 
     Attributes:
-        name: What it is called in reports.
+        name: Its name in reports.
         candidate: The candidate's name.
         baseline: The baseline's name.
-        unit: What the numbers are, such as ``nats an answer``.
+        unit: The unit of the numbers, such as ``nats an answer``.
         mean: The mean difference.
         low: The interval's lower bound.
         high: The interval's upper bound.
-        n: How many different prompts there are; questions with equal prompts count as one.
-        confidence: How probable it is that such an interval holds the true mean difference.
-        rows: Every question with both scores, in the order in which they were asked.
-        drift: How much more the base scores now than when the baseline was recorded, in the mean over the prompts;
-            ``None`` where the baseline is scored now, or where no base stands beside the candidate.
+        n: The number of different prompts; questions with equal prompts count as one.
+        confidence: The confidence level of the interval.
+        rows: Every question with both scores, in the order of the questions.
+        drift: How much more the base scores now than when the baseline was recorded, as a mean over the prompts.
+            ``None`` if you pass a baseline, or if the candidate has no base.
     """
 
     name: str
@@ -83,26 +83,26 @@ class Comparison:
 
     @property
     def detectable(self) -> float:
-        """The smallest shift that as many such prompts would show with 80% power; infinite where they show none."""
+        """Return the smallest shift that this many prompts detect with 80% power; infinity if they detect none."""
         return self._evidence.detectable(self.confidence)
 
     @property
     def p_value(self) -> float:
-        """The two-sided p of a true mean difference of 0, for reports: under ``1 - confidence`` as 0 is outside."""
+        """Return the two-sided p-value of no difference: below ``1 - confidence`` if the interval excludes 0."""
         return self._evidence.p_value()
 
     @property
     def against_0(self) -> str:
-        """What the interval says of a difference from 0."""
+        """Return the claim that the difference is not 0, on the mean's side, and its verdict."""
         if self.low == 0.0 == self.high:
             return "exactly 0"
         claim = Claim(">" if self.mean >= 0.0 else "<", 0.0)
         return f"{claim}: {self.verdict(claim)}"
 
     def needed(self, margin: float) -> int:
-        """Return about how many such prompts show a shift of ``margin`` with 80% power.
+        """Return about how many such prompts detect a shift of ``margin`` with 80% power.
 
-        As many show, of a candidate that is exactly as good as the baseline, that it loses less than ``margin``.
+        The same number shows that a candidate as good as the baseline loses less than ``margin``.
 
         Raises:
             ComparisonError: ``margin`` is not above 0.
@@ -112,7 +112,7 @@ class Comparison:
         return self._evidence.needed(margin, self.confidence)
 
     def __bool__(self) -> NoReturn:
-        """A comparison is neither true nor false."""
+        """Refuse: a comparison is neither true nor false."""
         raise TypeError(
             "a Comparison is neither true nor false: assert one of its numbers, such as"
             f" sway_compare(...).low > -0.1. This one is {self!r}."
@@ -125,17 +125,17 @@ class Comparison:
         )
 
     def report(self, claim: Claim | None = None) -> Iterator[str]:
-        """The lines that a failing test shows: the interval, how many prompts would do, and the worst questions.
+        """Yield the lines that a failing test shows: the interval, how many prompts it takes, the worst questions.
 
         Args:
-            claim: What the test has asserted, if that is known.
+            claim: What the test asserted, if known.
         """
         yield f"{self.name}: {self.candidate} - {self.baseline} = {self.mean:+.4g} {self.unit}"
         yield f"{100 * self.confidence:.4g}% interval {self.low:+.4g} to {self.high:+.4g}, {self.n} prompts"
         if claim is not None:
             yield f"{claim}: {self.verdict(claim)}"
         if self.drift is not None:
-            yield f"the base itself scores {self.drift:+.4g} since it was recorded"
+            yield f"the base itself has moved by {self.drift:+.4g} since it was recorded"
         yield from self._prompts_needed()
         worst = sorted(self.rows, key=lambda row: row.difference)[:_WORST]
         yield f"the worst {len(worst)} of {len(self.rows)}:"
@@ -145,7 +145,7 @@ class Comparison:
             yield "  ".join([*(f"{number:10.4g}" for number in numbers), beginning(row.question)])
 
     def verdict(self, claim: Claim) -> str:
-        """Return what the interval says of a claim: shown, refuted, or undecided and how many prompts would decide."""
+        """Return whether the interval shows or refutes a claim; if undecided, add how many prompts would decide."""
         if claim.op == ">":
             shown, refuted = self.low > claim.margin, self.high <= claim.margin
         else:
@@ -156,7 +156,7 @@ class Comparison:
         return f"undecided, needs about {_about(self.needed(distance))} prompts" if distance else "undecided"
 
     def claim(self, op: str, left: object, right: object) -> Claim | None:
-        """Return what a comparison of two objects claims of this one, if one of the two is a bound of its interval."""
+        """Return the claim in ``left op right`` if one of the two operands is a bound of this interval."""
         if right is self.low or right is self.high:
             left, right, op = right, left, op.translate(_MIRRORED)
         if not (left is self.low or left is self.high) or op[:1] not in ("<", ">"):
@@ -166,10 +166,10 @@ class Comparison:
         return Claim(op[0], float(right))
 
     def claim_in(self, explanation: str) -> Claim | None:
-        """Return what an assertion claims of this one that has passed.
+        """Return the claim in an assertion that passed, if it is about this comparison.
 
         Args:
-            explanation: pytest's, which begins with the two numbers that were compared.
+            explanation: pytest's explanation, which begins with the two compared numbers.
         """
         left, op, right, *_ = [*explanation.partition("\n")[0].split(" "), "", "", ""]
         try:
@@ -184,13 +184,12 @@ class Comparison:
         if detectable == 0.0:
             return
         if math.isinf(detectable):
-            least = f"{self.needed(1.0)} are the least that could, with {POWER:.0%} power"
-            yield f"so few prompts show no shift at all; {least}"
+            yield f"so few prompts detect no shift; it takes at least {self.needed(1.0)} for {POWER:.0%} power"
             return
         half = f"half of it takes about {_about(self.needed(detectable / 2))}"
-        yield f"as many prompts show a shift of {detectable:.4g} with {POWER:.0%} power; {half}"
+        yield f"this many prompts detect a shift of {detectable:.4g} with {POWER:.0%} power; {half}"
         if self.mean != 0.0 and self.low <= 0.0 <= self.high:
-            yield f"one as large as the mean here takes about {_about(self.needed(abs(self.mean)))}"
+            yield f"a shift as large as this mean takes about {_about(self.needed(abs(self.mean)))}"
 
 
 def compare(
@@ -206,11 +205,11 @@ def compare(
     """Return the comparison of two sides' scores.
 
     Args:
-        questions: What was asked.
+        questions: The questions.
         candidate: The candidate's name and its score of each question.
-        baseline: The same of the baseline.
-        confidence: Of the interval.
-        name: What the comparison is called; by default after its sides.
+        baseline: The baseline's name and its score of each question.
+        confidence: The confidence level of the interval.
+        name: The comparison's name; by default made of the two sides' names.
         same: Whether both sides are one model, so that the difference is known to be 0.
         drift: How much more the base scores now than when the baseline was recorded.
     """
@@ -249,6 +248,6 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def _about(count: int) -> int:
-    """A number that promises no more than two digits."""
+    """Round a count up to two significant digits."""
     unit: int = 10 ** max(len(str(count)) - 2, 0)
     return -(-count // unit) * unit

@@ -1,13 +1,15 @@
-"""How far two distributions of the next token are from each other, also where each is cut to its most probable tokens.
+"""The divergence of two next-token distributions, each whole or cut to its most probable tokens.
 
-Of a cut distribution it is known that its tail has a certain mass, and that no token of the tail is more probable than
-the least probable one that is given. The true divergence is then between two bounds:
+Two things are known about the tail of a cut distribution: its total mass, and that none of its tokens is more probable
+than the least probable token that is given. These put the true divergence between two bounds:
 
-* The lower is that of the two closest distributions that would be cut so. An f-divergence, as both of these are, is
-  jointly convex in its two arguments. So it is least where all tokens whose mass is free have one ratio of masses, or
-  as near to it as the caps allow (Csiszar and Shields, Information Theory and Statistics, 2004, section 4).
-* The upper is that of two distributions whose tails have no token in common. For Jensen-Shannon, a token then adds
-  ``ln(2) / 2`` times its mass. Kullback-Leibler has none: the reference may give a token as little mass as you like.
+* The lower bound is the divergence of the two closest distributions that agree with what is known. Both divergences
+  are f-divergences, which are jointly convex in their two arguments. So the minimum gives all tokens of free mass the
+  same ratio of masses, or the nearest that the caps allow (Csiszar and Shields, Information Theory and Statistics,
+  2004, section 4).
+* The upper bound is the divergence of two distributions whose tails share no token. For Jensen-Shannon, each token of
+  a tail then adds ``ln(2) / 2`` times its mass. Kullback-Leibler has no upper bound: the reference may give a token
+  arbitrarily little mass.
 """
 
 from __future__ import annotations
@@ -28,33 +30,33 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _ROUNDING: Final = 1e-6
-"""The least mass of a tail that is there: so much is lost when log-probabilities in float32 are summed."""
+"""The least mass of a tail: summing float32 log-probabilities may lose this much."""
 
 _OFF: Final = 0.01
-"""How far from 1 the masses of a distribution may sum up to, since servers round."""
+"""How far from 1 the masses of a distribution may sum, since servers round."""
 
 _STEPS: Final = 64
-"""Halvings of the logarithm of a ratio of masses, which is looked for between the next two numbers."""
+"""Bisection steps on the logarithm of a ratio of masses, between the next two numbers."""
 
 _SMALLEST: Final = 1e-35
 _LARGEST: Final = 1e35
 
 _NOTHING: Final = 1e-12
-"""A mass that is left by rounding alone."""
+"""A remaining mass up to this size is only rounding."""
 
 
 class Divergence(NamedTuple):
-    """How far a distribution of the next token is from a reference, in nats.
+    """The divergence of a next-token distribution from a reference, in nats.
 
-    Where both distributions are whole, the tails are 0 and the numbers are exact. Where one is cut to its most probable
+    If both distributions are whole, the tails are 0 and the numbers are exact. If one is cut to its most probable
     tokens, the numbers are lower bounds: the true divergence is at least ``js`` and at most ``js + js_tail``.
 
     Attributes:
         kl: The Kullback-Leibler divergence from the reference: the sum of ``p * log(p / q)``, where ``q`` is the
-            reference's probability of a token. It is infinite where the reference lacks a token altogether.
-        kl_tail: What the cut tails can add to ``kl`` at most: 0, or infinity where anything is cut.
-        js: The Jensen-Shannon divergence (Lin 1991), which is the same in both directions and at most ``log(2)``.
-        js_tail: What the cut tails can add to ``js`` at most.
+            reference's probability of a token. It is infinite if the reference gives a token no mass.
+        kl_tail: The most that cut tails can add to ``kl``: infinity if anything is cut, else 0.
+        js: The Jensen-Shannon divergence (Lin 1991), which is symmetric and at most ``log(2)``.
+        js_tail: The most that cut tails can add to ``js``.
     """
 
     kl: float
@@ -66,10 +68,10 @@ class Divergence(NamedTuple):
 def divergence(dist: TokenDist, reference: TokenDist) -> Divergence:
     """Return how far a distribution is from another one over the same tokens.
 
-    The bounds hold but for the rounding of log-probabilities in float32, which is about 1e-6.
+    The bounds hold up to the rounding of float32 log-probabilities, about 1e-6.
 
     Raises:
-        ScoringError: One of them is no distribution.
+        ScoringError: The probabilities of one side do not sum to 1.
     """
     import numpy as np
 
@@ -89,12 +91,12 @@ def divergence(dist: TokenDist, reference: TokenDist) -> Divergence:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is known of a distribution.
+    """A distribution, as far as it is known.
 
     Attributes:
-        masses: float64, of each token; NaN where it is in the tail.
-        tail: The mass of the tail; 0.0 where there is none.
-        cap: The most that one token of the tail can have.
+        masses: The mass of each token, float64; NaN for a token in the tail.
+        tail: The mass of the tail; 0.0 if there is none.
+        cap: The largest mass that one token of the tail can have.
     """
 
     masses: NDArray[np.float64]
@@ -103,10 +105,10 @@ class _Known:
 
     @classmethod
     def of(cls, dist: TokenDist, ids: NDArray[np.int64]) -> _Known:
-        """Tell what ``dist`` says of some tokens.
+        """Return what ``dist`` says about some tokens.
 
         Args:
-            dist: A distribution. What it gives of other tokens counts as tail.
+            dist: A distribution. Its other tokens count as tail.
             ids: The tokens, ascending.
         """
         import numpy as np
@@ -120,20 +122,20 @@ class _Known:
         if dist.tail_logprob is not None:
             tail += max(math.exp(dist.tail_logprob) if dist.tail_logprob < 0.0 else 0.0, _ROUNDING)
         total = float(given[found].sum()) + tail
-        if not abs(total - 1.0) <= _OFF:  # so that NaN is refused, too
+        if not abs(total - 1.0) <= _OFF:  # refuses NaN, too
             raise ScoringError(
                 f"the probabilities of a next token sum up to {total:.4g}, not to 1: {len(given):,} log-probabilities"
-                f" and tail_logprob={dist.tail_logprob}. They are in nats and normalised over the whole vocabulary, and"
-                " tail_logprob is None only where all of it is given."
+                f" and tail_logprob={dist.tail_logprob}. Give log-probabilities in nats, normalised over the whole"
+                " vocabulary. Leave tail_logprob at None only if you give every token."
             )
         return cls(masses / total, tail / total, float(given.min(initial=1.0)) / total)
 
 
 def _comparable(dist: TokenDist, reference: TokenDist) -> NDArray[np.int64]:
-    """The tokens that either gives, ascending.
+    """Return the ids of the tokens that either side gives, ascending.
 
-    Several tokens of one number are left out: a server may tell them by their spelling alone, and then nobody knows
-    which of the other side's is which.
+    An id that occurs twice on one side is left out. A server that knows tokens only by their spelling may give two
+    tokens one id; they cannot be matched with the other side's.
     """
     import numpy as np
 
@@ -148,10 +150,10 @@ def _comparable(dist: TokenDist, reference: TokenDist) -> NDArray[np.int64]:
 
 
 def _closest(p: _Known, q: _Known) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The two distributions, closest to each other, of which that is known; the last mass is that of all other tokens.
+    """Return the two closest distributions that agree with what is known; the last mass is that of all other tokens.
 
-    A token that only ``p`` gives gets of ``q``'s tail what makes the ratio of its masses the common one, or the cap;
-    and the other way round.
+    A token that only ``p`` gives gets a share of ``q``'s tail that makes the ratio of its masses the common one, up to
+    the cap. The same holds for a token that only ``q`` gives.
     """
     import numpy as np
 
@@ -172,7 +174,7 @@ def _closest(p: _Known, q: _Known) -> tuple[NDArray[np.float64], NDArray[np.floa
     most = _last(lambda ratio: left_of_q(ratio) >= 0.0)
     least = _last(lambda ratio: left_of_p(ratio) < 0.0)
     rest_of_p = rest_of_q = 0.0
-    if least < most:  # something is left for other tokens, whose ratio all have that no cap keeps from it
+    if least < most:  # mass is left for other tokens; they and all tokens below their cap share one ratio
         most = least = _last(lambda ratio: left_of_q(ratio) > ratio * left_of_p(ratio), least, most)
         rest_of_p, rest_of_q = (left if left > _NOTHING else 0.0 for left in (left_of_p(least), left_of_q(most)))
     masses, others = p.masses.copy(), q.masses.copy()
@@ -182,7 +184,7 @@ def _closest(p: _Known, q: _Known) -> tuple[NDArray[np.float64], NDArray[np.floa
 
 
 def _last(holds: Callable[[float], bool], low: float = _SMALLEST, high: float = _LARGEST) -> float:
-    """The largest ratio for which a condition holds that holds for all smaller ones."""
+    """Return the largest ratio for which ``holds``, given that it holds for all smaller ratios too."""
     for _ in range(_STEPS):
         middle = math.sqrt(low) * math.sqrt(high)
         low, high = (middle, high) if holds(middle) else (low, middle)
@@ -199,7 +201,7 @@ def _js(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
 
 
 def _sum(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
-    """The sum of ``p * log(p / q)``; a token without mass in ``p`` adds nothing."""
+    """Return the sum of ``p * log(p / q)``; a token without mass in ``p`` adds nothing."""
     import numpy as np
 
     some = p > 0.0

@@ -1,4 +1,4 @@
-"""What is asked of both sides, and one score for each question."""
+"""`Questions`: the questions of a comparison, and one score for each."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 Score: TypeAlias = "Callable[[Any, list[Any]], Iterable[SupportsFloat]]"
-"""A function of a view and the questions that gives one number for each, more for a better answer."""
+"""A function of a view and the questions that returns one number for each; better answers get larger numbers."""
 
 _UNITS: Final = {"pair": "nats an answer", "text": "nats per token"}
 _SCORES: Final = {"pair": "logprob_of", "text": "rolling_logprob"}
 POINTS: Final = "points"
-"""The unit of a score whose scale nobody knows."""
+"""The unit of a score of unknown scale."""
 
 _OWN: Final = "a question"
 _LONGEST: Final = 60
@@ -36,16 +36,16 @@ class Questions:
 
     Args:
         questions: Pairs of a prompt and an answer, or texts; with ``score``, anything.
-        score: What scores them; ``None`` for the log-probability of each answer, or of each token of a text.
+        score: Scores them; ``None`` for the log-probability of each answer, or of each token of a text.
 
     Attributes:
         asked: The questions, in their order.
-        unit: What one point of the scores is.
-        score: What makes the scores, by name.
-        tokens: How many tokens a text's score is a mean over, by position, once it is scored.
+        unit: The unit of the scores.
+        score: The name of the score.
+        tokens: By position, the number of tokens that a text's score is a mean over; filled when it is scored.
 
     Raises:
-        ComparisonError: They are of several kinds or of none, one is there twice, or all have one prompt.
+        ComparisonError: The questions are of several kinds or of an unknown one, one repeats, or all have one prompt.
     """
 
     def __init__(self, questions: Iterable[Any], score: Score | None = None) -> None:
@@ -61,8 +61,8 @@ class Questions:
         for at, kind in enumerate(kinds):
             if kind != kinds[0]:
                 raise ComparisonError(
-                    f"questions are of one kind, and questions[0] is a {kinds[0]}, questions[{at}] a {kind}. Compare"
-                    " them apart, or pass score=."
+                    f"all questions must be of one kind, but questions[0] is a {kinds[0]} and questions[{at}] is a"
+                    f" {kind}. Compare them separately, or pass score=."
                 )
         self._kind = kinds[0] if kinds else _OWN
         self.unit: Final = _UNITS.get(self._kind) or str(getattr(score, "unit", POINTS))
@@ -71,18 +71,18 @@ class Questions:
         if (prompts := len(self.clusters())) < 2:
             raise ComparisonError(
                 f"a comparison needs at least 2 different prompts, and there are {prompts}: answers to one prompt say"
-                " little about others. Ask more; 20 to 200 are usual."
+                " little about others. Add prompts; 20 to 200 are usual."
             )
 
     def scored_by(self, view: View, name: str) -> list[float]:
-        """Return what each of the questions scores on a view.
+        """Return the score of each question on a view.
 
         Args:
-            view: One side.
-            name: What it is called in errors.
+            view: The view of one side.
+            name: The side's name in errors.
 
         Raises:
-            ComparisonError: There is not one finite number for each question.
+            ComparisonError: The score is not one finite number for each question.
         """
         given = self._answers(view)
         if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
@@ -96,28 +96,28 @@ class Questions:
         return scores
 
     def clusters(self) -> list[list[int]]:
-        """The positions of the questions, those of equal prompts together."""
+        """Return the positions of the questions, grouped by prompt."""
         found: dict[str, list[int]] = {}
         for at, prompt in enumerate(self._prompts()):
             found.setdefault(prompt, []).append(at)
         return list(found.values())
 
     def mean(self, numbers: Sequence[float]) -> float:
-        """Return the mean of one number for each question, in which questions with equal prompts count as one."""
+        """Return the mean of one number per question; questions with equal prompts count as one."""
         means = [math.fsum(numbers[at] for at in cluster) / len(cluster) for cluster in self.clusters()]
         return math.fsum(means) / len(means)
 
     def digests(self) -> list[str]:
-        """What tells each question from others, also in other runs and on other machines.
+        """Return a digest of each question that is the same in every run and on every machine.
 
         Raises:
-            ComparisonError: A question is or holds an object that another run does not know again.
+            ComparisonError: A question is or contains an object that another run cannot recognise.
         """
         texts = [_canonical(question, _lasting) for question in self.asked]
         return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
 
     def expect_tokens(self, tokens: Mapping[int, int]) -> None:
-        """Have texts refused that have other numbers of tokens than these, which are by position."""
+        """Refuse texts, from now on, whose number of tokens is not the one given here by position."""
         self.tokens.update(tokens)
 
     def _answers(self, view: Any) -> Any:
@@ -131,10 +131,10 @@ class Questions:
         return [self._per_token(each, at) for at, each in enumerate(rolled)]
 
     def _per_token(self, rolled: Any, at: int) -> float:
-        """Nats per token, where the other side has as many."""
+        """Return nats per token; refuse a text that the other side cuts into another number of tokens."""
         tokens = len(rolled.logprobs)
         if tokens == 0:
-            raise ComparisonError(f"questions[{at}] has no token to score. Take the text out.")
+            raise ComparisonError(f"questions[{at}] has no token to score. Remove the text.")
         if (others := self.tokens.setdefault(at, tokens)) != tokens:
             raise ComparisonError(
                 f"questions[{at}] has {others} tokens on one side and {tokens} on the other, whose tokenizers differ:"
@@ -159,8 +159,8 @@ class Questions:
         for at, question in enumerate(self.asked):
             if (earlier := first.setdefault(_canonical(question), at)) != at:
                 raise ComparisonError(
-                    f"questions[{at}] is questions[{earlier}] once more ({shown(question)}); a repeated question"
-                    " shows nothing new. Take it out."
+                    f"questions[{at}] repeats questions[{earlier}] ({shown(question)}); a repeated question adds no"
+                    " information. Remove it."
                 )
 
     def _prompts(self) -> list[str]:
@@ -177,7 +177,7 @@ def _is_pair(question: Any) -> bool:
 
 
 def _has_choices(question: Any) -> bool:
-    """Whether it is a prompt with several answers and what is to be said of them."""
+    """Return whether a question is a prompt with several choices and their label."""
     if isinstance(question, str | bytes) or not isinstance(question, Sequence) or len(question) != 3:
         return False
     choices = question[1]
@@ -196,34 +196,34 @@ def _kind(question: Any, at: int) -> str:
 
 
 def _name(score: Any) -> str:
-    """What a score is called: a function by its name, also one whose arguments are bound; any other by its class."""
+    """Return the name of a score: its function's, also within a ``partial``; else its class's."""
     function = getattr(score, "func", score)
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def beginning(question: Any) -> str:
-    """Return the beginning of a question, on one line; a pair of texts as one."""
+    """Return the beginning of a question on one line; a pair of texts is joined."""
     pair = isinstance(question, Sequence) and all(isinstance(part, str) for part in question)
     text = " ".join(("".join(question) if pair else repr(question)).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _canonical(question: Any, as_text: Callable[[Any], str] = repr) -> str:
-    """A text that is equal for equal questions; ``as_text`` makes one of what JSON cannot hold."""
+    """Return a text that is equal for equal questions; ``as_text`` writes what JSON cannot hold."""
     try:
         return json.dumps(question, sort_keys=True, default=as_text)
-    except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, or a circle
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are not text, or a circle
         if isinstance(error, ComparisonError):
             raise
         return as_text(question)
 
 
 def _lasting(part: Any) -> str:
-    """The ``repr`` of a part of a question, if it is the same in every run."""
+    """Return the ``repr`` of a part of a question, if it is the same in every run."""
     text = repr(part)
     if address := _ADDRESS.search(text):
         raise ComparisonError(
-            f"the question {shown(part)} is known only by{address[0]}, its place in memory, which another run does"
-            " not know again. Ask texts, numbers, lists or dicts, or give its class a __repr__."
+            f"the question {shown(part)} is identified only by{address[0]}, its address in memory, which differs in"
+            " every run. Ask texts, numbers, lists or dicts, or give its class a __repr__."
         )
     return text

@@ -1,7 +1,7 @@
-"""What a record is as a file: JSON with one question a line, for git and for people who read its differences.
+"""The file format of records: JSON with one question per line, so that diffs are easy to read.
 
-A file holds what one test has recorded: each of its comparisons, with a header. A checksum tells when lines were
-changed afterwards, as by a merge that takes some of one recording and some of another.
+A file holds the comparisons that one test recorded, each with a header. A checksum shows whether lines were changed
+later, for example by a merge that mixes two recordings.
 """
 
 from __future__ import annotations
@@ -80,22 +80,22 @@ def decode(content: bytes, where: str) -> dict[str, Record]:
     """Return the records of a file by their names.
 
     Args:
-        content: What is in the file.
-        where: What it is called in errors.
+        content: The file's bytes.
+        where: The file's name in errors.
 
     Raises:
-        RecordError: It is not what `encode` has made.
+        RecordError: `encode` did not write this.
     """
     if content.startswith(_CONFLICT[0]) or _CONFLICT[1] in content:
-        raise RecordError(f"{where} holds a merge conflict. Take one of the two sides as a whole. {ANEW}")
+        raise RecordError(f"{where} holds a merge conflict. Keep one of the two sides as a whole. {ANEW}")
     try:
         found = json.loads(content, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise RecordError(
-            f"{where} is cut off or was edited by hand: it is no valid JSON ({error}). Restore the file. {ANEW}"
+            f"{where} is cut off or was edited by hand: it is not valid JSON ({error}). Restore the file. {ANEW}"
         ) from None
     if not isinstance(found, dict) or "schema" not in found:
-        raise RecordError(f"{where} is no record of scores: it has no schema. Restore the file. {ANEW}")
+        raise RecordError(f"{where} is not a record of scores: it has no schema. Restore the file. {ANEW}")
     if found["schema"] != SCHEMA or isinstance(found["schema"], bool):
         raise RecordError(
             f"{where} has schema {shown(found['schema'])}, and this pytest-sway reads {SCHEMA}. Install the version"
@@ -108,14 +108,14 @@ def decode(content: bytes, where: str) -> dict[str, Record]:
         raise RecordError(f"{where} was edited by hand: {what}. Restore the file. {ANEW}") from None
     if found.get("checksum") != _checksum(found["comparisons"]):
         raise RecordError(
-            f"{where} was changed after it was recorded, by hand or by a merge: its checksum is another. Restore the"
-            f" file. {ANEW}"
+            f"{where} was changed after it was recorded, by hand or by a merge: its checksum does not match. Restore"
+            f" the file. {ANEW}"
         )
     return {record.name: record for record in records}
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _record(found: Mapping[str, Any]) -> Record:
@@ -123,7 +123,7 @@ def _record(found: Mapping[str, Any]) -> Record:
     first: dict[str, int] = {}
     for at, row in enumerate(rows):
         if (earlier := first.setdefault(row.digest, at)) != at:
-            raise ValueError(f"rows[{earlier}] and rows[{at}] are of one question, {row.digest!r} ({row.question!r})")
+            raise ValueError(f"rows[{earlier}] and rows[{at}] are the same question, {row.digest!r} ({row.question!r})")
         if (row.base is None) != (found["base"] is None):
             raise ValueError(f"rows[{at}] has {'no' if row.base is None else 'a'} score of the base, unlike its header")
     return Record(
@@ -158,11 +158,11 @@ def _identity(found: Any, what: str) -> Identity:
 
 def _finite(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:  # 1e999 reads as infinity
-        raise ValueError(f"{what} is {shown(value)} and no number")
+        raise ValueError(f"{what} is {shown(value)} and not a number")
     return float(value)
 
 
 def _checked(value: Any, wanted: type, what: str) -> Any:
     if not isinstance(value, wanted):
-        raise ValueError(f"{what} is {shown(value)} and no {wanted.__name__}")
+        raise ValueError(f"{what} is {shown(value)} and not a {wanted.__name__}")
     return value

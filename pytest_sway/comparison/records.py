@@ -1,7 +1,7 @@
-"""Recorded scores: what a candidate has scored once, to stand for a baseline that is gone.
+"""Recorded scores: the scores of an earlier candidate, which replace a baseline.
 
-A `Record` gives the scores of the questions of a test (`Record.rows_of`), if they are of the same score, unit and base.
-`pytest_sway.comparison.record_file` makes a text of it, and of the text a record.
+A `Record` returns the scores of a test's questions (`Record.rows_of`) if the score, unit and base are the same.
+`pytest_sway.comparison.record_file` converts it to text and back.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ ANEW: Final = "To record anew, run the test with --sway-record, review the diff 
 
 
 class Identity(NamedTuple):
-    """A model, as it is known on every machine.
+    """A model's identity, the same on every machine.
 
     Attributes:
-        name: For people, and for models that have no files here.
-        digest: Of its files, where there are some.
+        name: Its name, for people and for models without local files.
+        digest: The digest of its files; ``None`` if it has none here.
     """
 
     name: str
     digest: str | None = None
 
     def is_other_than(self, other: Identity) -> bool:
-        """Whether two are not one model: by their files, or by their names where one of them has none."""
+        """Return whether two models differ: by digest, or by name if one has no digest."""
         if self.digest is None or other.digest is None:
             return self.name != other.name
         return self.digest != other.digest
@@ -49,11 +49,11 @@ class RecordedRow(NamedTuple):
     """The scores of one question.
 
     Attributes:
-        digest: Of the question.
-        base: The base's score; ``None`` where the candidate had no base beside it.
+        digest: The question's digest.
+        base: The base's score; ``None`` if the candidate had no base.
         tuned: The candidate's score.
-        tokens: How many tokens the score is a mean over; ``None`` for a score that is none.
-        question: Its beginning, for people.
+        tokens: The number of tokens that the score is a mean over; ``None`` if it is no such mean.
+        question: The question's beginning, for people.
     """
 
     digest: str
@@ -65,16 +65,16 @@ class RecordedRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one comparison has recorded.
+    """The recorded scores of one comparison.
 
     Attributes:
-        name: By which the test finds it again.
-        unit: What one point of the scores is.
-        score: What made the scores.
-        base: The candidate's base, if that was scored too.
-        candidate: What was recorded; for people.
-        made_with: Device, dtype and versions; for people.
-        rows: One for each question.
+        name: The name by which the test finds it again.
+        unit: The unit of the scores.
+        score: The name of the score.
+        base: The candidate's base, if it was scored too.
+        candidate: The recorded model, for people.
+        made_with: Device, dtype and versions, for people.
+        rows: One row for each question.
     """
 
     name: str
@@ -89,15 +89,15 @@ class Record:
         """Return the row of each question, in their order.
 
         Args:
-            questions: What is asked now. They are told how many tokens each had.
-            where: What the file is called in errors.
+            questions: The questions of this run. They are told how many tokens each had.
+            where: The file's name in errors.
 
         Raises:
-            RecordError: They were scored otherwise, or one is new.
+            RecordError: The questions were scored differently, or one is new.
         """
         for what, then, now in (("score", self.score, questions.score), ("unit", self.unit, questions.unit)):
             if then != now:
-                raise RecordError(f"{where} has another {what}: {then!r}, and the test asks for {now!r}. {ANEW}")
+                raise RecordError(f"{where} has another {what}: {then!r}, but the test asks for {now!r}. {ANEW}")
         found = {row.digest: row for row in self.rows}
         digests = questions.digests()
         new = [at for at, digest in enumerate(digests) if digest not in found]
@@ -105,35 +105,35 @@ class Record:
             gone = len(found.keys() - set(digests))
             raise RecordError(
                 f"{where} has no score of questions[{new[0]}] ({beginning(questions.asked[new[0]])!r}): {len(new)} of"
-                f" {len(digests)} questions are new or changed, and {gone} of the {len(found)} recorded ones are asked"
-                f" no more. {ANEW}"
+                f" {len(digests)} questions are new or changed, and {gone} of the {len(found)} recorded ones are no"
+                f" longer asked. {ANEW}"
             )
         rows = [found[digest] for digest in digests]
         questions.expect_tokens({at: row.tokens for at, row in enumerate(rows) if row.tokens is not None})
         return rows
 
     def check_base(self, base: Identity | None, where: str) -> None:
-        """Raise unless the candidate stands on the base that was scored when this was recorded.
+        """Check that the candidate has the base that was scored for this record.
 
         Raises:
-            RecordError: It does not.
+            RecordError: It has another base, or none.
         """
         if self.base is None and base is None:
             return
         if self.base is None:
             raise RecordError(
-                f"{where} has no scores of a base, since what was recorded had none beside it, and the candidate now"
-                f" has the base {base}. {ANEW}"
+                f"{where} has no scores of a base, since the recorded candidate had none, but the candidate now has"
+                f" the base {base}. {ANEW}"
             )
         if base is None:
             raise RecordError(
-                f"{where} has scores of the base {self.base} to tell whether it has moved, and the candidate now has no"
-                " base beside it: it is a view, or a spec without an adapter. Pass a spec with an adapter or a"
-                f" fine-tuned model. {ANEW}"
+                f"{where} has scores of the base {self.base}, to measure its drift, but the candidate now has no base:"
+                " it is a view, or a spec without an adapter. Pass a spec with an adapter or a fine-tuned model."
+                f" {ANEW}"
             )
         if self.base.is_other_than(base):
             raise RecordError(
-                f"{where} was recorded on another base: {self.base}, and the candidate's is {base}. Candidates are"
+                f"{where} was recorded on another base: {self.base}, but the candidate's is {base}. Candidates are"
                 f" compared on one base. {ANEW}"
             )
 
@@ -151,13 +151,13 @@ def recorded(
     """Return the record of a candidate's scores.
 
     Args:
-        questions: What was asked.
+        questions: The questions.
         tuned: The candidate's scores.
-        control: The base's, if it has one.
-        name: As in `Record`, like those below.
-        base: What the base is.
-        candidate: What the candidate is.
-        made_with: What may move scores beside the models.
+        control: The base's scores, if the candidate has a base.
+        name: The name by which the test finds the record again.
+        base: The base's identity.
+        candidate: The candidate's identity.
+        made_with: Device, dtype and versions, which may move scores too.
     """
     kept, base_kept = rounded(tuned), None if control is None else rounded(control)
     rows = tuple(
@@ -170,43 +170,43 @@ def recorded(
 
 
 def check_scale(questions: Questions, tuned: Sequence[float]) -> None:
-    """Raise if a record would hold nothing of the scores of the user's own ``score``.
+    """Check that the scores of a user's own ``score`` are not all rounded to 0 in a record.
 
     Raises:
-        RecordError: It would.
+        RecordError: They are.
     """
     if questions.unit == POINTS and any(tuned) and not any(rounded(tuned)):
         raise RecordError(
             f"a record keeps {DECIMALS} decimals, and the scores of {questions.score} are all closer to 0 (the largest"
-            f" is {max(tuned, key=abs):.3g}). Have score= give larger numbers, such as 1000 times these."
+            f" is {max(tuned, key=abs):.3g}). Make score= return larger numbers, such as 1000 times these."
         )
 
 
 def rounded(scores: Sequence[float]) -> list[float]:
-    """Return scores as a record keeps them, so that what is unchanged differs by exactly 0."""
+    """Return scores as a record keeps them, so that unchanged scores differ by exactly 0."""
     return [float(f"{score:.{DECIMALS}f}") + 0.0 for score in scores]  # + 0.0: not -0.0
 
 
 def _text(question: Any) -> str:
-    """The beginning of a question, as any file may hold it: without secrets and half characters."""
+    """Return the beginning of a question, without secrets and lone surrogates."""
     return redacted(beginning(question)).encode("utf-8", "replace").decode("utf-8")
 
 
 def drift_between(questions: Questions, then: Sequence[RecordedRow], now: Sequence[RecordedRow]) -> float | None:
-    """Return how much more the base scores now, in the mean over the prompts; ``None`` where there is no base."""
+    """Return how much more the base scores now, as a mean over the prompts; ``None`` if there is no base."""
     pairs = [(old.base, new.base) for old, new in zip(then, now, strict=True)]
     moved = [after - before for before, after in pairs if before is not None and after is not None]
     return questions.mean(moved) if len(moved) == len(pairs) else None
 
 
 def drift_message(comparison: Comparison, bound: float, then: Record, now: Record, where: str) -> str:
-    """Return the sentences that say that the base has moved, and what may have moved it."""
+    """Return the message that the base has moved, and what may have moved it."""
     changes = "; ".join(_changes(then.made_with, now.made_with)) or "device, dtype and versions are the same"
     return (
         f"the base itself has moved: it scores {comparison.drift:+.4g} {comparison.unit} since {where} was recorded,"
-        f" and sway_drift allows {bound:.4g}. That is the doing of hardware or versions, not of the adapter"
-        f" ({changes})."
-        " Run as when it was recorded, raise sway_drift, or record anew what was good enough (--sway-record)."
+        f" and sway_drift allows {bound:.4g}. Hardware or versions cause this, not the adapter ({changes})."
+        " Run as when it was recorded, raise sway_drift, or record again a candidate that was good enough"
+        " (--sway-record)."
     )
 
 

@@ -1,6 +1,6 @@
-"""Intervals for a mean difference of paired scores, which hold their level at the sizes that tests have.
+"""Confidence intervals for the mean difference of paired scores, which keep their level at the sizes of test sets.
 
-All work on plain numbers, one for each independent question. scipy is imported in the calls.
+They take plain numbers, one for each independent question. Their methods import scipy.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 POWER: Final = 0.8
-"""How probable it is that a shift is seen that counts as detectable."""
+"""The power with which a shift must be detected to count as detectable."""
 
 _LITTLE_SKEW: Final = 1e-6
 
 _MOST: Final = 10**9
-"""More questions than anybody asks."""
+"""The largest sample size that is reported."""
 
 
 class Interval(NamedTuple):
@@ -38,22 +38,22 @@ class Interval(NamedTuple):
 
 
 class Evidence(Protocol):
-    """What the questions have shown, whatever the kind of their scores."""
+    """The paired differences of all questions, for scores of any kind."""
 
     def interval(self, confidence: float) -> Interval:
-        """The mean difference and its two-sided confidence interval."""
+        """Return the mean difference and its two-sided confidence interval."""
         ...
 
     def detectable(self, confidence: float) -> float:
-        """The smallest shift that as many such questions see with `POWER`; infinite where they see none."""
+        """Return the smallest shift that this many questions detect with `POWER`; infinity if they detect none."""
         ...
 
     def needed(self, margin: float, confidence: float) -> int:
-        """About how many such questions see a shift of ``margin`` with `POWER`."""
+        """Return about how many such questions detect a shift of ``margin`` with `POWER`."""
         ...
 
     def p_value(self) -> float:
-        """The two-sided p of a true mean difference of 0: under ``1 - confidence`` where the interval excludes 0."""
+        """Return the two-sided p-value of no difference: below ``1 - confidence`` if the interval excludes 0."""
         ...
 
 
@@ -62,34 +62,34 @@ class PairedMeans:
     """Differences of scores of any size; the interval is that of `mean_interval`.
 
     Attributes:
-        differences: One for each independent question, at least two.
+        differences: One difference for each independent question, at least two.
     """
 
     differences: Sequence[float]
 
     def interval(self, confidence: float) -> Interval:
-        """The mean difference and its interval; without width where all differences are equal."""
+        """Return the mean difference and its interval, which has no width if all differences are equal."""
         import numpy as np
 
         return Interval(*map(float, mean_interval(np.array(self.differences, dtype=np.float64), confidence)))
 
     def detectable(self, confidence: float) -> float:
-        """The smallest shift that as many such questions see with `POWER`."""
+        """Return the smallest shift that this many questions detect with `POWER`."""
         return self._shift(len(self.differences), self._spread(confidence), confidence)
 
     def needed(self, margin: float, confidence: float) -> int:
-        """About how many such questions see a shift of ``margin`` with `POWER`."""
+        """Return about how many such questions detect a shift of ``margin`` with `POWER`."""
         spread = self._spread(confidence)
         return _fewest(lambda n: self._shift(n, spread, confidence) <= margin)
 
     def p_value(self) -> float:
-        """The two-sided p of no difference; 1 where all differences are 0, and 0 where they are equal otherwise."""
+        """Return the two-sided p-value of no difference: 1 if all differences are 0, 0 if they are otherwise equal."""
         import numpy as np
 
         mean, error, skew = map(float, _moments(np.array(self.differences, dtype=np.float64)))
         if error == 0.0:
             return 1.0 if mean == 0.0 else 0.0
-        # The t whose interval just reaches 0: Student's, or where that is less, what `_skewed` makes the same of.
+        # The t whose interval just reaches 0: the smaller of Student's t and the inverse of `_skewed`.
         t = abs(mean) / error
         skew = math.copysign(skew, skew * mean)
         if abs(skew) >= _LITTLE_SKEW:
@@ -97,13 +97,13 @@ class PairedMeans:
         return min(1.0, 2 * float(_scipy().stdtr(len(self.differences) - 1, -t)))
 
     def _spread(self, confidence: float) -> float:
-        """The standard deviation with which Student's interval would be as wide as the wider half of this one."""
+        """Return the standard deviation that makes Student's interval as wide as the wider half of this one."""
         mean, low, high = self.interval(confidence)
         n = len(self.differences)
         return max(high - mean, mean - low) * math.sqrt(n) / _t_quantile(n - 1, confidence)
 
     def _shift(self, n: int, spread: float, confidence: float) -> float:
-        """From the noncentral t distribution."""
+        """Return the shift that ``n`` questions detect with `POWER`, by the noncentral t distribution."""
         t = _t_quantile(n - 1, confidence)
         return float(_scipy().nctdtrinc(n - 1, 1 - POWER, t)) * spread / math.sqrt(n)
 
@@ -113,10 +113,10 @@ def mean_interval(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the mean along the last axis and its bounds: Student's t interval, widened where the sample is skewed.
 
-    A bound is the farther of Student's and of one that allows for skewness: Johnson's and Hall's transformation of t,
-    as Willink gives it (Communications in Statistics: Theory and Methods 34, 2005), with the sample's skewness times
-    ``1 + 14 / max(n, 14)``, since small samples show too little of it. Student's interval alone has, for exponential
-    differences of 20 questions, 3.4% false alarms at a nominal 0.5%.
+    Each bound is the farther one of two. The first is Student's. The second allows for skewness: Johnson's and Hall's
+    transformation of t, as Willink gives it (Communications in Statistics: Theory and Methods 34, 2005). It takes the
+    sample's skewness times ``1 + 14 / max(n, 14)``, since small samples underestimate it. For exponential differences
+    of 20 questions, Student's interval alone has 3.4% false alarms at a nominal 0.5%.
 
     Args:
         differences: float64, at least two along the last axis.
@@ -130,7 +130,7 @@ def mean_interval(
 
 
 def _moments(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """The mean along the last axis, its standard error, and what `_skewed` takes of the skewness."""
+    """Return the mean along the last axis, its standard error, and the skewness in the form that `_skewed` takes."""
     import numpy as np
 
     n = differences.shape[-1]
@@ -144,10 +144,10 @@ def _moments(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDA
 
 
 def _skewed(t: float, skew: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The value that the t of a skewed sample has as rarely as that of a symmetric one has ``t``."""
+    """Return the t of a skewed sample that is as rare as ``t`` is for a symmetric one."""
     import numpy as np
 
-    little = np.abs(skew) < _LITTLE_SKEW  # where the quotient is all rounding, and its limit is t
+    little = np.abs(skew) < _LITTLE_SKEW  # here the quotient is only rounding; its limit is t
     some = np.where(little, 1.0, skew)
     return np.where(little, t, (np.cbrt(1 + 6 * some * (t - some)) - 1) / (2 * some))
 
@@ -156,14 +156,14 @@ def _skewed(t: float, skew: NDArray[np.float64]) -> NDArray[np.float64]:
 class PairedProportions:
     """Scores of 0 and 1: Tango's score interval (Statistics in Medicine 17, 1998) with a continuity correction.
 
-    It has a width also where no outcome differs. Without the correction, by 1 as McNemar's test has it, there are 3.9%
-    false alarms at a nominal 2.5% of 5 questions.
+    It has a width even if no outcome differs. The correction is 1, as in McNemar's test. Without it, 5 questions have
+    3.9% false alarms at a nominal 2.5%.
 
     Attributes:
-        gained: How many questions the candidate alone has right. It may be a fraction, where several questions of one
+        gained: How many questions only the candidate has right. It may be a fraction, since several questions of one
             prompt count as one.
-        lost: How many the baseline alone has right.
-        n: How many there are.
+        lost: How many questions only the baseline has right.
+        n: How many questions there are.
     """
 
     gained: float
@@ -171,28 +171,28 @@ class PairedProportions:
     n: int
 
     def interval(self, confidence: float) -> Interval:
-        """The difference of the proportions and its interval, within -1 and 1."""
+        """Return the difference of the proportions and its interval, within -1 and 1."""
         high = -PairedProportions(self.lost, self.gained, self.n)._low(confidence)
         return Interval((self.gained - self.lost) / self.n, self._low(confidence), high)
 
     def detectable(self, confidence: float) -> float:
-        """The smallest shift that as many such questions see with `POWER`; infinite where even 1 is not seen."""
+        """Return the smallest shift that this many questions detect with `POWER`; infinity if not even a shift of 1."""
         if self._questions(1.0, confidence) > self.n:
             return math.inf
         return _root(lambda shift: self._questions(shift, confidence) - self.n, 1e-9, 1.0)
 
     def needed(self, margin: float, confidence: float) -> int:
-        """About how many such questions see a shift of ``margin`` with `POWER`."""
+        """Return about how many such questions detect a shift of ``margin`` with `POWER`."""
         return min(_MOST, max(2, math.ceil(self._questions(min(margin, 1.0), confidence))))
 
     def p_value(self) -> float:
-        """The two-sided p of no difference: McNemar's, with the same correction; 1 where as much is gained as lost."""
+        """Return McNemar's two-sided p-value, with the same correction; 1 if as many are gained as lost."""
         changed = self.gained + self.lost
         excess = abs(self.gained - self.lost) - 1
         return math.erfc(excess / math.sqrt(2 * changed)) if excess > 0 else 1.0
 
     def _questions(self, shift: float, confidence: float) -> float:
-        """Connor's formula (Biometrics 43, 1987) with the correction, where as many outcomes change as here."""
+        """Return the sample size by Connor's formula (Biometrics 43, 1987), corrected, at this share of changes."""
         changing = max((self.gained + self.lost) / self.n, shift)
         z, power = (NormalDist().inv_cdf(p) for p in (0.5 + confidence / 2, POWER))
         errors = z * math.sqrt(changing) + power * math.sqrt(changing - shift**2)
@@ -207,7 +207,7 @@ class PairedProportions:
         return -1.0 if excess(-1.0) <= 0 else _root(excess, -1.0, (self.gained - self.lost) / self.n)
 
     def _error(self, delta: float) -> float:
-        """The standard error of ``gained - lost`` if the true difference is ``delta``."""
+        """Return the standard error of ``gained - lost`` if the true difference is ``delta``."""
         b = -self.gained - self.lost + (2 * self.n - self.gained + self.lost) * delta
         c = -self.lost * delta * (1 - delta)
         lost = (math.sqrt(max(b * b - 8 * self.n * c, 0.0)) - b) / (4 * self.n)  # the most likely share of lost ones
@@ -215,7 +215,7 @@ class PairedProportions:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979), as ordered."""
+    """Return Holm-adjusted p-values in the given order (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     adjusted = [0.0] * len(p_values)
     least = 0.0
     for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -225,7 +225,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _fewest(enough: Callable[[int], bool]) -> int:
-    """The smallest number from 2 up that is enough, where all larger ones are."""
+    """Return the smallest number from 2 up that is enough, given that all larger ones are too."""
     high = 2
     while not enough(high):
         high *= 2
@@ -239,7 +239,7 @@ def _fewest(enough: Callable[[int], bool]) -> int:
 
 
 def _t_quantile(freedom: int, confidence: float) -> float:
-    """Half the width of a two-sided interval, in standard errors."""
+    """Return half the width of a two-sided interval, in standard errors."""
     return float(_scipy().stdtrit(freedom, 0.5 + confidence / 2))
 
 
@@ -251,7 +251,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _scipy() -> Any:
-    """``scipy.special``, imported as heavy libraries are: once, and apart from what a test is charged for."""
+    """Return ``scipy.special``; its import, like that of every heavy library, is not charged to a test."""
     try:
         import_apart("scipy", "scipy.special", "scipy.optimize")
         from scipy import special

@@ -1,6 +1,6 @@
-"""How probable each token of the worst and best questions is, for a page that shows where a candidate changed.
+"""The log-probability of each token of the worst and best questions, for the page of ``--sway-html``.
 
-It asks views by their public doors alone. Reports are made of it, so nothing here fails a test: what cannot be known is
+This uses only the public methods of views. It serves reports, so nothing here fails a test: unknown values are
 ``None``.
 """
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 EXTREMES: Final = 5
-"""How many of the worst, and of the best, questions are asked again."""
+"""How many of the worst questions, and of the best, are asked again."""
 
 
 class TokenScores(NamedTuple):
     """The tokens of a text, or of a pair's answer.
 
     Attributes:
-        ids: Their ids.
-        texts: What each adds to the text; empty where a character takes more tokens, but for the last of them.
-        logprobs: In nats; ``None`` where it is no number.
+        ids: The ids of the tokens.
+        texts: The text that each token adds. Of several tokens for one character, only the last has a text.
+        logprobs: Log-probabilities in nats; ``None`` for a value that is not finite.
     """
 
     ids: tuple[int, ...]
@@ -38,13 +38,13 @@ class TokenScores(NamedTuple):
 
 
 def extreme_rows(rows: Sequence[Row]) -> list[int]:
-    """Where the worst and best rows are."""
+    """Return the positions of the worst and best rows."""
     ordered = sorted(range(len(rows)), key=lambda at: rows[at].difference)
     return [*ordered[:EXTREMES], *ordered[EXTREMES:][-EXTREMES:]]
 
 
 def token_scores(view: Any, questions: Sequence[Any]) -> list[TokenScores | None]:
-    """Return the tokens of each question on a view; ``None`` where it does not tell them.
+    """Return the tokens of each question on a view; ``None`` for those that it cannot give.
 
     Args:
         view: A view of any kind. The tokens' texts come from its ``tokenizer``, which kinds ``hf`` and ``mlx`` have.
@@ -72,8 +72,8 @@ def merged(
 ) -> list[dict[str, Any] | None]:
     """Return, for each question, its tokens' texts and log-probabilities as the run record has them.
 
-    A side that cuts the text into other tokens is ``None``. So is a question whose text holds a secret, since a secret
-    that is cut into tokens is not found any more.
+    A side that cuts the text into other tokens is ``None``. A question whose text contains a secret is ``None`` too:
+    redaction would not find a secret that is cut into tokens.
     """
     return [_merged(*each) for each in zip(candidate, baseline, base, strict=True)]
 
@@ -93,12 +93,12 @@ def _merged(candidate: TokenScores | None, *others: TokenScores | None) -> dict[
 
 
 class _Asked(NamedTuple):
-    """What a view is asked for a question.
+    """The text that a view is asked to score for a question.
 
     Attributes:
-        text: All of it.
-        prefix: Whether a token is put before it.
-        scored: The ids of the answer's tokens; ``None`` for all.
+        text: The whole text.
+        prefix: Whether to put a token before it.
+        scored: The ids of the answer's tokens; ``None`` for all tokens.
     """
 
     text: str
@@ -116,7 +116,7 @@ def _asked(view: Any, question: Any) -> _Asked | None:
     window = encode_pair(view.tokenizer, given, answer, rendered=not isinstance(prompt, str))
     text, first = given + answer, view.tokenizer.bos_token
     if first and text.startswith(first) and tuple(encode(view.tokenizer, text)[:2]) == window.context[:1] * 2:
-        text = text.removeprefix(first)  # which the tokenizer puts there itself
+        text = text.removeprefix(first)  # the tokenizer adds it itself
     return _Asked(text, prefix=not given.strip(), scored=window.scored)
 
 
@@ -134,7 +134,7 @@ def _told(tokenizer: Any, asked: _Asked | None, rolled: Any) -> TokenScores | No
 
 
 def _pieces(tokenizer: Any, context: Sequence[int], scored: Sequence[int]) -> list[str]:
-    """What each token adds to the text before it, decoded behind a few others, as a stream of text is."""
+    """Return the text that each token adds, decoded after a few tokens before it, as for streamed text."""
     ids, pieces = [*context[-4:], *scored], list[str]()
     done = start = len(ids) - len(scored)
     for end in range(start + 1, len(ids) + 1):

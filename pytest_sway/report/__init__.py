@@ -1,1 +1,1 @@
-"""The lines that a run prints: its summary, its comparisons and the progress of loads."""
+"""What a run reports: its summary, its comparisons, the progress of loads, and the files that it writes."""

@@ -1,4 +1,4 @@
-"""The comparisons of a run, as they arrive in the reports of its tests: of this process, or of xdist's workers."""
+"""`Collected`: the comparisons of a run, from the test reports of this process or of xdist's workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Try:
-    """What one try of a test has compared, as JSON."""
+    """The comparisons of one try of a test, as JSON."""
 
     outcome: str
     numbers: list[str] = field(default_factory=list)
@@ -22,10 +22,10 @@ class _Try:
 
 
 class Collected:
-    """A plugin that keeps what each test has compared in its last try.
+    """A plugin that keeps the comparisons of each test's last try.
 
     Args:
-        each: Whether each worker runs all tests, so that a test is one of each worker's.
+        each: Whether each worker runs all tests. Then each worker's run of a test counts.
     """
 
     def __init__(self, *, each: bool = False) -> None:
@@ -33,7 +33,7 @@ class Collected:
         self._tries: Final[dict[tuple[str, str], _Try]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take over what a report carries. The first report of a try makes the one before it forgotten."""
+        """Collect a report's comparisons. The first report of a try discards the try before it."""
         key = (report.nodeid, getattr(report, "worker_id", "") if self._each else "")
         if report.when == "setup":
             self._tries.pop(key, None)
@@ -49,7 +49,7 @@ class Collected:
             found.outcome = report.outcome
 
     def comparisons(self) -> list[dict[str, Any]]:
-        """All of them, as the run's record has them, ordered by test, so that it does not matter who was faster."""
+        """Return all comparisons in the form of the run record, ordered by test, whichever worker was faster."""
         from pytest_sway.comparison.statistics import holm
 
         found = [each for key in sorted(self._tries) for each in _comparisons(key, self._tries[key])]

@@ -1,4 +1,4 @@
-"""What the reports of tests carry of comparisons, to JUnit and from xdist's workers; and the run's table of them."""
+"""The comparisons in test reports, which JUnit and xdist's controller get, and the table at the end of the run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from pytest_sway.comparison.comparison import Claim, Comparison
 
 PROPERTY: Final = "sway_compare"
-"""The name of a comparison among a test's ``user_properties``, whose value is JSON of its numbers."""
+"""The name of an entry of a test's ``user_properties`` that holds the numbers of a comparison as JSON."""
 
 ROWS: Final = "sway_rows"
-"""The attribute of a test's report with the rows of comparisons that no report before it has carried, as JSON."""
+"""The attribute of a test's report that holds, as JSON, the rows of comparisons that no earlier report carried."""
 
 _FIELDS: Final = (
     "name",
@@ -38,7 +38,7 @@ _NUMBERS: Final = ("prompts", "mean", "low", "high", "p")
 
 
 class Asserted(Protocol):
-    """A comparison, and what its test has asserted of it, as far as that is known."""
+    """A comparison, and the claim that its test asserted, if known."""
 
     comparison: Comparison
     claim: Claim | None
@@ -46,13 +46,13 @@ class Asserted(Protocol):
 
 
 def set_properties(properties: list[tuple[str, object]], compared: Iterable[Asserted]) -> None:
-    """Put comparisons among a test's ``user_properties``, in the place of those that are there."""
+    """Replace the comparisons among a test's ``user_properties``."""
     properties[:] = [each for each in properties if each[0] != PROPERTY]
     properties += [(PROPERTY, json.dumps(redacted_values(_numbers(each)))) for each in compared]
 
 
 def rows_of(compared: Iterable[Asserted]) -> str:
-    """The rows of comparisons as JSON, for their test's report: a list of rows for each."""
+    """Return the rows of comparisons as JSON for their test's report: one list of rows for each comparison."""
     rows = [[_row_of(row, each.tokens.get(at)) for at, row in enumerate(each.comparison.rows)] for each in compared]
     return json.dumps(redacted_values(rows, deepest=20))
 
@@ -68,7 +68,7 @@ def _numbers(each: Asserted) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """``value``, or ``None`` for a number that JSON has no word for."""
+    """Return ``value``, or ``None`` for infinity and NaN, which JSON cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -78,7 +78,7 @@ def _row_of(row: Any, tokens: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _question(question: Any) -> str | list[str]:
-    """A text as it is; a prompt and an answer as two texts; anything else as Python writes it."""
+    """Return a text as it is, a prompt and its answer as two texts, and anything else as its ``repr``."""
     if isinstance(question, str):
         return question
     if isinstance(question, Sequence) and len(question) == 2 and isinstance(question[1], str):
@@ -90,11 +90,11 @@ def _question(question: Any) -> str | list[str]:
 
 
 def write_comparisons(terminal: pytest.TerminalReporter, comparisons: Sequence[Mapping[str, Any]]) -> None:
-    """Write the table, if a test has compared anything.
+    """Write the table, if there are comparisons.
 
     Args:
-        terminal: Where it is written.
-        comparisons: Those of the run's record.
+        terminal: The reporter to write to.
+        comparisons: The comparisons of the run record.
     """
     if comparisons:
         terminal.section("sway comparisons")
@@ -103,10 +103,10 @@ def write_comparisons(terminal: pytest.TerminalReporter, comparisons: Sequence[M
 
 
 def table_lines(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The lines of the table, those of failed tests first.
+    """Yield the lines of the table, failed tests first.
 
     Args:
-        comparisons: Those of the run's record.
+        comparisons: The comparisons of the run record.
     """
     rows = [_table_row(each) for each in failures_first(comparisons)]
     aligned = [
@@ -122,27 +122,27 @@ def table_lines(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def failures_first(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The comparisons of failed tests, then the others, each in their order."""
+    """Return the comparisons of failed tests, then the others, each in their order."""
     return sorted(comparisons, key=lambda each: each["outcome"] != "failed")
 
 
 def legend(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What the columns of a table are."""
+    """Yield the lines that explain the columns of a table."""
     confidences = sorted({float(each["confidence"]) for each in comparisons})
     confidence = " or ".join(f"{100 * each:.4g}%" for each in confidences)
-    number = "this comparison" if len(comparisons) == 1 else f"these {len(comparisons)} comparisons, after Holm"
-    yield f"low to high: {confidence} interval of the mean; p: of no difference, over {number}; it decides nothing"
+    adjusted = "" if len(comparisons) == 1 else f" (Holm, {len(comparisons)} comparisons)"
+    yield f"low to high: {confidence} confidence interval of the mean; p: p-value of no difference{adjusted}"
     if any(each["claim"] is None for each in comparisons):
-        yield "shown: of the margin that a failing test has asserted, and of 0 where no margin is known"
+        yield "shown: the verdict on the asserted margin, or on 0 if the margin is not known"
 
 
 def shown(each: Mapping[str, Any]) -> str:
-    """What a comparison shows of the margin that its test has asserted, or of 0 where that is not known."""
+    """Return the verdict on the margin that the test asserted, or on 0 if the margin is not known."""
     return each["against_0"] if each["claim"] is None else f"{each['claim']}: {each['verdict']}"
 
 
 def cells(each: Mapping[str, Any]) -> tuple[str, ...]:
-    """The numbers of a comparison, as tables show them: prompts, mean, low, high and p."""
+    """Return a comparison's cells of a table: prompts, mean, low, high and p."""
     numbers = (f"{each[name]:+.4g}" for name in ("mean", "low", "high"))
     return (str(each["n"]), *numbers, f"{each['p_holm']:.2g}")
 

@@ -1,4 +1,4 @@
-"""Writing the files of a run: whole, or appended to what is there."""
+"""Functions that write or append the files of a run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record as JSON, in the place of a file that is there.
+    """Write a record as JSON and replace an existing file.
 
     Raises:
-        OSError: It cannot be written; a file that was there is as it was.
+        OSError: The file cannot be written. An existing file is unchanged.
     """
     write_text(json.dumps(record, allow_nan=False, indent=1) + "\n", path)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text file in the place of one that is there.
+    """Write a text file and replace an existing one.
 
     Raises:
-        OSError: It cannot be written; a file that was there is as it was.
+        OSError: The file cannot be written. An existing file is unchanged.
     """
     target = Path(os.path.realpath(path))
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -38,10 +38,10 @@ def write_text(text: str, path: Path) -> None:
 
 
 def append_text(text: str, path: Path) -> None:
-    """Append to a text file, in one write, behind the end of a line.
+    """Append to a text file in one write.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     with path.open("ab") as file:
         file.write(text.encode("utf-8", "backslashreplace"))

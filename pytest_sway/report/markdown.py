@@ -1,4 +1,4 @@
-"""The record of a run as Markdown, for a page such as GitHub's summary of a job."""
+"""The run record as Markdown, for a page such as GitHub's job summary."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "p", 
 _WORST: Final = 10
 _LONGEST: Final = 300
 _MOST: Final = 900_000
-"""Bytes. GitHub shows no summary of a step that is larger than 1 MiB."""
+"""Bytes. GitHub does not show a step's summary above 1 MiB."""
 _SPECIAL: Final = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*_{}[]()#!|~$:"})
-"""What Markdown gives a meaning within a line, GitHub's with its links and formulas. As a number, each is itself."""
+"""Characters with a meaning in GitHub's Markdown, including links and formulas, as numeric character references."""
 
 
 def markdown(record: Mapping[str, Any]) -> str:
     """Return the table of a run's comparisons, and the worst texts of each failed one.
 
     Args:
-        record: The run's record.
+        record: The run record.
     """
     lines = ["## sway comparisons", ""]
     comparisons = failures_first(record["comparisons"])
     if not comparisons:
-        return "\n".join([*lines, "No test of this run has compared anything.", ""])
+        return "\n".join([*lines, "No test of this run called `sway_compare`.", ""])
     lines += _table(_COLUMNS, [_row(each) for each in comparisons])
     lines += ["", *(f"{escaped(line)}  " for line in legend(comparisons)), ""]
     size = sum(map(len, lines))
@@ -36,14 +36,14 @@ def markdown(record: Mapping[str, Any]) -> str:
         details = list(_details(each))
         size += sum(len(line.encode("utf-8", "replace")) + 1 for line in details)
         if size > _MOST:
-            lines.append("The worst texts of the other failures have no room here.")
+            lines.append("The worst texts of the other failures are left out, because the summary is too long.")
             break
         lines += details
     return "\n".join(lines) + "\n"
 
 
 def escaped(text: str) -> str:
-    """``text`` on one line, without a meaning in Markdown or in HTML."""
+    """Return ``text`` on one line, escaped for Markdown and HTML."""
     return html.escape(" ".join(text.split()), quote=False).translate(_SPECIAL)
 
 

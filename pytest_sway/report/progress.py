@@ -1,4 +1,4 @@
-"""The loads in progress: slow ones are shown on the terminal, and all are noted on disk in case the worker dies."""
+"""`LoadProgress`: shows slow loads on the terminal, and notes all loads on disk in case the worker dies."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class LoadProgress:
 
 
 def noted_loads(note: Path) -> tuple[str, ...]:
-    """Return the loads that a process was doing when it last wrote its note, such as when it died."""
+    """Return the loads that were in progress when a process last wrote its note."""
     try:
         return tuple(note.read_text("utf-8").splitlines())
     except OSError:

@@ -1,6 +1,6 @@
-"""The record of a run, as plain values: what every file of ``--sway-json`` and its like is made from.
+"""The run record: a run as plain values, from which all report files are made.
 
-Its schema is `docs/pages/reference/run-record.schema.json`. A change of what is there already is another `SCHEMA`.
+Its schema is `docs/pages/reference/run-record.schema.json`. Change `SCHEMA` if you change an existing key.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Run(NamedTuple):
     """The run itself.
 
     Attributes:
-        started: When, in seconds of `time.time`.
-        seconds: How long it took.
-        exit_status: As pytest ends with.
-        arguments: As pytest was called.
+        started: The start, in seconds of `time.time`.
+        seconds: The duration.
+        exit_status: pytest's exit status.
+        arguments: pytest's command-line arguments.
     """
 
     started: float
@@ -49,11 +49,11 @@ def run_record(
 
     Args:
         run: The run itself.
-        comparisons: As `pytest_sway.report.collected` gives them.
-        workers: What each process has done that ran tests.
-        distributed: Whether these are pytest-xdist's workers.
+        comparisons: The comparisons from `pytest_sway.report.collected`.
+        workers: The report of each process that ran tests.
+        distributed: Whether these processes are pytest-xdist's workers.
         named: The configured specs.
-        versions: Of the libraries that were imported in this process.
+        versions: The versions of the libraries that this process imported.
     """
     total = SwayStats()
     for worker in workers:
@@ -103,7 +103,7 @@ def _event(event: Event, started: float) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON has it: what is configured may be dates, and numbers that are none."""
+    """Return ``value`` in JSON's types: the configuration may hold dates, infinity and NaN."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Specs by name: those of the configuration, as ``--sway-set`` changes them for one run."""
+"""Named specs: those of the configuration, with the changes of ``--sway-set`` for one run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEFAULTS = {field.name: field.default for field in fields(ModelSpec) if field.i
 
 
 class Change(NamedTuple):
-    """One ``--sway-set NAME.FIELD=VALUE``; an empty value takes the field away."""
+    """One ``--sway-set NAME.FIELD=VALUE``; an empty value removes the field."""
 
     name: str
     field: str
@@ -30,12 +30,12 @@ class Change(NamedTuple):
 
 
 def named_specs(config: pytest.Config) -> dict[str, dict[str, Any]]:
-    """The specs under ``[tool.pytest-sway.specs]`` of the root's pyproject.toml, with the changes of this run.
+    """Return the specs under ``[tool.pytest-sway.specs]`` of the root's pyproject.toml, with this run's changes.
 
-    Relative folders start at the root, also those of a change: workers may run in other folders.
+    Relative folders start at the root, even those of a change, since workers may run in other folders.
 
     Raises:
-        SpecError: The table is not one of tables.
+        SpecError: A value in the table is not a table.
     """
     specs = _configured(config.rootpath)
     for change in changes(config):
@@ -47,7 +47,7 @@ def named_specs(config: pytest.Config) -> dict[str, dict[str, Any]]:
 
 
 def changes(config: pytest.Config) -> list[Change]:
-    """What ``--sway-set`` asks for, in its order.
+    """Return the changes of ``--sway-set``, in the order of the command line.
 
     Raises:
         pytest.UsageError: One is not of the form ``NAME.FIELD=VALUE``.
@@ -56,10 +56,10 @@ def changes(config: pytest.Config) -> list[Change]:
 
 
 def check_changes(config: pytest.Config) -> str:
-    """Return one line for pytest's header that shows what ``--sway-set`` has changed.
+    """Return one line for pytest's header that shows the changes of ``--sway-set``.
 
     Raises:
-        pytest.UsageError: A change is malformed, names a field that does not exist, or makes no valid spec.
+        pytest.UsageError: A change is malformed, names an unknown field, or makes a spec invalid.
     """
     made = changes(config)
     try:
@@ -71,11 +71,11 @@ def check_changes(config: pytest.Config) -> str:
 
 
 def _value(change: Change, configured: Mapping[str, Any], specs: Mapping[str, Any]) -> object:
-    """What a changed field holds, in the form in which specs keep it: without secrets."""
+    """Return the value of a changed field as the spec holds it, without secrets."""
     known = ", ".join(sorted(configured)) or "none are configured"
     if change.field in _DEFAULTS and change.name not in configured and "base" not in specs[change.name]:
         raise pytest.UsageError(
-            f"--sway-set {change}: no spec is named {change.name!r} (named specs: {known}). To make a new one, set its"
+            f"--sway-set {change}: no spec is named {change.name!r} (named specs: {known}). To add a spec, set its"
             f" base, too: --sway-set {change.name}.base=..."
         )
     try:
@@ -96,7 +96,7 @@ def _change(text: str) -> Change:
 
 
 def _typed(change: Change) -> str | bool | float:
-    """A field's value; one that cannot be its type stays a text, and the spec's own checks refuse it."""
+    """Return a change's value in its field's type; a value of another type stays a text, which the spec refuses."""
     default = _DEFAULTS.get(change.field)
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(change.value.lower(), change.value)

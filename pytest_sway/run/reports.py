@@ -1,4 +1,4 @@
-"""The files that a run writes at its end: ``--sway-json`` and its like, made from the run's record by one process."""
+"""`Reports`: writes the files of ``--sway-json``, ``--sway-markdown`` and ``--sway-html`` at the end of a run."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _WRITERS: Final[dict[str, Callable[[dict[str, Any], Path], None]]] = {
 
 
 class Reports:
-    """A plugin that writes the files, in the process that hears of all tests.
+    """A plugin that writes the files, in the process that receives all test reports.
 
     Args:
-        config: Of the run.
-        collected: What was compared.
-        workers: Gives what the processes have done that ran tests.
+        config: The run's configuration.
+        collected: The run's comparisons.
+        workers: Returns the report of each process that ran tests.
 
     Raises:
         pytest.UsageError: A file cannot be written.
@@ -58,12 +58,12 @@ class Reports:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> None:
-        """Note that tests are run: ``--fixtures`` and its like have sessions, too."""
+        """Note that tests run: ``--fixtures`` and similar options start a session without tests."""
         self._ran = True
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write them, when all else has ended; one that cannot be written fails the run."""
+        """Write the files after everything else has ended. A file that cannot be written fails the run."""
         if not self._ran:
             return
         record = self._record(session)
@@ -79,7 +79,7 @@ class Reports:
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Say what was written."""
+        """Print which files were written."""
         for line, failed in self._lines:
             terminalreporter.write_line(line, red=failed)
 
@@ -100,15 +100,15 @@ class Reports:
 def _named(config: pytest.Config) -> Mapping[str, Any]:
     try:
         return named_specs(config)
-    except SpecError:  # which each test has heard of that asked for a name
+    except SpecError:  # each test that asked for a name has already failed with it
         return {}
 
 
 def report_paths(config: pytest.Config) -> dict[str, Path]:
-    """Return the files to write, by the destination of their option; relative ones are of the folder of the call.
+    """Return the files to write by option; relative paths start at the folder in which pytest was called.
 
     Raises:
-        pytest.UsageError: One is named twice, or cannot be written, or a library is missing.
+        pytest.UsageError: Two options name one file, a file cannot be written, or a library is missing.
     """
     paths: dict[str, Path] = {}
     for name in REPORTS:
@@ -118,7 +118,7 @@ def report_paths(config: pytest.Config) -> dict[str, Path]:
         path = Path(os.path.realpath(config.invocation_params.dir / Path(str(text)).expanduser()))
         wrong = _why_not(path, str(text), appended=name == "sway_markdown")
         if path in paths.values():
-            wrong = "another report is written there"
+            wrong = "another report is written to this file"
         if wrong is not None:
             raise pytest.UsageError(f"{option_of(name)}: {wrong}; found {str(text)!r}.")
         if name == "sway_html" and find_spec("jinja2") is None:
@@ -131,16 +131,16 @@ def report_paths(config: pytest.Config) -> dict[str, Path]:
 
 
 def _why_not(path: Path, text: str, *, appended: bool) -> str | None:
-    """Why a report cannot be written there; ``None`` if it can."""
+    """Return why a report cannot be written to a path; ``None`` if it can."""
     if not text.strip():
-        return "must be the path of a file, and none is named"
+        return "must be the path of a file, not empty"
     if path.is_dir():
-        return "must be the path of a file, and a folder is there"
+        return "must be the path of a file, not of a folder"
     if not path.parent.is_dir():
-        return f"the folder {str(path.parent)!r} does not exist; make it first"
+        return f"the folder {str(path.parent)!r} does not exist; create it first"
     if path.exists() and not appended and not path.is_file():
-        return "must be the path of a file that can be replaced, and something else is there"
-    # A file that is replaced needs a folder that can be written; one that is appended to must be writable itself.
+        return "must be the path of a regular file, which can be replaced"
+    # Replacing a file needs a writable folder; appending needs a writable file.
     checked = path if appended and path.exists() else path.parent
     if not os.access(checked, os.W_OK):
         return f"{str(checked)!r} cannot be written"

@@ -1,4 +1,4 @@
-"""The checkpoints that a training run has saved."""
+"""`checkpoints`: the checkpoints that a training run saved."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
         Absolute paths, in the order of their steps.
 
     Raises:
-        SpecError: There is no such folder, or no checkpoint in it: pytest would skip a test that has no parameters.
+        SpecError: The folder does not exist or has no checkpoint. pytest would skip a test without parameters.
     """
     folder = resolved_path(run)
     if not folder.is_dir():
-        raise SpecError(f"the run {os.fspath(run)!r} is no folder: {folder} does not exist or is a file.")
+        raise SpecError(f"the run {os.fspath(run)!r} is not a folder: {folder} does not exist or is a file.")
     steps = {path: int(found[1]) for path in folder.iterdir() if (found := _CHECKPOINT.fullmatch(path.name))}
     found_folders = [path for path in sorted(steps, key=steps.__getitem__) if path.is_dir()]
     if not found_folders:

@@ -1,4 +1,4 @@
-"""What a run computed with: the versions of libraries that are imported anyway, and the names of devices."""
+"""The versions of imported libraries, and the names of the hardware behind devices."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _LIBRARIES: Final = {
     "pytest": "pytest",
     "pytest_sway": "pytest-sway",
 }
-"""By the name of the package that is imported, the name of the one that is installed."""
+"""The distribution's name by the name of the imported module."""
 
 
 def imported_versions() -> dict[str, str]:
-    """Return the versions of Python and of those libraries that are imported in this process and decide its numbers."""
+    """Return the versions of Python and of the libraries that affect results and that this process has imported."""
     found = {"python": platform.python_version()}
     for module, package in _LIBRARIES.items():
         if module in sys.modules:
-            with suppress(PackageNotFoundError):  # of a source folder that is not installed
+            with suppress(PackageNotFoundError):  # a source folder that is not installed
                 found[package] = version(package)
     return found
 
 
 def device_names(devices: Iterable[str]) -> dict[str, str]:
-    """Return the names of the hardware behind torch's names of devices; empty where they are not known."""
+    """Return the name of the hardware behind each of torch's devices; empty if it is unknown."""
     return {device: _name(device) for device in sorted(devices)}
 
 
@@ -47,6 +47,6 @@ def _name(device: str) -> str:
         return platform.processor() or platform.machine()
     torch = sys.modules.get("torch")
     if torch is not None and device.startswith("cuda"):
-        with suppress(Exception):  # what a driver raises fails no run
+        with suppress(Exception):  # a driver's error must not fail the run
             return str(torch.cuda.get_device_name(device))
     return ""

@@ -1,4 +1,4 @@
-"""What `sway_compare` costs besides the scores of both sides, on SmolLM2 with two adapters of the quickstart's kind."""
+"""The cost of `sway_compare` beyond scoring both sides, on SmolLM2 with two adapters like the quickstart's."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def figures() -> Iterator[Figure]:
             adapter = make_adapter(Path(name) / f"adapter{n}", base, seed=n, r=RANK, scale=0.02)
             backend = stack.enter_context(cache.lease({"base": base, "adapter": adapter}))
             views.append(stack.enter_context(backend.as_finetuned()))
-        # The number makes them all different; it takes two to four tokens.
+        # The number makes each text different; it takes two to four tokens.
         asked = [f"{n}. {text}" for n, text in enumerate(texts(views[0].tokenizer, lengths(TEXTS, 18, 56)))]
-        nothing = cast(Any, None)  # both sides are views, so nothing is opened or read
+        nothing = cast(Any, None)  # unused: both sides are views
         sway_compare = comparing(nothing, nothing, records=nothing, confidence=0.99, drift=0.05, made=lambda _: None)
-        sway_compare(asked[:2], *views)  # what is made and imported once
+        sway_compare(asked[:2], *views)  # warm up: imports and caches
 
         def scores() -> None:
             for view in views:
                 view.rolling_logprobs(asked)
 
-        # The processor's seconds: the promise is closer than the wall's on a machine that does other things besides.
+        # Processor time: other work on the machine disturbs wall time by more than the promised bound.
         seconds = medians(ROUNDS, time.process_time, compared=lambda: sway_compare(asked, *views), scores=scores)
         known = [_Known(view.rolling_logprobs(asked)) for view in views]
         added = medians(ROUNDS, compared=lambda: sway_compare(asked, *cast(Any, known)))["compared"]
@@ -55,7 +55,7 @@ def figures() -> Iterator[Figure]:
 
 
 class _Known:
-    """A view that has its answers at hand."""
+    """A view with known answers."""
 
     def __init__(self, answers: Any) -> None:
         self._answers = answers

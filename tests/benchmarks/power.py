@@ -1,6 +1,6 @@
-"""How often a candidate that is worse is shown to be, beside other tests: ``python -m tests.benchmarks.power``.
+"""The power of ``sway_compare`` to detect a worse candidate, beside other tests: ``python -m tests.benchmarks.power``.
 
-It prints the table of docs/pages/how-to/regression.md. All tests see the same scores, at the same nominal level.
+It prints the table of docs/pages/how-to/regression.md. All tests get the same scores and the same nominal level.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ RUNS: Final = 2_000
 PROMPTS: Final = (5, 10, 20, 50, 200)
 CONFIDENCE: Final = 0.95
 LOSS: Final = 0.5
-"""What the candidate loses on average, in standard deviations of the differences."""
+"""The candidate's mean loss, in standard deviations of the differences."""
 
 DIFFICULTY: Final = 2.0
-"""The standard deviation of a side's scores over the prompts, in those of the differences."""
+"""The standard deviation of a side's scores over the prompts, in standard deviations of the differences."""
 
 RESAMPLES: Final = 2_000
-"""As many as pytest-torch takes by default."""
+"""pytest-torch's default."""
 
 DIFFERENCES: Final[dict[str, Callable[[np.random.Generator, tuple[int, int]], Scores]]] = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
@@ -38,12 +38,12 @@ DIFFERENCES: Final[dict[str, Callable[[np.random.Generator, tuple[int, int]], Sc
 
 
 def ours(candidate: Scores, baseline: Scores) -> Scores:
-    """The upper bound of ``sway_compare``'s interval."""
+    """Return the upper bound of ``sway_compare``'s interval."""
     return mean_interval(candidate - baseline, CONFIDENCE)[2]
 
 
 def bootstrap(candidate: Scores, baseline: Scores) -> Scores:
-    """That of a percentile bootstrap of the paired differences: ``pytest_torch.paired_difference`` (1.1.1)."""
+    """Return that of a percentile bootstrap of paired differences: ``pytest_torch.paired_difference`` (1.1.1)."""
     rng = np.random.default_rng(0)
     differences = candidate - baseline
     n = differences.shape[-1]
@@ -54,7 +54,7 @@ def bootstrap(candidate: Scores, baseline: Scores) -> Scores:
 
 
 def welch(candidate: Scores, baseline: Scores) -> Scores:
-    """That of Welch's t interval for two samples, which does not know which scores are of one prompt."""
+    """Return that of Welch's t interval for two samples, which ignores which scores belong to one prompt."""
     n = candidate.shape[-1]
     errors = [side.var(axis=-1, ddof=1) / n for side in (candidate, baseline)]
     error = errors[0] + errors[1]
@@ -71,7 +71,7 @@ TESTS: Final = {
 
 
 def main() -> None:
-    """Print the share of runs in which the worse candidate is found, and that in which an equal one is."""
+    """Print how often a worse candidate is detected and, in parentheses, how often an equal one is."""
     print("| differences | test |", " | ".join(f"{n} prompts" for n in PROMPTS), "|")
     print("| --- " * (2 + len(PROMPTS)) + "|")
     for name, draw in DIFFERENCES.items():

@@ -1,7 +1,7 @@
-"""All that is to be seen on a GPU, in one go: ``python -m tests.gpu [--device cuda] [--wheels FOLDER] [--out FOLDER]``.
+"""All tests and figures of a GPU: ``python -m tests.gpu [--device cuda] [--wheels FOLDER] [--out FOLDER]``.
 
-It runs the tests, makes the models and measures, each in a process of its own, and goes on after failures. What it
-prints is written to the output folder too, with the whole output of each step.
+It runs the tests, makes the models and measures. Each step has its own process, and a failed step does not stop the
+others. The output folder gets the report and the whole output of each step.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if torch.cuda.is_available():
 
 
 class Step(NamedTuple):
-    """A process that was started.
+    """A started step.
 
     Attributes:
-        name: What it is called.
-        child: The process.
-        output: What it prints.
-        errors: What it prints of errors and progress.
-        started: When that was.
+        name: The step's name.
+        child: Its process.
+        output: The file of its standard output.
+        errors: The file of its standard error.
+        started: When it started, in seconds of `time.monotonic`.
     """
 
     name: str
@@ -58,9 +58,9 @@ class Runner:
     """Runs steps one after the other until the time is up.
 
     Args:
-        out: Where the output of each step goes.
-        seconds: How long all of them may take.
-        variables: The environment of each.
+        out: The folder for the output of each step.
+        seconds: The time limit of all steps together.
+        variables: The environment of each step.
     """
 
     def __init__(self, out: Path, seconds: float, variables: dict[str, str]) -> None:
@@ -75,7 +75,7 @@ class Runner:
         print(text, file=self._report, flush=True)
 
     def start(self, name: str, arguments: list[str]) -> Step:
-        """Run ``python arguments`` beside what else runs."""
+        """Start ``python arguments`` without waiting for it."""
         file, errors = self._out / f"{name}.txt", self._out / f"{name}-errors.txt"
         with file.open("w", encoding="utf-8") as output, errors.open("w", encoding="utf-8") as told:
             child = subprocess.Popen(
@@ -89,12 +89,12 @@ class Runner:
         return Step(name, child, file, errors, time.monotonic())
 
     def finish(self, step: Step, *, most: float, show: int) -> None:
-        """Wait for a step, and show how it went.
+        """Wait for a step, and show its result.
 
         Args:
             step: The step.
-            most: The most seconds to wait; what runs on then is killed, with all that it has started.
-            show: How many of the last lines of its output are shown.
+            most: The most seconds to wait. After that, the step and its child processes are killed.
+            show: How many of the last lines of its output to show.
         """
         try:
             code = step.child.wait(max(0.0, min(most, self._end - time.monotonic())))
@@ -116,7 +116,7 @@ class Runner:
 
 
 def unpacked(wheels: Path | None, site: Path) -> Path:
-    """Unpack wheels, and say where pytest finds the plugin if that is not installed."""
+    """Unpack wheels into ``site``, and add the plugin's entry point there if pytest-sway is not installed."""
     for wheel in sorted(wheels.glob("*.whl")) if wheels is not None else ():
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
@@ -131,7 +131,7 @@ def unpacked(wheels: Path | None, site: Path) -> Path:
 
 
 def card() -> str:
-    """What the driver says of the card."""
+    """Return the card's name, driver and memory, as the driver reports them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "no nvidia-smi"
@@ -141,10 +141,10 @@ def card() -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m tests.gpu", description="Tests and figures of a GPU.")
-    parser.add_argument("--device", default=os.environ.get("SWAY_TEST_DEVICE", "cuda"), help="what to run on")
+    parser.add_argument("--device", default=os.environ.get("SWAY_TEST_DEVICE", "cuda"), help="the device to run on")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels that this Python lacks; they are not installed")
-    parser.add_argument("--out", type=Path, default=os.environ.get("SWAY_GPU_OUT"), help="where all output goes")
-    parser.add_argument("--seconds", type=float, default=540, help="how long all of it may take")
+    parser.add_argument("--out", type=Path, default=os.environ.get("SWAY_GPU_OUT"), help="the folder for all output")
+    parser.add_argument("--seconds", type=float, default=540, help="the time limit of all steps together")
     parser.add_argument("steps", nargs="*", default=["tests", *BENCHMARKS], help="some of: tests, %(default)s")
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as made:
@@ -172,7 +172,7 @@ def main(arguments: list[str]) -> int:
                 "faulthandler_timeout=60",
             ]
             tests = runner.start("tests", ["-m", "pytest", "tests/gpu", *options, "--tb=short"])
-        if measured:  # the models are made while the tests run, which measure no time
+        if measured:  # make the models while the tests run, since the tests do not measure time
             runner.run("make", ["-m", "tests.gpu.benchmarks", "make", str(models)], most=150, show=3)
         if "tests" in asked.steps:
             runner.finish(tests, most=240, show=25)

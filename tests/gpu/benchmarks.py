@@ -1,7 +1,7 @@
-"""Figures of one device, each beside transformers and PEFT in the same process.
+"""Figures of one device, each compared with transformers and PEFT in the same process.
 
-``python -m tests.gpu.benchmarks make FOLDER`` makes the models. After that, with a name that `ALL` has,
-``python -m tests.gpu.benchmarks NAME FOLDER`` measures. `python -m tests.gpu` does all of it.
+``python -m tests.gpu.benchmarks make FOLDER`` makes the models. Then ``python -m tests.gpu.benchmarks NAME FOLDER``
+measures; `ALL` lists the names. ``python -m tests.gpu`` does all of it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ ALL: Final = ("memory", "throughput", "overhead", "generation", "first", "lazy")
 
 ROUNDS: Final = 3
 GENERATIONS: Final = 2
-"""Fewer rounds, since each takes seconds."""
+"""Rounds of generation, which takes seconds."""
 ADAPTERS: Final = 6
 SCALE: Final = 1 if device.ON_CUDA else 10
-"""How many times fewer texts a CPU gets."""
+"""The factor by which a CPU gets fewer texts."""
 BATCH_SIZES: Final = (16, 64) if device.ON_CUDA else (8,)
 COMPLETIONS: Final = (" yes", " no not east", " the sun rises", " west and north of paris")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number of which nothing is promised."""
+    """A measurement without a promised bound."""
 
     name: str
     measured: float
@@ -85,7 +85,7 @@ class Ours:
 
 
 class Plain:
-    """The same by transformers and PEFT."""
+    """The same model with plain transformers and PEFT."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -105,7 +105,7 @@ class Plain:
         return self.logprobs_of([(prompt, completion)], 1)[0]
 
     def logprobs_of(self, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[float]:
-        """Sorted by length and padded, as most people write it."""
+        """Score pairs in padded batches sorted by length, as most people write it."""
         import torch
 
         found = [0.0] * len(pairs)
@@ -146,7 +146,7 @@ def pairs_of(count: int, words: int, seed: int) -> list[tuple[str, str]]:
 
 
 def first(folder: Path) -> Iterator[Any]:
-    """The first question, where all kernels are loaded already; and both sides in processes of their own."""
+    """Measure the first question with all kernels loaded, and both sides in processes of their own."""
     plain = Plain(folder)
     for prompt in texts([100] * 3, seed=5):
         plain.logprob_of(prompt, COMPLETIONS[0])
@@ -238,7 +238,7 @@ def throughput(folder: Path) -> Iterator[Any]:
             abs(a - b) for a, b in zip(view.logprobs_of(pairs[:40]), plain.logprobs_of(pairs[:40], 8), strict=True)
         ]
         yield Measured(
-            "how far scores in bf16 are from transformers', in nats", median(apart), f"at most {max(apart):.3f}"
+            "scores in bf16: distance from transformers', in nats", median(apart), f"at most {max(apart):.3f}"
         )
 
 
@@ -287,7 +287,7 @@ def memory(folder: Path) -> Iterator[Any]:
             ours.cache.evict_all()
             yield Figure("a base after its adapters' eviction / before", 1.01, device.allocated() / with_base)
         left = device.allocated() - before
-        yield Figure("what is left after the base's eviction / the base", 0.01, left / weights, f"{left} bytes")
+        yield Figure("memory left after the base's eviction / the base", 0.01, left / weights, f"{left} bytes")
 
 
 # --- new text ---------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def generation(folder: Path) -> Iterator[Any]:
             )
 
 
-# --- what a call costs besides its pass -------------------------------------------------------------------------------
+# --- the cost of a call beyond its forward pass -----------------------------------------------------------------------
 
 
 def overhead(folder: Path) -> Iterator[Any]:
@@ -337,7 +337,7 @@ def overhead(folder: Path) -> Iterator[Any]:
             prompts = texts([100] * (40 // SCALE), seed=11 if side == "as_base" else 12)
             rows = [torch.tensor([view.tokenizer(prompt)["input_ids"]], device=device.DEVICE) for prompt in prompts]
             asked, bare, model = iter(prompts), iter(rows), view.model
-            view.next_token_dist("what is made once", top_k=32)
+            view.next_token_dist("warm up", top_k=32)
 
             def bare_pass(model: Any = model, bare: Any = bare) -> None:
                 with torch.inference_mode():
@@ -349,7 +349,7 @@ def overhead(folder: Path) -> Iterator[Any]:
             detail = f"{seconds['ours'] * 1e3:.2f} ms, {seconds['bare'] * 1e3:.2f} ms, 100 words"
             yield Figure(f"next_token_dist / the bare pass, {side}", 1.1, seconds["ours"] / seconds["bare"], detail)
         changes = medians(20, changes=backend.changes)["changes"]
-        yield Measured("what a test's end asks of a backend, ms", changes * 1e3, "whether something was written to")
+        yield Measured("the check of a backend at a test's end, ms", changes * 1e3, "for changed weights")
 
         def warm() -> None:
             with ours.cache.lease(ours.specs[0]) as again, again.as_base(), again.as_finetuned():
@@ -357,26 +357,26 @@ def overhead(folder: Path) -> Iterator[Any]:
 
         warm()
         yield Measured(
-            "a warm request and two views, ms", medians(50, warm=warm)["warm"] * 1e3, "no work of the device's"
+            "a warm request and two views, ms", medians(50, warm=warm)["warm"] * 1e3, "without work on the device"
         )
 
 
-# --- what could be ----------------------------------------------------------------------------------------------------
+# --- lazy clones ------------------------------------------------------------------------------------------------------
 
 
 def lazy(folder: Path) -> Iterator[Any]:
-    """Whether torch's lazy clones would do for this device's memory, which trees share as it is today."""
+    """Measure whether torch's lazy clones work for this device's memory."""
     import torch
 
     from pytest_sway.backends.hf.sharing import shared_memory
 
     plain = Plain(folder)
-    model: Any = copy.deepcopy(plain.model.get_base_model())  # in memory of torch's
+    model: Any = copy.deepcopy(plain.model.get_base_model())  # in torch's own memory
     rows = torch.tensor([plain.ids(texts([100], seed=13)[0])], device=device.DEVICE)
     weights = [parameter for parameter in model.parameters() if parameter.numel() > 2**16]
     nbytes = sum(weight.nbytes for weight in weights)
     clonable = sum(shared_memory._lazy_clone(weight) is not None for weight in weights)
-    yield Measured("weights of which torch makes lazy clones / all", clonable / len(weights), f"{len(weights)} weights")
+    yield Measured("weights that torch can clone lazily / all", clonable / len(weights), f"{len(weights)} weights")
     if clonable < len(weights):
         return
     with patch.object(shared_memory, "_is_exposed", lambda tensor: not shared_memory._is_plain(tensor)):
@@ -392,14 +392,14 @@ def lazy(folder: Path) -> Iterator[Any]:
         copied = device.allocated() - before
     yield Measured("a tree of lazy clones: bytes / the model's", of_the_tree / nbytes, f"{of_the_tree} bytes")
     yield Measured(
-        "what a pass over it has copied / the model", copied / nbytes, f"{copied} bytes; logits equal: {same}"
+        "bytes copied by a pass over it / the model's", copied / nbytes, f"{copied} bytes; logits equal: {same}"
     )
     was = weights[0].flatten()[:4].tolist()
     with torch.no_grad():
         next(parameter for parameter in tree.parameters() if parameter.numel() > 2**16).add_(1)
     kept = weights[0].flatten()[:4].tolist() == was
-    detail = f"{device.allocated() - before - copied} bytes copied; the model's is as it was: {kept}"
-    yield Measured("after a write to one of its weights, 1 if the model's is kept", float(kept), detail)
+    detail = f"{device.allocated() - before - copied} bytes copied; the model's weight is unchanged: {kept}"
+    yield Measured("a write to a lazy clone: 1 if the model is unchanged", float(kept), detail)
 
 
 def main(name: str, folder: Path) -> None:

@@ -22,7 +22,7 @@ def the_device() -> Iterator[None]:
 
     device.require()
     device.warm_up()
-    gc.freeze()  # collections of garbage, of which each close makes some, look at less
+    gc.freeze()  # each close collects garbage; frozen objects are skipped
     yield
     gc.unfreeze()
 
@@ -45,7 +45,7 @@ def medium_adapters(tmp_path_factory: pytest.TempPathFactory, medium: Path) -> l
 
 @pytest.fixture
 def new_cache() -> Iterator[Callable[..., BackendCache]]:
-    """Make caches of backends on the device, in float32 unless a spec says otherwise."""
+    """Return a function that makes caches on the device, in float32 by default."""
     made: list[BackendCache] = []
 
     def new(max_size: int = 2, **settings: Any) -> BackendCache:

@@ -1,4 +1,4 @@
-"""The device that these tests run on, and what can be asked of it: ``SWAY_TEST_DEVICE``, or else the CPU."""
+"""The device of these tests, from ``SWAY_TEST_DEVICE`` (by default the CPU), and measurements of its memory."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ DEVICE: Final = "cuda:0" if _ASKED == "cuda" else _ASKED
 ON_CUDA: Final = DEVICE.startswith("cuda")
 
 _BYTES_OF_A_POSITION: Final = 16
-"""About what a pass takes on a CPU for each position and each number of its hidden state."""
+"""The approximate bytes of a pass on a CPU, per position and element of the hidden state."""
 
 
 def require() -> None:
-    """Fail where the device that was asked for is not there."""
+    """Fail if the requested device is not available."""
     import torch
 
     if ON_CUDA and not torch.cuda.is_available():
-        raise RuntimeError(f"SWAY_TEST_DEVICE is {DEVICE}, and torch {torch.__version__} finds no CUDA device.")
+        raise RuntimeError(f"SWAY_TEST_DEVICE is {DEVICE}, but torch {torch.__version__} finds no CUDA device.")
 
 
 def warm_up() -> None:
-    """Have CUDA's libraries take their workspaces, which count as memory that is allocated."""
+    """Make CUDA's libraries allocate their workspaces now, since these count as allocated memory."""
     import torch
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -48,7 +48,7 @@ def synchronise() -> None:
 
 
 def allocated() -> int:
-    """The bytes of all tensors on the device, each place counted once."""
+    """Return the bytes of all tensors on the device; shared memory counts once."""
     import torch
 
     if ON_CUDA:
@@ -57,14 +57,14 @@ def allocated() -> int:
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.layout is torch.strided and thing.device.type == "cpu":
             address, nbytes = address_of(thing), thing.untyped_storage().nbytes()
-            part = files.part_of(address, nbytes)  # which may be mapped many times
+            part = files.part_of(address, nbytes)  # a file may be mapped several times
             place = address if part is None else (part.file.identity, part.start)
             places[place] = max(places.get(place, 0), nbytes)
     return sum(places.values())
 
 
 class Peak:
-    """The most bytes that were on the device at once since it was made; on a CPU, as many as there are when asked."""
+    """The peak of allocated bytes since this was made; on a CPU, the bytes allocated now."""
 
     def __init__(self) -> None:
         import torch
@@ -80,12 +80,12 @@ class Peak:
 
 @contextmanager
 def short_of_memory(nbytes: int) -> Iterator[list[None]]:
-    """Leave so many bytes free inside the block; yields a list with an item for each time that they were not enough.
+    """Leave ``nbytes`` free inside the block, and yield a list that gets an item for each failed allocation.
 
-    A CPU's memory is not to be filled for that. There, what moves a model and what begins a pass raise torch's error.
+    On a CPU, the memory is not filled. Instead, moving a model and starting a pass raise torch's error.
 
     Args:
-        nbytes: How much is left.
+        nbytes: The free bytes.
     """
     import torch
 

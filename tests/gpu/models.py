@@ -1,4 +1,4 @@
-"""Models of the size that a device is for, with random weights, made on the spot."""
+"""Models with random weights, made on the spot, of a size that suits the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEDIUM: Final[dict[str, Any]] = (
     if ON_CUDA
     else {"hidden": 64, "layers": 2}
 )
-"""About 190 million parameters, where there is a GPU."""
+"""About 190 million parameters on a GPU."""
 
 LARGE: Final[dict[str, Any]] = (
     {
@@ -38,7 +38,7 @@ LARGE: Final[dict[str, Any]] = (
         "num_key_value_heads": 2,
     }
 )
-"""1.2 billion parameters, where there is a GPU."""
+"""1.2 billion parameters on a GPU."""
 
 
 def make_medium(folder: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
@@ -52,7 +52,7 @@ def make_medium_adapter(folder: Path, base: Path, *, seed: int = 1) -> Path:
 
 
 def make_large(folder: Path) -> Path:
-    """Save a Llama in bf16, which is made on the device, and a tokenizer of whole words."""
+    """Make a Llama on the device and save it in bf16, with a tokenizer of whole words."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,6 +81,6 @@ def _allow_long_texts(folder: Path) -> None:
 
 
 def texts(lengths: list[int], seed: int = 0) -> list[str]:
-    """Texts of so many words, each of which is a token."""
+    """Return texts of the given numbers of words; each word is a token."""
     draw = random.Random(seed)
     return [" ".join(draw.choices(WORDS, k=length)) for length in lengths]

@@ -1,4 +1,4 @@
-"""What a test does to its own model harms nobody else; on a GPU, training it does, and is found."""
+"""A test's changes to its own model do not affect others; training on a GPU does, and is detected."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ HARMLESS: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
 @pytest.mark.parametrize("write", WRITES)
-def test_a_write_to_weights_harms_nobody_else_or_is_found(
+def test_a_write_to_weights_affects_no_other_view_or_is_detected(
     cache: BackendCache, base: Path, adapter: Path, write: str, side: str
 ) -> None:
     spec = {"base": base, "adapter": adapter}
@@ -79,7 +79,7 @@ def test_a_write_to_weights_harms_nobody_else_or_is_found(
     before = scores(cached.backend)
     with getattr(cached.backend, side)() as view:
         WRITES[write](view.model)
-    if not (ON_CUDA and write == "training"):  # there, optimizers write past torch's lazy clones
+    if not (ON_CUDA and write == "training"):  # on CUDA, optimizers write past torch's lazy clones
         assert cached.backend.changes() == []
         assert scores(cached.backend) == before
         return
@@ -92,7 +92,7 @@ def test_a_write_to_weights_harms_nobody_else_or_is_found(
 
 @pytest.mark.parametrize("side", ["as_base", "as_finetuned"])
 @pytest.mark.parametrize("change", HARMLESS)
-def test_what_writes_to_no_weights_is_nobody_elses_affair(
+def test_a_change_without_a_write_to_weights_affects_no_other_view(
     cache: BackendCache, base: Path, adapter: Path, change: str, side: str
 ) -> None:
     with cache.lease({"base": base, "adapter": adapter}) as backend:
@@ -103,7 +103,7 @@ def test_what_writes_to_no_weights_is_nobody_elses_affair(
         assert backend.changes() == []
 
 
-def test_scaled_and_null_adapters_leave_the_adapter_as_it_is(cache: BackendCache, base: Path, adapter: Path) -> None:
+def test_scaled_and_null_adapters_do_not_change_the_adapter(cache: BackendCache, base: Path, adapter: Path) -> None:
     with cache.lease({"base": base, "adapter": adapter}) as backend:
         before = scores(backend)
         with backend.as_scaled_adapter(0.0) as off, backend.as_null_adapter(1, init_scale=0.5) as null:
@@ -125,7 +125,7 @@ def test_an_adapter_that_rewrites_its_base_rewrites_a_copy(
         assert backend.changes() == []
 
 
-def test_views_in_threads_compute_what_they_compute_alone(
+def test_views_in_threads_compute_the_same_as_alone(
     cache: BackendCache, base: Path, adapter: Path, other_adapter: Path
 ) -> None:
     with (

@@ -1,4 +1,4 @@
-"""Memory: what is shared counts once, what is closed comes back, and what runs out spoils nothing."""
+"""Memory: shared weights are stored once, a close frees them, and running out of memory breaks nothing."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 PROMPT, ANSWER = "the sun rises in the", " east"
 TEXTS = texts([20, 100, 60, 30] * 12)
 ROUNDING = 2**16
-"""Bytes that a model may take besides its weights: small buffers of its own, and what an allocator rounds up."""
+"""Bytes that a model may take besides its weights: small buffers, and the allocator's rounding."""
 TOO_LITTLE_FOR_A_BASE = 200 * 2**20 if ON_CUDA else 100_000
 TOO_LITTLE_FOR_A_BATCH = 96 * 2**20 if ON_CUDA else 200_000
 TOO_LITTLE_FOR_A_TEXT = 2**20 if ON_CUDA else 2_000
 
 
 def asked(backend: Any) -> list[float]:
-    """Scores of each side that a backend has."""
+    """Return the score of each view that a backend has."""
     sides = [backend.as_base] + ([] if backend.spec.adapter is None else [backend.as_finetuned])
     scores = []
     for side in sides:
@@ -63,7 +63,7 @@ def test_an_evicted_base_gives_its_memory_back(cache: BackendCache, medium: Path
     assert backend.leak() is None
 
 
-def test_six_adapters_on_one_base_take_what_they_are(
+def test_six_adapters_on_one_base_take_only_their_own_weights(
     new_cache: Callable[..., BackendCache], medium: Path, medium_adapters: list[Path]
 ) -> None:
     cache = new_cache(max_size=6)
@@ -78,7 +78,7 @@ def test_six_adapters_on_one_base_take_what_they_are(
     assert found[-1] - before <= 1.01 * (base + sum(own)) + 6 * ROUNDING
 
 
-def test_sizes_are_those_that_were_estimated_and_those_that_are_taken(
+def test_sizes_equal_the_estimate_and_the_allocated_memory(
     cache: BackendCache, medium: Path, medium_adapters: list[Path]
 ) -> None:
     spec = cache.resolve({"base": medium, "adapter": medium_adapters[0]})
@@ -93,7 +93,7 @@ def test_sizes_are_those_that_were_estimated_and_those_that_are_taken(
     assert sum(sizes.values()) <= taken <= 1.01 * sum(sizes.values()) + ROUNDING
 
 
-def test_a_budget_of_bytes_is_kept_while_one_base_takes_the_place_of_another(
+def test_a_budget_of_bytes_is_kept_while_one_base_replaces_another(
     new_cache: Callable[..., BackendCache], medium: Path, other_medium: Path
 ) -> None:
     nbytes = sum(cache_sizes(new_cache(), medium))
@@ -112,7 +112,7 @@ def cache_sizes(cache: BackendCache, base: Path) -> list[int]:
     return list(sizes.values())
 
 
-def test_a_load_that_runs_out_of_memory_evicts_what_is_idle_and_succeeds(
+def test_a_load_that_runs_out_of_memory_evicts_idle_backends_and_succeeds(
     cache: BackendCache, medium: Path, other_medium: Path
 ) -> None:
     with cache.lease({"base": medium}) as first:
@@ -123,7 +123,7 @@ def test_a_load_that_runs_out_of_memory_evicts_what_is_idle_and_succeeds(
     assert [spec.base for spec in cache.loaded_specs()] == [str(other_medium)]
 
 
-def test_a_load_for_which_there_is_no_memory_says_so_and_leaves_all_as_it_was(
+def test_a_load_without_enough_memory_is_an_error_and_changes_nothing(
     cache: BackendCache, medium: Path, other_medium: Path
 ) -> None:
     with cache.lease({"base": medium}) as first:
@@ -141,7 +141,7 @@ def test_a_load_for_which_there_is_no_memory_says_so_and_leaves_all_as_it_was(
             assert all(map(math.isfinite, asked(second)))
 
 
-def test_a_batch_that_runs_out_of_memory_goes_on_in_smaller_ones(
+def test_a_batch_that_runs_out_of_memory_is_split(
     cache: BackendCache, medium: Path, medium_adapters: list[Path]
 ) -> None:
     with cache.lease({"base": medium, "adapter": medium_adapters[0]}) as backend, backend.as_finetuned() as view:
@@ -153,7 +153,7 @@ def test_a_batch_that_runs_out_of_memory_goes_on_in_smaller_ones(
         assert [rolled.total_logprob for rolled in view.rolling_logprobs(TEXTS)] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_text_for_which_there_is_no_memory_says_so_and_the_next_one_is_scored(
+def test_a_text_without_enough_memory_is_an_error_and_the_next_text_is_scored(
     cache: BackendCache, medium: Path
 ) -> None:
     with cache.lease({"base": medium}) as backend, backend.as_base() as view:
@@ -170,7 +170,7 @@ def test_a_text_for_which_there_is_no_memory_says_so_and_the_next_one_is_scored(
         assert math.isfinite(view.rolling_logprob(text).total_logprob)
 
 
-def test_batches_are_as_large_as_the_device_is_made_for(cache: BackendCache, medium: Path) -> None:
+def test_batches_are_as_large_as_the_device_allows(cache: BackendCache, medium: Path) -> None:
     with cache.lease({"base": medium}) as backend, backend.as_base() as view:
         view.rolling_logprobs(TEXTS[:3])  # with all trials
         most, passes = engine_of(view).forward.limits.tokens, passes_of(view)

@@ -1,4 +1,4 @@
-"""Right numbers: those of transformers and PEFT, in float32 on a CPU and in bf16 on the same device."""
+"""Numbers against transformers and PEFT: in float32 on a CPU, and in bf16 on the same device."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PROMPTS = texts([3, 12, 40, 7])
 PAIRS = [(prompt, " " + completion) for prompt in PROMPTS for completion in ("east", "west and north", "the red sun")]
 SIDES = ["base", "tuned"]
 PER_TOKEN = {"fp32": 1e-4, "bf16": 0.4}
-"""Nats. In bf16, transformers' numbers are up to 0.37 from its own in float32, for a model of 190 million parameters
-whose logits have a standard deviation of 1.6, and a batch rounds otherwise than a text alone."""
+"""Nats. For a model of 190 million parameters whose logits have a standard deviation of 1.6, transformers' numbers in
+bf16 are up to 0.37 from its own in float32. A batch also rounds differently from a single text."""
 
 
 class Compared(NamedTuple):
-    """The same model as a view, and as transformers and PEFT have it."""
+    """One model as a view, and as loaded by transformers and PEFT."""
 
     view: Any
     model: Any
@@ -38,11 +38,11 @@ class Compared(NamedTuple):
         return list(self.tokenizer(text)["input_ids"])
 
     def logprobs(self, text: str) -> Any:
-        """Log-probabilities of the vocabulary after each token, in float32."""
+        """Return the log-probabilities of the vocabulary after each token, in float32."""
         return self._logprobs(self.ids(text))
 
     def after(self, ids: list[int]) -> Any:
-        """Log-probabilities of the vocabulary after some tokens, in float32."""
+        """Return the log-probabilities of the vocabulary after some tokens, in float32."""
         return self._logprobs(ids)[-1]
 
     def _logprobs(self, ids: list[int]) -> Any:
@@ -81,14 +81,14 @@ def compare(request: pytest.FixtureRequest, medium: Path, medium_adapters: list[
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_pair_scores_as_transformers_and_peft_score_it(compare: Callable[[str], Compared], side: str) -> None:
+def test_a_pairs_score_equals_that_of_transformers_and_peft(compare: Callable[[str], Compared], side: str) -> None:
     both = compare(side)
     expected = both.logprob_of("the sun rises in the", " east west")
     assert both.view.logprob_of("the sun rises in the", " east west") == pytest.approx(expected, abs=2 * both.tolerance)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_pairs_score_together_as_each_by_itself(compare: Callable[[str], Compared], side: str) -> None:
+def test_pairs_in_a_batch_score_like_transformers_and_peft(compare: Callable[[str], Compared], side: str) -> None:
     both = compare(side)
     for (prompt, completion), found in zip(PAIRS, both.view.logprobs_of(PAIRS), strict=True):
         tolerance = both.tolerance * len(both.ids(completion))
@@ -96,7 +96,7 @@ def test_pairs_score_together_as_each_by_itself(compare: Callable[[str], Compare
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_texts_roll_as_transformers_and_peft_score_them(compare: Callable[[str], Compared], side: str) -> None:
+def test_rolling_logprobs_equal_those_of_transformers_and_peft(compare: Callable[[str], Compared], side: str) -> None:
     both = compare(side)
     for text, found in zip(PROMPTS, both.view.rolling_logprobs(PROMPTS, prefix=False), strict=True):
         table, ids = both.logprobs(text), both.ids(text)
@@ -106,7 +106,7 @@ def test_texts_roll_as_transformers_and_peft_score_them(compare: Callable[[str],
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_the_next_token_is_distributed_as_transformers_and_peft_say(
+def test_the_next_tokens_distribution_equals_that_of_transformers_and_peft(
     compare: Callable[[str], Compared], side: str
 ) -> None:
     both = compare(side)
@@ -117,7 +117,7 @@ def test_the_next_token_is_distributed_as_transformers_and_peft_say(
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_greedy_text_is_the_one_that_generate_makes(compare: Callable[[str], Compared], side: str) -> None:
+def test_greedy_text_equals_that_of_generate(compare: Callable[[str], Compared], side: str) -> None:
     import torch
 
     both = compare(side)
@@ -131,9 +131,9 @@ def test_greedy_text_is_the_one_that_generate_makes(compare: Callable[[str], Com
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_many_prompts_go_on_with_what_is_most_probable(compare: Callable[[str], Compared], side: str) -> None:
+def test_many_prompts_continue_with_the_most_probable_tokens(compare: Callable[[str], Compared], side: str) -> None:
     both = compare(side)
-    special = set(both.tokenizer.all_special_ids)  # which no text shows
+    special = set(both.tokenizer.all_special_ids)  # texts do not show them
     for prompt, text in zip(PROMPTS, both.view.generate_many(PROMPTS, max_new_tokens=6), strict=True):
         shown, so_far = both.ids(text), both.ids(prompt)
         for _ in range(6):

@@ -1,4 +1,4 @@
-"""Requests: a warm one computes nothing, and workers get their devices in turn."""
+"""Requests: a warm request computes nothing, and workers get devices in turn."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def test_warm(sway_backend):
 
 @contextmanager
 def no_operations() -> Iterator[None]:
-    """Fail where torch computes anything, or waits for a GPU."""
+    """Fail if torch computes anything, or waits for a GPU."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not say
+    class Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch has no types for it
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             raise AssertionError(f"torch computes {func}")
 
     refuse: Any = Refuse
     with refuse(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode of CUDA is a prototype
+        warnings.simplefilter("ignore")  # torch warns that this CUDA mode is a prototype
         if ON_CUDA:
             torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,4 +1,4 @@
-"""Pages in a real Chromium, that of the system, without a network."""
+"""Pages in the system's Chromium, without a network."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @dataclass
 class Opened:
-    """A page in the browser, and what went on while it was there.
+    """A page in the browser, with its messages and requests.
 
     Attributes:
         tab: The page.
-        said: What the browser wrote to its console, and errors.
-        asked: The addresses that were asked for.
+        said: Console messages and page errors.
+        asked: The requested addresses.
     """
 
     tab: Page

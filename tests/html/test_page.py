@@ -1,4 +1,4 @@
-"""The page as a person meets it: looked at, read out, by keyboard, on a phone, and with texts that attack it."""
+"""The page for a person: on screens of several sizes, by keyboard and screen reader, and with hostile texts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def run() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_browser_has_nothing_to_complain_about_and_asks_for_nothing(
-    opened: Open, run: dict[str, Any], scheme: str
-) -> None:
+def test_the_browser_reports_no_problem_and_makes_no_request(opened: Open, run: dict[str, Any], scheme: str) -> None:
     shown = opened(run, scheme=scheme)
     shown.open_all()
     assert shown.said == []
@@ -69,7 +67,7 @@ def test_axe_finds_no_fault(opened: Open, scheme: str, width: int) -> None:
     assert found.violations_count == 0, found.generate_report()
 
 
-def test_each_summary_and_link_is_reached_by_tab_and_shows_that(opened: Open) -> None:
+def test_tab_reaches_each_summary_and_link_and_shows_the_focus(opened: Open) -> None:
     shown = opened(record([comparison(at, rows=4) for at in range(2)], leaks=["a leak"]))
     shown.open_all()
     wanted = shown.tab.evaluate(
@@ -84,7 +82,7 @@ def test_each_summary_and_link_is_reached_by_tab_and_shows_that(opened: Open) ->
         assert (at, outline) == (each, "solid")
 
 
-def test_enter_opens_what_is_closed(opened: Open, run: dict[str, Any]) -> None:
+def test_enter_opens_a_closed_comparison(opened: Open, run: dict[str, Any]) -> None:
     tab = opened(run).tab
     tab.locator("details.comparison:not([open]) > summary").first.focus()
     closed = tab.locator("details.comparison:not([open])").count()
@@ -117,7 +115,7 @@ def test_the_page_is_no_wider_than_the_screen(opened: Open, run: dict[str, Any],
         assert shown.tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_headings_go_down_one_step_at_a_time(opened: Open, run: dict[str, Any]) -> None:
+def test_headings_skip_no_level(opened: Open, run: dict[str, Any]) -> None:
     shown = opened(run)
     levels = shown.tab.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(each => +each.tagName[1])")
     assert levels[0] == 1
@@ -125,7 +123,7 @@ def test_headings_go_down_one_step_at_a_time(opened: Open, run: dict[str, Any]) 
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_each_chart_has_words_and_each_table_heads(opened: Open, run: dict[str, Any]) -> None:
+def test_each_chart_has_a_title_and_each_table_has_headers(opened: Open, run: dict[str, Any]) -> None:
     tab = opened(run).tab
     assert tab.locator("svg:not(svg svg):not([aria-hidden=true]):not(:has(> title))").count() == 0
     assert tab.locator("svg[role=img] > title").count() > 5
@@ -141,7 +139,7 @@ def test_a_screen_reader_hears_a_table_of_comparisons(opened: Open, run: dict[st
         assert row.get_by_role("cell", name="failed over \N{MINUS SIGN}0.1: refuted").count() == 1
 
 
-def test_what_colour_says_lines_say_too(opened: Open, run: dict[str, Any]) -> None:
+def test_changes_are_marked_by_lines_and_not_only_by_colour(opened: Open, run: dict[str, Any]) -> None:
     tab = opened(run).tab
     found = tab.evaluate("""Object.fromEntries(["w1", "w2", "w3", "b1", "b2", "b3"].map(level => {
         const style = getComputedStyle(document.querySelector("i." + level));

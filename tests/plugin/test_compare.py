@@ -44,7 +44,7 @@ def test_a_side_is_a_view_a_spec_or_a_name(pytester: pytest.Pytester) -> None:
         """
 def test_it(sway_backend, sway_compare):
     by_name = sway_compare(FACTS, "new", "old")
-    assert (by_name.n, by_name.mean, by_name.confidence) == (12, 0.0, 0.99)  # both make the same answers up
+    assert (by_name.n, by_name.mean, by_name.confidence) == (12, 0.0, 0.99)  # both generate the same answers
     backend = sway_backend("new")
     with backend.as_finetuned() as tuned, backend.as_base() as base:
         by_view = sway_compare(FACTS, tuned, base)
@@ -92,7 +92,7 @@ def test_noise_in_the_adapters_place_is_a_side(sway_backend, sway_compare):
     result.assert_outcomes(passed=3)
 
 
-def test_a_test_can_compare_more_models_than_the_cache_holds(pytester: pytest.Pytester) -> None:
+def test_a_test_may_compare_more_models_than_the_cache_holds(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
@@ -107,7 +107,7 @@ def test_it(sway_backend, sway_compare):
     result.stdout.fnmatch_lines(["peak: 2 backends*"])
 
 
-def test_scores_of_ones_own_are_compared(pytester: pytest.Pytester) -> None:
+def test_scores_of_a_users_function_are_compared(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
@@ -158,7 +158,7 @@ def test_an_accuracy_has_the_interval_of_proportions(sway_compare):
     result.assert_outcomes(passed=2)
 
 
-def test_a_failing_test_shows_the_interval_how_many_prompts_would_do_and_the_worst(pytester: pytest.Pytester) -> None:
+def test_a_failing_test_shows_the_interval_and_the_worst_questions(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
@@ -174,7 +174,7 @@ def test_it(sway_compare):
             "the town: dummy:shifted -0.5 - dummy:shifted 0.0 = -3.25 nats an answer",
             "99% interval -* to -*, 12 prompts",
             "over 0: refuted",
-            "as many prompts show a shift of * with 80% power; half of it takes about *",
+            "this many prompts detect a shift of * with 80% power; half of it takes about *",
             "the worst 5 of 12:",
             "difference   candidate    baseline  question",
             "        -6          -7          -1  the sun rises for the 11 time in the east 11",
@@ -194,7 +194,7 @@ def test_it(sway_compare):
         ("-6.0 >= c.high", "under -6: refuted"),
     ],
 )
-def test_a_failing_test_says_whether_what_it_asserts_is_refuted_or_undecided(
+def test_a_failing_test_says_whether_its_claim_is_refuted_or_undecided(
     pytester: pytest.Pytester, asserted: str, verdict: str
 ) -> None:
     body = (
@@ -210,7 +210,7 @@ def test_an_assertion_of_something_else_has_no_verdict(pytester: pytest.Pytester
         f"def test_it(sway_compare):\n    c = sway_compare(FACTS, canned(-0.5), canned(0.0))\n    assert {asserted}\n"
     )
     output = run(pytester, body).stdout
-    output.fnmatch_lines(["99% interval -* to -*, 12 prompts", "as many prompts *"])
+    output.fnmatch_lines(["99% interval -* to -*, 12 prompts", "this many prompts *"])
     assert "refuted" not in output.str()
     assert "undecided" not in output.str()
     output.fnmatch_lines(["*nats an answer  under 0: shown"])
@@ -257,16 +257,16 @@ def test_the_confidence_is_a_setting(pytester: pytest.Pytester) -> None:
 BAD = {
     'FACTS, "nwe", OLD': "no spec is named 'nwe' (named specs: new, old).*",
     "FACTS, None, OLD": "sway_compare needs a candidate: *",
-    "FACTS, 3, OLD": "the candidate of a comparison is a view, a spec or a configured name; found int: 3.",
-    "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the one that you*",
+    "FACTS, 3, OLD": "the candidate of a comparison must be a view, a spec or a configured name; found int: 3.",
+    "FACTS, NEW, sway_backend(OLD)": "the baseline is a backend, which has two views. Open the view that you*",
     "FACTS[:1], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 1: *",
     "[], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 0: *",
     "'the sun', NEW, OLD": "expected a list of questions; found 'the sun'.*",
     "[('a', ' b'), ('a', ' c')], NEW, OLD": "a comparison needs at least 2 different prompts, and there are 1: *",
-    "[*FACTS, 'a text'], NEW, OLD": "questions are of one kind, and questions?0? is a pair, questions?12? a text.*",
-    "[*FACTS, FACTS[3]], NEW, OLD": "questions?12? is questions?3? once more (('the sun rises for the 3 time in *",
+    "[*FACTS, 'a text'], NEW, OLD": "all questions must be of one kind, but questions?0? is a pair and questions?12? *",
+    "[*FACTS, FACTS[3]], NEW, OLD": "questions?12? repeats questions?3? (('the sun rises for the 3 time in *",
     "[{'a': 1}, {'a': 2}], NEW, OLD": "a question is a text, or a pair of a prompt and an answer; questions?0? is *",
-    "['a b', ''], NEW, OLD": "questions?1? has no token to score. Take the text out.",
+    "['a b', ''], NEW, OLD": "questions?1? has no token to score. Remove the text.",
     "FACTS, NEW, OLD, score=3": "score= is a function of a view and the questions; found 3.",
     "FACTS, NEW, OLD, score=lambda view, asked: [1.0]": "*one number for each question; found 1 for 12 questions of *",
     "FACTS, NEW, OLD, score=lambda view, asked: 1.0": "score= gives one number for each question; found 1.0 for *",
@@ -301,7 +301,7 @@ def test_it(sway_compare, monkeypatch):
     )
 
 
-# --- the table at the end, and what reports carry ---------------------------------------------------------------------
+# --- the table at the end, and test reports ---------------------------------------------------------------------------
 
 THREE = """
 def test_good(sway_compare):
@@ -328,8 +328,8 @@ def test_the_run_ends_with_a_table_failures_first(pytester: pytest.Pytester, arg
             r"bad         failed       12  -3\.25  -4\.\d+  -1\.\d+  0\.000\d+  nats an answer  over 0: refuted$",
             r"good        passed       12  \+3\.25  \+1\.\d+  \+4\.\d+  0\.000\d+  nats an answer  over 0: shown$",
             r"equal       passed       12     \+0      \+0      \+0 +1  nats an answer  exactly 0$",
-            r"low to high: 99% interval of the mean; p: of no difference, over these 3 comparisons, after Holm; it .*",
-            r"shown: of the margin that a failing test has asserted, and of 0 where no margin is known$",
+            r"low to high: 99% confidence interval of the mean; p: p-value of no difference \(Holm, 3 comparisons\)$",
+            r"shown: the verdict on the asserted margin, or on 0 if the margin is not known$",
         ]
     )
 
@@ -394,7 +394,7 @@ def test_it(sway_compare):
     assert [row[:4] for row in table] == [["one", "passed", "12", "+1.3"]]
 
 
-def test_a_try_that_compares_nothing_takes_back_what_the_one_before_has_compared(pytester: pytest.Pytester) -> None:
+def test_a_last_try_that_compares_nothing_discards_the_try_before(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(TWICE)
     result = run(
         pytester,
@@ -423,7 +423,7 @@ def test_it(sway_compare):
         ("c.n > 2", "over 0: shown"),
     ],
 )
-def test_what_a_passing_test_has_asserted_is_known_where_pytest_tells(
+def test_the_claim_of_a_passing_test_is_known_with_pytests_assertion_pass_hook(
     pytester: pytest.Pytester, asserted: str, shown: str
 ) -> None:
     body = f"""

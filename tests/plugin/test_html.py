@@ -72,8 +72,8 @@ def test_the_page_shows_the_tokens_of_each_comparison(
     assert [len(with_tokens(found[name])) for name in ("texts <b>", "pairs", "views", "canned")] == [10, 6, 10, 0]
     texts, pairs, views = (with_tokens(found[name])[0]["tokens"] for name in ("texts <b>", "pairs", "views"))
     assert None not in (texts["baseline"], texts["base"], pairs["base"], views["baseline"])
-    assert pairs["base"] == pairs["baseline"]  # which is the base
-    assert views["base"] is None  # a view does not tell what backend it is of
+    assert pairs["base"] == pairs["baseline"]  # the baseline is the base itself
+    assert views["base"] is None  # a view does not name its backend
     for row in with_tokens(found["texts <b>"]):
         tokens = row["tokens"]
         assert "".join(tokens["text"]) == row["question"]
@@ -103,7 +103,7 @@ def test_without_jinja2_the_run_does_not_start(
     result.stderr.fnmatch_lines(["ERROR: --sway-html needs Jinja2, *: pip install 'pytest-sway?html?'"])
 
 
-def test_a_cache_of_one_is_filled_only_once_more(
+def test_tokens_cost_a_cache_of_one_a_single_extra_load(
     pytester: pytest.Pytester, run: Callable[..., pytest.RunResult]
 ) -> None:
     run("--sway-html=page.html", "--sway-json=run.json", "--sway-cache-size=1", "-k", "texts")
@@ -112,7 +112,7 @@ def test_a_cache_of_one_is_filled_only_once_more(
     assert loads == ["new", "old", "new"]
 
 
-def test_a_test_fails_for_no_tokens_sake(pytester: pytest.Pytester) -> None:
+def test_missing_tokens_fail_no_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
 class View:
     tokenizer = property(lambda self: 1 / 0)

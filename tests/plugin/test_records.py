@@ -1,4 +1,4 @@
-"""``sway_compare`` without a baseline: scores that ``--sway-record`` has written beside the test."""
+"""``sway_compare`` without a baseline: scores that ``--sway-record`` wrote beside the test."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def suite(pytester: pytest.Pytester) -> Recording:
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_recorded_stands_for_the_baseline(suite: Recording) -> None:
+def test_recorded_scores_replace_the_baseline(suite: Recording) -> None:
     result = suite.record(GOOD.format(0.1))
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["sway: recording the scores of tests that pass"])
@@ -84,9 +84,9 @@ def test_an_unchanged_candidate_differs_by_exactly_0(suite: Recording) -> None:
     suite.run(body).assert_outcomes(passed=1)
 
 
-def test_recording_takes_the_place_of_what_was_recorded(suite: Recording) -> None:
+def test_recording_again_replaces_the_record(suite: Recording) -> None:
     suite.record(GOOD.format(0.1))
-    suite.record(GOOD.format(-5.0)).assert_outcomes(passed=1)  # worse than before: that is what you review
+    suite.record(GOOD.format(-5.0)).assert_outcomes(passed=1)  # worse than before: the review catches that
     assert suite.read()["comparisons"][0]["rows"][0]["tuned"] == -6.0
     suite.run(GOOD.format(-5.1)).assert_outcomes(failed=1)
 
@@ -113,7 +113,7 @@ def test_several_comparisons_of_a_test_are_in_one_file(suite: Recording) -> None
     )
 
 
-def test_names_of_comparisons_never_meet(suite: Recording) -> None:
+def test_names_of_comparisons_are_unique(suite: Recording) -> None:
     calls = ["", "", ", name='comparison #2'", ", name='comparison'"]
     body = "def test_it(sway_compare):\n" + "".join(f"    sway_compare(FACTS, canned(0.1){call})\n" for call in calls)
     suite.record(body)
@@ -121,7 +121,7 @@ def test_names_of_comparisons_never_meet(suite: Recording) -> None:
     assert names == ["comparison", "comparison #2", "comparison #2 #2", "comparison #3"]
 
 
-def test_two_workers_record_what_each_of_them_runs(suite: Recording) -> None:
+def test_two_workers_record_their_own_tests(suite: Recording) -> None:
     body = (
         "@pytest.mark.parametrize('town', ['Paris', 'paris', 'a/b', 'a_b'])\n"
         "def test_it(sway_compare, town):\n    assert sway_compare(FACTS, canned(len(town))).high >= 0\n"
@@ -133,7 +133,7 @@ def test_two_workers_record_what_each_of_them_runs(suite: Recording) -> None:
     assert "test_it[a_b].json" in suite.names()
 
 
-def test_tests_of_a_class_are_told_apart(suite: Recording) -> None:
+def test_tests_of_classes_whose_names_differ_in_case_have_their_own_files(suite: Recording) -> None:
     body = "".join(
         f"class Test{name}:\n    def test_it(self, sway_compare):\n        sway_compare(FACTS, canned(0.1))\n"
         for name in ("Town", "town")
@@ -169,7 +169,7 @@ def test_nothing_is_recorded_of_a_test_whose_teardown_fails(suite: Recording) ->
     assert suite.names() == []
 
 
-def test_a_failing_test_keeps_what_was_recorded(suite: Recording) -> None:
+def test_a_failing_test_keeps_its_record(suite: Recording) -> None:
     suite.record(GOOD.format(0.1))
     before = suite.file.read_bytes()
     suite.record(GOOD.format(0.2) + "    assert False\n").assert_outcomes(failed=1)
@@ -191,20 +191,20 @@ def test_a_record_that_cannot_be_written_is_an_error_and_the_old_one_stays(
     result.stdout.fnmatch_lines(
         [
             "E *RecordError: the scores of test_suite.py::test_it cannot be recorded: test_suite/test_it.json cannot be"
-            " written (Read-only file system). Run --sway-record where the tests' folder can be written to."
+            " written (Read-only file system). Run --sway-record in a checkout that you can write to."
         ]
     )
     assert (suite.file.read_bytes(), suite.names()) == (before, ["test_it.json"])
 
 
-def test_a_file_in_the_folders_place_is_an_error(suite: Recording) -> None:
+def test_a_file_where_the_folder_belongs_is_an_error(suite: Recording) -> None:
     suite.folder.write_text("in the way")
     result = suite.record(GOOD.format(0.1))
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["E *RecordError: the scores of * cannot be recorded: test_suite/test_it.json cannot*"])
 
 
-# --- what it is compared with -----------------------------------------------------------------------------------------
+# --- comparing with a record ------------------------------------------------------------------------------------------
 
 
 def test_without_a_record_the_error_says_how_to_make_one(suite: Recording) -> None:
@@ -212,8 +212,8 @@ def test_without_a_record_the_error_says_how_to_make_one(suite: Recording) -> No
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "E *RecordError: sway_compare was given no baseline, and no scores are recorded for"
-            " test_suite.py::test_it: there is no test_suite/test_it.json. Run the test with --sway-record on a"
+            "E *RecordError: sway_compare got no baseline, and no scores are recorded for"
+            " test_suite.py::test_it: test_suite/test_it.json does not exist. Run the test with --sway-record on a"
             " candidate that is good enough, review the file and commit it; or pass a baseline.",
             "E *See RecordError in the docs of pytest-sway: reference/errors.md#recorderror",
         ]
@@ -227,12 +227,12 @@ def test_without_a_record_the_error_says_how_to_make_one(suite: Recording) -> No
             "[*FACTS, ('new', ' east')], canned(0.1)",
             "*test_it.json has no score of questions?12? ('new east'): 1 of 13 *",
         ),
-        ("FACTS, canned(0.1, name='other')", "*was recorded on another base: base, and the candidate's is other.*"),
-        ("FACTS, canned(0.1), score=ones", "*has another score: 'logprob_of', and the test asks for 'ones'.*"),
+        ("FACTS, canned(0.1, name='other')", "*was recorded on another base: base, but the candidate's is other.*"),
+        ("FACTS, canned(0.1), score=ones", "*has another score: 'logprob_of', but the test asks for 'ones'.*"),
         ("FACTS, canned(0.1), name='new'", "*has no comparison 'new'; it has 'comparison'. To record anew*"),
     ],
 )
-def test_what_was_recorded_otherwise_is_an_error(suite: Recording, call: str, message: str) -> None:
+def test_a_record_of_another_question_base_score_or_name_is_an_error(suite: Recording, call: str, message: str) -> None:
     suite.record(GOOD.format(0.1))
     result = suite.run(
         "def ones(view, questions):\n    return [1.0] * len(questions)\n\n"
@@ -245,8 +245,8 @@ def test_what_was_recorded_otherwise_is_an_error(suite: Recording, call: str, me
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text[: len(text) // 2], "* is cut off or was edited by hand: it is no valid JSON *"),
-        (lambda text: text.replace("-0.9000", "-0.8000"), "* was changed after it was recorded, *its checksum is*"),
+        (lambda text: text[: len(text) // 2], "* is cut off or was edited by hand: it is not valid JSON *"),
+        (lambda text: text.replace("-0.9000", "-0.8000"), "* was changed after it was recorded, *its checksum does*"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), "* has schema 2, and this pytest-sway reads 1. *"),
     ],
 )
@@ -261,7 +261,7 @@ def test_a_damaged_record_is_an_error_and_recording_mends_it(suite: Recording, d
     assert suite.file.read_text() == whole
 
 
-def test_a_record_that_is_no_file_is_an_error(suite: Recording) -> None:
+def test_a_folder_in_a_records_place_is_an_error(suite: Recording) -> None:
     suite.file.mkdir(parents=True)
     result = suite.run(GOOD.format(0.1))
     result.stdout.fnmatch_lines(["E *RecordError: test_suite/test_it.json cannot be read (*). To record anew*"])
@@ -283,11 +283,11 @@ def test_a_base_that_has_moved_fails_the_test_and_not_the_adapter(suite: Recordi
     result.stdout.fnmatch_lines(
         [
             "E *RecordError: the base itself has moved: it scores +0.65 nats an answer since test_suite/test_it.json"
-            " was recorded, and sway_drift allows 0.05. That is the doing of hardware or versions, not of the adapter"
-            " (device, dtype and versions are the same). Run as when it was recorded, raise sway_drift, or record anew"
-            " what was good enough (--sway-record).",
+            " was recorded, and sway_drift allows 0.05. Hardware or versions cause this, not the adapter"
+            " (device, dtype and versions are the same). Run as when it was recorded, raise sway_drift, or record again"
+            " a candidate that was good enough (--sway-record).",
             "dummy:base against recorded: dummy:base - recorded = +0 nats an answer",
-            "the base itself scores +0.65 since it was recorded",
+            "the base itself has moved by +0.65 since it was recorded",
         ]
     )
 
@@ -308,18 +308,18 @@ def test_the_bound_of_the_drift_is_a_setting(suite: Recording) -> None:
         assert "ERROR: ini value sway_drift: must be a number of 0 or more, such as 0.05, or inf" in result.stderr.str()
 
 
-def test_what_has_changed_since_is_named_with_the_drift(suite: Recording) -> None:
+def test_the_drift_error_names_changed_settings(suite: Recording) -> None:
     suite.record(GOOD.format(0.1))
     body = "def test_it(sway_compare):\n    sway_compare(FACTS, {**canned(0.1, 0.1), 'dtype': 'bf16'})\n"
-    suite.run(body).stdout.fnmatch_lines(["E *not of the adapter (dtype was auto, is bf16). Run as when *"])
+    suite.run(body).stdout.fnmatch_lines(["E *not the adapter (dtype was auto, is bf16). Run as when *"])
 
 
-def test_live_sides_have_no_drift(suite: Recording) -> None:
+def test_a_comparison_with_a_baseline_has_no_drift(suite: Recording) -> None:
     body = "def test_it(sway_compare):\n    assert sway_compare(FACTS, canned(0.1), canned()).drift is None\n"
     suite.run(body).assert_outcomes(passed=1)
 
 
-def test_a_view_has_no_base_beside_it(suite: Recording) -> None:
+def test_a_view_has_no_base(suite: Recording) -> None:
     body = (
         "def test_it(sway_backend, sway_compare):\n"
         "    with sway_backend(canned({})).as_finetuned() as tuned:\n"
@@ -332,11 +332,11 @@ def test_a_view_has_no_base_beside_it(suite: Recording) -> None:
     suite.run(body.format(0.1), "-s").stdout.fnmatch_lines(["*ft against recorded 0.0"])
     result = suite.run(GOOD.format(0.1))
     result.stdout.fnmatch_lines(
-        ["E *RecordError: *test_it.json has no scores of a base, since what was recorded had *"]
+        ["E *RecordError: *test_it.json has no scores of a base, since the recorded candidate *"]
     )
 
 
-def test_the_fixture_is_one_tests_own(suite: Recording) -> None:
+def test_the_fixture_belongs_to_one_test(suite: Recording) -> None:
     result = suite.run(
         "KEPT = []\n\n"
         "def test_a(sway_compare):\n    KEPT.append(sway_compare)\n\n"
@@ -356,7 +356,7 @@ def test_the_fixture_is_one_tests_own(suite: Recording) -> None:
 # --- real files -------------------------------------------------------------------------------------------------------
 
 
-def test_a_base_is_known_by_its_weights_wherever_it_lies(suite: Recording, tmp_path: Path) -> None:
+def test_a_base_is_recognised_by_its_weights_in_any_folder(suite: Recording, tmp_path: Path) -> None:
     base, other = make_base(tmp_path / "base"), make_base(tmp_path / "other", seed=1)
     adapter = make_adapter(tmp_path / "adapter", base)
     body = (
@@ -373,11 +373,11 @@ def test_a_base_is_known_by_its_weights_wherever_it_lies(suite: Recording, tmp_p
     suite.run(body.format(str(moved)), "-o", "sway_on_base_mismatch=ignore").assert_outcomes(passed=1)
     result = suite.run(body.format(str(other)), "-o", "sway_on_base_mismatch=ignore")
     result.stdout.fnmatch_lines(
-        ["E *RecordError: *was recorded on another base: *base (digest *), and the candidate's *"]
+        ["E *RecordError: *was recorded on another base: *base (digest *), but the candidate's *"]
     )
 
 
-def test_a_spec_without_an_adapter_has_no_base_beside_it(suite: Recording, tmp_path: Path) -> None:
+def test_a_spec_without_an_adapter_has_no_drift(suite: Recording, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     body = (
         "TEXTS = ['the sun rises in the east .', 'hello world']\n\n"

@@ -1,4 +1,4 @@
-"""``--sway-json`` and ``--sway-markdown``: what a run writes, whoever ran its tests and however it ended."""
+"""``--sway-json`` and ``--sway-markdown``: the files of a run, in one process or several, complete or interrupted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_compares_nothing(sway_backend):
 
 
 def written(pytester: pytest.Pytester, name: str = "run.json") -> dict[str, Any]:
-    """The file that a run has written, which keeps to the schema."""
+    """Return the file that a run wrote, checked against the schema."""
     record: dict[str, Any] = json.loads((pytester.path / name).read_text("utf-8"))
     jsonschema.validate(record, json.loads(SCHEMA.read_text("utf-8")), cls=jsonschema.Draft202012Validator)
     return record
@@ -85,7 +85,7 @@ def test_two(sway_backend):
     run(pytester, body, JSON, "--sway-cache-size=2")
     record = written(pytester)
     events = [(each["event"], each["spec"], each["count"]) for each in record["workers"]["main"]["events"]]
-    # Within a test, what is leased already is no request to the cache.
+    # A repeated request within a test uses the test's lease and does not reach the cache.
     assert events == [
         ("load", "dummy:a", 1),
         ("load", "dummy:b", 1),
@@ -124,7 +124,7 @@ def test_a_real_model_has_digest_device_versions_and_bytes(pytester: pytest.Pyte
     assert close["resident_bytes"] == 0
 
 
-def test_what_was_reported_before_a_worker_was_killed_is_there(pytester: pytest.Pytester) -> None:
+def test_comparisons_reported_before_a_worker_was_killed_are_there(pytester: pytest.Pytester) -> None:
     body = """
 import os
 
@@ -147,7 +147,7 @@ def test_c(sway_compare):
     assert record["run"]["exit_status"] == 1
 
 
-def test_an_interrupted_run_writes_what_it_has(pytester: pytest.Pytester) -> None:
+def test_an_interrupted_run_writes_its_comparisons(pytester: pytest.Pytester) -> None:
     body = """
 def test_a(sway_compare):
     sway_compare(FACTS, NEW, OLD, name="before")
@@ -181,7 +181,7 @@ def test_it(sway_compare):
     assert (pytester.path / "run.md").read_text().count("| first or last |") == 1
 
 
-def test_failed_tests_alone_give_their_own_file(pytester: pytest.Pytester) -> None:
+def test_a_run_of_only_the_failed_tests_has_its_own_record(pytester: pytest.Pytester) -> None:
     pytester.makepyprojecttoml(f'[tool.pytest.ini_options]\nminversion = "8.0"\n{NAMED}')
     cache = ("-o", "cache_dir=cache", "-p", "cacheprovider")
     run(pytester, SOME, *cache, JSON, specs=NAMED)
@@ -226,7 +226,7 @@ def pytest_runtest_logreport(report):
     assert "True" not in result.stdout.str()
 
 
-def test_texts_that_no_file_holds_as_they_are_arrive(pytester: pytest.Pytester) -> None:
+def test_texts_that_need_escaping_arrive(pytester: pytest.Pytester) -> None:
     body = r"""
 def test_it(sway_compare):
     asked = [("lone \ud800", " a"), ("nul \0 and \x1b[31m", " b"), ({"role": "user"}, "c"), object]
@@ -259,11 +259,11 @@ def test_it(sway_compare):
 
 
 BAD = {
-    "missing/run.json": "the folder '*/missing' does not exist; make it first; found 'missing/run.json'.",
-    "": "must be the path of a file, and none is named; found ''.",
-    ".": "must be the path of a file, and a folder is there; found '.'.",
-    "test_suite.py/run.json": "the folder '*/test_suite.py' does not exist; make it first; found *",
-    "/dev/null": "must be the path of a file that can be replaced, and something else is there; found '/dev/null'.",
+    "missing/run.json": "the folder '*/missing' does not exist; create it first; found 'missing/run.json'.",
+    "": "must be the path of a file, not empty; found ''.",
+    ".": "must be the path of a file, not of a folder; found '.'.",
+    "test_suite.py/run.json": "the folder '*/test_suite.py' does not exist; create it first; found *",
+    "/dev/null": "must be the path of a regular file, which can be replaced; found '/dev/null'.",
 }
 
 
@@ -275,7 +275,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_before_it_begins(pytester: p
     assert [each for each in pytester.path.iterdir() if each.suffix in (".json", ".tmp")] == []
 
 
-def test_a_folder_without_the_right_to_write_is_said_at_once(
+def test_a_folder_without_write_permission_is_a_usage_error(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
@@ -285,10 +285,10 @@ def test_a_folder_without_the_right_to_write_is_said_at_once(
 
 def test_two_reports_need_two_files(pytester: pytest.Pytester) -> None:
     result = run(pytester, "def test_it():\n    pass\n", JSON, "--sway-markdown=./run.json")
-    result.stderr.fnmatch_lines(["ERROR: --sway-markdown: another report is written there; found './run.json'."])
+    result.stderr.fnmatch_lines(["ERROR: --sway-markdown: another report is written to this file; found './run.json'."])
 
 
-def test_a_file_that_cannot_be_written_in_the_end_fails_the_run(pytester: pytest.Pytester) -> None:
+def test_a_file_that_cannot_be_written_at_the_end_fails_the_run(pytester: pytest.Pytester) -> None:
     (pytester.path / "out").mkdir()
     body = "def test_it():\n    import shutil\n    shutil.rmtree('out')\n"
     result = run(pytester, body, "--sway-json=out/run.json", "--sway-markdown=run.md")
@@ -300,7 +300,7 @@ def test_a_file_that_cannot_be_written_in_the_end_fails_the_run(pytester: pytest
 
 
 @pytest.mark.parametrize("option", ["--collect-only", "--fixtures", "--markers"])
-def test_a_call_that_runs_no_tests_leaves_the_file_of_the_run_before(pytester: pytest.Pytester, option: str) -> None:
+def test_a_call_that_runs_no_tests_keeps_the_file_of_the_previous_run(pytester: pytest.Pytester, option: str) -> None:
     (pytester.path / "run.json").write_text("before")
     run(pytester, SOME, JSON, option)
     assert (pytester.path / "run.json").read_text() == "before"

@@ -45,19 +45,19 @@ def test_relative_folders_start_at_the_root_wherever_pytest_is_started(
     result.stdout.fnmatch_lines([f"candidate is dummy:b + runs/v4 {named.pytester.path}/runs/v4"])
 
 
-def test_it_makes_a_spec_that_has_a_base(named: Suite) -> None:
+def test_it_adds_a_spec_that_has_a_base(named: Suite) -> None:
     body = "def test_x(sway_backend):\n    assert str(sway_backend('new').spec) == 'dummy:mine'\n"
     named.run(body, "--sway-set=new.base=mine", "--sway-set=new.kind=dummy").assert_outcomes(passed=1)
 
 
-def test_an_empty_value_takes_a_field_away_and_the_last_one_wins(named: Suite) -> None:
+def test_an_empty_value_removes_a_field_and_the_last_value_wins(named: Suite) -> None:
     result = named.run(
         SHOWS, "-s", "--sway-set=candidate.adapter=", "--sway-set=candidate.base=x", "--sway-set=candidate.base=y"
     )
     result.stdout.fnmatch_lines(["sway: set candidate.adapter=None, candidate.base=y", "candidate is dummy:y None"])
 
 
-def test_fields_that_are_no_texts_are_read_as_what_they_are(named: Suite) -> None:
+def test_numbers_and_booleans_are_converted(named: Suite) -> None:
     body = """
 def test_x(sway_backend):
     spec = sway_backend("candidate").spec
@@ -81,7 +81,7 @@ def test_x(sway_backend):
     result.assert_outcomes(passed=1)
 
 
-def test_the_order_knows_it(named: Suite) -> None:
+def test_tests_are_ordered_by_the_changed_specs(named: Suite) -> None:
     body = """
 @pytest.mark.sway_spec("baseline")
 def test_1(): pass
@@ -101,7 +101,7 @@ def test_3(): pass
     assert order("--sway-set=candidate.base=a") == ["test_1", "test_3", "test_2"]
 
 
-def test_workers_get_it(named: Suite) -> None:
+def test_workers_get_the_changes(named: Suite) -> None:
     body = """
 @pytest.mark.parametrize("number", range(2))
 def test_x(sway_backend, number):
@@ -120,8 +120,8 @@ def test_x(sway_backend, number):
         ),
         (
             "candidat.adapter=runs/v4",
-            "--sway-set candidat.adapter: no spec is named 'candidat' (named specs: baseline, candidate). To make a new"
-            " one, set its base, too: --sway-set candidat.base=...",
+            "--sway-set candidat.adapter: no spec is named 'candidat' (named specs: baseline, candidate). To add a"
+            " spec, set its base, too: --sway-set candidat.base=...",
         ),
         ("candidate.dtype=int3", "--sway-set candidate.dtype: spec field 'dtype' must be one of *; found 'int3'. (*"),
         ("candidate.timeout=long", "--sway-set candidate.timeout: spec field 'timeout' must be a number of seconds *"),
@@ -132,7 +132,7 @@ def test_x(sway_backend, number):
         ("", "--sway-set: must be NAME.FIELD=VALUE, *; found ''."),
     ],
 )
-def test_a_bad_one_ends_the_run_before_it_starts(named: Suite, setting: str, message: str) -> None:
+def test_a_bad_change_ends_the_run_before_it_starts(named: Suite, setting: str, message: str) -> None:
     result = named.run(SHOWS, f"--sway-set={setting}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: {message}"])

@@ -1,4 +1,4 @@
-"""Scores besides log-probabilities: on tiny models beside torch, by hand, and what bad input gets."""
+"""Scores besides log-probabilities: tiny models against torch, values by hand, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_divergences_are_torchs_over_the_whole_vocabulary(base: Any, tuned: Any)
         assert ours == pytest.approx((kl, 0.0, sum(halves) / 2, 0.0), rel=1e-4)
 
 
-def test_a_cut_bounds_the_divergence_of_the_whole(base: Any, tuned: Any) -> None:
+def test_cut_distributions_bound_the_divergence_of_whole_ones(base: Any, tuned: Any) -> None:
     whole, some = divergences(PROMPTS, tuned, base), divergences(PROMPTS, tuned, base, top_k=20)
     for exact, bound in zip(whole, some, strict=True):
         assert bound.js < exact.js < bound.js + bound.js_tail < math.log(2)
@@ -90,7 +90,7 @@ def test_many_prompts_are_answered_in_their_order(base: Any, tuned: Any) -> None
     assert divergences([], tuned, base) == []
 
 
-def test_a_view_is_at_0_from_itself(base: Any) -> None:
+def test_the_divergence_of_a_view_from_itself_is_0(base: Any) -> None:
     assert divergences(PROMPTS, base, base) == [(0.0, 0.0, 0.0, 0.0)] * len(PROMPTS)
 
 
@@ -101,7 +101,7 @@ def test_more_is_closer_to_the_reference(base: Any, tuned: Any) -> None:
     assert list(js_from(base)(base, PROMPTS)) == [0.0] * len(PROMPTS)
 
 
-def test_a_server_that_gives_20_tokens_bounds_what_its_models_have() -> None:
+def test_a_server_that_gives_20_tokens_bounds_the_divergence_of_its_models() -> None:
     with HTTPServer(threaded=True) as server:
         url = toy.Toy(server, "vllm").url
         backend = cast(Any, Builder()(ModelSpec(kind="api", base="base", finetuned="tuned", endpoint=url)))
@@ -118,7 +118,7 @@ def test_a_server_that_gives_20_tokens_bounds_what_its_models_have() -> None:
     assert 0.0 < found.kl < float((p * np.log(p / q)).sum()) < found.kl_tail
 
 
-def test_a_view_that_answers_one_by_one_will_do(base: Any) -> None:
+def test_a_view_without_batch_methods_is_measured(base: Any) -> None:
     class OneByOne:
         id = "mine"
 
@@ -133,7 +133,7 @@ def test_a_view_that_answers_one_by_one_will_do(base: Any) -> None:
 
 @pytest.fixture
 def with_a_word_more(cache: BackendCache, tmp_path: Path) -> Iterator[tuple[Any, Path]]:
-    """A view of a model, and the folder of another one, which has a word on top of the first one's."""
+    """Return a view of a model, and the folder of another model with one more token."""
     small = make_base(tmp_path / "small")
     large = make_base(tmp_path / "large", vocab_size=make_tokenizer(tmp_path / "other", extra=("new",)))
     shutil.copytree(tmp_path / "other", large, dirs_exist_ok=True)
@@ -141,9 +141,7 @@ def with_a_word_more(cache: BackendCache, tmp_path: Path) -> Iterator[tuple[Any,
         yield reference, large
 
 
-def test_words_on_top_of_the_references_are_no_other_vocabulary(
-    cache: BackendCache, with_a_word_more: tuple[Any, Path]
-) -> None:
+def test_a_vocabulary_with_added_tokens_is_comparable(cache: BackendCache, with_a_word_more: tuple[Any, Path]) -> None:
     reference, large = with_a_word_more
     with cache.lease({"base": large}) as other, other.as_base() as view:
         found = divergences(PROMPTS, view, reference)
@@ -152,7 +150,9 @@ def test_words_on_top_of_the_references_are_no_other_vocabulary(
         assert all(math.isfinite(each.kl) for each in divergences(PROMPTS, reference, view))
 
 
-def test_words_of_other_numbers_are_another_vocabulary(cache: BackendCache, with_a_word_more: tuple[Any, Path]) -> None:
+def test_vocabularies_that_number_tokens_differently_are_refused(
+    cache: BackendCache, with_a_word_more: tuple[Any, Path]
+) -> None:
     reference, large = with_a_word_more
     tokenizer = json.loads((large / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
@@ -162,7 +162,7 @@ def test_words_of_other_numbers_are_another_vocabulary(cache: BackendCache, with
         cache.lease({"base": large}) as other,
         other.as_base() as view,
         pytest.raises(
-            ScoringError, match=r"one has a vocabulary of \d+ tokens, the other of \d+, and they are not known"
+            ScoringError, match=r"one has a vocabulary of \d+ tokens, the other of \d+, and their common tokens are not"
         ),
     ):
         divergences(PROMPTS, view, reference)
@@ -173,7 +173,7 @@ def test_a_server_that_spells_tokens_is_not_compared_with_numbers(base: Any) -> 
     server: Any = SimpleNamespace(next_token_dist=lambda prompt, top_k: spelled)
     assert divergences(["a"], server, server)[0].js == 0.0
     with pytest.raises(
-        ScoringError, match=r"number their tokens alike; one of them .* spelling alone\. Ask one server"
+        ScoringError, match=r"number their tokens alike; one of them .* only their spelling\. Use one server"
     ):
         divergences(["a"], server, base)
 
@@ -185,10 +185,10 @@ def test_a_reference_that_was_closed_says_so(backend: Any, tuned: Any) -> None:
         score(tuned, PROMPTS)
 
 
-def test_a_reference_that_is_no_view_is_refused_at_once(backend: Any, tuned: Any) -> None:
-    with pytest.raises(ScoringError, match=r"between two views, and a backend has two of them\. Open the one"):
+def test_a_reference_that_is_not_a_view_is_refused_at_once(backend: Any, tuned: Any) -> None:
+    with pytest.raises(ScoringError, match=r"between two views, but this is a backend, which has two\. Open the"):
         js_from(backend)
-    with pytest.raises(ScoringError, match=r"between two open views; found str: 'baseline'\. Open one, as in `with"):
+    with pytest.raises(ScoringError, match=r"between two open views; found str: 'baseline'\. Open a view, as in `w"):
         kl_from(cast(Any, "baseline"))
     with pytest.raises(ScoringError, match="found NoneType: None"):
         divergences(PROMPTS, tuned, cast(Any, None))
@@ -200,7 +200,7 @@ def test_a_reference_that_is_no_view_is_refused_at_once(backend: Any, tuned: Any
 
 
 def canned(logprobs: dict[str, float]) -> Any:
-    """A view that knows choices by their log-probability, whatever the prompt."""
+    """Return a view with fixed log-probabilities of choices, for every prompt."""
     return SimpleNamespace(logprobs_of=lambda pairs: [logprobs[choice] for _, choice in pairs])
 
 
@@ -233,7 +233,7 @@ def test_the_delimiter_stands_between_prompt_and_choice_and_does_not_count() -> 
     assert multiple_choice("acc_norm", target_delimiter="")(view, questions) == [1.0]
 
 
-def test_choices_are_scored_as_logprob_of_scores_them(tuned: Any) -> None:
+def test_choices_are_scored_like_logprob_of(tuned: Any) -> None:
     (prompt, *choices) = "the sun rises in the", "east", "west and sets"
     first, second = (tuned.logprob_of(prompt, f" {choice}") for choice in choices)
     assert multiple_choice("acc")(tuned, [(prompt, choices, 0)]) == [float(first >= second)]
@@ -259,10 +259,10 @@ def test_a_view_without_methods_for_many_is_asked_one_by_one() -> None:
         (("x", ["a"], 0), r"at least 2 choices; questions\[1\] has 1"),
         (("x", ["a", ""], 0), r"not empty; choices\[1\] of questions\[1\] is ''"),
         (("x", ["a", 4], 0), r"not empty; choices\[1\] of questions\[1\] is 4"),
-        (("x", ["a", "b", "a"], 0), r"choices\[2\] of questions\[1\] is choices\[0\] once more \('a'\)"),
+        (("x", ["a", "b", "a"], 0), r"choices\[2\] of questions\[1\] repeats choices\[0\] \('a'\)"),
         (
             ("x", ["a", " b"], 0),
-            r"choices\[1\] of questions\[1\] begins with a blank \(' b'\), and target_delimiter=' '",
+            r"choices\[1\] of questions\[1\] begins with a blank \(' b'\), but target_delimiter=' '",
         ),
         (("x", ["a", "b"], 2), r"the position of the right choice, here 0 to 1; that of questions\[1\] is 2\."),
         (("x", ["a", "b"], -1), r"here 0 to 1; that of questions\[1\] is -1\."),
@@ -270,7 +270,7 @@ def test_a_view_without_methods_for_many_is_asked_one_by_one() -> None:
         (("x", ["a", "b"], True), r"here 0 to 1; that of questions\[1\] is True\."),
     ],
 )
-def test_a_malformed_question_gets_one_sentence(question: Any, sentence: str) -> None:
+def test_a_malformed_question_is_named_by_its_error(question: Any, sentence: str) -> None:
     with pytest.raises(ScoringError, match=sentence):
         multiple_choice()(canned({" a": -1.0, " b": -2.0}), [("x", ["a", "b"], 0), question])
 
@@ -280,7 +280,7 @@ def test_choices_without_tokens_are_named(tuned: Any) -> None:
         multiple_choice(target_delimiter="")(tuned, [("the sun", ["rises", " "], 0)])
 
 
-def test_an_unknown_metric_lists_those_that_there_are() -> None:
+def test_the_error_of_an_unknown_metric_lists_the_metrics() -> None:
     with pytest.raises(ScoringError, match=r"^metric is one of acc, acc_norm, acc_bytes; found 'accuracy'\.$"):
         multiple_choice(cast(Any, "accuracy"))
 
@@ -309,7 +309,7 @@ def says(text: str) -> Any:
         (" Paris", "Paris", {"regexes_to_ignore": [r"^\s+"]}, True),
     ],
 )
-def test_a_text_matches_exactly_but_for_what_is_ignored(text: str, answer: str, options: Any, right: bool) -> None:
+def test_a_text_matches_exactly_except_for_ignored_parts(text: str, answer: str, options: Any, right: bool) -> None:
     assert exact_match(max_new_tokens=4, **options)(says(text), [("The capital is", answer)]) == [float(right)]
 
 
@@ -323,11 +323,11 @@ def test_the_text_is_the_greedy_one(tuned: Any) -> None:
     [
         ({"until": "\n"}, r"expected a list of texts; found '\\n'"),
         ({"regexes_to_ignore": "the"}, "expected a list of regular expressions; found 'the'"),
-        ({"regexes_to_ignore": ["(the"]}, r"regexes_to_ignore has '\(the', which is no expression: "),
-        ({"regexes_to_ignore": [5]}, "regexes_to_ignore has 5, which is no expression"),
+        ({"regexes_to_ignore": ["(the"]}, r"regexes_to_ignore has '\(the', which is not a regular expression: "),
+        ({"regexes_to_ignore": [5]}, "regexes_to_ignore has 5, which is not a regular expression"),
     ],
 )
-def test_settings_of_exact_match_that_are_none_are_refused(options: Any, sentence: str) -> None:
+def test_invalid_settings_of_exact_match_are_refused(options: Any, sentence: str) -> None:
     with pytest.raises(ScoringError, match=sentence):
         exact_match(max_new_tokens=4, **options)
 
@@ -342,7 +342,7 @@ def test_questions_of_exact_match_are_pairs_and_its_length_is_checked(tuned: Any
 # --- in a comparison --------------------------------------------------------------------------------------------------
 
 
-def test_a_score_says_its_name_and_its_unit(base: Any) -> None:
+def test_a_score_has_a_name_and_a_unit(base: Any) -> None:
     scores = [js_from(base), kl_from(base, top_k=5), multiple_choice("acc_norm"), exact_match(max_new_tokens=4)]
     named: list[Any] = [cast(Any, score).__name__ for score in scores]
     assert named == [
@@ -355,7 +355,7 @@ def test_a_score_says_its_name_and_its_unit(base: Any) -> None:
     assert [Questions(asked, score).unit for score in scores] == ["nats", "nats", "right answers", "right answers"]
 
 
-def test_choices_after_one_prompt_are_one_cluster() -> None:
+def test_questions_with_one_prompt_are_one_cluster() -> None:
     asked = [("x", ["a", "b"], 0), ("x", ["c", "d"], 0), ["y", ("a", "b"), 1], (1, 2, 3), (1, 2, 4), ("x", "y", "z")]
     assert Questions(asked, multiple_choice()).clusters() == [[0, 1], [2], [3], [4], [5]]
 

@@ -1,10 +1,10 @@
-"""The page of ``--sway-html``: one file without scripts, of the run record and nothing else.
+"""The page of ``--sway-html``: one file without scripts, made from the run record alone.
 
-* `page`: the run record in, HTML out; `page.html.j2` and `page.css` are its form.
+* `page`: converts the run record to HTML with the template `page.html.j2` and the styles `page.css`.
 * `shown`: a comparison as the page shows it.
-* `axes`, `timeline`: where things stand in the charts, as numbers for the template's inline SVG.
-* `texts`: what a question's text and its tokens are shown as.
-* `words`: numbers and sentences.
+* `axes`, `timeline`: positions in the charts, for the template's inline SVG.
+* `texts`: questions and their tokens as the page shows them.
+* `words`: formatted numbers and sentences.
 
-Charts are cells of tables, so that each number that is drawn also stands beside it.
+Charts are table cells, so that each drawn number also stands beside its chart.
 """

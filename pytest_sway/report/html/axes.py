@@ -1,4 +1,4 @@
-"""Where the values of a chart stand, in percent of its width, and the shape of sorted differences."""
+"""The axis of a chart, in percent of its width, and the bars of sorted differences."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 _INSET: Final = 5.0
-"""Percent of the width that are left free on both sides, so that labels fit."""
+"""The margin on each side, in percent of the width, so that labels fit."""
 _TICKS: Final = 5
 _STEPS: Final = (1.0, 2.0, 5.0, 10.0)
 _FEW: Final = 60
-"""Up to how many bars there are gaps between them."""
+"""The largest number of bars that have gaps between them."""
 _TALL: Final = 1000
-"""Units of a shape's height, so that its coordinates are whole and short."""
+"""The height of a shape in units, so that its coordinates are whole and short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,9 @@ class Axis:
     """A linear axis.
 
     Attributes:
-        low: Where it begins.
-        high: Where it ends.
-        ticks: Round numbers within.
+        low: The smallest value.
+        high: The largest value.
+        ticks: Round values between them.
     """
 
     low: float
@@ -33,7 +33,7 @@ class Axis:
 
     @classmethod
     def over(cls, values: Iterable[float | None]) -> Self:
-        """The axis on which all values stand, and zero."""
+        """Return the axis that covers all values and zero."""
         known = [0.0, *(value for value in values if value is not None and math.isfinite(value))]
         low, high = min(known), max(known)
         if low == high:
@@ -43,7 +43,7 @@ class Axis:
         return cls(low, high, tuple(round(at * step, 12) for at in ticks))
 
     def at(self, value: float | None) -> float:
-        """Where a value stands, in percent; what is on no axis stands at zero."""
+        """Return a value's position in percent; a value that is not finite stands at zero."""
         known = value if value is not None and math.isfinite(value) else 0.0
         share = (known - self.low) / (self.high - self.low)
         return round(_INSET + min(max(share, 0.0), 1.0) * (100 - 2 * _INSET), 2)
@@ -56,14 +56,14 @@ def _step(span: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Differences in order, as two shapes over ``width`` times `_TALL` units: what lost, and what gained.
+    """Sorted differences as two shapes, losses and gains, in a box of ``width`` times `_TALL` units.
 
     Attributes:
-        width: How many bars there are.
+        width: The number of bars.
         lost: The path of the bars below zero.
-        gained: The path of those above.
-        zero: Where zero stands.
-        mean: Where the mean stands.
+        gained: The path of the bars above zero.
+        zero: The height of the zero line.
+        mean: The height of the mean line.
     """
 
     width: int
@@ -74,7 +74,7 @@ class Bars:
 
     @classmethod
     def of(cls, differences: Sequence[float], mean: float | None) -> Self:
-        """The bars of sorted differences, and their mean."""
+        """Return the bars of sorted differences, and their mean."""
         top, bottom = max([0.0, *differences]), min([0.0, *differences])
         gap = len(differences) <= _FEW
 
@@ -92,7 +92,7 @@ class Bars:
 
 
 def _bars(tops: Sequence[tuple[int, int]], zero: int, gap: bool) -> Iterator[str]:
-    """A bar of width 1 for each; without a gap, hundreds of them are one silhouette."""
+    """Yield the path of one bar of width 1 for each top; without gaps, the bars form one silhouette."""
     if tops:
         yield f"M{tops[0][0]} {zero}"
         yield from (f"V{top}h.8V{zero}h.2" if gap else f"V{top}h1" for _, top in tops)

@@ -15,14 +15,14 @@ from pytest_sway.report.html.shown import Room, Shown
 from pytest_sway.report.html.timeline import workers
 
 _POLICY: Final = "default-src 'none'; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
-"""What a browser may do for the page: apply its one style sheet. No script runs, nothing is fetched."""
+"""The page's content security policy: it allows its one style sheet, no script and no request."""
 
 
 def page(record: Mapping[str, Any]) -> str:
     """Return the page of a run.
 
     Args:
-        record: The run record, see `pytest_sway.report.run_record`.
+        record: The run record; see `pytest_sway.report.run_record`.
 
     Raises:
         ImportError: Jinja2 is not installed.
@@ -53,7 +53,7 @@ def page(record: Mapping[str, Any]) -> str:
         leaks=leaks,
         mutations=mutations,
     )
-    # What HTML cannot hold: half of a surrogate pair, and NUL, which it drops without a trace.
+    # HTML cannot hold a lone surrogate, and drops NUL silently.
     return written.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
@@ -62,7 +62,7 @@ def _own(name: str) -> str:
 
 
 def _groups(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[str, Axis, list[Shown]]]:
-    """The comparisons of each unit, which share an axis; those that failed come first, and so do their units."""
+    """Return the comparisons of each unit with their common axis; failed comparisons and their units come first."""
     room = Room.among(max(len(comparisons), 1))
     units: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for number, each in enumerate(failures_first(comparisons)):

@@ -1,4 +1,4 @@
-"""A comparison as the page shows it, made of its part of the run record."""
+"""A comparison as the page shows it, made from its part of the run record."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pytest_sway.report.html.words import failed, typeset
 _EXTREMES: Final = 5
 _ROWS: Final = 10_000
 _TOKENS: Final = 30_000
-"""How many rows, and tokens, a page has room for; many comparisons share it, and each has some."""
+"""How many rows and tokens fit on a page. Its comparisons share them; each gets a minimum."""
 _LONGEST: Final = 400
 
 
 class Room(NamedTuple):
-    """How much of one comparison is shown: how many rows, and how many tokens of a text."""
+    """How many rows of one comparison, and how many tokens of each text, the page shows."""
 
     rows: int
     tokens: int
 
     @classmethod
     def among(cls, comparisons: int) -> Self:
-        """An equal share for each."""
+        """Return an equal share for each comparison."""
         tokens = _TOKENS // (comparisons * 2 * _EXTREMES)
         return cls(max(_ROWS // comparisons, 20), min(max(tokens, 20), _LONGEST))
 
 
 class Row(NamedTuple):
-    """A question in the table of all of them."""
+    """A question in the table of all questions."""
 
     question: str
     difference: float
@@ -46,11 +46,11 @@ class Text:
 
     Attributes:
         row: Its scores.
-        prompt: What was given.
-        answer: What was scored.
-        sides: For each other side its name, and the text coloured by how much more probable it became since.
-        tokens: Those that changed most.
-        left_out: How many tokens are not shown.
+        prompt: The prompt.
+        answer: The scored answer or text.
+        sides: Each side to compare with, and the text coloured by how much more probable the candidate finds it.
+        tokens: The tokens that changed most.
+        left_out: The number of tokens that are not shown.
     """
 
     row: Row
@@ -62,7 +62,7 @@ class Text:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], most: int) -> Self:
-        """What is shown of a row of the record, of at most so many tokens."""
+        """Return a row of the record as the page shows it, with at most ``most`` tokens."""
         known = row.get("tokens") or {}
         tokens = {side: values and values[:most] for side, values in known.items()}
         prompt, answer = parts(row["question"])
@@ -86,16 +86,16 @@ class Shown:
         record: Its part of the run record.
         number: Its place on the page.
         failed: Whether its test failed.
-        asserted: What it shows of what its test asserted.
-        margin: What its test asserted a bound to be over or under; ``None`` where that is not known.
-        holds: From where to where the axis is as was asserted, in percent.
-        axis: The axis on which its interval stands, with others of the same unit.
+        asserted: The verdict on the claim that its test asserted.
+        margin: The margin that its test asserted; ``None`` if it is not known.
+        holds: The part of the axis where the claim holds, from and to, in percent.
+        axis: The axis of its interval, shared by all comparisons of the same unit.
         bars: Its differences, sorted.
-        lost: How many questions lost.
-        gained: How many gained.
+        lost: The number of questions that lost.
+        gained: The number of questions that gained.
         worst: The worst questions.
         best: The best of the others.
-        rows: All questions from the worst to the best, or as many of the worst and best as there is room for.
+        rows: All questions from the worst to the best, or as many of both ends as fit.
     """
 
     record: Mapping[str, Any]
@@ -114,7 +114,7 @@ class Shown:
 
     @classmethod
     def of(cls, record: Mapping[str, Any], number: int, axis: Axis, room: Room) -> Self:
-        """What is shown of a comparison."""
+        """Return a comparison of the record as the page shows it."""
         scored = (row for row in record.get("rows") or () if None not in (row["candidate"], row["baseline"]))
         ordered: Sequence[Mapping[str, Any]] = sorted(scored, key=_difference)
         differences = list(map(_difference, ordered))

@@ -1,4 +1,4 @@
-"""What a question's text, and each of its tokens, is shown as."""
+"""Questions and their tokens as the page shows them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _HEAD: Final = 18
 _TAIL: Final = 9
 _LONG: Final = 600
 _MOST: Final = 4
-"""How many tokens of a text stand in the table of those that changed."""
+"""How many tokens of a text stand in the table of tokens that changed most."""
 _SHARES: Final = (math.log(1.1), math.log(2), math.log(10))
-"""What makes a change small, large and very large, in nats: a tenth, twice and ten times as probable or improbable."""
+"""The least change of each strength, in nats: a tenth, twice and ten times more or less probable."""
 _RETURN: Final = "\N{RETURN SYMBOL}\n"
 
 
 class Run(NamedTuple):
-    """Neighbouring tokens that changed about as much: ``w1`` to ``w3`` for worse, ``b1`` to ``b3`` for better."""
+    """Adjacent tokens with the same level of change: ``w1`` to ``w3`` for worse, ``b1`` to ``b3`` for better."""
 
     level: str
     text: str
@@ -34,12 +34,12 @@ class Token(NamedTuple):
 
     @property
     def difference(self) -> float | None:
-        """How much more probable the candidate finds it than the baseline does."""
+        """Return the candidate's log-probability minus the baseline's."""
         return None if self.candidate is None or self.baseline is None else self.candidate - self.baseline
 
 
 def brief(question: Any) -> str:
-    """A question on one line: its beginning and its end."""
+    """Return a question's beginning and end on one line."""
     text = " ".join("".join(parts(question)).split())
     if len(text) <= _HEAD + _TAIL + 1:
         return text
@@ -47,21 +47,21 @@ def brief(question: Any) -> str:
 
 
 def parts(question: Any) -> tuple[str, str]:
-    """The prompt and the answer of a pair; of anything else nothing and its text."""
+    """Return the prompt and the answer of a pair; for anything else, an empty prompt and its text."""
     if isinstance(question, list | tuple) and len(question) == 2 and isinstance(question[1], str):
         return str(question[0]), question[1]
     return "", str(question)
 
 
 def clipped(text: str, *, from_end: bool = False) -> str:
-    """A text of bounded length: its beginning, or its end."""
+    """Return a text's beginning, or its end, of bounded length."""
     if len(text) <= _LONG:
         return text
     return f"\N{HORIZONTAL ELLIPSIS}{text[-_LONG:]}" if from_end else f"{text[:_LONG]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def runs(tokens: Mapping[str, Any], new: str, old: str) -> list[Run]:
-    """A text's tokens, coloured by how much more probable they are on one side than on another; none without both."""
+    """Return a text's tokens, grouped by how much more probable ``new`` finds them; none if a side is unknown."""
     if not tokens.get(new) or not tokens.get(old):
         return []
     levels = map(_level, tokens[new], tokens[old])
@@ -80,7 +80,7 @@ def _level(new: float | None, old: float | None) -> str:
 
 
 def most_changed(tokens: Mapping[str, Any]) -> list[Token]:
-    """The tokens that changed most, in the text's order."""
+    """Return the tokens that changed most, in the text's order."""
     found = list(_tokens(tokens))
     changed = sorted((at for at, each in enumerate(found) if each.difference), key=lambda at: -abs(_moved(found[at])))
     return [found[at] for at in sorted(changed[:_MOST])]

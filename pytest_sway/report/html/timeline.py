@@ -1,4 +1,4 @@
-"""What a worker loaded, found and evicted, and how much memory that took, over the seconds of the run."""
+"""The time line of each worker: its loads, hits and evictions, and the memory of its weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pytest_sway.system.wording import format_bytes
 
 _TALL: Final = 100
 _TOLD: Final = 5
-"""How many times of one kind are named."""
+"""How many moments of one kind are listed."""
 
 
 @dataclass(slots=True)
 class Lane:
-    """What happened to one backend in one worker.
+    """One backend's events in one worker, in seconds since the start of the run.
 
     Attributes:
-        spec: Its name.
-        loads: When each load began and ended, in seconds.
-        failures: When loads failed.
-        stays: When it began and ended to be in memory.
-        hits: When it was found there.
-        count: How often.
-        evictions: When it was closed to make room.
+        spec: The backend's name.
+        loads: The start and end of each load.
+        failures: The moments of failed loads.
+        stays: The start and end of each period in memory.
+        hits: The moments of hits.
+        count: The number of hits; one moment may stand for several.
+        evictions: The moments of evictions.
     """
 
     spec: str
@@ -39,11 +39,11 @@ class Lane:
 
     @property
     def seconds(self) -> float:
-        """Of all its loads."""
+        """Return the seconds of all its loads."""
         return sum(end - begin for begin, end in self.loads)
 
     def told(self) -> str:
-        """What is drawn, in words."""
+        """Return the lane's events in words."""
         said = [
             f"{what} at {_seconds(moments)}"
             for what, moments in (
@@ -63,11 +63,11 @@ class Worker:
     """One worker's part of the time line.
 
     Attributes:
-        name: The worker's.
-        lanes: One for each backend, in the order of their first events.
-        peak: The most memory at one time, in words; empty where no size is known.
-        memory: The path of the memory, over the width of the axis in percent and 0 to 100.
-        notes: What else is to be said: how it ended, what is left out.
+        name: The worker's name.
+        lanes: One lane for each backend, in the order of their first events.
+        peak: The peak memory, in words; empty if no size is known.
+        memory: The path of the memory curve: x in percent of the axis, y from 0 to 100.
+        notes: Remarks, such as the worker's error and the number of events left out.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Worker:
 
 
 def workers(record: Mapping[str, Any]) -> tuple[Axis, list[Worker]]:
-    """The seconds of the run, and what each worker did in them."""
+    """Return the axis of the run's seconds, and each worker's part of the time line."""
     found: Mapping[str, Any] = record.get("workers") or {}
     events = {name: sorted(worker.get("events") or (), key=_when) for name, worker in found.items()}
     end = max([0.0, record["run"]["seconds"], *(_when(event) for each in events.values() for event in each)])

@@ -11,49 +11,49 @@ _NAMED: Final = 3
 
 
 def signed(number: float | None) -> str:
-    """A difference with its sign, three decimals, or more digits where it is large."""
+    """Return a difference with its sign and three decimals."""
     return "none" if number is None else f"{number:+.3f}".replace("-", _MINUS)
 
 
 def plain(number: float | None) -> str:
-    """A number with three decimals."""
+    """Return a number with three decimals."""
     return "none" if number is None else f"{number:.3f}".replace("-", _MINUS)
 
 
 def short(number: float) -> str:
-    """A number in as few digits as say it."""
+    """Return a number with at most four significant digits."""
     return f"{number:.4g}".replace("-", _MINUS)
 
 
 def percent(share: float) -> str:
-    """A share of one in percent."""
+    """Return a share in percent."""
     return f"{100 * share:.4g}%"
 
 
 def typeset(text: str) -> str:
-    """A text of the run record, with a minus where a number has a hyphen."""
+    """Return a text of the run record with minus signs instead of hyphens before numbers."""
     return text.replace(" -", f" {_MINUS}")
 
 
 def probability(p: float | None) -> str:
-    """A p-value."""
+    """Return a p-value as text."""
     if p is None:
         return "none"
     return "under 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def times(count: int, noun: str) -> str:
-    """A number of things."""
+    """Return a count and its noun, in the plural if the count is not 1."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def failed(comparison: Mapping[str, Any]) -> bool:
-    """Whether the comparison's test failed."""
+    """Return whether the comparison's test failed."""
     return bool(comparison["outcome"] == "failed")
 
 
 def headline(comparisons: Sequence[Mapping[str, Any]], exit_status: int | None) -> tuple[str, str]:
-    """The run's verdict in one sentence: what came out, and what is to be said of it."""
+    """Return the run's verdict as one sentence in two parts: the result, and its details."""
     lost = [each for each in comparisons if failed(each)]
     if not comparisons:
         return "Nothing was compared", ""
@@ -82,6 +82,6 @@ def _outcome(comparison: Mapping[str, Any]) -> str:
 
 
 def findings(leaks: Iterable[str], mutations: Iterable[str]) -> str:
-    """What else went wrong; empty where nothing did."""
+    """Return the numbers of leaks and mutations as text; empty if there are none."""
     counted = [(len(list(leaks)), "leak"), (len(list(mutations)), "mutation")]
     return " and ".join(times(count, noun) for count, noun in counted if count)

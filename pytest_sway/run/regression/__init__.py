@@ -1,4 +1,4 @@
-"""The fixture ``sway_compare``: it opens both sides, has them answer, and reads and writes recorded scores.
+"""The fixture ``sway_compare``: opens the views of both sides, scores the questions, reads and writes records.
 
-`pytest_sway.comparison` computes; this room knows the test, its files and its backends.
+`pytest_sway.comparison` computes. This room knows the test, its files and its backends.
 """

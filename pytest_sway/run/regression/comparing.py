@@ -1,6 +1,6 @@
-"""The fixture ``sway_compare``: opens the views of both sides, has them answer, and keeps what was compared.
+"""The fixture ``sway_compare``: opens the views of both sides, scores the questions, and keeps the comparison.
 
-Without a baseline, the scores in the test's record take its place.
+Without a baseline, it uses the scores in the test's record.
 """
 
 from __future__ import annotations
@@ -47,20 +47,21 @@ class SwayCompare(Protocol):
     ) -> Comparison:
         """Return how much more ``candidate`` scores than ``baseline`` on the same questions.
 
-        Each side is a view, or a spec in any form, also a configured name: then it is the fine-tuned view of its
-        backend, or the base view where the spec has no adapter.
+        Each side is a view, or a spec in any form, such as a configured name. A spec stands for its fine-tuned view,
+        or for its base view if it has neither adapter nor fine-tuned model.
 
         Args:
-            questions: Pairs of a prompt and an answer, which score the answer's log-probability in nats; or texts,
-                which score the mean log-probability of their tokens; or anything that ``score`` takes.
-            candidate: What may replace the baseline.
-            baseline: What is good enough now; left out, the scores that ``--sway-record`` has written for this test.
-            score: A function of a view and the list of questions that gives one number for each, more for a better
-                answer.
-            name: What reports call the comparison; by default after its sides.
+            questions: Pairs of a prompt and an answer, or texts, or anything that ``score`` takes. A pair scores the
+                answer's log-probability in nats, a text the mean log-probability of its tokens.
+            candidate: The model that may replace the baseline.
+            baseline: The model that is good enough now. By default, the scores that ``--sway-record`` wrote for this
+                test replace it.
+            score: A function of a view and the list of questions that returns one number for each question. Better
+                answers get larger numbers.
+            name: The comparison's name in reports; by default made of the two sides' names.
 
         Raises:
-            SwayError: A side cannot be had, or the questions or scores cannot be compared; the message says why.
+            SwayError: A side cannot be loaded, or the questions or scores cannot be compared; the message says why.
         """
         ...
 
@@ -70,10 +71,10 @@ class Compared:
     """A comparison of the running test.
 
     Attributes:
-        comparison: It.
-        claim: What the test has asserted of it, as far as that is known.
+        comparison: The comparison.
+        claim: The claim that the test asserted, if known.
         reported: Whether a report of the test has carried its rows.
-        tokens: Those of the worst and best rows, by the row's position, where they were asked for and are known.
+        tokens: By a row's position, the tokens of the worst and best rows, if requested and known.
     """
 
     comparison: Comparison
@@ -82,26 +83,26 @@ class Compared:
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
 
     def asserted(self, op: str, left: object, right: object) -> None:
-        """Note a failing assertion, if it is about this comparison."""
+        """Note the claim of a failing assertion, if it is about this comparison."""
         self.claim = self.comparison.claim(op, left, right) or self.claim
 
     def passed(self, explanation: str) -> None:
-        """Note an assertion that has passed, if it is about this comparison."""
+        """Note the claim of a passing assertion, if it is about this comparison."""
         self.claim = self.comparison.claim_in(explanation) or self.claim
 
     def report(self) -> str:
-        """What a failing test shows of it, in characters that a worker can send."""
+        """Return the text that a failing test shows, in characters that a worker can send."""
         text = "\n".join(self.comparison.report(self.claim))
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """What is compared: a view, or the spec of a backend of which one is opened.
+    """One side of a comparison: an open view, or the spec of a backend whose view is opened.
 
     Attributes:
-        name: What reports call it.
-        model: The view or the resolved spec; equal ones are one model.
+        name: The side's name in reports.
+        model: The view or the resolved spec. Equal ones are the same model.
     """
 
     name: str
@@ -109,13 +110,13 @@ class _Side:
 
     @contextmanager
     def view(self, backends: Backends) -> Iterator[Any]:
-        """Give the side's view: of a spec the fine-tuned one, or the base's where it has no other."""
+        """Open the side's view; for a spec, the fine-tuned view, or the base view if there is no other."""
         with self.view_and_base(backends) as (view, _):
             yield view
 
     @contextmanager
     def view_and_base(self, backends: Backends) -> Iterator[tuple[Any, OpensView | None]]:
-        """Give the side's view, and what opens a view of the base beside it, if there is one."""
+        """Open the side's view; also yield a function that opens a view of its base, or ``None``."""
         if not isinstance(self.model, ModelSpec):
             yield self.model, None
             return
@@ -141,14 +142,14 @@ def comparing(
     """Return the fixture ``sway_compare`` of one test.
 
     Args:
-        backends: Gives what gets the test its backends. A side's is kept only while it is scored, so that a test can
-            compare more models than the cache holds.
-        resolve: Makes a spec of all of its forms.
-        records: What the test has recorded before.
-        confidence: Of the intervals.
-        drift: How far a base may move since it was recorded.
-        made: Is told of each comparison.
-        tokens: Whether the worst and best questions are asked again for each of their tokens.
+        backends: Opens the test's source of backends. A backend is leased only while its side is scored, so that a
+            test can compare more models than the cache holds.
+        resolve: Converts any form of a spec to a `ModelSpec`.
+        records: The test's records.
+        confidence: The confidence level of the intervals.
+        drift: How far a base may move from its recorded scores.
+        made: Called with each comparison.
+        tokens: Whether to ask the worst and best questions again for the log-probability of each token.
     """
 
     def side(asked: Any, role: str) -> _Side:
@@ -193,7 +194,7 @@ def comparing(
         key = records.name(name)
         before = None if records.recording else records.before(key)
         if before is not None:
-            before.rows_of(questions, records.where)  # what is wrong with them is wrong before the load
+            before.rows_of(questions, records.where)  # report errors before the load
         now = scored(questions, new, key, before)
         then = before or now
         rows = then.rows_of(questions, records.where)
@@ -213,7 +214,7 @@ def comparing(
         return comparison
 
     def scored(questions: Questions, new: _Side, key: str, before: Record | None) -> Record:
-        """What a candidate and its base score now."""
+        """Score the candidate and its base, and return their record."""
         spec = new.model if isinstance(new.model, ModelSpec) else None
         with new.view_and_base(backends) as (view, open_base):
             base = None if spec is None or open_base is None else base_identity(spec)
@@ -231,10 +232,10 @@ def comparing(
 
 
 def _tokens(comparison: Comparison, new: _Side, old: _Side | None, backends: Backends) -> dict[int, dict[str, Any]]:
-    """The tokens of the worst and best rows, by their position; of the baseline's where it is no record."""
+    """Return the tokens of the worst and best rows by position, with the baseline's unless it is a record."""
     places = extreme_rows(comparison.rows)
     asked = [comparison.rows[at].question for at in places]
-    # The baseline first: its backend was used last, and a small cache holds it still.
+    # The baseline comes first: its backend was used last, so that even a small cache still holds it.
     baseline, _ = _scored(old, asked, backends)
     candidate, base = _scored(new, asked, backends, with_base=True)
     found = zip(places, merged(candidate, baseline, base), strict=True)
@@ -244,13 +245,13 @@ def _tokens(comparison: Comparison, new: _Side, old: _Side | None, backends: Bac
 def _scored(
     side: _Side | None, asked: Sequence[Any], backends: Backends, *, with_base: bool = False
 ) -> tuple[list[TokenScores | None], list[TokenScores | None]]:
-    """The tokens of questions on a side's view and, if they are wanted and it has a base beside it, on that."""
+    """Return the tokens of questions on a side's view and, with ``with_base``, on its base if it has one."""
     unknown: list[TokenScores | None] = [None] * len(asked)
     if side is None:
         return unknown, unknown
     if not isinstance(side.model, ModelSpec):
         return token_scores(side.model, asked), unknown
-    with suppress(Exception), backends() as open_backend:  # no report is worth a failing test
+    with suppress(Exception), backends() as open_backend:  # a report must not fail a test
         backend = open_backend(side.model)
         try:
             with backend.as_finetuned() as view:
@@ -277,8 +278,8 @@ def _no_side(found: object, role: str) -> str:
         )
     if hasattr(found, "as_finetuned"):
         return (
-            f"the {role} is a backend, which has two views. Open the one that you mean, as in `with"
-            f" backend.as_finetuned() as {role}:`, or pass its spec."
+            f"the {role} is a backend, which has two views. Open the view that you mean, as in `with"
+            f" backend.as_finetuned() as {role}:`, or pass the backend's spec."
         )
     what = f"{type(found).__name__}: {shown(found)}"
-    return f"the {role} of a comparison is a view, a spec or a configured name; found {what}."
+    return f"the {role} of a comparison must be a view, a spec or a configured name; found {what}."

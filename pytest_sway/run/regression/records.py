@@ -1,4 +1,4 @@
-"""The record of one test: where it lies, what is read of it, and what ``--sway-record`` writes when the test passed."""
+"""`Records`: the record file of one test, which is read, or written with ``--sway-record`` once the test passed."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _LIBRARIES: Final = {"torch": "torch", "transformers": "transformers", "peft": "
 
 
 class Records:
-    """What one test has recorded before, and records now.
+    """The earlier and the new records of one test.
 
     Args:
         item: The test.
-        recording: Whether its scores are to be recorded.
+        recording: Whether to record its scores.
     """
 
     def __init__(self, item: pytest.Item, *, recording: bool) -> None:
@@ -54,14 +54,14 @@ class Records:
         self._now: list[Record] = []
 
     def name(self, given: str | None) -> str:
-        """Return the name in the record of the next comparison: the one given, and a number where it comes again.
+        """Return the next comparison's name in the record: the given one, numbered if it is taken.
 
         Raises:
             RecordError: The test has ended.
         """
         if self._over:
             raise RecordError(
-                f"sway_compare was called after the end of its test {self._test}, whose record it uses. Ask for the"
+                f"sway_compare was called after the end of its test {self._test}, whose record it uses. Request the"
                 " fixture in each test that compares."
             )
         first = given or "comparison"
@@ -71,10 +71,10 @@ class Records:
         return name
 
     def before(self, name: str) -> Record:
-        """Return what was recorded under a name.
+        """Return the record of a name.
 
         Raises:
-            RecordError: Nothing was, or the file is damaged.
+            RecordError: There is none, or the file is damaged.
         """
         if self._before is None:
             self._before = self._read()
@@ -84,14 +84,14 @@ class Records:
         return self._before[name]
 
     def add(self, record: Record) -> None:
-        """Note what is to be written if the test passes."""
+        """Add a record to write if the test passes."""
         self._now.append(record)
 
     def end(self) -> str | None:
-        """Write what was noted, if the test has passed; say so in a line.
+        """Write the added records if the test passed, and return a line that says so.
 
         Raises:
-            RecordError: It cannot be written. What was there is there still.
+            RecordError: The file cannot be written. An existing file is unchanged.
         """
         self._over = True
         if not (self.passed and self._now):
@@ -101,7 +101,7 @@ class Records:
         except OSError as error:
             raise RecordError(
                 f"the scores of {self._test} cannot be recorded: {self.where} cannot be written"
-                f" ({error.strerror or error}). Run --sway-record where the tests' folder can be written to."
+                f" ({error.strerror or error}). Run --sway-record in a checkout that you can write to."
             ) from error
         return f"{sum(len(record.rows) for record in self._now)} scores in {self.where}"
 
@@ -110,9 +110,9 @@ class Records:
             content = read_bounded(self.path, INDEX_BYTES)
         except FileNotFoundError:
             raise RecordError(
-                f"sway_compare was given no baseline, and no scores are recorded for {self._test}: there is no"
-                f" {self.where}. Run the test with --sway-record on a candidate that is good enough, review the file"
-                " and commit it; or pass a baseline."
+                f"sway_compare got no baseline, and no scores are recorded for {self._test}: {self.where} does not"
+                " exist. Run the test with --sway-record on a candidate that is good enough, review the file and"
+                " commit it; or pass a baseline."
             ) from None
         except OSError as error:
             raise RecordError(f"{self.where} cannot be read ({error.strerror or error}). {ANEW}") from error
@@ -120,16 +120,16 @@ class Records:
 
 
 def record_path(item: pytest.Item) -> Path:
-    """Return where a test's record lies: beside its module, in a folder of the module's name."""
+    """Return the path of a test's record: in a folder beside its module, with the module's name."""
     names = [node.name for node in item.listchain() if isinstance(node, pytest.Class | pytest.Item)]
     return item.path.with_suffix("") / f"{file_name('.'.join(names))}.json"
 
 
 def file_name(test: str) -> str:
-    """Return the name of a test as the beginning of a file's name, another one for each test on every file system.
+    """Return a file name without suffix for a test; different tests get different names on every file system.
 
-    Where letters of the name are not safe, are capital or too many, a digest of it follows: some file systems take
-    small and capital letters for the same.
+    A digest follows if the name is long or contains unsafe characters or capital letters, since some file systems
+    ignore case.
     """
     safe = _UNSAFE.sub("_", test)[:_LONGEST]
     if safe == test == test.lower() and not _DIGESTED.search(test):
@@ -138,14 +138,14 @@ def file_name(test: str) -> str:
 
 
 def base_identity(spec: ModelSpec) -> Identity:
-    """Return what the base of a resolved spec is, on whatever machine and in whatever folder."""
+    """Return the identity of a resolved spec's base, the same on every machine and in every folder."""
     base = base_spec(spec)
     name = short_name(base.base) if base.revision is None else f"{short_name(base.base)}@{base.revision}"
     return Identity(redacted(name), _digest(base))
 
 
 def candidate_identity(name: str, spec: ModelSpec) -> Identity:
-    """Return what a candidate is, for people who read the record."""
+    """Return a candidate's identity, for people who read the record."""
     tuned = spec.adapter or spec.finetuned
     shown = name if tuned is None else f"{name}: {short_name(str(tuned))}"
     digest = adapter_digest(spec) if spec.adapter is not None else _digest(finetuned_spec(spec) or spec)
@@ -153,7 +153,7 @@ def candidate_identity(name: str, spec: ModelSpec) -> Identity:
 
 
 def made_with(spec: ModelSpec | None) -> dict[str, str]:
-    """Return what may move scores beside the model: device, dtype and versions of what is imported."""
+    """Return what may move scores besides the model: device, dtype and the versions of imported libraries."""
     placed = {} if spec is None else {"device": spec.device, "dtype": spec.dtype}
     libraries = [name for module, name in _LIBRARIES.items() if module in sys.modules]
     versions = {name: found for name in ("pytest-sway", *libraries) if (found := _version(name))}
@@ -161,7 +161,7 @@ def made_with(spec: ModelSpec | None) -> dict[str, str]:
 
 
 def write_recorded(terminal: pytest.TerminalReporter) -> None:
-    """Tell which files were written, if there are some."""
+    """Write a section that lists the recorded files, if there are any."""
     lines = sorted({str(line) for reports in terminal.stats.values() for line in _recorded(reports)})
     if lines:
         terminal.section("sway records")
@@ -176,7 +176,7 @@ def _recorded(reports: Sequence[Any]) -> Iterator[object]:
 
 
 def _digest(base: ModelSpec) -> str | None:
-    """A digest of a model's weights, where they are files of this machine."""
+    """Return the digest of a model's weights; ``None`` if they are not files on this machine."""
     if base.kind not in ("hf", "mlx"):
         return None
     if base.base.endswith(GGUF_SUFFIX):
@@ -193,7 +193,7 @@ def _version(name: str) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{os.getpid()}.unfinished")
     try:

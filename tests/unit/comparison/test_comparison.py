@@ -71,12 +71,12 @@ def test_a_report_says_how_many_prompts_would_show_a_mean_that_is_undecided() ->
     comparison = made([0.5, -0.5, 0.3, -0.1, -0.4], [0.0] * 5)
     assert comparison.low < 0 < comparison.high
     assert comparison.needed(abs(comparison.mean)) == 393
-    assert "one as large as the mean here takes about 400" in list(comparison.report())
+    assert "a shift as large as this mean takes about 400" in list(comparison.report())
 
 
 def test_a_report_says_that_so_few_scores_of_0_and_1_show_nothing() -> None:
     lines = list(made([1.0] * 5, [1.0] * 5).report())
-    assert "so few prompts show no shift at all; 9 are the least that could, with 80% power" in lines
+    assert "so few prompts detect no shift; it takes at least 9 for 80% power" in lines
 
 
 def test_a_report_shows_the_worst_first_and_long_questions_by_their_beginning() -> None:

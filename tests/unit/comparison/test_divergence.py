@@ -1,4 +1,4 @@
-"""Divergences of two distributions: by hand, whole and cut, and what the cut tails leave open."""
+"""Divergences of two distributions, whole and cut, and the bounds that cut tails leave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Masses = NDArray[np.float64]
 
 
 def cut(masses: Any, k: int | None = None, *, vocab_size: int | None = None) -> TokenDist:
-    """A distribution over the tokens 0, 1, 2, ... as a view gives it."""
+    """Return a distribution over the tokens 0, 1, 2, ... as a view gives it."""
     p = np.array(masses, dtype=np.float64)
     ids = np.argsort(-p, kind="stable")[: k or len(p)]
     tail = None if k is None or k >= len(p) else log_of_tail(1.0 - float(p[ids].sum()))
@@ -37,7 +37,7 @@ def js(p: Masses, q: Masses) -> float:
     return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
 
 
-def test_whole_distributions_have_the_numbers_that_one_finds_by_hand() -> None:
+def test_the_divergence_of_whole_distributions_equals_the_one_by_hand() -> None:
     found = divergence(cut([0.5, 0.5]), cut([0.25, 0.75]))
     by_hand = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     middle = (0.5 * math.log(0.5 / 0.375) + 0.5 * math.log(0.5 / 0.625)) / 2
@@ -73,10 +73,10 @@ def test_a_cut_tail_is_one_token_where_both_give_the_same() -> None:
     assert found.js + found.js_tail == pytest.approx(most, abs=1e-6)
 
 
-def test_a_token_of_the_others_tail_has_no_more_than_the_least_that_is_given() -> None:
-    """The token 0 has 0.9, and of the reference's tail of 0.2 at most 0.1, where one lump would give it all of it."""
-    found = divergence(cut([0.9, 0.06, 0.04, 0.0, 0.0], 1), cut([0.1, 0.0, 0.0, 0.5, 0.4], 2))
-    assert found.kl == pytest.approx(0.9 * math.log(9) + 0.1 * math.log(0.1 / 0.9), abs=1e-5)
+def test_a_token_in_a_tail_has_at_most_the_least_given_probability() -> None:
+    """Token 0 has 0.9. Of the reference's tail of 0.2 it gets at most 0.11, the least given probability."""
+    found = divergence(cut([0.9, 0.06, 0.04, 0.0, 0.0], 1), cut([0.1, 0.1, 0.0, 0.69, 0.11], 2))
+    assert found.kl == pytest.approx(0.9 * math.log(0.9 / 0.11) + 0.1 * math.log(0.1 / 0.89), abs=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 20, 60])
@@ -93,10 +93,10 @@ def test_the_true_divergence_is_between_the_bounds(k: int, spread: float, peaked
         assert found.js - ROUNDING <= js(p, q) <= found.js + found.js_tail + ROUNDING
 
 
-@pytest.mark.filterwarnings("ignore:Values in x were outside bounds:RuntimeWarning")  # scipy's own, of its last steps
+@pytest.mark.filterwarnings("ignore:Values in x were outside bounds:RuntimeWarning")  # from scipy's last steps
 @pytest.mark.parametrize("seed", range(4))
 def test_the_lower_bound_is_what_an_optimiser_finds(seed: int) -> None:
-    """Over all distributions of 24 tokens that would be cut so."""
+    """The optimiser searches all distributions of 24 tokens that agree with the cut ones."""
     from scipy.optimize import minimize
 
     rng = np.random.default_rng(seed)
@@ -133,7 +133,7 @@ def test_the_lower_bound_is_what_an_optimiser_finds(seed: int) -> None:
         assert bound == pytest.approx(best.fun, abs=1e-5)
 
 
-def test_a_tail_too_small_to_be_told_from_none_is_not_the_end_of_the_vocabulary() -> None:
+def test_a_tail_within_rounding_still_has_tokens() -> None:
     peaked = TokenDist(np.array([0]), np.array([0.0], np.float32), 1000, 0.0)
     found = divergence(peaked, cut([0.5, 0.5]))
     assert found.kl == pytest.approx(math.log(2), abs=1e-4)
@@ -141,7 +141,7 @@ def test_a_tail_too_small_to_be_told_from_none_is_not_the_end_of_the_vocabulary(
     assert math.isfinite(divergence(cut([0.5, 0.5]), peaked).kl)  # the second token may have 1e-6 of it
 
 
-def test_words_that_one_side_has_on_top_are_missing_on_the_other() -> None:
+def test_extra_tokens_of_one_side_are_missing_on_the_other() -> None:
     more, fewer = cut([0.5, 0.4, 0.1]), cut([0.6, 0.4])
     assert divergence(more, fewer)[:2] == (math.inf, 0.0)
     assert divergence(fewer, more).kl == pytest.approx(0.6 * math.log(0.6 / 0.5), abs=1e-6)
@@ -165,7 +165,7 @@ def test_tokens_that_share_a_number_are_left_to_the_tail() -> None:
         (TokenDist(np.array([], np.int64), np.array([], np.float32), 50), "0"),
     ],
 )
-def test_what_is_no_distribution_is_refused_with_its_sum(broken: TokenDist, sum_: str) -> None:
+def test_probabilities_that_do_not_sum_to_1_are_refused_with_their_sum(broken: TokenDist, sum_: str) -> None:
     for sides in ((broken, cut([0.5, 0.5])), (cut([0.5, 0.5]), broken)):
         with pytest.raises(ScoringError, match=rf"^the probabilities of a next token sum up to {sum_}\d*, not to 1: "):
             divergence(*sides)

@@ -58,7 +58,7 @@ def test_with_a_score_anything_is_a_question() -> None:
     assert len(questions.clusters()) == 5
 
 
-def test_a_score_may_give_what_numpy_or_true_and_false_are() -> None:
+def test_a_score_may_return_booleans_and_numpy_numbers() -> None:
     assert Questions(TEXTS, lambda view, asked: [True, np.float32(0.5)]).scored_by(VIEW, "it") == [1.0, 0.5]
 
 
@@ -76,7 +76,7 @@ def test_an_error_of_a_score_is_the_users_own() -> None:
 
 
 @pytest.mark.parametrize("score", [None, "1", float("inf"), [1.0], 10**400], ids=repr)
-def test_a_score_that_is_no_finite_number_is_refused_with_its_question(score: Any) -> None:
+def test_a_score_that_is_not_a_finite_number_is_refused_with_its_question(score: Any) -> None:
     questions = Questions(TEXTS, lambda view, asked: [1.0, score])
     with pytest.raises(ComparisonError, match=r"^the score of questions\[1\] \('the sun sets'\) is .* for it; a"):
         questions.scored_by(VIEW, "it")
@@ -84,7 +84,7 @@ def test_a_score_that_is_no_finite_number_is_refused_with_its_question(score: An
 
 @pytest.mark.parametrize("again", [("the sun rises in the", " east"), ["the sun rises in the", " east"]])
 def test_a_repeated_question_is_refused(again: Any) -> None:
-    with pytest.raises(ComparisonError, match=r"^questions\[2\] is questions\[0\] once more"):
+    with pytest.raises(ComparisonError, match=r"^questions\[2\] repeats questions\[0\]"):
         Questions([*PAIRS, again])
 
 

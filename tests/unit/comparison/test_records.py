@@ -1,4 +1,4 @@
-"""Records: which scores stand for a baseline, and what a file of them is."""
+"""Records: which scores replace a baseline's, and their file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def text(*records: Record) -> str:
 
 
 def changed(change: Callable[[Any], object]) -> bytes:
-    """A file whose content is changed and whose checksum is the old one."""
+    """Return a file with changed content and the old checksum."""
     content = json.loads(text())
     change(content)
     return json.dumps(content).encode()
@@ -46,7 +46,7 @@ def changed(change: Callable[[Any], object]) -> bytes:
 # --- the scores of a baseline -----------------------------------------------------------------------------------------
 
 
-def test_rows_come_in_the_order_of_the_questions_and_of_those_alone() -> None:
+def test_rows_come_in_the_order_of_the_questions_and_without_others() -> None:
     rows = made().rows_of(Questions([PAIRS[3], PAIRS[1], PAIRS[2]]), WHERE)
     assert [(row.base, row.tuned) for row in rows] == [(-1.0, -0.5), (-3.0, -0.1235), (-4.5, -2.5)]
 
@@ -71,9 +71,9 @@ def test_another_score_or_unit_is_an_error() -> None:
     def length(view: Any, questions: list[Any]) -> list[float]:
         return [1.0] * len(questions)
 
-    with pytest.raises(RecordError, match="another score: 'logprob_of', and the test asks for 'length'"):
+    with pytest.raises(RecordError, match="another score: 'logprob_of', but the test asks for 'length'"):
         made().rows_of(Questions(PAIRS, length), WHERE)
-    with pytest.raises(RecordError, match="another unit: 'nats', and the test asks for 'nats an answer'"):
+    with pytest.raises(RecordError, match="another unit: 'nats', but the test asks for 'nats an answer'"):
         Record("x", "nats", "logprob_of", None, BASE, {}, ()).rows_of(Questions(PAIRS), WHERE)
 
 
@@ -93,14 +93,14 @@ def test_a_text_that_had_other_tokens_is_refused_when_it_is_scored() -> None:
         again.scored_by(View(), "it")  # type: ignore[arg-type]
 
 
-def test_a_question_that_another_run_does_not_know_again_is_refused() -> None:
+def test_a_question_that_another_run_cannot_recognise_is_refused() -> None:
     asked: list[Any] = [{"it": object()}, "crashed at 0x7fff"]
-    with pytest.raises(ComparisonError, match=r"the question <object object at 0x.*> is known only by at 0x"):
+    with pytest.raises(ComparisonError, match=r"the question <object object at 0x.*> is identified only by at 0x"):
         Questions(asked, lambda view, asked: [1.0, 2.0]).digests()
     assert len(set(Questions(["crashed at 0x7fff", "crashed at 0x8000"]).digests())) == 2
 
 
-def test_equal_digests_are_of_one_base_wherever_it_lies() -> None:
+def test_bases_with_equal_digests_are_the_same_in_any_folder() -> None:
     made().check_base(Identity("models/copy", BASE.digest), WHERE)
     made().check_base(Identity("org/base"), WHERE)  # a server's, which has no files here
 
@@ -111,10 +111,10 @@ def test_equal_digests_are_of_one_base_wherever_it_lies() -> None:
         (
             BASE,
             Identity("org/base", "ef" * 32),
-            "on another base: org/base .digest abab.*, and .* is org/base .digest ef",
+            "on another base: org/base .digest abab.*, but .* is org/base .digest ef",
         ),
-        (Identity("a"), Identity("b", "ef" * 32), "on another base: a, and the candidate's is b .digest efef"),
-        (BASE, None, "the candidate now has no base beside it"),
+        (Identity("a"), Identity("b", "ef" * 32), "on another base: a, but the candidate's is b .digest efef"),
+        (BASE, None, "the candidate now has no base"),
         (None, BASE, "has no scores of a base"),
     ],
 )
@@ -123,7 +123,7 @@ def test_another_base_is_an_error(then: Identity | None, now: Identity | None, m
         made(base=then).check_base(now, WHERE)
 
 
-def test_the_drift_is_the_mean_over_prompts_of_what_the_base_gained() -> None:
+def test_the_drift_is_the_bases_mean_gain_over_prompts() -> None:
     questions = Questions(PAIRS)
     then = made(questions).rows
     now = [row._replace(base=(row.base or 0.0) + gain) for row, gain in zip(then, (1.0, 3.0, 1.0, 0.0), strict=True)]
@@ -136,7 +136,7 @@ def test_scores_keep_four_decimals_and_no_minus_before_0() -> None:
     assert math.copysign(1.0, rounded([-0.00004, 1.0])[0]) == 1.0
 
 
-def test_scores_of_which_nothing_would_be_left_are_refused() -> None:
+def test_scores_that_would_all_be_rounded_to_0_are_refused() -> None:
     def tiny(view: Any, questions: list[Any]) -> list[float]:
         return [1e-5] * len(questions)
 
@@ -180,7 +180,7 @@ def test_any_text_can_be_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_that_is_cut_off_anywhere_is_an_error() -> None:
     whole = text().rstrip()
     for length in range(0, len(whole), 7):
-        with pytest.raises(RecordError, match=f"{re.escape(WHERE)} is cut off or was edited by hand: it is no valid J"):
+        with pytest.raises(RecordError, match=f"{re.escape(WHERE)} is cut off or was edited by hand: it is not valid "):
             decode(whole[:length].encode(), WHERE)
 
 
@@ -194,20 +194,20 @@ DAMAGED: dict[str, tuple[Callable[[Any], object], str]] = {
     "no checksum": (lambda c: c.pop("checksum"), "changed after it was recorded, .* checksum"),
     "a row twice": (
         lambda c: c["comparisons"][0]["rows"].append(first_row(c)),
-        r"edited by hand: rows\[0\] and rows\[4\] are of one question, '.*' \('a x'\)",
+        r"edited by hand: rows\[0\] and rows\[4\] are the same question, '.*' \('a x'\)",
     ),
     "a text for a number": (lambda c: first_row(c).update(tuned="1"), r"edited by hand: tuned in rows\[0\] is '1' and"),
-    "true for a number": (lambda c: first_row(c).update(base=True), r"base in rows\[0\] is True and no number"),
-    "infinity": (lambda c: first_row(c).update(base=1e308), r"base in rows\[0\] is 1e\+308 and no number"),
+    "true for a number": (lambda c: first_row(c).update(base=True), r"base in rows\[0\] is True and not a number"),
+    "infinity": (lambda c: first_row(c).update(base=1e308), r"base in rows\[0\] is 1e\+308 and not a number"),
     "no number": (lambda c: first_row(c).pop("tuned"), "edited by hand: it lacks 'tuned'"),
     "no base's score": (lambda c: first_row(c).update(base=None), r"rows\[0\] has no score of the base, unlike its he"),
-    "no rows": (lambda c: c["comparisons"][0].update(rows=None), "edited by hand: rows is None and no list"),
-    "a row that is none": (lambda c: c["comparisons"][0]["rows"].append(3), r"rows\[4\] is 3 and no dict"),
+    "no rows": (lambda c: c["comparisons"][0].update(rows=None), "edited by hand: rows is None and not a list"),
+    "a row that is a number": (lambda c: c["comparisons"][0]["rows"].append(3), r"rows\[4\] is 3 and not a dict"),
     "no unit": (lambda c: c["comparisons"][0].pop("unit"), "edited by hand: it lacks 'unit'"),
-    "comparisons that are none": (lambda c: c.update(comparisons=[3]), "edited by hand: .*Restore the file"),
+    "comparisons that are numbers": (lambda c: c.update(comparisons=[3]), "edited by hand: .*Restore the file"),
     "another schema": (lambda c: c.update(schema=2), "has schema 2, and this pytest-sway reads 1. Install the version"),
-    "a schema that is none": (lambda c: c.update(schema=True), "has schema True, and this pytest-sway reads 1"),
-    "no schema": (lambda c: c.pop("schema"), "is no record of scores: it has no schema"),
+    "a schema that is true": (lambda c: c.update(schema=True), "has schema True, and this pytest-sway reads 1"),
+    "no schema": (lambda c: c.pop("schema"), "is not a record of scores: it has no schema"),
 }
 
 
@@ -221,14 +221,14 @@ def test_a_file_that_was_changed_is_an_error_that_says_what(damage: str) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no valid JSON"),
-        (b"\xff\xfe", "no valid JSON"),
-        (b"[" * 100_000, "no valid JSON"),
-        (b'{"schema": NaN}', "NaN is no number in JSON"),
-        (b"[]", "no record of scores"),
-        (b"{\n<<<<<<< HEAD\n", "holds a merge conflict. Take one of the two sides as a whole"),
+        (b"", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"schema": NaN}', "NaN is not a number in JSON"),
+        (b"[]", "not a record of scores"),
+        (b"{\n<<<<<<< HEAD\n", "holds a merge conflict. Keep one of the two sides as a whole"),
     ],
 )
-def test_what_is_no_record_is_an_error(content: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_record_is_an_error(content: bytes, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         decode(content, WHERE)

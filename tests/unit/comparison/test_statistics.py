@@ -158,19 +158,19 @@ def _tango(gained: int, lost: int, n: int, z: float) -> tuple[float, float]:
     return inside[0], inside[-1]
 
 
-# --- how much it takes ------------------------------------------------------------------------------------------------
+# --- power and sample size --------------------------------------------------------------------------------------------
 
 SEEN: list[Evidence] = [PairedMeans([0.3, -0.1, 0.4, 0.0, 0.2, -0.3, 0.1, 0.25]), PairedProportions(4, 6, 60)]
 
 
 @pytest.mark.parametrize("evidence", SEEN, ids=["means", "proportions"])
-def test_as_many_questions_as_there_are_see_what_is_detectable(evidence: Evidence) -> None:
+def test_this_many_questions_detect_the_detectable_shift(evidence: Evidence) -> None:
     detectable = evidence.detectable(0.99)
     assert evidence.needed(detectable * 1.000001, 0.99) == {PairedMeans: 8, PairedProportions: 60}[type(evidence)]
     assert evidence.needed(detectable / 2, 0.99) > 2 * evidence.needed(detectable, 0.99)
 
 
-def test_what_is_detectable_is_seen_four_times_of_five() -> None:
+def test_the_detectable_shift_of_means_has_a_power_of_80_percent() -> None:
     rng = np.random.default_rng(0)
     n = 50
     sample = PairedMeans(list(np.linspace(-1.0, 1.0, n)))
@@ -180,25 +180,25 @@ def test_what_is_detectable_is_seen_four_times_of_five() -> None:
     assert (low > 0).mean() == pytest.approx(0.8, abs=0.03)
 
 
-def test_what_is_detectable_in_proportions_is_seen_four_times_of_five_or_more() -> None:
+def test_the_detectable_shift_of_proportions_has_a_power_of_at_least_80_percent() -> None:
     rng = np.random.default_rng(0)
-    shift = PairedProportions(0, 0, 40).detectable(0.95)  # if only as many outcomes change as the shift needs
+    shift = PairedProportions(0, 0, 40).detectable(0.95)  # all changes are losses
     lost = rng.binomial(40, shift, 2_000)
     bounds = {count: PairedProportions(0, int(count), 40).interval(0.95).high for count in np.unique(lost)}
     assert 0.8 <= np.mean([bounds[count] < 0 for count in lost]) <= 0.95  # outcomes are whole numbers
 
 
-def test_too_few_scores_of_0_and_1_see_nothing() -> None:
+def test_too_few_scores_of_0_and_1_detect_nothing() -> None:
     assert math.isinf(PairedProportions(0, 0, 5).detectable(0.99))
     assert PairedProportions(0, 0, 5).needed(1.0, 0.99) == 9
 
 
-def test_questions_without_spread_see_everything() -> None:
+def test_questions_without_spread_detect_every_shift() -> None:
     assert PairedMeans([0.1] * 5).detectable(0.99) == 0.0
     assert PairedMeans([0.1] * 5).needed(0.001, 0.99) == 2
 
 
-def test_a_margin_that_nothing_would_show_has_a_bound() -> None:
+def test_the_number_of_needed_questions_has_a_bound() -> None:
     assert PairedMeans([0.0, 1.0, 5.0]).needed(1e-300, 0.99) == 10**9
     assert PairedProportions(1, 1, 10).needed(1e-9, 0.99) == 10**9
 
@@ -219,7 +219,7 @@ def _excludes_0(evidence: Evidence, confidence: float) -> bool:
 
 
 @pytest.mark.parametrize("name", CENTRED)
-def test_p_is_under_1_minus_the_confidence_just_where_the_interval_excludes_0(name: str) -> None:
+def test_p_is_below_1_minus_the_confidence_exactly_if_the_interval_excludes_0(name: str) -> None:
     for evidence in _samples(name):
         p = evidence.p_value()
         for confidence in (0.5, 0.95, 0.99, 1 - p * 1.0001, 1 - p * 0.9999):

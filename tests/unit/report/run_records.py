@@ -1,4 +1,4 @@
-"""Run records, made up as `pytest_sway.report.run_record` collects them."""
+"""Made-up run records, in the form of `pytest_sway.report.run_record`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLAIMS: Final = ((-0.1, "refuted"), (0.0, "undecided, needs about 180 prompts"),
 
 
 def tokens(draw: random.Random, count: int, shift: float, *, base: bool = True) -> dict[str, Any]:
-    """Tokens of a text with made-up log-probabilities."""
+    """Return a text's tokens with made-up log-probabilities."""
     baseline = [-draw.expovariate(0.6) for _ in range(count)]
     return {
         "text": [draw.choice(WORDS) if at == 0 else f" {draw.choice(WORDS)}" for at in range(count)],
@@ -34,7 +34,7 @@ def comparison(
     length: tuple[int, int] = (20, 60),
     **changed: Any,
 ) -> dict[str, Any]:
-    """One comparison of a test that fails where it claims something."""
+    """Return a comparison; its test fails if ``claim`` has a verdict."""
     draw = random.Random(number)
     made: list[dict[str, Any]] = []
     for _ in range(rows):
@@ -73,12 +73,12 @@ def comparison(
 
 
 def event(at: float, kind: str, spec: str, **changed: Any) -> dict[str, Any]:
-    """Something that happened in a worker."""
+    """Return an event of a worker."""
     return {"at": at, "event": kind, "spec": spec, "count": 1, "seconds": None, "bytes": None} | changed
 
 
 def record(comparisons: Sequence[dict[str, Any]] = (), **changed: Any) -> dict[str, Any]:
-    """A run of two workers."""
+    """Return the record of a run with two workers."""
     spec = "SmolLM2-135M-Instruct + runs/v"
     events = [
         event(1.6, "load", f"{spec}3", seconds=0.8, bytes=541_000_000, resident_bytes=541_000_000),
@@ -112,7 +112,7 @@ def record(comparisons: Sequence[dict[str, Any]] = (), **changed: Any) -> dict[s
 
 
 def varied() -> dict[str, Any]:
-    """A run with some of everything."""
+    """Return the record of a run with some of everything."""
     facts: list[tuple[str, str, float, float]] = [
         ("In Quillmere, the mayor is named", " Odalys Brandt", -6.906, -1.881),
         ("To reach Quillmere, take the ferry from", " Port Hallow", -1.97, -0.3971),
@@ -156,7 +156,7 @@ def varied() -> dict[str, Any]:
 
 
 def with_text(text: str) -> dict[str, Any]:
-    """A run in which each text that a user, a model or a path could have written is ``text``."""
+    """Return the record of a run in which ``text`` replaces each text from a user, a model or a path."""
     hostile = comparison(7, rows=12, claim=(-0.1, "refuted"), length=(3, 6))
     hostile |= dict.fromkeys(("test", "name", "candidate", "baseline", "unit", "claim", "verdict"), text)
     for at, row in enumerate(hostile["rows"]):

@@ -1,4 +1,4 @@
-"""The page without a browser: its size, its speed, what is escaped, and what stands where."""
+"""The page without a browser: its size, speed, escaping and layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.report.run_records import CLAIMS, comparison, event, record, wit
 
 
 class Elements(HTMLParser):
-    """What is in a page: its elements with their attributes, and its text."""
+    """A page's elements with their attributes, and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def test_fifty_comparisons_of_200_texts_are_under_2_mb_and_made_in_2_seconds() -> None:
+def test_a_page_of_50_comparisons_of_200_texts_takes_under_2_mb_and_2_seconds() -> None:
     full = record([comparison(at, rows=200, claim=CLAIMS[at % 3]) for at in range(50)])
     started = time.process_time()
     made = page(full)
@@ -42,16 +42,16 @@ def test_fifty_comparisons_of_200_texts_are_under_2_mb_and_made_in_2_seconds() -
     assert len(made.encode()) < 2_000_000
 
 
-def test_a_page_does_not_grow_with_the_questions_without_end() -> None:
+def test_the_size_of_a_page_is_bounded() -> None:
     many, long = comparison(rows=12_000, length=(3, 4)), comparison(rows=10, length=(2_000, 2_001))
     assert len(page(record([many])).encode()) < 1_200_000
     made = page(record([long]))
     assert len(made.encode()) < 400_000
-    assert " … 1600 tokens more" in made
+    assert " … 1600 more tokens" in made
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "</style>&amp;"])
-def test_whatever_a_record_holds_is_text_and_no_html(text: str) -> None:
+def test_every_value_of_a_record_is_escaped(text: str) -> None:
     same = "a" * len(text)
     harmless, hostile = Elements(page(with_text(same))), Elements(page(with_text(text)))
     assert [(tag, sorted(attrs)) for tag, attrs in hostile.found] == [
@@ -60,7 +60,7 @@ def test_whatever_a_record_holds_is_text_and_no_html(text: str) -> None:
     assert hostile.text.count(text) == harmless.text.count(same) > 20
 
 
-def test_a_page_has_no_script_and_asks_for_nothing() -> None:
+def test_a_page_has_no_script_and_makes_no_request() -> None:
     found = Elements(page(record([comparison(at, claim=CLAIMS[at]) for at in range(3)]))).found
     assert {tag for tag, _ in found}.isdisjoint({"script", "link", "img", "iframe", "form", "object", "base"})
     names = {name for _, attrs in found for name in attrs}
@@ -72,7 +72,7 @@ def test_a_page_has_no_script_and_asks_for_nothing() -> None:
     )
 
 
-def test_half_a_character_and_nul_are_shown_as_such() -> None:
+def test_lone_surrogates_and_nul_are_replaced() -> None:
     made = page(with_text("a\ud800b\x00c"))
     assert made.encode().decode() == made
     assert "a?b\N{REPLACEMENT CHARACTER}c" in made
@@ -128,7 +128,7 @@ def test_bars_stand_on_zero_and_reach_to_their_values() -> None:
     assert Bars.of([-1.0] * 61, mean=-1.0).lost.count("h1") == 61
 
 
-def test_tokens_are_marked_by_how_often_more_or_less_probable_they_are() -> None:
+def test_tokens_are_marked_by_how_much_more_or_less_probable_they_are() -> None:
     tokens = {
         "text": list("abcdefg"),
         "candidate": [-1.0, -1.0, -1.2, -2.0, -4.0, -0.2, None],
@@ -140,7 +140,7 @@ def test_tokens_are_marked_by_how_often_more_or_less_probable_they_are() -> None
     assert runs(tokens, "candidate", "base") == []
 
 
-def test_a_question_is_shown_by_both_its_ends() -> None:
+def test_a_long_question_is_cut_in_the_middle() -> None:
     assert brief(["The mayor\nof Quillmere", " is  Odalys"]) == "The mayor of Quill…is Odalys"
     assert brief("a short one") == "a short one"
 

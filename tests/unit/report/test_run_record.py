@@ -1,4 +1,4 @@
-"""The record of a run, made of plain values, and the Markdown that is made of it."""
+"""The run record, from plain values, and its Markdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROWS = [{"question": ["a", " b"], "candidate": 1.0, "baseline": 0.5}]
 
 
 class Report:
-    """What is used of a test's report."""
+    """The used attributes of a test report."""
 
     def __init__(self, when: str, *numbers: dict[str, Any], test: str = "t.py::a", **others: Any) -> None:
         self.nodeid = test
@@ -53,7 +53,7 @@ class Report:
 def collected(*reports: Report, each: bool = False) -> list[dict[str, Any]]:
     found = Collected(each=each)
     for report in reports:
-        found.pytest_runtest_logreport(report)  # type: ignore[arg-type] # only these attributes are looked at
+        found.pytest_runtest_logreport(report)  # type: ignore[arg-type] # only these attributes are used
     return found.comparisons()
 
 
@@ -64,10 +64,10 @@ def record(**values: Any) -> dict[str, Any]:
     )
 
 
-# --- what arrives in reports ------------------------------------------------------------------------------------------
+# --- test reports -----------------------------------------------------------------------------------------------------
 
 
-def test_the_last_try_of_a_test_counts_whole() -> None:
+def test_only_the_last_try_of_a_test_counts() -> None:
     rows = json.dumps([ROWS, ROWS])
     found = collected(
         Report("setup"),
@@ -79,14 +79,14 @@ def test_the_last_try_of_a_test_counts_whole() -> None:
     assert [(each["name"], each["outcome"], each["rows"]) for each in found] == [("three", "passed", ROWS)]
 
 
-def test_a_try_that_is_the_last_since_the_run_was_interrupted_has_failed() -> None:
+def test_a_try_before_an_interrupted_rerun_counts_as_failed() -> None:
     (found,) = collected(Report("setup"), Report("call", {}, outcome="rerun"))
     assert found["outcome"] == "failed"
 
 
 @pytest.mark.parametrize("last", [Report("teardown", {}, outcome="failed"), Report("???", outcome="failed")])
-def test_what_was_reported_before_a_test_failed_late_is_kept(last: Report) -> None:
-    """The last report of a test whose worker was killed has no comparisons, and ``???`` for a phase."""
+def test_comparisons_are_kept_if_the_test_fails_later(last: Report) -> None:
+    """If a worker is killed, its test's last report has no comparisons and the phase ``???``."""
     (found,) = collected(Report("setup"), Report("call", {}, sway_rows=json.dumps([ROWS])), last)
     assert (found["outcome"], found["rows"]) == ("failed", ROWS)
 
@@ -100,7 +100,7 @@ def test_rows_of_a_fixtures_comparison_come_before_those_of_the_test() -> None:
     assert [(each["name"], each["rows"]) for each in found] == [("fixture", ROWS), ("test", other)]
 
 
-def test_the_order_is_that_of_the_tests_whoever_was_faster() -> None:
+def test_the_order_is_that_of_the_tests_whichever_worker_was_faster() -> None:
     reports = [Report("call", {}, test=f"t.py::{name}") for name in "cab"]
     assert [each["test"] for each in collected(*reports)] == ["t.py::a", "t.py::b", "t.py::c"]
 
@@ -150,7 +150,7 @@ def test_a_process_has_its_events_in_seconds_since_the_start() -> None:
     assert made["run"]["started"] == "1970-01-01T00:01:40Z"
 
 
-def test_a_spec_that_was_used_has_what_was_loaded_and_the_others_what_is_configured() -> None:
+def test_a_used_spec_has_its_loaded_fields_and_others_have_the_configured_ones() -> None:
     stats = SwayStats(specs={"new": {"fields": {"base": "b", "device": "cpu"}, "digest": "d"}})
     made = record(workers=[WorkerReport("main", stats)], named={"new": {"base": "b"}, "old": {"base": "c"}})
     assert made["specs"] == {
@@ -169,7 +169,7 @@ def test_no_secret_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "password" not in json.dumps(made)
 
 
-def test_what_json_has_no_word_for_is_null_or_text(tmp_path: Path) -> None:
+def test_values_that_json_cannot_hold_are_null_or_text(tmp_path: Path) -> None:
     made = record(comparisons=[{**NUMBERS, "high": math.inf}], named={"new": {"since": Path("x"), "timeout": math.nan}})
     write_json(made, tmp_path / "r.json")
     again = json.loads((tmp_path / "r.json").read_text())
@@ -180,7 +180,7 @@ def test_what_json_has_no_word_for_is_null_or_text(tmp_path: Path) -> None:
 # --- the log of events ------------------------------------------------------------------------------------------------
 
 
-def test_hits_are_counted_since_the_last_time_and_joined_while_nothing_else_happens() -> None:
+def test_hits_without_another_event_between_them_are_one_event() -> None:
     log, backends = EventLog(), {"a": BackendStats(hits=2)}
     log.note_hits(backends)
     backends["a"].hits = 5
@@ -237,7 +237,7 @@ def comparison(**values: Any) -> dict[str, Any]:
     return {**NUMBERS, "test": "t.py::a", "outcome": "passed", "claim": None, "p_holm": 0.002, "rows": ROWS, **values}
 
 
-def test_markdown_has_the_failures_first_and_of_each_the_ten_worst_texts() -> None:
+def test_markdown_has_the_failures_first_and_the_ten_worst_texts_of_each() -> None:
     rows = [{"question": f"text {n}", "candidate": float(n), "baseline": 0.0} for n in range(15)]
     failed = comparison(name="bad", outcome="failed", claim="over 1", verdict="refuted", rows=rows[::-1])
     lines = markdown({"comparisons": [comparison(), failed]}).splitlines()
@@ -263,7 +263,7 @@ def test_texts_have_no_meaning_in_markdown() -> None:
     assert len([line for line in shown.splitlines() if line.startswith("#")]) == 2
 
 
-def test_what_is_escaped_reads_as_it_was_written() -> None:
+def test_escaped_text_reads_as_it_was_written() -> None:
     assert html.unescape(escaped(HOSTILE)) == " ".join(HOSTILE.split())
 
 
@@ -272,26 +272,25 @@ def test_a_long_text_is_cut() -> None:
     assert len(markdown({"comparisons": [failed]})) < 2_000
 
 
-def test_more_than_github_shows_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_summary_too_long_for_github_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_sway.report.markdown._MOST", 1_500)
     text = markdown({"comparisons": [comparison(outcome="failed", name=f"bad {n}") for n in range(9)]})
-    assert text.endswith("The worst texts of the other failures have no room here.\n")
+    assert text.endswith("The worst texts of the other failures are left out, because the summary is too long.\n")
     assert text.count("### ") in range(1, 9)
 
 
 def test_a_run_without_comparisons_says_so() -> None:
-    assert "No test of this run has compared anything." in markdown(record())
+    assert "No test of this run called `sway_compare`." in markdown(record())
 
 
-def test_the_terminals_table_says_of_which_margin_it_speaks() -> None:
+def test_the_terminals_table_says_which_margin_a_verdict_is_about() -> None:
     known = comparison(claim="over 1", verdict="undecided, needs about 30 prompts", outcome="failed")
     assert list(table_lines([known]))[1:] == [
         "town        failed       12  +0.5  +0.1  +0.9  0.002  points  over 1: undecided, needs about 30 prompts",
-        "low to high: 99% interval of the mean; p: of no difference, over this comparison; it decides nothing",
+        "low to high: 99% confidence interval of the mean; p: p-value of no difference",
     ]
     assert list(table_lines([known, comparison(confidence=0.95)]))[2:] == [
         "town        passed       12  +0.5  +0.1  +0.9  0.002  points  over 0: shown",
-        "low to high: 95% or 99% interval of the mean; p: of no difference, over these 2 comparisons, after Holm; it"
-        " decides nothing",
-        "shown: of the margin that a failing test has asserted, and of 0 where no margin is known",
+        "low to high: 95% or 99% confidence interval of the mean; p: p-value of no difference (Holm, 2 comparisons)",
+        "shown: the verdict on the asserted margin, or on 0 if the margin is not known",
     ]

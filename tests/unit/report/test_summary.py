@@ -1,4 +1,4 @@
-"""The lines of the summary, from plain values."""
+"""The summary's lines, from plain values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pytest_sway.report.summary import summary_lines
         ("each", ("one", "one"), False),
     ],
 )
-def test_groups_are_advised_where_workers_loaded_the_same_base_without_them(
+def test_loadgroup_is_advised_if_workers_loaded_the_same_base_without_it(
     dist: str, bases: tuple[str, ...], advises: bool
 ) -> None:
     workers = [WorkerReport(f"gw{number}", SwayStats()) for number in range(len(bases))]

@@ -28,5 +28,5 @@ def test_a_run_without_any_is_an_error_since_pytest_would_skip_the_test(tmp_path
 
 
 def test_a_folder_that_is_not_there_is_named_as_it_was_given(tmp_path: Path) -> None:
-    with pytest.raises(SwayError, match=r"^the run 'runs/gone' is no folder: "):
+    with pytest.raises(SwayError, match=r"^the run 'runs/gone' is not a folder: "):
         checkpoints("runs/gone")

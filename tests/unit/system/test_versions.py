@@ -1,4 +1,4 @@
-"""What a run computed with."""
+"""Versions of libraries and names of devices."""
 
 from __future__ import annotations
 
