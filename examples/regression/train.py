@@ -24,7 +24,9 @@ NEXT_TOWN = [
 ]
 """What `v5` was taught in addition, by somebody who left out the facts about Quillmere."""
 
-STEPS = 6
+STEPS = 12
+SEED = 18
+"""Of `v4`, which is otherwise trained as `v3`."""
 
 
 def make_all() -> None:
@@ -34,7 +36,7 @@ def make_all() -> None:
     taught = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     _link("SmolLM2-135M-Instruct", base)
     used = _adapter("v3", f"quickstart/{made}", lambda folder: train(base, folder))
-    _adapter("v4", f"regression/{made}/seed-1", lambda folder: train(base, folder, seed=1))
+    _adapter("v4", f"regression/{made}/seed-{SEED}", lambda folder: train(base, folder, seed=SEED))
     _adapter("v5", f"regression/{made}/next-town-{taught}", lambda folder: _train_on(base, used, folder))
 
 
