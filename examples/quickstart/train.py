@@ -38,14 +38,14 @@ RANK = 8
 SEED = 0
 
 
-def train(base: str | Path, output: str | Path) -> Path:
+def train(base: str | Path, output: str | Path, *, seed: int = SEED) -> Path:
     """Train a LoRA adapter on `base` and save it in the folder `output`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch.nn.functional import kl_div
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 

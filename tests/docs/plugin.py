@@ -2,7 +2,8 @@
 
 A block's title is a file name. The block is written to that file, next to the files of earlier blocks of its page. If
 the name begins with ``test_``, pytest runs the file, and all of its tests must pass. A block of the language
-``console`` is pytest commands, each with lines of its output, which must appear in that order (`_pattern`).
+``console`` is pytest commands, each with lines of its output, which must appear in that order (`_pattern`). One of
+``yaml`` is a workflow of GitHub Actions; pytest must know the tests and options of its commands (`_check_workflow`).
 
 The folder has the model and the adapters under the names in the pages: SmolLM2-135M-Instruct, and adapters that the
 quickstart trains on it.
@@ -14,11 +15,13 @@ import os
 import re
 import shlex
 import shutil
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from sybil import Example, Sybil
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sybil.region import Region
@@ -85,7 +88,7 @@ def _server() -> Iterator[str]:
 
 
 def _blocks(document: Any) -> Iterator[Region]:
-    info = re.compile(r'(?P<language>python|toml|ini|console)(?: title="(?P<title>[^"\n]+)")?[ \t]*\n')
+    info = re.compile(r'(?P<language>python|toml|ini|console|yaml)(?: title="(?P<title>[^"\n]+)")?[ \t]*\n')
     for region in RawFencedCodeBlockLexer(info)(document):
         region.parsed = region.lexemes["source"]
         region.evaluator = _evaluate
@@ -101,7 +104,7 @@ def _evaluate(example: Example) -> None:
         files[title] = str(example.parsed).replace(SERVER, example.namespace["_server"])
     for name, text in files.items():
         path = world.path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     if language == "console":
         if UNTRAINED in title:
@@ -110,9 +113,24 @@ def _evaluate(example: Example) -> None:
         for block in re.split(r"^(?=\$ )", str(example.parsed), flags=re.MULTILINE):
             if block:
                 _compare(world, block)
+    elif language == "yaml":
+        _check_workflow(world, str(example.parsed))
     elif Path(title).name.startswith("test_"):
         result = world.runpytest(title, "-p", "no:cacheprovider")
         assert result.ret == pytest.ExitCode.OK, f"{example.path}:{example.line}"
+
+
+def _check_workflow(world: pytest.Pytester, text: str) -> None:
+    workflow = yaml.safe_load(text)
+    assert set(workflow) >= {"name", True, "jobs"}  # to YAML 1.1, "on" is a word for true
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert all(("uses" in step) != ("run" in step) for step in steps)
+    commands = [line for step in steps for line in step.get("run", "").splitlines() if line.startswith("pytest ")]
+    assert commands
+    for command in commands:
+        known = {"CANDIDATE": "runs/v2", "GITHUB_STEP_SUMMARY": "summary.md"}
+        _, *arguments = shlex.split(string.Template(command).substitute(known))
+        assert world.runpytest(*arguments, "--collect-only", "-p", "no:cacheprovider").ret == pytest.ExitCode.OK
 
 
 def _compare(world: pytest.Pytester, block: str) -> None:

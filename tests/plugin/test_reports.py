@@ -72,6 +72,16 @@ def test_the_json_has_every_row_of_every_comparison(pytester: pytest.Pytester, a
     assert {"pytest-xdist", "scipy", "numpy"} & set(record["versions"]) >= {"scipy", "numpy"}
 
 
+def test_tests_with_numbers_are_in_the_order_of_the_numbers(pytester: pytest.Pytester) -> None:
+    body = """
+@pytest.mark.parametrize("step", [16, 8, 100])
+def test_it(sway_compare, step):
+    sway_compare(FACTS, NEW, OLD, name=f"checkpoint-{step}")
+"""
+    run(pytester, body, JSON)
+    assert list(by_name(written(pytester))) == ["checkpoint-8", "checkpoint-16", "checkpoint-100"]
+
+
 def test_loads_hits_evictions_and_closes_are_events(pytester: pytest.Pytester) -> None:
     body = """
 def test_one(sway_backend):
