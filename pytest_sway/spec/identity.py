@@ -67,6 +67,8 @@ def _settings(spec: ModelSpec) -> Key:
         spec.finetuned_endpoint,
         spec.api_key_env,
         spec.timeout,
+        spec.model_kwargs,  # type: ignore[return-value] # kept as a text, by its checks
+        spec.finetuned_model_kwargs,
     )
 
 
@@ -94,15 +96,20 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     """Return the spec of the base alone."""
     if spec.adapter is None and spec.finetuned is None:
         return spec
-    return replace(spec, adapter=None, finetuned=None, finetuned_endpoint=None)
+    return replace(spec, adapter=None, finetuned=None, finetuned_endpoint=None, finetuned_model_kwargs=None)
 
 
 def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
     """Return the spec of the fine-tuned model as a base of its own; ``None`` where there is none.
 
-    The revision is the base's, and so is not the fine-tuned model's.
+    The revision is the base's, and so is not the fine-tuned model's; ``model_kwargs`` are, unless it has its own.
     """
-    return None if spec.finetuned is None else replace(spec, base=spec.finetuned, finetuned=None, revision=None)
+    if spec.finetuned is None:
+        return None
+    theirs = spec.model_kwargs if spec.finetuned_model_kwargs is None else spec.finetuned_model_kwargs
+    return replace(
+        spec, base=spec.finetuned, finetuned=None, revision=None, model_kwargs=theirs, finetuned_model_kwargs=None
+    )
 
 
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from pytest_sway.backends.checkpoints.lineage import require_same_base
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import SharedPool
+from pytest_sway.spec.model_kwargs import in_short
 from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:
@@ -125,5 +126,5 @@ class PooledBuilder(Build, ABC, Generic[B]):
         started = time.perf_counter()
         base = self._load_base(spec)
         if self._on_base_load is not None:
-            self._on_base_load(spec.base, time.perf_counter() - started)
+            self._on_base_load(f"{spec.base}{in_short(spec.model_kwargs)}", time.perf_counter() - started)
         return base

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def fresh(base: Path, adapter: Path | None = None, *, dtype: str = "float32") -> tuple[Any, Any]:
-    """A model, with an adapter on it as PEFT loads it, and its tokenizer."""
+def fresh(base: Path, adapter: Path | None = None, *, dtype: str = "float32", **kwargs: Any) -> tuple[Any, Any]:
+    """A model that is loaded with ``kwargs``, with an adapter on it as PEFT loads it, and its tokenizer."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype), **kwargs)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter))
         tokenizer: Any = AutoTokenizer.from_pretrained(str(base))
