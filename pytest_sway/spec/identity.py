@@ -67,7 +67,7 @@ def _settings(spec: ModelSpec) -> Key:
         spec.finetuned_endpoint,
         spec.api_key_env,
         spec.timeout,
-        spec.model_kwargs,  # type: ignore[return-value] # kept as a text, by its checks
+        spec.model_kwargs,
         spec.finetuned_model_kwargs,
     )
 

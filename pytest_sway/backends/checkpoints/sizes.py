@@ -78,11 +78,18 @@ def _model_bytes(model: ModelFiles) -> int | None:
     quantized = _quantized_on_load(model, item_bytes)
     if quantized is None:
         return None
+    unpacked = _is_unpacked(model)
     return sum(
-        quantized.get(name, entry.numel * item_bytes if entry.floating else entry.nbytes)
+        quantized.get(name, entry.numel * item_bytes if entry.floating or unpacked else entry.nbytes)
         for name, entry in model.entries.items()
         if not (tied and name == _TIED)
     )
+
+
+def _is_unpacked(model: ModelFiles) -> bool:
+    """Return whether transformers unpacks a quantized file's weights on the model's device, which has no kernel."""
+    stored = model.config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("quant_method") == "fp8" and model.spec.device in ("cpu", "mps")
 
 
 def _quantized_on_load(model: ModelFiles, item_bytes: int) -> dict[str, int] | None:

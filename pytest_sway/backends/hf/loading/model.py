@@ -22,6 +22,7 @@ from pytest_sway.backends.hf.loading.model_kwargs import (
 from pytest_sway.backends.libraries.culprits import Asked, culprit, named_culprit, said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.spec.model_kwargs import quantization_of
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown
 
@@ -58,7 +59,7 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
         except TypeError as error:
             raise unknown_argument(spec, error) or error from error
         except ImportError as error:
-            raise not_installed(spec, error) if spec.model_kwargs else error from error
+            raise not_installed(spec, error) if quantization_of(spec.model_kwargs, config_of(spec)) else error from error
         if getattr(model, "_hf_peft_config_loaded", False):
             raise adapter_inside(spec)
         require_in_memory(spec, model)

@@ -235,7 +235,7 @@ def _mixes_texts(config: Any) -> bool:
 
     A column of a pass is computed in another way if any number in it, of any text, is an outlier.
     """
-    quantization = getattr(config, "quantization_config", None)
+    quantization: Any = getattr(config, "quantization_config", None)
     return bool(getattr(quantization, "load_in_8bit", False)) and quantization.llm_int8_threshold > 0
 
 
