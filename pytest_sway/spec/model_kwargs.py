@@ -120,6 +120,12 @@ def method_of(quantization: Mapping[str, Any]) -> str:
     return "bitsandbytes" if bitsandbytes else str(quantization.get("quant_method"))
 
 
+def unpacks(kept: object) -> bool:
+    """Return whether keyword arguments ask for a quantized file's weights to be unpacked on load."""
+    quantization = as_mapping(kept).get("quantization_config") or {}
+    return bool(quantization.get("dequantize")) or quantization.get("run_compressed") is False
+
+
 def named_type(kind: str) -> str:
     """Return the class of torchao that a type of quantization means: ``int8_weight_only`` in older versions."""
     if "_" not in kind:

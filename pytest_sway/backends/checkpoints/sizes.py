@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.backends.checkpoints.peft_adapter import ROOT
 from pytest_sway.backends.checkpoints.safetensors_header import read_any
-from pytest_sway.spec.model_kwargs import as_mapping, method_of, named_type
+from pytest_sway.spec.model_kwargs import as_mapping, method_of, named_type, unpacks
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -28,6 +28,10 @@ _BLOCK: Final = 64
 
 _NESTED_BLOCK: Final = 256
 """Scales that share a scale of their own, if they are quantized, too."""
+
+_CODE: Final = 16 * 4
+_NESTED_CODE: Final = 256 * 4 + 4
+"""Bytes of the numbers that a weight's 4 bits stand for, and a quantized scale's 8."""
 
 _TORCHAO_BYTES: Final = {"Int8WeightOnlyConfig": 1.0, "Float8WeightOnlyConfig": 1.0}
 
@@ -78,18 +82,32 @@ def _model_bytes(model: ModelFiles) -> int | None:
     quantized = _quantized_on_load(model, item_bytes)
     if quantized is None:
         return None
-    unpacked = _is_unpacked(model)
+    changed = {**quantized, **_unpacked(model, item_bytes)}
     return sum(
-        quantized.get(name, entry.numel * item_bytes if entry.floating or unpacked else entry.nbytes)
+        changed.get(name, entry.numel * item_bytes if entry.floating else entry.nbytes)
         for name, entry in model.entries.items()
         if not (tied and name == _TIED)
     )
 
 
-def _is_unpacked(model: ModelFiles) -> bool:
-    """Return whether transformers unpacks a quantized file's weights on the model's device, which has no kernel."""
+def _unpacked(model: ModelFiles, item_bytes: int) -> dict[str, int]:
+    """Return the bytes of each quantized weight of a model's files that its load unpacks, by its name.
+
+    transformers unpacks FP8 on a device that has no kernel for it, and others if it is asked to.
+    """
     stored = model.config.get("quantization_config")
-    return isinstance(stored, dict) and stored.get("quant_method") == "fp8" and model.spec.device in ("cpu", "mps")
+    stored = stored if isinstance(stored, dict) else {}
+    fp8 = stored.get("quant_method") == "fp8" and model.spec.device in ("cpu", "mps")
+    if not (fp8 or unpacks(model.spec.model_kwargs)):
+        return {}
+    groups = stored.get("config_groups")
+    bits = [group["weights"]["num_bits"] for group in groups.values()] if isinstance(groups, dict) else []
+    in_a_word = 32 // max(bits, default=32)
+    return {
+        name: entry.numel * item_bytes * (in_a_word if name.endswith(".weight_packed") else 1)
+        for name, entry in (model.entries or {}).items()
+        if not entry.floating and name.endswith((".weight", ".weight_packed"))
+    }
 
 
 def _quantized_on_load(model: ModelFiles, item_bytes: int) -> dict[str, int] | None:
@@ -112,9 +130,9 @@ def _quantized_on_load(model: ModelFiles, item_bytes: int) -> dict[str, int] | N
         rows = entry.shape[0]
         if quantization.get("load_in_4bit"):
             scales = -(-entry.numel // _BLOCK)
-            nested = scales + 4 * -(-scales // _NESTED_BLOCK)
+            nested = scales + 4 * -(-scales // _NESTED_BLOCK) + _NESTED_CODE
             scale_bytes = nested if quantization.get("bnb_4bit_use_double_quant") else 4 * scales
-            sizes[name] = -(-entry.numel // 2) + scale_bytes
+            sizes[name] = -(-entry.numel // 2) + scale_bytes + _CODE
         elif quantization.get("load_in_8bit"):
             sizes[name] = entry.numel + 4 * rows
         elif method == "torchao" and (each := _TORCHAO_BYTES.get(_torchao_type(quantization))):

@@ -23,9 +23,9 @@ from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
 from pytest_sway.backends.checkpoints.sizes import base_entries, estimated
 from pytest_sway.backends.hf.loading.libraries import require_libraries, require_package
 from pytest_sway.backends.hf.loading.placement import require_device
-from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key, state_of_files
-from pytest_sway.spec.model_kwargs import as_mapping
+from pytest_sway.spec.model_kwargs import as_mapping, unpacks
 from pytest_sway.spec.paths import is_path
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def check_spec(spec: ModelSpec) -> Plan:
     files = None if spec.adapter is None else read_adapter(spec.adapter, allow_pickle=spec.allow_pickle)
     if files is not None:
         require_fit(models[0], files)
+        _require_layers(models[0])
     require_libraries(spec, gguf=any(model.gguf is not None for model in models))
     for model in models:
         require_package(model.spec, model.config)
@@ -85,6 +86,22 @@ def require_fit(base: ModelFiles, files: AdapterFiles) -> None:
     require_bounded(files, base.entries)
     if base.entries is not None:
         check_fit(base.spec, files, base.entries, base.config)
+
+
+def _require_layers(base: ModelFiles) -> None:
+    """Raise if a base is packed so that PEFT finds no weights in its layers.
+
+    Raises:
+        AdapterMismatchError: It is.
+    """
+    stored = base.config.get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("format") != "pack-quantized" or unpacks(base.spec.model_kwargs):
+        return
+    raise AdapterMismatchError(
+        f"the base {base.spec.base!r} is packed by compressed-tensors, and PEFT puts no adapter on packed layers. Have"
+        " it unpacked on load: model_kwargs={'quantization_config': {'quant_method': 'compressed-tensors',"
+        " 'run_compressed': False}}, or 'dequantize': True where transformers knows that."
+    )
 
 
 def _check_model(spec: ModelSpec, role: str) -> ModelFiles:

@@ -59,7 +59,9 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
         except TypeError as error:
             raise unknown_argument(spec, error) or error from error
         except ImportError as error:
-            raise not_installed(spec, error) if quantization_of(spec.model_kwargs, config_of(spec)) else error from error
+            raise (
+                not_installed(spec, error) if quantization_of(spec.model_kwargs, config_of(spec)) else error
+            ) from error
         if getattr(model, "_hf_peft_config_loaded", False):
             raise adapter_inside(spec)
         require_in_memory(spec, model)
