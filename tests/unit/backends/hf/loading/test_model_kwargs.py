@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,6 +120,19 @@ def test_a_format_that_cannot_quantize_here_is_one_sentence(base: Path, build: C
         build(base, model_kwargs={"quantization_config": settings})
     assert len(str(error.value)) < 900
     assert str(error.value).startswith(("the model ", "the quantization of ", "transformers cannot make "))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_files_of_a_format_whose_packages_are_missing_are_refused_in_one_sentence(
+    base: Path, tmp_path: Path, build: Callable[..., Any], method: str
+) -> None:
+    shutil.copytree(base, tmp_path / method)
+    config = tmp_path / method / "config.json"
+    settings = {"quant_method": method, "bits": 4, "group_size": 32}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
+    start = f"^the quantization of '.*/{method}' needs more than is installed: "
+    with pytest.raises(BackendNotAvailableError, match=start + r"[^\n]*(optimum|gptqmodel|autoawq|auto-awq)[^\n]*\.$"):
+        build(tmp_path / method)
 
 
 def test_a_package_that_is_missing_is_named_before_the_load(
