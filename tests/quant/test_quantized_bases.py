@@ -87,7 +87,8 @@ def _fp8(base: Path, folder: Path) -> None:
 
     shutil.copytree(base, folder)
     tensors: dict[str, Any] = {}
-    for name, weight in load_file(base / "model.safetensors").items():
+    plain: dict[str, Any] = load_file(base / "model.safetensors")
+    for name, weight in plain.items():
         tensors[name] = weight
         if "_proj" in name:
             blocks = weight.unflatten(0, (-1, _FP8_BLOCK)).unflatten(2, (-1, _FP8_BLOCK))
