@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import pytest
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.hub_names import ON_HUBS, is_address, is_hub_id
+from pytest_sway.spec.model_kwargs import as_mapping
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import parse_spec
 from pytest_sway.system.redaction import redacted
 
+_INSIDE: Final = re.compile(r"(?P<name>.+?)\.(?P<field>(finetuned_)?model_kwargs)\.(?P<keys>.+)")
 _DEFAULTS = {field.name: field.default for field in fields(ModelSpec) if field.init}
 
 
 class Change(NamedTuple):
-    """One ``--sway-set NAME.FIELD=VALUE``; an empty value removes the field."""
+    """One ``--sway-set NAME.FIELD=VALUE``; an empty value removes the field.
+
+    ``keys`` lead to the changed value in a field that is a mapping, such as ``model_kwargs``; it is empty for others.
+    """
 
     name: str
     field: str
     value: str
+    keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.name}.{self.field}"
+        return ".".join((self.name, self.field, *self.keys))
 
 
 def named_specs(config: pytest.Config) -> dict[str, dict[str, Any]]:
@@ -40,9 +48,7 @@ def named_specs(config: pytest.Config) -> dict[str, dict[str, Any]]:
     specs = _configured(config.rootpath)
     for change in changes(config):
         spec = specs.setdefault(change.name, {})
-        spec.pop(change.field, None)
-        if change.value:
-            spec[change.field] = _typed(change)
+        _put(change, spec)
     return {name: _rooted(spec, config.rootpath) for name, spec in specs.items()}
 
 
@@ -79,13 +85,20 @@ def _value(change: Change, configured: Mapping[str, Any], specs: Mapping[str, An
             f" base, too: --sway-set {change.name}.base=..."
         )
     try:
-        return getattr(parse_spec(specs[change.name]), change.field)
+        value = getattr(parse_spec(specs[change.name]), change.field)
+        held: Any = as_mapping(value) if change.keys else value
+        for key in change.keys:
+            held = held.get(key)
+        return held
     except SpecError as error:
         raise pytest.UsageError(f"--sway-set {change}: {redacted(str(error))} (Named specs: {known}.)") from None
 
 
 def _change(text: str) -> Change:
     target, equals, value = text.partition("=")
+    inside = _INSIDE.fullmatch(target.strip())
+    if equals and inside is not None:
+        return Change(inside["name"], inside["field"], value.strip(), tuple(inside["keys"].split(".")))
     name, _, field = target.strip().rpartition(".")
     if not (equals and name and field):
         raise pytest.UsageError(
@@ -93,6 +106,33 @@ def _change(text: str) -> Change:
             f" {redacted(target if equals else text)!r}."
         )
     return Change(name, field, value.strip())
+
+
+def _put(change: Change, spec: dict[str, Any]) -> None:
+    """Change a spec, or what is inside of one of its fields.
+
+    Raises:
+        SpecError: There is no mapping that the change could go into.
+    """
+    for key in (change.field, *change.keys)[:-1]:
+        held = spec.get(key) or {}
+        held = _json(held) if isinstance(held, str) else held
+        if not isinstance(held, dict):
+            raise SpecError(f"{change} is to go into {key!r}, which is no mapping: {held!r}.")
+        spec[key] = dict(held)
+        spec = spec[key]
+    last = change.keys[-1] if change.keys else change.field
+    spec.pop(last, None)
+    if change.value:
+        spec[last] = _json(change.value) if change.keys else _typed(change)
+
+
+def _json(text: str) -> Any:
+    """A value within a mapping: what JSON makes of it, else the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _typed(change: Change) -> str | bool | float:

@@ -21,6 +21,7 @@ from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import MutationError, SpecError, SwayError, SwayWarning
 from pytest_sway.run.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
 from pytest_sway.spec.identity import Key, adapter_digest_in, look_again, resolved_key
+from pytest_sway.spec.model_kwargs import in_short
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import SpecLike
 from pytest_sway.spec.paths import short_name
@@ -282,7 +283,7 @@ class SwaySession(Listener):
         """Count the seconds of a load apart from the test, and tell the user's hook."""
         spec = cached.model_spec
         if spec.kind in ("hf", "mlx"):  # the kinds that share bases
-            self.stats.backend(str(spec)).base = short_name(spec.base)
+            self.stats.backend(str(spec)).base = short_name(f"{spec.base}{in_short(spec.model_kwargs)}")
         self._loaded[spec] = adapter_digest_in(cached.key)
         self._unreported_seconds += cached.load_seconds
         with self._noted("pytest_sway_backend_loaded", cached):

@@ -69,6 +69,8 @@ def _settings(spec: ModelSpec) -> Key:
         spec.timeout,
         spec.adapter_revision,
         spec.adapter_subfolder,
+        spec.model_kwargs,
+        spec.finetuned_model_kwargs,
     )
 
 
@@ -103,16 +105,27 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     if spec.adapter is None and spec.finetuned is None:
         return spec
     return replace(
-        spec, adapter=None, adapter_revision=None, adapter_subfolder=None, finetuned=None, finetuned_endpoint=None
+        spec,
+        adapter=None,
+        adapter_revision=None,
+        adapter_subfolder=None,
+        finetuned=None,
+        finetuned_endpoint=None,
+        finetuned_model_kwargs=None,
     )
 
 
 def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
     """Return the spec of the fine-tuned model as a base of its own; ``None`` if there is none.
 
-    It has no revision, since the spec's is the base's.
+    It has no revision, since the spec's is the base's. It has the base's ``model_kwargs``, unless it has its own.
     """
-    return None if spec.finetuned is None else replace(spec, base=spec.finetuned, finetuned=None, revision=None)
+    if spec.finetuned is None:
+        return None
+    theirs = spec.model_kwargs if spec.finetuned_model_kwargs is None else spec.finetuned_model_kwargs
+    return replace(
+        spec, base=spec.finetuned, finetuned=None, revision=None, model_kwargs=theirs, finetuned_model_kwargs=None
+    )
 
 
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:

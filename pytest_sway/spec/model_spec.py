@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
 from pytest_sway.spec.hub_names import ON_HUBS, adapter_label, in_subfolder, is_on_hub, taken_apart
+from pytest_sway.spec.model_kwargs import canonical, in_short
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class ModelSpec:
         timeout: For ``kind="api"``, the most seconds that the server may take for one answer.
         adapter_revision: The commit, branch or tag of an adapter on a hub.
         adapter_subfolder: The folder of the adapter in its repository, or in the folder ``adapter``.
+        model_kwargs: For ``kind="hf"``, further arguments of transformers' ``from_pretrained``: a mapping of plain
+            values, which is kept as JSON text.
+        finetuned_model_kwargs: The same for ``finetuned``; ``None`` for the base's.
 
     Raises:
         SpecError: A field has an invalid value.
@@ -90,6 +94,8 @@ class ModelSpec:
     timeout: float = 120.0
     adapter_revision: str | None = None
     adapter_subfolder: str | None = None
+    model_kwargs: Mapping[str, Any] | str | None = None
+    finetuned_model_kwargs: Mapping[str, Any] | str | None = None
     _label: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -134,6 +140,9 @@ class ModelSpec:
                     " model, name that model as 'base'."
                 )
         self._set("answers", _answers(self.answers, self.kind))
+        self._set("model_kwargs", _model_kwargs("model_kwargs", self.model_kwargs, self.kind))
+        theirs = _model_kwargs("finetuned_model_kwargs", self.finetuned_model_kwargs, self.kind)
+        self._set("finetuned_model_kwargs", theirs)
         if self.kind == "custom" and not _ENTRY_POINT.fullmatch(self.entry_point or ""):
             raise SpecError(
                 "a spec of kind 'custom' needs entry_point='package.module:Class', the class to build;"
@@ -141,8 +150,14 @@ class ModelSpec:
             )
         if self.kind == "api" and self.endpoint is None:
             raise SpecError("a spec of kind 'api' needs endpoint=, the address of the server.")
-        if self.finetuned_endpoint is not None and self.finetuned is None:
+        if self.finetuned is None:
+            self._require_nothing_of_finetuned()
+
+    def _require_nothing_of_finetuned(self) -> None:
+        if self.finetuned_endpoint is not None:
             raise SpecError("a spec with 'finetuned_endpoint' needs 'finetuned', the model's name on that server.")
+        if self.finetuned_model_kwargs is not None:
+            raise SpecError("a spec with 'finetuned_model_kwargs' needs 'finetuned', which is loaded with them.")
 
     def on_base_of_adapter(self, base: str, revision: str | None) -> ModelSpec:
         """Return this spec, which leaves out the base, on the one that its adapter names; the label says so."""
@@ -173,10 +188,11 @@ class ModelSpec:
         kind = "" if self.kind == "hf" else f"{self.kind}:"
         label = adapter_label(self.adapter, self.adapter_revision, self.adapter_subfolder)
         if not self.base:
-            return f"{kind}{label}"
+            return f"{kind}{label}{in_short(self.model_kwargs)}"
         adapter = f"{origin} + {label}" if label else ""
-        finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}"
-        return f"{kind}{short_name(self.base)}{adapter}{finetuned}"
+        theirs = self.model_kwargs if self.finetuned_model_kwargs is None else self.finetuned_model_kwargs
+        finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}{in_short(theirs)}"
+        return f"{kind}{short_name(self.base)}{in_short(self.model_kwargs)}{adapter}{finetuned}"
 
 
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
@@ -235,15 +251,26 @@ def _adapter(value: object, kind: Kind) -> Path | str | None:
     return value if isinstance(value, str) and kind in ON_HUBS and is_on_hub(value) else resolved_path(value)
 
 
+def _model_kwargs(field: str, value: object, kind: Kind) -> str | None:
+    if value is None:
+        return None
+    if kind != "hf":
+        raise SpecError(
+            f"spec field {field!r} is for kind='hf', whose models transformers loads; found it with kind={kind!r}."
+        )
+    kept = canonical(field, value)
+    return None if kept == "{}" and field == "model_kwargs" else kept  # for 'finetuned', none is not the base's
+
+
 def _answers(value: object, kind: Kind) -> str | Path | None:
     if value is None:
         return None
     if kind != "dummy":
         raise SpecError(f"spec field 'answers' is for kind='dummy', which has no model; found it with kind={kind!r}.")
-    from pytest_sway.spec.answers import canonical
+    from pytest_sway.spec import answers
 
     if isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith("{")):
-        return canonical(value)
+        return answers.canonical(value)
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
         raise SpecError(
             f"spec field 'answers' must be a mapping, or the path of a JSON or TOML file of one; found {value!r}."

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.hub_names import ON_HUBS
+from pytest_sway.spec.model_kwargs import form_of
 from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
@@ -30,7 +31,15 @@ class SpecAttributes(Protocol):
 SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
 _FIELDS: Final = tuple(each.name for each in fields(ModelSpec) if each.init)
 _ONLY_FOR: Final = {
-    "hf": ("trust_remote_code", "revision", "allow_pickle", "adapter_revision", "adapter_subfolder"),
+    "hf": (
+        "trust_remote_code",
+        "revision",
+        "allow_pickle",
+        "adapter_revision",
+        "adapter_subfolder",
+        "model_kwargs",
+        "finetuned_model_kwargs",
+    ),
     "mlx": ("trust_remote_code", "revision", "adapter_revision", "adapter_subfolder"),
     "api": ("endpoint", "finetuned_endpoint", "api_key_env", "timeout"),
     "dummy": ("answers",),
@@ -92,7 +101,8 @@ def _unknown_field(name: object, kind: object) -> str:
     others = {field for of, own in _ONLY_FOR.items() if of != kind for field in own}
     known = [field for field in _FIELDS if field not in others or field in _ONLY_FOR.get(str(kind), ())]
     close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    form = form_of(str(name)) if kind == "hf" else None
+    hint = f" {form}" if form else f" Did you mean {close[0]!r}?" if close else ""
     return f"a spec has no field {name!r}; those of kind {kind!r} are {', '.join(known)}.{hint}"
 
 

@@ -67,6 +67,32 @@ def test_x(sway_backend):
     named.run(body, *settings).assert_outcomes(passed=1)
 
 
+def test_it_reaches_into_model_kwargs(suite: Suite) -> None:
+    suite.pytester.makepyprojecttoml("""
+[tool.pytest-sway.specs.v3]
+base = "org/base"
+model_kwargs = { attn_implementation = "sdpa", quantization_config = { load_in_8bit = true } }
+""")
+    body = """
+from pytest_sway.run.named_specs import named_specs
+from pytest_sway.spec.parsing import parse_spec
+
+def test_x(pytestconfig):
+    quantized = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    specs = named_specs(pytestconfig)
+    assert parse_spec(specs["v3"]) == parse_spec({"base": "org/base", "model_kwargs": quantized})
+"""
+    result = suite.run(
+        body,
+        "--sway-set=v3.model_kwargs.attn_implementation=",
+        "--sway-set=v3.model_kwargs.quantization_config.load_in_8bit=",
+        "--sway-set=v3.model_kwargs.quantization_config.load_in_4bit=true",
+        "--sway-set=v3.model_kwargs.quantization_config.bnb_4bit_quant_type=nf4",
+    )
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["sway: set v3.model_kwargs.attn_implementation=None, *.bnb_4bit_quant_type=nf4"])
+
+
 def test_answers_may_be_json(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
 def test_x(sway_backend):
@@ -127,6 +153,11 @@ def test_x(sway_backend, number):
         ("candidate.timeout=long", "--sway-set candidate.timeout: spec field 'timeout' must be a number of seconds *"),
         ("candidate.allow_pickle=maybe", "--sway-set candidate.allow_pickle: spec field 'allow_pickle' must be true *"),
         ("candidate.api_key_env=sk-12345", "--sway-set candidate.api_key_env: spec field 'api_key_env' must be the *"),
+        ("v3.model_kwargs.quantization_config.bits.x=1", "--sway-set *: no spec is named 'v3' *"),
+        (
+            "candidate.model_kwargs.device_map=auto",
+            "--sway-set candidate.model_kwargs.device_map: spec field 'model_kwargs' is for kind='hf', *",
+        ),
         ("adapter=v4", "--sway-set: must be NAME.FIELD=VALUE, such as candidate.adapter=runs/v4; found 'adapter'."),
         ("candidate.adapter", "--sway-set: must be NAME.FIELD=VALUE, *; found 'candidate.adapter'."),
         ("", "--sway-set: must be NAME.FIELD=VALUE, *; found ''."),

@@ -6,12 +6,15 @@ change when it first runs.
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
+from pytest_sway.errors import AdapterMismatchError
 from tests.tiny import make_adapter, make_base, make_tokenizer, quiet
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
@@ -20,13 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from pytest_sway.spec.model_spec import ModelSpec
+
 PROMPT, ANSWER = "the sun", " rises in the east"
-
-
-@pytest.fixture(autouse=True)
-def quiet_libraries() -> Iterator[None]:
-    with quiet():
-        yield
 
 
 def _by_transformers(base: Path, folder: Path, config: Any) -> None:
@@ -81,24 +80,64 @@ def _compressed(base: Path, folder: Path) -> None:
     compressor.update_config(folder)
 
 
+def _fp8(base: Path, folder: Path) -> None:
+    """Write a base as DeepSeek's FP8 checkpoints are: blocks of weights with their scales."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    tensors: dict[str, Any] = {}
+    plain: dict[str, Any] = load_file(base / "model.safetensors")
+    for name, weight in plain.items():
+        tensors[name] = weight
+        if "_proj" in name:
+            blocks = weight.unflatten(0, (-1, _FP8_BLOCK)).unflatten(2, (-1, _FP8_BLOCK))
+            scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+            stored = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)
+            tensors |= {name: stored.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "fp8", "weight_block_size": [_FP8_BLOCK] * 2, "activation_scheme": "dynamic"}
+    _edit_config(folder, quantization_config=quantization | {"modules_to_not_convert": ["lm_head"]})
+
+
+def _edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+_FP8_BLOCK = 32
+
 FORMATS: dict[str, Callable[[Path, Path], None]] = {
     "bitsandbytes nf4": _nf4,
     "bitsandbytes int8": _int8,
     "torchao int8": _torchao,
+    "compressed-tensors": _compressed,
+    "fp8": _fp8,
 }
+
+
+UNPACKED = {"quant_method": "compressed-tensors", "run_compressed": False}
+"""PEFT puts no adapter on packed layers."""
 
 
 class Models:
     """A quantized base with two adapters, and the results of transformers and PEFT."""
 
     def __init__(self, folder: Path, quantize: Callable[[Path, Path], None]) -> None:
+        self.kwargs: dict[str, Any] = {"quantization_config": UNPACKED} if quantize is _compressed else {}
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
         plain = make_base(folder / "plain", hidden=64)
         self.base = folder / "quantized"
         quantize(plain, self.base)
         make_tokenizer(self.base)
         self.adapters = [make_adapter(folder / f"adapter{n}", plain, seed=n) for n in range(2)]
-        self.alone = logits(*fresh(self.base))
-        self.tuned = [logits(*fresh(self.base, adapter)) for adapter in self.adapters]
+        loaded = {name: AutoQuantizationConfig.from_dict(dict(value)) for name, value in self.kwargs.items()}
+        self.alone = logits(*fresh(self.base, **loaded))
+        self.tuned = [logits(*fresh(self.base, adapter, **loaded)) for adapter in self.adapters]
+
+    def spec(self, adapter: int | None = None) -> ModelSpec:
+        return spec_of(self.base, None if adapter is None else self.adapters[adapter], model_kwargs=self.kwargs)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -115,13 +154,13 @@ def loads() -> list[str]:
 @pytest.fixture
 def backends(models: Models, loads: list[str]) -> Iterator[list[Any]]:
     builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name))
-    built = [builder(spec_of(models.base, adapter)) for adapter in models.adapters]
+    built = [builder(models.spec(n)) for n in range(2)]
     yield built
     for backend in built:
         backend.close()
 
 
-@pytest.mark.parametrize("quantize", [*FORMATS.values(), _compressed], ids=[*FORMATS, "compressed-tensors"])
+@pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS)
 def test_a_base_alone_computes_what_transformers_computes_and_is_no_change(tmp_path: Path, quantize: Any) -> None:
     quantize(make_base(tmp_path / "plain", hidden=64), tmp_path / "quantized")
     make_tokenizer(tmp_path / "quantized")
@@ -153,13 +192,32 @@ def test_both_adapters_and_the_base_compute_what_peft_computes_in_any_order(
     assert len(loads) == 1
 
 
+def test_the_size_is_known_before_the_load(models: Models) -> None:
+    builder = HFBuilder()
+    plan = builder.check(models.spec(0))
+    backend = builder.build(plan)
+    assert plan.sizes is not None
+    assert plan.sizes.keys() == backend.sizes().keys()
+    for part, size in backend.sizes().items():
+        assert plan.sizes[part] == pytest.approx(size, rel=0.03)
+    backend.close()
+
+
+def test_an_adapter_on_packed_layers_is_refused_with_the_form_that_works(tmp_path: Path) -> None:
+    plain = make_base(tmp_path / "plain", hidden=64)
+    _compressed(plain, tmp_path / "packed")
+    adapter = make_adapter(tmp_path / "adapter", plain)
+    with pytest.raises(AdapterMismatchError, match=r"^the base .* is packed by compressed-tensors, .*'run_compre"):
+        HFBuilder().check(spec_of(tmp_path / "packed", adapter))
+
+
 def test_a_base_that_has_computed_takes_another_adapter(models: Models) -> None:
     builder = HFBuilder()
-    plain = builder(spec_of(models.base))
+    plain = builder(models.spec())
     with plain.as_base() as base:
         base.logprob_of(PROMPT, ANSWER)
         assert view_logits(base).equal(models.alone)
-    backend = builder(spec_of(models.base, models.adapters[0]))
+    backend = builder(models.spec(0))
     with backend.as_finetuned() as tuned:
         assert view_logits(tuned).equal(models.tuned[0])
     backend.close()
@@ -187,7 +245,7 @@ def test_a_write_to_the_packed_weights_ends_with_its_test_or_is_found(models: Mo
     with first.as_base() as base, second.as_finetuned() as other:
         module = base.model.model.layers[0].self_attn.q_proj
         parts = (part for name, weight in module.named_parameters() for part in parts_of(weight, name))
-        name, weight = next((name, part) for name, part in parts if not part.is_floating_point())
+        name, weight = min(parts, key=lambda part: part[1].is_floating_point())
         with torch.no_grad():
             weight.data.zero_()
         if first.changes():

@@ -65,15 +65,17 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
 
 
 def require_another(spec: ModelSpec, tuned: ModelSpec) -> None:
-    """Raise if a spec's fine-tuned model is its base.
+    """Raise if a spec's fine-tuned model is its base, and loaded in the same way.
 
     Raises:
         SpecError: It is.
     """
-    if tuned.base == spec.base and (is_path(spec.base) or spec.revision is None):
+    same = tuned.base == spec.base and (is_path(spec.base) or spec.revision is None)
+    if same and tuned.model_kwargs == spec.model_kwargs:
+        other = " To compare two ways to load it, give 'finetuned_model_kwargs'." if spec.kind == "hf" else ""
         raise SpecError(
             f"the fine-tuned model {tuned.base!r} is the base itself, so a test of it would test nothing. Name the"
-            " model that it was fine-tuned from as 'base'."
+            f" model that it was fine-tuned from as 'base'.{other}"
         )
 
 

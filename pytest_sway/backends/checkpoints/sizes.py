@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.backends.checkpoints.peft_adapter import ROOT
 from pytest_sway.backends.checkpoints.safetensors_header import read_any
+from pytest_sway.spec.model_kwargs import as_mapping, method_of, named_type, unpacks
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -21,6 +22,18 @@ __tracebackhide__ = True
 _ITEM_BYTES: Final = {"fp16": 2, "bf16": 2, "fp32": 4}
 _FLOAT32_BYTES: Final = 4
 _TIED: Final = "lm_head.weight"  # a model with tied embeddings lacks it, though its file may have it
+
+_BLOCK: Final = 64
+"""Weights that share a scale in bitsandbytes' 4-bit formats."""
+
+_NESTED_BLOCK: Final = 256
+"""Scales that share a scale of their own, if they are quantized, too."""
+
+_CODE: Final = 16 * 4
+_NESTED_CODE: Final = 256 * 4 + 4
+"""Bytes of the numbers that a weight's 4 bits stand for, and a quantized scale's 8."""
+
+_TORCHAO_BYTES: Final = {"Int8WeightOnlyConfig": 1.0, "Float8WeightOnlyConfig": 1.0}
 
 
 def estimated(plan: Plan) -> Mapping[Hashable, int] | None:
@@ -66,11 +79,84 @@ def _model_bytes(model: ModelFiles) -> int | None:
     if model.entries is None:
         return None
     tied = bool(model.config.get("tie_word_embeddings", False))
+    quantized = _quantized_on_load(model, item_bytes)
+    if quantized is None:
+        return None
+    changed = {**quantized, **_unpacked(model, item_bytes)}
     return sum(
-        entry.numel * item_bytes if entry.floating else entry.nbytes
+        changed.get(name, entry.numel * item_bytes if entry.floating else entry.nbytes)
         for name, entry in model.entries.items()
         if not (tied and name == _TIED)
     )
+
+
+def _unpacked(model: ModelFiles, item_bytes: int) -> dict[str, int]:
+    """Return the bytes of each quantized weight of a model's files that its load unpacks, by its name.
+
+    transformers unpacks FP8 on a device that has no kernel for it, and others if it is asked to.
+    """
+    stored = model.config.get("quantization_config")
+    stored = stored if isinstance(stored, dict) else {}
+    fp8 = stored.get("quant_method") == "fp8" and model.spec.device in ("cpu", "mps")
+    if not (fp8 or unpacks(model.spec.model_kwargs)):
+        return {}
+    groups = stored.get("config_groups")
+    bits = [group["weights"]["num_bits"] for group in groups.values()] if isinstance(groups, dict) else []
+    in_a_word = 32 // max(bits, default=32)
+    return {
+        name: entry.numel * item_bytes * (in_a_word if name.endswith(".weight_packed") else 1)
+        for name, entry in (model.entries or {}).items()
+        if not entry.floating and name.endswith((".weight", ".weight_packed"))
+    }
+
+
+def _quantized_on_load(model: ModelFiles, item_bytes: int) -> dict[str, int] | None:
+    """Return the bytes of each weight that a load quantizes, by its name; ``None`` if the format's are not known.
+
+    Args:
+        model: The model, whose entries are known.
+        item_bytes: The size of an element of those that are not quantized.
+    """
+    config, entries = model.config, model.entries or {}
+    quantization = as_mapping(model.spec.model_kwargs).get("quantization_config")
+    if not quantization or config.get("quantization_config"):
+        return {}
+    method = method_of(quantization)
+    skipped = quantization.get("llm_int8_skip_modules") or quantization.get("modules_to_not_convert") or []
+    sizes = {}
+    for name, entry in entries.items():
+        if not _is_linear(name, entry, config, skipped):
+            continue
+        rows = entry.shape[0]
+        if quantization.get("load_in_4bit"):
+            scales = -(-entry.numel // _BLOCK)
+            nested = scales + 4 * -(-scales // _NESTED_BLOCK) + _NESTED_CODE
+            scale_bytes = nested if quantization.get("bnb_4bit_use_double_quant") else 4 * scales
+            sizes[name] = -(-entry.numel // 2) + scale_bytes + _CODE
+        elif quantization.get("load_in_8bit"):
+            sizes[name] = entry.numel + 4 * rows
+        elif method == "torchao" and (each := _TORCHAO_BYTES.get(_torchao_type(quantization))):
+            sizes[name] = int(entry.numel * each) + item_bytes * rows
+        else:
+            return None
+    return sizes
+
+
+def _torchao_type(quantization: Mapping[str, Any]) -> str:
+    kind = quantization.get("quant_type")
+    if isinstance(kind, dict):
+        kind = (kind.get("default") or {}).get("_type")
+    return named_type(str(kind))
+
+
+def _is_linear(name: str, entry: TensorEntry, config: Mapping[str, Any], skipped: list[str]) -> bool:
+    """Return whether a tensor is the weight of a linear layer that is quantized: embeddings and heads are not."""
+    if not (name.endswith(".weight") and entry.floating and len(entry.shape) == 2):
+        return False
+    if any(f".{module}." in f".{name}" for module in skipped):
+        return False
+    of_tokens = config.get("vocab_size") in entry.shape and not skipped
+    return not (of_tokens or any(part in name for part in ("embed", "wte", "wpe")))
 
 
 def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_bytes: int) -> int:

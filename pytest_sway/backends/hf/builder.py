@@ -11,6 +11,7 @@ from pytest_sway.backends.hf.loading.pickles import with_entries
 from pytest_sway.backends.hf.loading.placement import resolve_placement
 from pytest_sway.backends.hf.scoring.answer_cache import DEFAULT_BYTES, AnswerCache
 from pytest_sway.backends.local.pooled_builder import PooledBuilder
+from pytest_sway.spec.model_kwargs import in_short
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,7 +106,9 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
     def _load_base(self, spec: ModelSpec) -> LoadedBase:
         base = self._base_loader()(spec)
         if self._score_cache:
-            base.memory = AnswerCache(self._score_cache, partial(self._recalled, spec.base))
+            base.memory = AnswerCache(
+                self._score_cache, partial(self._recalled, f"{spec.base}{in_short(spec.model_kwargs)}")
+            )
         return base
 
     @staticmethod

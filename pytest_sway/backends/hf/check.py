@@ -21,10 +21,11 @@ from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONF
 from pytest_sway.backends.checkpoints.peft_adapter import read_adapter
 from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
 from pytest_sway.backends.checkpoints.sizes import base_entries, estimated
-from pytest_sway.backends.hf.loading.libraries import require_libraries
+from pytest_sway.backends.hf.loading.libraries import require_libraries, require_package
 from pytest_sway.backends.hf.loading.placement import require_device
-from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key, state_of_files
+from pytest_sway.spec.model_kwargs import as_mapping, unpacks
 from pytest_sway.spec.paths import is_path
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def check_spec(spec: ModelSpec) -> Plan:
     files = None if folder is None else read_adapter(folder, allow_pickle=spec.allow_pickle)
     if files is not None:
         require_fit(models[0], files)
+        _require_layers(models[0])
     require_libraries(spec, gguf=any(model.gguf is not None for model in models))
+    for model in models:
+        require_package(model.spec, model.config)
     require_device(spec)
     require_cached(spec)
     if tuned is not None:
@@ -85,6 +89,22 @@ def require_fit(base: ModelFiles, files: AdapterFiles) -> None:
         check_fit(base.spec, files, base.entries, base.config)
 
 
+def _require_layers(base: ModelFiles) -> None:
+    """Raise if a base is packed so that PEFT finds no weights in its layers.
+
+    Raises:
+        AdapterMismatchError: It is.
+    """
+    stored = base.config.get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("format") != "pack-quantized" or unpacks(base.spec.model_kwargs):
+        return
+    raise AdapterMismatchError(
+        f"the base {base.spec.base!r} is packed by compressed-tensors, and PEFT puts no adapter on packed layers. Have"
+        " it unpacked on load: model_kwargs={'quantization_config': {'quant_method': 'compressed-tensors',"
+        " 'run_compressed': False}}, or 'dequantize': True where transformers knows that."
+    )
+
+
 def _check_model(spec: ModelSpec, role: str) -> ModelFiles:
     """Check and read the files of a base or fine-tuned model; ``role`` names the model in errors."""
     if is_path(spec.base):
@@ -95,6 +115,11 @@ def _check_model(spec: ModelSpec, role: str) -> ModelFiles:
         _check_folder(spec, role)
     if base_file(spec, ADAPTER_CONFIG) is not None:
         raise adapter_inside(spec, role)
+    if gguf is not None and "quantization_config" in as_mapping(spec.model_kwargs):
+        raise SpecError(
+            f"the {role} {spec.base!r} is a GGUF file, which is unpacked into the spec's dtype and not quantized again."
+            " Take 'quantization_config' out of model_kwargs, or name the folder of a model."
+        )
     config = _config(spec, role)
     path, entries = base_file(spec, "config.json"), None if gguf is not None else base_entries(spec)
     if path is not None and entries is not None:

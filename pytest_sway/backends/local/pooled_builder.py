@@ -13,6 +13,7 @@ from pytest_sway.backends.checkpoints.hub.refusals import explained_model
 from pytest_sway.backends.checkpoints.lineage import require_same_base
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import SharedPool
+from pytest_sway.spec.model_kwargs import in_short
 from pytest_sway.system.frames import forget_frames
 
 if TYPE_CHECKING:
@@ -142,5 +143,5 @@ class PooledBuilder(Build, ABC, Generic[B]):
         with explained_model(spec):
             base = self._load_base(spec)
         if self._on_base_load is not None:
-            self._on_base_load(spec.base, time.perf_counter() - started)
+            self._on_base_load(f"{spec.base}{in_short(spec.model_kwargs)}", time.perf_counter() - started)
         return base

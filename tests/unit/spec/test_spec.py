@@ -225,7 +225,8 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         (
             {"base": "b", "adaptor": "/x"},
             "a spec has no field 'adaptor'; those of kind 'hf' are kind, base, adapter, dtype, device,"
-            " trust_remote_code, revision, allow_pickle, finetuned, adapter_revision, adapter_subfolder. Did you mean"
+            " trust_remote_code, revision, allow_pickle, finetuned, adapter_revision, adapter_subfolder, model_kwargs,"
+            " finetuned_model_kwargs. Did you mean"
             " 'adapter'?",
         ),
         (
@@ -407,6 +408,8 @@ def test_auto_is_what_it_stands_for() -> None:
         {"adapter": None, "finetuned": "org/tuned", "finetuned_endpoint": "http://localhost"},
         {"api_key_env": "MY_KEY"},
         {"timeout": 5},
+        {"model_kwargs": {"attn_implementation": "eager"}},
+        {"adapter": None, "finetuned": "org/tuned", "finetuned_model_kwargs": {}},
     ],
     ids=lambda change: next(reversed(change)),
 )

@@ -22,15 +22,20 @@ __tracebackhide__ = True
 _OWN_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
-def load_gguf_model(spec: ModelSpec, path: Path) -> Any:
+def load_gguf_model(spec: ModelSpec, path: Path, arguments: Mapping[str, Any]) -> Any:
     """Load the model of a GGUF file in a resolved spec's dtype, on the CPU. Call this in a `quiet_process`.
+
+    Args:
+        spec: The resolved spec.
+        path: The file.
+        arguments: What else ``from_pretrained`` takes.
 
     Raises:
         WeightsError: transformers cannot read the file, or it lacks some of the model's weights.
     """
     import transformers
 
-    options: dict[str, Any] = {}
+    options = dict(arguments)
     if hasattr(transformers, "GgufConfig"):  # a newer transformers may keep the weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _no_progress_bar(), _readable(path):

@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.backends.libraries.process import PROCESS_STATE, quiet_libraries
 from pytest_sway.errors import BackendNotAvailableError
+from pytest_sway.spec.model_kwargs import method_of, quantization_of
 from pytest_sway.system.imports import import_apart
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
 
 REQUIRED: Final = ("torch", "transformers", "peft", "safetensors", "cachetools")
+
+_QUANTIZERS: Final = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors"}
+"""The module that each method imports; what others import depends on the version of transformers."""
 
 _PARTS: Final = (
     "safetensors.torch", "transformers.generation.utils", "transformers.models.auto.modeling_auto",
@@ -47,6 +51,22 @@ def require_libraries(spec: ModelSpec, *, gguf: bool = False) -> None:
         raise BackendNotAvailableError(
             f"loading {spec} needs {', '.join(missing)}, which this environment lacks."
             f" Install them with: pip install 'pytest-sway[{'hf,gguf' if gguf else 'hf'}]'"
+        )
+
+
+def require_package(spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    """Raise if a quantized model needs a package that is not installed. This imports nothing.
+
+    Raises:
+        BackendNotAvailableError: It does; the message has the command that installs it.
+    """
+    quantization = quantization_of(spec.model_kwargs, config)
+    package = None if quantization is None else _QUANTIZERS.get(method_of(quantization))
+    if quantization is not None and package is not None and find_spec(package) is None:
+        method = method_of(quantization)
+        raise BackendNotAvailableError(
+            f"the model {spec.base!r} is quantized by {method}, which this environment lacks. Install it with: pip"
+            f" install {method}"
         )
 
 

@@ -7,19 +7,27 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
-from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, require_complete
+from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, config_of, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.base_misfits import other_sizes, why_lacking
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
+from pytest_sway.backends.hf.loading.model_kwargs import (
+    loading_arguments,
+    not_installed,
+    refused_arguments,
+    require_in_memory,
+    unknown_argument,
+)
 from pytest_sway.backends.libraries.culprits import Asked, culprit, named_culprit, said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.spec.model_kwargs import quantization_of
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from pytest_sway.spec.model_spec import ModelSpec
@@ -41,15 +49,24 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
     gguf = gguf_file(spec)
     with named_culprit(None if gguf is not None else _asked(spec)), quiet_process():
         try:
+            arguments = loading_arguments(spec, config_of(spec))
             if converted is not None:
-                model = _from(converted, spec, gguf)
+                model = _from(converted, spec, gguf, arguments)
             else:
-                model = _own(spec) if gguf is None else load_gguf_model(spec, gguf)
+                model = _own(spec, arguments) if gguf is None else load_gguf_model(spec, gguf, arguments)
         except (OSError, ValueError, RuntimeError) as error:
             raise _load_error(spec, error) from error
+        except TypeError as error:
+            raise unknown_argument(spec, error) or error from error
+        except ImportError as error:
+            raise (
+                not_installed(spec, error) if quantization_of(spec.model_kwargs, config_of(spec)) else error
+            ) from error
         if getattr(model, "_hf_peft_config_loaded", False):
             raise adapter_inside(spec)
-        model = model.to(spec.device)
+        require_in_memory(spec, model)
+        if "device_map" not in arguments:
+            model = model.to(spec.device)
         model.eval()
         model.requires_grad_(False)
         if hasattr(model.config, "pretraining_tp"):
@@ -83,7 +100,7 @@ def require_type(spec: ModelSpec) -> None:
         )
 
 
-def _own(spec: ModelSpec) -> Any:
+def _own(spec: ModelSpec, arguments: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,13 +110,14 @@ def _own(spec: ModelSpec) -> Any:
         use_safetensors=None if spec.allow_pickle else True,
         dtype=torch_dtype(spec.dtype),
         output_loading_info=True,
+        **arguments,
     )
     model, info = loaded
     _require_complete(spec, info["missing_keys"])
     return model
 
 
-def _from(folder: Path, spec: ModelSpec, gguf: Path | None) -> Any:
+def _from(folder: Path, spec: ModelSpec, gguf: Path | None, arguments: Mapping[str, Any]) -> Any:
     """Load a model with a folder's weights, mapped, and the base's own config, code and name.
 
     The config of a GGUF base is in the folder, too.
@@ -114,6 +132,7 @@ def _from(folder: Path, spec: ModelSpec, gguf: Path | None) -> Any:
         trust_remote_code=spec.trust_remote_code,
         use_safetensors=True,
         dtype=torch_dtype(spec.dtype),
+        **arguments,
     )
     model.name_or_path = model.config.name_or_path = spec.base
     return model
@@ -185,7 +204,7 @@ def _load_error(spec: ModelSpec, error: Exception) -> Exception:
             f"the weights of {spec.base!r} (model.safetensors or the like) have other sizes than its config.json asks"
             f" for{examples}. Copy or save the model again, config and weights together."
         )
-    return error
+    return error if out_of_memory(error) else refused_arguments(spec, error) or error
 
 
 def _other_sizes(spec: ModelSpec) -> str:

@@ -29,6 +29,7 @@ from pytest_sway.backends.hf.loading.safetensors_writer import raw_bytes, write_
 from pytest_sway.backends.libraries.process import PROCESS_STATE
 from pytest_sway.errors import SwayError, SwayWarning
 from pytest_sway.spec.identity import base_key
+from pytest_sway.spec.model_kwargs import as_mapping
 from pytest_sway.spec.paths import short_name
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.redaction import redacted
@@ -43,6 +44,9 @@ __tracebackhide__ = True
 
 _ONE_THREAD: Final = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers 5 reads it for each load; 4 has no threads
 _STORED: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+_SAME_WEIGHTS: Final = frozenset({"attn_implementation", "experts_implementation"})
+"""Arguments of a load with which a model has the same weights as without them."""
+
 _SOURCES: Final = frozenset({".json", ".safetensors", ".bin", ".py"})
 """Suffixes of files that a model is loaded from."""
 
@@ -142,6 +146,8 @@ def _name(spec: ModelSpec) -> str:
 
 
 def _needs_conversion(spec: ModelSpec) -> bool:
+    if as_mapping(spec.model_kwargs).keys() - _SAME_WEIGHTS:
+        return False
     if gguf_file(spec) is not None:
         return True
     config = base_file(spec, "config.json")

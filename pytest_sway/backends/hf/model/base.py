@@ -22,6 +22,7 @@ from pytest_sway.backends.hf.model.known_skeletons import Skeletons
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.scoring.answer_cache import AnswerCache, circumstances
 from pytest_sway.backends.hf.scoring.trials import Trials
+from pytest_sway.backends.hf.sharing.tensor_parts import scales_of
 from pytest_sway.backends.hf.sharing.trees import tensors_of
 from pytest_sway.backends.libraries.culprits import Asked, named_culprit
 from pytest_sway.backends.libraries.tokenizer_faults import FILES, MINIMAL, other_parts
@@ -59,15 +60,16 @@ class LoadedBase:
             uses it.
         lock: Held while a tokenizer is added.
         is_tried: Whether a trial was made and found no fault; see `verify_base`.
-        nbytes: The bytes of its parameters and buffers; shared memory counts once.
+        nbytes: The bytes of its parameters, their scales and its buffers; shared memory counts once.
     """
 
     def __init__(self, spec: ModelSpec, tokenizer: Any, load_model: Callable[[], Any]) -> None:
         model = load_model()
+        trim_heap()  # before trees are tried, which takes memory, too
         self.spec = spec
         self.tokenizer = tokenizer
         self.device = model.device
-        self.nbytes = measured(tensors_of(model))
+        self.nbytes = measured(part for whole in tensors_of(model) for part in (whole, *scales_of(whole)))
         self.may_hide_something = _may_hide_something(spec, model)
         self.pristine = Pristine(model, load_model, trial=self.may_hide_something)
         self.watches = self.pristine.watches
@@ -103,7 +105,9 @@ class LoadedBase:
         return self._patches.changes()
 
     def has_run(self, tree: Any) -> None:
-        """Check what a tree's first pass has written to; see `MappedFile`."""
+        """Check what a tree's first pass has written to; see `MappedFile`. Some libraries repack weights in it."""
+        if self.may_hide_something:
+            trim_heap()
         pristine = self.pristine
         if pristine is not None:
             pristine.memory.has_run(tree)

@@ -68,7 +68,8 @@ class Forward:
         self._argument = _last_logits_argument(model)
         self._split: BodyAndHead | None = None
         limits: Limits = batching.CPU if model.device.type == "cpu" else batching.ACCELERATOR
-        self.limits = replace(limits, tokens=1, few_logits_tokens=1) if one_text_at_a_time else limits
+        self.one_text_at_a_time = one_text_at_a_time or _mixes_texts(model.config)
+        self.limits = replace(limits, tokens=1, few_logits_tokens=1) if self.one_text_at_a_time else limits
         if model.device.type == "cpu":
             reuse_freed_memory()
 
@@ -150,6 +151,7 @@ class Forward:
         split = self.split()
         return (
             split is not None
+            and not self.one_text_at_a_time
             and len({window.context for window in windows}) == 1
             and all(self.rope.of(len(window.inputs)) == 0 for window in windows)
             and not split.packs(max(len(window.inputs) for window in windows))
@@ -226,6 +228,15 @@ def _positions(model: Any) -> int | None:
         if padding is not None and rows is not None and "position" in name.rpartition(".")[2]:
             return int(rows) - int(padding) - 1
     return None
+
+
+def _mixes_texts(config: Any) -> bool:
+    """Return whether a model is quantized by LLM.int8.
+
+    A column of a pass is computed in another way if any number in it, of any text, is an outlier.
+    """
+    quantization: Any = getattr(config, "quantization_config", None)
+    return bool(getattr(quantization, "load_in_8bit", False)) and quantization.llm_int8_threshold > 0
 
 
 def _virtual_tokens(runner: Any) -> int:

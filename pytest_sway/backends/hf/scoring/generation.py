@@ -73,7 +73,9 @@ def _planned(engine: Engine, requests: Sequence[Request], settings: SamplingPara
     equal = mixed or len(lengths) == len(requests) or recomputed or _continues(engine, _EQUAL)
     groups: dict[tuple[str, int], list[Request]] = {}
     for i, request in enumerate(requests):
-        alone = not equal or rope.of(len(request.ids) + settings.max_new_tokens) != 0
+        alone = (
+            engine.forward.one_text_at_a_time or not equal or rope.of(len(request.ids) + settings.max_new_tokens) != 0
+        )
         key = ("alone", i) if alone else ("any length", 0) if mixed else ("length", len(request.ids))
         groups.setdefault(key, []).append(request)
     planned = []

@@ -1,4 +1,4 @@
-"""Finds the tensors inside wrapper tensors, such as torchao's quantized weights."""
+"""Finds the tensors inside wrapper tensors, such as torchao's quantized weights, and beside bitsandbytes' own."""
 
 from __future__ import annotations
 
@@ -35,3 +35,15 @@ def parts_of(tensor: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         return
     for inner in tensor.__tensor_flatten__()[0]:
         yield from parts_of(getattr(tensor, inner), f"{name}.{inner}")
+
+
+def scales_of(tensor: Any) -> Iterator[Any]:
+    """Yield the tensors that bitsandbytes keeps beside a quantized weight, as attributes of it."""
+    import torch
+
+    state = getattr(tensor, "quant_state", None)
+    beside = [getattr(tensor, "SCB", None)]
+    while state is not None:
+        beside += [state.absmax, state.code, state.offset]
+        state = state.state2
+    yield from (each for each in beside if isinstance(each, torch.Tensor))

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def fresh(base: Path, adapter: Path | None = None, *, dtype: str = "float32") -> tuple[Any, Any]:
-    """Return a model, with an adapter if one is given, and its tokenizer."""
+def fresh(base: Path, adapter: Path | None = None, *, dtype: str = "float32", **kwargs: Any) -> tuple[Any, Any]:
+    """Return a model, loaded with ``kwargs`` and with an adapter if one is given, and its tokenizer."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype), **kwargs)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter))
         tokenizer: Any = AutoTokenizer.from_pretrained(str(base))

@@ -1,0 +1,126 @@
+"""A spec's ``model_kwargs`` as ``from_pretrained`` takes them, and what it says of those that it does not take."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from pytest_sway.errors import BackendNotAvailableError, SpecError, SwayError
+from pytest_sway.spec.model_kwargs import KNOWN, as_mapping, named_type, quantization_of
+from pytest_sway.system.wording import some
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True
+
+_UNKNOWN: Final = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def loading_arguments(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``from_pretrained`` takes besides what pytest-sway sets itself.
+
+    A quantized model is loaded onto its device: some formats cannot be moved, and transformers would choose another
+    device for them.
+
+    Args:
+        spec: The resolved spec of the model.
+        config: What its config.json says.
+
+    Raises:
+        SpecError: transformers does not take its ``quantization_config``.
+    """
+    arguments = as_mapping(spec.model_kwargs)
+    if "max_memory" in arguments:
+        memory = arguments["max_memory"] or {}
+        arguments["max_memory"] = {int(key) if key.isdecimal() else key: size for key, size in memory.items()}
+    if "quantization_config" in arguments:
+        arguments["quantization_config"] = _quantization(spec, arguments["quantization_config"])
+    if quantization_of(spec.model_kwargs, config) is not None:
+        arguments.setdefault("device_map", {"": spec.device})
+    return arguments
+
+
+def _quantization(spec: ModelSpec, settings: dict[str, Any]) -> Any:
+    """Return the object of transformers' that settings describe."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        if settings.get("quant_method") == "torchao" and isinstance(settings.get("quant_type"), str):
+            return _torchao(settings)
+        return AutoQuantizationConfig.from_dict(settings)
+    except ImportError as error:
+        raise not_installed(spec, error) from error
+    except Exception as error:  # each format's class checks its settings in its own way
+        raise SpecError(
+            f"transformers cannot make a quantization of model_kwargs['quantization_config'] = {settings!r}:"
+            f" {_sentence(error)} Its keys are those of transformers' BitsAndBytesConfig, TorchAoConfig and the like,"
+            " with 'quant_method' where it is not bitsandbytes."
+        ) from error
+
+
+def _torchao(settings: dict[str, Any]) -> Any:
+    """Return torchao's configuration, of which transformers takes an object or how torchao writes it to a file."""
+    from importlib import import_module
+
+    from transformers import TorchAoConfig
+
+    module: Any = import_module("torchao.quantization")
+    rest = {name: value for name, value in settings.items() if name not in ("quant_method", "quant_type")}
+    made: Any = getattr(module, named_type(settings["quant_type"]))(**rest.pop("quant_type_kwargs", {}))
+    config_class: Any = TorchAoConfig
+    return config_class(quant_type=made, **rest)
+
+
+def require_in_memory(spec: ModelSpec, model: Any) -> None:
+    """Raise if some of a model's weights are not where it computes, but fetched for each pass.
+
+    Raises:
+        SpecError: They are.
+    """
+    outside = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if outside:
+        raise SpecError(
+            f"model_kwargs offload {len(outside)} weights of {spec.base!r} ({some(outside)}) to the disk or to another"
+            " device's memory, from where each pass would fetch them: nobody could see what a test changes in them."
+            " Change device_map or max_memory, quantize the model, or take a smaller dtype."
+        )
+
+
+def unknown_argument(spec: ModelSpec, error: TypeError) -> SpecError | None:
+    """Return the error for an argument that ``from_pretrained`` does not take; ``None`` if that is not what it says."""
+    found = _UNKNOWN.search(str(error))
+    if found is None or found[1] not in as_mapping(spec.model_kwargs):
+        return None
+    close = difflib.get_close_matches(found[1], KNOWN, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return SpecError(
+        f"model_kwargs has {found[1]!r}, which is neither an argument of transformers' from_pretrained nor a field of"
+        f" the config of {spec.base!r}.{hint}"
+    )
+
+
+def refused_arguments(spec: ModelSpec, error: Exception) -> SpecError | None:
+    """Return the error for a load that a library refuses with ``model_kwargs``; ``None`` if that is not so."""
+    if spec.model_kwargs is None or isinstance(error, SwayError):
+        return None
+    advice = "Change them, or take them out."
+    if "quantization_config" in as_mapping(spec.model_kwargs):
+        advice = "Take a format that quantizes on load on this device, or name a model whose files are quantized."
+    return SpecError(
+        f"the model {spec.base!r} cannot be loaded with model_kwargs = {spec.model_kwargs}: {_sentence(error)} {advice}"
+    )
+
+
+def not_installed(spec: ModelSpec, error: ImportError) -> BackendNotAvailableError:
+    """Return the error for a format whose packages are missing, in transformers' words, which name them."""
+    return BackendNotAvailableError(
+        f"the quantization of {spec.base!r} needs more than is installed: {_sentence(error)}"
+    )
+
+
+def _sentence(error: Exception) -> str:
+    return f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}."
