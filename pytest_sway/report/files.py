@@ -38,10 +38,13 @@ def write_text(text: str, path: Path) -> None:
 
 
 def append_text(text: str, path: Path) -> None:
-    """Append to a text file in one write.
+    """Append to a text file in one write, on a new line.
 
     Raises:
         OSError: The file cannot be written.
     """
-    with path.open("ab") as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        start = "" if file.read(1) in (b"", b"\n") else "\n"
+        file.write((start + text).encode("utf-8", "backslashreplace"))

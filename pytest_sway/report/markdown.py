@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from pytest_sway.report.comparisons import cells, failures_first, legend, shown
@@ -11,6 +11,7 @@ from pytest_sway.report.comparisons import cells, failures_first, legend, shown
 _COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "p", "unit", "shown")
 _WORST: Final = 10
 _LONGEST: Final = 300
+_MOST_ROWS: Final = 500
 _MOST: Final = 900_000
 """Bytes. GitHub does not show a step's summary above 1 MiB."""
 _SPECIAL: Final = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*_{}[]()#!|~$:"})
@@ -27,19 +28,27 @@ def markdown(record: Mapping[str, Any]) -> str:
     comparisons = failures_first(record["comparisons"])
     if not comparisons:
         return "\n".join([*lines, "No test of this run called `sway_compare`.", ""])
-    lines += _table(_COLUMNS, [_row(each) for each in comparisons])
+    rows = [_row(each) for each in comparisons[:_MOST_ROWS]]
+    lines += _table(_COLUMNS, rows)
+    if len(rows) < len(comparisons):
+        lines += ["", f"{len(comparisons) - len(rows)} more comparisons are left out."]
     lines += ["", *(f"{escaped(line)}  " for line in legend(comparisons)), ""]
-    size = sum(map(len, lines))
+    size = _size(lines)
     for each in comparisons:
         if each["outcome"] != "failed":
             break
         details = list(_details(each))
-        size += sum(len(line.encode("utf-8", "replace")) + 1 for line in details)
+        size += _size(details)
         if size > _MOST:
             lines.append("The worst texts of the other failures are left out, because the summary is too long.")
             break
         lines += details
     return "\n".join(lines) + "\n"
+
+
+def _size(lines: Iterable[str]) -> int:
+    """Return the bytes of some lines."""
+    return sum(len(line.encode("utf-8", "replace")) + 1 for line in lines)
 
 
 def escaped(text: str) -> str:

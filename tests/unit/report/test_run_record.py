@@ -228,6 +228,12 @@ def test_text_is_appended_whatever_it_holds(tmp_path: Path) -> None:
     assert (tmp_path / "s.md").read_text() == "one\ntwo \\ud800\n"
 
 
+def test_appended_text_begins_on_a_new_line(tmp_path: Path) -> None:
+    (tmp_path / "s.md").write_text("an unfinished line")
+    append_text("## title\n", tmp_path / "s.md")
+    assert (tmp_path / "s.md").read_text() == "an unfinished line\n## title\n"
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 HOSTILE = "a | b `code` <script>alert(1)</script>\n\n# title [x](https://e.vil) **bold** \\| &amp; $x$"
@@ -235,6 +241,12 @@ HOSTILE = "a | b `code` <script>alert(1)</script>\n\n# title [x](https://e.vil) 
 
 def comparison(**values: Any) -> dict[str, Any]:
     return {**NUMBERS, "test": "t.py::a", "outcome": "passed", "claim": None, "p_holm": 0.002, "rows": ROWS, **values}
+
+
+def test_a_table_in_markdown_ends_before_it_is_too_long_to_show() -> None:
+    text = markdown({"comparisons": [comparison(test=f"t.py::{n}", rows=[]) for n in range(503)]})
+    assert "\n3 more comparisons are left out.\n" in text
+    assert text.count("t.py::") in (0, 500)
 
 
 def test_markdown_has_the_failures_first_and_the_ten_worst_texts_of_each() -> None:
