@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias
 
 from pytest_sway.backends.questions import checked_pair, listed
 from pytest_sway.errors import ComparisonError, ScoringError
-from pytest_sway.system.wording import shown
+from pytest_sway.system.wording import shown, visible
 
 if TYPE_CHECKING:
     from pytest_sway.protocols import View
@@ -28,6 +28,9 @@ POINTS: Final = "points"
 
 _OWN: Final = "a question"
 _LONGEST: Final = 60
+_LARGEST: Final = 1e100
+"""The largest score: its third power, which the interval takes, is still a number."""
+
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -147,10 +150,10 @@ class Questions:
             number = float(score)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if isinstance(score, str) or not math.isfinite(number):
+        if isinstance(score, str) or not abs(number) <= _LARGEST:  # so that NaN is refused, too
             raise ComparisonError(
                 f"the score of questions[{at}] ({shown(self.asked[at])}) is {shown(score)} for {name}; a"
-                " comparison needs finite numbers."
+                f" comparison needs finite numbers, from -{_LARGEST:g} to {_LARGEST:g}."
             )
         return number
 
@@ -202,9 +205,9 @@ def _name(score: Any) -> str:
 
 
 def beginning(question: Any) -> str:
-    """Return the beginning of a question, on one line; a pair of texts as one."""
+    """Return the beginning of a question, on one line, without control characters; a pair of texts as one."""
     pair = isinstance(question, Sequence) and all(isinstance(part, str) for part in question)
-    text = " ".join(("".join(question) if pair else repr(question)).split())
+    text = visible(" ".join(("".join(question) if pair else repr(question)).split()))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
