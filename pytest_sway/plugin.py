@@ -296,8 +296,8 @@ def pytest_runtest_makereport(
         setattr(report, ROWS, rows_of(new))
         for each in new:
             each.reported = True
-    if report.passed and report.when == "call" and _records in item.stash:
-        item.stash[_records].passed = True
+    if report.when == "call" and _records in item.stash:
+        item.stash[_records].reported(report)
     if report.failed and report.when == "call":
         report.sections += [("sway_compare", each.report()) for each in compared]
     return report

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -115,9 +116,9 @@ def report_paths(config: pytest.Config) -> dict[str, Path]:
         text = config.getoption(name)
         if text is None:
             continue
-        path = Path(os.path.realpath(config.invocation_params.dir / Path(str(text)).expanduser()))
+        path = config.invocation_params.dir / os.path.expanduser(str(text))
         wrong = _why_not(path, str(text), appended=name == "sway_markdown")
-        if path in paths.values():
+        if os.path.realpath(path) in map(os.path.realpath, paths.values()):
             wrong = "another report is written there"
         if wrong is not None:
             raise pytest.UsageError(f"{option_of(name)}: {wrong}; found {str(text)!r}.")
@@ -134,14 +135,19 @@ def _why_not(path: Path, text: str, *, appended: bool) -> str | None:
     """Why a report cannot be written there; ``None`` if it can."""
     if not text.strip():
         return "must be the path of a file, and none is named"
-    if path.is_dir():
-        return "must be the path of a file, and a folder is there"
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"the folder {str(path.parent)!r} does not exist; make it first"
-    if path.exists() and not appended and not path.is_file():
-        return "must be the path of a file that can be replaced, and something else is there"
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except (OSError, ValueError) as error:
+        return f"{str(path)!r} cannot be written ({getattr(error, 'strerror', error)})"
+    if mode is not None and (S_ISDIR(mode) or not (appended or S_ISREG(mode))):
+        what = "a folder" if S_ISDIR(mode) else "something that cannot be replaced"
+        return f"must be the path of a file, and {what} is there"
     # A file that is replaced needs a folder that can be written; one that is appended to must be writable itself.
-    checked = path if appended and path.exists() else path.parent
+    checked = path if appended and mode is not None else path.parent
     if not os.access(checked, os.W_OK):
         return f"{str(checked)!r} cannot be written"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,24 @@ def test_b():
     assert record["run"]["exit_status"] == pytest.ExitCode.INTERRUPTED
 
 
+def test_a_test_with_a_failed_subtest_has_failed(pytester: pytest.Pytester) -> None:
+    body = """
+import unittest
+import pytest
+
+class TestIt(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def compare(self, sway_compare):
+        self.compare = sway_compare
+
+    def test_it(self):
+        with self.subTest("worse"):
+            assert self.compare(FACTS, NEW, OLD).low > 1
+"""
+    run(pytester, body, JSON)
+    assert [each["outcome"] for each in written(pytester)["comparisons"]] == ["failed"]
+
+
 def test_the_last_try_of_a_test_that_is_run_again_counts(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(TWICE)
     body = """
@@ -263,7 +282,9 @@ BAD = {
     "": "must be the path of a file, and none is named; found ''.",
     ".": "must be the path of a file, and a folder is there; found '.'.",
     "test_suite.py/run.json": "the folder '*/test_suite.py' does not exist; make it first; found *",
-    "/dev/null": "must be the path of a file that can be replaced, and something else is there; found '/dev/null'.",
+    "x" * 300: "'*x' cannot be written (File name too long); found '*",
+    "~nobody_has_it/run.json": "the folder '*/~nobody_has_it' does not exist; make it first; found '~*'.",
+    "/dev/null": "must be the path of a file, and something that cannot be replaced is there; found '/dev/null'.",
 }
 
 
@@ -273,6 +294,16 @@ def test_a_file_that_cannot_be_written_ends_the_run_before_it_begins(pytester: p
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: --sway-json: {BAD[path]}"])
     assert [each for each in pytester.path.iterdir() if each.suffix in (".json", ".tmp")] == []
+
+
+def test_a_pipe_takes_no_report_that_replaces_a_file(pytester: pytest.Pytester) -> None:
+    ends = os.pipe()
+    try:
+        result = run(pytester, "def test_it():\n    pass\n", f"--sway-json=/dev/fd/{ends[1]}")
+    finally:
+        for end in ends:
+            os.close(end)
+    result.stderr.fnmatch_lines(["ERROR: --sway-json: must be the path of a file, and something that cannot be *"])
 
 
 def test_a_folder_without_the_right_to_write_is_said_at_once(

@@ -46,7 +46,7 @@ class Records:
         self.recording: Final = recording
         self.path: Final = record_path(item)
         self.where: Final = os.path.relpath(self.path, item.config.rootpath)
-        self.passed = False
+        self._passed = self._failed = False
         self._test = item.nodeid
         self._over = False
         self._names: set[str] = set()
@@ -87,6 +87,11 @@ class Records:
         """Note what is to be written if the test passes."""
         self._now.append(record)
 
+    def reported(self, report: pytest.TestReport) -> None:
+        """Note whether the test has passed. Its subtests have reports of their own before it; it fails with one."""
+        self._failed = self._failed or report.failed
+        self._passed = report.passed and not self._failed
+
     def end(self) -> str | None:
         """Write what was noted, if the test has passed; say so in a line.
 
@@ -94,7 +99,7 @@ class Records:
             RecordError: It cannot be written. What was there is there still.
         """
         self._over = True
-        if not (self.passed and self._now):
+        if not (self._passed and self._now):
             return None
         try:
             _write(self.path, encode(self._now))
