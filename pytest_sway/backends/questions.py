@@ -90,6 +90,24 @@ def checked_text(text: Any) -> str:
     return text
 
 
+def whole(text: Any) -> Any:
+    """Return what is given, if it is no text that holds half a character.
+
+    Raises:
+        ScoringError: It does.
+    """
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{text[error.start]!r} at position {error.start}"
+            raise ScoringError(
+                f"{shown(text)} holds half a character ({half}), which no tokenizer reads. Was the text cut within a"
+                " character?"
+            ) from None
+    return text
+
+
 def checked_messages(messages: Iterable[Message]) -> tuple[list[dict[str, Any]], bool]:
     """Return a conversation, and whether to continue its last turn, because that is the assistant's.
 
@@ -140,4 +158,5 @@ def _has_text(content: Any) -> bool:
 def _checked(message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise ScoringError(f"expected a message with 'role' and 'content'; found {shown(message)}.")
+    whole(message["content"])
     return dict(message)

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pytest_sway.backends.questions import SamplingParams, checked_pair, checked_text, listed, seeds
+from pytest_sway.backends.questions import SamplingParams, checked_pair, checked_text, listed, seeds, whole
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class BaseView(ABC, Generic[O]):
     def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
         """Return `logprob_of` for each pair of a prompt and a completion, in their order."""
         self._open()
-        return self._logprobs([checked_pair(pair) for pair in listed(pairs, "pairs of a prompt and a completion")])
+        asked = [checked_pair(pair) for pair in listed(pairs, "pairs of a prompt and a completion")]
+        return self._logprobs([(whole(prompt), whole(completion)) for prompt, completion in asked])
 
     def rolling_logprob(self, text: str, *, prefix: bool = True) -> RollingLogprob:
         """Return the log-probability of each token of ``text`` given those before it, in nats.
@@ -113,7 +114,7 @@ class BaseView(ABC, Generic[O]):
     def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
         """Return `rolling_logprob` for each text, in their order."""
         self._open()
-        return self._rolling([checked_text(text) for text in listed(texts, "texts")], prefix)
+        return self._rolling([whole(checked_text(text)) for text in listed(texts, "texts")], prefix)
 
     def next_token_dist(self, prompt: Prompt, *, top_k: int = 256) -> TokenDist:
         """Return the distribution of the token after ``prompt``, cut to the ``top_k`` most probable tokens.
@@ -128,7 +129,7 @@ class BaseView(ABC, Generic[O]):
         self._open()
         if top_k < 1:
             raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-        return self._dists(listed(prompts, "prompts"), top_k)
+        return self._dists([whole(prompt) for prompt in listed(prompts, "prompts")], top_k)
 
     def generate(
         self,
@@ -180,7 +181,7 @@ class BaseView(ABC, Generic[O]):
         self._open()
         settings = SamplingParams(max_new_tokens, temperature, top_p)
         settings.check()
-        asked = listed(prompts, "prompts")
+        asked = [whole(prompt) for prompt in listed(prompts, "prompts")]
         return self._continued(asked, settings, seeds(seed, len(asked)))
 
     def close(self) -> None:

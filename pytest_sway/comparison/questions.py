@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias, TypeVar
 
 from pytest_sway.backends.questions import checked_pair, listed
 from pytest_sway.errors import ComparisonError, ScoringError
@@ -20,6 +20,8 @@ __tracebackhide__ = True
 
 Score: TypeAlias = "Callable[[Any, list[Any]], Iterable[SupportsFloat]]"
 """A function of a view and the questions that gives one number for each, more for a better answer."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _UNITS: Final = {"pair": "nats an answer", "text": "nats per token"}
 _SCORES: Final = {"pair": "logprob_of", "text": "rolling_logprob"}
@@ -60,6 +62,8 @@ class Questions:
             raise ComparisonError(str(error)) from None
         if score is not None and not callable(score):
             raise ComparisonError(f"score= is a function of a view and the questions; found {shown(score)}.")
+        if score is not None and getattr(score, "makes_score", False):
+            raise ComparisonError(f"{_name(score)} makes a score: call it, as in score={_name(score)}(...).")
         kinds = [_OWN if score is not None else _kind(question, at) for at, question in enumerate(self.asked)]
         for at, kind in enumerate(kinds):
             if kind != kinds[0]:
@@ -196,6 +200,12 @@ def _kind(question: Any, at: int) -> str:
         f"a question is a text, or a pair of a prompt and an answer; questions[{at}] is {shown(question)}. For"
         " questions of another kind, pass score=."
     )
+
+
+def makes_score(function: _F) -> _F:
+    """Mark a function that returns a score, so that it is not taken for one."""
+    function.makes_score = True  # type: ignore[attr-defined] # which `Questions` looks for
+    return function
 
 
 def _name(score: Any) -> str:

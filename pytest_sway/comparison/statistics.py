@@ -186,7 +186,7 @@ class PairedProportions:
 
     def needed(self, margin: float, confidence: float) -> int:
         """About how many such questions see a shift of ``margin`` with `POWER`."""
-        return min(_MOST, max(2, math.ceil(self._questions(min(margin, 1.0), confidence))))
+        return min(_MOST, max(2, math.ceil(self._questions(min(margin, 1.0), confidence) - 1e-6)))
 
     def p_value(self) -> float:
         """The two-sided p of no difference: McNemar's, with the same correction; 1 where as much is gained as lost."""

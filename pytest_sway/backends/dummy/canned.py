@@ -125,7 +125,7 @@ def _numbers(answers: Any) -> Iterator[float]:
 
 def _number_of(word: str) -> int:
     """A number below 2**32 that is the same in every process."""
-    return zlib.crc32(word.encode("utf-8", "surrogatepass"))
+    return zlib.crc32(word.encode())
 
 
 class Between:

@@ -167,11 +167,6 @@ def test_what_is_made_up_fits_together() -> None:
         assert np.exp(dist.logprobs).sum() + math.exp(dist.tail_logprob) == pytest.approx(1.0)
 
 
-def test_half_a_character_has_made_up_answers() -> None:
-    with DummyBackend().as_base() as base:
-        assert math.isfinite(base.rolling_logprob("half \ud800").total_logprob)
-
-
 def test_what_is_made_up_is_the_same_in_every_process() -> None:
     script = (
         "import json; from tests.unit.backends.test_dummy import _everything; from pytest_sway.backends.dummy.backend"

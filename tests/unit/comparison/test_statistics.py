@@ -259,3 +259,9 @@ def test_an_interval_is_in_the_unit_of_the_differences(scale: float) -> None:
     one, other = PairedMeans(differences), PairedMeans([scale * each for each in differences])
     assert [each / scale for each in other.interval(0.99)] == pytest.approx(one.interval(0.99))
     assert other.p_value() == pytest.approx(one.p_value())
+
+
+@pytest.mark.parametrize("n", [10, 20, 50, 200])
+def test_as_many_questions_are_needed_as_detect_a_shift(n: int) -> None:
+    for evidence in (PairedProportions(1.0, 2.0, n), PairedMeans([math.sin(k) for k in range(n)])):
+        assert evidence.needed(evidence.detectable(0.95) * (1 + 1e-9), 0.95) == n
