@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from pytest_sway.run.comparing import comparing
+from pytest_sway.run.regression.comparing import comparing
 
 from examples.quickstart.train import RANK
 from examples.smollm2 import smollm2_folder
