@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex, TypeAlias,
 
 from pytest_sway.backends.questions import checked_pair, listed
 from pytest_sway.comparison.divergence import Divergence, divergence
+from pytest_sway.comparison.questions import makes_score
 from pytest_sway.errors import ScoringError
 from pytest_sway.system.wording import shown
 
@@ -65,6 +66,7 @@ def divergences(
     return found
 
 
+@makes_score
 def kl_from(reference: View, *, top_k: int | None = None) -> Score:
     """Score prompts by minus the Kullback-Leibler divergence of a side's next token from the reference's, in nats.
 
@@ -78,6 +80,7 @@ def kl_from(reference: View, *, top_k: int | None = None) -> Score:
     return _closeness("kl", reference, top_k)
 
 
+@makes_score
 def js_from(reference: View, *, top_k: int | None = None) -> Score:
     """Score prompts by minus the Jensen-Shannon divergence between a side's next token and the reference's, in nats.
 
@@ -91,6 +94,7 @@ def js_from(reference: View, *, top_k: int | None = None) -> Score:
     return _closeness("js", reference, top_k)
 
 
+@makes_score
 def multiple_choice(metric: Metric = "acc", *, target_delimiter: str = " ") -> Score:
     """Score questions ``(prompt, choices, label)`` by 1 if the most probable choice is the right one, else 0.
 
@@ -127,6 +131,7 @@ def multiple_choice(metric: Metric = "acc", *, target_delimiter: str = " ") -> S
     return _named(score, f"multiple_choice({metric!r}, target_delimiter={target_delimiter!r})", "right answers")
 
 
+@makes_score
 def exact_match(
     *,
     max_new_tokens: int,

@@ -153,6 +153,24 @@ def checked_text(text: Any) -> str:
     return text
 
 
+def whole(text: Any) -> Any:
+    """Return a text or other value, unless it is a text with half a character.
+
+    Raises:
+        ScoringError: It is one.
+    """
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{text[error.start]!r} at position {error.start}"
+            raise ScoringError(
+                f"{shown(text)} holds half a character ({half}), which no tokenizer reads. Was the text cut within a"
+                " character?"
+            ) from None
+    return text
+
+
 class Conversation(NamedTuple):
     """A checked conversation.
 
@@ -246,4 +264,5 @@ def _has_text(content: Any) -> bool:
 def _checked(message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise ScoringError(f"expected a message with 'role' and 'content'; found {shown(message)}.")
+    whole(message["content"])
     return dict(message)

@@ -16,6 +16,7 @@ from pytest_sway.backends.questions import (
     listed,
     refuse_unknown,
     seeds,
+    whole,
 )
 from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
 from pytest_sway.protocols import NEW_TOKENS, Chat
@@ -103,7 +104,8 @@ class BaseView(ABC, Generic[O]):
     def logprobs_of(self, pairs: Iterable[tuple[Prompt, str]]) -> list[float]:
         """Return `logprob_of` for each pair of a prompt and a completion, in their order."""
         self._open()
-        return self._logprobs([checked_pair(pair) for pair in listed(pairs, "pairs of a prompt and a completion")])
+        asked = [checked_pair(pair) for pair in listed(pairs, "pairs of a prompt and a completion")]
+        return self._logprobs([(whole(prompt), whole(completion)) for prompt, completion in asked])
 
     def rolling_logprob(self, text: str, *, prefix: bool = True) -> RollingLogprob:
         """Return the log-probability of each token of ``text`` given those before it, in nats.
@@ -127,7 +129,7 @@ class BaseView(ABC, Generic[O]):
     def rolling_logprobs(self, texts: Iterable[str], *, prefix: bool = True) -> list[RollingLogprob]:
         """Return `rolling_logprob` for each text, in their order."""
         self._open()
-        return self._rolling([checked_text(text) for text in listed(texts, "texts")], prefix)
+        return self._rolling([whole(checked_text(text)) for text in listed(texts, "texts")], prefix)
 
     def next_token_dist(self, prompt: Prompt, *, top_k: int = 256) -> TokenDist:
         """Return the distribution of the token after ``prompt``, cut to the ``top_k`` most probable tokens.
@@ -142,7 +144,7 @@ class BaseView(ABC, Generic[O]):
         self._open()
         if top_k < 1:
             raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-        return self._dists(listed(prompts, "prompts"), top_k)
+        return self._dists([whole(prompt) for prompt in listed(prompts, "prompts")], top_k)
 
     def generate(
         self,
@@ -236,7 +238,7 @@ class BaseView(ABC, Generic[O]):
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        asked = listed(prompts, "prompts")
+        asked = [whole(prompt) for prompt in listed(prompts, "prompts")]
         return self._continued(asked, settings, seeds(seed, len(asked)))
 
     def close(self) -> None:

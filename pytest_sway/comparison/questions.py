@@ -7,11 +7,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias, TypeVar
 
 from pytest_sway.backends.questions import checked_pair, listed
 from pytest_sway.errors import ComparisonError, ScoringError
-from pytest_sway.system.wording import shown
+from pytest_sway.system.wording import shown, visible
 
 if TYPE_CHECKING:
     from pytest_sway.protocols import View
@@ -21,6 +21,8 @@ __tracebackhide__ = True
 Score: TypeAlias = "Callable[[Any, list[Any]], Iterable[SupportsFloat]]"
 """A function of a view and the questions that returns one number for each; better answers get larger numbers."""
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 _UNITS: Final = {"pair": "nats an answer", "text": "nats per token"}
 _SCORES: Final = {"pair": "logprob_of", "text": "rolling_logprob"}
 POINTS: Final = "points"
@@ -28,6 +30,9 @@ POINTS: Final = "points"
 
 _OWN: Final = "a question"
 _LONGEST: Final = 60
+_LARGEST: Final = 1e100
+"""The largest score: its third power, which the interval takes, is still a number."""
+
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -57,6 +62,8 @@ class Questions:
             raise ComparisonError(str(error)) from None
         if score is not None and not callable(score):
             raise ComparisonError(f"score= is a function of a view and the questions; found {shown(score)}.")
+        if score is not None and getattr(score, "makes_score", False):
+            raise ComparisonError(f"{_name(score)} makes a score: call it, as in score={_name(score)}(...).")
         kinds = [_OWN if score is not None else _kind(question, at) for at, question in enumerate(self.asked)]
         for at, kind in enumerate(kinds):
             if kind != kinds[0]:
@@ -147,10 +154,10 @@ class Questions:
             number = float(score)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if isinstance(score, str) or not math.isfinite(number):
+        if isinstance(score, str) or not abs(number) <= _LARGEST:  # so that NaN is refused, too
             raise ComparisonError(
                 f"the score of questions[{at}] ({shown(self.asked[at])}) is {shown(score)} for {name}; a"
-                " comparison needs finite numbers."
+                f" comparison needs finite numbers, from -{_LARGEST:g} to {_LARGEST:g}."
             )
         return number
 
@@ -195,6 +202,12 @@ def _kind(question: Any, at: int) -> str:
     )
 
 
+def makes_score(function: _F) -> _F:
+    """Mark a function that returns a score, so that it is not taken for one."""
+    function.makes_score = True  # type: ignore[attr-defined] # which `Questions` looks for
+    return function
+
+
 def _name(score: Any) -> str:
     """Return the name of a score: its function's, also within a ``partial``; else its class's."""
     function = getattr(score, "func", score)
@@ -202,9 +215,9 @@ def _name(score: Any) -> str:
 
 
 def beginning(question: Any) -> str:
-    """Return the beginning of a question on one line; a pair of texts is joined."""
+    """Return the beginning of a question on one line without control characters; a pair of texts is joined."""
     pair = isinstance(question, Sequence) and all(isinstance(part, str) for part in question)
-    text = " ".join(("".join(question) if pair else repr(question)).split())
+    text = visible(" ".join(("".join(question) if pair else repr(question)).split()))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 

@@ -102,7 +102,7 @@ def decode(content: bytes, where: str) -> dict[str, Record]:
             f" that wrote it. {ANEW}"
         )
     try:
-        records = [_record(comparison) for comparison in found["comparisons"]]
+        records = [_record(each) for each in _checked(found["comparisons"], list, "comparisons")]
     except (KeyError, TypeError, ValueError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise RecordError(f"{where} was edited by hand: {what}. Restore the file. {ANEW}") from None
@@ -118,7 +118,8 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a number in JSON")
 
 
-def _record(found: Mapping[str, Any]) -> Record:
+def _record(comparison: Any) -> Record:
+    found = _checked(comparison, dict, "a comparison")
     rows = [_row(row, at) for at, row in enumerate(_checked(found["rows"], list, "rows"))]
     first: dict[str, int] = {}
     for at, row in enumerate(rows):

@@ -134,13 +134,16 @@ def _moments(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDA
     import numpy as np
 
     n = differences.shape[-1]
+    # By a power of two, which rounds nothing: the squares of very small differences would be 0.
+    scale = np.ldexp(1.0, np.frexp(np.abs(differences).max(axis=-1))[1])
+    differences = differences / scale[..., None]
     equal = np.ptp(differences, axis=-1) == 0.0
     mean = np.where(equal, differences[..., 0], differences.mean(axis=-1))  # a mean of equal numbers may be rounded
     centred = np.where(equal[..., None], 0.0, differences - mean[..., None])
     spread = np.sqrt((centred**2).sum(axis=-1) / (n - 1))
     third = (centred**3).sum(axis=-1) * n / ((n - 1) * max(n - 2, 1))
     skewness = third / np.where(spread == 0.0, 1.0, spread) ** 3 * (1 + 14 / max(n, 14))
-    return mean, spread / math.sqrt(n), skewness / (6 * math.sqrt(n))
+    return mean * scale, spread * scale / math.sqrt(n), skewness / (6 * math.sqrt(n))
 
 
 def _skewed(t: float, skew: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -183,7 +186,7 @@ class PairedProportions:
 
     def needed(self, margin: float, confidence: float) -> int:
         """Return about how many such questions detect a shift of ``margin`` with `POWER`."""
-        return min(_MOST, max(2, math.ceil(self._questions(min(margin, 1.0), confidence))))
+        return min(_MOST, max(2, math.ceil(self._questions(min(margin, 1.0), confidence) - 1e-6)))
 
     def p_value(self) -> float:
         """Return McNemar's two-sided p-value, with the same correction; 1 if as many are gained as lost."""

@@ -46,7 +46,7 @@ class Collected:
         found.rows += json.loads(getattr(report, ROWS, "[]"))
         if report.failed or report.outcome not in ("passed", "skipped"):  # or rerun
             found.outcome = "failed"
-        elif report.when == "call":
+        elif report.when == "call" and found.outcome != "failed":  # as a subtest has
             found.outcome = report.outcome
 
     def comparisons(self) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pytest_sway.system.redaction import redacted, redacted_values
@@ -122,8 +122,23 @@ def table_lines(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def failures_first(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the comparisons of failed tests, then the others, each in their order."""
-    return sorted(comparisons, key=lambda each: each["outcome"] != "failed")
+    """Return the comparisons of failed tests, then the others, each in their order.
+
+    If several tests have comparisons of one name, as without ``name=``, the test is added to the name.
+    """
+    tests: dict[str, set[str]] = {}
+    for each in comparisons:
+        tests.setdefault(each["name"], set()).add(each["test"])
+    named = [{**each, "name": f"{each['name']}{_of_test(each['test'], tests[each['name']])}"} for each in comparisons]
+    return sorted(named, key=lambda each: each["outcome"] != "failed")
+
+
+def _of_test(test: str, tests: Collection[str]) -> str:
+    """Return the test in brackets: its name, or its node id if the names are not enough."""
+    if len(tests) == 1:
+        return ""
+    own = {each.partition("::")[2] for each in tests}
+    return f" ({test.partition('::')[2] if len(own) == len(tests) else test})"
 
 
 def legend(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from pytest_sway.report.comparisons import cells, failures_first, legend, shown
+from pytest_sway.system.wording import visible
 
 _COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "p", "unit", "shown")
 _WORST: Final = 10
@@ -53,7 +54,7 @@ def _size(lines: Iterable[str]) -> int:
 
 def escaped(text: str) -> str:
     """Return ``text`` on one line, escaped for Markdown and HTML."""
-    return html.escape(" ".join(text.split()), quote=False).translate(_SPECIAL)
+    return html.escape(visible(" ".join(text.split())), quote=False).translate(_SPECIAL)
 
 
 def _row(each: Mapping[str, Any]) -> list[str]:

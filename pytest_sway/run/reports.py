@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -115,9 +116,9 @@ def report_paths(config: pytest.Config) -> dict[str, Path]:
         text = config.getoption(name)
         if text is None:
             continue
-        path = Path(os.path.realpath(config.invocation_params.dir / Path(str(text)).expanduser()))
+        path = config.invocation_params.dir / os.path.expanduser(str(text))
         wrong = _why_not(path, str(text), appended=name == "sway_markdown")
-        if path in paths.values():
+        if os.path.realpath(path) in map(os.path.realpath, paths.values()):
             wrong = "another report is written to this file"
         if wrong is not None:
             raise pytest.UsageError(f"{option_of(name)}: {wrong}; found {str(text)!r}.")
@@ -134,14 +135,20 @@ def _why_not(path: Path, text: str, *, appended: bool) -> str | None:
     """Return why a report cannot be written to a path; ``None`` if it can."""
     if not text.strip():
         return "must be the path of a file, not empty"
-    if path.is_dir():
-        return "must be the path of a file, not of a folder"
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"the folder {str(path.parent)!r} does not exist; create it first"
-    if path.exists() and not appended and not path.is_file():
-        return "must be the path of a regular file, which can be replaced"
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except (OSError, ValueError) as error:
+        return f"{str(path)!r} cannot be written ({getattr(error, 'strerror', error)})"
+    if mode is not None and (S_ISDIR(mode) or not (appended or S_ISREG(mode))):
+        return "must be the path of a " + (
+            "file, not of a folder" if S_ISDIR(mode) else "regular file, which can be replaced"
+        )
     # Replacing a file needs a writable folder; appending needs a writable file.
-    checked = path if appended and path.exists() else path.parent
+    checked = path if appended and mode is not None else path.parent
     if not os.access(checked, os.W_OK):
         return f"{str(checked)!r} cannot be written"
     return None

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
@@ -24,7 +24,7 @@ __tracebackhide__ = True
 Kind = Literal["hf", "mlx", "api", "dummy", "custom"]
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
 
-KINDS: Final = ("hf", "mlx", "api", "dummy", "custom")
+KINDS: Final[tuple[str, ...]] = get_args(Kind)
 DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
 _DTYPE_ALIASES: Final = {
     "float16": "fp16",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _LONGEST_NAME: Final = 150
+_CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Unicode's categories of control characters, half characters, and of what ends a line or a paragraph."""
 
 
 def format_bytes(size: int) -> str:
@@ -33,6 +36,11 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 def summarised(lines: list[str], limit: int = 10) -> list[str]:
     """Return at most ``limit`` lines, and one with the number of the others."""
     return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with its control characters as Python writes them: a terminal would obey them."""
+    return "".join(repr(char)[1:-1] if unicodedata.category(char) in _CONTROL else char for char in text)
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -272,6 +272,10 @@ BAD = {
     "FACTS, NEW, OLD, score=lambda view, asked: 1.0": "score= gives one number for each question; found 1.0 for *",
     "FACTS, NEW, OLD, score=lambda view, asked: ['1'] * 12": "the score of questions?0? (*) is '1' for dummy:new; a *",
     "FACTS, NEW, OLD, score=lambda view, asked: [1.0] * 11 + [math.nan]": "the score of questions?11? (*) is nan for *",
+    "FACTS, NEW, OLD, score=lambda view, asked: [1e101] * 12": "*1e+101*finite numbers, from -1e+100 to 1e+100.",
+    "FACTS, NEW, OLD, name=8": "name= is what reports call the comparison, a text on one line, such as 'the town'; *",
+    "FACTS, NEW, OLD, name=' '": "name= is what reports call the comparison, a text on one line, *; found ' '.",
+    "FACTS, NEW, OLD, name='two\\nlines'": "name= is what reports call the comparison, a text on one line, *",
 }
 
 

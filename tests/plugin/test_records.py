@@ -161,6 +161,26 @@ def test_nothing_is_recorded_of_a_test_that_should_have_failed(suite: Recording)
     assert suite.names() == []
 
 
+def test_nothing_is_recorded_of_a_test_of_which_a_subtest_fails(suite: Recording) -> None:
+    suite.record(
+        """
+import unittest
+
+class TestIt(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def compare(self, sway_compare):
+        self.compare = sway_compare
+
+    def test_it(self):
+        self.compare(FACTS, canned(0.1))
+        for number in (1, 2, 3):
+            with self.subTest(number):
+                assert number != 2
+"""
+    )
+    assert suite.names() == []
+
+
 def test_nothing_is_recorded_of_a_test_whose_teardown_fails(suite: Recording) -> None:
     suite.record(
         "@pytest.fixture\ndef broken():\n    yield\n    raise OSError('no')\n\n"

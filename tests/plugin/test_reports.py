@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,24 @@ def test_b():
     assert record["run"]["exit_status"] == pytest.ExitCode.INTERRUPTED
 
 
+def test_a_test_with_a_failed_subtest_has_failed(pytester: pytest.Pytester) -> None:
+    body = """
+import unittest
+import pytest
+
+class TestIt(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def compare(self, sway_compare):
+        self.compare = sway_compare
+
+    def test_it(self):
+        with self.subTest("worse"):
+            assert self.compare(FACTS, NEW, OLD).low > 1
+"""
+    run(pytester, body, JSON)
+    assert [each["outcome"] for each in written(pytester)["comparisons"]] == ["failed"]
+
+
 def test_the_last_try_of_a_test_that_is_run_again_counts(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(TWICE)
     body = """
@@ -241,7 +260,7 @@ def test_texts_that_need_escaping_arrive(pytester: pytest.Pytester) -> None:
 def test_it(sway_compare):
     asked = [("lone \ud800", " a"), ("nul \0 and \x1b[31m", " b"), ({"role": "user"}, "c"), object]
     score = lambda view, asked: [0.5, 0.25, 1.5, 2.5]
-    assert sway_compare(asked, NEW, OLD, score=score, name="odd \ud800").low > 0
+    assert sway_compare(asked, NEW, OLD, score=score, name="odd").low < 0
 """
     result = run(pytester, body, JSON, "--sway-markdown=run.md", "-n", "1")
     result.assert_outcomes(failed=1)
@@ -252,7 +271,7 @@ def test_it(sway_compare):
         ["{'role': 'user'}", "c"],
         "<class 'object'>",
     ]
-    assert "odd \\ud800" in (pytester.path / "run.md").read_text()
+    assert "lone &#92;ud800 a" in (pytester.path / "run.md").read_text()
 
 
 def test_secrets_are_in_no_file(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +292,8 @@ BAD = {
     "": "must be the path of a file, not empty; found ''.",
     ".": "must be the path of a file, not of a folder; found '.'.",
     "test_suite.py/run.json": "the folder '*/test_suite.py' does not exist; create it first; found *",
+    "x" * 300: "'*x' cannot be written (File name too long); found '*",
+    "~nobody_has_it/run.json": "the folder '*/~nobody_has_it' does not exist; create it first; found '~*'.",
     "/dev/null": "must be the path of a regular file, which can be replaced; found '/dev/null'.",
 }
 
@@ -283,6 +304,16 @@ def test_a_file_that_cannot_be_written_ends_the_run_before_it_begins(pytester: p
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: --sway-json: {BAD[path]}"])
     assert [each for each in pytester.path.iterdir() if each.suffix in (".json", ".tmp")] == []
+
+
+def test_a_pipe_takes_no_report_that_replaces_a_file(pytester: pytest.Pytester) -> None:
+    ends = os.pipe()
+    try:
+        result = run(pytester, "def test_it():\n    pass\n", f"--sway-json=/dev/fd/{ends[1]}")
+    finally:
+        for end in ends:
+            os.close(end)
+    result.stderr.fnmatch_lines(["ERROR: --sway-json: must be the path of a regular file, which can be replaced; *"])
 
 
 def test_a_folder_without_write_permission_is_a_usage_error(

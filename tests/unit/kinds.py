@@ -56,6 +56,11 @@ QUESTIONS = {
 }
 
 WITHOUT_MEANING: list[tuple[Ask, str]] = [
+    (lambda view: view.logprob_of("the \ud800", " sun"), r"holds half a character \('\\ud800' at position 4\)"),
+    (lambda view: view.logprob_of([{"role": "user", "content": "\ud800"}], " sun"), "holds half a character"),
+    (lambda view: view.rolling_logprob("the \ud800"), "holds half a character"),
+    (lambda view: view.next_token_dist("the \ud800"), "holds half a character"),
+    (lambda view: view.generate("the \ud800", max_new_tokens=1), "holds half a character"),
     (lambda view: view.next_token_dists("the sun"), "expected a list of prompts; found 'the sun'"),
     (lambda view: view.rolling_logprobs("the sun"), "expected a list of texts; found 'the sun'"),
     (lambda view: view.logprobs_of(None), "expected a list of pairs of a prompt and a completion; found None"),

@@ -355,6 +355,14 @@ def test_a_score_has_a_name_and_a_unit(base: Any) -> None:
     assert [Questions(asked, score).unit for score in scores] == ["nats", "nats", "right answers", "right answers"]
 
 
+@pytest.mark.parametrize("makes", [js_from, kl_from, multiple_choice, exact_match], ids=lambda makes: makes.__name__)
+def test_what_makes_a_score_is_not_taken_for_one(makes: Any) -> None:
+    with pytest.raises(
+        ComparisonError, match=rf"^{makes.__name__} makes a score: call it, as in score={makes.__name__}"
+    ):
+        Questions(["a", "b"], makes)
+
+
 def test_questions_with_one_prompt_are_one_cluster() -> None:
     asked = [("x", ["a", "b"], 0), ("x", ["c", "d"], 0), ["y", ("a", "b"), 1], (1, 2, 3), (1, 2, 4), ("x", "y", "z")]
     assert Questions(asked, multiple_choice()).clusters() == [[0, 1], [2], [3], [4], [5]]

@@ -37,7 +37,7 @@ def page(record: Mapping[str, Any]) -> str:
         name: getattr(words, name) for name in ("signed", "plain", "short", "times", "percent", "probability")
     }
     style = _own("page.css")
-    comparisons, leaks, mutations = record["comparisons"], record["leaks"], record["mutations"]
+    comparisons, leaks, mutations = failures_first(record["comparisons"]), record["leaks"], record["mutations"]
     seconds, timeline = workers(record)
     written = environment.from_string(_own("page.html.j2")).render(
         policy=_POLICY.format(base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()),
@@ -65,7 +65,7 @@ def _groups(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[str, Axis, l
     """Return the comparisons of each unit with their common axis; failed comparisons and their units come first."""
     room = Room.among(max(len(comparisons), 1))
     units: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
-    for number, each in enumerate(failures_first(comparisons)):
+    for number, each in enumerate(comparisons):
         units.setdefault(each["unit"], []).append((number, each))
     groups = []
     for unit, own in units.items():

@@ -17,7 +17,7 @@ from pytest_sway.comparison.token_scores import TokenScores, extreme_rows, merge
 from pytest_sway.errors import ComparisonError, NoAdapterError, RecordError
 from pytest_sway.run.regression.records import Records, base_identity, candidate_identity, made_with
 from pytest_sway.spec.model_spec import ModelSpec
-from pytest_sway.system.wording import shown
+from pytest_sway.system.wording import shown, visible
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -172,6 +172,7 @@ def comparing(
         score: Score | None = None,
         name: str | None = None,
     ) -> Comparison:
+        _check_name(name)
         checked = Questions(questions, score)
         new = side(candidate, "candidate")
         if baseline is None:
@@ -264,6 +265,14 @@ def _scored(
         with backend.as_base() as view:
             return found, token_scores(view, asked)
     return unknown, unknown
+
+
+def _check_name(name: object) -> None:
+    """Raise unless a comparison can be called so in tables and records."""
+    if name is not None and not (isinstance(name, str) and name.strip() and name == visible(name)):
+        raise ComparisonError(
+            f"name= is what reports call the comparison, a text on one line, such as 'the town'; found {shown(name)}."
+        )
 
 
 def _is_view(side: object) -> bool:

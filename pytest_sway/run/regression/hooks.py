@@ -89,8 +89,8 @@ class Regression:
             setattr(report, ROWS, rows_of(new))
             for each in new:
                 each.reported = True
-        if report.when == "call" and report.passed and _records in item.stash:
-            item.stash[_records].passed = True
+        if report.when == "call" and _records in item.stash:
+            item.stash[_records].reported(report)
         if report.when == "call" and report.failed:
             report.sections += [("sway_compare", each.report()) for each in compared]
         return report

@@ -46,7 +46,7 @@ class Records:
         self.recording: Final = recording
         self.path: Final = record_path(item)
         self.where: Final = os.path.relpath(self.path, item.config.rootpath)
-        self.passed = False
+        self._passed = self._failed = False
         self._test = item.nodeid
         self._over = False
         self._names: set[str] = set()
@@ -87,6 +87,11 @@ class Records:
         """Add a record to write if the test passes."""
         self._now.append(record)
 
+    def reported(self, report: pytest.TestReport) -> None:
+        """Note whether the test has passed. Its subtests have reports of their own before it; it fails with one."""
+        self._failed = self._failed or report.failed
+        self._passed = report.passed and not self._failed
+
     def end(self) -> str | None:
         """Write the added records if the test passed, and return a line that says so.
 
@@ -94,7 +99,7 @@ class Records:
             RecordError: The file cannot be written. An existing file is unchanged.
         """
         self._over = True
-        if not (self.passed and self._now):
+        if not (self._passed and self._now):
             return None
         try:
             _write(self.path, encode(self._now))

@@ -91,6 +91,12 @@ def test_a_report_shows_the_worst_first_and_long_questions_by_their_beginning() 
     assert last.split()[:4] == ["-2", "2", "4", "2"]
 
 
+def test_a_report_has_no_character_that_a_terminal_obeys() -> None:
+    questions = Questions(["\x1b[31mred", "\x9bcsi \u2028 line", "bell\a"])
+    lines = list(compare(questions, ("new", [1.0, 2.0, 4.0]), ("old", [0.0] * 3), confidence=0.95).report())
+    assert [line.split("  ")[-1] for line in lines[-3:]] == [r"\x1b[31mred", r"\x9bcsi line", r"bell\x07"]
+
+
 def test_it_survives_a_pickle() -> None:
     comparison = made([0.1, 0.2, 0.3, 0.4, 0.5], [0.0] * 5)
     assert repr(pickle.loads(pickle.dumps(comparison))) == repr(comparison)

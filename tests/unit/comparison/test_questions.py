@@ -75,7 +75,7 @@ def test_an_error_of_a_score_is_the_users_own() -> None:
         Questions(TEXTS, broken).scored_by(VIEW, "it")
 
 
-@pytest.mark.parametrize("score", [None, "1", float("inf"), [1.0], 10**400], ids=repr)
+@pytest.mark.parametrize("score", [None, "1", float("inf"), [1.0], 10**400, -1e101], ids=repr)
 def test_a_score_that_is_not_a_finite_number_is_refused_with_its_question(score: Any) -> None:
     questions = Questions(TEXTS, lambda view, asked: [1.0, score])
     with pytest.raises(ComparisonError, match=r"^the score of questions\[1\] \('the sun sets'\) is .* for it; a"):

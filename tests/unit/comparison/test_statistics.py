@@ -251,3 +251,17 @@ def test_holms_p_grows_with_the_number_of_comparisons_and_keeps_their_order() ->
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e60])
+def test_an_interval_is_in_the_unit_of_the_differences(scale: float) -> None:
+    differences = [0.5, -0.25, 1.5, 0.75, -1.0]
+    one, other = PairedMeans(differences), PairedMeans([scale * each for each in differences])
+    assert [each / scale for each in other.interval(0.99)] == pytest.approx(one.interval(0.99))
+    assert other.p_value() == pytest.approx(one.p_value())
+
+
+@pytest.mark.parametrize("n", [10, 20, 50, 200])
+def test_as_many_questions_are_needed_as_detect_a_shift(n: int) -> None:
+    for evidence in (PairedProportions(1.0, 2.0, n), PairedMeans([math.sin(k) for k in range(n)])):
+        assert evidence.needed(evidence.detectable(0.95) * (1 + 1e-9), 0.95) == n

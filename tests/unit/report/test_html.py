@@ -102,6 +102,14 @@ def test_failures_come_first() -> None:
     assert found == ["comparison 0", "comparison 2"]
 
 
+def test_comparisons_of_one_name_are_told_apart_by_their_tests() -> None:
+    shown = page(record([comparison(at, name="new against old") for at in (1, 2)]))
+    assert re.findall(r'<a href="#c\d+">([^<]+)', shown) == [
+        "new against old (test_comparison[1])",
+        "new against old (test_comparison[2])",
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [

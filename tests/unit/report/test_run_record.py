@@ -295,6 +295,18 @@ def test_a_run_without_comparisons_says_so() -> None:
     assert "No test of this run called `sway_compare`." in markdown(record())
 
 
+def test_comparisons_of_one_name_are_told_apart_by_their_tests() -> None:
+    tests = ("a/t.py::test_a[1]", "a/t.py::test_b", "a/t.py::test_a[1]")
+    found = [line.split("  ")[0] for line in table_lines([comparison(test=test) for test in tests])]
+    assert found[1:4] == ["town (test_a[1])", "town (test_b)", "town (test_a[1])"]
+    found = [line.split("  ")[0] for line in table_lines([comparison(test=f"{at}/t.py::test_a") for at in "ab"])]
+    assert found[1:3] == ["town (a/t.py::test_a)", "town (b/t.py::test_a)"]
+
+
+def test_markdown_has_no_control_characters() -> None:
+    assert escaped("\x1b[31m \0 \ud800") == "&#92;x1b&#91;31m &#92;x00 &#92;ud800"
+
+
 def test_the_terminals_table_says_which_margin_a_verdict_is_about() -> None:
     known = comparison(claim="over 1", verdict="undecided, needs about 30 prompts", outcome="failed")
     assert list(table_lines([known]))[1:] == [
