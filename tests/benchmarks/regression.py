@@ -1,9 +1,9 @@
 """Which damage to an adapter is found, and whether a retrained one passes: ``python -m tests.benchmarks.regression``.
 
-It prints the tables of docs/pages/how-to/regression.md, which take about 20 minutes on two idle cores. The baseline is the
-quickstart's adapter on SmolLM2-135M. Some candidates are copies with noise, in which each number of each LoRA matrix
-has moved by a draw from a normal distribution, whose standard deviation is so many percent of that of the matrix. The
-others are trained as the baseline was, with another seed.
+It prints the tables of docs/pages/how-to/regression.md, which takes half an hour. The baseline is the quickstart's
+adapter on SmolLM2-135M. Some candidates are copies with noise, in which each number of each LoRA matrix has moved by a
+draw from a normal distribution, whose standard deviation is so many percent of that of the matrix. The others are
+trained as the baseline was, with another seed.
 """
 
 from __future__ import annotations
