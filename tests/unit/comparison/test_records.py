@@ -206,9 +206,9 @@ DAMAGED: dict[str, tuple[Callable[[Any], object], str]] = {
     "no unit": (lambda c: c["comparisons"][0].pop("unit"), "edited by hand: it lacks 'unit'"),
     "comparisons that are numbers": (
         lambda c: c.update(comparisons=[3]),
-        r"edited by hand: a comparison is 3 and no dict\. Restore",
+        r"edited by hand: a comparison is 3 and not a dict\. Restore",
     ),
-    "no list of comparisons": (lambda c: c.update(comparisons=None), "edited by hand: comparisons is None and no list"),
+    "no list of comparisons": (lambda c: c.update(comparisons=None), "edited by hand: comparisons is None and not a"),
     "another schema": (lambda c: c.update(schema=2), "has schema 2, and this pytest-sway reads 1. Install the version"),
     "a schema that is true": (lambda c: c.update(schema=True), "has schema True, and this pytest-sway reads 1"),
     "no schema": (lambda c: c.pop("schema"), "is not a record of scores: it has no schema"),

@@ -253,7 +253,7 @@ def test_sizes_that_are_not_those_of_the_weights_are_named(build: Any, own_base:
 def test_sizes_are_named_where_memory_runs_out_for_them(
     build: Any, own_base: Path, monkeypatch: pytest.MonkeyPatch, width: int, error: type[Exception], text: str
 ) -> None:
-    def own(spec: Any) -> Any:
+    def own(spec: Any, kwargs: Any) -> Any:
         raise RuntimeError("can't allocate memory: you tried to allocate 8 bytes")  # as transformers 4 does
 
     monkeypatch.setattr(model, "_own", own)
