@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -94,8 +95,13 @@ def _change(text: str) -> Change:
     return Change(name, field, value.strip())
 
 
-def _typed(change: Change) -> str | bool | float:
+def _typed(change: Change) -> str | bool | float | list[Any]:
     """A field's value; one that cannot be its type stays a text, and the spec's own checks refuse it."""
+    if change.field == "adapter" and change.value.startswith("["):
+        try:
+            return list(json.loads(change.value))
+        except (ValueError, RecursionError):
+            pass
     default = _DEFAULTS.get(change.field)
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(change.value.lower(), change.value)
@@ -130,6 +136,9 @@ def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
     for name in ("adapter", "answers"):
         if isinstance(spec.get(name), str) and not spec[name].lstrip().startswith("{"):  # answers may be JSON
             rooted[name] = str(rootpath / Path(spec[name]).expanduser())
+    if isinstance(spec.get("adapter"), list):
+        folders = spec["adapter"]
+        rooted["adapter"] = [str(rootpath / Path(f).expanduser()) if isinstance(f, str) else f for f in folders]
     for name in ("base", "finetuned") if spec.get("kind", "hf") not in ("api", "dummy") else ():
         model = spec.get(name)
         if isinstance(model, str) and (model.startswith((".", "~")) or (rootpath / model).is_dir()):

@@ -48,7 +48,9 @@ class ModelSpec:
         kind: The kind of backend: ``hf``, ``mlx``, ``api``, ``dummy`` or ``custom``.
         base: A hub id (``org/name``) or a model's folder, which is made absolute. For ``kind="api"``, the model's name
             on its server.
-        adapter: The folder of a PEFT adapter, made absolute; ``None`` for the base alone.
+        adapter: The folder of a PEFT adapter, made absolute; ``None`` for the base alone. For ``kind="hf"`` also a list
+            of folders, kept as a tuple: all but the last are merged into the base in this order, and the last is put
+            on. A list of one is its only folder.
         dtype: ``auto``, ``fp16``, ``bf16`` or ``fp32``. torch's names, such as ``bfloat16``, work too.
         device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
         trust_remote_code: Run the code in the base's repository. Not part of the cache key.
@@ -56,7 +58,8 @@ class ModelSpec:
         entry_point: ``package.module:Class``, for ``kind="custom"``.
         endpoint: The server's address, for ``kind="api"``.
         allow_pickle: Read weights that exist only as pickle files, which can run code while they load.
-        finetuned: A whole fine-tuned model instead of an adapter, named as ``base`` is.
+        finetuned: A whole fine-tuned model, named as ``base`` is. For ``kind="hf"``, an ``adapter`` beside it is put on
+            this model instead of the base.
         answers: For ``kind="dummy"``, its answers (see `pytest_sway.spec.answers`): a mapping, which is kept as JSON
             text, or the path of a JSON or TOML file.
         finetuned_endpoint: For ``kind="api"``, the address of the server of ``finetuned``; ``None`` for the base's.
@@ -69,7 +72,7 @@ class ModelSpec:
 
     kind: Kind = "hf"
     base: str = ""
-    adapter: Path | None = None
+    adapter: Path | tuple[Path, ...] | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -114,14 +117,14 @@ class ModelSpec:
                 f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {self.device!r}."
             )
         self._set("base", _model("base", self.base, self.kind))
-        self._set("adapter", _adapter(self.adapter))
+        self._set("adapter", _adapters(self.adapter, self.kind))
         if self.finetuned is not None:
             self._set("finetuned", _model("finetuned", self.finetuned, self.kind))
-            if self.adapter is not None:
+            if self.adapter is not None and self.kind != "hf":
                 raise SpecError(
-                    "a spec has either an adapter or a whole fine-tuned model, not both; found adapter"
-                    f" {str(self.adapter)!r} and finetuned {self.finetuned!r}. To test an adapter on a fine-tuned"
-                    " model, name that model as 'base'."
+                    f"a spec of kind {self.kind!r} has either an adapter or a whole fine-tuned model, not both; found"
+                    f" adapter {str(self.adapter)!r} and finetuned {self.finetuned!r}. To test an adapter on a"
+                    " fine-tuned model, name that model as 'base', or use kind='hf'."
                 )
         self._set("answers", _answers(self.answers, self.kind))
         if self.kind == "custom" and not _ENTRY_POINT.fullmatch(self.entry_point or ""):
@@ -141,19 +144,32 @@ class ModelSpec:
         """Return a short label: the kind unless it is ``hf``, the base, and the adapter or the fine-tuned model."""
         return self._label
 
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """All adapters: those that are merged, in order, then the one that is put on."""
+        if self.adapter is None:
+            return ()
+        return self.adapter if isinstance(self.adapter, tuple) else (self.adapter,)
+
     def as_dict(self) -> dict[str, Any]:
         """What it is loaded from, as plain values: kind, base, device and dtype, and what else is not the default."""
         return {
-            each.name: str(value) if isinstance(value, Path) else value
+            each.name: _plain(value)
             for each in fields(self)
             if each.init and ((value := getattr(self, each.name)) != each.default or each.name in _ALWAYS_SHOWN)
         }
 
     def _described(self) -> str:
         kind = "" if self.kind == "hf" else f"{self.kind}:"
-        adapter = "" if self.adapter is None else f" + {short_name(str(self.adapter))}"
+        adapters = "".join(f" + {short_name(str(adapter))}" for adapter in self.adapters)
         finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}"
-        return f"{kind}{short_name(self.base)}{adapter}{finetuned}"
+        return f"{kind}{short_name(self.base)}{finetuned}{adapters}"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(map(str, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
@@ -200,11 +216,27 @@ def _model(field: str, value: object, kind: Kind) -> str:
     return value
 
 
-def _adapter(value: object) -> Path | None:
+def _adapters(value: object, kind: Kind) -> Path | tuple[Path, ...] | None:
     if value is None:
         return None
+    if not isinstance(value, list | tuple):
+        return _adapter(value)
+    if not value:
+        raise SpecError("spec field 'adapter' is an empty list. Name the adapters in it, or None for the base alone.")
+    if len(value) > 1 and kind != "hf":
+        raise SpecError(
+            f"a spec of kind {kind!r} has one adapter, but found {len(value)}: only kind='hf' merges adapters. Merge"
+            " them yourself (PEFT's merge_and_unload), and name the merged model."
+        )
+    adapters = tuple(map(_adapter, value))
+    return adapters if len(adapters) > 1 else adapters[0]
+
+
+def _adapter(value: object) -> Path:
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
-        raise SpecError(f"spec field 'adapter' must be the folder of a PEFT adapter or None; found {value!r}.")
+        raise SpecError(
+            f"spec field 'adapter' must be the folder of a PEFT adapter, a list of them or None; found {value!r}."
+        )
     return resolved_path(value)
 
 

@@ -68,7 +68,9 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
         if name not in _FIELDS:
             raise SpecError(_unknown_field(name, values.get("kind", "hf")))
     try:
-        spec, steady = _memoised(tuple(values.items()))
+        adapter = values.get("adapter")
+        hashable = {**values, "adapter": tuple(adapter)} if isinstance(adapter, list) else values
+        spec, steady = _memoised(tuple(hashable.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
         steady = False
     return spec if steady else ModelSpec(**values)
@@ -108,5 +110,9 @@ def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, bool]:
     return spec, all(_leads_nowhere_else(values[name], path) for name, path in paths.items() if path is not None)
 
 
-def _leads_nowhere_else(given: Any, path: Path | str) -> bool:
+def _leads_nowhere_else(given: Any, path: Path | str | tuple[Path, ...]) -> bool:
+    if isinstance(path, tuple):
+        return all(_leads_nowhere_else(each, found) for each, found in zip(given, path, strict=True))
+    if isinstance(given, tuple):
+        (given,) = given
     return os.path.isabs(given) and str(path) == os.path.normpath(given)

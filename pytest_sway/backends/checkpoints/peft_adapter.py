@@ -22,6 +22,7 @@ from pytest_sway.backends.checkpoints.peft_types import (
     UNWRITING_TYPES,
     WHOLE_TEXT_TYPES,
     refusal,
+    unmergeable,
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
@@ -185,6 +186,29 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
             " read. Save it as safetensors, or set allow_pickle=True in the spec if you trust it."
         )
     return AdapterFiles(folder, config, None)
+
+
+def require_mergeable(files: AdapterFiles, number: int) -> None:
+    """Raise if PEFT cannot merge an adapter into its base.
+
+    Args:
+        files: The adapter's files.
+        number: Its place in the spec's list, from 1.
+
+    Raises:
+        SpecError: It cannot be merged.
+    """
+    why = unmergeable(files.config)
+    if why is not None:
+        raise SpecError(not_merged(files.folder, number, why))
+
+
+def not_merged(folder: Path, number: int, why: str) -> str:
+    """Return the message about an adapter that cannot be merged."""
+    return (
+        f"the adapter {str(folder)!r} is number {number} of the spec's list, and all but the last are merged into the"
+        f" base, but it cannot be merged: {why}. Name it last, or alone."
+    )
 
 
 def checked(files: AdapterFiles) -> AdapterFiles:

@@ -30,16 +30,16 @@ def estimated(plan: Plan) -> Mapping[Hashable, int] | None:
         return sizes
     if files.entries is None:
         return None
-    base = plan.models[0]
-    own = _adapter_bytes(files, base.entries or {}, _ITEM_BYTES[plan.spec.dtype])
-    return {**sizes, ("adapter", *plan.key): own + (sizes[base.key] if files.may_rewrite_anything else 0)}
+    base, item_bytes = plan.models[-1], _ITEM_BYTES[plan.spec.dtype]
+    own = _adapter_bytes(files, base.entries or {}, item_bytes)
+    return {**sizes, ("adapter", *plan.key): own + (_model_bytes(base) or 0 if files.may_rewrite_anything else 0)}
 
 
 def model_sizes(plan: Plan) -> dict[Hashable, int] | None:
     """Return the bytes that each model of a plan will take; ``None`` if unknown."""
     sizes: dict[Hashable, int] = {}
     for model in plan.models:
-        nbytes = _model_bytes(model)
+        nbytes = _merged_bytes(model) if model.merged else _model_bytes(model)
         if nbytes is None:
             return None
         sizes[model.key] = nbytes
@@ -71,6 +71,34 @@ def _model_bytes(model: ModelFiles) -> int | None:
         for name, entry in model.entries.items()
         if not (tied and name == _TIED)
     )
+
+
+def _merged_bytes(model: ModelFiles) -> int | None:
+    """Return the bytes of what merging adapters changes in a model; ``None`` if unknown."""
+    whole, item_bytes = _model_bytes(model), _ITEM_BYTES[model.spec.dtype]
+    changed: dict[str, int] = {}
+    for files in model.merged:
+        if whole is None or files.entries is None:
+            return None
+        if files.may_rewrite_anything:
+            return whole
+        for name, entry in files.entries.items():
+            weight = _changed_weight(name, model.entries or {})
+            if weight is None:
+                return whole
+            before = (model.entries or {})[weight].numel
+            changed[weight] = max(changed.get(weight, 0), before, entry.numel if name == ROOT + weight else 0)
+    return None if whole is None else min(whole, sum(changed.values()) * item_bytes)
+
+
+def _changed_weight(name: str, base: Mapping[str, TensorEntry]) -> str | None:
+    """Return the base's weight that merging a tensor of an adapter changes; ``None`` if its name does not tell."""
+    place = name.removeprefix(ROOT)
+    if place in base:
+        return place
+    parts = place.split(".")
+    found = (".".join((*parts[:end], "weight")) for end in range(len(parts) - 1, 0, -1))
+    return next((weight for weight in found if weight in base), None)
 
 
 def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_bytes: int) -> int:

@@ -46,10 +46,10 @@ def check_spec(spec: ModelSpec) -> Plan:
     if tuned is not None:
         require_another(spec, tuned)
         models.append(_check_model(tuned, "fine-tuned model"))
-    if spec.adapter is not None:
-        require_files(spec.adapter)
-    files = None if spec.adapter is None else read_mlx_adapter(spec.adapter)
-    if files is not None:
+    files = None
+    for folder in spec.adapters:  # one at most
+        require_files(folder)
+        files = read_mlx_adapter(folder)
         require_bounded(files, None)
     require_libraries(spec)
     require_device(spec)
