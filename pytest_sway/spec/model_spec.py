@@ -225,8 +225,8 @@ def _adapters(value: object, kind: Kind) -> Path | tuple[Path, ...] | None:
         raise SpecError("spec field 'adapter' is an empty list. Name the adapters in it, or None for the base alone.")
     if len(value) > 1 and kind != "hf":
         raise SpecError(
-            f"a spec of kind {kind!r} has one adapter, but found {len(value)}: only kind='hf' merges adapters. Merge"
-            " them yourself (PEFT's merge_and_unload), and name the merged model."
+            f"a spec of kind {kind!r} takes no list of adapters, since only kind='hf' merges them. Merge them yourself"
+            " (PEFT's merge_and_unload), and name the merged model."
         )
     adapters = tuple(map(_adapter, value))
     return adapters if len(adapters) > 1 else adapters[0]

@@ -228,7 +228,7 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         ),
         (
             {"kind": "mlx", "base": "b", "adapter": ["/x", "/y"]},
-            "a spec of kind 'mlx' has one adapter, but found 2: only kind='hf' merges adapters. Merge them yourself"
+            "a spec of kind 'mlx' takes no list of adapters, since only kind='hf' merges them. Merge them yourself"
             " (PEFT's merge_and_unload), and name the merged model.",
         ),
         (
