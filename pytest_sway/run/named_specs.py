@@ -79,7 +79,8 @@ def _value(change: Change, configured: Mapping[str, Any], specs: Mapping[str, An
             f" base, too: --sway-set {change.name}.base=..."
         )
     try:
-        return getattr(parse_spec(specs[change.name]), change.field)
+        value = getattr(parse_spec(specs[change.name]), change.field)
+        return json.dumps(list(map(str, value))) if isinstance(value, tuple) else value
     except SpecError as error:
         raise pytest.UsageError(f"--sway-set {change}: {redacted(str(error))} (Named specs: {known}.)") from None
 

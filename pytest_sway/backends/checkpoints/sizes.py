@@ -66,11 +66,11 @@ def _model_bytes(model: ModelFiles) -> int | None:
     if model.entries is None:
         return None
     tied = bool(model.config.get("tie_word_embeddings", False))
-    return sum(
-        entry.numel * item_bytes if entry.floating else entry.nbytes
-        for name, entry in model.entries.items()
-        if not (tied and name == _TIED)
-    )
+    return sum(_bytes_of(entry, item_bytes) for name, entry in model.entries.items() if not (tied and name == _TIED))
+
+
+def _bytes_of(entry: TensorEntry, item_bytes: int) -> int:
+    return entry.numel * item_bytes if entry.floating else entry.nbytes
 
 
 def _merged_bytes(model: ModelFiles) -> int | None:
@@ -86,9 +86,10 @@ def _merged_bytes(model: ModelFiles) -> int | None:
             weight = _changed_weight(name, model.entries or {})
             if weight is None:
                 return whole
-            before = (model.entries or {})[weight].numel
-            changed[weight] = max(changed.get(weight, 0), before, entry.numel if name == ROOT + weight else 0)
-    return None if whole is None else min(whole, sum(changed.values()) * item_bytes)
+            before = _bytes_of((model.entries or {})[weight], item_bytes)
+            own = entry.numel * item_bytes if name == ROOT + weight else 0
+            changed[weight] = max(changed.get(weight, 0), before, own)
+    return None if whole is None else min(whole, sum(changed.values()))
 
 
 def _changed_weight(name: str, base: Mapping[str, TensorEntry]) -> str | None:
