@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.peft_adapter import not_merged
 from pytest_sway.backends.hf.adapters.attach import attach, explained
 from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
+from pytest_sway.backends.hf.hygiene.heap import collect
 from pytest_sway.backends.hf.loading.libraries import quiet_process
 from pytest_sway.backends.hf.loading.pickles import with_entries
 from pytest_sway.backends.hf.model.merged_base import MergedBase
@@ -47,6 +48,7 @@ def merge(base: LoadedBase, adapters: Sequence[AdapterFiles]) -> MergedBase:
         merged = _merged(base, below, with_entries(files), number)
         if isinstance(below, MergedBase) and merged.pristine.shares:
             below.close()
+            collect(base.device.type)
         below = merged
     assert isinstance(below, MergedBase)
     return below

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
+from pytest_sway.backends.hf.model.merged_base import MergedBase
+from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning
 from tests.tiny import edit_config, make_adapter, make_base, make_tokenizer, pickled, poison, quiet, save_adapter
@@ -141,6 +144,32 @@ def test_a_merged_base_has_only_what_the_adapters_change(build: Any, base: Path,
     assert changed == {
         f"model.layers.{layer}.self_attn.{part}.weight" for layer in range(LAYERS) for part in ("q_proj", "v_proj")
     }
+
+
+def test_what_is_merged_on_the_way_is_freed(
+    build: Any, base: Path, adapter: Path, other_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, on_the_way = MergedBase.close, list[WeightsWatch]()
+
+    def closing(merged: MergedBase) -> None:
+        on_the_way.append(WeightsWatch(merged.pristine.own))
+        close(merged)
+
+    monkeypatch.setattr(MergedBase, "close", closing)
+    build(base, [adapter, other_adapter, adapter])
+    assert [watch.alive_bytes() for watch in on_the_way] == [0]
+
+
+def test_where_no_memory_can_be_shared_each_model_is_merged_anew(
+    build: Any, base: Path, adapter: Path, other_adapter: Path, third: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pristine, "_works", lambda self, trial: False)
+    backend = build(base, [adapter, third, other_adapter])
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert view_logits(plain).equal(logits(*fresh(base)))
+        assert view_logits(tuned).equal(by_hand(base, adapter, third, other_adapter))
+    backend.close()
+    assert backend.leak() is None
 
 
 @pytest.mark.usefixtures("exposed")
