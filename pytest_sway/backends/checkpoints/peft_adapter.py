@@ -23,6 +23,7 @@ from pytest_sway.backends.checkpoints.peft_types import (
     UNWRITING_TYPES,
     WHOLE_TEXT_TYPES,
     refusal,
+    unmergeable,
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
@@ -198,6 +199,29 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     if not allow_pickle:
         raise only_pickled(f"the adapter {str(folder)!r}")
     return AdapterFiles(folder, config, None)
+
+
+def require_mergeable(files: AdapterFiles, number: int) -> None:
+    """Raise if PEFT cannot merge an adapter into its base.
+
+    Args:
+        files: The adapter's files.
+        number: Its place in the spec's list, from 1.
+
+    Raises:
+        SpecError: It cannot be merged.
+    """
+    why = unmergeable(files.config)
+    if why is not None:
+        raise SpecError(not_merged(files.folder, number, why))
+
+
+def not_merged(folder: Path, number: int, why: str) -> str:
+    """Return the message about an adapter that cannot be merged."""
+    return (
+        f"the adapter {str(folder)!r} is number {number} of the spec's list, and all but the last are merged into the"
+        f" base, but it cannot be merged: {why}. Name it last, or alone."
+    )
 
 
 def checked(files: AdapterFiles) -> AdapterFiles:
