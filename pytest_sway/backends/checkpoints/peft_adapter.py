@@ -41,7 +41,7 @@ T = TypeVar("T")
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED: Final = "adapter_model.bin"
-_OF_BASE: Final = (".base_layer.", ".original_module.")
+OF_BASE: Final = (".base_layer.", ".original_module.")
 """Parts of the names that PEFT gives to the base's own tensors inside its layers."""
 _CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|(pre_)?classifier|classification_head|qa_outputs|v_head)\.")
 
@@ -102,7 +102,7 @@ class AdapterFiles:
         if self.peft_type in PROMPT_TYPES:
             return True
         marker = ADDITIVE_TYPES.get(self.peft_type)
-        if marker is None or self.config.get("bias", "none") != "none" or self._brings_any(*_OF_BASE):
+        if marker is None or self.config.get("bias", "none") != "none" or self._brings_any(*OF_BASE):
             return False
         if self.peft_type == "LORA" and not self._special_fields() <= RESTORABLE_LORA_FIELDS:
             return False

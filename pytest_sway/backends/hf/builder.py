@@ -74,9 +74,8 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         from pytest_sway.backends.hf.model.verify_base import verify_base
         from pytest_sway.backends.local.pooled_backend import Loaded
 
-        if files is not None and files.entries is None:
-            files = with_entries(files)
-            require_fit(plan.models[-1], files)
+        if files is not None:
+            files = _with_entries(plan.models[-1], files)
         with torch.inference_mode(False):  # tensors made in a test's inference mode would not count writes
             base = below = self._clean_base(plan.models[0], shares)
             verify_base(base)
@@ -97,10 +96,13 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         from pytest_sway.backends.hf.adapters.merge import merge
         from pytest_sway.backends.hf.model.merged_base import MergedBase
 
+        def load() -> LoadedBase:
+            return merge(below, [_with_entries(model, files) for files in model.merged])
+
         def is_usable(base: LoadedBase) -> bool:
             return isinstance(base, MergedBase) and base.below is below and not base.changes()
 
-        return self._claimed(model.key, shares, lambda: merge(below, model.merged), is_usable)
+        return self._claimed(model.key, shares, load, is_usable)
 
     def _base_loader(self) -> Callable[..., LoadedBase]:
         """Return the function that loads a base, with shared weights if this run has a folder for them."""
@@ -133,6 +135,14 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
     def _recalled(self, name: str, answers: int, seconds: float) -> None:
         if self._on_recall is not None:
             self._on_recall(name, answers, seconds)
+
+
+def _with_entries(base: ModelFiles, files: AdapterFiles) -> AdapterFiles:
+    """Return an adapter's files with the names of its tensors; those of a pickle are checked now."""
+    if files.entries is None:
+        files = with_entries(files)
+        require_fit(base, files)
+    return files
 
 
 def _put_on(loaded: Loaded[BoundModel], base: LoadedBase, files: AdapterFiles) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.checkpoints.peft_adapter import not_merged
+from pytest_sway.backends.checkpoints.peft_adapter import OF_BASE, not_merged
 from pytest_sway.backends.hf.adapters.attach import attach, explained
 from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
 from pytest_sway.backends.hf.hygiene.heap import collect
 from pytest_sway.backends.hf.loading.libraries import quiet_process
-from pytest_sway.backends.hf.loading.pickles import with_entries
 from pytest_sway.backends.hf.model.merged_base import MergedBase
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_WRITTEN: Final = (".base_layer.", ".original_module.")
-"""Parts of the names of the base's tensors in PEFT's layers, to which PEFT writes when it merges."""
-
 
 def merge(base: LoadedBase, adapters: Sequence[AdapterFiles]) -> MergedBase:
     """Return a base with adapters merged into it by PEFT, in order. Each is verified first.
@@ -41,11 +37,10 @@ def merge(base: LoadedBase, adapters: Sequence[AdapterFiles]) -> MergedBase:
     Raises:
         AdapterMismatchError: An adapter does not fit what it is put on, is not finite, or has no effect.
         SpecError: PEFT cannot merge an adapter.
-        WeightsError: An adapter's weights cannot be read.
     """
     below = base
     for number, files in enumerate(adapters, start=1):
-        merged = _merged(base, below, with_entries(files), number)
+        merged = _merged(base, below, files, number)
         if isinstance(below, MergedBase) and merged.pristine.shares:
             below.close()
             collect(base.device.type)
@@ -81,15 +76,17 @@ def _merged(base: LoadedBase, below: LoadedBase, files: AdapterFiles, number: in
 def _merged_tree(adapter: Adapter, number: int) -> Any:
     tree = adapter.pristine.tree()
     for name, tensor in tree.named_parameters(remove_duplicate=False):
-        if any(part in name for part in _WRITTEN):
-            own_before_write(tensor)
+        if any(part in name for part in OF_BASE):
+            own_before_write(tensor)  # PEFT writes to it when it merges
     try:
         with quiet_process():
             model = tree.merge_and_unload()
     except Exception as error:
         if isinstance(error, SwayError) or out_of_memory(error):
             raise
-        raise SpecError(not_merged(adapter.files.folder, number, f"PEFT says: {said(error)}")) from error
+        raise SpecError(
+            not_merged(adapter.files.folder, number, f"PEFT says: {said(error).removesuffix('.')}")
+        ) from error
     model.requires_grad_(False)
     return model
 

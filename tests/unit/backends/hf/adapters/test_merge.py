@@ -144,6 +144,15 @@ def test_pickled_adapters_are_merged_if_the_spec_allows_them(
         assert view_logits(tuned).equal(by_hand(base, adapter, other_adapter))
 
 
+def test_a_pickled_adapter_in_a_list_is_checked_against_its_base(
+    build: Any, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    wide = pickled(make_adapter(tmp_path / "wide", make_base(tmp_path / "other", hidden=64)))
+    edit_config(wide, base_model_name_or_path=None)
+    with pytest.raises(AdapterMismatchError, match=f"^the adapter '{wide}' does not fit the base '{base}': "):
+        build(base, [wide, adapter], allow_pickle=True)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
