@@ -190,7 +190,7 @@ def test_greedy_text_is_the_most_probable_by_its_scores(
 ) -> None:
     enclosure = enclosures(specimen)
     backend = keeper(enclosure, trained(specimen)[0])
-    monkeypatch.setattr(generation, "_decoded", lambda _, found: [str(list(ids)) for ids in found])  # shows each token
+    monkeypatch.setattr(generation, "_decoded", lambda _, found, stop: [str(list(ids)) for ids in found])
     with backend.as_finetuned() as view:
         expected = [str(_step_by_step(view, prompt, 6)) for prompt in PROMPTS]
         assert [view.generate(prompt, max_new_tokens=6) for prompt in PROMPTS] == expected
