@@ -170,9 +170,10 @@ def _builder_class(kind: str) -> type[Build]:
 def cache_key_for(spec: ModelSpec, *, adapter_path: Path | None = None) -> Key:
     """Return the cache key of ``spec``.
 
-    It begins with ``(kind, base, str(adapter) or None, dtype, device)``. ``auto`` is resolved for this machine, which
-    imports torch if the kind needs it and it is installed. The rest of the key is every other field that changes what
-    is loaded, and the state of the files. An adapter on a hub is fetched for it.
+    It begins with ``(kind, base, str(adapter) or None, dtype, device)``; a list of adapters is a tuple of their names.
+    ``auto`` is resolved for this machine, which imports torch if the kind needs it and it is installed. The rest of the
+    key is every other field that changes what is loaded, and the state of the files. An adapter on a hub is fetched for
+    it.
 
     Args:
         spec: What is asked for.

@@ -34,7 +34,7 @@ _LONGEST: Final = 2000
 
 def load_failed(error: BaseException, spec: ModelSpec) -> BackendLoadError:
     """Wrap an error of a build that is no `SwayError`; a `RedactedError` names the type that it replaces."""
-    adapter = "" if spec.adapter is None else f" with adapter {str(spec.adapter)!r}"
+    adapter = f" with adapter {' and '.join(repr(str(each)) for each in spec.adapters)}" if spec.adapters else ""
     finetuned = "" if spec.finetuned is None else f" with fine-tuned model {spec.finetuned!r}"
     by = f" by {spec.entry_point!r}" if spec.kind == "custom" else ""
     what = str(error) if isinstance(error, RedactedError) else f"{type(error).__name__}: {error}"

@@ -89,7 +89,7 @@ def _value(change: Change, configured: Mapping[str, Any], specs: Mapping[str, An
         held: Any = as_mapping(value) if change.keys else value
         for key in change.keys:
             held = held.get(key)
-        return held
+        return json.dumps(list(map(str, held))) if isinstance(held, tuple) else held
     except SpecError as error:
         raise pytest.UsageError(f"--sway-set {change}: {redacted(str(error))} (Named specs: {known}.)") from None
 
@@ -135,8 +135,10 @@ def _json(text: str) -> Any:
         return text
 
 
-def _typed(change: Change) -> str | bool | float:
+def _typed(change: Change) -> Any:
     """Return a change's value in its field's type; a value of another type stays a text, which the spec refuses."""
+    if change.field == "adapter" and change.value.startswith("["):
+        return _json(change.value)
     default = _DEFAULTS.get(change.field)
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(change.value.lower(), change.value)
@@ -170,15 +172,24 @@ def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
     rooted = dict(spec)
     kind = spec.get("kind", "hf")
     for name in ("adapter", "answers"):
-        path = spec.get(name)
-        if not isinstance(path, str) or path.lstrip().startswith("{"):  # answers may be JSON
-            continue
-        # A run may make the folder later, and in another one: then what it is in is there.
-        on_hub = is_address(path) or (is_hub_id(path) and not (rootpath / path).parent.is_dir())
-        if name == "answers" or kind not in ON_HUBS or not on_hub:
-            rooted[name] = str(rootpath / Path(path).expanduser())
+        given = spec.get(name)
+        if isinstance(given, list):
+            rooted[name] = [_rooted_path(name, each, kind, rootpath) for each in given]
+        elif given is not None:
+            rooted[name] = _rooted_path(name, given, kind, rootpath)
     for name in ("base", "finetuned") if kind not in ("api", "dummy") else ():
         model = spec.get(name)
         if isinstance(model, str) and (model.startswith((".", "~")) or (rootpath / model).is_dir()):
             rooted[name] = str(rootpath / Path(model).expanduser())
     return rooted
+
+
+def _rooted_path(name: str, given: Any, kind: Any, rootpath: Path) -> Any:
+    """Return an adapter's folder or the file of answers, seen from the root; everything else as it is."""
+    if not isinstance(given, str) or given.lstrip().startswith("{"):  # answers may be JSON
+        return given
+    # A run may make the folder later, and in another one: then what it is in is there.
+    on_hub = is_address(given) or (is_hub_id(given) and not (rootpath / given).parent.is_dir())
+    if name == "adapter" and kind in ON_HUBS and on_hub:
+        return given
+    return str(rootpath / Path(given).expanduser())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.paths import is_path, resolved_path, short_name
@@ -119,6 +119,24 @@ def _joined(parts: list[str]) -> str | None:
     return unquote("/".join(parts)) or None
 
 
+def normal_address(field: str, value: Any) -> Any:
+    """Return an address in the form ``hf://org/name[@revision][/subfolder]``; what is no address, as it is.
+
+    Args:
+        field: The field of the spec, for the message.
+        value: What it was given.
+
+    Raises:
+        SpecError: It is an address of something else.
+    """
+    named = hub_address(field, value)
+    if named is None:
+        return value
+    revision, inside = named.revision, named.subfolder
+    at = "" if revision is None else f"@{revision if revision.startswith('refs/') else quote(revision, safe='')}"
+    return f"{SCHEME}{named.repository}{at}{'' if inside is None else f'/{quote(inside)}'}"
+
+
 # --- the fields of a spec ---------------------------------------------------------------------------------------------
 
 
@@ -158,17 +176,27 @@ def _field_for(field: str, other: str | None, value: object, said: str) -> str:
     return other
 
 
-def in_subfolder(adapter: Path | str | None, revision: str | None, inside: str | None) -> dict[str, Any]:
+def in_subfolder(
+    adapter: Path | str | tuple[Path | str, ...] | None, revision: str | None, inside: str | None
+) -> dict[str, Any]:
     """Return a spec's fields on its adapter: the subfolder of a folder is a folder.
 
     Args:
-        adapter: A folder, or a repository on a hub.
+        adapter: A folder, a repository on a hub, or several of these.
         revision: The revision of a repository.
         inside: The subfolder.
 
     Raises:
         SpecError: There is a revision or subfolder of what has none, or the subfolder lies outside.
     """
+    if isinstance(adapter, tuple):
+        if (revision, inside) == (None, None):
+            return {"adapter": adapter}
+        field = "adapter_subfolder" if revision is None else "adapter_revision"
+        raise SpecError(
+            f"spec field {field!r} is for one adapter, and 'adapter' is a list of {len(adapter)}: write it into the"
+            " address of the adapter that it is for, 'hf://org/name@revision/subfolder'."
+        )
     if inside is not None and (os.path.isabs(inside) or ".." in re.split(r"[/\\]", inside)):
         raise SpecError(f"spec field 'adapter_subfolder' must be a folder inside of the adapter's; found {inside!r}.")
     if isinstance(adapter, str):

@@ -35,19 +35,25 @@ Key: TypeAlias = tuple[Hashable, ...]
 
 def resolved_key(spec: ModelSpec) -> Key:
     """Return the cache key of a spec whose device and dtype are resolved."""
-    adapter = None if spec.adapter is None else str(spec.adapter)
     return (
         *_settings(spec),
         _answers_identity(spec.answers),
         _model_identity(spec.base),
         None if spec.finetuned is None else _model_identity(spec.finetuned),
-        None if adapter is None else _adapter_digest(adapter, _adapter_signature(adapter)),
+        _adapters_digest(spec),
     )
 
 
 def adapter_digest_in(key: Key) -> str | None:
-    """Return the digest of the adapter's files that a resolved spec's key holds; ``None`` where it has none."""
+    """Return the digest of the adapters' files that a resolved spec's key holds; ``None`` where it has none."""
     return key[-1] if isinstance(key[-1], str) else None
+
+
+def _adapters_digest(spec: ModelSpec) -> str | None:
+    """One adapter's digest, or those of all adapters in their order; ``None`` where a file is not there."""
+    folders = map(str, spec.adapters)
+    digests = [_adapter_digest(folder, _adapter_signature(folder)) for folder in folders]
+    return "+".join(digest or "" for digest in digests) or None
 
 
 @lru_cache(maxsize=256)
@@ -56,7 +62,7 @@ def _settings(spec: ModelSpec) -> Key:
     return (
         spec.kind,
         spec.base,
-        None if spec.adapter is None else _adapter_name(str(spec.adapter)),
+        _adapter_names(spec),
         spec.dtype,
         spec.device,
         spec.revision,
@@ -72,6 +78,13 @@ def _settings(spec: ModelSpec) -> Key:
         spec.model_kwargs,
         spec.finetuned_model_kwargs,
     )
+
+
+def _adapter_names(spec: ModelSpec) -> str | tuple[str, ...] | None:
+    if spec.adapter is None:
+        return None
+    names = tuple(_adapter_name(str(adapter)) for adapter in spec.adapters)
+    return names if len(names) > 1 else names[0]
 
 
 def _adapter_name(adapter: str) -> str:
@@ -90,7 +103,7 @@ def state_of_files(spec: ModelSpec) -> Hashable:
     return (
         _model_signature(spec.base, _MODEL_FILES),
         None if spec.finetuned is None else _model_signature(spec.finetuned, _MODEL_FILES),
-        None if spec.adapter is None else _adapter_signature(str(spec.adapter)),
+        tuple([_adapter_signature(str(adapter)) for adapter in spec.adapters]),
         _stats((str(spec.answers),)) if isinstance(spec.answers, Path) else None,
     )
 
@@ -123,16 +136,20 @@ def finetuned_spec(spec: ModelSpec) -> ModelSpec | None:
     if spec.finetuned is None:
         return None
     theirs = spec.model_kwargs if spec.finetuned_model_kwargs is None else spec.finetuned_model_kwargs
-    return replace(
-        spec, base=spec.finetuned, finetuned=None, revision=None, model_kwargs=theirs, finetuned_model_kwargs=None
-    )
+    return replace(base_spec(spec), base=spec.finetuned, revision=None, model_kwargs=theirs)
+
+
+def merged_spec(spec: ModelSpec) -> ModelSpec | None:
+    """Return the spec of what the last adapter is put on: all others, to be merged; ``None`` if there are none."""
+    return None if len(spec.adapters) < 2 else replace(spec, adapter=spec.adapters[:-1])
 
 
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
-    """Return ``spec`` with ``adapter_path`` as its adapter; unchanged if that is ``None``."""
+    """Return ``spec`` with ``adapter_path`` as its last adapter; unchanged if that is ``None``."""
     if adapter_path is None:
         return spec
-    return replace(spec, adapter=adapter_path, adapter_revision=None, adapter_subfolder=None)
+    adapters = (*spec.adapters[:-1], adapter_path)
+    return replace(spec, adapter=adapters, adapter_revision=None, adapter_subfolder=None)
 
 
 def _answers_identity(answers: Mapping[str, Any] | str | Path | None) -> Hashable:
@@ -142,9 +159,8 @@ def _answers_identity(answers: Mapping[str, Any] | str | Path | None) -> Hashabl
 
 
 def adapter_digest(spec: ModelSpec) -> str | None:
-    """Return a digest of the contents of a spec's adapter, equal on every machine; ``None`` where there is none."""
-    adapter = str(spec.adapter)
-    return None if spec.adapter is None else _adapter_digest(adapter, _adapter_signature(adapter))
+    """Return a digest of the contents of a spec's adapters, equal on every machine; ``None`` where there is none."""
+    return _adapters_digest(spec)
 
 
 _SAMPLES: Final = 64

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
-from pytest_sway.spec.hub_names import ON_HUBS, adapter_label, in_subfolder, is_on_hub, taken_apart
+from pytest_sway.spec.hub_names import ON_HUBS, adapter_label, in_subfolder, is_on_hub, normal_address, taken_apart
 from pytest_sway.spec.model_kwargs import canonical, in_short
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 
@@ -53,7 +53,9 @@ class ModelSpec:
         base: A hub id (``org/name``) or a model's folder, which is made absolute. For ``kind="api"``, the model's name
             on its server. Empty for the base that the adapter names.
         adapter: The folder of a PEFT adapter, made absolute. For kinds ``hf`` and ``mlx`` also a hub id, as text, if
-            there is no such folder. ``None`` for the base alone.
+            there is no such folder. For ``kind="hf"`` also a list of these, kept as a tuple: all but the last are
+            merged into the base in this order, and the last is put on. A list of one is its only adapter. ``None`` for
+            the base alone.
         dtype: ``auto``, ``fp16``, ``bf16`` or ``fp32``. torch's names, such as ``bfloat16``, work too.
         device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
         trust_remote_code: Run the code in the base's repository. Not part of the cache key.
@@ -61,7 +63,8 @@ class ModelSpec:
         entry_point: ``package.module:Class``, for ``kind="custom"``.
         endpoint: The server's address, for ``kind="api"``.
         allow_pickle: Read weights that exist only as pickle files, which can run code while they load.
-        finetuned: A whole fine-tuned model instead of an adapter, named as ``base`` is.
+        finetuned: A whole fine-tuned model, named as ``base`` is. For ``kind="hf"``, an ``adapter`` beside it is put on
+            this model instead of the base.
         answers: For ``kind="dummy"``, its answers (see `pytest_sway.spec.answers`): a mapping, which is kept as JSON
             text, or the path of a JSON or TOML file.
         finetuned_endpoint: For ``kind="api"``, the address of the server of ``finetuned``; ``None`` for the base's.
@@ -79,7 +82,7 @@ class ModelSpec:
 
     kind: Kind = "hf"
     base: str = ""
-    adapter: Path | str | None = None
+    adapter: Path | str | tuple[Path | str, ...] | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -111,6 +114,7 @@ class ModelSpec:
         for name in ("trust_remote_code", "allow_pickle"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"spec field {name!r} must be true or false, not {getattr(self, name)!r}.")
+        self._set("adapter", _only(self.adapter))
         self._set_all(taken_apart({name: getattr(self, name) for name in ("kind", *_MODELS, *_OF_REPOSITORIES)}))
         for name in ("entry_point", *_OF_REPOSITORIES, *_ENDPOINTS):
             value = getattr(self, name)
@@ -128,16 +132,17 @@ class ModelSpec:
             raise SpecError(
                 f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {self.device!r}."
             )
-        adapter = _adapter(self.adapter, self.kind)
+        adapter = _adapters(self.adapter, self.kind)
         self._set_all(in_subfolder(adapter, self.adapter_revision, self.adapter_subfolder))
-        self._set("base", _model("base", self.base, self.kind, may_be_named=self.adapter is not None))
+        may_be_named = self.adapter is not None and self.finetuned is None  # else the adapter is not of the base
+        self._set("base", _model("base", self.base, self.kind, may_be_named=may_be_named))
         if self.finetuned is not None:
             self._set("finetuned", _model("finetuned", self.finetuned, self.kind))
-            if self.adapter is not None:
+            if self.adapter is not None and self.kind != "hf":
                 raise SpecError(
-                    "a spec has either an adapter or a whole fine-tuned model, not both; found adapter"
-                    f" {str(self.adapter)!r} and finetuned {self.finetuned!r}. To test an adapter on a fine-tuned"
-                    " model, name that model as 'base'."
+                    f"a spec of kind {self.kind!r} has either an adapter or a whole fine-tuned model, not both; found"
+                    f" adapter {str(self.adapter)!r} and finetuned {self.finetuned!r}. To test an adapter on a"
+                    " fine-tuned model, name that model as 'base', or use kind='hf'."
                 )
         self._set("answers", _answers(self.answers, self.kind))
         self._set("model_kwargs", _model_kwargs("model_kwargs", self.model_kwargs, self.kind))
@@ -176,23 +181,36 @@ class ModelSpec:
         """Return a short label: the kind unless it is ``hf``, the base, and the adapter or the fine-tuned model."""
         return self._label
 
+    @property
+    def adapters(self) -> tuple[Path | str, ...]:
+        """All adapters: those that are merged, in order, then the one that is put on."""
+        if self.adapter is None:
+            return ()
+        return self.adapter if isinstance(self.adapter, tuple) else (self.adapter,)
+
     def as_dict(self) -> dict[str, Any]:
         """What it is loaded from, as plain values: kind, base, device and dtype, and what else is not the default."""
         return {
-            each.name: str(value) if isinstance(value, Path) else value
+            each.name: _plain(value)
             for each in fields(self)
             if each.init and ((value := getattr(self, each.name)) != each.default or each.name in _ALWAYS_SHOWN)
         }
 
     def _described(self, origin: str = "") -> str:
         kind = "" if self.kind == "hf" else f"{self.kind}:"
-        label = adapter_label(self.adapter, self.adapter_revision, self.adapter_subfolder)
+        labels = [adapter_label(each, self.adapter_revision, self.adapter_subfolder) for each in self.adapters]
         if not self.base:
-            return f"{kind}{label}{in_short(self.model_kwargs)}"
-        adapter = f"{origin} + {label}" if label else ""
+            return f"{kind}{' + '.join(labels)}{in_short(self.model_kwargs)}"
         theirs = self.model_kwargs if self.finetuned_model_kwargs is None else self.finetuned_model_kwargs
         finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}{in_short(theirs)}"
-        return f"{kind}{short_name(self.base)}{in_short(self.model_kwargs)}{adapter}{finetuned}"
+        base = f"{kind}{short_name(self.base)}{in_short(self.model_kwargs)}"
+        return " + ".join((f"{base}{origin}{finetuned}", *labels))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(map(str, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
@@ -241,12 +259,33 @@ def _model(field: str, value: object, kind: Kind, *, may_be_named: bool = False)
     return value
 
 
-def _adapter(value: object, kind: Kind) -> Path | str | None:
+def _adapters(value: object, kind: Kind) -> Path | str | tuple[Path | str, ...] | None:
     if value is None:
         return None
+    if not isinstance(value, list | tuple):
+        return _adapter(value, kind)
+    if not value:
+        raise SpecError("spec field 'adapter' is an empty list. Name the adapters in it, or None for the base alone.")
+    if len(value) > 1 and kind != "hf":
+        raise SpecError(
+            f"a spec of kind {kind!r} takes no list of adapters, since only kind='hf' merges them. Merge them yourself"
+            " (PEFT's merge_and_unload), and name the merged model."
+        )
+    return tuple(_adapter(normal_address("adapter", each), kind) for each in value)
+
+
+def _only(value: object) -> object:
+    """Return the only adapter of a list of one, so that the other fields are about it; other values as they are."""
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str | os.PathLike):
+        return value[0]
+    return value
+
+
+def _adapter(value: object, kind: Kind) -> Path | str:
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
         raise SpecError(
-            f"spec field 'adapter' must be the folder of a PEFT adapter, a hub id or None; found {value!r}."
+            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id, a list of these or None; found"
+            f" {value!r}."
         )
     return value if isinstance(value, str) and kind in ON_HUBS and is_on_hub(value) else resolved_path(value)
 

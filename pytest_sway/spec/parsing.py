@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -78,7 +78,9 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
         if name not in _FIELDS:
             raise SpecError(_unknown_field(name, values.get("kind", "hf")))
     try:
-        spec, hub_ids = _memoised(tuple(values.items()))
+        adapter = values.get("adapter")
+        hashable = {**values, "adapter": tuple(adapter)} if isinstance(adapter, list) else values
+        spec, hub_ids = _memoised(tuple(hashable.items()))
     except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
         return ModelSpec(**values)
     return ModelSpec(**values) if hub_ids is None or any(map(os.path.exists, hub_ids)) else spec
@@ -117,12 +119,19 @@ def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, tuple[str,
     spec = ModelSpec(**values)
     hub_ids: list[str] = []
     for name in ("base", "adapter", "finetuned", "answers"):
-        found = getattr(spec, name)
-        if isinstance(found, str) and spec.kind in ON_HUBS and not os.path.isabs(found):
-            hub_ids += [found] if name != "adapter" else []  # which is looked for at each request
-        elif found is not None and not _leads_nowhere_else(values[name], found):
-            return spec, None
+        for given, found in _pairs(values.get(name), getattr(spec, name)):
+            if isinstance(found, str) and spec.kind in ON_HUBS and not os.path.isabs(found):
+                hub_ids += [found] if name != "adapter" else []  # which is looked for at each request
+            elif found is not None and not _leads_nowhere_else(given, found):
+                return spec, None
     return spec, tuple(filter(None, hub_ids))
+
+
+def _pairs(given: Any, found: Any) -> Iterable[tuple[Any, Any]]:
+    """Return each value that was given with the one that a spec has for it; a list of one adapter is that adapter."""
+    if not isinstance(given, tuple):
+        return ((given, found),)
+    return zip(given, found if isinstance(found, tuple) else (found,), strict=True)
 
 
 def _leads_nowhere_else(given: Any, path: Path | str) -> bool:

@@ -282,6 +282,31 @@ def test_others(sway_backend):
     )
 
 
+def test_adapters_on_adapters_have_one_base(pytester: pytest.Pytester, models: Path) -> None:
+    pytester.makepyfile(
+        SUITE.format(root=str(models))
+        + """
+LISTS = [dict(GOOD, adapter=[ROOT / "good", ROOT / last]) for last in ("second", "good")]
+
+@pytest.mark.parametrize("spec", LISTS)
+def test_list(sway_backend, spec):
+    with sway_backend(spec).as_base() as base, sway_backend(spec).as_finetuned() as tuned:
+        assert base.logprob_of(PROMPT, ANSWER) != tuned.logprob_of(PROMPT, ANSWER)
+
+@pytest.mark.sway_spec(LISTS[0])
+def test_marked(sway_backend):
+    with sway_backend().as_finetuned() as tuned:
+        tuned.model.merge_and_unload()
+
+def test_other_last(sway_backend):
+    sway_backend(LISTS[0], adapter_path=ROOT / "good")
+"""
+    )
+    result = pytester.runpytest_inprocess("-v", "--sway-cache-size=1")
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["*test_list[[]*good*second]*", "*base + *good + *second*", "base *: 1 load*"])
+
+
 @pytest.mark.parametrize("score_cache", ["64MiB", "off"])
 def test_what_a_base_answered_before_is_counted_in_the_summary(
     pytester: pytest.Pytester, models: Path, score_cache: str

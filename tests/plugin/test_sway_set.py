@@ -50,6 +50,33 @@ def test_it_adds_a_spec_that_has_a_base(named: Suite) -> None:
     named.run(body, "--sway-set=new.base=mine", "--sway-set=new.kind=dummy").assert_outcomes(passed=1)
 
 
+def test_a_list_of_adapters_is_json(named: Suite) -> None:
+    named.pytester.mkdir("runs")
+    named.pytester.makepyprojecttoml(NAMED.replace('kind = "dummy", base = "b"', 'base = "b"'))
+    body = "def test_x(sway_cache):\n    print(sway_cache.resolve('candidate'))\n"
+    result = named.run(body, "-s", '--sway-set=candidate.adapter=["runs/sft", "runs/dpo"]')
+    root = named.pytester.path
+    result.stdout.fnmatch_lines([f'sway: set candidate.adapter=[[]"{root}/runs/sft", "{root}/runs/dpo"[]]'])
+    result.stdout.fnmatch_lines(["*b + runs/sft + runs/dpo"])
+
+
+def test_a_list_in_the_file_starts_at_the_root(named: Suite) -> None:
+    named.pytester.mkdir("runs")
+    lists = NAMED.replace('kind = "dummy", base = "b", adapter = "runs/v3"', 'base = "b", adapter = ["runs/sft", "v3"]')
+    named.pytester.makepyprojecttoml(lists)
+    body = "def test_x(sway_cache):\n    print(*sway_cache.resolve('candidate').adapter)\n"
+    root = named.pytester.path
+    named.run(body, "-s").stdout.fnmatch_lines([f"*{root}/runs/sft {root}/v3"])
+
+
+def test_a_list_may_have_hub_ids_and_addresses(named: Suite) -> None:
+    named.pytester.makepyprojecttoml(NAMED.replace('kind = "dummy", base = "b"', 'base = "b"'))
+    body = "def test_x(): pass\n"
+    result = named.run(body, '--sway-set=candidate.adapter=["org/sft", "hf://org/dpo@v2/a", "./dpo"]')
+    shown = f'"org/sft", "hf://org/dpo@v2/a", "{named.pytester.path}/dpo"'
+    result.stdout.fnmatch_lines([f"sway: set candidate.adapter=[[]{shown}[]]"])
+
+
 def test_an_empty_value_removes_a_field_and_the_last_value_wins(named: Suite) -> None:
     result = named.run(
         SHOWS, "-s", "--sway-set=candidate.adapter=", "--sway-set=candidate.base=x", "--sway-set=candidate.base=y"

@@ -253,3 +253,28 @@ def test_a_write_to_the_packed_weights_ends_with_its_test_or_is_found(models: Mo
             assert second.changes() == first.changes()
         else:
             assert view_logits(other).equal(models.tuned[1])
+
+
+def test_merged_into_a_quantized_base_an_adapter_gives_pefts_numbers(models: Models, loads: list[str]) -> None:
+    builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name))
+    backend = builder(spec_of(models.base, models.adapters))
+    expected = _merged_by_hand(models)
+    for _ in range(2):
+        with backend.as_base() as plain, backend.as_finetuned() as tuned:
+            assert view_logits(plain).equal(models.alone)
+            assert view_logits(tuned).equal(expected)
+            assert tuned.logprob_of(PROMPT, ANSWER) != plain.logprob_of(PROMPT, ANSWER)
+        assert backend.changes() == []
+    own, whole = (share.value.nbytes for share in reversed(backend._require().shares))
+    assert own < whole
+    assert len(loads) == 1
+    backend.close()
+    assert backend.leak() is None
+
+
+def _merged_by_hand(models: Models) -> Any:
+    from peft import PeftModel
+
+    first, last = models.adapters
+    model, tokenizer = fresh(models.base, first)
+    return logits(PeftModel.from_pretrained(model.merge_and_unload(), str(last)).eval(), tokenizer)

@@ -51,6 +51,8 @@ def test_with_the_fixture(sway_backend: SwayBackend) -> None:
     sway_backend(SPEC, adapter_path=Path("runs/v4"))
     sway_backend(SimpleNamespace(base="org/name"))
     sway_backend(base="org/name", adapter="runs/v3")
+    sway_backend({"base": "org/name", "adapter": ["runs/sft", "runs/dpo"]})
+    sway_backend(ModelSpec(base="org/name", adapter=(Path("runs/sft"), Path("runs/dpo"))))
     sway_backend()
     with backend.as_base() as base, backend.as_finetuned() as tuned:
         assert_type(base, View)

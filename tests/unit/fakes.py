@@ -41,7 +41,7 @@ def spec(name: str) -> ModelSpec:
 
 def name_of(asked: ModelSpec) -> str:
     """Return the name of a spec, the inverse of `spec`."""
-    return asked.base.removeprefix("org/") + (f"+{Path(asked.adapter).name}" if asked.adapter else "")
+    return asked.base.removeprefix("org/") + "".join(f"+{Path(adapter).name}" for adapter in asked.adapters)
 
 
 def names(cache: BackendCache) -> list[str]:

@@ -38,6 +38,8 @@ _SAYS_NOTHING: Final = frozenset(
 """Fields of a config that differ between copies of one model."""
 _WRITTEN_BY_MLX: Final = frozenset({"quantization", "eos_token_id", "vision_config"})
 """Fields that mlx-lm adds, changes or drops when it converts a model."""
+_OF_VOCABULARY: Final = frozenset({"vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"})
+"""Fields of a config that change with a model's vocabulary."""
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 
@@ -49,18 +51,22 @@ class _Model(NamedTuple):
     folder: Path | None
 
 
-def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: str) -> None:
-    """Raise, or warn, if an adapter names another base than its spec.
+def require_same_base(
+    base: ModelSpec, folder: Path, config: Mapping[str, Any], on_mismatch: str, *, merged: bool = False
+) -> None:
+    """Raise, or warn, if an adapter names another base than the one that it is put on.
 
     Args:
-        spec: The spec.
+        base: The spec of the model that it is put on, without adapters.
+        folder: The adapter's folder.
         config: The adapter's config.
         on_mismatch: ``error`` or ``warn``.
+        merged: Whether other adapters are merged into the base before; see `other_base`.
 
     Raises:
         AdapterMismatchError: It names another base, and ``on_mismatch`` is ``error``.
     """
-    found = other_base(spec, config)
+    found = other_base(base, folder, config, merged=merged)
     if found is None:
         return
     if on_mismatch == "error":
@@ -68,22 +74,26 @@ def require_same_base(spec: ModelSpec, config: Mapping[str, Any], on_mismatch: s
     warnings.warn(found, SwayWarning, stacklevel=3)
 
 
-def other_base(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
-    """Return a message if a spec's base is not the model that its adapter names; ``None`` if nothing shows that.
+def other_base(spec: ModelSpec, adapter: Path, config: Mapping[str, Any], *, merged: bool = False) -> str | None:
+    """Return a message if a base is not the model that an adapter names; ``None`` if nothing shows that.
 
     Args:
-        spec: The spec.
+        spec: The base's spec.
+        adapter: The adapter's folder.
         config: The adapter's config, as PEFT or mlx-lm wrote it.
+        merged: Whether other adapters are merged into the base before. The config may then name the merged model, so
+            other names and other values of the weights tell nothing.
     """
     field = base_field(spec.kind, config)
     named = config.get(field)
     if not isinstance(named, str) or not named.strip() or spec.base.endswith(GGUF_SUFFIX):
         return None
-    why = _unlike(_known(spec.base, spec.revision), _known(named.strip(), None), by_mlx=spec.kind == "mlx")
+    asked, trained = _known(spec.base, spec.revision), _known(named.strip(), None)
+    why = _unlike(asked, trained, by_mlx=spec.kind == "mlx", merged=merged)
     if why is None:
         return None
     return (
-        f"the adapter {str(spec.adapter)!r} was trained on {named!r} ({field} in its adapter_config.json), but the"
+        f"the adapter {str(adapter)!r} was trained on {named!r} ({field} in its adapter_config.json), but the"
         f" base is {spec.base!r}: {why}. Name the base that it was trained on; if they are the same model, set"
         " sway_on_base_mismatch = ignore."
     )
@@ -94,14 +104,14 @@ def base_field(kind: str, config: Mapping[str, Any]) -> str:
     return "base_model_name_or_path" if "peft_type" in config or kind == "hf" else "model"
 
 
-def _unlike(asked: _Model, trained: _Model, *, by_mlx: bool) -> str | None:
+def _unlike(asked: _Model, trained: _Model, *, by_mlx: bool, merged: bool) -> str | None:
     names_known = asked.hub_id is not None and trained.hub_id is not None
     if names_known and _same_name(str(asked.hub_id), str(trained.hub_id)):
         return None
     if asked.folder is not None and trained.folder is not None:
         same = os.path.realpath(asked.folder) == os.path.realpath(trained.folder)
-        return None if same else _difference(asked.folder, trained.folder, by_mlx=by_mlx)
-    return "they have other names" if names_known else None
+        return None if same else _difference(asked.folder, trained.folder, by_mlx=by_mlx, merged=merged)
+    return "they have other names" if names_known and not merged else None
 
 
 def _known(name: str, revision: str | None) -> _Model:
@@ -131,13 +141,14 @@ def _parts(hub_id: str) -> tuple[str, str]:
     return owner, _CONVERTED_COPY.sub("", name)
 
 
-def _difference(one: Path, other: Path, *, by_mlx: bool) -> str | None:
+def _difference(one: Path, other: Path, *, by_mlx: bool, merged: bool) -> str | None:
     """The difference between two folders' models by their configs and weights; ``None`` if there is no evidence of one.
 
     Args:
         one: The folder of a model.
         other: The folder of another.
         by_mlx: Whether one may be mlx-lm's conversion, with quantized or renamed weights.
+        merged: Whether one may be the other with adapters merged into it: with other values, or another vocabulary.
     """
     config, others = _config(one), _config(other)
     if by_mlx and config is not None and others is not None:
@@ -148,9 +159,15 @@ def _difference(one: Path, other: Path, *, by_mlx: bool) -> str | None:
         )
     else:
         quantized = False
+    if merged and config is not None and others is not None:
+        config, others = (
+            {name: value for name, value in fields.items() if name not in _OF_VOCABULARY} for fields in (config, others)
+        )
     if config is not None and others is not None and config != others:
         fields = [name for name in {*config, *others} if config.get(name) != others.get(name)]
         return f"their configs differ in {some(fields)}"
+    if merged:
+        return None
     ours, theirs = _shapes(one), _shapes(other)
     if ours is None or theirs is None or quantized:
         return None

@@ -23,6 +23,7 @@ from pytest_sway.backends.checkpoints.peft_types import (
     UNWRITING_TYPES,
     WHOLE_TEXT_TYPES,
     refusal,
+    unmergeable,
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
@@ -40,7 +41,7 @@ T = TypeVar("T")
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED: Final = "adapter_model.bin"
-_OF_BASE: Final = (".base_layer.", ".original_module.")
+OF_BASE: Final = (".base_layer.", ".original_module.")
 """Parts of the names that PEFT gives to the base's own tensors inside its layers."""
 _CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|(pre_)?classifier|classification_head|qa_outputs|v_head)\.")
 
@@ -101,7 +102,7 @@ class AdapterFiles:
         if self.peft_type in PROMPT_TYPES:
             return True
         marker = ADDITIVE_TYPES.get(self.peft_type)
-        if marker is None or self.config.get("bias", "none") != "none" or self._brings_any(*_OF_BASE):
+        if marker is None or self.config.get("bias", "none") != "none" or self._brings_any(*OF_BASE):
             return False
         if self.peft_type == "LORA" and not self._special_fields() <= RESTORABLE_LORA_FIELDS:
             return False
@@ -198,6 +199,29 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
     if not allow_pickle:
         raise only_pickled(f"the adapter {str(folder)!r}")
     return AdapterFiles(folder, config, None)
+
+
+def require_mergeable(files: AdapterFiles, number: int) -> None:
+    """Raise if PEFT cannot merge an adapter into its base.
+
+    Args:
+        files: The adapter's files.
+        number: Its place in the spec's list, from 1.
+
+    Raises:
+        SpecError: It cannot be merged.
+    """
+    why = unmergeable(files.config)
+    if why is not None:
+        raise SpecError(not_merged(files.folder, number, why))
+
+
+def not_merged(folder: Path, number: int, why: str) -> str:
+    """Return the message about an adapter that cannot be merged."""
+    return (
+        f"the adapter {str(folder)!r} is number {number} of the spec's list, and all but the last are merged into the"
+        f" base, but it cannot be merged: {why}. Name it last, or alone."
+    )
 
 
 def checked(files: AdapterFiles) -> AdapterFiles:

@@ -85,6 +85,9 @@ PROMPT_TYPES: Final = frozenset(
 )
 """Types that put something before the text and leave the model unchanged."""
 
+UNMERGEABLE_TYPES: Final = PROMPT_TYPES | {"ADAPTION_PROMPT", "LILY", "SHADOW"}
+"""Types that PEFT cannot merge into a base's weights."""
+
 WHOLE_TEXT_TYPES: Final = frozenset({"LILY"})
 """Types whose layers look at a text as a whole, padding included, so that each text needs a pass of its own."""
 
@@ -100,6 +103,20 @@ _WITH_PEFT: Final = "Test it with PEFT itself"
 _CONVERT: Final = (
     "Convert it to plain LoRA where it was trained: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 )
+
+
+def unmergeable(config: Mapping[str, Any]) -> str | None:
+    """Return why PEFT cannot merge an adapter into its base; ``None`` if it may be able to.
+
+    Args:
+        config: Its ``adapter_config.json``.
+    """
+    kind = config["peft_type"]
+    if kind in UNMERGEABLE_TYPES:
+        return f"it is of the type {kind} (peft_type in its adapter_config.json), which PEFT does not merge"
+    fields = ("alora_invocation_tokens", "layer_replication")
+    field = next((name for name in fields if kind == "LORA" and config.get(name)), None)
+    return None if field is None else f"its adapter_config.json has {field}, with which PEFT does not merge"
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
     from pytest_sway.backends.checkpoints.gguf_header import GgufHeader
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -19,7 +20,7 @@ __tracebackhide__ = True
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The files of one model, a base or a fine-tuned model.
+    """The files of one model: a base, a fine-tuned model, or one of these with adapters merged into it.
 
     Attributes:
         spec: The resolved spec of this model alone.
@@ -27,6 +28,7 @@ class ModelFiles:
         config: Its ``config.json``; empty if that is not on this machine.
         entries: The tensors of its safetensors files by name; ``None`` if unknown.
         gguf: The header of its GGUF file; ``None`` if it is none.
+        merged: The adapters that are merged into it, in order; none for a model that is loaded as it is.
     """
 
     spec: ModelSpec
@@ -34,6 +36,7 @@ class ModelFiles:
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry] | None
     gguf: GgufHeader | None = None
+    merged: tuple[AdapterFiles, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class Plan:
         key: Its cache key.
         state: The state of its files before they were read; another state later shows that something wrote to them.
         read: What its kind read for the build: an adapter's files, canned answers or a class; ``None`` for nothing.
-        models: The models that it shares with other specs: its base, then a whole fine-tuned model.
+        models: The models that it shares with other specs: its base, then a whole fine-tuned model, then the last of
+            these with all adapters but the last merged into it. An adapter is put on the last model.
         sizes: The bytes that each part will take; ``None`` if unknown.
     """
 

@@ -43,16 +43,16 @@ def estimated(plan: Plan) -> Mapping[Hashable, int] | None:
         return sizes
     if files.entries is None:
         return None
-    base = plan.models[0]
-    own = _adapter_bytes(files, base.entries or {}, _ITEM_BYTES[plan.spec.dtype])
-    return {**sizes, ("adapter", *plan.key): own + (sizes[base.key] if files.may_rewrite_anything else 0)}
+    base, item_bytes = plan.models[-1], _ITEM_BYTES[plan.spec.dtype]
+    own = _adapter_bytes(files, base.entries or {}, item_bytes)
+    return {**sizes, ("adapter", *plan.key): own + (_model_bytes(base) or 0 if files.may_rewrite_anything else 0)}
 
 
 def model_sizes(plan: Plan) -> dict[Hashable, int] | None:
     """Return the bytes that each model of a plan will take; ``None`` if unknown."""
     sizes: dict[Hashable, int] = {}
     for model in plan.models:
-        nbytes = _model_bytes(model)
+        nbytes = _merged_bytes(model) if model.merged else _model_bytes(model)
         if nbytes is None:
             return None
         sizes[model.key] = nbytes
@@ -79,15 +79,52 @@ def _model_bytes(model: ModelFiles) -> int | None:
     if model.entries is None:
         return None
     tied = bool(model.config.get("tie_word_embeddings", False))
+    sizes = _weight_sizes(model, item_bytes)
+    if sizes is None:
+        return None
+    return sum(nbytes for name, nbytes in sizes.items() if not (tied and name == _TIED))
+
+
+def _weight_sizes(model: ModelFiles, item_bytes: int) -> dict[str, int] | None:
+    """Return the bytes of each loaded weight by its name in the files, which are known; ``None`` if a size is not."""
     quantized = _quantized_on_load(model, item_bytes)
     if quantized is None:
         return None
-    changed = {**quantized, **_unpacked(model, item_bytes)}
-    return sum(
-        changed.get(name, entry.numel * item_bytes if entry.floating else entry.nbytes)
-        for name, entry in model.entries.items()
-        if not (tied and name == _TIED)
-    )
+    as_stored = {name: _bytes_of(entry, item_bytes) for name, entry in (model.entries or {}).items()}
+    return {**as_stored, **quantized, **_unpacked(model, item_bytes)}
+
+
+def _bytes_of(entry: TensorEntry, item_bytes: int) -> int:
+    return entry.numel * item_bytes if entry.floating else entry.nbytes
+
+
+def _merged_bytes(model: ModelFiles) -> int | None:
+    """Return the bytes of what merging adapters changes in a model; ``None`` if unknown."""
+    whole, item_bytes = _model_bytes(model), _ITEM_BYTES[model.spec.dtype]
+    sizes = _weight_sizes(model, item_bytes) or {}
+    changed: dict[str, int] = {}
+    for files in model.merged:
+        if whole is None or files.entries is None:
+            return None
+        if files.may_rewrite_anything:
+            return whole
+        for name, entry in files.entries.items():
+            weight = _changed_weight(name, sizes)
+            if weight is None:
+                return whole
+            own = entry.numel * item_bytes if name == ROOT + weight else 0
+            changed[weight] = max(changed.get(weight, 0), sizes[weight], own)
+    return None if whole is None else min(whole, sum(changed.values()))
+
+
+def _changed_weight(name: str, base: Mapping[str, int]) -> str | None:
+    """Return the base's weight that merging a tensor of an adapter changes; ``None`` if its name does not tell."""
+    place = name.removeprefix(ROOT)
+    if place in base:
+        return place
+    parts = place.split(".")
+    found = (".".join((*parts[:end], "weight")) for end in range(len(parts) - 1, 0, -1))
+    return next((weight for weight in found if weight in base), None)
 
 
 def _unpacked(model: ModelFiles, item_bytes: int) -> dict[str, int]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
-    from pytest_sway.backends.checkpoints.plan import Plan
+    from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
     from pytest_sway.backends.hf.backend import HFBackend
     from pytest_sway.backends.hf.loading.shared_weights import SharedWeights
     from pytest_sway.backends.hf.model.base import LoadedBase
@@ -74,22 +74,35 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         from pytest_sway.backends.hf.model.verify_base import verify_base
         from pytest_sway.backends.local.pooled_backend import Loaded
 
-        if files is not None and files.entries is None:
-            files = with_entries(files)
-            require_fit(plan.models[0], files)
+        if files is not None:
+            files = _with_entries(plan.models[-1], files)
         with torch.inference_mode(False):  # tensors made in a test's inference mode would not count writes
-            base = self._clean_base(plan.models[0], shares)
+            base = below = self._clean_base(plan.models[0], shares)
             verify_base(base)
-            if len(plan.models) > 1:
-                tuned = self._clean_base(plan.models[1], shares)
-                verify_finetuned(base, tuned)
-                verify_base(tuned, "fine-tuned model")
-                loaded = Loaded(list(shares), base.side, tuned.side)
-            elif files is not None:
-                loaded = _with_adapter(base, files, list(shares))
-            else:
-                loaded = Loaded(list(shares), base.side)
+            for model in plan.models[1:]:
+                if model.merged:
+                    below = self._merged(model, below, shares)
+                else:
+                    below = self._clean_base(model, shares)
+                    verify_finetuned(base, below)
+                    verify_base(below, "fine-tuned model")
+            loaded = Loaded(list(shares), base.side, None if below is base else below.side)
+            if files is not None:
+                _put_on(loaded, below, files)
         return HFBackend(plan, loaded, self._pool.withdraw)
+
+    def _merged(self, model: ModelFiles, below: LoadedBase, shares: list[PoolLease[LoadedBase]]) -> LoadedBase:
+        """Claim a base with adapters merged into it. One that shares the memory of another base is made anew."""
+        from pytest_sway.backends.hf.adapters.merge import merge
+        from pytest_sway.backends.hf.model.merged_base import MergedBase
+
+        def load() -> LoadedBase:
+            return merge(below, [_with_entries(model, files) for files in model.merged])
+
+        def is_usable(base: LoadedBase) -> bool:
+            return isinstance(base, MergedBase) and base.below is below and not base.changes()
+
+        return self._claimed(model.key, shares, load, is_usable)
 
     def _base_loader(self) -> Callable[..., LoadedBase]:
         """Return the function that loads a base, with shared weights if this run has a folder for them."""
@@ -124,14 +137,22 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
             self._on_recall(name, answers, seconds)
 
 
-def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[PoolLease[LoadedBase]]) -> Loaded[BoundModel]:
+def _with_entries(base: ModelFiles, files: AdapterFiles) -> AdapterFiles:
+    """Return an adapter's files with the names of its tensors; those of a pickle are checked now."""
+    if files.entries is None:
+        files = with_entries(files)
+        require_fit(base, files)
+    return files
+
+
+def _put_on(loaded: Loaded[BoundModel], base: LoadedBase, files: AdapterFiles) -> None:
+    """Put an adapter on its base, which is the backend's, a fine-tuned model or a merged one."""
     from pytest_sway.backends.hf.adapters.attach import attach, explained
     from pytest_sway.backends.hf.adapters.overlays import tuned_side
     from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
     from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
     from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
     from pytest_sway.backends.hf.model.verify_base import verify_model
-    from pytest_sway.backends.local.pooled_backend import Loaded
 
     rust = adapter_tokenizer(base, files)
     tokenizer = base.tokenizer if rust is None else rust.tokenizer
@@ -143,4 +164,5 @@ def _with_adapter(base: LoadedBase, files: AdapterFiles, shares: list[PoolLease[
         if not files.told_by_weights:
             verify_effect(base, tuned, files)
     exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}
-    return Loaded(shares, base.side, tuned, adapter, ContentsRecord(exposed, "adapter: "), rust)
+    loaded.tuned, loaded.adapter, loaded.rust = tuned, adapter, rust
+    loaded.contents = ContentsRecord(exposed, "adapter: ")

@@ -18,13 +18,13 @@ from pytest_sway.backends.checkpoints.hub_files import (
 )
 from pytest_sway.backends.checkpoints.lora_fit import check_fit
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONFIG
-from pytest_sway.backends.checkpoints.peft_adapter import read_adapter
+from pytest_sway.backends.checkpoints.peft_adapter import read_adapter, require_mergeable
 from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
 from pytest_sway.backends.checkpoints.sizes import base_entries, estimated
 from pytest_sway.backends.hf.loading.libraries import require_libraries, require_package
 from pytest_sway.backends.hf.loading.placement import require_device
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
-from pytest_sway.spec.identity import base_spec, finetuned_spec, resolved_key, state_of_files
+from pytest_sway.spec.identity import base_spec, finetuned_spec, merged_spec, resolved_key, state_of_files
 from pytest_sway.spec.model_kwargs import as_mapping, unpacks
 from pytest_sway.spec.paths import is_path
 
@@ -55,13 +55,10 @@ def check_spec(spec: ModelSpec) -> Plan:
     if tuned is not None:
         require_another(spec, tuned)
         models.append(_check_model(tuned, "fine-tuned model"))
-    folder = None if spec.adapter is None else Path(spec.adapter)
-    if folder is not None:
-        require_files(folder)
-    files = None if folder is None else read_adapter(folder, allow_pickle=spec.allow_pickle)
-    if files is not None:
-        require_fit(models[0], files)
-        _require_layers(models[0])
+    adapters = [_check_adapter(models[-1], Path(adapter), spec) for adapter in spec.adapters]
+    merged = merged_spec(spec)
+    if merged is not None:
+        models.append(_merged(models[-1], merged, adapters[:-1]))
     require_libraries(spec, gguf=any(model.gguf is not None for model in models))
     for model in models:
         require_package(model.spec, model.config)
@@ -69,8 +66,30 @@ def check_spec(spec: ModelSpec) -> Plan:
     require_cached(spec)
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
+    files = adapters[-1] if adapters else None
     plan = Plan(spec, resolved_key(spec), state, files, tuple(models))  # after the checks: the key digests the files
     return replace(plan, sizes=estimated(plan))
+
+
+def _check_adapter(base: ModelFiles, folder: Path, spec: ModelSpec) -> AdapterFiles:
+    require_files(folder)
+    files = read_adapter(folder, allow_pickle=spec.allow_pickle)
+    require_fit(base, files)
+    _require_layers(base)
+    return files
+
+
+def _merged(model: ModelFiles, spec: ModelSpec, adapters: list[AdapterFiles]) -> ModelFiles:
+    """Return the model that the last adapter is put on: ``model`` with the other adapters merged into it.
+
+    Args:
+        model: The base or the fine-tuned model.
+        spec: Its spec, with the adapters.
+        adapters: These adapters.
+    """
+    for number, files in enumerate(adapters, start=1):
+        require_mergeable(files, number)
+    return replace(model, key=("merged", *resolved_key(spec)), merged=tuple(adapters))
 
 
 def require_fit(base: ModelFiles, files: AdapterFiles) -> None:

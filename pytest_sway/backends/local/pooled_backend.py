@@ -94,7 +94,7 @@ class Loaded(Generic[S]):
     """All that a backend has in memory. A closed backend no longer refers to it.
 
     Attributes:
-        shares: The claims on its models: on the base, then on a whole fine-tuned model.
+        shares: The claims on its models, in the order of the plan's.
         base: The base's side.
         tuned: The fine-tuned side, if there is one.
         adapter: The adapter, if there is one.
@@ -130,6 +130,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
 
     def __init__(self, plan: Plan, loaded: Loaded[S], withdraw: Callable[[Any], None]) -> None:
         self._spec, self._key = plan.spec, plan.key  # not the plan, which has the names of all tensors
+        self._roles = ["merged model: " if model.merged else "fine-tuned model: " for model in plan.models[1:]]
         self._loaded: Loaded[S] | None = loaded
         self._withdraw = withdraw
         self._watches: list[Any] = []
@@ -164,7 +165,8 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
     def as_scaled_adapter(self, lam: float) -> Iterator[V]:
         """Open a view in which the LoRA terms are multiplied by ``lam``: 0 is the base, 1 the adapter.
 
-        An adapter's other parts, such as DoRA's magnitudes or ``modules_to_save``, stay as they are.
+        An adapter's other parts, such as DoRA's magnitudes or ``modules_to_save``, stay as they are. Of several
+        adapters, this is about the last; 0 is what it is put on.
 
         Raises:
             NoAdapterError: The spec has no adapter.
@@ -179,7 +181,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         """Open a view with noise in place of the LoRA matrices, each from ``N(0, init_scale**2 * rank_scale)``.
 
         The variance of a product of rank r is proportional to r. So this stands for an adapter of ``rank_scale`` times
-        the rank.
+        the rank. Of several adapters, this is about the last.
 
         Args:
             seed: The seed of the noise. For kind ``hf``, equal seeds give dlm-sway's noise.
@@ -199,7 +201,9 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
 
     def cache_identity(self) -> str:
         """Return an identity, equal for equal bases and adapters or fine-tuned models; for ``hf``, dlm-sway's."""
-        return f"{self._spec.kind}:{self._spec.base}:{self._spec.finetuned or self._spec.adapter}"
+        spec = self._spec
+        tuned = [*([] if spec.finetuned is None else [spec.finetuned]), *map(str, spec.adapters)]
+        return f"{spec.kind}:{spec.base}:{' + '.join(tuned) or None}"
 
     def preflight_finite_check(self) -> tuple[bool, str]:
         """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
@@ -226,11 +230,10 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         loaded = self._require()
         brought = [] if loaded.rust is None else loaded.rust.changes()
         lines = brought + ([] if loaded.contents is None else loaded.contents.changes())
-        for i, share in enumerate(loaded.shares):
+        for whose, share in zip(["", *self._roles], loaded.shares, strict=True):
             found = share.value.changes()
             if found or (brought and self._shares_tokenizers):
                 self._withdraw(share.value)
-            whose = "fine-tuned model: " if i else ""
             lines += [whose + line for line in (*found, *self._put_back(share.value)) if line not in lines]
         return summarised(lines)
 

@@ -103,8 +103,12 @@ class PooledBuilder(Build, ABC, Generic[B]):
 
     def _compare_base(self, plan: Plan, policy: str) -> None:
         """Report an adapter that names another base once for a load: as an error before it, or a warning with it."""
-        if plan.read is not None and self._on_base_mismatch == policy:
-            require_same_base(plan.spec, plan.read.config, policy)
+        if plan.read is None or self._on_base_mismatch != policy:
+            return
+        base = next(model for model in reversed(plan.models) if not model.merged)
+        merged = [files for model in plan.models for files in model.merged]
+        for number, files in enumerate((*merged, plan.read)):
+            require_same_base(base.spec, files.folder, files.config, policy, merged=number > 0)
 
     # --- implemented by each kind -------------------------------------------------------------------------------------
 
@@ -130,10 +134,16 @@ class PooledBuilder(Build, ABC, Generic[B]):
 
     def _clean_base(self, model: ModelFiles, shares: list[PoolLease[B]]) -> B:
         """Claim a model of a plan. A changed one is left to its users and loaded anew."""
+        return self._claimed(model.key, shares, lambda: self._timed(model.spec), lambda base: not base.changes())
+
+    def _claimed(
+        self, key: Hashable, shares: list[PoolLease[B]], load: Callable[[], B], is_usable: Callable[[B], bool]
+    ) -> B:
+        """Claim a value of the pool. One that is not usable is left to its users and made anew."""
         while True:
-            share = self._pool.acquire(model.key, lambda: self._timed(model.spec))
+            share = self._pool.acquire(key, load)
             shares.append(share)
-            if share.fresh or not share.value.changes():
+            if share.fresh or is_usable(share.value):
                 return share.value
             self._pool.withdraw(share.value)
             shares.pop().release()

@@ -34,7 +34,12 @@ _WRITTEN_BY_SAVE: Final = frozenset({"name_or_path", "transformers_version", "lo
 
 def brings_tokenizer(base: ModelSpec, folder: Path) -> bool:
     """Return whether an adapter's folder has a tokenizer, or parts of one, that differ from its base's."""
-    return (_has(folder, _CONFIG, *_VOCABULARIES) or bool(_templates(folder))) and not _same(base, folder)
+    return has_tokenizer(folder) and not _same(base, folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether an adapter's folder has a tokenizer, or parts of one."""
+    return _has(folder, _CONFIG, *_VOCABULARIES) or bool(_templates(folder))
 
 
 @contextmanager

@@ -46,11 +46,10 @@ def check_spec(spec: ModelSpec) -> Plan:
     if tuned is not None:
         require_another(spec, tuned)
         models.append(_check_model(tuned, "fine-tuned model"))
-    folder = None if spec.adapter is None else Path(spec.adapter)
-    if folder is not None:
+    files = None
+    for folder in map(Path, spec.adapters):  # one at most
         require_files(folder)
-    files = None if folder is None else read_mlx_adapter(folder)
-    if files is not None:
+        files = read_mlx_adapter(folder)
         require_bounded(files, None)
     require_libraries(spec)
     require_device(spec)

@@ -151,10 +151,12 @@ def base_identity(spec: ModelSpec) -> Identity:
 
 def candidate_identity(name: str, spec: ModelSpec) -> Identity:
     """Return a candidate's identity, for people who read the record."""
-    tuned = spec.adapter or spec.finetuned
-    shown = name if tuned is None else f"{name}: {short_name(str(tuned))}"
-    digest = adapter_digest(spec) if spec.adapter is not None else _digest(finetuned_spec(spec) or spec)
-    return Identity(redacted(shown), digest)
+    tuned = [*([] if spec.finetuned is None else [spec.finetuned]), *map(str, spec.adapters)]
+    shown = f"{name}: {' + '.join(map(short_name, tuned))}" if tuned else name
+    model = finetuned_spec(spec)
+    digests = [_digest(model or spec)] if model is not None or spec.adapter is None else []
+    digests += [adapter_digest(spec)] if spec.adapter is not None else []
+    return Identity(redacted(shown), None if None in digests else "+".join(map(str, digests)))
 
 
 def made_with(spec: ModelSpec | None) -> dict[str, str]:

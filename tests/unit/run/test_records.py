@@ -1,12 +1,21 @@
-"""Where a test's record lies."""
+"""Where a test's record lies, and what a candidate is called in it."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.run.regression.records import file_name
+from pytest_sway.run.regression.records import candidate_identity, file_name
+from pytest_sway.spec.identity import adapter_digest, weights_digest
+from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.spec.paths import short_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("name", ["test_it", "test_it[a-1]", "test_it[v1.5]"])
@@ -38,3 +47,15 @@ def test_no_two_tests_share_a_file(one: str, other: str) -> None:
         assert name.isascii()
         assert len(name) < 120
         assert not set(name) & set('/\\:*?"<>|\0')
+
+
+def test_a_candidate_is_shown_with_all_that_was_put_on_the_base(base: Path, adapter: Path, other_adapter: Path) -> None:
+    both = ModelSpec(base="org/base", adapter=(adapter, other_adapter))
+    found = candidate_identity("mine", both)
+    shown = [short_name(str(folder)) for folder in (adapter, other_adapter)]
+    assert found.name == f"mine: {' + '.join(shown)}"
+    digests = [adapter_digest(replace(both, adapter=folder)) for folder in (adapter, other_adapter)]
+    assert found.digest == f"{digests[0]}+{digests[1]}"
+    whole = candidate_identity("mine", ModelSpec(base="org/base", finetuned=str(base), adapter=adapter))
+    assert whole.name == f"mine: {short_name(str(base))} + {shown[0]}"
+    assert whole.digest == f"{weights_digest(base)}+{digests[0]}"

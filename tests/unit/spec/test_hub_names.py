@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ def test_an_address_of_a_base_is_its_id_and_revision(address: str, revision: str
             "spec field 'adapter_subfolder' must be a folder inside of",
         ),
         ({"adapter": "org/a", "adapter_subfolder": "/b"}, "spec field 'adapter_subfolder' must be a folder inside of"),
+        *[
+            (
+                {"adapter": ["org/a", "/b"], field: value},
+                f"spec field {field!r} is for one adapter, and 'adapter' is a list of 2: write it into the address of"
+                " the adapter that it is for, 'hf://org/name@revision/subfolder'.",
+            )
+            for field, value in (("adapter_revision", "v2"), ("adapter_subfolder", "a"))
+        ],
+        (
+            {"adapter": ["/b", "https://example.com/org/a"]},
+            "spec field 'adapter' is an address of 'example.com', and no hub is known there.",
+        ),
         (
             {"adapter": "org/a", "adapter_revision": 3},
             "spec field 'adapter_revision' must be a non-empty string or None",
@@ -113,6 +126,29 @@ def test_an_address_of_a_base_is_its_id_and_revision(address: str, revision: str
 def test_what_names_no_repository_is_refused_in_one_sentence(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SpecError, match=f"^{re.escape(sentence)}"):
         ModelSpec(**{"base": "org/base", **fields})
+
+
+@pytest.mark.parametrize(("address", "revision", "subfolder"), ADDRESSES)
+def test_an_address_in_a_list_keeps_what_it_says(address: str, revision: str | None, subfolder: str | None) -> None:
+    spec = ModelSpec(base="org/base", adapter=(address, "org/other"))
+    first, other = spec.adapters
+    alone = ModelSpec(base="org/base", adapter=first)
+    assert (alone.adapter, alone.adapter_revision, alone.adapter_subfolder) == ("hf://org/name", revision, subfolder)
+    assert (other, spec.adapter_revision, spec.adapter_subfolder) == ("org/other", None, None)
+    assert replace(spec, dtype="fp32").adapter == spec.adapter
+
+
+def test_a_list_of_one_is_that_adapter() -> None:
+    listed = {"base": "org/base", "adapter": ["hf://org/name"], "adapter_revision": "v2"}
+    assert parse_spec(listed) == ModelSpec(base="org/base", adapter="hf://org/name@v2")
+
+
+def test_a_list_is_looked_at_again_once_a_hub_id_has_become_a_folder(tmp_path: Path) -> None:
+    mapping = {"base": "org/base", "adapter": [str(tmp_path), "org/lora"]}
+    assert parse_spec(mapping).adapter == (tmp_path, "org/lora")
+    assert parse_spec(mapping) is parse_spec(mapping)
+    (tmp_path / "org/base").mkdir(parents=True)
+    assert parse_spec(mapping).base == str(tmp_path / "org/base")
 
 
 def test_an_adapter_is_a_folder_if_there_is_one_and_else_a_hub_id(tmp_path: Path) -> None:
@@ -153,6 +189,8 @@ def test_a_hub_id_that_becomes_a_folder_is_a_folder(tmp_path: Path) -> None:
 def test_an_adapter_passed_apart_takes_no_revision_from_the_specs_own(tmp_path: Path) -> None:
     spec = with_adapter(ModelSpec(base="b", adapter="hf://org/name@v2/a"), tmp_path)
     assert (spec.adapter, spec.adapter_revision, spec.adapter_subfolder) == (tmp_path, None, None)
+    several = with_adapter(ModelSpec(base="b", adapter=("org/sft", "hf://org/name@v2/a")), tmp_path)
+    assert several.adapter == ("org/sft", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +199,7 @@ def test_an_adapter_passed_apart_takes_no_revision_from_the_specs_own(tmp_path: 
         (ModelSpec(base="org/b", adapter="hf://org/name@v2/a"), "org/b + org/name@v2/a"),
         (ModelSpec(base="org/b", adapter="hf://org/name"), "org/b + org/name"),
         (ModelSpec(adapter="hf://org/name"), "org/name"),
+        (ModelSpec(adapter=["/runs/sft", "hf://org/name@v2/a"]), "runs/sft + org/name@v2/a"),  # type: ignore[arg-type]
     ],
 )
 def test_a_label_names_the_repository(spec: ModelSpec, label: str) -> None:

@@ -20,7 +20,9 @@ from pytest_sway.spec.identity import (
     adapter_digest,
     adapter_digest_in,
     base_key,
+    base_spec,
     finetuned_spec,
+    merged_spec,
     resolved_key,
     weights_digest,
     with_adapter,
@@ -137,6 +139,11 @@ def test_a_spec_is_frozen_hashable_and_compares_by_value() -> None:
         (ModelSpec(kind="dummy", base="gpt2"), "dummy:gpt2"),
         (ModelSpec(base="/base"), "base"),
         (ModelSpec(base="org/base", finetuned="/models/deep/down/tuned"), "org/base -> down/tuned"),
+        (ModelSpec(base="org/base", adapter=("/runs/sft", "/runs/dpo")), "org/base + runs/sft + runs/dpo"),
+        (
+            ModelSpec(base="org/base", finetuned="org/tuned", adapter=Path("/runs/dpo")),
+            "org/base -> org/tuned + runs/dpo",
+        ),
     ],
 )
 def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
@@ -173,11 +180,11 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         ({"base": ["b"]}, "a spec needs 'base', a hub id or the folder of a model; found ['b']."),
         (
             {"base": "b", "adapter": ""},
-            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id or None; found ''.",
+            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id, a list of these or None; found ''.",
         ),
         (
             {"base": "b", "adapter": 7},
-            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id or None; found 7.",
+            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id, a list of these or None; found 7.",
         ),
         (
             {"base": "b", "trust_remote_code": "yes"},
@@ -202,9 +209,37 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
             " 'package.module.Class'.",
         ),
         (
-            {"base": "b", "adapter": "/x", "finetuned": "org/tuned"},
-            "a spec has either an adapter or a whole fine-tuned model, not both; found adapter '/x' and finetuned"
-            " 'org/tuned'. To test an adapter on a fine-tuned model, name that model as 'base'.",
+            {"kind": "mlx", "base": "b", "adapter": "/x", "finetuned": "org/tuned"},
+            "a spec of kind 'mlx' has either an adapter or a whole fine-tuned model, not both; found adapter '/x' and"
+            " finetuned 'org/tuned'. To test an adapter on a fine-tuned model, name that model as 'base', or use"
+            " kind='hf'.",
+        ),
+        (
+            {"base": "b", "adapter": []},
+            "spec field 'adapter' is an empty list. Name the adapters in it, or None for the base alone.",
+        ),
+        (
+            {"base": "b", "adapter": ["/x", None]},
+            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id, a list of these or None; found None.",
+        ),
+        (
+            {"base": "b", "adapter": ["/x", ["/y"]]},
+            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id, a list of these or None; found"
+            " ['/y'].",
+        ),
+        (
+            {"base": "b", "adapter": [["/x"]]},
+            "spec field 'adapter' must be the folder of a PEFT adapter, a hub id, a list of these or None; found"
+            " ['/x'].",
+        ),
+        (
+            {"finetuned": "org/tuned", "adapter": "/x"},
+            "a spec needs 'base', a hub id or the folder of a model; found ''.",
+        ),
+        (
+            {"kind": "mlx", "base": "b", "adapter": ["/x", "/y"]},
+            "a spec of kind 'mlx' takes no list of adapters, since only kind='hf' merges them. Merge them yourself"
+            " (PEFT's merge_and_unload), and name the merged model.",
         ),
         (
             {"base": "b", "finetuned": " "},
@@ -404,6 +439,9 @@ def test_auto_is_what_it_stands_for() -> None:
         {"entry_point": "a:B"},
         {"endpoint": "http://localhost"},
         {"allow_pickle": True},
+        {"adapter": (Path("/adapters/x"), Path("/adapters/y"))},
+        {"adapter": (Path("/adapters/y"), Path("/adapters/x"))},
+        {"finetuned": "org/tuned"},
         {"adapter": None, "finetuned": "org/tuned"},
         {"adapter": None, "finetuned": "org/tuned", "finetuned_endpoint": "http://localhost"},
         {"api_key_env": "MY_KEY"},
@@ -653,9 +691,55 @@ def test_a_fine_tuned_model_has_the_key_that_it_would_have_as_a_base(base: Path)
     assert finetuned_spec(replace(spec, finetuned=None)) is None
 
 
-def test_a_fine_tuned_model_takes_no_adapter_passed_apart(adapter: Path) -> None:
-    with pytest.raises(SpecError, match=r"^a spec has either an adapter or a whole fine-tuned model, not both; "):
-        cache_key_for(ModelSpec(base="org/base", finetuned="org/tuned", **PLACED), adapter_path=adapter)
+def test_a_fine_tuned_model_takes_an_adapter_passed_apart(adapter: Path) -> None:
+    asked = ModelSpec(base="org/base", finetuned="org/tuned", **PLACED)
+    assert cache_key_for(asked, adapter_path=adapter) == _key(finetuned="org/tuned", adapter=adapter)
+
+
+def test_the_base_and_the_fine_tuned_model_of_a_spec_have_no_adapters(base: Path, adapter: Path) -> None:
+    spec = ModelSpec(base="org/base", finetuned=str(base), adapter=(adapter, adapter), **PLACED)
+    assert finetuned_spec(spec) == ModelSpec(base=str(base), **PLACED)
+    assert base_spec(spec) == ModelSpec(base="org/base", **PLACED)
+    merged = merged_spec(spec)
+    assert merged == replace(spec, adapter=adapter)
+    assert merged_spec(merged) is None
+
+
+# --- several adapters -------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_one_adapter_is_that_adapter(adapter: Path) -> None:
+    assert parse_spec({"base": "org/base", "adapter": [str(adapter)]}) == ModelSpec(base="org/base", adapter=adapter)
+    assert _key(adapter=[adapter]) == _key(adapter=adapter)
+
+
+def test_a_list_is_kept_as_a_tuple_of_absolute_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = parse_spec({"base": "org/base", "adapter": ["sft", "./dpo"]})
+    assert spec.adapter == spec.adapters == (tmp_path / "sft", tmp_path / "dpo")
+    assert parse_spec({"base": "org/base", "adapter": ("sft", "dpo")}) == spec
+    assert spec.as_dict()["adapter"] == [str(tmp_path / "sft"), str(tmp_path / "dpo")]
+
+
+def test_the_specs_of_equal_lists_are_one(adapter: Path, tmp_path: Path) -> None:
+    asked = {"base": str(tmp_path), "adapter": [str(adapter), str(adapter)]}
+    assert parse_spec(asked) is parse_spec(dict(asked))
+
+
+def test_the_key_of_several_adapters_has_the_contents_of_each(adapter: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    before, reverse = _key(adapter=[adapter, other]), _key(adapter=[other, adapter])
+    assert before != reverse
+    (adapter / "adapter_model.safetensors").write_bytes(b"trained again")
+    between = _key(adapter=[adapter, other])
+    (other / "adapter_model.safetensors").write_bytes(b"trained again, too")
+    assert len({before, between, _key(adapter=[adapter, other])}) == 3
+    assert adapter_digest_in(before) != adapter_digest_in(between)
+
+
+def test_an_adapter_passed_apart_replaces_the_last(adapter: Path) -> None:
+    spec = ModelSpec(base="org/base", adapter=(Path("/runs/sft"), Path("/runs/dpo")), **PLACED)
+    assert with_adapter(spec, adapter).adapter == (Path("/runs/sft"), adapter)
 
 
 def test_an_unreadable_file_does_not_stop_a_key(adapter: Path) -> None:

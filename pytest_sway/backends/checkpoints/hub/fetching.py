@@ -16,7 +16,7 @@ from pytest_sway.backends.checkpoints.hub.refusals import HubAdapter, explained
 from pytest_sway.backends.checkpoints.hub_files import WHILE_OFFLINE, is_offline
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, PICKLED, WEIGHTS, only_pickled
 from pytest_sway.errors import BackendNotAvailableError, WeightsError
-from pytest_sway.spec.hub_names import SCHEME
+from pytest_sway.spec.hub_names import HubName, hub_address
 from pytest_sway.spec.paths import in_hub_cache
 from pytest_sway.system.imports import import_apart
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
@@ -48,10 +48,11 @@ class Fetched(NamedTuple):
     nbytes: int = 0
 
 
-def adapter_on_hub(spec: ModelSpec) -> HubAdapter:
-    """Return which adapter of a hub a spec names."""
-    repository = str(spec.adapter).removeprefix(SCHEME)
-    return HubAdapter(repository, spec.adapter_revision, spec.adapter_subfolder, spec.allow_pickle)
+def adapter_on_hub(adapter: str, spec: ModelSpec) -> HubAdapter:
+    """Return which adapter of a hub is meant by the name of one in a spec."""
+    named = hub_address("adapter", adapter) or HubName(adapter)
+    revision, subfolder = named.revision or spec.adapter_revision, named.subfolder or spec.adapter_subfolder
+    return HubAdapter(named.repository, revision, subfolder, spec.allow_pickle)
 
 
 def fetch_adapter(asked: HubAdapter) -> Fetched:

@@ -54,20 +54,29 @@ class Locator:
         self._lock = threading.Lock()
 
     def __call__(self, spec: ModelSpec) -> ModelSpec:
-        """Return ``spec`` with its adapter as a folder and a base that is named.
+        """Return ``spec`` with its adapters as folders and a base that is named.
 
         Raises:
-            SwayError: The adapter cannot be had, or names no base that can; see `fetch_adapter`.
+            SwayError: An adapter cannot be had, or the first names no base that can; see `fetch_adapter`.
         """
-        if spec.adapter is None or (spec.base and not isinstance(spec.adapter, str)):
+        if any(isinstance(adapter, str) for adapter in spec.adapters):
+            spec = self._in_folders(spec)
+        if spec.base or not spec.adapters:
             return spec
-        if isinstance(spec.adapter, str):
-            if os.path.isdir(spec.adapter):  # somebody may have made it since the spec was
-                spec = _in_folder(spec, os.path.abspath(spec.adapter))
+        return _on_its_base(spec, os.getcwd(), _state(f"{spec.adapters[0]}/{CONFIG}"))
+
+    def _in_folders(self, spec: ModelSpec) -> ModelSpec:
+        folders, in_snapshot = [], False
+        for adapter in map(str, spec.adapters):
+            if os.path.isdir(adapter):  # somebody may have made it since the spec was
+                folders.append(os.path.abspath(adapter))
+            elif os.path.isabs(adapter):
+                folders.append(adapter)
             else:
-                asked = adapter_on_hub(spec)
-                spec = _in_snapshot(spec, self._folders.get(asked) or self._fetched(asked))
-        return spec if spec.base else _on_its_base(spec, os.getcwd(), _state(f"{spec.adapter}/{CONFIG}"))
+                asked = adapter_on_hub(adapter, spec)
+                folders.append(self._folders.get(asked) or self._fetched(asked))
+                in_snapshot = True
+        return (_in_snapshots if in_snapshot else _in_folders)(spec, tuple(folders))
 
     def _fetched(self, asked: HubAdapter) -> str:
         with self._lock:
@@ -91,15 +100,15 @@ class Locator:
 
 
 @lru_cache(maxsize=256)
-def _in_folder(spec: ModelSpec, folder: str) -> ModelSpec:
-    """The spec with a folder in its adapter's place, in which its subfolder is."""
-    return replace(spec, adapter=Path(folder))
+def _in_folders(spec: ModelSpec, folders: tuple[str, ...]) -> ModelSpec:
+    """The spec with folders in its adapters' places; its subfolder is in the only one."""
+    return replace(spec, adapter=tuple(map(Path, folders)))
 
 
 @lru_cache(maxsize=256)
-def _in_snapshot(spec: ModelSpec, folder: str) -> ModelSpec:
-    """The spec with its adapter's folder in the hub's cache."""
-    return replace(spec, adapter=Path(folder), adapter_revision=None, adapter_subfolder=None)
+def _in_snapshots(spec: ModelSpec, folders: tuple[str, ...]) -> ModelSpec:
+    """The spec with its adapters' folders in the hub's cache, which are the subfolders."""
+    return replace(spec, adapter=tuple(map(Path, folders)), adapter_revision=None, adapter_subfolder=None)
 
 
 @lru_cache(maxsize=256)
@@ -110,8 +119,8 @@ def _on_its_base(spec: ModelSpec, _working_folder: str, _state: tuple[int, ...])
 
 
 def _base_of(spec: ModelSpec) -> tuple[str, str | None]:
-    """The base that an adapter's config names, and its revision."""
-    folder = Path(str(spec.adapter))
+    """The base that the first adapter's config names, and its revision."""
+    folder = Path(spec.adapters[0])
     config = _config(spec, folder)
     field = base_field(spec.kind, config)
     named = config.get(field)

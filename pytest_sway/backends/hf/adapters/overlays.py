@@ -8,7 +8,6 @@ from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.hf.model.peft_model import adapter_parameters, scalings_of
 from pytest_sway.backends.hf.model.skeletons import OnSkeleton, SharedIdle
 from pytest_sway.backends.hf.scoring.trials import Trials
-from pytest_sway.backends.hf.sharing.trees import tensors_of
 from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> BoundModel
 
     def make(to_run: bool) -> Any:
         tree = adapter.pristine.tree(to_run=to_run)
-        base.watches.add(tensors_of(tree))
+        base.watch(tree)
         return tree
 
     return BoundModel(

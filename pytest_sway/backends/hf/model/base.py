@@ -29,7 +29,7 @@ from pytest_sway.backends.libraries.tokenizer_faults import FILES, MINIMAL, othe
 from pytest_sway.backends.local.tokenizer_copies import RustRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -43,7 +43,10 @@ class LoadedBase:
     Args:
         spec: The resolved spec that it is loaded from.
         tokenizer: Its tokenizer.
-        load_model: Loads its model, in evaluation mode and frozen.
+        pristine: Its model, in evaluation mode and frozen.
+        may_hide_something: See the attribute.
+        exposed: The tensors of its own for which all trees have the same memory, by name; ``None`` for all such.
+        rust: The record of its tokenizer; ``None`` if another base has it.
 
     Attributes:
         spec: The spec.
@@ -63,16 +66,26 @@ class LoadedBase:
         nbytes: The bytes of its parameters, their scales and its buffers; shared memory counts once.
     """
 
-    def __init__(self, spec: ModelSpec, tokenizer: Any, load_model: Callable[[], Any]) -> None:
-        model = load_model()
-        trim_heap()  # before trees are tried, which takes memory, too
+    has_tokenizer_of_files = True
+    """Whether its tokenizer is the one in the files of its spec."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizer: Any,
+        pristine: Pristine,
+        *,
+        may_hide_something: bool,
+        exposed: Mapping[str, Any] | None = None,
+        rust: RustRecord | None = None,
+    ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
-        self.device = model.device
-        self.nbytes = measured(part for whole in tensors_of(model) for part in (whole, *scales_of(whole)))
-        self.may_hide_something = _may_hide_something(spec, model)
-        self.pristine = Pristine(model, load_model, trial=self.may_hide_something)
-        self.watches = self.pristine.watches
+        self.device = pristine.model.device
+        self.nbytes = measured(part for whole in pristine.own for part in (whole, *scales_of(whole)))
+        self.may_hide_something = may_hide_something
+        self.pristine = pristine
+        self.watches = pristine.watches
         self.trials = Trials()
         self.is_tried = False
         self.memory: AnswerCache | None = None
@@ -80,9 +93,9 @@ class LoadedBase:
         self.skeletons = Skeletons()
         self.tokenizers: WeakValueDictionary[str, RustRecord] = WeakValueDictionary()
         self.lock = threading.Lock()
-        self._contents = ContentsRecord(self.pristine.memory.exposed)
-        self._rust = RustRecord(tokenizer)
-        self._patches = PatchRecord(model)
+        self._contents = ContentsRecord(pristine.memory.exposed if exposed is None else exposed)
+        self._rust = rust
+        self._patches = PatchRecord(pristine.model)
         trim_heap()
 
     @property
@@ -98,7 +111,11 @@ class LoadedBase:
 
     def changes(self) -> list[str]:
         """Return one line for each change to what its users share."""
-        return [*self._contents.changes(), *self._rust.changes()]
+        return [*self._contents.changes(), *([] if self._rust is None else self._rust.changes())]
+
+    def watch(self, tree: Any) -> None:
+        """Watch the memory of a tree of an adapter on it."""
+        self.watches.add(tensors_of(tree))
 
     def patches(self) -> list[str]:
         """Return one line for each process-wide patch that takes part in what it computes."""
@@ -164,7 +181,12 @@ def load_base(spec: ModelSpec, load_model: Callable[[ModelSpec], Any] = load_mod
         SpecError: The base is an adapter, or contains one.
     """
     require_type(spec)
-    return LoadedBase(spec, load_tokenizer(spec, spec.base), partial(load_model, spec))
+    tokenizer, again = load_tokenizer(spec, spec.base), partial(load_model, spec)
+    model = again()
+    trim_heap()  # before trees are tried, which takes memory, too
+    hides = _may_hide_something(spec, model)
+    pristine = Pristine(model, again, trial=hides)
+    return LoadedBase(spec, tokenizer, pristine, may_hide_something=hides, rust=RustRecord(tokenizer))
 
 
 def load_tokenizer(spec: ModelSpec, source: str) -> Any:

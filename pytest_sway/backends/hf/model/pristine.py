@@ -50,6 +50,7 @@ class Pristine:
     Attributes:
         model: The model.
         memory: Gives trees their memory.
+        own: Its tensors whose memory only this model has.
         watches: Watches over the weights of all trees.
     """
 
@@ -64,9 +65,9 @@ class Pristine:
     ) -> None:
         self.model = model
         self.memory = SharedMemory(model, ways)
-        self._own = list(tensors_of(model) if own is None else own)
+        self.own = list(tensors_of(model) if own is None else own)
         self.watches = Watches()
-        self.watches.add(self._own)
+        self.watches.add(self.own)
         self._lock = threading.Lock()
         self._again = None if self._works(trial) else again
 
@@ -94,7 +95,7 @@ class Pristine:
         known = {} if known is None else known
         with self._lock:
             tree = self.memory.tree(known, isolated=isolated, to_run=to_run)
-        self.watches.add(known[id(tensor)] for tensor in self._own)
+        self.watches.add(known[id(tensor)] for tensor in self.own)
         return tree
 
     def _works(self, trial: bool) -> bool:

@@ -15,6 +15,7 @@ from pytest_sway.backends.local.tokenizer_files import (
     _read_templates,
     brings_tokenizer,
     completed,
+    has_tokenizer,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def adapter_tokenizer(base: LoadedBase, files: AdapterFiles) -> RustRecord | Non
     shared, because loading a large vocabulary takes seconds.
     """
     folder = files.folder
-    if not brings_tokenizer(base.spec, folder):
+    if not (brings_tokenizer(base.spec, folder) if base.has_tokenizer_of_files else has_tokenizer(folder)):
         return None
     key = _digest(folder)
     with base.lock:

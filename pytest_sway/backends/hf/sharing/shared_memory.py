@@ -255,6 +255,13 @@ def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
     return part
 
 
+def own_before_write(tensor: Any) -> None:
+    """Give a tree's tensor memory of its own, unless torch or its class does so when somebody writes to it."""
+    if not _is_plain(tensor) or (not _is_exposed(tensor) and _lazy_clone(tensor) is not None):
+        return
+    tensor.data = _moved(tensor) if tensor.device.type == "cpu" else tensor.detach().clone()
+
+
 def _moved(tensor: Any) -> Any:
     """Copy a tensor's memory to an address with the same alignment, by which kernels choose how they sum."""
     import torch

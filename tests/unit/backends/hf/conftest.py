@@ -38,7 +38,7 @@ def build(builder: HFBuilder) -> Iterator[Callable[..., HFBackend]]:
     """Build a backend of the tiny models; it is closed after the test."""
     built: list[HFBackend] = []
 
-    def _build(base: Path, adapter: Path | None = None, **fields: Any) -> HFBackend:
+    def _build(base: Path, adapter: Path | list[Path] | None = None, **fields: Any) -> HFBackend:
         built.append(builder(spec_of(base, adapter, **fields)))
         return built[-1]
 
@@ -59,5 +59,5 @@ def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_sway.backends.hf.adapters.peft_errors.culprit", lambda asked, error: None)
 
 
-def spec_of(base: Path, adapter: Path | None = None, **fields: Any) -> ModelSpec:
+def spec_of(base: Path, adapter: Path | list[Path] | None = None, **fields: Any) -> ModelSpec:
     return ModelSpec(**{"base": str(base), "adapter": adapter, "device": "cpu", "dtype": "fp32"} | fields)

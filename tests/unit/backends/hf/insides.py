@@ -24,9 +24,9 @@ WAIT = 60.0
 """Seconds after which a test gives up waiting."""
 
 
-def base_in(backend: HFBackend) -> LoadedBase:
-    """Return the base that the backend shares with others."""
-    base: LoadedBase = backend._require().shares[0].value
+def base_in(backend: HFBackend, number: int = 0) -> LoadedBase:
+    """Return the base that the backend shares with others, or another model that it shares."""
+    base: LoadedBase = backend._require().shares[number].value
     return base
 
 

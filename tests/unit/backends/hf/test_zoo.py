@@ -17,7 +17,7 @@ from pytest_sway.backends.checkpoints.peft_adapter import public_name
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.backends.hf.scoring import generation
 from pytest_sway.errors import AdapterMismatchError
-from tests.tiny import TEXT, make_adapter, make_base
+from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.insides import adapter_in, base_in
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
@@ -190,7 +190,7 @@ def test_greedy_text_is_the_most_probable_by_its_scores(
 ) -> None:
     enclosure = enclosures(specimen)
     backend = keeper(enclosure, trained(specimen)[0])
-    monkeypatch.setattr(generation, "_decoded", lambda _, found: [str(list(ids)) for ids in found])  # shows each token
+    monkeypatch.setattr(generation, "_decoded", lambda _, found, stop: [str(list(ids)) for ids in found])
     with backend.as_finetuned() as view:
         expected = [str(_step_by_step(view, prompt, 6)) for prompt in PROMPTS]
         assert [view.generate(prompt, max_new_tokens=6) for prompt in PROMPTS] == expected
@@ -305,3 +305,44 @@ def test_a_start_from_random_numbers_is_the_same_each_time(keeper: Any, enclosur
         backend.close()
         torch.rand(1)
     assert seen[0].equal(seen[1])
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
+def test_merged_below_another_adapter_it_gives_pefts_numbers_or_is_refused(
+    enclosures: Any, trained: Any, specimen: Specimen
+) -> None:
+    enclosure = enclosures(specimen)
+    folder, _ = trained(specimen)
+    reference = _merged_by_hand(specimen, enclosure, folder)
+    spec, builder = spec_of(enclosure.base, [folder, enclosure.neighbour]), HFBuilder()
+    if reference is None:
+        with pytest.raises(errors.SpecError, match=r"is number 1 of the spec's list, .* but it cannot be merged: "):
+            builder(spec)
+        return
+    plan = builder.check(spec)
+    backend = builder.build(plan)
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        assert view_logits(plain).equal(enclosure.alone.logits)
+        found = view_logits(tuned)
+        assert found.equal(reference) or (not specimen.reproducible and found.allclose(reference, atol=1e-5))
+    assert backend.changes() == []
+    whole, own = (base_in(backend, number).nbytes for number in (0, 1))
+    assert plan.sizes is not None
+    assert 0.9 * own <= plan.sizes[plan.models[1].key] <= max(own, whole)
+    backend.close()
+    assert backend.leak() is None
+
+
+def _merged_by_hand(specimen: Specimen, enclosure: Enclosure, folder: Path) -> Any | None:
+    """Return the logits of the neighbour on the base with the specimen merged; ``None`` if PEFT does not merge it."""
+    from peft import PeftModel
+
+    if "layer_replication" in specimen.fields:  # PEFT means to refuse it, but misses the field
+        return None
+    with quiet():
+        try:
+            model = loaded(specimen, copy.deepcopy(enclosure.model), folder).merge_and_unload()
+        except (AttributeError, NotImplementedError, ValueError):
+            return None
+        model = PeftModel.from_pretrained(model, str(enclosure.neighbour)).eval()
+    return text_logits(logits(model, enclosure.tokenizer))

@@ -19,7 +19,7 @@ from tests.unit.backends.hf.conftest import spec_of
 
 
 def _why(base: Path | str, named: object) -> str | None:
-    return other_base(ModelSpec(base=str(base), adapter=Path("/runs/v3")), {"base_model_name_or_path": named})
+    return other_base(ModelSpec(base=str(base)), Path("/runs/v3"), {"base_model_name_or_path": named})
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_name_of_none_is_served(build: Any, base: Path, adapter: Path, tmp_pat
 
 
 def _why_by_mlx(base: Path, named: Path) -> str | None:
-    return other_base(ModelSpec(kind="mlx", base=str(base), adapter=Path("/runs/v3")), {"model": str(named)})
+    return other_base(ModelSpec(kind="mlx", base=str(base)), Path("/runs/v3"), {"model": str(named)})
 
 
 def test_a_copy_that_mlx_lm_has_quantized_says_nothing(base: Path, copy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pytest_sway.errors import BackendLoadError, SpecError, SwayError, WeightsEr
 from pytest_sway.spec.identity import resolved_key
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.offline import go_offline
-from tests.hub import Files, ToyHub, commit_of, cut, error, lay_out, use_hub
+from tests.hub import Files, ToyHub, commit_of, cut, error, files_of, lay_out, use_hub
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -52,6 +53,34 @@ def test_an_adapter_on_a_hub_is_the_same_adapter_in_a_folder(
     with backend.as_finetuned() as view:
         assert view_logits(view).equal(logits(*fresh(base, adapter)))
     backend.close()
+
+
+def test_each_adapter_of_a_list_may_be_on_a_hub(
+    hub: ToyHub, base: Path, adapter: Path, other_adapter: Path, adapter_files: Files
+) -> None:
+    hub.push("org/lora", {f"a/{name}": content for name, content in adapter_files.items()}, branch="v2")
+    hub.push("org/other", files_of(other_adapter))
+    build = Builder()
+    on_hub = ModelSpec(adapter=("hf://org/lora@v2/a", "org/other"), **_PLACED)
+    in_folders = ModelSpec(base=str(base), adapter=(adapter, other_adapter), **_PLACED)
+    logits_of_both = []
+    for spec in (on_hub, in_folders):
+        backend = build(spec)
+        with backend.as_finetuned() as view:
+            logits_of_both.append(view_logits(view))
+        backend.close()
+    assert logits_of_both[0].equal(logits_of_both[1])
+    found = build.resolve(on_hub)
+    assert (found.base, [type(each) for each in found.adapters]) == (str(base), [type(base)] * 2)
+    assert re.fullmatch(
+        r".* \(from adapter_config\.json\) \+ org/lora@[0-9a-f]{7}/a \+ org/other@[0-9a-f]{7}", str(found)
+    )
+
+
+def test_a_hub_adapter_of_a_list_that_becomes_a_folder_is_that_folder(cache: Path, adapter: Path) -> None:
+    spec = ModelSpec(adapter=(adapter, "org/lora"), **_PLACED)
+    shutil.copytree(adapter, cache.parent / "org/lora")
+    assert _located(spec).adapters == (adapter, cache.parent / "org/lora")
 
 
 def test_only_what_an_adapter_needs_is_fetched(hub: ToyHub, base: Path, adapter_files: Files) -> None:

@@ -1,0 +1,110 @@
+"""Merges adapters into a base, in order, so that another adapter can be put on the result."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pytest_sway.backends.checkpoints.peft_adapter import OF_BASE, not_merged
+from pytest_sway.backends.hf.adapters.attach import attach, explained
+from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
+from pytest_sway.backends.hf.hygiene.heap import collect
+from pytest_sway.backends.hf.loading.libraries import quiet_process
+from pytest_sway.backends.hf.model.merged_base import MergedBase
+from pytest_sway.backends.hf.model.pristine import Pristine
+from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
+from pytest_sway.backends.hf.sharing.shared_memory import own_before_write
+from pytest_sway.backends.hf.sharing.trees import tensors_of
+from pytest_sway.backends.libraries.culprits import said
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
+from pytest_sway.errors import SpecError, SwayError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.hf.model.adapter import Adapter
+    from pytest_sway.backends.hf.model.base import LoadedBase
+
+__tracebackhide__ = True
+
+
+def merge(base: LoadedBase, adapters: Sequence[AdapterFiles]) -> MergedBase:
+    """Return a base with adapters merged into it by PEFT, in order. Each is verified first.
+
+    The result shares all memory with the base that the adapters leave as it is.
+
+    Raises:
+        AdapterMismatchError: An adapter does not fit what it is put on, is not finite, or has no effect.
+        SpecError: PEFT cannot merge an adapter.
+    """
+    below = base
+    for number, files in enumerate(adapters, start=1):
+        merged = _merged(base, below, files, number)
+        if isinstance(below, MergedBase) and merged.pristine.shares:
+            below.close()
+            collect(base.device.type)
+        below = merged
+    assert isinstance(below, MergedBase)
+    return below
+
+
+def _merged(base: LoadedBase, below: LoadedBase, files: AdapterFiles, number: int) -> MergedBase:
+    """Merge one adapter.
+
+    Args:
+        base: The base, whose memory the result shares.
+        below: What the adapter is put on: the base, with the adapters before this one merged into it.
+        files: The adapter's files.
+        number: Its place in the spec's list, from 1.
+    """
+    brought = adapter_tokenizer(below, files)
+    tokenizer = below.tokenizer if brought is None else brought.tokenizer
+    adapter = attach(below, files, tokenizer)
+    model = _merged_tree(adapter, number)
+    ways = base.pristine.memory.settle(model, _places(base.pristine.model, model))
+    own = {id(tensor): tensor for tensor in tensors_of(model) if id(tensor) not in ways}.values()
+    again = partial(_merged_tree, adapter, number)
+    pristine = Pristine(model, again, ways=ways, own=own, trial=base.may_hide_something)
+    merged = MergedBase(base, pristine, brought or (below.brought if isinstance(below, MergedBase) else None))
+    if not files.told_by_weights:
+        with explained(below, files, tokenizer):
+            verify_effect(below, merged.side, files)
+    return merged
+
+
+def _merged_tree(adapter: Adapter, number: int) -> Any:
+    tree = adapter.pristine.tree()
+    for name, tensor in tree.named_parameters(remove_duplicate=False):
+        if any(part in name for part in OF_BASE):
+            own_before_write(tensor)  # PEFT writes to it when it merges
+    try:
+        with quiet_process():
+            model = tree.merge_and_unload()
+    except Exception as error:
+        if isinstance(error, SwayError) or out_of_memory(error):
+            raise
+        raise SpecError(
+            not_merged(adapter.files.folder, number, f"PEFT says: {said(error).removesuffix('.')}")
+        ) from error
+    model.requires_grad_(False)
+    return model
+
+
+def _places(base: Any, merged: Any) -> dict[int, Any]:
+    """Return a merged model's tensors by the ``id`` of the base's tensors of the same name."""
+    import torch
+
+    ours, theirs = _tensors(base), _tensors(merged)
+    places: dict[int, Any] = {}
+    for name, tensor in ours.items():
+        there, before = theirs.get(name), places.get(id(tensor))
+        if there is None or before is there:
+            continue
+        if before is None or not torch.equal(before, tensor):  # merging has untied two weights: one may be as it was
+            places[id(tensor)] = there
+    return places
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
