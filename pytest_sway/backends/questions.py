@@ -229,11 +229,13 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
     Raises:
         ScoringError: There are more or fewer seeds than prompts.
     """
-    if not isinstance(seed, Sequence):
-        return [seed] * count
+    if isinstance(seed, int) or not hasattr(seed, "__len__"):
+        return [int(seed)] * count  # type: ignore[arg-type] # a whole number of another type, such as numpy's
+    if isinstance(seed, str | bytes | Mapping):
+        raise ScoringError(f"a seed is a whole number; found {shown(seed)}.")
     if len(seed) != count:
         raise ScoringError(f"there are {count} prompts and {len(seed)} seeds; pass one seed, or one for each prompt.")
-    return list(seed)
+    return list(map(int, seed))
 
 
 def _checked_args(args: Mapping[str, Any]) -> dict[str, Any]:

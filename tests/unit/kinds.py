@@ -77,6 +77,8 @@ WITHOUT_MEANING: list[tuple[Ask, str]] = [
     (lambda view: view.generate("a", max_new_tokens=1, temperature=float("nan")), "temperature must be 0 or more"),
     (lambda view: view.generate_many(["a"], max_new_tokens=1, top_p=2.0), "top_p must be over 0 and at most 1"),
     (lambda view: view.generate_many(["a", "b"], max_new_tokens=1, seed=[1]), "there are 2 prompts and 1 seeds"),
+    (lambda view: view.generate_many(["a", "b"], max_new_tokens=1, seed=np.arange(3)), "2 prompts and 3 seeds"),
+    (lambda view: view.generate_many(["a", "b"], max_new_tokens=1, seed="12"), "a seed is a whole number; found '12'"),
     (lambda view: view.generate("a", max_new_tokens="5"), "max_new_tokens must be a whole number, not '5'"),
     (lambda view: view.generate("a", top_k=-1), r"top_k must be 0 \(all tokens\) or more, not -1"),
     (lambda view: view.generate("a", min_p=2), "min_p must be from 0 to 1, not 2.0"),

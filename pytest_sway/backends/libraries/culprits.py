@@ -299,7 +299,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return type(value) in map(type, of)
     if origin is dict:
-        return isinstance(value, dict) and all(_is_of(each, of[1]) for each in value.values())
+        return isinstance(value, dict) and (not of or all(_is_of(each, of[1]) for each in value.values()))
     if origin in (list, set, tuple):
-        return isinstance(value, list) and all(_is_of(each, of[0]) for each in value)
+        return isinstance(value, list) and (not of or all(_is_of(each, of[0]) for each in value))
     return type(value) in _IN_JSON.get(hint, (dict, str))  # an enum is written as a text, another class as an object
