@@ -51,6 +51,9 @@ def adapter_digest_in(key: Key) -> str | None:
 
 def _adapters_digest(spec: ModelSpec) -> str | None:
     """One adapter's digest, or those of all adapters in their order; ``None`` where a file is not there."""
+    if isinstance(spec.adapter, Path):  # as of nearly all specs, at each request
+        folder = str(spec.adapter)
+        return _adapter_digest(folder, _adapter_signature(folder))
     folders = map(str, spec.adapters)
     digests = [_adapter_digest(folder, _adapter_signature(folder)) for folder in folders]
     return "+".join(digest or "" for digest in digests) or None

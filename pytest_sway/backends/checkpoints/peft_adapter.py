@@ -304,6 +304,8 @@ def peft_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     names = own = list(names)
     parts: list[str] = []
     for pattern in (*_WRAPPERS, _ADAPTER):
+        if not (own and pattern.search(own[0])):
+            continue
         found = [pattern.findall(name) for name in own]
         known = sorted({part for each in found for part in each})
         if known and all(found) and (pattern is not _ADAPTER or len(known) == 1):

@@ -230,6 +230,8 @@ def _adapter_bytes(files: AdapterFiles, base: Mapping[str, TensorEntry], item_by
 
 def _saved_again(name: str, files: AdapterFiles) -> bool:
     """Whether PEFT also saved this tensor, or the base's own, under another name, as with resized embeddings."""
+    if "modules_to_save" not in name and "original_module" not in name:
+        return False
     parts = [part for part in name.split(".") if part not in ("modules_to_save", "original_module")]
     return ".".join(parts) != name and ".".join(parts) in (files.entries or ())
 

@@ -59,6 +59,8 @@ class Locator:
         Raises:
             SwayError: An adapter cannot be had, or the first names no base that can; see `fetch_adapter`.
         """
+        if spec.base and isinstance(spec.adapter, Path):  # a warm request for a folder does no more
+            return spec
         if any(isinstance(adapter, str) for adapter in spec.adapters):
             spec = self._in_folders(spec)
         if spec.base or not spec.adapters:
