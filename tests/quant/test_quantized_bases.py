@@ -132,9 +132,12 @@ class Models:
         quantize(plain, self.base)
         make_tokenizer(self.base)
         self.adapters = [make_adapter(folder / f"adapter{n}", plain, seed=n) for n in range(2)]
-        loaded = {name: AutoQuantizationConfig.from_dict(dict(value)) for name, value in self.kwargs.items()}
-        self.alone = logits(*fresh(self.base, **loaded))
-        self.tuned = [logits(*fresh(self.base, adapter, **loaded)) for adapter in self.adapters]
+        self._loaded = {name: AutoQuantizationConfig.from_dict(dict(value)) for name, value in self.kwargs.items()}
+        self.alone = logits(*self.fresh())
+        self.tuned = [logits(*self.fresh(adapter)) for adapter in self.adapters]
+
+    def fresh(self, adapter: Path | None = None) -> tuple[Any, Any]:
+        return fresh(self.base, adapter, **self._loaded)
 
     def spec(self, adapter: int | None = None) -> ModelSpec:
         return spec_of(self.base, None if adapter is None else self.adapters[adapter], model_kwargs=self.kwargs)
@@ -257,7 +260,7 @@ def test_a_write_to_the_packed_weights_ends_with_its_test_or_is_found(models: Mo
 
 def test_merged_into_a_quantized_base_an_adapter_gives_pefts_numbers(models: Models, loads: list[str]) -> None:
     builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name))
-    backend = builder(spec_of(models.base, models.adapters))
+    backend = builder(spec_of(models.base, models.adapters, model_kwargs=models.kwargs))
     expected = _merged_by_hand(models)
     for _ in range(2):
         with backend.as_base() as plain, backend.as_finetuned() as tuned:
@@ -276,5 +279,5 @@ def _merged_by_hand(models: Models) -> Any:
     from peft import PeftModel
 
     first, last = models.adapters
-    model, tokenizer = fresh(models.base, first)
+    model, tokenizer = models.fresh(first)
     return logits(PeftModel.from_pretrained(model.merge_and_unload(), str(last)).eval(), tokenizer)
