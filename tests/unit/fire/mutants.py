@@ -209,7 +209,7 @@ the key leaves out a field
     spec.identity:_settings: spec.revision -> None
     spec/test_spec.py::test_what_changes_what_is_loaded_changes_the_key
 an adapter that was trained again is the same
-    spec.identity:resolved_key: _adapter_digest(...) -> None
+    spec.identity:resolved_key: _adapters_digest(...) -> None
     spec/test_spec.py::test_another_content_has_another_key
 """
 MUTANTS = tuple(map(_read, re.split(r"\n(?=\S)", _TABLE.rstrip())))
