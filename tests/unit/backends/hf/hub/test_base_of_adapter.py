@@ -66,7 +66,7 @@ def test_a_relative_path_starts_at_the_working_folder(
 
 def test_a_snapshot_of_another_machine_is_its_repository(naming: Callable[..., ModelSpec]) -> None:
     commit = commit_of("a")
-    spec = naming(base_model_name_or_path=f"/root/.cache/huggingface/hub/models--org--b/snapshots/{commit}")
+    spec = naming(base_model_name_or_path=f"/home/you/.cache/huggingface/hub/models--org--b/snapshots/{commit}")
     assert (spec.base, spec.revision) == ("org/b", commit)
 
 
