@@ -20,6 +20,8 @@ ON_HUBS: Final = ("hf", "mlx")
 """Kinds whose adapters may be on a hub, and may name their base."""
 SCHEME: Final = "hf://"
 _HOSTS: Final = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
+_NO_MODELS: Final = ("datasets", "spaces", "buckets")
+"""What the hub has besides models, and puts before the names of its repositories."""
 _FORMS: Final = "'org/name', 'hf://org/name@revision' or 'https://huggingface.co/org/name/tree/revision'"
 _NAMING: Final = (
     ("base", "revision", None),
@@ -84,7 +86,7 @@ def hub_address(field: str, text: object) -> HubName | None:
 
 def _of_scheme(parts: list[str]) -> HubName | None:
     parts = parts[1:] if parts[0] == "models" else parts
-    if len(parts) < 2:
+    if len(parts) < 2 or parts[0] in _NO_MODELS:
         return None
     name, at, revision = parts[1].partition("@")
     repository = f"{parts[0]}/{name}"
@@ -103,6 +105,8 @@ def _of_page(field: str, text: str) -> HubName | None:
             " HF_ENDPOINT for a hub of your own."
         )
     parts = page.path.strip("/").split("/")
+    if parts[0] in _NO_MODELS:
+        return None
     if len(parts) == 2:
         return HubName("/".join(parts))
     return _named("/".join(parts[:2]), parts[3:]) if len(parts) > 3 and parts[2] == "tree" else None

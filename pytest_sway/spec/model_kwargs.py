@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
+from numbers import Number
 from typing import Any, Final
 
 from pytest_sway.errors import SpecError
@@ -14,6 +16,7 @@ __tracebackhide__ = True
 
 _NF4: Final = "{'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'}"
 _QUANTIZED: Final = f"To quantize it on load, write model_kwargs={{'quantization_config': {_NF4}}}."
+_QUANTIZED_INT8: Final = "To quantize it on load, write model_kwargs={'quantization_config': {'load_in_8bit': True}}."
 _DTYPE: Final = "Write dtype='bf16' (or 'fp16', 'fp32') in the spec."
 _PICKLE: Final = "Say allow_pickle=True in the spec to read pickles."
 
@@ -58,13 +61,17 @@ _FORMS: Final = {
     "device_map": "Write device='cuda:0' for one device, or model_kwargs={'device_map': 'auto'} for several.",
     "torch_dtype": "Write dtype='bf16' (or 'fp16', 'fp32').",
     **dict.fromkeys(("quantization", "quantization_config", "quantize", "load_in_4bit", "bits"), _QUANTIZED),
-    "load_in_8bit": "To quantize it on load, write model_kwargs={'quantization_config': {'load_in_8bit': True}}.",
+    **dict.fromkeys(("nf4", "fp4", "int4", "4bit"), _QUANTIZED),
+    **dict.fromkeys(("load_in_8bit", "int8", "8bit"), _QUANTIZED_INT8),
+    **dict.fromkeys(("model", "base_model", "model_name", "model_id", "model_name_or_path"), "It is 'base'."),
+    **dict.fromkeys(("peft", "lora", "peft_model", "lora_path", "adapter_name_or_path"), "It is 'adapter'."),
+    "subfolder": "Write adapter_subfolder='...'.",
 }
 
 
 def form_of(name: str) -> str | None:
     """Return the sentence that says how a spec expresses what people write as a field ``name``."""
-    return _QUANTIZED if name.startswith("bnb_4bit_") else _FORMS.get(name)
+    return _QUANTIZED if name.startswith("bnb_4bit_") else _FORMS.get(name) or _REFUSED.get(name)
 
 
 def canonical(field: str, value: object) -> str:
@@ -170,12 +177,16 @@ def _plain(field: str, place: str, value: object) -> Any:
         return [_plain(field, f"{place}[{i}]", each) for i, each in enumerate(value)]
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    advice = "use texts, numbers, true, false, None, lists and mappings."
-    if type(value).__module__ == "torch":
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    what, advice = repr(value), "use texts, numbers, true, false, None, lists and mappings."
+    if isinstance(value, Number) and hasattr(value, "item"):
+        advice = f"write {value.item()!r}."
+    elif type(value).__module__ == "torch":
         advice = f"write {str(value).removeprefix('torch.')!r}."
     elif hasattr(value, "to_dict"):
-        advice = f"write its settings as a mapping, such as {_NF4}."
-    raise SpecError(f"spec field {field!r} holds plain values, and {field}{place} is {value!r}: {advice}")
+        what, advice = f"a {type(value).__name__}", f"write its settings as a mapping, such as {_NF4}."
+    raise SpecError(f"spec field {field!r} holds plain values, and {field}{place} is {what}: {advice}")
 
 
 def _key(field: str, place: str, key: object) -> str:

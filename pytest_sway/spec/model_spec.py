@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
 from pytest_sway.spec.hub_names import ON_HUBS, adapter_label, in_subfolder, is_on_hub, normal_address, taken_apart
-from pytest_sway.spec.model_kwargs import canonical, in_short
+from pytest_sway.spec.model_kwargs import canonical, form_of, in_short
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 
 if TYPE_CHECKING:
@@ -213,10 +213,10 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _one_of(name: str, value: object, valid: Iterable[str]) -> str:
+def _one_of(name: str, value: object, valid: Iterable[str], *, hint: str = "") -> str:
     valid = tuple(valid)
     if value not in valid:
-        raise SpecError(f"spec field {name!r} must be one of {', '.join(valid)}; found {value!r}.")
+        raise SpecError(f"spec field {name!r} must be one of {', '.join(valid)}; found {value!r}.{hint}")
     return str(value)
 
 
@@ -227,10 +227,13 @@ def _kind(value: object) -> str:
 
 
 def _dtype(value: object) -> str:
-    if type(value).__module__ == "torch":
-        name = str(value).removeprefix("torch.")
+    name = str(value).removeprefix("torch.")
+    if type(value).__module__ == "torch" and name in _DTYPE_ALIASES:
         raise SpecError(f"spec field 'dtype' is a text: write {name!r}, not torch.{name}.")
-    return _one_of("dtype", _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value, DTYPES)
+    if not isinstance(value, str):
+        return _one_of("dtype", value, DTYPES)
+    form = form_of(value)
+    return _one_of("dtype", _DTYPE_ALIASES.get(name, value), DTYPES, hint="" if form is None else f" {form}")
 
 
 def _is_variable(value: object) -> bool:

@@ -69,6 +69,7 @@ def test_an_address_of_a_base_is_its_id_and_revision(address: str, revision: str
                 "hf://org/name@",
                 "https://huggingface.co/name",
                 "https://huggingface.co/datasets/org/name",
+                "hf://datasets/org/name",
                 "https://huggingface.co/org/name/blob/main/adapter_config.json",
                 "https://huggingface.co/org/name/tree",
                 "https://[huggingface.co/org/name",

@@ -6,8 +6,10 @@ import json
 import pickle
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pytest_sway.errors import SpecError
@@ -45,6 +47,10 @@ def test_a_spec_with_them_survives_as_plain_values_and_as_a_pickle() -> None:
     spec = _spec(model_kwargs={"quantization_config": NF4})
     assert parse_spec(json.loads(json.dumps(spec.as_dict()))) == spec
     assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_a_path_is_its_text() -> None:
+    assert _spec(model_kwargs={"offload_folder": Path("/a/b")}) == _spec(model_kwargs={"offload_folder": "/a/b"})
 
 
 def test_no_arguments_are_none() -> None:
@@ -108,9 +114,6 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         return {}
 
-    def __repr__(self) -> str:
-        return "Settings()"
-
 
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
@@ -123,9 +126,10 @@ class Settings:
         ),
         (
             {"quantization_config": Settings()},
-            "model_kwargs['quantization_config'] is Settings(): write its settings *",
+            "model_kwargs['quantization_config'] is a Settings: write its settings *",
         ),
         ({"max_memory": {"cpu": float("inf")}}, "model_kwargs['max_memory']['cpu'] is inf: use texts, numbers, *"),
+        ({"tp_size": np.int64(2)}, "model_kwargs['tp_size'] is np.int64(2): write 2."),
         ({"key_mapping": [object]}, "model_kwargs['key_mapping'][0] is <class 'object'>: use texts, numbers, *"),
         ({3.5: 1}, "has the key 3.5 in model_kwargs; a key must be a text or a number."),
     ],
@@ -168,6 +172,10 @@ def test_those_of_a_fine_tuned_model_need_one() -> None:
         ("attn_implementation", "Write model_kwargs={'attn_implementation': 'eager'}."),
         ("device_map", "Write device='cuda:0' for one device, or model_kwargs={'device_map': 'auto'} for several."),
         ("max_memory", "It is model_kwargs={'max_memory': ...}."),
+        ("model", "It is 'base'."),
+        ("peft", "It is 'adapter'."),
+        ("subfolder", "Write adapter_subfolder='...'."),
+        ("token", "Set the environment variable HF_TOKEN."),
     ],
 )
 def test_words_that_people_try_first_get_the_form_that_works(field: str, form: str) -> None:

@@ -117,7 +117,7 @@ def test_an_object_with_a_base_alone_is_enough() -> None:
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("float16", "fp16"), ("half", "fp16"), ("bfloat16", "bf16"), ("float32", "fp32"), ("float", "fp32")],
+    [("float16", "fp16"), ("half", "fp16"), ("bfloat16", "bf16"), ("float32", "fp32"), ("torch.bfloat16", "bf16")],
 )
 def test_torch_names_of_dtypes_are_understood(given: Any, meant: str) -> None:
     assert ModelSpec(base="org/base", dtype=given).dtype == meant
@@ -164,6 +164,11 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
         (
             {"base": "b", "dtype": "int3"},
             "spec field 'dtype' must be one of auto, fp16, bf16, fp32; found 'int3'.",
+        ),
+        (
+            {"base": "b", "dtype": "int8"},
+            "spec field 'dtype' must be one of auto, fp16, bf16, fp32; found 'int8'. To quantize it on load, write"
+            " model_kwargs={'quantization_config': {'load_in_8bit': True}}.",
         ),
         ({"base": "b", "dtype": None}, "spec field 'dtype' must be one of auto, fp16, bf16, fp32; found None."),
         (
@@ -316,6 +321,8 @@ def test_a_dtype_of_torch_is_refused_with_the_text_for_it() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(SpecError, match=r"^spec field 'dtype' is a text: write 'bfloat16', not torch\.bfloat16\.$"):
         parse_spec({"base": "b", "dtype": torch.bfloat16})
+    with pytest.raises(SpecError, match=r"must be one of auto, fp16, bf16, fp32; found torch\.float64\.$"):
+        parse_spec({"base": "b", "dtype": torch.float64})
 
 
 def test_a_name_that_stands_for_a_name_is_refused() -> None:
