@@ -7,9 +7,11 @@ both. Unlike in dlm-sway, any number of views may be open at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, runtime_checkable
+
+from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -89,12 +91,30 @@ class TokenDist:
         vocab_size: Number of logits; 0 if a server does not report it.
         tail_logprob: Log of the probability mass outside the ``k`` tokens, in nats. It is ``None`` if the ``k`` tokens
             are the whole vocabulary, and 0.0 if that mass is at most 1e-12. Both mean no tail, as in dlm-sway.
+        decode: Returns the texts of token ids; ``None`` if the view does not know them.
     """
 
     token_ids: NDArray[np.int64]
     logprobs: NDArray[np.float32]
     vocab_size: int
     tail_logprob: float | None = None
+    decode: Callable[[Sequence[int]], list[str]] | None = field(default=None, repr=False)
+
+    @property
+    def texts(self) -> list[str]:
+        """The text that each token adds after another one, such as ``" Paris"``, in the order of ``token_ids``.
+
+        Each access decodes them. A token that is a part of a character has the text U+FFFD.
+
+        Raises:
+            BackendUseError: The view does not know its tokens' texts.
+        """
+        if self.decode is None:
+            raise BackendUseError(
+                "this TokenDist has no texts: its backend, or its server, gives token ids alone. Decode token_ids with"
+                " the model's tokenizer."
+            )
+        return self.decode(self.token_ids.tolist())
 
 
 _SMALLEST_TAIL: Final = 1e-12

@@ -36,6 +36,9 @@ _TOKENISING: Final = (
 
 _LISTS: Final = ("tools", "documents")
 
+_SEEDS: Final = range(-(2**63), 2**64)
+"""What torch takes."""
+
 
 class SamplingParams(NamedTuple):
     """How new text is generated; `of` checks the values.
@@ -97,6 +100,19 @@ class SamplingParams(NamedTuple):
                 f" {max_length} tokens at once."
             )
         return room
+
+
+def checked_top_k(top_k: Any) -> int:
+    """Return the number of tokens of a distribution.
+
+    Raises:
+        ScoringError: It is no whole number, or below 1.
+    """
+    if not isinstance(top_k, Integral):
+        raise ScoringError(f"top_k must be a whole number, not {shown(top_k)}.")
+    if top_k < 1:
+        raise ScoringError(f"top_k must be at least 1, not {top_k}.")
+    return int(top_k)
 
 
 def until(text: str, stop: Iterable[str]) -> str:
@@ -216,7 +232,9 @@ def checked_messages(prompt: Iterable[Message] | Chat) -> Conversation:
         raise ScoringError("continue_final_message and add_generation_prompt exclude each other; pass one of them.")
     if continues is None and opens is None:
         continues = conversation[-1]["role"] == _ASSISTANT
-        if continues and not _has_text(conversation[-1]["content"]):
+        if continues and conversation[-1].get("tool_calls"):
+            continues, opens = False, False  # the turn is complete, and a tool's answer comes next
+        elif continues and not _has_text(conversation[-1]["content"]):
             conversation, continues = conversation[:-1], False  # the turn has no text to continue
             if not conversation:
                 raise ScoringError("the only message is an assistant's without content; there is nothing to continue.")
@@ -227,15 +245,21 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """Return one seed for each of ``count`` prompts.
 
     Raises:
-        ScoringError: There are more or fewer seeds than prompts.
+        ScoringError: A seed is no whole number, or there are more or fewer seeds than prompts.
     """
-    if isinstance(seed, int) or not hasattr(seed, "__len__"):
-        return [int(seed)] * count  # type: ignore[arg-type] # a whole number of another type, such as numpy's
-    if isinstance(seed, str | bytes | Mapping):
-        raise ScoringError(f"a seed is a whole number; found {shown(seed)}.")
-    if len(seed) != count:
-        raise ScoringError(f"there are {count} prompts and {len(seed)} seeds; pass one seed, or one for each prompt.")
-    return list(map(int, seed))
+    several = hasattr(seed, "__len__") and not isinstance(seed, str | bytes | Mapping)
+    if not several:
+        return [_seed(seed)] * count
+    found = [_seed(each) for each in seed]  # type: ignore[union-attr] # it has a length
+    if len(found) != count:
+        raise ScoringError(f"there are {count} prompts and {len(found)} seeds; pass one seed, or one for each prompt.")
+    return found
+
+
+def _seed(value: Any) -> int:
+    if not isinstance(value, Integral) or int(value) not in _SEEDS:
+        raise ScoringError(f"a seed is a whole number of at most 64 bits; found {shown(value)}.")
+    return int(value)
 
 
 def _checked_args(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +268,7 @@ def _checked_args(args: Mapping[str, Any]) -> dict[str, Any]:
             raise ScoringError(f"{name} is no argument for a chat template here: messages are rendered as text.")
         if name in _LISTS and value is not None and not isinstance(value, list | tuple):
             raise ScoringError(f"{name} must be a list, with one entry for each; found {shown(value)}.")
-    return dict(args)
+    return {name: value for name, value in args.items() if value or name not in _LISTS}  # none are nothing to read
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:
@@ -264,7 +288,7 @@ def _has_text(content: Any) -> bool:
 
 
 def _checked(message: Message) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+    if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & message.keys():
         raise ScoringError(f"expected a message with 'role' and 'content'; found {shown(message)}.")
-    whole(message["content"])
+    whole(message.get("content"))
     return dict(message)

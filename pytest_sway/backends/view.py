@@ -13,12 +13,13 @@ from pytest_sway.backends.questions import (
     SamplingParams,
     checked_pair,
     checked_text,
+    checked_top_k,
     listed,
     refuse_unknown,
     seeds,
     whole,
 )
-from pytest_sway.errors import BackendClosedError, ScoringError, ViewClosedError
+from pytest_sway.errors import BackendClosedError, ViewClosedError
 from pytest_sway.protocols import NEW_TOKENS, Chat
 
 if TYPE_CHECKING:
@@ -142,9 +143,8 @@ class BaseView(ABC, Generic[O]):
     def next_token_dists(self, prompts: Iterable[Prompt], *, top_k: int = 256) -> list[TokenDist]:
         """Return `next_token_dist` for each prompt, in their order."""
         self._open()
-        if top_k < 1:
-            raise ScoringError(f"top_k must be at least 1, not {top_k}.")
-        return self._dists([whole(prompt) for prompt in listed(prompts, "prompts")], top_k)
+        most = checked_top_k(top_k)
+        return self._dists([whole(prompt) for prompt in listed(prompts, "prompts")], most)
 
     def generate(
         self,

@@ -84,6 +84,16 @@ def test_mappings_of_fields_count_and_have_readable_ids(suite: Suite) -> None:
     ]
 
 
+def test_a_mapping_of_something_else_keeps_pytests_id(suite: Suite) -> None:
+    source = """
+import numpy as np
+
+@pytest.mark.parametrize("wave", [{"base": np.zeros(2), "adapter": np.zeros(2)}])
+def test_x(wave): pass
+"""
+    assert order(suite, source) == ["test_x[wave0]"]
+
+
 def test_ids_of_the_users_own_stay(suite: Suite) -> None:
     source = '@pytest.mark.parametrize("spec", [{"base": "org/a"}], ids=["mine"])\ndef test_x(spec): pass'
     assert order(suite, source) == ["test_x[mine]"]

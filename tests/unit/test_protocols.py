@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pytest_sway.comparison.questions import Questions
+from pytest_sway.errors import BackendUseError
 from pytest_sway.protocols import (
     Chat,
     DifferentialBackend,
@@ -58,6 +59,13 @@ def test_answers_cannot_be_changed() -> None:
     assert dist.tail_logprob is None
     with pytest.raises(FrozenInstanceError):
         dist.vocab_size = 2  # type: ignore[misc]
+
+
+def test_a_distribution_without_texts_says_so() -> None:
+    dist = TokenDist(np.array([1, 0]), np.array([-0.1, -2.0], dtype=np.float32), vocab_size=2)
+    with pytest.raises(BackendUseError, match=r"has no texts: .* gives token ids alone\. Decode token_ids with"):
+        _ = dist.texts
+    assert replace(dist, decode=lambda ids: [f" {i}" for i in ids]).texts == [" 1", " 0"]
 
 
 def test_a_chat_is_known_by_what_it_says() -> None:

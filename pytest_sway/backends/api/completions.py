@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from pytest_sway.system.wording import shown
 
@@ -31,6 +31,20 @@ class MalformedError(ValueError):
     """An answer does not have the form of a completion; the text says where."""
 
 
+class Candidate(NamedTuple):
+    """A token that may come next.
+
+    Attributes:
+        token_id: As `Token` has it.
+        logprob: In nats.
+        text: The server's spelling; ``None`` if it gives the id alone.
+    """
+
+    token_id: int
+    logprob: float
+    text: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     """One token of an answer.
@@ -39,13 +53,13 @@ class Token:
         text: The server's spelling.
         token_id: Its id in the vocabulary if the server gives it; otherwise `stand_in` of its spelling.
         logprob: In nats; ``None`` if the server gives none, as for the first token of a text.
-        top: The most probable tokens in its place, in order, as pairs of an id and nats.
+        top: The most probable tokens in its place, in order.
     """
 
     text: str
     token_id: int
     logprob: float | None
-    top: tuple[tuple[int, float], ...]
+    top: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +125,7 @@ def _tokens(logprobs: Any) -> tuple[Token, ...] | None:
 def _from_lists(text: Any, logprob: Any, top: Any) -> Token:
     text = _typed(text, str, "one of 'tokens'")
     candidates = [
-        (_number_of(spelling), _nats(value, "one of 'top_logprobs'"))
+        Candidate(_number_of(spelling), _nats(value, "one of 'top_logprobs'"), _spelled(spelling))
         for spelling, value in _typed(top or {}, dict, "one of 'top_logprobs'").items()
     ]
     return Token(
@@ -123,23 +137,24 @@ def _from_lists(text: Any, logprob: Any, top: Any) -> Token:
 
 
 def _from_entry(entry: Any) -> Token:
-    token_id, logprob = _identified(entry)
+    token_id, logprob, text = _identified(entry)
     top = _typed(entry.get("top_logprobs") or [], list, "'top_logprobs'")
-    text = entry.get("token")
     return Token(
-        text=text if isinstance(text, str) else "",
+        text=text or "",
         token_id=token_id,
         logprob=logprob,
         top=_descending([_identified(candidate) for candidate in top]),
     )
 
 
-def _identified(entry: Any) -> tuple[int, float]:
+def _identified(entry: Any) -> Candidate:
     entry = _typed(entry, dict, "one of 'content'")
     logprob = _nats(entry.get("logprob"), "one of 'logprob'")
     if isinstance(entry.get("id"), int) and not isinstance(entry["id"], bool):
-        return entry["id"], logprob
-    return _number_of(_item(entry, "token", str)), logprob
+        text = entry.get("token")
+        return Candidate(entry["id"], logprob, text if isinstance(text, str) else None)
+    text = _item(entry, "token", str)
+    return Candidate(_number_of(text), logprob, _spelled(text))
 
 
 def _number_of(text: str) -> int:
@@ -147,8 +162,12 @@ def _number_of(text: str) -> int:
     return int(given[1]) if given else stand_in(text)
 
 
-def _descending(candidates: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    return tuple(sorted(candidates, key=lambda candidate: (-candidate[1], candidate[0])))
+def _spelled(text: str) -> str | None:
+    return None if _TOKEN_ID.fullmatch(text) else text
+
+
+def _descending(candidates: list[Candidate]) -> tuple[Candidate, ...]:
+    return tuple(sorted(candidates, key=lambda each: (-each.logprob, each.token_id)))
 
 
 def _nats(value: Any, where: str) -> float:

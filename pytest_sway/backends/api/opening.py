@@ -9,6 +9,7 @@ from pytest_sway.backends.api.served_model import ServedModel
 from pytest_sway.errors import AdapterMismatchError, ScoringError, SpecError
 
 if TYPE_CHECKING:
+    from pytest_sway.backends.api.completions import Candidate
     from pytest_sway.backends.api.connection import Connection
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -64,7 +65,7 @@ async def _open(connection: Connection, endpoint: str, name: str) -> ServedModel
     )
 
 
-async def _fingerprint(model: ServedModel) -> tuple[tuple[int, float], ...] | None:
+async def _fingerprint(model: ServedModel) -> tuple[Candidate, ...] | None:
     """A model's distribution after a fixed prompt; ``None`` if its server gives no log-probabilities."""
     try:
         completion = await model.complete_scored(_PROBE_TOP, prompt=_PROBE, max_tokens=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import RollingLogprob, TokenDist, log_of_tail
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pytest_sway.backends.api.completions import Token
     from pytest_sway.backends.api.echo import Echo
@@ -77,11 +78,17 @@ async def next_token_dist(model: ServedModel, prompt: Prompt, top_k: int) -> Tok
             f"{model} gave no distribution of the token after {prompt[-80:]!r}. Servers omit it if the text ends there,"
             " and for an empty prompt."
         )
-    logprobs = np.array([logprob for _, logprob in top], np.float32)
+    logprobs = np.array([each.logprob for each in top], np.float32)
     tail: float | None = None
     if len(top) != model.vocabulary:
         tail = log_of_tail(1.0 - math.fsum(np.exp(logprobs.astype(np.float64))))
-    return TokenDist(np.array([token for token, _ in top], np.int64), logprobs, model.vocabulary, tail)
+    texts = {each.token_id: each.text for each in top if each.text is not None}
+    decode = partial(_texts, texts) if len(texts) == len(top) else None
+    return TokenDist(np.array([each.token_id for each in top], np.int64), logprobs, model.vocabulary, tail, decode)
+
+
+def _texts(texts: Mapping[int, str], ids: Sequence[int]) -> list[str]:
+    return [texts[token] for token in ids]
 
 
 async def generate(model: ServedModel, prompt: Prompt, settings: SamplingParams, seed: int) -> str:

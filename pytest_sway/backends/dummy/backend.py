@@ -161,7 +161,7 @@ def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     conversation = checked_messages(prompt)
-    lines = [f"{message['role']}: {message['content']}" for message in conversation.messages]
+    lines = [f"{message['role']}: {message.get('content')}" for message in conversation.messages]
     return "\n".join([*lines, "assistant:"] if conversation.opens else lines)
 
 
@@ -178,7 +178,11 @@ def _cut(dist: Dist, top_k: int) -> TokenDist:
 
     left = dist.tail_logprob if top_k >= len(dist.logprobs) else tail(dist.logprobs[:top_k], dist.vocab_size)
     ids, logprobs = np.array(dist.token_ids[:top_k]), np.array(dist.logprobs[:top_k])
-    return TokenDist(ids.astype(np.int64), logprobs.astype(np.float32), dist.vocab_size, left)
+    return TokenDist(ids.astype(np.int64), logprobs.astype(np.float32), dist.vocab_size, left, _spelled)
+
+
+def _spelled(ids: Iterable[int]) -> list[str]:
+    return [f" token{number}" for number in ids]
 
 
 class DummyBuilder(Build):

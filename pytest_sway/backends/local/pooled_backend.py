@@ -7,24 +7,26 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pytest_sway.backends.contract import HintsAtViews, opens_view, preflight
 from pytest_sway.backends.text import chat
+from pytest_sway.backends.text.tokens import token_texts
 from pytest_sway.backends.view import BaseView, closed_error, null_id
 from pytest_sway.errors import BackendUseError, NoAdapterError
 from pytest_sway.system.frames import forget_frames
 from pytest_sway.system.wording import summarised
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
     from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.backends.local.pool import PoolLease
     from pytest_sway.backends.local.pooled_builder import Recorded
     from pytest_sway.backends.local.tokenizer_copies import RustRecord
-    from pytest_sway.protocols import Chat, Message
+    from pytest_sway.protocols import Chat, Message, TokenDist
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
@@ -66,6 +68,15 @@ class PooledView(BaseView["PooledBackend[Any, Any]"]):
 
     def _rendered(self, messages: Iterable[Message] | Chat) -> str:
         return str(self._run(_render, messages))
+
+    def _with_texts(self, dists: list[TokenDist]) -> list[TokenDist]:
+        """Return distributions that can give the texts of their tokens, also after the view is closed."""
+        decode = self._run(_decoder)
+        return [replace(dist, decode=decode) for dist in dists]
+
+
+def _decoder(engine: Any) -> Callable[[Sequence[int]], list[str]]:
+    return partial(token_texts, engine.tokenizer)
 
 
 def _render(engine: Any, messages: Iterable[Message] | Chat) -> str:

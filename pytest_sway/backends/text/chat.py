@@ -62,11 +62,12 @@ def render(tokenizer: Any, messages: Iterable[Message] | Chat) -> str:
             "the tokenizer has no chat template, so messages cannot be rendered. Pass the prompt as text, or use the"
             " model's instruction-tuned variant."
         )
+    place = partial(_place, tokenizer, args)
     how = {"continue_final_message": continues} if continues else {"add_generation_prompt": opens}
     how |= {"tokenize": False, **args}
     try:
         unread = _unread(tokenizer, args)
-        text = str(_in_time(tokenizer, partial(tokenizer.apply_chat_template, conversation, **how)))
+        text = str(_in_time(place, partial(tokenizer.apply_chat_template, conversation, **how)))
     except ScoringError:
         raise
     except Exception as error:  # a template is a program, and can raise anything
@@ -74,24 +75,24 @@ def render(tokenizer: Any, messages: Iterable[Message] | Chat) -> str:
         given = f" and the arguments {', '.join(args)}" if args else ""
         raise ScoringError(
             f"the tokenizer's chat template refuses messages with the roles {roles}{given}:"
-            f" {str(error)[:300].rstrip('.')}. The template is {template_place(tokenizer)}."
+            f" {str(error)[:300].rstrip('.')}. The template is {place()}."
         ) from error
     if unread:
         raise ScoringError(
             f"the tokenizer's chat template does not read {', '.join(unread)}, so it would change nothing. Leave it"
-            f" out, or check its spelling. The template is {template_place(tokenizer)}."
+            f" out, or check its spelling. The template is {place()}."
         )
     said = sum(len(str(each)) for each in (*conversation, *args.values()))
     if len(text) > _MOST_ADDED + 4 * said:
         raise ScoringError(
             f"the tokenizer's chat template renders messages of {said:,} characters as {len(text):,} characters, more"
-            f" than any model reads. Fix the template ({template_place(tokenizer)})."
+            f" than any model reads. Fix the template ({place()})."
         )
     if continues and _END_OF_CONTENT in text and not any(_END_OF_CONTENT in str(each) for each in conversation):
         raise ScoringError(
             "the tokenizer's chat template prints the last message more than once, so the assistant's turn cannot be"
             " continued. End the messages with a user's, or fix the template"
-            f" ({template_place(tokenizer)})."
+            f" ({place()})."
         )
     return text
 
@@ -105,7 +106,12 @@ def _unread(tokenizer: Any, args: Mapping[str, Any]) -> list[str]:
     return [name for name in args if name not in words]
 
 
-def _in_time(tokenizer: Any, render: Callable[[], Any]) -> Any:
+def _place(tokenizer: Any, args: Mapping[str, Any]) -> str:
+    """Return where the template is that a conversation was rendered with."""
+    return "the argument chat_template" if args.get("chat_template") else template_place(tokenizer)
+
+
+def _in_time(place: Callable[[], str], render: Callable[[], Any]) -> Any:
     """Run a template in a thread that can be abandoned: a template is a program, and may never end."""
     outcome: Future[Any] = Future()
 
@@ -124,7 +130,6 @@ def _in_time(tokenizer: Any, render: Callable[[], Any]) -> Any:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
     if not outcome.done():
         raise ScoringError(
-            f"the tokenizer's chat template takes more than {_PATIENCE:g} s. Fix the template"
-            f" ({template_place(tokenizer)})."
+            f"the tokenizer's chat template takes more than {_PATIENCE:g} s. Fix the template ({place()})."
         )
     return outcome.result()

@@ -229,6 +229,15 @@ def require_known(tokenizer: Any, ids: Iterable[int], rows: int | None) -> None:
         )
 
 
+def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """Return the text that each token adds after another one: many tokenizers drop the space before a first word."""
+    return [_decoded(tokenizer, [i, i])[len(_decoded(tokenizer, [i])) :] for i in ids]
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 

@@ -163,6 +163,7 @@ def test_what_is_made_up_fits_together() -> None:
         assert rest.total_logprob == pytest.approx(base.logprob_of("the", " sun rises"))
         assert base.rolling_logprob("", prefix=False).num_tokens == 0
         dist = base.next_token_dist("the sun")
+        assert dist.texts[:2] == [" token0", " token1"]
         assert dist.tail_logprob is not None
         assert np.exp(dist.logprobs).sum() + math.exp(dist.tail_logprob) == pytest.approx(1.0)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pytest_sway.errors import ScoringError
+from pytest_sway.errors import BackendUseError, ScoringError
 from pytest_sway.protocols import BatchView, TokenDist, View
 from tests.unit.backends.api.conftest import Build
 from tests.unit.backends.api.toy import VOCABULARY, Toy, distribution, number, reply, text_nats, tokenize
@@ -195,6 +195,22 @@ def test_a_whole_vocabulary_has_no_tail(build: Build) -> None:
         dist = view.next_token_dist(PROMPT, top_k=1000)
     assert dist.vocab_size == dist.logprobs.size == len(VOCABULARY)
     assert dist.tail_logprob is None
+
+
+@pytest.mark.parametrize("toy", ["openai", "llama-server", "mlx"], indirect=True)
+def test_its_texts_are_the_servers_spelling(build: Build) -> None:
+    with build().as_base() as view:
+        dist = view.next_token_dist(PROMPT, top_k=3)
+    after = distribution("base", tokenize(PROMPT))
+    assert dist.texts == sorted(after, key=lambda token: -after[token])[:3]
+
+
+@pytest.mark.parametrize("toy", ["vllm"], indirect=True)
+def test_it_has_no_texts_where_the_server_gives_ids_alone(build: Build) -> None:
+    with build().as_base() as view:
+        dist = view.next_token_dist(PROMPT, top_k=3)
+    with pytest.raises(BackendUseError, match="or its server, gives token ids alone"):
+        _ = dist.texts
 
 
 def test_top_k_starts_at_one(build: Build) -> None:

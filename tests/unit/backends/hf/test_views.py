@@ -45,6 +45,14 @@ def test_logprob_of_agrees_with_transformers(build: Any, base: Path, adapter: Pa
         assert tuned.logprob_of(PROMPT, ANSWER) == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_distribution_gives_the_texts_of_its_tokens_also_after_the_view(build: Any, base: Path) -> None:
+    with build(base).as_base() as view:
+        dist, whole = view.next_token_dist(PROMPT, top_k=3), view.next_token_dist(PROMPT, top_k=10**6)
+        assert view.generate(PROMPT, max_new_tokens=1) == dist.texts[0].strip()
+        assert view.logprob_of(PROMPT, " east") == pytest.approx(whole.logprobs[whole.texts.index(" east")], abs=1e-5)
+    assert dist.texts == whole.texts[:3]
+
+
 def test_the_prompts_trailing_space_belongs_to_the_completion(build: Any, base: Path) -> None:
     with build(base).as_base() as view:
         assert view.logprob_of(PROMPT + " ", ANSWER.strip()) == view.logprob_of(PROMPT, ANSWER)

@@ -12,7 +12,7 @@ import transformers
 from pytest_sway import Chat
 from pytest_sway.comparison.token_scores import token_scores
 from pytest_sway.errors import ScoringError
-from tests.tiny import make_base
+from tests.tiny import make_base, set_template
 from tests.unit.backends.hf.insides import WAIT, computing_model
 
 TEMPLATE = (
@@ -87,6 +87,23 @@ def test_a_turn_without_content_is_one_that_begins(build: Any, chat_base: Path, 
         assert view.render([*MESSAGES, {"role": "assistant", "content": content}]) == RENDERED
         with pytest.raises(ScoringError, match="the only message is an assistant's without content"):
             view.render([{"role": "assistant", "content": content}])
+
+
+def test_no_tools_need_no_template_that_reads_them(build: Any, chat_base: Path) -> None:
+    with build(chat_base).as_base() as view:
+        assert view.render(MESSAGES, tools=None, documents=[]) == RENDERED
+
+
+def test_a_call_of_a_tool_needs_no_content_and_ends_its_turn(build: Any, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
+        "{% endif %} . {% endfor %}{% if add_generation_prompt %}she said :{% endif %}"
+    )
+    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "sun", "arguments": {}}}]}
+    with build(set_template(make_base(tmp_path), template)).as_base() as view:
+        assert view.render([MESSAGES[0], called]) == "user : hello . assistant : sun . "
+        answered = [MESSAGES[0], called, {"role": "tool", "content": "moon"}]
+        assert view.render(answered) == "user : hello . assistant : sun . tool : moon . she said :"
 
 
 def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:
@@ -208,6 +225,7 @@ def args_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"documents": [{"text": "the sun"}]},
             "the sun . user : hello . assistant : world . user : hello . she said :",
         ),
+        ({"tools": None, "documents": []}, "user : hello . assistant : world . user : hello . she said :"),
         ({"continue_final_message": True}, "user : hello . assistant : world . user : hello"),
         ({"add_generation_prompt": False}, "user : hello . assistant : world . user : hello . "),
         ({"chat_template": "{{ messages[0].content }} {{ word }}", "word": "sun"}, "hello sun"),
@@ -243,6 +261,10 @@ def test_an_assistants_turn_is_continued_or_not_as_you_say(build: Any, args_base
         ({"enable_thinkng": False}, "template does not read enable_thinkng, so it would change nothing"),
         ({"tokenize": True}, "tokenize is no argument for a chat template here: messages are rendered as text"),
         ({"tools": weather}, "tools must be a list, with one entry for each; found <function weather"),
+        (
+            {"chat_template": "{{ messages"},
+            r"unexpected end of template.*\. The template is the argument chat_template\.",
+        ),
         ({"tools": [len, print]}, "refuses messages with the roles user, assistant, user and the arguments tools: "),
         (
             {"continue_final_message": True, "add_generation_prompt": True},

@@ -16,6 +16,7 @@ from pytest_sway.backends.text.tokens import (
     max_length_of,
     require_known,
     rolling_windows,
+    token_texts,
 )
 from pytest_sway.errors import ScoringError
 
@@ -37,7 +38,7 @@ class Letters:
     def num_special_tokens_to_add(self, *, pair: bool) -> int:
         return int(self.adds_bos) + len(self.behind)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], **_: Any) -> str:
         return "".join(map(chr, ids))
 
     def convert_ids_to_tokens(self, token: int) -> str:
@@ -178,3 +179,30 @@ def test_a_token_without_an_embedding_is_named() -> None:
     require_known(PLAIN, [97], None)
     with pytest.raises(ScoringError, match="gives token 98, 'b', but the model has embeddings for only 98 tokens"):
         require_known(PLAIN, [97, 98], 98)
+
+
+def _sentencepiece() -> Any:
+    """A tokenizer that drops the space before a first word, and has a token for a part of a character."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab: list[tuple[str, float]] = [
+        ("<unk>", 0.0),
+        ("\u2581Paris", -1.0),
+        ("is", -1.0),
+        ("<0xE2>", -9.0),
+        ("</s>", 0.0),
+    ]
+    tokenizer = Tokenizer(models.Unigram(vocab, 0, byte_fallback=True))
+    strip: Any = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    from transformers import PreTrainedTokenizerFast
+
+    kind: Any = PreTrainedTokenizerFast
+    return kind(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=True)
+
+
+def test_a_tokens_text_is_what_it_adds_after_another_token() -> None:
+    tokenizer = _sentencepiece()
+    assert tokenizer.decode([1]) == "Paris"
+    assert token_texts(tokenizer, [1, 2, 3, 4]) == [" Paris", "is", "\ufffd", "</s>"]
+    assert token_texts(PLAIN, [ord("a")]) == ["a"]
