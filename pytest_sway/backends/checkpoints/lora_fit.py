@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
+BODIES: Final = ("model.language_model.", "language_model.model.", "model.text_model.", "language_model.", "model.")
+"""Where classes of transformers have their text model, without its output layer; the longest names first.
+
+It is ``model.layers`` in a causal language model, and in the multimodal class of some types before transformers 4.52;
+``model.language_model.layers`` in a multimodal class; and ``language_model.model.layers`` in most of these before 4.52.
+"""
+HEADS: Final = ("language_model.lm_head.", "lm_head.")
+"""Where they have its output layer."""
+
 # Types of models whose files name tensors as the loaded model does. Others rename, split or fuse them on loading.
 _NAMED_AS_LOADED: Final = frozenset(
     {"gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
@@ -45,7 +54,8 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
         and any(name.startswith("model.layers.") for name in base)
         and not files.config.get("layer_replication")  # this renumbers the layers
     ):
-        missing = sorted({m for m, _, _ in factors if f"{m}.weight" not in base and m != "lm_head"})
+        changed = {module for module, _, _ in factors if not f"{module}.".startswith(HEADS)}
+        missing = sorted(m for m in changed if not {f"{m}.weight", f"{_in_causal_model(m)}.weight"} & base.keys())
         if missing:
             raise AdapterMismatchError(
                 f"the adapter {str(files.folder)!r} does not fit the base {spec.base!r}: {len(missing)} of the"
@@ -62,6 +72,12 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
             f"the adapter {str(files.folder)!r} does not fit the base {spec.base!r}: {len(wrong)} of its tensors have"
             f" other sizes than the base's modules ({some(wrong)}). Name the base that it was trained on."
         )
+
+
+def _in_causal_model(module: str) -> str:
+    """Return the name that a module of a text model has in a causal language model."""
+    body = next((body for body in BODIES if module.startswith(body)), None)
+    return module if body is None else f"model.{module.removeprefix(body)}"
 
 
 def _factors(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, str, TensorEntry]]:

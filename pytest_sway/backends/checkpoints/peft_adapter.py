@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -69,14 +69,20 @@ class AdapterFiles:
     Attributes:
         folder: The folder.
         config: Its ``adapter_config.json``.
-        entries: Its tensors by PEFT's name; ``None`` where they exist only as a pickle.
+        entries: Its tensors by PEFT's name, in the file's order; ``None`` where they exist only as a pickle.
         taken_out: Parts that the names have in the file, and not in PEFT.
+        renamed: Other names of tensors in the loaded base, by PEFT's name.
     """
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry] | None
     taken_out: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Return the tensors of its file by the names of `entries`."""
+        return {self.renamed.get(name, name): tensor for name, tensor in with_peft_names(tensors).items()}
 
     @property
     def weights(self) -> Path:

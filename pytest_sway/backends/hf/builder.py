@@ -11,7 +11,6 @@ from pytest_sway.backends.hf.loading.pickles import with_entries
 from pytest_sway.backends.hf.loading.placement import resolve_placement
 from pytest_sway.backends.hf.scoring.answer_cache import DEFAULT_BYTES, AnswerCache
 from pytest_sway.backends.local.pooled_builder import PooledBuilder
-from pytest_sway.spec.model_kwargs import in_short
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,10 +118,12 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
     def _load_base(self, spec: ModelSpec) -> LoadedBase:
         base = self._base_loader()(spec)
         if self._score_cache:
-            base.memory = AnswerCache(
-                self._score_cache, partial(self._recalled, f"{spec.base}{in_short(spec.model_kwargs)}")
-            )
+            base.memory = AnswerCache(self._score_cache, partial(self._recalled, self._name_of(base, spec)))
         return base
+
+    def _name_of(self, base: LoadedBase, spec: ModelSpec) -> str:
+        notable = base.notable_class
+        return super()._name_of(base, spec) + (f" ({notable})" if notable else "")
 
     @staticmethod
     def _close_base(base: LoadedBase) -> None:

@@ -153,5 +153,9 @@ class PooledBuilder(Build, ABC, Generic[B]):
         with explained_model(spec):
             base = self._load_base(spec)
         if self._on_base_load is not None:
-            self._on_base_load(f"{spec.base}{in_short(spec.model_kwargs)}", time.perf_counter() - started)
+            self._on_base_load(self._name_of(base, spec), time.perf_counter() - started)
         return base
+
+    def _name_of(self, _base: B, spec: ModelSpec) -> str:
+        """Return a loaded base's name in the summary."""
+        return f"{spec.base}{in_short(spec.model_kwargs)}"

@@ -14,9 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter, warn_of_names, with_peft_names
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter, warn_of_names
 from pytest_sway.backends.hf.adapters.packed_weights import read_packed
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, refused
+from pytest_sway.backends.hf.adapters.relocation import relocated
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify_weights import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
@@ -54,6 +55,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
         SpecError: PEFT rejects a field of its config.
     """
     warn_of_names(files)
+    files = relocated(base.pristine.model, files)
     explaining = explained(base, files, tokenizer)
     with explaining, quiet_process(), seeded(base.device):  # random initial weights are the same each time
         adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
@@ -69,7 +71,8 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
     def attempt(folder: Path) -> None:
         import torch
 
-        model = _loaded_again(base, with_entries(read_adapter(folder, allow_pickle=True)), tokenizer)
+        again_read = with_entries(read_adapter(folder, allow_pickle=True))
+        model = _loaded_again(base, relocated(base.pristine.model, again_read), tokenizer)
         with torch.inference_mode():
             model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only in a pass
             if again is not None:
@@ -158,17 +161,16 @@ def _config(files: AdapterFiles) -> Any:
 
 @contextmanager
 def _folder_for_peft(files: AdapterFiles) -> Iterator[Path]:
-    """Yield the adapter's folder, or a temporary copy of its weights with PEFT's names."""
-    if not files.taken_out:
+    """Yield the adapter's folder, or a temporary copy of its weights with its names in the base."""
+    if not (files.taken_out or files.renamed):
         yield files.folder
         return
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     with TemporaryDirectory(prefix="pytest-sway-") as made:
         folder = Path(made)
         (folder / CONFIG).symlink_to((files.folder / CONFIG).absolute())
-        tensors = load_file(str(files.weights))
-        save_file(with_peft_names(tensors), str(folder / files.weights.name))
+        save_file(_read_tensors(files, "cpu"), str(folder / files.weights.name))
         yield folder
 
 
@@ -200,7 +202,7 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     if packed is not None:
         weights, whole = packed
         return _on_skeleton(files, skeleton, config, weights, (whole,))
-    tensors = _read_tensors(files, base)
+    tensors = _read_tensors(files, str(base.device))
     weights = {name: _parameter(tensors[name], place, base) for name, place in skeleton.places.items()}
     return _on_skeleton(files, skeleton, config, weights)
 
@@ -213,14 +215,12 @@ def _on_skeleton(
     return Adapter(files, OnSkeleton(skeleton, config, weights, memory), own, skeleton.scaling, memory)
 
 
-def _read_tensors(files: AdapterFiles, base: LoadedBase) -> dict[str, Any]:
+def _read_tensors(files: AdapterFiles, device: str) -> dict[str, Any]:
     """Read the tensors of an adapter's file by name. Callers copy them before use."""
     from safetensors.torch import load_file
 
-    device = str(base.device)
-    if not files.weights.is_file():
-        return read_pickle(files, device)
-    return with_peft_names(load_file(str(files.weights), device=device))
+    is_pickle = not files.weights.is_file()
+    return files.named(read_pickle(files, device) if is_pickle else load_file(str(files.weights), device=device))
 
 
 def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:

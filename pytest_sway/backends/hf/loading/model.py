@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, config_of, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.base_misfits import other_sizes, why_lacking
+from pytest_sway.backends.hf.loading.classes import auto_class, has_parts, require_type
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
 from pytest_sway.backends.hf.loading.model_kwargs import (
@@ -23,8 +23,6 @@ from pytest_sway.backends.libraries.culprits import Asked, culprit, named_culpri
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec.model_kwargs import quantization_of
-from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
-from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -33,6 +31,10 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
+
+
+_SMALL: Final = 10_000_000
+"""Weights that take no noteworthy memory."""
 
 
 def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
@@ -74,36 +76,10 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
     return model
 
 
-def require_type(spec: ModelSpec) -> None:
-    """Raise if a base's config names a type without a causal language model. A config on the hub is not fetched.
-
-    Raises:
-        SpecError: transformers does not know the type, or has no causal language model of it.
-    """
-    import transformers
-
-    path = None if gguf_file(spec) else base_file(spec, "config.json")
-    config = {} if path is None else json.loads(read_bounded(path, CONFIG_BYTES))
-    known: Any = transformers.CONFIG_MAPPING
-    kind = config.get("model_type")
-    if kind is None or (config.get("auto_map") and spec.trust_remote_code):
-        return
-    if not isinstance(kind, str) or kind not in known:
-        raise SpecError(
-            f"{str(path)!r} has model_type = {shown(kind)}, which the installed transformers"
-            f" {transformers.__version__} does not know. Upgrade transformers, or save the model again."
-        )
-    if known[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise SpecError(
-            f"{str(path)!r} has model_type = {kind!r}, and transformers has no causal language model of that type: it"
-            " may be a multimodal model or an encoder. Name the folder of a causal language model."
-        )
-
-
 def _own(spec: ModelSpec, arguments: Mapping[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    auto = _auto_class(spec)
+    _require_enough_weights(spec)
+    loaded: Any = auto.from_pretrained(
         spec.base,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
@@ -117,6 +93,38 @@ def _own(spec: ModelSpec, arguments: Mapping[str, Any]) -> Any:
     return model
 
 
+def _auto_class(spec: ModelSpec) -> Any:
+    """Return the ``AutoModel...`` that loads a spec's base. If its config is on a hub, it is fetched."""
+    from transformers import AutoConfig
+
+    if not config_of(spec):
+        AutoConfig.from_pretrained(spec.base, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    return auto_class(config_of(spec), trust_remote_code=spec.trust_remote_code)
+
+
+def _require_enough_weights(spec: ModelSpec) -> None:
+    """Raise if a multimodal base has no ``text_config``, and the defaults are of a far larger model than its files.
+
+    transformers would fill its missing weights, gigabytes of them, before it reports them.
+
+    Raises:
+        WeightsError: They are.
+    """
+    config, path = config_of(spec), base_file(spec, "config.json")
+    if path is None or spec.trust_remote_code or "text_config" in config or not has_parts(config):
+        return
+    entries = base_entries(spec)
+    if entries is None or config.get("quantization_config"):
+        return
+    asked = sum(tensor.numel() for tensor in _made(spec, path.parent).state_dict().values())
+    stored = sum(entry.numel for entry in entries.values())
+    if asked > 2 * stored + _SMALL:
+        raise WeightsError(
+            f"{str(path)!r} has no text_config, and with transformers' defaults its model has {asked:,} weights;"
+            f" the files have {stored:,}. Copy or save the model again, config and weights together."
+        )
+
+
 def _from(folder: Path, spec: ModelSpec, gguf: Path | None, arguments: Mapping[str, Any]) -> Any:
     """Load a model with a folder's weights, mapped, and the base's own config, code and name.
 
@@ -126,7 +134,8 @@ def _from(folder: Path, spec: ModelSpec, gguf: Path | None, arguments: Mapping[s
 
     source = spec.base if gguf is None else str(folder)
     config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    auto: Any = _auto_class(spec) if gguf is None else AutoModelForCausalLM
+    model: Any = auto.from_pretrained(
         str(folder),
         config=config,
         trust_remote_code=spec.trust_remote_code,
@@ -154,13 +163,19 @@ def _asked(spec: ModelSpec) -> Asked | None:
 def _made(spec: ModelSpec, folder: Path) -> Any:
     """Return the model that a folder's config describes, on the meta device."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
     with quiet_process():
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=spec.trust_remote_code)
+        auto, config = _described(folder, trust_remote_code=spec.trust_remote_code)
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def _described(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return the ``AutoModel...`` that makes the model of a folder's config, and that config of transformers'."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    return auto_class(config.to_dict(), trust_remote_code=trust_remote_code), config
 
 
 def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
@@ -172,11 +187,9 @@ def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
     def attempt(folder: Path) -> None:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from transformers import AutoConfig, AutoModelForCausalLM
 
-        auto: Any = AutoModelForCausalLM
         with quiet_process(), torch.inference_mode():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            auto, config = _described(folder)
             with FakeTensorMode(allow_non_fake_inputs=True):  # some of a model's code does not run on the meta device
                 model = auto.from_config(config, trust_remote_code=False).eval()
                 model(input_ids=torch.zeros((1, 2), dtype=torch.long))

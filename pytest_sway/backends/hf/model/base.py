@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
-from pytest_sway.backends.checkpoints.hub_files import base_file
+from pytest_sway.backends.checkpoints.hub_files import base_file, config_of
 from pytest_sway.backends.hf.hygiene.contents import ContentsRecord, PatchRecord
 from pytest_sway.backends.hf.hygiene.heap import trim_heap
 from pytest_sway.backends.hf.hygiene.weights_watch import measured
+from pytest_sway.backends.hf.loading.classes import is_multimodal, require_type
 from pytest_sway.backends.hf.loading.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.loading.libraries import quiet_process
-from pytest_sway.backends.hf.loading.model import load_model, require_type
+from pytest_sway.backends.hf.loading.model import load_model
 from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.hf.model.known_skeletons import Skeletons
 from pytest_sway.backends.hf.model.pristine import Pristine
@@ -102,6 +103,13 @@ class LoadedBase:
     def closed(self) -> bool:
         """Whether its last user has released it."""
         return self.pristine is None
+
+    @property
+    def notable_class(self) -> str | None:
+        """The name of its model's class, if that is multimodal or not the one that its config names; else ``None``."""
+        model = self.pristine.model
+        name, named = type(model).__name__, config_of(self.spec).get("architectures")
+        return name if is_multimodal(model) or (named is not None and named != [name]) else None
 
     def tensors(self) -> dict[str, Any]:
         """Return its parameters and buffers by name; a tied tensor appears under each of its names."""

@@ -6,8 +6,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.hygiene.finite import has_nan, not_finite
+from pytest_sway.backends.hf.loading.classes import is_multimodal
 from pytest_sway.backends.hf.loading.model import why_not_run
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
+from pytest_sway.backends.libraries.culprits import said
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.backends.local.verification import diverged
 from pytest_sway.errors import SpecError, WeightsError
@@ -32,8 +34,8 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
         role: The model's role in errors.
 
     Raises:
-        SpecError: Later tokens change the logits of earlier ones, or a field of the config keeps the model from
-            running.
+        SpecError: Later tokens change the logits of earlier ones, a field of the config keeps the model from running,
+            or a multimodal model does not run with text alone.
         WeightsError: The model computes NaN, and its weights contain NaN or infinite values.
     """
     if base.is_tried:
@@ -59,6 +61,8 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
             logits = model(input_ids=torch.tensor(texts, device=model.device), use_cache=False).logits
         except Exception as error:  # an unknown architecture may raise anything
             logits, why = None, why_not_run(base.spec, error)
+            if why is None and is_multimodal(model):
+                why = _not_of_text(f"the {role} {base.spec.base!r}", model, error)
     if why is not None:
         raise why
     if logits is None:  # the first score will raise the error
@@ -75,3 +79,10 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
             " predict the next token."
         )
     base.is_tried = True
+
+
+def _not_of_text(what: str, model: Any, error: Exception) -> SpecError:
+    return SpecError(
+        f"{what} is of the class {type(model).__name__}, which does not compute logits for text alone: {said(error)}"
+        " Name a language model, or a multimodal one that takes text without images or sounds."
+    )

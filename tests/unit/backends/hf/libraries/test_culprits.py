@@ -223,13 +223,22 @@ def test_the_tokenizer_of_an_adapter_is_named(build: Any, base: Path, broken: Pa
     assert f"{str(broken / 'tokenizer_config.json')!r} has eos_token = 7" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["llava", "clip", "qwen2_vl"])
+@pytest.mark.parametrize("kind", ["clip", "siglip_vision_model", "vits"])
 def test_a_base_that_is_no_causal_language_model_gets_one_clear_sentence(build: Any, own_base: Path, kind: str) -> None:
     _edit(own_base / "config.json", model_type=kind)
     with pytest.raises(SpecError) as caught:
         build(own_base)
     assert f"has model_type = {kind!r}, and transformers has no causal language model of that type" in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_a_base_whose_config_asks_for_a_far_larger_model_than_its_files_is_not_loaded(
+    build: Any, own_base: Path, kind: str
+) -> None:
+    _edit(own_base / "config.json", model_type=kind, architectures=None)
+    with pytest.raises(WeightsError, match=r"config.json' has no text_config, .* weights; the files have 24,416\."):
+        build(own_base)
 
 
 def test_a_base_of_an_unknown_type_is_named(build: Any, own_base: Path) -> None:

@@ -1,0 +1,240 @@
+"""Multimodal bases are asked for text: by the class that their config names, with adapters of any of their classes."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from pytest_sway.backends.hf.builder import HFBuilder
+from tests.tiny import TEXT, WORDS, edit_config, edit_weights, quiet
+from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.multimodal import (
+    KNOWN,
+    Specimen,
+    make_multimodal,
+    plain_model,
+    text_alone,
+    text_model,
+    train,
+    with_adapter,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from pytest_sway.backends.hf.backend import HFBackend
+
+TEXTS = ["the cat sat", " ".join(WORDS[:40]), TEXT, " ".join(WORDS[20:45])]
+"""Two are longer than the sliding windows and chunks of attention."""
+CHOICES = [(TEXT, " the moon"), (TEXT, " a red dog sat on the mat"), ("the cat", " is out"), (TEXT, " in")]
+_OLD_BODY = "language_model.model."
+
+
+@dataclass
+class Served:
+    """A tiny multimodal base.
+
+    Attributes:
+        specimen: Its class.
+        folder: Its folder.
+        plain: The model as transformers loads it.
+        adapter: An adapter that was trained on it, also on its vision tower if that has modules of the same names.
+        builder: Loads them, and other adapters on the same base.
+        ours: The base and the adapter, as pytest-sway loads them.
+        named: The name of the base in the summary.
+    """
+
+    specimen: Specimen
+    folder: Path
+    plain: Any
+    adapter: Path
+    builder: HFBuilder
+    ours: HFBackend
+    named: str
+
+
+@pytest.fixture(scope="module", params=KNOWN, ids=str)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    specimen: Specimen = request.param
+    root = tmp_path_factory.mktemp(specimen.name)
+    folder, loads = make_multimodal(root / "base", specimen), list[str]()
+    plain = plain_model(folder, specimen)
+    adapter = train(plain, root / "adapter", target_modules=specimen.targets)
+    builder = HFBuilder(on_base_load=lambda name, _: loads.append(name))
+    ours = builder(spec_of(folder, adapter))
+    gc.freeze()  # saves time in the garbage collection of each close
+    yield Served(specimen, folder, plain, adapter, builder, ours, loads[0])
+    assert ours.changes() == []
+    ours.close()
+    assert ours.leak() is None
+    gc.unfreeze()
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+def _logits(model: Any, tokenizer: Any, text: str = TEXT) -> Any:
+    return _logits_of(model, _ids(tokenizer, text))
+
+
+def _logits_of(model: Any, ids: list[int]) -> Any:
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+def _logprobs(model: Any, ids: list[int]) -> Any:
+    """Return the log-probabilities of all tokens but the first, from one plain pass."""
+    logprobs = torch.log_softmax(_logits_of(model, ids)[:-1].float(), -1)
+    return logprobs[torch.arange(len(ids) - 1), ids[1:]].numpy()
+
+
+def _with_prefix(tokenizer: Any, text: str) -> list[int]:
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [first, *_ids(tokenizer, text)]
+
+
+def _close(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- the base ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_is_loaded_by_the_class_that_its_config_names_and_the_summary_says_which(served: Served) -> None:
+    with served.ours.as_base() as view:
+        assert type(view.model) is type(served.plain)
+    assert served.named == f"{served.folder} ({type(served.plain).__name__})"
+
+
+def test_the_base_computes_as_transformers_does(served: Served) -> None:
+    with served.ours.as_base() as view:
+        for text in TEXTS:
+            expected = _logits(served.plain, view.tokenizer, text)
+            assert not expected.isnan().any()
+            assert _logits(view.model, view.tokenizer, text).equal(expected)
+
+
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_texts_score_alone_and_together_as_in_a_plain_pass(served: Served, side: str) -> None:
+    with served.ours.as_base() if side == "base" else served.ours.as_finetuned() as view:
+        model, tokenizer = view.model, view.tokenizer
+        for text, together in zip(TEXTS, view.rolling_logprobs(TEXTS), strict=True):
+            expected = _logprobs(model, _with_prefix(tokenizer, text))
+            _close(together.logprobs, expected)
+            _close(view.rolling_logprob(text).logprobs, expected)
+        pairs = [
+            float(_logprobs(model, _ids(tokenizer, prompt + answer))[len(_ids(tokenizer, prompt)) - 1 :].sum())
+            for prompt, answer in CHOICES
+        ]
+        _close(view.logprobs_of(CHOICES), pairs)
+        _close([view.logprob_of(*pair) for pair in CHOICES], pairs)
+        for text, dist in zip(TEXTS, view.next_token_dists(TEXTS, top_k=8), strict=True):
+            whole = torch.log_softmax(_logits(model, tokenizer, text)[-1].float(), -1).numpy()
+            _close(dist.logprobs, whole[dist.token_ids])
+            _close(view.next_token_dist(text, top_k=8).logprobs, dist.logprobs)
+
+
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_text_is_generated_as_by_transformers_and_together_as_alone(served: Served, side: str) -> None:
+    with served.ours.as_base() if side == "base" else served.ours.as_finetuned() as view:
+        alone = [view.generate(text, max_new_tokens=6) for text in TEXTS]
+        assert view.generate_many(TEXTS, max_new_tokens=6) == alone
+        ids = torch.tensor([view.tokenizer(TEXT)["input_ids"]])
+        with torch.inference_mode():
+            made = view.model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
+        assert view.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).split() == alone[2].split()
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_its_own_class_computes_as_peft_does_and_the_base_as_without_it(served: Served) -> None:
+    with served.ours.as_finetuned() as tuned, served.ours.as_base() as base:
+        with with_adapter(served.plain, served.adapter) as reference:
+            expected = _logits(reference, tuned.tokenizer)
+        before = _logits(served.plain, base.tokenizer)
+        assert not expected.equal(before)
+        assert _logits(tuned.model, tuned.tokenizer).equal(expected)
+        assert _logits(base.model, base.tokenizer).equal(before)
+
+
+def _text_adapter(served: Served, folder: Path, **fields: Any) -> Path:
+    """Return an adapter that was trained on the multimodal class, on modules of its text model alone."""
+    body, module = text_model(served.plain)
+    targets = [name for name, _ in module.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    return train(served.plain, folder, **{"target_modules": [f"{body}.{name}" for name in targets]} | fields)
+
+
+def _renamed(adapter: Path, before: str, now: str) -> Path:
+    """Replace the beginning of the names of an adapter's tensors, as a class with other names would have them."""
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        root = "base_model.model."
+        return {name.replace(root + before, root + now): tensor for name, tensor in tensors.items()}
+
+    return edit_weights(adapter, change)
+
+
+def _expect(served: Served, adapter: Path, expected: Any, *, base: Path | None = None) -> None:
+    """Assert that a base with an adapter computes these logits, and so do its scores."""
+    backend = served.builder(spec_of(base or served.folder, adapter))
+    with backend.as_finetuned() as tuned:
+        _close(_logits(tuned.model, tuned.tokenizer), expected)
+        _close(tuned.rolling_logprob(TEXT).logprobs, _logprobs(tuned.model, _with_prefix(tuned.tokenizer, TEXT)))
+    assert backend.changes() == []
+    backend.close()
+
+
+def _expected(model: Any, adapter: Path, served: Served) -> Any:
+    with served.ours.as_base() as view:
+        before = _logits(model, view.tokenizer)
+        with with_adapter(model, adapter) as reference:
+            expected = _logits(reference, view.tokenizer)
+    assert not expected.equal(before)
+    return expected
+
+
+def test_an_adapter_with_the_names_of_another_class_is_put_where_it_belongs(served: Served, tmp_path: Path) -> None:
+    own = f"{text_model(served.plain)[0]}."
+    for layout in {"model.", "language_model.model.", "model.language_model."} - {own}:
+        adapter = _text_adapter(served, tmp_path / layout)
+        expected = _expected(served.plain, adapter, served)
+        _renamed(adapter, own, layout)
+        edit_config(adapter, target_modules=["q_proj", "v_proj"])
+        _expect(served, adapter, expected)
+
+
+def _alone(served: Served, folder: Path) -> tuple[Any, Path] | None:
+    """Return the text model alone, and the folder that it is saved in; ``None`` if transformers has no such class."""
+    alone = text_alone(served.plain)
+    if alone is None:
+        return None
+    with quiet():
+        alone.save_pretrained(folder)
+    for file in served.folder.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return alone, folder
+
+
+def test_an_adapter_that_was_trained_on_the_text_model_alone_is_put_on_the_multimodal_class_and_the_other_way_round(
+    served: Served, tmp_path: Path
+) -> None:
+    found = _alone(served, tmp_path / "alone")
+    if found is None:
+        assert served.specimen.name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+        return
+    alone, folder = found
+    adapter = train(alone, tmp_path / "text")
+    _expect(served, adapter, _expected(alone, adapter, served))
+    adapter = _text_adapter(served, tmp_path / "multimodal")
+    edit_config(adapter, base_model_name_or_path=None)  # it names the multimodal base
+    _expect(served, adapter, _expected(served.plain, adapter, served), base=folder)
