@@ -41,6 +41,9 @@ class Ours:
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
         self._view.logprobs_of(pairs)
 
+    def generated(self, prompts: Sequence[str], count: int) -> list[str]:
+        return list(self._view.generate_many(prompts, max_new_tokens=count))
+
 
 class DlmSway:
     """The tuned side of dlm-sway, without its cache."""
@@ -85,6 +88,22 @@ class Plain:
     def pairs(self, pairs: Sequence[tuple[str, str]], batch_size: int) -> None:
         harness.of_pairs(self._hflm(batch_size), pairs)
 
+    def generated(self, prompts: Sequence[str], count: int) -> list[str]:
+        """Continue prompts greedily, in one batch that is padded on the left."""
+        import torch
+
+        encoded = [self._tokenizer(prompt)["input_ids"] for prompt in prompts]
+        longest = max(map(len, encoded))
+        pad = self._tokenizer.pad_token_id
+        made = self._model.generate(
+            input_ids=torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded]),
+            attention_mask=torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded]),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        return [str(text) for text in self._tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)]
+
     def _hflm(self, batch_size: int) -> Any:
         if batch_size not in self._hflms:
             self._hflms[batch_size] = harness.hflm(self._model, self._tokenizer, batch_size)
@@ -124,11 +143,12 @@ class Apart:
     def __getattr__(self, method: str) -> Any:
         return partial(self._call, method)
 
-    def _call(self, method: str, *args: Any) -> None:
+    def _call(self, method: str, *args: Any) -> Any:
         self._connection.send((method, args))
-        error = self._connection.recv()
+        error, answer = self._connection.recv()
         if error is not None:
             raise RuntimeError(error)
+        return answer
 
 
 @contextmanager
@@ -153,11 +173,11 @@ def _serve(connection: Connection, kind: Any, base: Path, adapter: Path) -> None
         while (message := connection.recv()) is not None:
             method, args = message
             try:
-                getattr(side, method)(*args)
+                answer = getattr(side, method)(*args)
             except Exception as error:
-                connection.send(repr(error))
+                connection.send((repr(error), None))
             else:
-                connection.send(None)
+                connection.send((None, answer))
 
 
 def dlm_sway(stack: ExitStack, base: Path, adapter: Path) -> Any:

@@ -23,8 +23,8 @@ def processors(settings: SamplingParams, prompts: Sequence[Sequence[int]], seeds
         seeds: The seed of each row.
     """
     penalty = settings.repetition_penalty
-    steps = [] if penalty == 1.0 else [_penalty(penalty, prompts)]
-    return steps if settings.temperature == 0.0 else [*steps, *_warpers(settings), _noise(seeds)]
+    steps = [] if penalty == 1.0 else [RowPenalty(penalty, prompts)]
+    return steps if settings.temperature == 0.0 else [*steps, *_warpers(settings), RowNoise(seeds)]
 
 
 def _warpers(settings: SamplingParams) -> list[Any]:
@@ -40,37 +40,76 @@ def _warpers(settings: SamplingParams) -> list[Any]:
     return steps
 
 
-def _penalty(penalty: float, prompts: Sequence[Sequence[int]]) -> Any:
-    """Return transformers' repetition penalty, which counts a row's padding as nothing that was said."""
-    import torch
-    from transformers import RepetitionPenaltyLogitsProcessor
+class RowPenalty:
+    """transformers' repetition penalty, which counts a row's padding as nothing that was said.
 
-    penalise: Any = RepetitionPenaltyLogitsProcessor(penalty)
-    longest = max(map(len, prompts))
-    own = torch.tensor([[*[ids[0]] * (longest - len(ids)), *ids] for ids in prompts])
-
-    def process(ids: Any, scores: Any) -> Any:
-        return penalise(torch.cat([own.to(ids.device), ids[:, longest:]], dim=1), scores)
-
-    return process
-
-
-def _noise(seeds: Sequence[int | None]) -> Any:
-    """Return a logits processor that turns greedy decoding into sampling, row by row.
-
-    The token whose logit plus Gumbel noise is highest is a sample from the softmax. Each row has its own noise
-    generator, on the CPU. So a row gives the same sample alone and in a batch, on any device, and the process's random
-    state does not matter.
+    Args:
+        penalty: The penalty.
+        prompts: The token ids of each row's prompt, which are padded on the left.
     """
-    import torch
 
-    generators = [torch.Generator(device="cpu").manual_seed(int(seed or 0)) for seed in seeds]
+    def __init__(self, penalty: float, prompts: Sequence[Sequence[int]]) -> None:
+        import torch
+        from transformers import RepetitionPenaltyLogitsProcessor
 
-    def add_noise(_ids: Any, scores: Any) -> Any:
-        noise = [torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in generators]
-        return scores - torch.stack(noise).log_().to(scores.device)
+        self._penalise: Any = RepetitionPenaltyLogitsProcessor(penalty)
+        self._longest = max(map(len, prompts))
+        self._own: Any = torch.tensor([[*[ids[0]] * (self._longest - len(ids)), *ids] for ids in prompts])
 
-    return add_noise
+    def keep(self, rows: Sequence[int]) -> None:
+        """Continue with these rows, in this order."""
+        self._own = self._own[list(rows)]
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        """Return the scores with the penalty."""
+        import torch
+
+        self._own = self._own.to(ids.device)
+        return self._penalise(torch.cat([self._own, ids[:, self._longest :]], dim=1), scores)
+
+
+class RowNoise:
+    """A logits processor that turns greedy decoding into sampling, row by row.
+
+    The token whose logit plus Gumbel noise is highest is a sample from the softmax. Each row has the noise of its seed,
+    made on the CPU. So a row gives the same sample alone and in a batch, on any device, and the process's random state
+    does not matter. Noise takes longer than all else on a GPU, so rows of one seed share it.
+
+    Args:
+        seeds: The seed of each row.
+    """
+
+    def __init__(self, seeds: Sequence[int | None]) -> None:
+        import torch
+
+        self._seeds = [int(seed or 0) for seed in seeds]
+        self._generators = {seed: torch.Generator(device="cpu").manual_seed(seed) for seed in self._seeds}
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Continue with these rows, in this order."""
+        self._seeds = [self._seeds[row] for row in rows]
+
+    def __call__(self, _ids: Any, scores: Any) -> Any:
+        """Return the scores with new noise."""
+        import torch
+
+        seeds = self._seeds if len(set(self._seeds)) > 1 else self._seeds[:1]
+        pinned = scores.device.type == "cuda"  # a copy from other memory waits for the card
+        noise = torch.empty(len(seeds), scores.shape[-1], pin_memory=pinned)
+        first: dict[int, int] = {}
+        for i, seed in enumerate(seeds):
+            if first.setdefault(seed, i) == i:
+                noise[i].exponential_(generator=self._generators[seed])
+            else:
+                noise[i] = noise[first[seed]]
+        return scores - noise.log_().to(scores.device, non_blocking=True)
+
+
+def keep_rows(steps: Sequence[Any], rows: Sequence[int]) -> None:
+    """Let logits processors continue with these rows, in this order."""
+    for step in steps:
+        if isinstance(step, RowPenalty | RowNoise):
+            step.keep(rows)
 
 
 def stopping(tokenizer: Any, stop: Sequence[str], width: int) -> Any:

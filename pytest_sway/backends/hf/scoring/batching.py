@@ -33,6 +33,9 @@ class Limits:
         worth_trimming: The number of positions from which on the heap gives memory back before the body and before the
             head. That takes about a hundredth of such a pass, and the memory of body and head does not add up.
         cached_tokens: The most token positions in key-value caches, unless one sequence alone has more.
+        decoded_tokens: The same, for texts that grow together.
+        tokens_between_looks: The number of new tokens after which texts that have ended are found. A look waits for the
+            device.
     """
 
     tokens: int
@@ -41,10 +44,19 @@ class Limits:
     logits_bytes: int
     worth_trimming: int
     cached_tokens: int
+    decoded_tokens: int
+    tokens_between_looks: int
 
 
 CPU: Final = Limits(
-    tokens=768, few_logits_tokens=1536, overhead=48, logits_bytes=24 * 2**20, worth_trimming=384, cached_tokens=2048
+    tokens=768,
+    few_logits_tokens=1536,
+    overhead=48,
+    logits_bytes=24 * 2**20,
+    worth_trimming=384,
+    cached_tokens=2048,
+    decoded_tokens=8192,
+    tokens_between_looks=1,
 )
 ACCELERATOR: Final = Limits(
     tokens=16384,
@@ -53,6 +65,8 @@ ACCELERATOR: Final = Limits(
     logits_bytes=256 * 2**20,
     worth_trimming=2**31,
     cached_tokens=32768,
+    decoded_tokens=65536,
+    tokens_between_looks=4,
 )
 
 

@@ -57,11 +57,7 @@ class BodyAndHead:
         longest = max(map(len, inputs))
         if len(inputs) > 1 and self.packs(longest):
             row = packing.PackedBatch(inputs, self._model.device, families)
-            try:
-                return self._in_a_row(row), row.places
-            except packing.MaskedError:  # the trial's texts were too short to show it
-                self._trials.longest_packed = 0
-                raise
+            return self.in_a_row(row), row.places
         states = self._body(input_ids=padded(inputs, self._model.device), use_cache=False).last_hidden_state
         return states.flatten(0, 1), [[range(i * longest, i * longest + len(ids))] for i, ids in enumerate(inputs)]
 
@@ -71,9 +67,18 @@ class BodyAndHead:
             self._trials.longest_packed = packing.longest_packed(self._body.config) if self._can_pack() else 0
         return longest <= self._trials.longest_packed
 
-    def _in_a_row(self, row: packing.PackedBatch) -> Any:
-        with packing.attending_apart(self._body.config, row):
-            output = self._body(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
+    def in_a_row(self, row: packing.Row) -> Any:
+        """Return the hidden states of a row's tokens, shape ``(positions, hidden size)``.
+
+        Raises:
+            MaskedError: The model cannot pack these sequences after all. From now on `packs` is False.
+        """
+        try:
+            with packing.attending_apart(self._body.config, row):
+                output = self._body(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
+        except packing.MaskedError:  # the trial's texts were too short to show it
+            self._trials.longest_packed = 0
+            raise
         return output.last_hidden_state[0]
 
     def _can_pack(self) -> bool:
@@ -85,7 +90,7 @@ class BodyAndHead:
         families = [*batching.alone(inputs[:2]), batching.PrefixGroup([2, 3, 4, 5], len(trial), len(trial) + 5)]
         row = packing.PackedBatch(inputs, self._model.device, families)
         try:
-            states = self._in_a_row(row)
+            states = self.in_a_row(row)
         except Exception:  # an unknown architecture may raise anything; it still runs padded
             return False
         return all(

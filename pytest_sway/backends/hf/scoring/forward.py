@@ -131,7 +131,7 @@ class Forward:
         self.spent = self.spent or self.rope.leaves_a_trace(max(map(len, inputs)))
         if split is not None:
             families = self.families(inputs)
-            with self._trimmed(sum(family.positions for family in families)):
+            with self.trimmed(sum(family.positions for family in families)):
                 states, places = split.hidden(inputs, families)
                 wanted = [p for runs, (_, n) in zip(places, sequences, strict=True) for p in _last(runs, n)]
                 states = _rows(states, sorted(set(wanted)))
@@ -169,7 +169,7 @@ class Forward:
         return self.logits([(window.inputs, len(window.scored)) for window in windows], reduce)
 
     @contextmanager
-    def _trimmed(self, positions: int) -> Iterator[None]:
+    def trimmed(self, positions: int) -> Iterator[None]:
         """Make the heap return unused memory before a body's pass, and after it what only that pass needed."""
         many = positions >= self.limits.worth_trimming
         if many:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from pytest_sway.backends.hf.scoring import batching
 
@@ -82,6 +82,22 @@ class _Layout(NamedTuple):
 
     sequence: int
     places: list[range]
+
+
+class Row(Protocol):
+    """Tokens of several texts in one row.
+
+    Attributes:
+        input_ids: The tokens, shape ``(1, positions)``.
+        position_ids: The position of each token in its own text, of the same shape.
+    """
+
+    input_ids: Any
+    position_ids: Any
+
+    def attention(self, attend: Any, module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
+        """Return attention within each text; see `PackedBatch.attention`."""
+        ...
 
 
 class PackedBatch:
@@ -167,11 +183,11 @@ class PackedBatch:
         )
 
 
-_ROW: ContextVar[PackedBatch] = ContextVar("row")
+_ROW: ContextVar[Row] = ContextVar("row")
 
 
 @contextmanager
-def attending_apart(config: Any, row: PackedBatch) -> Iterator[None]:
+def attending_apart(config: Any, row: Row) -> Iterator[None]:
     """Make a model with this configuration attend within each of the row's sequences."""
     _interface().register(_NAME, _attend)
     attributes = vars(config)

@@ -196,11 +196,15 @@ def test_a_prompt_does_not_stop_what_follows_it(view: Any) -> None:
     assert view.generate(TEXT, max_new_tokens=4, stop=TEXT) == view.generate(TEXT, max_new_tokens=4)
 
 
-def test_recomputed_texts_follow_the_same_settings(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", [["decodes"], ["decodes", "continues"]], ids=["transformers", "recomputed"])
+def test_texts_that_do_not_grow_in_rows_follow_the_same_settings(
+    view: Any, monkeypatch: pytest.MonkeyPatch, fails: list[str]
+) -> None:
     settings: list[dict[str, Any]] = [*EXTRAS, {"stop": view.generate(TEXT, max_new_tokens=9).split()[3]}]
-    cached = [view.generate_many(PROMPTS, max_new_tokens=9, **each) for each in settings]
-    monkeypatch.setattr("pytest_sway.backends.hf.scoring.generation._continues", lambda *_: False)
-    assert [view.generate_many(PROMPTS, max_new_tokens=9, **each) for each in settings] == cached
+    in_rows = [view.generate_many(PROMPTS, max_new_tokens=9, **each) for each in settings]
+    for trial in fails:
+        monkeypatch.setattr(f"pytest_sway.backends.hf.scoring.generation.{trial}", lambda *_: False)
+    assert [view.generate_many(PROMPTS, max_new_tokens=9, **each) for each in settings] == in_rows
 
 
 def test_a_remembered_text_is_that_of_its_own_settings(build: Any, base: Path) -> None:
