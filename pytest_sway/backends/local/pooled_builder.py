@@ -153,5 +153,5 @@ class PooledBuilder(Build, ABC, Generic[B]):
         with explained_model(spec):
             base = self._load_base(spec)
         if self._on_base_load is not None:
-            self._on_base_load(f"{spec.base}{in_short(spec.model_kwargs)}", time.perf_counter() - started)
+            self._on_base_load(f"{spec.base}{in_short(spec.model_kwargs, spec.task)}", time.perf_counter() - started)
         return base

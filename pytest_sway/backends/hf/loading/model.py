@@ -19,6 +19,15 @@ from pytest_sway.backends.hf.loading.model_kwargs import (
     require_in_memory,
     unknown_argument,
 )
+from pytest_sway.backends.hf.loading.tasks import (
+    auto_class,
+    has_class,
+    needed,
+    numbers,
+    other_task,
+    same_noise,
+    what_is_loaded,
+)
 from pytest_sway.backends.libraries.culprits import Asked, culprit, named_culprit, said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, WeightsError
@@ -75,10 +84,10 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
 
 
 def require_type(spec: ModelSpec) -> None:
-    """Raise if a base's config names a type without a causal language model. A config on the hub is not fetched.
+    """Raise if a base's config names a type without a class for the spec's task. A config on the hub is not fetched.
 
     Raises:
-        SpecError: transformers does not know the type, or has no causal language model of it.
+        SpecError: transformers does not know the type, or has no such class for it.
     """
     import transformers
 
@@ -93,27 +102,28 @@ def require_type(spec: ModelSpec) -> None:
             f"{str(path)!r} has model_type = {shown(kind)}, which the installed transformers"
             f" {transformers.__version__} does not know. Upgrade transformers, or save the model again."
         )
-    if known[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not has_class(spec, known[kind]):
+        what, other = what_is_loaded(spec), other_task(spec, config)
         raise SpecError(
-            f"{str(path)!r} has model_type = {kind!r}, and transformers has no causal language model of that type: it"
-            " may be a multimodal model or an encoder. Name the folder of a causal language model."
+            f"{str(path)!r} has model_type = {kind!r}, and transformers has no {what} of that type: it"
+            f" {f'is not one: {other}' if other else 'may be a multimodal model or an encoder'}. Name the folder of a"
+            f" {what}{', or change the task' if other else ''}."
         )
 
 
 def _own(spec: ModelSpec, arguments: Mapping[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        spec.base,
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-        use_safetensors=None if spec.allow_pickle else True,
-        dtype=torch_dtype(spec.dtype),
-        output_loading_info=True,
-        **arguments,
-    )
+    with same_noise(spec):
+        loaded: Any = auto_class(spec).from_pretrained(
+            spec.base,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=None if spec.allow_pickle else True,
+            dtype=torch_dtype(spec.dtype),
+            output_loading_info=True,
+            **arguments,
+        )
     model, info = loaded
-    _require_complete(spec, info["missing_keys"])
+    _require_complete(spec, needed(spec, model, info["missing_keys"]))
     return model
 
 
@@ -122,11 +132,11 @@ def _from(folder: Path, spec: ModelSpec, gguf: Path | None, arguments: Mapping[s
 
     The config of a GGUF base is in the folder, too.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = spec.base if gguf is None else str(folder)
     config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = auto_class(spec).from_pretrained(
         str(folder),
         config=config,
         trust_remote_code=spec.trust_remote_code,
@@ -154,9 +164,9 @@ def _asked(spec: ModelSpec) -> Asked | None:
 def _made(spec: ModelSpec, folder: Path) -> Any:
     """Return the model that a folder's config describes, on the meta device."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    auto: Any = AutoModelForCausalLM
+    auto = auto_class(spec)
     with quiet_process():
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=spec.trust_remote_code)
         with torch.device("meta"):
@@ -172,14 +182,14 @@ def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
     def attempt(folder: Path) -> None:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        auto: Any = AutoModelForCausalLM
+        auto = auto_class(spec)
         with quiet_process(), torch.inference_mode():
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
             with FakeTensorMode(allow_non_fake_inputs=True):  # some of a model's code does not run on the meta device
                 model = auto.from_config(config, trust_remote_code=False).eval()
-                model(input_ids=torch.zeros((1, 2), dtype=torch.long))
+                numbers(model, (0, 0))
 
     found = culprit(asked._replace(attempt=attempt), str(error))
     return (
@@ -214,8 +224,9 @@ def _other_sizes(spec: ModelSpec) -> str:
 
 def _require_complete(spec: ModelSpec, missing: Collection[str]) -> None:
     """Raise `WeightsError` if a load did not find all of a model's weights."""
-    why = ""
-    if missing and not spec.trust_remote_code:
+    other = other_task(spec, config_of(spec)) if missing else ""
+    why = f" ({other})" if other else ""
+    if missing and not why and not spec.trust_remote_code:
         config, entries = base_file(spec, "config.json"), base_entries(spec)
         if config is not None and entries is not None:
             why = why_lacking(config, entries, partial(_made, spec), missing)
