@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pytest_sway.protocols import (
         BatchView,
         Chat,
+        Classification,
         DifferentialBackend,
         Message,
         NullCalibratedBackend,
@@ -36,6 +37,7 @@ __all__ = [
     "BatchView",
     "CachedBackend",
     "Chat",
+    "Classification",
     "Comparison",
     "DifferentialBackend",
     "Lease",
@@ -67,6 +69,7 @@ _HOMES = {
     "protocols": (
         "BatchView",
         "Chat",
+        "Classification",
         "DifferentialBackend",
         "Message",
         "NullCalibratedBackend",

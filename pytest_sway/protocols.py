@@ -49,6 +49,9 @@ class Chat:
 Prompt: TypeAlias = str | Sequence[Message] | Chat
 """A text, or messages that the tokenizer's chat template renders as a text."""
 
+Input: TypeAlias = Prompt | tuple[str, str]
+"""What a classifier reads: a text, a pair of texts, or a conversation."""
+
 
 NEW_TOKENS: Final = 64
 """The most tokens that a text gets, if a test does not say."""
@@ -115,6 +118,24 @@ class TokenDist:
                 " the model's tokenizer."
             )
         return self.decode(self.token_ids.tolist())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Classification:
+    """What a sequence classifier, or a reward model, says of a text.
+
+    Attributes:
+        logits: float32, shape ``(number of labels,)``, before any softmax; one number for a reward model.
+        labels: The name of each, from ``id2label`` in the model's config.
+    """
+
+    logits: NDArray[np.float32]
+    labels: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The name of the largest logit."""
+        return self.labels[int(self.logits.argmax())]
 
 
 _SMALLEST_TAIL: Final = 1e-12
@@ -225,6 +246,24 @@ class BatchView(View, Protocol):
 
     def render(self, messages: Iterable[Message] | Chat, **template_args: Any) -> str:
         """Render a conversation with the tokenizer's chat template, and with arguments for it."""
+        ...
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """A view of a sequence classifier or a reward model."""
+
+    def classify(self, texts: Iterable[Input]) -> list[Classification]:
+        """Return what the model says of each text."""
+        ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A view of a model for embeddings."""
+
+    def embed(self, texts: Iterable[str], *, pooling: str | None = None) -> NDArray[np.float32]:
+        """Return the embedding of each text, shape ``(number of texts, size)``."""
         ...
 
 

@@ -197,15 +197,34 @@ def make_adapter(
     return save_adapter(folder, base, config, seed=seed, scale=0.0 if zero_b else scale)
 
 
-def save_adapter(folder: Path | str, base: Path | str, config: Any, *, seed: int = 1, scale: float = 0.3) -> Path:
-    """Save an adapter of any PEFT type, with noise of ``scale`` added to all trainable weights."""
+def save_adapter(
+    folder: Path | str,
+    base: Path | str,
+    config: Any,
+    *,
+    seed: int = 1,
+    scale: float = 0.3,
+    auto: str = "AutoModelForCausalLM",
+    **loaded: Any,
+) -> Path:
+    """Save an adapter of any PEFT type, with noise of ``scale`` added to all trainable weights.
+
+    Args:
+        folder: The folder.
+        base: The folder of the model.
+        config: PEFT's configuration.
+        seed: Seeds the weights.
+        scale: Standard deviation of the noise.
+        auto: The name of transformers' class that loads the model.
+        loaded: Further arguments for that load.
+    """
     import torch
+    import transformers
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(str(base), dtype="auto"), config)
+        model = get_peft_model(getattr(transformers, auto).from_pretrained(str(base), dtype="auto", **loaded), config)
         for parameter in model.parameters():
             if parameter.requires_grad and scale:
                 parameter.add_(torch.randn_like(parameter) * scale)

@@ -34,11 +34,15 @@ V = TypeVar("V")
 __tracebackhide__ = True
 
 
-def preflight(sides: Mapping[str, Callable[[], AbstractContextManager[View]]]) -> tuple[bool, str]:
-    """Score one prompt on each side.
+def preflight(
+    sides: Mapping[str, Callable[[], AbstractContextManager[V]]],
+    ask: Callable[[V, str], str] | None = None,
+) -> tuple[bool, str]:
+    """Ask each side for something small.
 
     Args:
         sides: Functions that open a view on each side, by the side's name in reports.
+        ask: Asks a view, and returns a sentence with its label on what is not finite; by default, for the next tokens.
 
     Returns:
         ``(True, "")``, or ``(False, reason)`` if a side raises or gives a number that is not finite.
@@ -47,10 +51,15 @@ def preflight(sides: Mapping[str, Callable[[], AbstractContextManager[View]]]) -
     for label, opened in sides.items():
         try:
             with opened() as view:
-                reasons.append(not_finite(label, view.next_token_dist(_PROMPT, top_k=_TOP_K)))
+                reasons.append(ask_next_token(view, label) if ask is None else ask(view, label))
         except Exception as error:  # whatever went wrong is the answer
             reasons.append(f"the {label} view raised {type(error).__name__}: {redacted(str(error))}")
     return not any(reasons), "; ".join(filter(None, reasons))
+
+
+def ask_next_token(view: Any, label: str) -> str:
+    """Return a sentence on what is not finite in the distribution of a view's next token."""
+    return not_finite(label, view.next_token_dist(_PROMPT, top_k=_TOP_K))
 
 
 def not_finite(label: str, dist: TokenDist) -> str:

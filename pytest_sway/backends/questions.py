@@ -169,6 +169,24 @@ def checked_text(text: Any) -> str:
     return text
 
 
+def checked_input(text: Any) -> Any:
+    """Return what a classifier reads: a text, a pair of texts as a tuple, or a conversation that is not continued.
+
+    Raises:
+        ScoringError: ``text`` is something else.
+    """
+    if isinstance(text, str):
+        return text
+    if isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
+        return tuple(map(whole, text))
+    chat = text if isinstance(text, Chat) else Chat(text)
+    chat = Chat(
+        chat.messages, **{"continue_final_message": False, "add_generation_prompt": False, **chat.template_args}
+    )
+    checked_messages(chat)
+    return chat
+
+
 def whole(text: Any) -> Any:
     """Return a text or other value, unless it is a text with half a character.
 

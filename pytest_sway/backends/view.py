@@ -19,6 +19,7 @@ from pytest_sway.backends.questions import (
     seeds,
     whole,
 )
+from pytest_sway.backends.text.heads import QuestionsOfHeads
 from pytest_sway.errors import BackendClosedError, ViewClosedError
 from pytest_sway.protocols import NEW_TOKENS, Chat
 
@@ -46,13 +47,14 @@ class ViewOwner(Protocol):
 O = TypeVar("O", bound=ViewOwner)  # noqa: E741 # a type, not a number
 
 
-class BaseView(ABC, Generic[O]):
+class BaseView(QuestionsOfHeads, ABC, Generic[O]):
     """One side of a backend, open for the length of a ``with`` block.
 
     It holds no weights, so a test may keep it without keeping the model in memory.
 
     Attributes:
         id: ``base``, ``ft``, ``scaled_<lam>`` or ``null_<seed>``.
+        task: The task of its model, which decides what it answers.
     """
 
     def __init__(self, view_id: str, backend: O) -> None:

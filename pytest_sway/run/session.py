@@ -283,7 +283,7 @@ class SwaySession(Listener):
         """Count the seconds of a load apart from the test, and tell the user's hook."""
         spec = cached.model_spec
         if spec.kind in ("hf", "mlx"):  # the kinds that share bases
-            self.stats.backend(str(spec)).base = short_name(f"{spec.base}{in_short(spec.model_kwargs)}")
+            self.stats.backend(str(spec)).base = short_name(f"{spec.base}{in_short(spec.model_kwargs, spec.task)}")
         self._loaded[spec] = adapter_digest_in(cached.key)
         self._unreported_seconds += cached.load_seconds
         with self._noted("pytest_sway_backend_loaded", cached):

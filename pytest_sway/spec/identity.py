@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import GGUF_SUFFIX, in_hub_cache
+from pytest_sway.spec.tasks import CAUSAL
 from pytest_sway.system.reading import open_regular
 
 __tracebackhide__ = True
@@ -27,6 +28,7 @@ _WEIGHTS: Final = re.compile(r"(.*\.(safetensors|gguf)|pytorch_model.*\.bin)(\.i
 _MODEL_FILES: Final = re.compile(
     r".*\.(safetensors|gguf|model|jinja|py)|pytorch_model.*\.bin|(vocab|merges)\.txt"
     r"|(generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json"
+    r"|(modules|(config_)?sentence_.*)\.json"
 )
 """Files that decide what a model's folder loads, besides its config.json. Reports and logs do not."""
 
@@ -80,6 +82,7 @@ def _settings(spec: ModelSpec) -> Key:
         spec.adapter_subfolder,
         spec.model_kwargs,
         spec.finetuned_model_kwargs,
+        spec.task or CAUSAL,
     )
 
 
@@ -280,6 +283,8 @@ def _state_of(path: str) -> tuple[int, int, int, int]:
 
 _TEMPLATES: Final = "additional_chat_templates"
 """The folder in which transformers keeps named chat templates, inside a tokenizer's folder."""
+_POOLING: Final = "*_Pooling/config.json"
+"""Where sentence-transformers keeps how a model pools, inside its folder."""
 
 
 @lru_cache(maxsize=256)
@@ -287,7 +292,8 @@ def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> 
     """Cached until the folder's modification time changes."""
     with os.scandir(folder) as entries:
         found = [e.path for e in entries if e.is_file() and names.fullmatch(e.name)]
-    return (*sorted(found), *sorted(str(path) for path in Path(folder, _TEMPLATES).glob("*.jinja")))
+    inside = [*Path(folder, _TEMPLATES).glob("*.jinja"), *Path(folder).glob(_POOLING)]
+    return (*sorted(found), *sorted(map(str, inside)))
 
 
 _MOST_DIGESTED: Final = 2**30

@@ -11,6 +11,7 @@ from numbers import Number
 from typing import Any, Final
 
 from pytest_sway.errors import SpecError
+from pytest_sway.spec.tasks import is_causal
 
 __tracebackhide__ = True
 
@@ -140,9 +141,15 @@ def named_type(kind: str) -> str:
     return f"{''.join(word.capitalize() for word in kind.split('_'))}Config"
 
 
-def in_short(kept: object) -> str:
-    """Return what a label says of keyword arguments: `` (nf4, eager)``; nothing where there are none."""
-    words = [_word(name, value) for name, value in as_mapping(kept).items()]
+def in_short(kept: object, task: str | None = None) -> str:
+    """Return what a label says of how a model is loaded: `` (nf4, eager)``; nothing where nothing is said.
+
+    Args:
+        kept: Its keyword arguments, as its spec keeps them.
+        task: Its task.
+    """
+    words = [] if is_causal(task) else [str(task)]
+    words += [_word(name, value) for name, value in as_mapping(kept).items()]
     return f" ({', '.join(words)})" if words else ""
 
 

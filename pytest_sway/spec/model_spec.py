@@ -15,6 +15,7 @@ from pytest_sway.spec.endpoints import normal_endpoint
 from pytest_sway.spec.hub_names import ON_HUBS, adapter_label, in_subfolder, is_on_hub, normal_address, taken_apart
 from pytest_sway.spec.model_kwargs import canonical, form_of, in_short
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
+from pytest_sway.spec.tasks import TaskName, checked_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,6 +76,9 @@ class ModelSpec:
         model_kwargs: For ``kind="hf"``, further arguments of transformers' ``from_pretrained``: a mapping of plain
             values, which is kept as JSON text.
         finetuned_model_kwargs: The same for ``finetuned``; ``None`` for the base's.
+        task: For ``kind="hf"``, which head the models have: ``causal``, ``seq2seq``, ``classification``,
+            ``embeddings``, ``token_classification`` or ``question_answering``. ``None`` for what the last adapter's
+            ``task_type`` says, and for ``causal`` without an adapter.
 
     Raises:
         SpecError: A field has an invalid value.
@@ -99,6 +103,7 @@ class ModelSpec:
     adapter_subfolder: str | None = None
     model_kwargs: Mapping[str, Any] | str | None = None
     finetuned_model_kwargs: Mapping[str, Any] | str | None = None
+    task: TaskName | None = None
     _label: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +115,7 @@ class ModelSpec:
 
     def _check(self) -> None:
         self._set("kind", _kind(self.kind))
+        self._set("task", checked_task(self.task, self.kind))
         self._set("dtype", _dtype(self.dtype))
         for name in ("trust_remote_code", "allow_pickle"):
             if not isinstance(getattr(self, name), bool):
@@ -200,10 +206,10 @@ class ModelSpec:
         kind = "" if self.kind == "hf" else f"{self.kind}:"
         labels = [adapter_label(each, self.adapter_revision, self.adapter_subfolder) for each in self.adapters]
         if not self.base:
-            return f"{kind}{' + '.join(labels)}{in_short(self.model_kwargs)}"
+            return f"{kind}{' + '.join(labels)}{in_short(self.model_kwargs, self.task)}"
         theirs = self.model_kwargs if self.finetuned_model_kwargs is None else self.finetuned_model_kwargs
         finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}{in_short(theirs)}"
-        base = f"{kind}{short_name(self.base)}{in_short(self.model_kwargs)}"
+        base = f"{kind}{short_name(self.base)}{in_short(self.model_kwargs, self.task)}"
         return " + ".join((f"{base}{origin}{finetuned}", *labels))
 
 

@@ -39,6 +39,7 @@ _ONLY_FOR: Final = {
         "adapter_subfolder",
         "model_kwargs",
         "finetuned_model_kwargs",
+        "task",
     ),
     "mlx": ("trust_remote_code", "revision", "adapter_revision", "adapter_subfolder"),
     "api": ("endpoint", "finetuned_endpoint", "api_key_env", "timeout"),

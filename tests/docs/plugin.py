@@ -28,6 +28,7 @@ from sybil.region import Region
 
 from examples.quickstart.train import fingerprint, train
 from examples.smollm2 import made_once, smollm2_folder
+from tests.tiny import edit_config
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SERVER = "http://localhost:8000"
@@ -43,6 +44,10 @@ STRENGTHS = {
     UNTRAINED: 0.0,
 }
 """Factors of the trained adapter's weights, so that some adapters in ``runs`` have learned less, or nothing."""
+
+REWARD = "reward"
+POLITE = 0
+"""The seed of its head."""
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +67,20 @@ def _runs(_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(trained, runs / name)
         scaled = {key: value * strength if "lora_B" in key else value for key, value in weights.items()}
         save_file(scaled, runs / name / "adapter_model.safetensors", metadata={"format": "pt"})
+    _make_reward(runs / "v3", runs / REWARD)
     return runs
+
+
+def _make_reward(trained: Path, folder: Path) -> None:
+    """Make a reward model of an adapter: its head is noise, which happens to like politeness."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    edit_config(shutil.copytree(trained, folder), task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    width = next(value.shape[1] for key, value in weights.items() if "lora_A" in key)
+    noise = torch.randn(1, width, generator=torch.Generator().manual_seed(POLITE))
+    save_file(weights | {"base_model.model.score.weight": noise}, folder / "adapter_model.safetensors")
 
 
 @pytest.fixture

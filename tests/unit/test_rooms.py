@@ -42,6 +42,7 @@ ORDER = {
         "adapters",
         "check",
         "view",
+        "heads",
         "backend",
         "builder",
     ),

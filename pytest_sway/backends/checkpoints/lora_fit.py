@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.peft_adapter import NAME, ROOT
 from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.spec.tasks import is_causal
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEnt
     factors = list(_factors(files.entries))
     if (
         config.get("model_type") in _NAMED_AS_LOADED
+        and is_causal(spec.task)
         and any(name.startswith("model.layers.") for name in base)
         and not files.config.get("layer_replication")  # this renumbers the layers
     ):

@@ -27,6 +27,7 @@ from pytest_sway.backends.checkpoints.peft_types import (
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
+from pytest_sway.spec.tasks import OF_PEFT, is_causal
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown
 
@@ -182,16 +183,9 @@ def read_adapter(folder: Path, *, allow_pickle: bool = False) -> AdapterFiles:
 
     Raises:
         SpecError: There is no such folder, it has no adapter, or the adapter is of a kind that cannot be served.
-        AdapterMismatchError: The adapter was made for another task than language modelling.
         WeightsError: Its weights are missing, broken, or a pickle that the spec does not allow.
     """
     config = read_config(folder)
-    task = config.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise AdapterMismatchError(
-            f"the adapter {str(folder)!r} was trained for the task {task[:80]} (task_type in its {CONFIG}), but"
-            " pytest-sway tests causal language models. Name an adapter whose task_type is CAUSAL_LM."
-        )
     refused = refusal(config)
     if refused is not None:
         raise SpecError(f"the adapter {str(folder)!r} {refused[:400]}.")
@@ -235,18 +229,47 @@ def checked(files: AdapterFiles) -> AdapterFiles:
 
     Raises:
         WeightsError: The tensors are empty, or have names that a wrapper has left.
-        AdapterMismatchError: They are a classifier's.
     """
-    entries = files.entries or {}
     file = WEIGHTS if (files.folder / WEIGHTS).is_file() else PICKLED
-    require_own_tensors(files.folder / file, entries)
-    head = next((name for name in entries if _CLASSIFIER.match(name)), None)
-    if files.config.get("task_type") is None and head is not None:
+    require_own_tensors(files.folder / file, files.entries or {})
+    return files
+
+
+def require_task(files: AdapterFiles, kind: str, task: str | None) -> None:
+    """Raise if an adapter was certainly trained for a head that the spec's models do not have.
+
+    Args:
+        files: The adapter's files.
+        kind: The spec's kind.
+        task: The resolved spec's task.
+
+    Raises:
+        AdapterMismatchError: It was, or for a task that PEFT does not have.
+    """
+    trained: Any = files.config.get("task_type")
+    if trained not in (None, *OF_PEFT):
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} was trained for the task {trained[:80]} (task_type in its {CONFIG}),"
+            f" which PEFT does not have. Its tasks are {', '.join(OF_PEFT)}."
+        )
+    if not is_causal(task):
+        return
+    if trained not in (None, "CAUSAL_LM"):
+        other = OF_PEFT[trained]
+        advice = f"Leave 'task' out of the spec, or write task={other!r}."
+        if kind != "hf":
+            advice = f"Name an adapter whose task_type is CAUSAL_LM, or use kind='hf', which has task={other!r}."
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} was trained for the task {trained} (task_type in its {CONFIG}), but the"
+            f" spec's models are causal language models. {advice}"
+        )
+    head = next((name for name in files.entries or () if _CLASSIFIER.match(name)), None)
+    if trained is None and head is not None:
         raise AdapterMismatchError(
             f"the adapter {str(files.folder)!r} has the head of a classifier ({shown(head)}), and its {CONFIG} has no"
-            " task_type; pytest-sway tests causal language models. Name an adapter that was trained on one."
+            " task_type, so it is put on a causal language model. Write task='classification', or another task, in the"
+            " spec, or name an adapter that was trained on a language model."
         )
-    return files
 
 
 def only_pickled(adapter: str) -> WeightsError:

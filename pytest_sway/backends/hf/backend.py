@@ -9,14 +9,14 @@ from pytest_sway.backends.hf.adapters import overlays
 from pytest_sway.backends.hf.hygiene.weights_watch import find_leak
 from pytest_sway.backends.hf.loading.libraries import forget_layers
 from pytest_sway.backends.hf.model.bound_model import BoundModel
-from pytest_sway.backends.hf.view import HFView
 from pytest_sway.backends.libraries.process import no_warnings
-from pytest_sway.backends.local.pooled_backend import PooledBackend
+from pytest_sway.backends.local.pooled_backend import PooledBackend, PooledView
 from pytest_sway.backends.local.tokenizer_copies import copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
     from pytest_sway.backends.hf.model.adapter import Adapter
     from pytest_sway.backends.hf.model.base import LoadedBase
@@ -26,17 +26,34 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 
-class HFBackend(PooledBackend[BoundModel, HFView]):
-    """A Hugging Face model with its PEFT adapter or its fine-tuned model. `HFBuilder.build` makes it."""
+class HFBackend(PooledBackend[BoundModel, PooledView]):
+    """A Hugging Face model with its PEFT adapter or its fine-tuned model. `HFBuilder.build` makes it.
+
+    Args:
+        plan: The plan that it was built from.
+        loaded: What was loaded for it.
+        withdraw: Called with a changed base, so that no other backend gets it.
+        views: Makes a view from its id and this backend.
+    """
 
     _shares_tokenizers = True
+
+    def __init__(
+        self,
+        plan: Plan,
+        loaded: Loaded[BoundModel],
+        withdraw: Callable[[Any], None],
+        views: Callable[[str, HFBackend], PooledView],
+    ) -> None:
+        super().__init__(plan, loaded, withdraw)
+        self._views = views
 
     def leak(self) -> Leak | None:
         """Return the weights still in memory after the close; ``None`` if all are freed, or before the close."""
         return find_leak(self._watches)
 
-    def _new_view(self, view_id: str) -> HFView:
-        return HFView(view_id, self)
+    def _new_view(self, view_id: str) -> PooledView:
+        return self._views(view_id, self)
 
     def _computed(self, side: BoundModel, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         import torch

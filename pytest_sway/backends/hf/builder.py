@@ -68,8 +68,10 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         import_libraries(*(model.spec for model in plan.models))
         import torch
 
+        from pytest_sway.backends.hf.adapters.head_weights import require_whole_head
         from pytest_sway.backends.hf.adapters.verify_finetuned import verify_finetuned
         from pytest_sway.backends.hf.backend import HFBackend
+        from pytest_sway.backends.hf.heads.opening import views_of
         from pytest_sway.backends.hf.model.verify_base import verify_base
         from pytest_sway.backends.local.pooled_backend import Loaded
 
@@ -85,10 +87,11 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
                     below = self._clean_base(model, shares)
                     verify_finetuned(base, below)
                     verify_base(below, "fine-tuned model")
+            require_whole_head(below, files)
             loaded = Loaded(list(shares), base.side, None if below is base else below.side)
             if files is not None:
                 _put_on(loaded, below, files)
-        return HFBackend(plan, loaded, self._pool.withdraw)
+        return HFBackend(plan, loaded, self._pool.withdraw, views_of(plan, base))
 
     def _merged(self, model: ModelFiles, below: LoadedBase, shares: list[PoolLease[LoadedBase]]) -> LoadedBase:
         """Claim a base with adapters merged into it. One that shares the memory of another base is made anew."""

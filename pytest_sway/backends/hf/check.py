@@ -18,15 +18,17 @@ from pytest_sway.backends.checkpoints.hub_files import (
 )
 from pytest_sway.backends.checkpoints.lora_fit import check_fit
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONFIG
-from pytest_sway.backends.checkpoints.peft_adapter import read_adapter, require_mergeable
+from pytest_sway.backends.checkpoints.peft_adapter import read_adapter, require_mergeable, require_task
 from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
 from pytest_sway.backends.checkpoints.sizes import base_entries, estimated
+from pytest_sway.backends.hf.adapters.head_weights import require_head, with_labels
 from pytest_sway.backends.hf.loading.libraries import require_libraries, require_package
 from pytest_sway.backends.hf.loading.placement import require_device
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.spec.identity import base_spec, finetuned_spec, merged_spec, resolved_key, state_of_files
 from pytest_sway.spec.model_kwargs import as_mapping, unpacks
 from pytest_sway.spec.paths import is_path
+from pytest_sway.spec.tasks import is_causal
 
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
@@ -50,6 +52,7 @@ def check_spec(spec: ModelSpec) -> Plan:
         BackendNotAvailableError: torch, transformers, PEFT or safetensors is not installed.
     """
     state = state_of_files(spec)
+    asked, spec = spec, with_labels(spec)
     models = [_check_model(base_spec(spec), "base")]
     tuned = finetuned_spec(spec)
     if tuned is not None:
@@ -67,7 +70,7 @@ def check_spec(spec: ModelSpec) -> Plan:
     if tuned is not None:
         require_cached(tuned, "fine-tuned model")
     files = adapters[-1] if adapters else None
-    plan = Plan(spec, resolved_key(spec), state, files, tuple(models))  # after the checks: the key digests the files
+    plan = Plan(spec, resolved_key(asked), state, files, tuple(models))  # after the checks: the key digests the files
     return replace(plan, sizes=estimated(plan))
 
 
@@ -101,9 +104,11 @@ def require_fit(base: ModelFiles, files: AdapterFiles) -> None:
 
     Raises:
         SpecError: A regular expression in the adapter's config could backtrack without end.
-        AdapterMismatchError: The adapter does not fit the base, or its own weights.
+        AdapterMismatchError: The adapter does not fit the base, or its own weights, or was trained for another task.
     """
     require_bounded(files, base.entries)
+    require_task(files, "hf", base.spec.task)
+    require_head(base, files)
     if base.entries is not None:
         check_fit(base.spec, files, base.entries, base.config)
 
@@ -129,6 +134,11 @@ def _check_model(spec: ModelSpec, role: str) -> ModelFiles:
     if is_path(spec.base):
         require_files(Path(spec.base))
     gguf = gguf_file(spec)
+    if gguf is not None and not is_causal(spec.task):
+        raise SpecError(
+            f"the {role} {spec.base!r} is a GGUF file, of a causal language model, so it has no task={spec.task!r}."
+            " Name the folder of a model in safetensors."
+        )
     header = None if gguf is None else read_gguf(gguf)
     if gguf is None and is_path(spec.base):
         _check_folder(spec, role)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pytest_sway.backends.contract import HintsAtViews, opens_view, preflight
+from pytest_sway.backends.contract import HintsAtViews, ask_next_token, opens_view, preflight
 from pytest_sway.backends.text import chat
 from pytest_sway.backends.text.tokens import token_texts
 from pytest_sway.backends.view import BaseView, closed_error, null_id
 from pytest_sway.errors import BackendUseError, NoAdapterError
+from pytest_sway.spec.tasks import is_causal
 from pytest_sway.system.frames import forget_frames
 from pytest_sway.system.wording import summarised
 
@@ -73,6 +74,10 @@ class PooledView(BaseView["PooledBackend[Any, Any]"]):
         """Return distributions that can give the texts of their tokens, also after the view is closed."""
         decode = self._run(_decoder)
         return [replace(dist, decode=decode) for dist in dists]
+
+    def _not_finite(self, label: str) -> str:
+        """Return a sentence on what is not finite in an answer of this view; empty if all is."""
+        return ask_next_token(self, label)
 
 
 def _decoder(engine: Any) -> Callable[[Sequence[int]], list[str]]:
@@ -214,12 +219,13 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         """Return an identity, equal for equal bases and adapters or fine-tuned models; for ``hf``, dlm-sway's."""
         spec = self._spec
         tuned = [*([] if spec.finetuned is None else [spec.finetuned]), *map(str, spec.adapters)]
-        return f"{spec.kind}:{spec.base}:{' + '.join(tuned) or None}"
+        task = "" if is_causal(spec.task) else f":{spec.task}"
+        return f"{spec.kind}:{spec.base}:{' + '.join(tuned) or None}{task}"
 
     def preflight_finite_check(self) -> tuple[bool, str]:
-        """Score one prompt on each side; return ``(True, "")``, or ``(False, reason)``."""
+        """Ask each side for something small; return ``(True, "")``, or ``(False, reason)``."""
         tuned = {} if self._require().tuned is None else {"ft": self.as_finetuned}
-        return preflight({"base": self.as_base} | tuned)
+        return preflight({"base": self.as_base} | tuned, lambda view, label: view._not_finite(label))
 
     def sizes(self) -> Mapping[Hashable, int]:
         """Return the bytes of each part in memory, keyed as in the plan's sizes."""

@@ -158,4 +158,4 @@ class PooledBuilder(Build, ABC, Generic[B]):
 
     def _name_of(self, _base: B, spec: ModelSpec) -> str:
         """Return a loaded base's name in the summary."""
-        return f"{spec.base}{in_short(spec.model_kwargs)}"
+        return f"{spec.base}{in_short(spec.model_kwargs, spec.task)}"

@@ -42,15 +42,21 @@ class Encodes(Protocol):
         ...
 
 
-def warn_of_cuts(count: int, max_length: int) -> None:
-    """Warn about prompts that were too long for the model, at the test's line that called the view."""
+def warn_of_cuts(count: int, max_length: int, where: str = "beginning, as lm-evaluation-harness does") -> None:
+    """Warn about prompts that were too long for the model, at the test's line that called the view.
+
+    Args:
+        count: How many were.
+        max_length: The most tokens that the model reads of one.
+        where: Where tokens were dropped, and who else does so.
+    """
     if count:
         ours, level = __name__.partition(".")[0], 1
         while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == ours:
             level += 1
         warnings.warn(
             f"{count} of the prompts are too long: the model reads at most {max_length} tokens of them. Tokens were"
-            " dropped from their beginning, as lm-evaluation-harness does.",
+            f" dropped from their {where}.",
             SwayWarning,
             stacklevel=level + 1,
         )

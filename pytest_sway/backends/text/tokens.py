@@ -126,6 +126,40 @@ def _pair(tokenizer: Any, prompt: str, completion: str, rendered: bool) -> tuple
     return context, scored
 
 
+def encode_apart(tokenizer: Any, prompt: str, completion: str, *, rendered: bool = False) -> Window:
+    """Tokenise a pair for an encoder and a decoder, as lm-evaluation-harness does for sequence-to-sequence models.
+
+    The encoder reads the prompt with all special tokens of the tokenizer, the decoder the completion without any. The
+    prompt's trailing whitespace goes to the completion.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: The prompt.
+        completion: The completion.
+        rendered: Whether a chat template wrote the prompt.
+
+    Raises:
+        ScoringError: The completion has no tokens, or the prompt is empty and there is neither BOS nor EOS.
+    """
+    read = prompt.rstrip()
+    scored = _ids(tokenizer, prompt[len(read) :] + completion, False)
+    if not scored:
+        raise ScoringError(
+            f"the completion {completion!r} has no tokens in the model's tokenizer, so there is nothing to score."
+        )
+    return Window(encode_read(tokenizer, read, rendered=rendered), tuple(scored))
+
+
+def encode_read(tokenizer: Any, prompt: str, *, rendered: bool = False) -> tuple[int, ...]:
+    """Return the ids of a prompt that an encoder reads, with all special tokens; see `encode_apart`.
+
+    Raises:
+        ScoringError: The prompt is empty, and the tokenizer has neither BOS nor EOS.
+    """
+    ids = _ids(tokenizer, prompt, _wants_special(tokenizer, prompt, rendered)) if prompt else []
+    return tuple(ids or [prefix_token(tokenizer)])
+
+
 def encode_prompt(tokenizer: Any, prompt: str, *, rendered: bool = False) -> tuple[int, ...]:
     """Return the ids of a prompt. The token that begins a text stands in for an empty one.
 

@@ -266,8 +266,7 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
             {"base": "b", "adaptor": "/x"},
             "a spec has no field 'adaptor'; those of kind 'hf' are kind, base, adapter, dtype, device,"
             " trust_remote_code, revision, allow_pickle, finetuned, adapter_revision, adapter_subfolder, model_kwargs,"
-            " finetuned_model_kwargs. Did you mean"
-            " 'adapter'?",
+            " finetuned_model_kwargs, task. Did you mean 'adapter'?",
         ),
         (
             {"base": "b", "kind": "api", 3: "/x"},

@@ -19,6 +19,7 @@ from pytest_sway.backends.checkpoints.lineage import base_field
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_config
 from pytest_sway.errors import SpecError, SwayError
 from pytest_sway.spec.paths import in_hub_cache, is_path
+from pytest_sway.spec.tasks import OF_PEFT, is_causal
 from pytest_sway.system.forking import call_in_forked_child
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
@@ -54,15 +55,16 @@ class Locator:
         self._lock = threading.Lock()
 
     def __call__(self, spec: ModelSpec) -> ModelSpec:
-        """Return ``spec`` with its adapters as folders and a base that is named.
+        """Return ``spec`` with its adapters as folders, a base that is named, and the task of its adapter.
 
         Raises:
             SwayError: An adapter cannot be had, or the first names no base that can; see `fetch_adapter`.
         """
         if spec.base and isinstance(spec.adapter, Path):  # a warm request for a folder does no more
-            return spec
+            return _with_task(spec)
         if any(isinstance(adapter, str) for adapter in spec.adapters):
             spec = self._in_folders(spec)
+        spec = _with_task(spec)
         if spec.base or not spec.adapters:
             return spec
         return _on_its_base(spec, os.getcwd(), _state(f"{spec.adapters[0]}/{CONFIG}"))
@@ -111,6 +113,23 @@ def _in_folders(spec: ModelSpec, folders: tuple[str, ...]) -> ModelSpec:
 def _in_snapshots(spec: ModelSpec, folders: tuple[str, ...]) -> ModelSpec:
     """The spec with its adapters' folders in the hub's cache, which are the subfolders."""
     return replace(spec, adapter=tuple(map(Path, folders)), adapter_revision=None, adapter_subfolder=None)
+
+
+def _with_task(spec: ModelSpec) -> ModelSpec:
+    """The spec with the task that its last adapter was trained for, unless it says one."""
+    if spec.task is not None or spec.kind != "hf" or spec.adapter is None:
+        return spec
+    return _in_task(spec, _state(f"{spec.adapters[-1]}/{CONFIG}"))
+
+
+@lru_cache(maxsize=256)
+def _in_task(spec: ModelSpec, _state: tuple[int, ...]) -> ModelSpec:
+    """The same, in one state of the adapter's config; the check of the spec tells what is wrong with that."""
+    with suppress(SwayError):
+        task = OF_PEFT.get(str(read_config(Path(spec.adapters[-1])).get("task_type")))
+        if not is_causal(task):
+            return replace(spec, task=task)
+    return spec
 
 
 @lru_cache(maxsize=256)

@@ -22,12 +22,14 @@ from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify_weights import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
+from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.model.adapter import Adapter
-from pytest_sway.backends.hf.model.peft_model import adapter_parameters, largest_scaling
+from pytest_sway.backends.hf.model.peft_model import adapter_parameters, inner_model, largest_scaling
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.skeletons import OnSkeleton, name_in_file
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, SwayError
+from pytest_sway.spec.tasks import CAUSAL, TASKS
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
         again_read = with_entries(read_adapter(folder, allow_pickle=True))
         model = _loaded_again(base, relocated(base.pristine.model, again_read), tokenizer)
         with torch.inference_mode():
-            model(torch.zeros((1, 2), dtype=torch.long, device=base.device))  # some fields matter only in a pass
+            numbers(inner_model(model), (0, 0), model)  # some fields matter only in a pass
             if again is not None:
                 again(model)
 
@@ -124,8 +126,9 @@ def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[i
     config = _config(files)
     if hasattr(config, "progressbar"):
         config.progressbar = False  # FRoD draws one on any terminal
-    kind = peft.PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else peft.PeftModel
-    peft_model: Any = kind(tree, config)
+    task = TASKS[base.spec.task or CAUSAL].peft
+    kind: Any = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task] if config.task_type == task else peft.PeftModel
+    peft_model = kind(tree, config)
     starts = {} if files.plain or config.is_prompt_learning else _copies(adapter_parameters(peft_model))
     key_mapping = None if config.is_prompt_learning else getattr(tree, "_checkpoint_conversion_mapping", {})
     with _folder_for_peft(files) as folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.checkpoints.peft_adapter import OF_BASE, not_merged
+from pytest_sway.backends.checkpoints.peft_adapter import OF_BASE, ROOT, not_merged
 from pytest_sway.backends.hf.adapters.attach import attach, explained
 from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
 from pytest_sway.backends.hf.hygiene.heap import collect
@@ -66,7 +66,9 @@ def _merged(base: LoadedBase, below: LoadedBase, files: AdapterFiles, number: in
     own = {id(tensor): tensor for tensor in tensors_of(model) if id(tensor) not in ways}.values()
     again = partial(_merged_tree, adapter, number)
     pristine = Pristine(model, again, ways=ways, own=own, trial=base.may_hide_something)
-    merged = MergedBase(base, pristine, brought or (below.brought if isinstance(below, MergedBase) else None))
+    record = brought or (below.brought if isinstance(below, MergedBase) else None)
+    lacks = frozenset(name for name in below.lacks if ROOT + name not in (files.entries or ()))
+    merged = MergedBase(base, pristine, record, lacks)
     if not files.told_by_weights:
         with explained(below, files, tokenizer):
             verify_effect(below, merged.side, files)

@@ -1,4 +1,4 @@
-"""Verifies that an adapter changes its base's logits. Weights alone cannot always show it, so the models are run."""
+"""Verifies that an adapter changes what its base computes. Weights cannot always show it, so the models are run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
 from pytest_sway.backends.hf.adapters.resized_embeddings import trained_words
 from pytest_sway.backends.hf.adapters.verify_weights import NOT_TRAINED
 from pytest_sway.backends.hf.hygiene.finite import has_nan
+from pytest_sway.backends.hf.loading.tasks import numbers
+from pytest_sway.backends.hf.model.peft_model import inner_model
 from pytest_sway.backends.libraries.process import no_warnings
+from pytest_sway.spec.tasks import is_causal
 
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
@@ -51,7 +54,8 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
         if max(trained_words(files), default=0) >= words:
             return
         ids = _probe(words, files)
-        before, after = _logits(plain, ids), _logits(changed, ids)
+        computed = _logits if is_causal(base.spec.task) else _numbers
+        before, after = computed(plain, ids), computed(changed, ids)
         if _vocabulary(plain) != _vocabulary(changed):
             before, after = before[..., :words], after[..., :words]
         if has_nan(after) and not has_nan(before):
@@ -72,9 +76,7 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
 
 def _require_another(ids: list[int], before: Any, model: Any) -> None:
     """Raise if a model's logits after the given tokens are NaN, or as before."""
-    import torch
-
-    after = model(torch.tensor([ids], device=before.device)).logits[0, -1, : before.shape[-1]]
+    after = numbers(inner_model(model), ids, model)[-1, : before.shape[-1]]
     if has_nan(after) or _same(before, after.to(before.device)):
         raise ValueError("the logits are NaN or unchanged")
 
@@ -92,6 +94,10 @@ def _logits(engine: Engine, ids: list[int]) -> Any:
     import torch
 
     return torch.stack(engine.forward.logits([(ids, len(ids))], lambda logits, *_: logits))
+
+
+def _numbers(engine: Engine, ids: list[int]) -> Any:
+    return numbers(engine.forward.model, ids, engine.forward.runner)
 
 
 def _same(plain: Any, changed: Any) -> bool:

@@ -8,6 +8,7 @@ from pytest_sway.backends.hf.hygiene.finite import not_finite
 from pytest_sway.backends.local.verification import diverged, require_other_weights
 from pytest_sway.backends.text.vocabulary import require_same_tokens
 from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.spec.tasks import CAUSAL, TASKS
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.base import LoadedBase
@@ -18,8 +19,8 @@ __tracebackhide__ = True
 def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
     """Raise unless a fine-tuned model can be compared with its base, and differs from it.
 
-    Their architectures may differ, but a token must mean the same in both, since probabilities of tokens are compared.
-    The fine-tuned model may have additional tokens.
+    Their architectures may differ, but a token must mean the same in both where probabilities of tokens are
+    compared. The fine-tuned model may have additional tokens.
 
     Raises:
         AdapterMismatchError: Tokens of the base differ in the fine-tuned model, its weights equal the base's, or they
@@ -27,7 +28,8 @@ def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
     """
     import torch
 
-    require_same_tokens(base.spec, base.tokenizer, tuned.spec, tuned.tokenizer)
+    if "logprob_of" in TASKS[base.spec.task or CAUSAL].answers:
+        require_same_tokens(base.spec, base.tokenizer, tuned.spec, tuned.tokenizer)
     two_ways = tuned.spec.base == base.spec.base and tuned.spec.model_kwargs != base.spec.model_kwargs
     if not two_ways:  # to load the same weights
         require_other_weights(base.spec, base.tensors(), tuned.spec, tuned.tensors(), torch.equal)

@@ -16,14 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.hub_files import base_file, config_of
-from pytest_sway.errors import SpecError
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
 
@@ -38,7 +34,7 @@ _AS_TEXT: Final = frozenset({"Llama4ForConditionalGeneration"})
 _OF_SPEECH: Final = "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"
 
 
-def auto_class(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
+def text_class(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
     """Return the ``AutoModel...`` that loads the model of a ``config.json``.
 
     Args:
@@ -57,38 +53,24 @@ def auto_class(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
     return getattr(transformers, names[0] if names else "AutoModelForCausalLM")
 
 
-def require_type(spec: ModelSpec) -> None:
-    """Raise if a base's config names a model that does not write text. A config on the hub is not fetched.
+def why_no_text(config: Mapping[str, Any]) -> str:
+    """Return a sentence on why transformers has no class that writes text for a ``config.json``; empty if it has one.
 
-    Raises:
-        SpecError: transformers does not know the type, or has no model of it that takes and writes text.
+    Args:
+        config: Its fields, with a ``model_type`` that transformers knows.
     """
-    import transformers
-
-    config, path = config_of(spec), base_file(spec, "config.json")
-    known: Any = transformers.CONFIG_MAPPING
-    kind = config.get("model_type")
-    if kind is None or (config.get("auto_map") and spec.trust_remote_code):
-        return
-    if not isinstance(kind, str) or kind not in known:
-        raise SpecError(
-            f"{str(path)!r} has model_type = {shown(kind)}, which the installed transformers"
-            f" {transformers.__version__} does not know. Upgrade transformers, or save the model again."
-        )
+    kind, named = config.get("model_type"), _architectures(config)
     ways = dict(_ways(kind))
     if not ways:
-        raise SpecError(
-            f"{str(path)!r} has model_type = {kind!r}, and transformers has no causal language model of that type, nor"
-            " a multimodal model that writes text: it may be an encoder, or a model of images or sounds alone. Name the"
-            " folder of a language model."
+        return (
+            f"has model_type = {kind!r}, and transformers has no causal language model of that type, nor a multimodal"
+            " model that writes text: it may be an encoder, or a model of images or sounds alone"
         )
-    named = _architectures(config)
-    speech = {names for names in _class_names(kind, _OF_SPEECH) if names in named}
+    speech = _class_names(str(kind), _OF_SPEECH) & named
     if speech and not any(classes & speech for classes in ways.values()):
-        raise SpecError(
-            f"{str(path)!r} has architectures = {shown(config['architectures'])}, a model that writes down speech and"
-            " takes no text alone. Name the folder of a language model."
-        )
+        named_first = shown(config["architectures"])
+        return f"has architectures = {named_first}, a model that writes down speech and takes no text alone"
+    return ""
 
 
 def has_parts(config: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, config_of, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.base_misfits import other_sizes, why_lacking
-from pytest_sway.backends.hf.loading.classes import auto_class, has_parts, require_type
+from pytest_sway.backends.hf.loading.classes import has_parts
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
 from pytest_sway.backends.hf.loading.model_kwargs import (
@@ -18,6 +18,14 @@ from pytest_sway.backends.hf.loading.model_kwargs import (
     refused_arguments,
     require_in_memory,
     unknown_argument,
+)
+from pytest_sway.backends.hf.loading.tasks import (
+    auto_class,
+    needed,
+    numbers,
+    other_task,
+    require_type,
+    same_noise,
 )
 from pytest_sway.backends.libraries.culprits import Asked, culprit, named_culprit, said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
@@ -79,17 +87,18 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
 def _own(spec: ModelSpec, arguments: Mapping[str, Any]) -> Any:
     auto = _auto_class(spec)
     _require_enough_weights(spec)
-    loaded: Any = auto.from_pretrained(
-        spec.base,
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-        use_safetensors=None if spec.allow_pickle else True,
-        dtype=torch_dtype(spec.dtype),
-        output_loading_info=True,
-        **arguments,
-    )
+    with same_noise(spec):
+        loaded: Any = auto.from_pretrained(
+            spec.base,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=None if spec.allow_pickle else True,
+            dtype=torch_dtype(spec.dtype),
+            output_loading_info=True,
+            **arguments,
+        )
     model, info = loaded
-    _require_complete(spec, info["missing_keys"])
+    _require_complete(spec, needed(spec, model, info["missing_keys"]))
     return model
 
 
@@ -99,7 +108,7 @@ def _auto_class(spec: ModelSpec) -> Any:
 
     if not config_of(spec):
         AutoConfig.from_pretrained(spec.base, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    return auto_class(config_of(spec), trust_remote_code=spec.trust_remote_code)
+    return auto_class(spec, config_of(spec))
 
 
 def _require_enough_weights(spec: ModelSpec) -> None:
@@ -130,11 +139,11 @@ def _from(folder: Path, spec: ModelSpec, gguf: Path | None, arguments: Mapping[s
 
     The config of a GGUF base is in the folder, too.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = spec.base if gguf is None else str(folder)
     config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    auto: Any = _auto_class(spec) if gguf is None else AutoModelForCausalLM
+    auto: Any = _auto_class(spec) if gguf is None else auto_class(spec, {})
     model: Any = auto.from_pretrained(
         str(folder),
         config=config,
@@ -165,17 +174,17 @@ def _made(spec: ModelSpec, folder: Path) -> Any:
     import torch
 
     with quiet_process():
-        auto, config = _described(folder, trust_remote_code=spec.trust_remote_code)
+        auto, config = _described(spec, folder)
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
-def _described(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def _described(spec: ModelSpec, folder: Path) -> tuple[Any, Any]:
     """Return the ``AutoModel...`` that makes the model of a folder's config, and that config of transformers'."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    return auto_class(config.to_dict(), trust_remote_code=trust_remote_code), config
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=spec.trust_remote_code)
+    return auto_class(spec, config.to_dict()), config
 
 
 def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
@@ -189,10 +198,10 @@ def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with quiet_process(), torch.inference_mode():
-            auto, config = _described(folder)
+            auto, config = _described(spec, folder)
             with FakeTensorMode(allow_non_fake_inputs=True):  # some of a model's code does not run on the meta device
                 model = auto.from_config(config, trust_remote_code=False).eval()
-                model(input_ids=torch.zeros((1, 2), dtype=torch.long))
+                numbers(model, (0, 0))
 
     found = culprit(asked._replace(attempt=attempt), str(error))
     return (
@@ -227,8 +236,9 @@ def _other_sizes(spec: ModelSpec) -> str:
 
 def _require_complete(spec: ModelSpec, missing: Collection[str]) -> None:
     """Raise `WeightsError` if a load did not find all of a model's weights."""
-    why = ""
-    if missing and not spec.trust_remote_code:
+    other = other_task(spec, config_of(spec)) if missing else ""
+    why = f" ({other})" if other else ""
+    if missing and not why and not spec.trust_remote_code:
         config, entries = base_file(spec, "config.json"), base_entries(spec)
         if config is not None and entries is not None:
             why = why_lacking(config, entries, partial(_made, spec), missing)

@@ -14,10 +14,11 @@ from pytest_sway.backends.checkpoints.hub_files import base_file, config_of
 from pytest_sway.backends.hf.hygiene.contents import ContentsRecord, PatchRecord
 from pytest_sway.backends.hf.hygiene.heap import trim_heap
 from pytest_sway.backends.hf.hygiene.weights_watch import measured
-from pytest_sway.backends.hf.loading.classes import is_multimodal, require_type
+from pytest_sway.backends.hf.loading.classes import is_multimodal
 from pytest_sway.backends.hf.loading.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.loading.libraries import quiet_process
 from pytest_sway.backends.hf.loading.model import load_model
+from pytest_sway.backends.hf.loading.tasks import lacking, require_type
 from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.hf.model.known_skeletons import Skeletons
 from pytest_sway.backends.hf.model.pristine import Pristine
@@ -48,6 +49,7 @@ class LoadedBase:
         may_hide_something: See the attribute.
         exposed: The tensors of its own for which all trees have the same memory, by name; ``None`` for all such.
         rust: The record of its tokenizer; ``None`` if another base has it.
+        lacks: See the attribute.
 
     Attributes:
         spec: The spec.
@@ -63,6 +65,7 @@ class LoadedBase:
         tokenizers: The tokenizers that adapters brought, by the digest of their files; each lives as long as a backend
             uses it.
         lock: Held while a tokenizer is added.
+        lacks: The names of the weights of its head that its files lack, so that they are noise.
         is_tried: Whether a trial was made and found no fault; see `verify_base`.
         nbytes: The bytes of its parameters, their scales and its buffers; shared memory counts once.
     """
@@ -79,6 +82,7 @@ class LoadedBase:
         may_hide_something: bool,
         exposed: Mapping[str, Any] | None = None,
         rust: RustRecord | None = None,
+        lacks: frozenset[str] = frozenset(),
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
@@ -88,6 +92,7 @@ class LoadedBase:
         self.pristine = pristine
         self.watches = pristine.watches
         self.trials = Trials()
+        self.lacks = lacks
         self.is_tried = False
         self.memory: AnswerCache | None = None
         self.side = base_side(self)
@@ -194,7 +199,8 @@ def load_base(spec: ModelSpec, load_model: Callable[[ModelSpec], Any] = load_mod
     trim_heap()  # before trees are tried, which takes memory, too
     hides = _may_hide_something(spec, model)
     pristine = Pristine(model, again, trial=hides)
-    return LoadedBase(spec, tokenizer, pristine, may_hide_something=hides, rust=RustRecord(tokenizer))
+    lacks = lacking(spec, model)
+    return LoadedBase(spec, tokenizer, pristine, may_hide_something=hides, rust=RustRecord(tokenizer), lacks=lacks)
 
 
 def load_tokenizer(spec: ModelSpec, source: str) -> Any:

@@ -24,6 +24,7 @@ class MergedBase(LoadedBase):
         below: The base, which outlives it.
         pristine: The merged model. Its own tensors are those that differ from the base's.
         brought: The record of the tokenizer that an adapter brings; ``None`` for the base's.
+        lacks: The names of the weights of its head that nobody has brought, so that they are noise.
 
     Attributes:
         below: The base.
@@ -32,7 +33,9 @@ class MergedBase(LoadedBase):
 
     below: LoadedBase
 
-    def __init__(self, below: LoadedBase, pristine: Pristine, brought: RustRecord | None) -> None:
+    def __init__(
+        self, below: LoadedBase, pristine: Pristine, brought: RustRecord | None, lacks: frozenset[str] = frozenset()
+    ) -> None:
         own = set(map(id, pristine.own))
         super().__init__(
             below.spec,
@@ -41,6 +44,7 @@ class MergedBase(LoadedBase):
             may_hide_something=below.may_hide_something,
             exposed={name: tensor for name, tensor in pristine.memory.exposed.items() if id(tensor) in own},
             rust=brought,
+            lacks=lacks,
         )
         self.below = below
         self.brought = brought

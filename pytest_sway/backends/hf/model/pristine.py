@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
+from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory
 from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of
 
@@ -110,13 +111,12 @@ class Pristine:
 
 
 def _agree(one: Any, other: Any) -> bool:
-    """Return whether two trees compute the same logits, to the bit."""
+    """Return whether two trees compute the same numbers, to the bit."""
     import torch
 
-    ids = torch.tensor([_TRIAL_IDS], device=one.device)
     try:
         with torch.inference_mode():
-            first, second = one(input_ids=ids).logits, other(input_ids=ids).logits
+            first, second = numbers(one, _TRIAL_IDS), numbers(other, _TRIAL_IDS)
     except Exception:  # an unknown architecture may raise anything
         return False
     return bool(torch.equal(first.nan_to_num(), second.nan_to_num()))

@@ -1,18 +1,21 @@
-"""Verifies that a model is a causal language model: its logits are numbers, and later tokens do not change them."""
+"""Verifies that what a model computes are numbers, and that those of a causal one do not depend on later tokens."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.backends.hf.hygiene.finite import has_nan, not_finite
 from pytest_sway.backends.hf.loading.classes import is_multimodal
 from pytest_sway.backends.hf.loading.model import why_not_run
+from pytest_sway.backends.hf.loading.tasks import numbers, other_task
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.libraries.culprits import said
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.backends.local.verification import diverged
 from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.spec.tasks import is_causal
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.base import LoadedBase
@@ -24,7 +27,9 @@ _SAME: Final = 2
 
 
 def verify_base(base: LoadedBase, role: str = "base") -> None:
-    """Raise unless a base computes numbers that later tokens do not change. One small pass tries this once per base.
+    """Raise unless a base computes numbers, and a causal one numbers that later tokens do not change.
+
+    One small pass tries this once per base.
 
     If each tree is loaded anew, the trial waits until the model first computes: a tree for the trial alone would double
     the load time.
@@ -53,12 +58,16 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
 
     if base.is_tried:
         return
-    why = None
+    why, causal = None, is_causal(base.spec.task)
     with no_warnings(), torch.inference_mode():
         first = trial_tokens(model)
         texts = [first, (*first[:_SAME], *first[: len(first) - _SAME])]
         try:
-            logits = model(input_ids=torch.tensor(texts, device=model.device), use_cache=False).logits
+            logits = (
+                model(input_ids=torch.tensor(texts, device=model.device), use_cache=False).logits
+                if causal
+                else numbers(model, first)
+            )
         except Exception as error:  # an unknown architecture may raise anything
             logits, why = None, why_not_run(base.spec, error)
             if why is None and is_multimodal(model):
@@ -72,11 +81,12 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
         broken = not_finite(tensors)
         if broken:
             raise WeightsError(diverged(f"the {role} {base.spec.base!r}", broken, len(tensors)))
-    elif not agree(logits[0, :_SAME], logits[1, :_SAME]):
+    elif causal and not agree(logits[0, :_SAME], logits[1, :_SAME]):
+        other = other_task(base.spec, config_of(base.spec))
         raise SpecError(
             f"the {role} {base.spec.base!r} is not a causal language model: in its {type(model).__name__}, later"
             " tokens change the logits of earlier ones, as in BERT and other encoders. Name a model that was trained to"
-            " predict the next token."
+            f" predict the next token{f', or change the task: {other}' if other else ''}."
         )
     base.is_tried = True
 

@@ -39,8 +39,8 @@ def generate_many(run: Run, prompts: Sequence[Prompt], settings: SamplingParams,
         Request(ids[-room:], seed if settings.temperature > 0.0 else None)
         for ids, seed in zip(encoded, seeds, strict=True)
     ]
-    found = _continued(run, list(dict.fromkeys(requests)), settings, run(_stops))
-    texts: list[str] = run(_decoded, [found[request] for request in requests], settings.stop)
+    found = _continued(run, list(dict.fromkeys(requests)), settings, run(stops_of))
+    texts: list[str] = run(decoded_texts, [found[request] for request in requests], settings.stop)
     return texts
 
 
@@ -105,11 +105,13 @@ def _planned_apart(engine: Engine, requests: Sequence[Request], settings: Sampli
     return planned
 
 
-def _decoded(engine: Engine, found: Sequence[tuple[int, ...]], stop: Sequence[str]) -> list[str]:
+def decoded_texts(engine: Engine, found: Sequence[tuple[int, ...]], stop: Sequence[str]) -> list[str]:
+    """Return new tokens as texts, each cut before its first stop text."""
     return [stopped_text(engine.tokenizer, new, stop) for new in found]
 
 
-def _stops(engine: Engine) -> Stops:
+def stops_of(engine: Engine) -> Stops:
+    """Return the tokens at which a model ends its texts, and the one that pads them."""
     ends = _ends(engine)
     pad = next((token for token in (engine.tokenizer.pad_token_id, *ends) if token is not None), 0)
     return Stops(tuple(ends), pad)

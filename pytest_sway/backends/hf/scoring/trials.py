@@ -15,6 +15,7 @@ class Trials:
         output_class: The class of the body's output.
         longest_packed: The most tokens of a sequence that can be packed into a row with others.
         caches: Whether continuing from a key-value cache gives the same as one pass.
+        pads: Whether a text that is padded on the right is read as it is alone.
         looks_ahead: Whether a token is known to change what is computed for earlier ones. No trial shows this: a few
             tokens may hide it.
         continues: Whether prompts of some lengths continue together from a key-value cache as they are scored, by these
@@ -26,5 +27,6 @@ class Trials:
     output_class: type | None = None
     longest_packed: int | None = None
     caches: bool | None = None
+    pads: bool | None = None
     looks_ahead: bool = False
     continues: dict[tuple[int, ...], bool] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter, warn_of_names
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter, require_task, warn_of_names
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.backends.mlx.adapters.conversion import refuse_inexact
 from pytest_sway.errors import SpecError, WeightsError
@@ -69,6 +69,7 @@ def read_mlx_adapter(folder: Path) -> AdapterFiles:
     config = _config(folder)
     if config is None or "peft_type" in config:
         files = read_adapter(folder)  # raises for all else that can be wrong with a folder
+        require_task(files, "mlx", None)
         assert files.entries is not None
         warn_of_names(files)
         refuse_inexact(files)

@@ -64,7 +64,16 @@ CHECKED = [
     pytest.param(_write("adapter_model.safetensors", "x"), WeightsError, "1 bytes, too few", id="one byte"),
     pytest.param(pickled, WeightsError, "only in adapter_model.bin, a pickle.* set allow_pickle=True", id="pickle"),
     pytest.param(
-        lambda folder: edit_config(folder, task_type="SEQ_CLS"), AdapterMismatchError, "for the task SEQ_CLS", id="task"
+        lambda folder: edit_config(folder, task_type="SEQ_CLS"),
+        AdapterMismatchError,
+        "'SEQ_CLS' in its .*head",
+        id="head",
+    ),
+    pytest.param(
+        lambda folder: edit_config(folder, task_type="causal_lm"),
+        AdapterMismatchError,
+        "for the task causal_lm .*which PEFT does not have",
+        id="task",
     ),
 ]
 

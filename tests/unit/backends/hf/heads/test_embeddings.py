@@ -1,0 +1,259 @@
+"""Embeddings are pooled as the model's own sentence-transformers configuration says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pytest_sway import cache_key_for
+from pytest_sway.errors import ScoringError, SpecError, SwayWarning
+from tests.tiny import edit_weights
+from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.heads.models import TEXTS, fresh_model, make_head_adapter, make_model
+from tests.unit.backends.hf.insides import passes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MODULES = "sentence_transformers.models."
+
+
+def make_sentence_model(
+    folder: Path, mode: str | list[str] = "mean_tokens", *, modules: tuple[str, ...] = ("Normalize",), **files: Any
+) -> Path:
+    """Write sentence-transformers' configuration into a model's or an adapter's folder.
+
+    Args:
+        folder: The folder.
+        mode: The names of its pooling, as in ``pooling_mode_<name>``.
+        modules: What comes after the pooling.
+        files: ``bert`` and ``transformers``: the contents of its other two files; ``pooling``: more of the pooling's.
+    """
+    names = ["Transformer", "Pooling", *modules]
+    listed = [
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": _MODULES + name}
+        for i, name in enumerate(names)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    every = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
+    pooling = {f"pooling_mode_{name}": name in mode if isinstance(mode, list) else name == mode for name in every}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling | files.get("pooling", {})))
+    for name, key in (("sentence_bert_config.json", "bert"), ("config_sentence_transformers.json", "transformers")):
+        if key in files:
+            (folder / name).write_text(json.dumps(files[key]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder that says nothing of how it pools."""
+    return make_model(tmp_path_factory.mktemp("plain"), "bert", "AutoModel")
+
+
+@pytest.fixture
+def bert(plain: Path, tmp_path: Path) -> Path:
+    return make_sentence_model(shutil.copytree(plain, tmp_path / "bert"))
+
+
+_POOL: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda states: states.mean(0),
+    "cls": lambda states: states[0],
+    "last": lambda states: states[-1],
+    "max": lambda states: states.amax(0),
+}
+
+
+def _alone(model: Any, tokenizer: Any, texts: list[str], mode: str, *, normalize: bool = False) -> np.ndarray[Any, Any]:
+    """Return the embedding of each text, from transformers' hidden states of the text alone."""
+    import torch
+
+    rows = []
+    for text in texts:
+        with torch.inference_mode():
+            vector = _POOL[mode](model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0])
+        rows.append(vector / vector.norm() if normalize else vector)
+    return torch.stack(rows).numpy()
+
+
+def test_the_models_own_configuration_decides(build: Any, bert: Path) -> None:
+    with build(bert, task="embeddings").as_base() as view:
+        passes = passes_of(view)
+        found = view.embed(TEXTS)
+        assert max(rows for rows, _ in passes) > len(TEXTS) // 2
+    assert (found.dtype, found.shape) == (np.float32, (len(TEXTS), 32))
+    assert np.allclose(found, _alone(*fresh_model(bert, "AutoModel"), TEXTS, "mean", normalize=True), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "mode"),
+    [("mean_tokens", "mean"), ("cls_token", "cls"), ("lasttoken", "last"), ("max_tokens", "max")],
+)
+def test_each_pooling_is_read_and_can_be_said(build: Any, plain: Path, tmp_path: Path, said: str, mode: str) -> None:
+    folder = make_sentence_model(shutil.copytree(plain, tmp_path / "bert"), said, modules=())
+    expected = _alone(*fresh_model(plain, "AutoModel"), TEXTS, mode)
+    with build(folder, task="embeddings").as_base() as own, build(plain, task="embeddings").as_base() as asked:
+        assert np.allclose(own.embed(TEXTS), expected, atol=1e-5)
+        assert np.allclose(asked.embed(TEXTS, pooling=mode), expected, atol=1e-5)
+
+
+def test_the_newer_form_of_the_configuration_is_read_too(build: Any, bert: Path) -> None:
+    (bert / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
+    with build(bert, task="embeddings").as_base() as view:
+        assert np.allclose(view.embed(TEXTS), view.embed(TEXTS, pooling="cls"))
+
+
+def test_a_causal_models_body_pools_its_last_token(build: Any, base: Path, tmp_path: Path) -> None:
+    folder = make_sentence_model(shutil.copytree(base, tmp_path / "base"), "lasttoken")
+    with build(folder, task="embeddings").as_base() as view:
+        found = view.embed(TEXTS)
+    assert np.allclose(found, _alone(*fresh_model(base, "AutoModel"), TEXTS, "last", normalize=True), atol=1e-5)
+
+
+def test_the_encoder_of_t5_embeds_alone(build: Any, tmp_path: Path) -> None:
+    folder = make_sentence_model(make_model(tmp_path, "t5", "AutoModelForSeq2SeqLM", ends=True))
+    with build(folder, task="embeddings").as_base() as view:
+        assert type(view.model).__name__ == "T5EncoderModel"
+        found = view.embed(TEXTS)
+    expected = _alone(*fresh_model(folder, "AutoModelForTextEncoding"), TEXTS, "mean", normalize=True)
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_a_missing_pooler_is_no_fault(build: Any, bert: Path) -> None:
+    edit_weights(
+        bert, lambda tensors: {k: t for k, t in tensors.items() if "pooler" not in k}, file="model.safetensors"
+    )
+    with build(bert, task="embeddings").as_base() as view:
+        assert view.embed(TEXTS).shape == (len(TEXTS), 32)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    return make_head_adapter(folder, plain, "AutoModel", "FEATURE_EXTRACTION", targets=["query", "value"])
+
+
+def test_an_adapters_task_type_decides_the_head(build: Any, bert: Path, plain: Path, adapter: Path) -> None:
+    backend = build(bert, adapter, trust_remote_code=False)
+    with backend.as_finetuned() as tuned, backend.as_base() as untuned:
+        found = tuned.embed(TEXTS)
+        assert not np.allclose(found, untuned.embed(TEXTS), atol=1e-3)
+        assert type(tuned.model).__name__ == "PeftModelForFeatureExtraction"
+    expected = _alone(*fresh_model(plain, "AutoModel", adapter), TEXTS, "mean", normalize=True)
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_a_configuration_in_the_adapters_folder_serves_both_sides(
+    build: Any, plain: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = make_sentence_model(shutil.copytree(adapter, tmp_path / "adapter"), "cls_token", modules=())
+    backend = build(plain, folder)
+    with backend.as_finetuned() as tuned, backend.as_base() as untuned:
+        assert np.allclose(untuned.embed(TEXTS), _alone(*fresh_model(plain, "AutoModel"), TEXTS, "cls"), atol=1e-5)
+        expected = _alone(*fresh_model(plain, "AutoModel", adapter), TEXTS, "cls")
+        assert np.allclose(tuned.embed(TEXTS), expected, atol=1e-5)
+
+
+def test_both_sides_pass_the_preflight(build: Any, plain: Path, adapter: Path) -> None:
+    assert build(plain, adapter).preflight_finite_check() == (True, "")
+
+
+# --- the rest of the configuration ------------------------------------------------------------------------------------
+
+
+def test_texts_are_cut_where_the_configuration_says(build: Any, bert: Path) -> None:
+    make_sentence_model(bert, bert={"max_seq_length": 4, "do_lower_case": True})
+    with build(bert, task="embeddings").as_base() as view:
+        with pytest.warns(
+            SwayWarning, match="1 of the prompts are too long: the model reads at most 4 .* their end, as"
+        ):
+            cut = view.embed(["THE SUN rises in the east"])
+        assert np.array_equal(cut, view.embed(["the sun rises in"]))
+
+
+def test_the_default_prompt_comes_before_each_text(build: Any, bert: Path) -> None:
+    with build(bert, task="embeddings").as_base() as view:
+        expected = view.embed([f"hello {text}" for text in TEXTS])
+    make_sentence_model(bert, transformers={"prompts": {"query": "hello "}, "default_prompt_name": "query"})
+    with build(bert, task="embeddings").as_base() as view:
+        assert np.allclose(view.embed(TEXTS), expected, atol=1e-6)
+
+
+def test_a_pooling_that_is_said_replaces_the_configurations(build: Any, bert: Path) -> None:
+    with build(bert, task="embeddings").as_base() as view:
+        found = view.embed(TEXTS, pooling="last")
+    assert np.allclose(found, _alone(*fresh_model(bert, "AutoModel"), TEXTS, "last", normalize=True), atol=1e-5)
+
+
+def test_no_texts_have_no_embeddings(build: Any, bert: Path) -> None:
+    with build(bert, task="embeddings").as_base() as view:
+        assert view.embed([]).shape == (0, 32)
+
+
+def test_another_pooling_is_another_backend(bert: Path) -> None:
+    before = cache_key_for(spec_of(bert, task="embeddings"))
+    make_sentence_model(bert, "cls_token", modules=())
+    assert cache_key_for(spec_of(bert, task="embeddings")) != before
+
+
+# --- what it can't answer ---------------------------------------------------------------------------------------------
+
+
+def test_without_a_configuration_the_choices_are_named(build: Any, plain: Path) -> None:
+    what = r"no configuration of sentence-transformers \(modules.json\).*pooling='mean'\), or 'cls', 'last', 'max'"
+    with build(plain, task="embeddings").as_base() as view, pytest.raises(ScoringError, match=what):
+        view.embed(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"modules": ("Dense", "Normalize")}, "has the module Dense in its modules.json"),
+        ({"mode": ["cls_token", "mean_tokens"]}, "pools by cls and mean in its"),
+        ({"mode": "mean_sqrt_len_tokens"}, "pools by pooling_mode_mean_sqrt_len_tokens in its"),
+        (
+            {
+                "pooling": {"include_prompt": False},
+                "transformers": {"prompts": {"q": "hello"}, "default_prompt_name": "q"},
+            },
+            "leaves its prompt out of the pooling",
+        ),
+    ],
+)
+def test_a_configuration_that_is_not_computed_is_told(
+    build: Any, bert: Path, fields: dict[str, Any], text: str
+) -> None:
+    make_sentence_model(bert, **fields)
+    with build(bert, task="embeddings").as_base() as view:
+        with pytest.raises(ScoringError, match=text + r".*Say how to pool"):
+            view.embed(TEXTS)
+        assert view.embed(TEXTS, pooling="mean").shape == (len(TEXTS), 32)
+
+
+@pytest.mark.parametrize(
+    ("ask", "text"),
+    [
+        (lambda view: view.embed(TEXTS, pooling="sum"), "there is no pooling 'sum'"),
+        (lambda view: view.embed("the sun"), "expected a list of texts"),
+        (lambda view: view.embed([("a", "b")]), "expected a text"),
+        (lambda view: view.classify(TEXTS), "a model for embeddings .*it answers embed"),
+        (lambda view: view.logprob_of("the", " sun"), "a model for embeddings .*it answers embed"),
+    ],
+)
+def test_what_it_cannot_answer_is_refused(build: Any, bert: Path, ask: Any, text: str) -> None:
+    with build(bert, task="embeddings").as_base() as view, pytest.raises(ScoringError, match=text):
+        ask(view)
+
+
+def test_a_configuration_that_cannot_be_read_is_named(build: Any, bert: Path) -> None:
+    (bert / "1_Pooling" / "config.json").write_text("{")
+    with pytest.raises(SpecError, match=r"1_Pooling/config\.json' cannot be read as JSON"):
+        build(bert, task="embeddings")
