@@ -18,6 +18,7 @@ from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build, require_differential
 from pytest_sway.errors import SwayError
 from pytest_sway.spec.identity import Key, resolved_key, with_adapter
+from pytest_sway.spec.kinds import KINDS
 from pytest_sway.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
 
 
 __tracebackhide__ = True
-
-BUILDERS: Final = {
-    "hf": "pytest_sway.backends.hf.builder:HFBuilder",
-    "mlx": "pytest_sway.backends.mlx.builder:MLXBuilder",
-    "api": "pytest_sway.backends.api.builder:ApiBuilder",
-    "dummy": "pytest_sway.backends.dummy.backend:DummyBuilder",
-    "custom": "pytest_sway.backends.custom:CustomBuilder",
-}
-"""The `Build` class of each kind, as ``module:Class``. It gets the options of `Builder` that its ``__init__`` names."""
 
 _UNCHECKED: Final = object()
 """Marks the plan of a spec that pytest-sway refuses and a hook may build."""
@@ -163,8 +155,8 @@ class Builder(Build):
 
 @cache
 def _builder_class(kind: str) -> type[Build]:
-    module, _, name = BUILDERS[kind].partition(":")
-    return getattr(import_module(module), name)  # type: ignore[no-any-return] # as the table says
+    module, _, name = KINDS[kind].builder.partition(":")
+    return getattr(import_module(module), name)  # type: ignore[no-any-return] # as `KINDS` says
 
 
 def cache_key_for(spec: ModelSpec, *, adapter_path: Path | None = None) -> Key:

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from pytest_sway.errors import SpecError
-from pytest_sway.spec.hub_names import ON_HUBS, is_address, is_hub_id
+from pytest_sway.spec.hub_names import is_address, is_hub_id
+from pytest_sway.spec.kinds import ON_HUBS
 from pytest_sway.spec.model_kwargs import as_mapping
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import parse_spec

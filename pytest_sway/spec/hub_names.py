@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from pytest_sway.errors import SpecError
+from pytest_sway.spec.kinds import ON_HUBS
 from pytest_sway.spec.paths import is_path, resolved_path, short_name
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-ON_HUBS: Final = ("hf", "mlx")
 """Kinds whose adapters may be on a hub, and may name their base."""
 SCHEME: Final = "hf://"
 _HOSTS: Final = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})

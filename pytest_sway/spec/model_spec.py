@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
-from pytest_sway.spec.hub_names import ON_HUBS, adapter_label, in_subfolder, is_on_hub, normal_address, taken_apart
+from pytest_sway.spec.hub_names import adapter_label, in_subfolder, is_on_hub, normal_address, taken_apart
+from pytest_sway.spec.kinds import KINDS, ON_HUBS
 from pytest_sway.spec.model_kwargs import canonical, form_of, in_short
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 from pytest_sway.spec.tasks import TaskName, checked_task
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-Kind = Literal["hf", "mlx", "api", "dummy", "custom"]
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
 
-KINDS: Final[tuple[str, ...]] = get_args(Kind)
 DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
 _DTYPE_ALIASES: Final = {
     "float16": "fp16",
@@ -84,7 +83,7 @@ class ModelSpec:
         SpecError: A field has an invalid value.
     """
 
-    kind: Kind = "hf"
+    kind: str = "hf"
     base: str = ""
     adapter: Path | str | tuple[Path | str, ...] | None = None
     dtype: Dtype = "auto"
@@ -229,7 +228,7 @@ def _one_of(name: str, value: object, valid: Iterable[str], *, hint: str = "") -
 def _kind(value: object) -> str:
     if value in ("peft", "transformers", "lora"):
         raise SpecError(f"spec field 'kind' is 'hf' for transformers and PEFT, not {value!r}.")
-    return _one_of("kind", value, KINDS)
+    return _one_of("kind", value, tuple(KINDS))
 
 
 def _dtype(value: object) -> str:
@@ -253,7 +252,7 @@ def _seconds(name: str, value: object) -> float:
     return float(value)
 
 
-def _model(field: str, value: object, kind: Kind, *, may_be_named: bool = False) -> str:
+def _model(field: str, value: object, kind: str, *, may_be_named: bool = False) -> str:
     if value in (None, "") and may_be_named and kind in ON_HUBS:
         return ""
     if isinstance(value, os.PathLike):
@@ -268,7 +267,7 @@ def _model(field: str, value: object, kind: Kind, *, may_be_named: bool = False)
     return value
 
 
-def _adapters(value: object, kind: Kind) -> Path | str | tuple[Path | str, ...] | None:
+def _adapters(value: object, kind: str) -> Path | str | tuple[Path | str, ...] | None:
     if value is None:
         return None
     if not isinstance(value, list | tuple):
@@ -290,7 +289,7 @@ def _only(value: object) -> object:
     return value
 
 
-def _adapter(value: object, kind: Kind) -> Path | str:
+def _adapter(value: object, kind: str) -> Path | str:
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
         raise SpecError(
             "spec field 'adapter' must be the folder of a PEFT adapter, a hub id, a list of these or None; found"
@@ -299,7 +298,7 @@ def _adapter(value: object, kind: Kind) -> Path | str:
     return value if isinstance(value, str) and kind in ON_HUBS and is_on_hub(value) else resolved_path(value)
 
 
-def _model_kwargs(field: str, value: object, kind: Kind) -> str | None:
+def _model_kwargs(field: str, value: object, kind: str) -> str | None:
     if value is None:
         return None
     if kind != "hf":
@@ -310,7 +309,7 @@ def _model_kwargs(field: str, value: object, kind: Kind) -> str | None:
     return None if kept == "{}" and field == "model_kwargs" else kept  # for 'finetuned', none is not the base's
 
 
-def _answers(value: object, kind: Kind) -> str | Path | None:
+def _answers(value: object, kind: str) -> str | Path | None:
     if value is None:
         return None
     if kind != "dummy":

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeAlias
 
 from pytest_sway.errors import SpecError
-from pytest_sway.spec.hub_names import ON_HUBS
+from pytest_sway.spec.kinds import KINDS, ON_HUBS
 from pytest_sway.spec.model_kwargs import form_of
 from pytest_sway.spec.model_spec import ModelSpec
 
@@ -30,23 +30,6 @@ class SpecAttributes(Protocol):
 
 SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
 _FIELDS: Final = tuple(each.name for each in fields(ModelSpec) if each.init)
-_ONLY_FOR: Final = {
-    "hf": (
-        "trust_remote_code",
-        "revision",
-        "allow_pickle",
-        "adapter_revision",
-        "adapter_subfolder",
-        "model_kwargs",
-        "finetuned_model_kwargs",
-        "task",
-    ),
-    "mlx": ("trust_remote_code", "revision", "adapter_revision", "adapter_subfolder"),
-    "api": ("endpoint", "finetuned_endpoint", "api_key_env", "timeout"),
-    "dummy": ("answers",),
-    "custom": ("entry_point", "trust_remote_code", "revision", "allow_pickle", "endpoint", "api_key_env", "timeout"),
-}
-"""Fields that say something to these kinds alone."""
 
 
 def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
@@ -101,8 +84,9 @@ def _unknown_name(value: str, named: Mapping[str, Any]) -> str:
 
 
 def _unknown_field(name: object, kind: object) -> str:
-    others = {field for of, own in _ONLY_FOR.items() if of != kind for field in own}
-    known = [field for field in _FIELDS if field not in others or field in _ONLY_FOR.get(str(kind), ())]
+    others = {field for of, each in KINDS.items() if of != kind for field in each.fields}
+    own = KINDS[str(kind)].fields if str(kind) in KINDS else ()
+    known = [field for field in _FIELDS if field not in others or field in own]
     close = difflib.get_close_matches(str(name), known, n=1)
     form = form_of(str(name)) if kind == "hf" else None
     hint = f" {form}" if form else f" Did you mean {close[0]!r}?" if close else ""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from pytest_httpserver import HTTPServer
 
 from pytest_sway import ModelSpec
 from pytest_sway.backends.dummy.backend import DummyBackend
-from pytest_sway.backends.registry import BUILDERS, Builder
+from pytest_sway.backends.registry import Builder
 from pytest_sway.backends.view import BaseView
-from pytest_sway.spec.model_spec import Kind
+from pytest_sway.spec.kinds import KINDS
 from tests.tiny import make_adapter, make_base
 from tests.unit.backends.api.toy import Toy
 from tests.unit.kinds import Agreement
@@ -48,7 +49,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         yield spec_of
 
 
-@pytest.fixture(scope="module", params=[kind for kind in BUILDERS if kind != "mlx"])
+@pytest.fixture(scope="module", params=[kind for kind in KINDS if kind != "mlx"])
 def make(request: pytest.FixtureRequest, specs: Callable[[str], ModelSpec]) -> Iterator[Callable[[], Any]]:
     builder, spec, made = Builder(), specs(request.param), list[Any]()
 
@@ -75,8 +76,15 @@ class TestAllKinds(Agreement):
     """The kinds that run in this process."""
 
 
-def test_each_kind_of_spec_has_what_builds_it() -> None:
-    assert set(BUILDERS) == set(get_args(Kind))
+def test_each_kind_has_a_builder() -> None:
+    for kind in KINDS.values():
+        module, _, name = kind.builder.partition(":")
+        assert isinstance(getattr(import_module(module), name), type)
+
+
+def test_a_kind_names_fields_of_specs_alone() -> None:
+    known = {field.name for field in fields(ModelSpec)}
+    assert all(set(kind.fields) <= known for kind in KINDS.values())
 
 
 @pytest.mark.parametrize("view", VIEWS)
