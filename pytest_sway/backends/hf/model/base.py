@@ -33,8 +33,8 @@ from pytest_sway.backends.local.tokenizer_copies import RustRecord
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from pytest_sway.spec.model_spec import ModelSpec
-
+    from pytest_sway.spec.tasks import CAUSAL
+from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
 
@@ -111,7 +111,9 @@ class LoadedBase:
 
     @property
     def notable_class(self) -> str | None:
-        """The name of its model's class, if that is multimodal or not the one that its config names; else ``None``."""
+        """The name of its model's class, if no task says it: multimodal, or not the one that its config names."""
+        if self.spec.task not in (None, CAUSAL):
+            return None
         model = self.pristine.model
         name, named = type(model).__name__, config_of(self.spec).get("architectures")
         return name if is_multimodal(model) or (named is not None and named != [name]) else None
