@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
-from pytest_sway.backends.hf.loading.candidates import defaults_of, hints_of, other_values
+from pytest_sway.backends.hf.loading.misfits.candidates import defaults_of, hints_of, other_values
 from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
 from pytest_sway.system.wording import shown, some

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, config_of, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
-from pytest_sway.backends.hf.loading.base_misfits import other_sizes, why_lacking
 from pytest_sway.backends.hf.loading.classes import has_parts
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
+from pytest_sway.backends.hf.loading.misfits.base_misfits import other_sizes, why_lacking
 from pytest_sway.backends.hf.loading.model_kwargs import (
     loading_arguments,
     not_installed,

@@ -29,11 +29,11 @@ from pytest_sway.backends.hf.sharing.trees import tensors_of
 from pytest_sway.backends.libraries.culprits import Asked, named_culprit
 from pytest_sway.backends.libraries.tokenizer_faults import FILES, MINIMAL, other_parts
 from pytest_sway.backends.local.tokenizer_copies import RustRecord
+from pytest_sway.spec.tasks import CAUSAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from pytest_sway.spec.tasks import CAUSAL
 from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.loading.candidates import other_numbers
+from pytest_sway.backends.hf.loading.misfits.candidates import other_numbers
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown, some
 
