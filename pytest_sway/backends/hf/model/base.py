@@ -34,7 +34,7 @@ from pytest_sway.spec.tasks import CAUSAL
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-from pytest_sway.spec.model_spec import ModelSpec
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
 
