@@ -62,7 +62,7 @@ def relocated(model: Any, files: AdapterFiles) -> AdapterFiles:
     if place is None or len(entries) < len(files.entries or ()):
         return files
     moved = replace(files, entries=entries, renamed=renamed)
-    if all(name.startswith((ROOT + place.body, ROOT + place.head)) for name in entries):
+    if all(name.startswith((ROOT + place.body, ROOT + place.head)) for name in entries if name.startswith(ROOT)):
         return replace(moved, config=_by_name(model, moved, place, moves))
     return moved
 

@@ -269,15 +269,25 @@ def with_adapter(model: Any, folder: Path) -> Iterator[Any]:
     try:
         yield loaded.eval()
     finally:
-        loaded.unload()
+        _taken_off(loaded)
 
 
-def train(model: Any, folder: Path, **fields: Any) -> Path:
-    """Save a LoRA adapter of noise, trained on a model, which is as it was afterwards."""
+def train(model: Any, folder: Path, kind: str = "LoraConfig", **fields: Any) -> Path:
+    """Save an adapter of noise, trained on a model, which is as it was afterwards.
+
+    Args:
+        model: The model.
+        folder: The folder, created if needed.
+        kind: The name of the adapter's configuration in PEFT.
+        fields: Its fields.
+    """
+    import peft
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | fields)
+    if kind == "LoraConfig":
+        fields = {"r": 2, "target_modules": ["q_proj", "v_proj"]} | fields
+    config: Any = getattr(peft, kind)(task_type="CAUSAL_LM", **fields)
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         trained: Any = get_peft_model(model, config)
@@ -285,8 +295,13 @@ def train(model: Any, folder: Path, **fields: Any) -> Path:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
         trained.save_pretrained(str(folder))
-        trained.unload()
+        _taken_off(trained)
     return folder
+
+
+def _taken_off(peft_model: Any) -> None:
+    if hasattr(peft_model.base_model, "unload"):  # prompts are no layers
+        peft_model.unload()
 
 
 def table() -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +16,13 @@ import pytest
 import torch
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from tests.tiny import TEXT, WORDS, edit_config, edit_weights, quiet
+from pytest_sway.errors import AdapterMismatchError, SpecError
+from tests.tiny import TEXT, WORDS, edit_config, edit_weights, make_tokenizer, quiet
 from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.insides import base_in
 from tests.unit.backends.hf.multimodal import (
     KNOWN,
+    SPECIMENS,
     Specimen,
     make_multimodal,
     plain_model,
@@ -27,7 +34,6 @@ from tests.unit.backends.hf.multimodal import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from pytest_sway.backends.hf.backend import HFBackend
 
@@ -87,7 +93,7 @@ def _logits(model: Any, tokenizer: Any, text: str = TEXT) -> Any:
 
 
 def _logits_of(model: Any, ids: list[int]) -> Any:
-    with torch.inference_mode():
+    with torch.inference_mode(), quiet():  # PEFT's prefixes go by a name that transformers warns of
         return model(input_ids=torch.tensor([ids])).logits[0]
 
 
@@ -238,3 +244,182 @@ def test_an_adapter_that_was_trained_on_the_text_model_alone_is_put_on_the_multi
     adapter = _text_adapter(served, tmp_path / "multimodal")
     edit_config(adapter, base_model_name_or_path=None)  # it names the multimodal base
     _expect(served, adapter, _expected(served.plain, adapter, served), base=folder)
+
+
+# --- forms of adapters ------------------------------------------------------------------------------------------------
+
+_LAYERS = r"model\.layers\.1\..*(q|v)_proj"
+FORMS: dict[str, dict[str, Any]] = {
+    "all-linear": {"target_modules": "all-linear"},
+    "a pattern": {"target_modules": _LAYERS},
+    "full names": {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]},
+    "some layers": {"layers_to_transform": [1]},
+    "exclude_modules": {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+    "rank_pattern": {
+        "rank_pattern": {"v_proj": 3, r"model\.layers\.1\.self_attn\.q_proj": 4},
+        "alpha_pattern": {"v_proj": 5},
+    },
+    "DoRA": {"use_dora": True},
+    "rsLoRA": {"use_rslora": True, "lora_alpha": 3},
+    "the output layer saved": {"modules_to_save": ["lm_head"]},
+    "norms saved": {"modules_to_save": ["norm"]},
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [5, 6]}},
+    "the output layer": {"target_modules": ["q_proj", "lm_head"]},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "IA3": {"kind": "IA3Config", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LoHa": {"kind": "LoHaConfig", "target_modules": ["q_proj"], "r": 2},
+    "OFT": {"kind": "OFTConfig", "target_modules": ["q_proj"], "oft_block_size": 8, "r": 0},
+    "VeRA": {"kind": "VeraConfig", "target_modules": ["q_proj"], "r": 4},
+    "norms": {"kind": "LNTuningConfig", "target_modules": ["input_layernorm"]},
+    "prompts": {"kind": "PromptTuningConfig", "num_virtual_tokens": 3},
+    "prefixes": {"kind": "PrefixTuningConfig", "num_virtual_tokens": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any, HFBuilder]]:
+    """A multimodal base whose vision tower has modules with the names of the text model's, and the text model alone."""
+    folder = tmp_path_factory.mktemp("llava")
+    specimen = next(each for each in SPECIMENS if each.name == "llava")
+    make_multimodal(folder, specimen)
+    builder = HFBuilder()
+    with closing(builder(spec_of(folder))):
+        yield folder, text_alone(plain_model(folder, specimen)), builder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_of_adapter_that_was_trained_on_the_text_model_alone_changes_that_and_no_vision_tower(
+    llava: Any, tmp_path: Path, form: str
+) -> None:
+    folder, alone, builder = llava
+    adapter = train(copy.deepcopy(alone), tmp_path, **FORMS[form])
+    with closing(builder(spec_of(folder, adapter))) as backend, backend.as_finetuned() as tuned:
+        before = _logits(alone, tuned.tokenizer)
+        with with_adapter(copy.deepcopy(alone), adapter) as reference:
+            expected = _logits(reference, tuned.tokenizer)
+        assert not expected.equal(before)
+        _close(_logits(tuned.model, tuned.tokenizer), expected)
+        ours = dict(tuned.model.named_modules())
+        assert not any("vision" in name and ("lora" in name or "modules_to_save" in name) for name in ours)
+        assert backend.changes() == []
+
+
+# --- what else may differ ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(llava: Any, tmp_path: Path) -> Path:
+    """A copy of a multimodal base's folder, for a test to change."""
+    return Path(shutil.copytree(llava[0], tmp_path / "base"))
+
+
+def _plain_llava(folder: Path) -> Any:
+    return plain_model(folder, next(each for each in SPECIMENS if each.name == "llava"))
+
+
+def test_an_adapter_in_the_files_of_an_older_transformers_is_put_on_the_vision_tower_too(
+    build: Any, base: Path, tmp_path: Path
+) -> None:
+    plain = _plain_llava(base)
+    adapter = train(plain, tmp_path / "adapter")
+    with with_adapter(plain, adapter) as reference:
+        expected = {name: tensor.clone() for name, tensor in reference.state_dict().items() if "lora" in name}
+    assert any("vision" in name for name in expected)
+    _renamed(adapter, "model.language_model.", "language_model.model.")
+    _renamed(adapter, "model.vision_tower.", "vision_tower.vision_model.")
+    with build(base, adapter).as_finetuned() as tuned:
+        found = tuned.model.state_dict()
+        assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_an_adapter_on_a_vision_tower_does_not_fit_the_text_model_alone(build: Any, llava: Any, tmp_path: Path) -> None:
+    folder, alone, _ = llava
+    adapter = train(_plain_llava(folder), tmp_path / "adapter", target_modules=r".*vision_tower.*q_proj")
+    edit_config(adapter, base_model_name_or_path=None)
+    with quiet():
+        alone.save_pretrained(tmp_path / "alone")
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "alone")
+    with pytest.raises(AdapterMismatchError, match=r"does not fit the base .*model\.vision_tower\.encoder"):
+        build(tmp_path / "alone", adapter)
+
+
+def test_a_config_with_the_fields_of_the_text_model_at_its_top_is_understood(build: Any, tmp_path: Path) -> None:
+    specimen = next(each for each in SPECIMENS if each.name == "qwen2_vl")
+    folder = make_multimodal(tmp_path, specimen)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config.pop("text_config"), **config}))  # as Qwen2-VL is on the hub
+    with build(folder).as_base() as view:
+        assert _logits(view.model, view.tokenizer).equal(_logits(plain_model(folder, specimen), view.tokenizer))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "llava"])
+def test_a_placeholder_of_an_image_scores_as_transformers_scores_it(build: Any, tmp_path: Path, name: str) -> None:
+    folder = make_multimodal(tmp_path, next(each for each in SPECIMENS if each.name == name))
+    with build(folder).as_base() as view:
+        text = f"the <image> {TEXT}"
+        _close(view.rolling_logprob(text).logprobs, _logprobs(view.model, _with_prefix(view.tokenizer, text)))
+
+
+def test_sizes_before_the_load_are_those_of_the_loaded_base(build: Any, builder: HFBuilder, base: Path) -> None:
+    (estimate,) = (builder.check(spec_of(base)).sizes or {}).values()
+    assert estimate == pytest.approx(base_in(build(base)).nbytes, rel=0.001)
+
+
+def test_a_vocabulary_that_an_adapter_resized_is_the_loaded_models(build: Any, base: Path, tmp_path: Path) -> None:
+    plain = _plain_llava(base)
+    with quiet():
+        plain.resize_token_embeddings(make_tokenizer(tmp_path, extra=("quark", "lepton", "<image>")) + 4)
+    adapter = train(plain, tmp_path, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    with build(base, adapter).as_finetuned() as tuned:
+        assert tuned.model.get_input_embeddings().weight.shape[0] == plain.get_input_embeddings().weight.shape[0]
+        assert tuned.model.config.get_text_config().vocab_size == plain.config.get_text_config().vocab_size
+        assert tuned.logprob_of("the quark", " lepton") < 0
+
+
+@pytest.mark.usefixtures("exposed")
+def test_a_changed_vision_tower_is_seen(build: Any, base: Path) -> None:
+    backend = build(base)
+    with backend.as_base() as view, torch.no_grad():
+        next(p for name, p in view.model.named_parameters() if "vision_tower" in name).add_(1)
+    assert [line for line in backend.changes() if "vision_tower" in line]
+
+
+def test_converted_weights_are_shared_between_workers(base: Path, tmp_path: Path) -> None:
+    with quiet():
+        _plain_llava(base).to(torch.bfloat16).save_pretrained(base)
+    builders = [HFBuilder(share_weights=tmp_path), HFBuilder()]
+    with closing(builders[0](spec_of(base))) as shared, closing(builders[1](spec_of(base))) as own:
+        assert any(tmp_path.iterdir())
+        with shared.as_base() as one, own.as_base() as other:
+            assert type(one.model) is type(other.model)
+            assert _logits(one.model, one.tokenizer).equal(_logits(other.model, one.tokenizer))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_multimodal_class_that_needs_an_image_is_refused_in_one_sentence(build: Any, tmp_path: Path) -> None:
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    tokens = {"vocab_size": make_tokenizer(tmp_path), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BlipConfig(
+        text_config={**small, **tokens, "encoder_hidden_size": 32, "projection_dim": 32},
+        vision_config={**small, "image_size": 28, "patch_size": 14, "projection_dim": 32},
+        projection_dim=32,
+        image_text_hidden_size=32,
+    )
+    with quiet():
+        BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(SpecError, match="BlipForConditionalGeneration, which does not compute logits for text alone"):
+        build(tmp_path)
+
+
+def test_a_model_that_writes_down_speech_is_refused_in_one_sentence(build: Any, base: Path) -> None:
+    config = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecError, match=r"architectures = .*Whisper.*, a model that writes down speech and takes no"):
+        build(base)
