@@ -61,7 +61,7 @@ def test_logprobs_in_a_batch_are_those_of_each_pair_alone(build: Any, folder: Pa
     with build(folder, task="seq2seq").as_base() as view:
         passes = passes_of(view)
         found = view.logprobs_of(PAIRS)
-        assert len(passes) < len(PAIRS)
+        assert max(rows for rows, _ in passes) > len(PAIRS) // 2
     assert np.allclose(found, [_alone(model, tokenizer, *pair) for pair in PAIRS], atol=1e-4)
 
 
