@@ -18,6 +18,7 @@ ALL: Final = (
     "threads",
     "scoring",
     "generation",
+    "heads",
     "compare",
 )
 
