@@ -8,7 +8,7 @@ computes each common prefix again, and computes tokens for ended texts until the
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from pytest_sway.backends.hf.sampling import keep_rows, processors
 from pytest_sway.backends.hf.scoring import batching
@@ -20,6 +20,7 @@ from pytest_sway.backends.hf.scoring.decode_cache import DecodeCache
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pytest_sway.backends.hf.scoring.body_and_head import BodyAndHead
     from pytest_sway.backends.hf.scoring.continuing import Request, Stops
     from pytest_sway.backends.hf.scoring.engine import Engine
     from pytest_sway.backends.hf.scoring.forward import Forward
@@ -32,9 +33,10 @@ _LOGITS_BYTES: Final = 8
 
 
 def most_texts(forward: Forward) -> int:
-    """Return the most texts that grow together."""
-    embedded = forward.embedded or 1
-    return max(1, _LOGITS_BYTES * forward.limits.logits_bytes // (4 * embedded))
+    """Return the most texts that grow together. Many times the fixed cost of a pass, more texts would save little."""
+    limits = forward.limits
+    by_logits = _LOGITS_BYTES * limits.logits_bytes // (4 * (forward.embedded or 1))
+    return max(1, min(by_logits, 4 * limits.overhead))
 
 
 @recalling
@@ -142,7 +144,7 @@ class GrowingTexts:
     """
 
     def __init__(self, forward: Forward, prompts: Sequence[Sequence[int]], room: int) -> None:
-        self._split: Any = forward.split()
+        self._split = cast("BodyAndHead", forward.split())  # a model that packs was split
         self._cache = DecodeCache(prompts, room, forward.model.device)
         families = forward.families(prompts)
         tokens, overhead = forward.tokens(few_logits=True), forward.limits.overhead
