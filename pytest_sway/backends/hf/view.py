@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_sway.backends.hf.scoring import generation, scores
+from pytest_sway.backends.hf.generation import generate
+from pytest_sway.backends.hf.scoring import scores
 from pytest_sway.backends.local.pooled_backend import PooledView
 
 if TYPE_CHECKING:
@@ -39,4 +40,4 @@ class HFView(PooledView):
         return scores.next_token_dists(self._run, prompts, top_k)
 
     def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]:
-        return generation.generate_many(self._run, prompts, settings, seeds)
+        return generate.generate_many(self._run, prompts, settings, seeds)
