@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def _of_one_model(model: str, base: Path, adapter: Path) -> Iterator[Figure]:
             equal = sum(a == b for a, b in zip(found, plain.generated(prompts, count), strict=True))
             seconds = medians(
                 ROUNDS,
-                ours=lambda asked=prompts, count=count: ours.generated(asked, count),
-                theirs=lambda asked=prompts, count=count: plain.generated(asked, count),
+                ours=partial(ours.generated, prompts, count),
+                theirs=partial(plain.generated, prompts, count),
             )
             yield Figure(
                 f"{model}: generate_many, {what}, times transformers",

@@ -38,6 +38,7 @@ ORDER = {
         "loading",
         "sampling",
         "scoring",
+        "generation",
         "model",
         "adapters",
         "check",
@@ -195,7 +196,18 @@ def test_a_library_is_imported_in_its_own_room_alone(found: set[Arrow]) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", [*ORDER, "cache", "comparison", "run", "spec", "system", "backends.hf.scoring", "backends.text"]
+    "room",
+    [
+        *ORDER,
+        "cache",
+        "comparison",
+        "run",
+        "spec",
+        "system",
+        "backends.hf.scoring",
+        "backends.hf.generation",
+        "backends.text",
+    ],
 )
 def test_a_room_says_its_purpose_and_hands_nothing_on(room: str) -> None:
     tree = ast.parse((PACKAGE.joinpath(*room.split(".")) / "__init__.py").read_text("utf-8"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_sway.backends.hf.scoring import generation, scores
+from pytest_sway.backends.hf.generation import generate
+from pytest_sway.backends.hf.scoring import scores
 from pytest_sway.backends.local.pooled_backend import PooledView
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ class HFView(PooledView):
     log-probability is within 2e-4 nats per token of the value for the question alone. The same questions in the same
     order give the same bits.
 
-    Generation uses a key-value cache if a trial on a few tokens shows that it does not change the text. Otherwise each
-    new token takes a pass over the whole text. Prompts of similar length share a batch, padded on the left, if a trial
-    shows that the model allows it.
+    Generation packs prompts in the same way, and each pass computes the next token of all texts. Otherwise transformers
+    generates with its key-value cache, and prompts are padded on the left. Trials on a few tokens show which of this
+    changes no text. If all of it does, each new token takes a pass over the whole text.
 
     ``model`` is the ``PeftModel``, or the Hugging Face model if there is no adapter.
     """
@@ -39,4 +40,4 @@ class HFView(PooledView):
         return self._with_texts(scores.next_token_dists(self._run, prompts, top_k))
 
     def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]:
-        return generation.generate_many(self._run, prompts, settings, seeds)
+        return generate.generate_many(self._run, prompts, settings, seeds)

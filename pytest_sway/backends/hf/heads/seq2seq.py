@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
+from pytest_sway.backends.hf.generation.continuing import FiniteCheck, Request, plain_settings
+from pytest_sway.backends.hf.generation.generate import decoded_texts, stops_of
 from pytest_sway.backends.hf.heads import batches
 from pytest_sway.backends.hf.heads.view import HeadView
 from pytest_sway.backends.hf.sampling import processors, stopping
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
-from pytest_sway.backends.hf.scoring.continuing import FiniteCheck, Request, plain_settings
 from pytest_sway.backends.hf.scoring.engine import no_number
-from pytest_sway.backends.hf.scoring.generation import decoded_texts, stops_of
 from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.text.chat import prompt_text
 from pytest_sway.backends.text.requests import warn_of_cuts
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pytest_sway.backends.hf.scoring.continuing import Stops
+    from pytest_sway.backends.hf.generation.continuing import Stops
     from pytest_sway.backends.hf.scoring.engine import Engine
     from pytest_sway.backends.questions import SamplingParams
     from pytest_sway.protocols import Prompt

@@ -1,1 +1,1 @@
-"""Computes logits from tokens, and scores and new text from logits."""
+"""Computes logits from tokens, and scores from logits."""

@@ -65,7 +65,7 @@ ACCELERATOR: Final = Limits(
     logits_bytes=256 * 2**20,
     worth_trimming=2**31,
     cached_tokens=32768,
-    decoded_tokens=65536,
+    decoded_tokens=32768,
     tokens_between_looks=4,
 )
 

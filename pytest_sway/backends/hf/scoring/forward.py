@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.scoring.batching import Limits, PrefixGroup
     from pytest_sway.backends.hf.scoring.body_and_head import BodyAndHead
+    from pytest_sway.backends.hf.scoring.packing import Row
     from pytest_sway.backends.hf.scoring.trials import Trials
     from pytest_sway.backends.text.tokens import Window
 
@@ -131,7 +132,7 @@ class Forward:
         self.spent = self.spent or self.rope.leaves_a_trace(max(map(len, inputs)))
         if split is not None:
             families = self.families(inputs)
-            with self.trimmed(sum(family.positions for family in families)):
+            with self._trimmed(sum(family.positions for family in families)):
                 states, places = split.hidden(inputs, families)
                 wanted = [p for runs, (_, n) in zip(places, sequences, strict=True) for p in _last(runs, n)]
                 states = _rows(states, sorted(set(wanted)))
@@ -145,6 +146,25 @@ class Forward:
         wanted = [p for end, (_, n) in zip(ends, sequences, strict=True) for p in range(end - n, end)]
         table = logits.flatten(0, 1)
         return self._reduced(lambda start, end: _rows(table, wanted[start:end]), wanted, reduce)
+
+    def states(self, row: Row) -> Any:
+        """Return the hidden states of a row's tokens, shape ``(positions, hidden size)``, if `packs` allows the row.
+
+        Raises:
+            MaskedError: The model cannot pack these sequences after all. From now on `packs` is False.
+        """
+        with self._trimmed(row.input_ids.shape[1]):
+            return self._parts.in_a_row(row)
+
+    def head(self, states: Any) -> Any:
+        """Return the logits of hidden states, shape ``(rows, vocabulary)``, if `packs` allows any row."""
+        return self._parts.logits(states)
+
+    @property
+    def _parts(self) -> BodyAndHead:
+        split = self.split()
+        assert split is not None, "only a model in two parts packs"
+        return split
 
     def shares(self, windows: Sequence[Window]) -> bool:
         """Return whether unpacked windows have one context, to be computed once and kept in a cache."""
@@ -169,7 +189,7 @@ class Forward:
         return self.logits([(window.inputs, len(window.scored)) for window in windows], reduce)
 
     @contextmanager
-    def trimmed(self, positions: int) -> Iterator[None]:
+    def _trimmed(self, positions: int) -> Iterator[None]:
         """Make the heap return unused memory before a body's pass, and after it what only that pass needed."""
         many = positions >= self.limits.worth_trimming
         if many:

@@ -95,7 +95,7 @@ class Row(Protocol):
     input_ids: Any
     position_ids: Any
 
-    def attention(self, attend: Any, module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
+    def attention(self, attend: Any, module: Any, tensors: Sequence[Any], /, **kwargs: Any) -> Any:
         """Return attention within each text; see `PackedBatch.attention`."""
         ...
 

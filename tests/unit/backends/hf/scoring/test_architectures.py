@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pytest_sway.backends.hf.scoring import generation
+from pytest_sway.backends.hf.generation import generate
 from tests.tiny import WORDS, make_adapter
 from tests.unit.backends.hf.families import families, make_family
 from tests.unit.backends.hf.reference import logits
@@ -89,7 +89,7 @@ def test_prompts_go_on_together_as_they_do_alone(view: Any, temperature: float) 
 
 
 def test_generated_text_follows_the_most_probable_scores(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "decoded_texts", lambda _, found, *__: [str(list(ids)) for ids in found])
+    monkeypatch.setattr(generate, "decoded_texts", lambda _, found, *__: [str(list(ids)) for ids in found])
     text, expected = TEXTS[2], list[int]()
     while len(expected) < 6 and view.tokenizer.eos_token_id not in expected:
         last = logits(view.model, view.tokenizer, " ".join([text, *view.tokenizer.convert_ids_to_tokens(expected)]))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.backends.hf.generation.decoding import GrowingTexts
 from pytest_sway.backends.hf.sampling import RowNoise
 from pytest_sway.backends.hf.scoring import batching
-from pytest_sway.backends.hf.scoring.decoding import GrowingTexts
 from tests.tiny import WORDS, make_base
 from tests.unit.backends.hf.families import families, make_family
 from tests.unit.backends.hf.insides import engine_of, passes_of
@@ -138,7 +138,8 @@ def test_a_model_that_turns_out_to_mask_more_is_continued_by_transformers(
     grow = GrowingTexts.grow
 
     def masks(self: GrowingTexts, tokens: Any) -> None:
-        monkeypatch.setattr(self._split._body, "forward", _masking(self._split._body.forward))
+        body = self._forward.model.model
+        monkeypatch.setattr(body, "forward", _masking(body.forward))
         grow(self, tokens)
 
     monkeypatch.setattr(GrowingTexts, "grow", masks)

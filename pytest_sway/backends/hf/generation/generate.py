@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_sway.backends.hf.generation.continuing import Request, Stops, continued, recomputed
+from pytest_sway.backends.hf.generation.decoding import decoded, most_texts
+from pytest_sway.backends.hf.generation.trials import ALONE, EQUAL, PADDED, continues, decodes
 from pytest_sway.backends.hf.scoring import batching
-from pytest_sway.backends.hf.scoring.continuing import Request, Stops, continued, recomputed
-from pytest_sway.backends.hf.scoring.decoding import decoded, most_texts
 from pytest_sway.backends.hf.scoring.engine import Engine
-from pytest_sway.backends.hf.scoring.generation_trials import ALONE, EQUAL, PADDED, continues, decodes
 from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.hf.scoring.packing import MaskedError
 from pytest_sway.backends.text.requests import encoded_prompts, warn_of_cuts

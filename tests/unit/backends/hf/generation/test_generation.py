@@ -203,7 +203,7 @@ def test_texts_that_do_not_grow_in_rows_follow_the_same_settings(
     settings: list[dict[str, Any]] = [*EXTRAS, {"stop": view.generate(TEXT, max_new_tokens=9).split()[3]}]
     in_rows = [view.generate_many(PROMPTS, max_new_tokens=9, **each) for each in settings]
     for trial in fails:
-        monkeypatch.setattr(f"pytest_sway.backends.hf.scoring.generation.{trial}", lambda *_: False)
+        monkeypatch.setattr(f"pytest_sway.backends.hf.generation.generate.{trial}", lambda *_: False)
     assert [view.generate_many(PROMPTS, max_new_tokens=9, **each) for each in settings] == in_rows
 
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.generation.continuing import FiniteCheck, has_ended
+from pytest_sway.backends.hf.generation.decode_cache import DecodeCache
 from pytest_sway.backends.hf.sampling import keep_rows, processors
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
 from pytest_sway.backends.hf.scoring.body_and_head import joined
-from pytest_sway.backends.hf.scoring.continuing import FiniteCheck, has_ended
-from pytest_sway.backends.hf.scoring.decode_cache import DecodeCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_sway.backends.hf.scoring.continuing import Request, Stops
+    from pytest_sway.backends.hf.generation.continuing import Request, Stops
     from pytest_sway.backends.hf.scoring.engine import Engine
     from pytest_sway.backends.hf.scoring.forward import Forward
     from pytest_sway.backends.questions import SamplingParams
@@ -32,9 +32,10 @@ _LOGITS_BYTES: Final = 8
 
 
 def most_texts(forward: Forward) -> int:
-    """Return the most texts that grow together."""
-    embedded = forward.embedded or 1
-    return max(1, _LOGITS_BYTES * forward.limits.logits_bytes // (4 * embedded))
+    """Return the most texts that grow together. Many times the fixed cost of a pass, more texts would save little."""
+    limits = forward.limits
+    by_logits = _LOGITS_BYTES * limits.logits_bytes // (4 * (forward.embedded or 1))
+    return max(1, min(by_logits, 4 * limits.overhead))
 
 
 @recalling
@@ -142,7 +143,7 @@ class GrowingTexts:
     """
 
     def __init__(self, forward: Forward, prompts: Sequence[Sequence[int]], room: int) -> None:
-        self._split: Any = forward.split()
+        self._forward = forward
         self._cache = DecodeCache(prompts, room, forward.model.device)
         families = forward.families(prompts)
         tokens, overhead = forward.tokens(few_logits=True), forward.limits.overhead
@@ -156,8 +157,7 @@ class GrowingTexts:
                 groups.append(families[f]._replace(members=range(start, start + size)))
                 start += size
             row = self._cache.prefilled(members, [prompts[i] for i in members], groups)
-            with forward.trimmed(sum(lengths[f] for f in batch)):
-                states = self._split.in_a_row(row)
+            states = forward.states(row)
             for i, runs in zip(members, row.places, strict=True):
                 end = next(run[-1] for run in reversed(runs) if run)
                 last[i] = states[end : end + 1].clone()  # the others are freed
@@ -169,7 +169,7 @@ class GrowingTexts:
         Args:
             tokens: The tokens' ids, shape ``(texts,)``.
         """
-        self.logits = self._logits(self._split.in_a_row(self._cache.step(tokens)))
+        self.logits = self._logits(self._forward.states(self._cache.step(tokens)))
 
     def drop(self, texts: Sequence[int]) -> list[int]:
         """Drop texts. Return the others, in their new order, by their number in the old one."""
@@ -181,4 +181,4 @@ class GrowingTexts:
         return kept
 
     def _logits(self, states: Any) -> Any:
-        return self._split.logits(states).float()
+        return self._forward.head(states).float()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.generation.continuing import left_padded, plain_settings
+from pytest_sway.backends.hf.generation.decoding import GrowingTexts
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
-from pytest_sway.backends.hf.scoring.continuing import left_padded, plain_settings
-from pytest_sway.backends.hf.scoring.decoding import GrowingTexts
 from pytest_sway.backends.hf.scoring.scores import next_logits
 
 if TYPE_CHECKING:
