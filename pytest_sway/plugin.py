@@ -1,6 +1,7 @@
 """The pytest plugin: hooks and fixtures that look up this run's state and delegate.
 
-Nothing heavy is imported here. The cache is imported when a test first asks for a backend.
+Every start of pytest imports this module and what it imports. So that is little: the settings and the hooks' names. The
+rest is imported when it is first used, and the cache when a test first asks for a backend.
 """
 
 from __future__ import annotations
@@ -12,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.cache.owners import Owner
-from pytest_sway.run.ordering import Collection
 from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, asks_for_reports, resolve_settings
-from pytest_sway.system.frames import forget_frames
-from pytest_sway.system.imports import restore_modules
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend
+    from pytest_sway.cache.owners import Owner
     from pytest_sway.cache.stats import WorkerReport
     from pytest_sway.report.collected import Collected
     from pytest_sway.run.regression.comparing import SwayCompare
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 _settings = pytest.StashKey[SwaySettings]()
 _session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
-_running = pytest.StashKey[Owner]()
+_running = pytest.StashKey["Owner"]()
 _errors = pytest.StashKey[list[BaseException]]()
 _collected = pytest.StashKey["Collected"]()
 _changed = pytest.StashKey[str]()
@@ -74,10 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_sway.run.named_specs import check_changes
 
         config.stash[_changed] = check_changes(config)
-    config.stash[_running] = Owner("the session")
     config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
     if settings.reorder:
-        config.pluginmanager.register(Collection(settings), "pytest_sway_collection")
+        config.pluginmanager.register(_collection(config, settings), "pytest_sway_collection")
     controller = None
     if getattr(config.option, "tx", None):  # pytest-xdist's workers
         from pytest_sway.run.controller import Controller, distributes
@@ -111,6 +108,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Name a parameter that is a spec after what it loads, such as ``org/base+runs/v3``."""
+    if isinstance(val, str | bytes | int | float | None):
+        return None
     from pytest_sway.run.ordering import is_spec
 
     if not is_spec(val):
@@ -163,10 +162,12 @@ def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, obje
     """Make the fixture own the leases that are taken in its set-up; they end after its own teardown."""
     if request.scope == "function":
         return (yield)
+    from pytest_sway.cache.owners import Owner
+
     stash = request.config.stash
     owner = Owner(f"fixture {request.fixturename!r} of {request.node.nodeid or 'the session'}")
     request.addfinalizer(partial(_end, request.config, owner))
-    around, stash[_running] = stash[_running], owner
+    around, stash[_running] = _owner(request.config), owner
     try:
         return (yield)
     finally:
@@ -179,6 +180,9 @@ def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, obje
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Make the test own its leases, and refuse a ``sway_spec`` marker without specs."""
+    from pytest_sway.cache.owners import Owner
+    from pytest_sway.system import imports  # noqa: F401 # a pytest run inside this test would remove it after its end
+
     item.config.stash[_running] = Owner(item.nodeid)
     for marker in item.iter_markers("sway_spec"):
         if not marker.args or marker.kwargs:
@@ -195,9 +199,11 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     try:
         return (yield)
     finally:
+        from pytest_sway.system.imports import restore_modules
+
         restore_modules()  # a pytest run inside this test may have removed some
         session = _used(item.config)
-        error = session.end_test(item.config.stash[_running]) if session is not None else None
+        error = session.end_test(_owner(item.config)) if session is not None else None
         if error is not None:
             raise error
 
@@ -226,7 +232,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     finally:
         errors = item.stash.get(_errors, [])
-        if _used(item.config) is not None and not item.config.getoption("usepdb", False):
+        if errors and _used(item.config) is not None and not item.config.getoption("usepdb", False):
+            from pytest_sway.system.frames import forget_frames
+
             for error in errors:
                 forget_frames(error)
         errors.clear()
@@ -270,6 +278,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Close every backend; session fixtures have ended by now, even after an interrupt."""
     config = session.config
     if (sway := _used(config)) is not None:
+        from pytest_sway.cache.owners import Owner
         from pytest_sway.run.controller import publish
 
         config.stash[_running] = Owner("the session's end")
@@ -299,6 +308,33 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 # --- the run's state --------------------------------------------------------------------------------------------------
 
 
+def _collection(config: pytest.Config, settings: SwaySettings) -> Any:
+    """Return the hooks that order tests; those of a run without pytest-xdist import the rest if they need it."""
+    if not (getattr(config.option, "tx", None) or hasattr(config, "workerinput")):
+        return _Order(settings)
+    from pytest_sway.run.ordering import Collection
+
+    return Collection(settings)
+
+
+class _Order:
+    """The hook of `Collection` that a run without pytest-xdist needs."""
+
+    def __init__(self, settings: SwaySettings) -> None:
+        self._settings = settings
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> Generator[None, object, object]:
+        """Put tests of the same model together, if a marker or a parameter may name a spec."""
+        if not any("sway_spec" in item.keywords or hasattr(item, "callspec") for item in items):
+            return (yield)
+        from pytest_sway.run.ordering import Collection
+
+        return (yield from Collection(self._settings).pytest_collection_modifyitems(config, items))
+
+
 class _Hooks:
     """The hooks ``pytest_sway_*``, as the session calls them."""
 
@@ -323,6 +359,15 @@ def _used(config: pytest.Config) -> SwaySession | None:
     return config.stash.get(_session, None)
 
 
+def _owner(config: pytest.Config) -> Owner:
+    """Return the running test or fixture."""
+    if _running not in config.stash:
+        from pytest_sway.cache.owners import Owner
+
+        config.stash[_running] = Owner("the session")
+    return config.stash[_running]
+
+
 def _sway(config: pytest.Config) -> SwaySession:
     """Return the session, creating it on first use."""
     if _session not in config.stash:
@@ -337,8 +382,9 @@ def _sway(config: pytest.Config) -> SwaySession:
             _Hooks(config),
             named_specs(config),
             load_progress(config, _terminal(config)),
-            owner=lambda: config.stash[_running],
+            owner=partial(_owner, config),
             share_weights=weights_folder(config),
+            recorded=asks_for_reports(config),
         )
     return config.stash[_session]
 

@@ -1,6 +1,6 @@
 """Hooks that reorder the collected tests for fewest loads, and tell xdist which tests belong together.
 
-Every run of pytest imports this module, so the rest is imported only if a marker or a parameter names a spec.
+A run without pytest-xdist imports this module only if a test has a marker or parameters that may name a spec.
 """
 
 from __future__ import annotations

@@ -100,6 +100,7 @@ class SwaySession(Listener):
         progress: Shows slow loads.
         owner: Returns the test or fixture that runs now. It owns the leases that are not taken by ``sway_backend``.
         share_weights: A folder for converted weights that the workers of this machine share.
+        recorded: Whether the run writes a record, which names versions and hardware.
     """
 
     def __init__(
@@ -110,8 +111,10 @@ class SwaySession(Listener):
         progress: LoadProgress,
         owner: Callable[[], Owner],
         share_weights: Path | None = None,
+        recorded: bool = True,
     ) -> None:
         self._settings = settings
+        self._recorded = recorded
         self._hooks = hooks
         self._progress = progress
         self._owner = owner
@@ -331,6 +334,10 @@ class SwaySession(Listener):
         self.cache.shutdown(timeout=_PATIENCE_AT_END)
         self.take_load_seconds()
         keep_modules()
+        if self._recorded:
+            self._note_circumstances()
+
+    def _note_circumstances(self) -> None:
         stats, names = self.stats, self._names
         stats.versions = imported_versions()
         stats.devices = device_names({spec.device for spec in self._loaded} - {"auto"})

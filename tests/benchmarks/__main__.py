@@ -9,6 +9,7 @@ from typing import Final
 
 ALL: Final = (
     "startup",
+    "first",
     "warm",
     "hygiene",
     "loading",

@@ -43,27 +43,39 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """The time and memory of a child process."""
+    """The time and memory of a child process.
+
+    Attributes:
+        seconds: Its wall time.
+        cpu_seconds: Its processor time, in all threads.
+        peak_bytes: Its peak resident memory.
+        output: What it wrote.
+    """
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     output: str
 
 
-def run(arguments: Sequence[str], folder: Path, variables: Mapping[str, str | None] = MappingProxyType({})) -> Run:
-    """Run ``python arguments`` in ``folder`` and measure its wall time and its peak resident memory.
+def run(
+    arguments: Sequence[str],
+    folder: Path,
+    variables: Mapping[str, str | None] = MappingProxyType({}),
+    python: str | Path = sys.executable,
+) -> Run:
+    """Run ``python arguments`` in ``folder`` and measure its wall time, its processor time and its peak memory.
 
     Args:
         arguments: Python's arguments.
         folder: The working directory.
         variables: Changes to the environment; ``None`` removes a variable.
+        python: The interpreter.
     """
     environment = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
     started = time.perf_counter()
     with open(folder / "output.txt", "w+", encoding="utf-8") as output:
-        child = subprocess.Popen(
-            [sys.executable, *arguments], cwd=folder, env=environment, stdout=output, stderr=output
-        )
+        child = subprocess.Popen([str(python), *arguments], cwd=folder, env=environment, stdout=output, stderr=output)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
@@ -71,7 +83,7 @@ def run(arguments: Sequence[str], folder: Path, variables: Mapping[str, str | No
         text = output.read()
     if child.returncode:
         raise RuntimeError(f"{' '.join(arguments)} ended with {child.returncode}:\n{text}")
-    return Run(seconds, usage.ru_maxrss * 1024, text)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text)
 
 
 def medians(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = (
     "torch",
@@ -40,3 +41,22 @@ def test_a_cache_is_made_without_anything_heavy() -> None:
 def test_a_spec_of_a_known_placement_gets_its_key_without_anything_heavy() -> None:
     code = "from pytest_sway import *; cache_key_for(ModelSpec(base='org/a', device='cpu', dtype='fp32'))"
     assert _imported_by(code) == set()
+
+
+def test_a_run_that_uses_nothing_of_the_plugin_imports_its_settings_and_the_names_of_its_hooks(tmp_path: Path) -> None:
+    (tmp_path / "test_empty.py").write_text("def test_nothing(): pass")
+    code = (
+        f"import pytest; pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', {str(tmp_path)!r}])\n"
+        "import json, sys\nprint(json.dumps([name for name in sys.modules if name.startswith('pytest_sway')]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
+    )
+    used = {
+        "pytest_sway",
+        "pytest_sway.plugin",
+        "pytest_sway.run",
+        "pytest_sway.run.settings",
+        "pytest_sway.run.hookspecs",
+    }
+    assert set(json.loads(done.stdout.splitlines()[-1])) == used

@@ -65,7 +65,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
 
     def _assemble(self, plan: Plan, shares: list[PoolLease[LoadedBase]]) -> HFBackend:
         files: AdapterFiles | None = plan.read
-        import_libraries(*(model.spec for model in plan.models))
+        import_libraries(*(model.spec for model in plan.models), adapter=files is not None)
         import torch
 
         from pytest_sway.backends.hf.adapters.head_weights import require_whole_head
@@ -130,11 +130,12 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
 
     @staticmethod
     def _close_base(base: LoadedBase) -> None:
-        from pytest_sway.backends.hf.hygiene.heap import collect
+        from pytest_sway.backends.hf.hygiene.heap import collect, return_memory
 
-        device = base.device.type
+        device, watches = base.device.type, base.watches.all()
         base.close()
-        collect(device)
+        # A collection takes as long as ten questions, and is needed only for weights in a cycle of references.
+        (collect if any(watch.alive() for watch in watches) else return_memory)(device)
 
     def _recalled(self, name: str, answers: int, seconds: float) -> None:
         if self._on_recall is not None:

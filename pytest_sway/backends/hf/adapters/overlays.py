@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.hf.model.peft_model import adapter_parameters, scalings_of
 from pytest_sway.backends.hf.model.skeletons import OnSkeleton, SharedIdle
+from pytest_sway.backends.hf.model.trial_files import TrialFile
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.errors import BackendUseError
 
@@ -36,7 +37,7 @@ def tuned_side(base: LoadedBase, adapter: Adapter, tokenizer: Any) -> BoundModel
         make,
         base,
         tokenizer,
-        base.trials if files.plain else Trials(looks_ahead=files.looks_ahead),
+        base.trials if files.plain else Trials(looks_ahead=files.looks_ahead, memory=TrialFile(adapter.pristine.model)),
         through_inner_model=files.through_inner_model,
         one_text_at_a_time=files.one_text_at_a_time,
         idle=SharedIdle(adapter.pristine) if files.plain and isinstance(adapter.pristine, OnSkeleton) else None,

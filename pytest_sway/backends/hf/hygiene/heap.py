@@ -17,9 +17,14 @@ take places in their memory, the next logits would not fit there, and peak memor
 
 def collect(device_type: str) -> None:
     """Collect garbage, and return unused memory of the accelerator and the heap."""
+    gc.collect()
+    return_memory(device_type)
+
+
+def return_memory(device_type: str) -> None:
+    """Return unused memory of the accelerator and the heap."""
     import torch
 
-    gc.collect()
     if device_type == "cuda":
         torch.cuda.empty_cache()
     elif device_type == "mps":

@@ -70,9 +70,15 @@ def require_package(spec: ModelSpec, config: Mapping[str, Any]) -> None:
         )
 
 
-def import_libraries(*specs: ModelSpec) -> None:
-    """Import what loading these specs needs, with the code of their models, so that load times exclude imports."""
-    import_apart(*REQUIRED, *_PARTS)
+def import_libraries(*specs: ModelSpec, adapter: bool) -> None:
+    """Import what a load needs, with the code of its models, so that load times exclude imports.
+
+    Args:
+        specs: The specs of the models.
+        adapter: Whether an adapter is put on one of them.
+    """
+    needed = REQUIRED if adapter else tuple(name for name in REQUIRED if name != "peft")
+    import_apart(*needed, *_PARTS)
     names: Any = import_module("transformers.models.auto.configuration_auto")
     for spec in specs:
         with suppress(Exception):  # the load itself will say what is wrong

@@ -22,6 +22,7 @@ from pytest_sway.backends.hf.loading.tasks import lacking, require_type
 from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.hf.model.known_skeletons import Skeletons
 from pytest_sway.backends.hf.model.pristine import Pristine
+from pytest_sway.backends.hf.model.trial_files import TrialFile
 from pytest_sway.backends.hf.scoring.answer_cache import AnswerCache, circumstances
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.backends.hf.sharing.tensor_parts import scales_of
@@ -91,7 +92,7 @@ class LoadedBase:
         self.may_hide_something = may_hide_something
         self.pristine = pristine
         self.watches = pristine.watches
-        self.trials = Trials()
+        self.trials = Trials(memory=TrialFile(pristine.model))
         self.lacks = lacks
         self.is_tried = False
         self.memory: AnswerCache | None = None

@@ -81,12 +81,15 @@ class BoundModel:
         """Yield an engine for one call. Its tree is reused unless the call raises or leaves the tree spent."""
         _, base = self._require_open()
         patched = base.is_patched()  # a patch may write anywhere, so this tree serves one call only
+        if patched:
+            self._trials.memory = None  # what the patch shows is not told to later runs
         runner = self._new_runner(to_run=False) if patched else self._idle.take() or self._new_runner()
         check = self._check  # another thread may set it to None meanwhile
         if check is not None:
             check(runner.forward.model)
             self._check = None
         yield Engine(runner.forward.runner, self.tokenizer, runner.forward, self._recall)
+        self._trials.remember()
         if patched or runner.forward.spent or self._open is None:
             return
         if not runner.has_run:

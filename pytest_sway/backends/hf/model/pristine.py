@@ -101,11 +101,12 @@ class Pristine:
 
     def _works(self, trial: bool) -> bool:
         """Return whether trees share nothing but memory with the model, and agree if they are tried."""
+        taken: list[Any] = []
         try:
-            tree = self.memory.tree()
+            tree = self.memory.tree(taken=taken)
         except Exception:  # a model may hold anything that cannot be copied
             return False
-        if shares_objects(tree, self.model):
+        if shares_objects(taken, self.model):
             return False
         return not trial or _agree(tree, self.memory.tree())
 

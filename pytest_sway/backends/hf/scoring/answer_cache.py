@@ -122,7 +122,15 @@ def recalling(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 
 def circumstances(device_type: str) -> tuple[Any, ...] | None:
-    """Return the settings of torch that a model's numbers depend on.
+    """Return the settings of torch that a model's numbers depend on, to the bit; see `precision`."""
+    import torch
+
+    settings = precision(device_type)
+    return None if settings is None else (torch.get_num_threads(), *settings)
+
+
+def precision(device_type: str) -> tuple[Any, ...] | None:
+    """Return the settings of torch that a model's numbers depend on, but for rounding.
 
     Args:
         device_type: Where the model is, such as ``cpu``.
@@ -137,7 +145,6 @@ def circumstances(device_type: str) -> tuple[Any, ...] | None:
     cuda: Any = torch.backends.cuda
     mkldnn: Any = torch.backends.mkldnn
     return (
-        torch.get_num_threads(),
         torch.get_default_dtype(),
         torch.is_autocast_enabled(device_type),
         torch.get_autocast_dtype(device_type),

@@ -54,18 +54,21 @@ class BodyAndHead:
         Raises:
             MaskedError: The model cannot pack these sequences after all. From now on `packs` is False.
         """
-        longest = max(map(len, inputs))
-        if len(inputs) > 1 and self.packs(longest):
+        if len(inputs) > 1 and self.packs(max(map(len, inputs))):
             row = packing.PackedBatch(inputs, self._model.device, families)
             return self.in_a_row(row), row.places
-        states = self._body(input_ids=padded(inputs, self._model.device), use_cache=False).last_hidden_state
-        return states.flatten(0, 1), [[range(i * longest, i * longest + len(ids))] for i, ids in enumerate(inputs)]
+        return self._side_by_side(inputs)
 
     def packs(self, longest: int) -> bool:
         """Return whether sequences of up to ``longest`` tokens can be packed into one row."""
         if self._trials.longest_packed is None:
             self._trials.longest_packed = packing.longest_packed(self._body.config) if self._can_pack() else 0
         return longest <= self._trials.longest_packed
+
+    def _side_by_side(self, inputs: Sequence[Sequence[int]]) -> tuple[Any, list[list[range]]]:
+        states = self._body(input_ids=padded(inputs, self._model.device), use_cache=False).last_hidden_state
+        width = states.shape[1]
+        return states.flatten(0, 1), [[range(i * width, i * width + len(ids))] for i, ids in enumerate(inputs)]
 
     def in_a_row(self, row: packing.Row) -> Any:
         """Return the hidden states of a row's tokens, shape ``(positions, hidden size)``.
@@ -91,11 +94,12 @@ class BodyAndHead:
         row = packing.PackedBatch(inputs, self._model.device, families)
         try:
             states = self.in_a_row(row)
-        except Exception:  # an unknown architecture may raise anything; it still runs padded
+            apart, alone = self._side_by_side(inputs)
+        except Exception as error:  # an unknown architecture may raise anything; it still runs padded
+            self._trials.failed(error)
             return False
         return all(
-            agree(joined([states[run.start : run.stop] for run in places]), self.hidden([ids])[0])
-            for places, ids in zip(row.places, inputs, strict=True)
+            agree(_at(states, places), _at(apart, others)) for places, others in zip(row.places, alone, strict=True)
         )
 
     def logits(self, rows: Any) -> Any:
@@ -140,7 +144,8 @@ class BodyAndHead:
             whole, _ = self.hidden([trial])
             try:
                 other = self.hidden_after(trial[:-1], [trial[-1:], trial[:2]], 64)[0]
-            except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
+            except Exception as error:  # a model without a cache, or with one of its own kind, can fail in any way
+                self._trials.failed(error)
                 self._trials.caches = False
             else:
                 self._trials.caches = agree(other, whole[-2:])
@@ -175,19 +180,20 @@ def _try_to_divide(model: Any, trials: Trials) -> None:
     names = {id(module): name for name, module in model.named_modules()}
     bodies = [body for body in dict.fromkeys((model.get_decoder(), model.base_model)) if body not in (None, model)]
     for body in bodies:
-        output_class = _output_class(model, body, ids, whole)
+        output_class = _output_class(model, body, ids, whole, trials)
         if output_class is not None and id(body) in names:
             trials.body, trials.output_class, trials.divides = names[id(body)], output_class, True
             return
     trials.divides = False
 
 
-def _output_class(model: Any, body: Any, ids: Any, whole: Any) -> type | None:
+def _output_class(model: Any, body: Any, ids: Any, whole: Any, trials: Trials) -> type | None:
     """Return the class of a module's output, if it is a body whose states give the model's logits."""
     try:
         output = body(input_ids=ids, use_cache=False)
         parts = BodyAndHead(model, Trials(), body, type(output)).logits(output.last_hidden_state[0])
-    except Exception:  # an unknown architecture may raise anything; it still runs as a whole
+    except Exception as error:  # an unknown architecture may raise anything; it still runs as a whole
+        trials.failed(error)
         return None
     return type(output) if agree(parts, whole) else None
 
@@ -226,6 +232,11 @@ def trial_tokens(model: Any) -> tuple[int, ...]:
     """Return token ids that every vocabulary has and that are not padding."""
     padding = getattr(model.config, "pad_token_id", None)
     return tuple(token for token in range(_TRIAL_LENGTH + 1) if token != padding)[:_TRIAL_LENGTH]
+
+
+def _at(states: Any, runs: Sequence[range]) -> Any:
+    """Return the states in some runs of rows."""
+    return joined([states[run.start : run.stop] for run in runs])
 
 
 def joined(tensors: Sequence[Any]) -> Any:

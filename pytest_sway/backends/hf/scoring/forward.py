@@ -50,7 +50,6 @@ class Forward:
         runner: The model to call.
         config: The model's configuration.
         limits: What one pass may hold.
-        trials: Results of trials of the model.
         virtual_tokens: Positions that an adapter puts before each text.
         positions: The most positions of a text; ``None`` if the config states them.
         rope: Which texts may share a pass.
@@ -61,18 +60,25 @@ class Forward:
         self.model = model
         self.runner = runner
         self.config = model.config
-        self.trials = trials
+        self._trials = trials
         self.virtual_tokens = _virtual_tokens(runner)
         self.positions = _positions(model)
         self.rope = RopeRegimes(model.config, self.virtual_tokens)
         self.spent = False
         self._argument = _last_logits_argument(model)
+        self._settings = {"use_cache": False} if runner is model and _has_argument(model, "use_cache") else {}
         self._split: BodyAndHead | None = None
         limits: Limits = batching.CPU if model.device.type == "cpu" else batching.ACCELERATOR
         self.one_text_at_a_time = one_text_at_a_time or _mixes_texts(model.config)
         self.limits = replace(limits, tokens=1, few_logits_tokens=1) if self.one_text_at_a_time else limits
         if model.device.type == "cpu":
             reuse_freed_memory()
+
+    @property
+    def trials(self) -> Trials:
+        """Results of trials of the model, with those of earlier runs."""
+        self._trials.recall()
+        return self._trials
 
     @property
     def embedded(self) -> int | None:
@@ -127,8 +133,8 @@ class Forward:
         Raises:
             MaskedError: The model cannot pack these sequences after all. From now on `packs` is False.
         """
-        split = self.split()
         inputs = [ids for ids, _ in sequences]
+        split = None if self._makes_few_logits(sequences) else self.split()
         self.spent = self.spent or self.rope.leaves_a_trace(max(map(len, inputs)))
         if split is not None:
             families = self.families(inputs)
@@ -139,8 +145,9 @@ class Forward:
             return self._reduced(lambda start, end: split.logits(states[start:end]), wanted, reduce)
         longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
-        only = {} if self._argument is None else {self._argument: kept}
-        logits = self.runner(input_ids=padded(inputs, self.model.device), **only).logits
+        only = self._settings | ({} if self._argument is None else {self._argument: kept})
+        with self._trimmed(longest * len(inputs)):
+            logits = self.runner(input_ids=padded(inputs, self.model.device), **only).logits
         width = logits.shape[1]  # includes virtual tokens in front
         ends = [(i + 1) * width - longest + len(ids) for i, ids in enumerate(inputs)]
         wanted = [p for end, (_, n) in zip(ends, sequences, strict=True) for p in range(end - n, end)]
@@ -168,6 +175,8 @@ class Forward:
 
     def shares(self, windows: Sequence[Window]) -> bool:
         """Return whether unpacked windows have one context, to be computed once and kept in a cache."""
+        if len(windows) == 1:
+            return False
         split = self.split()
         return (
             split is not None
@@ -181,16 +190,22 @@ class Forward:
 
     def window_logits(self, windows: Sequence[Window], reduce: Reduce[_T]) -> list[_T]:
         """Do what `logits` does, for windows. If `shares` allows it, their context is computed once."""
-        split = self.split()
-        if split is not None and self.shares(windows):
+        if self.shares(windows) and (split := self.split()) is not None:
             tails = [window.scored[:-1] for window in windows]
             states = joined(split.hidden_after(windows[0].context, tails, self.limits.cached_tokens))
             return self._reduced(lambda start, end: split.logits(states[start:end]), range(len(states)), reduce)
         return self.logits([(window.inputs, len(window.scored)) for window in windows], reduce)
 
+    def _makes_few_logits(self, sequences: Sequence[tuple[Sequence[int], int]]) -> bool:
+        """Return whether one plain pass of the model answers a single question, so that nothing needs a trial."""
+        if len(sequences) > 1:
+            return False
+        ((ids, wanted),) = sequences
+        return (len(ids) if self._argument is None else wanted) <= self._chunk()
+
     @contextmanager
     def _trimmed(self, positions: int) -> Iterator[None]:
-        """Make the heap return unused memory before a body's pass, and after it what only that pass needed."""
+        """Make the heap return unused memory before a pass, and after it what only that pass needed."""
         many = positions >= self.limits.worth_trimming
         if many:
             trim_heap()
@@ -266,7 +281,10 @@ def _virtual_tokens(runner: Any) -> int:
 
 
 def _last_logits_argument(model: Any) -> str | None:
+    return next((name for name in ("logits_to_keep", "num_logits_to_keep") if _has_argument(model, name)), None)
+
+
+def _has_argument(model: Any, name: str) -> bool:
     import inspect
 
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in ("logits_to_keep", "num_logits_to_keep") if name in parameters), None)
+    return name in inspect.signature(model.forward).parameters

@@ -92,6 +92,8 @@ def _planned(engine: Engine, items: Sequence[_T], sequences: Sequence[tuple[Ids,
         sequences: For each item its token ids, and the number of positions for which logits are wanted.
     """
     forward, planned = engine.forward, []
+    if len(items) == 1:
+        return [list(items)]
     kinds = [(forward.packs(len(ids)), forward.rope.of(len(ids))) for ids, _ in sequences]
     for kind in dict.fromkeys(kinds):
         packs, _ = kind

@@ -1,8 +1,23 @@
-"""`Trials`: what trials have shown about a model, once for all of its trees."""
+"""`Trials`: what trials have shown about a model, once for all of its trees, and for later runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
+
+__tracebackhide__ = True
+
+
+class Memory(Protocol):
+    """What remembers the results for later runs."""
+
+    def recall(self, trials: Trials) -> None:
+        """Take over the results of earlier runs, at the first call."""
+
+    def remember(self, trials: Trials) -> None:
+        """Keep new results for later runs."""
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +35,7 @@ class Trials:
             tokens may hide it.
         continues: Whether prompts of some lengths continue together from a key-value cache as they are scored, by these
             lengths.
+        memory: Remembers the results for later runs; ``None`` if nothing does.
     """
 
     divides: bool | None = None
@@ -30,3 +46,19 @@ class Trials:
     pads: bool | None = None
     looks_ahead: bool = False
     continues: dict[tuple[int, ...], bool] = field(default_factory=dict)
+    memory: Memory | None = None
+
+    def recall(self) -> None:
+        """Take over the results of earlier runs, if that was not done yet."""
+        if self.memory is not None:
+            self.memory.recall(self)
+
+    def remember(self) -> None:
+        """Remember new results for later runs."""
+        if self.memory is not None:
+            self.memory.remember(self)
+
+    def failed(self, error: Exception) -> None:
+        """Note the error of a trial. If memory ran out, later runs make their own trials."""
+        if out_of_memory(error):
+            self.memory = None

@@ -81,13 +81,21 @@ class SharedMemory:
         if files is not None:
             files.give_back()  # the model never runs
 
-    def tree(self, known: dict[int, Any] | None = None, *, isolated: bool = False, to_run: bool = False) -> Any:
+    def tree(
+        self,
+        known: dict[int, Any] | None = None,
+        *,
+        isolated: bool = False,
+        to_run: bool = False,
+        taken: list[Any] | None = None,
+    ) -> Any:
         """Return a tree of the model.
 
         Args:
             known: The tree's objects, by the ``id`` of the model's objects that they replace; new ones are added.
             isolated: Copy exposed tensors, because the caller is about to write to them.
             to_run: The tree only computes and no test gets it; see `MappedFile`.
+            taken: See `trees.tree_of`.
 
         Raises:
             Exception: Something in the model cannot be copied.
@@ -96,7 +104,7 @@ class SharedMemory:
 
         with torch.inference_mode(False), torch.no_grad():
             sharer = _Sharer(self._ways, isolated=isolated, to_run=to_run)
-            tree = tree_of(self._model, sharer, known)
+            tree = tree_of(self._model, sharer, known, taken)
         for file in sharer.first_of:
             file.runs_first(tree)
         return tree

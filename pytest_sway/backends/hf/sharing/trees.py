@@ -25,22 +25,26 @@ _PLAIN: Final = frozenset({bool, int, float, complex, str, bytes, type(None), ty
 _EMPTY: Final = types.CellType()
 
 
-def tree_of(model: Any, share: Callable[[Any], Any], known: dict[int, Any] | None = None) -> Any:
+def tree_of(
+    model: Any, share: Callable[[Any], Any], known: dict[int, Any] | None = None, taken: list[Any] | None = None
+) -> Any:
     """Return a tree of ``model``.
 
     Args:
         model: A ``torch.nn.Module``.
         share: Returns the tree's tensor for one of the model's.
         known: The tree's objects, by the ``id`` of the model's objects that they replace; new ones are added.
+        taken: Filled with the only objects of the tree that may refer to the model: those that are not made here part
+            by part.
 
     Raises:
         Exception: Something in the model cannot be copied; the error comes from `copy`.
     """
     with _no_garbage_collection():
-        return _tree_of(model, share, {} if known is None else known)
+        return _tree_of(model, share, {} if known is None else known, [] if taken is None else taken)
 
 
-def _tree_of(model: Any, share: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
+def _tree_of(model: Any, share: Callable[[Any], Any], memo: dict[int, Any], taken: list[Any]) -> Any:
     modules = [module for _, module in modules_of(model) if id(module) not in memo]
     for module in modules:
         memo[id(module)] = module.__class__.__new__(module.__class__)
@@ -51,7 +55,8 @@ def _tree_of(model: Any, share: Callable[[Any], Any], memo: dict[int, Any]) -> A
                     memo[id(tensor)] = made = share(tensor)
                     # A quantized weight may refer to its module.
                     vars(made).update({name: memo[id(v)] for name, v in vars(tensor).items() if id(v) in memo})
-    copier = _Copier(share, memo)
+                    taken += vars(made).values()
+    copier = _Copier(share, memo, taken)
     for module in modules:
         copier.fill(module)
     return memo[id(model)]
@@ -93,7 +98,7 @@ def tensors_of(model: Any) -> Iterator[Any]:
 
 
 def shares_objects(tree: Any, original: Any) -> bool:
-    """Return whether ``tree`` can reach any module or tensor of ``original``.
+    """Return whether a tree, or what it has taken (see `tree_of`), can reach any module or tensor of ``original``.
 
     Such a tree would compute with, or write to, another model's objects. The usual cause is a closure.
     """
@@ -137,13 +142,15 @@ class _Copier:
     Args:
         share: Returns the tree's tensor for one of the model's.
         memo: The copies, by the ``id`` of the originals; `copy.deepcopy` uses the same.
+        taken: See `tree_of`.
     """
 
-    def __init__(self, share: Callable[[Any], Any], memo: dict[int, Any]) -> None:
+    def __init__(self, share: Callable[[Any], Any], memo: dict[int, Any], taken: list[Any]) -> None:
         import torch
 
         self._share = share
         self._memo = memo
+        self._taken = taken
         self._tensor, self._module = torch.Tensor, torch.nn.Module
         self._plain = _PLAIN | {torch.dtype, torch.device, torch.Size}
         self._own_containers = {
@@ -169,9 +176,11 @@ class _Copier:
         if id(value) in self._memo:
             return self._memo[id(value)]
         if isinstance(value, self._module):  # its parent hides it from `modules()`
-            return _tree_of(value, self._share, self._memo)
+            return _tree_of(value, self._share, self._memo, self._taken)
         copied = self._copy_of(value, kind)
         self._memo[id(value)] = copied
+        if kind not in _MADE_OF_PARTS:
+            self._taken.append(copied)
         return copied
 
     def _copy_of(self, value: Any, kind: type) -> Any:
@@ -252,6 +261,9 @@ _BY_KIND: Final[dict[Any, Any]] = {
     weakref.ref: _Copier._weak_reference,
 }
 """How to copy the kinds of objects that models mostly consist of; `copy.deepcopy` copies the others."""
+
+_MADE_OF_PARTS: Final = frozenset({OrderedDict, dict, functools.partial, list, set, tuple, types.MethodType})
+"""The kinds whose copies are new and have only copies in them."""
 
 
 def _contents(cells: Iterable[Any]) -> Iterator[Any]:

@@ -28,6 +28,12 @@ def few_objects() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def no_user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the trials of each model anew, whatever earlier runs have found."""
+    monkeypatch.setattr("pytest_sway.backends.hf.model.trial_files.user_cache", lambda: None)
+
+
 @pytest.fixture
 def builder(loads: list[str]) -> HFBuilder:
     return HFBuilder(on_base_load=lambda name, seconds: loads.append(name))

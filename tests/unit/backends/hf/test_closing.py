@@ -199,16 +199,32 @@ def test_only_the_last_to_close_answers_for_the_base(build: Any, base: Path, ada
     assert leak.nbytes >= sum(p.nbytes for p in KEEP[0].parameters())
 
 
-def test_one_collection_for_each_base(
-    build: Any, base: Path, adapter: Path, other_adapter: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("in_a_cycle", "expected"), [(False, []), (True, [1])])
+def test_a_collection_for_each_base_only_if_its_weights_are_in_a_cycle_of_references(
+    build: Any,
+    base: Path,
+    adapter: Path,
+    other_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_a_cycle: bool,
+    expected: list[int],
 ) -> None:
     collections: list[int] = []
     first, second = build(base, adapter), build(base, other_adapter)
-    monkeypatch.setattr(gc, "collect", lambda *args: collections.append(1))
+    for backend in (first, second):
+        with backend.as_finetuned() as view:
+            assert view.logprobs_of([("the sun", " rises"), ("paris", " is")])
+            if in_a_cycle:
+                model = view.model
+                model.itself = [model]
+                del model
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda *args: collections.append(1) or collect())
     first.close()
     assert collections == []
     second.close()
-    assert collections == [1]
+    assert collections == expected
+    assert second.leak() is None
 
 
 def test_a_changed_backend_can_still_be_closed(build: Any, base: Path, adapter: Path) -> None:
