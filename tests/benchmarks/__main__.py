@@ -7,7 +7,19 @@ import importlib
 import sys
 from typing import Final
 
-ALL: Final = ("startup", "warm", "hygiene", "loading", "sharing", "suite", "workers", "threads", "scoring", "compare")
+ALL: Final = (
+    "startup",
+    "warm",
+    "hygiene",
+    "loading",
+    "sharing",
+    "suite",
+    "workers",
+    "dealing",
+    "threads",
+    "scoring",
+    "compare",
+)
 
 
 def main(arguments: list[str]) -> int:
