@@ -251,11 +251,12 @@ def pytest_runtest_makereport(
         name_page(call.excinfo.value)
         item.stash.setdefault(_errors, []).append(call.excinfo.value)
     session = _used(item.config)
-    seconds = session.take_load_seconds() if session else 0.0
-    if seconds:
-        item.user_properties.append(("sway_load_seconds", round(seconds, 3)))
+    loaded, imported = session.take_load_seconds() if session else (0.0, 0.0)
+    for name, seconds in (("sway_load_seconds", loaded), ("sway_import_seconds", imported)):
+        if seconds:
+            item.user_properties.append((name, round(seconds, 3)))
     report = yield
-    report.duration = max(0.0, report.duration - seconds)
+    report.duration = max(0.0, report.duration - loaded - imported)
     return report
 
 

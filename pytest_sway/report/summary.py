@@ -19,7 +19,12 @@ _COLUMNS = ("backend", "loads", "hits", "seconds", "evicted", "failed")
 
 
 def write_summary(
-    terminal: pytest.TerminalReporter, stats: SwayStats, workers: Sequence[WorkerReport] = (), *, fails: bool
+    terminal: pytest.TerminalReporter,
+    stats: SwayStats,
+    workers: Sequence[WorkerReport] = (),
+    *,
+    shared_loads: int | None = None,
+    fails: bool,
 ) -> None:
     """Write the section ``sway``, if a test asked for a backend.
 
@@ -27,9 +32,11 @@ def write_summary(
         terminal: The reporter to write to.
         stats: The counts, summed over all workers.
         workers: The report of each worker.
+        shared_loads: How many loads let workers share a base's tests, if pytest-sway has dealt them.
         fails: Whether leaks fail the run.
     """
-    lines = list(summary_lines(stats, workers, dist=terminal.config.getoption("dist", "no")))
+    dist = terminal.config.getoption("dist", "no")
+    lines = list(summary_lines(stats, workers, dist=dist, shared_loads=shared_loads))
     if lines:
         terminal.section("sway")
         for line in lines:
@@ -38,13 +45,16 @@ def write_summary(
         terminal.write_line("the run fails because weights leaked (sway_on_leak = error)", red=True)
 
 
-def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = (), *, dist: str = "no") -> Iterator[str]:
+def summary_lines(
+    stats: SwayStats, workers: Sequence[WorkerReport] = (), *, dist: str = "no", shared_loads: int | None = None
+) -> Iterator[str]:
     """Yield the lines of the summary; none if no test asked for a backend.
 
     Args:
         stats: The counts, summed over all workers.
         workers: The report of each worker.
         dist: The value of pytest-xdist's ``--dist``.
+        shared_loads: How many loads let workers share a base's tests, if pytest-sway has dealt them.
     """
     if stats.backends:
         yield from _table(stats)
@@ -62,10 +72,12 @@ def summary_lines(stats: SwayStats, workers: Sequence[WorkerReport] = (), *, dis
     saved = f"saved about {stats.saved_seconds():.1f} s of loading"
     yield f"{saved}, over all workers" if workers else f"{_peak(stats)}; {saved}"
     loaders = Counter(name for worker in workers if worker.stats is not None for name in worker.stats.bases)
-    if dist not in ("loadgroup", "each") and max(loaders.values(), default=0) > 1:
+    if shared_loads:
+        yield f"{_times(shared_loads, 'load')} let workers share the tests of a base; one alone would have taken longer"
+    elif shared_loads is None and dist not in ("loadgroup", "each") and max(loaders.values(), default=0) > 1:
         yield (
-            "several workers loaded the same base; --dist loadgroup keeps the tests of a base together, if a marker or"
-            " a parameter names their specs"
+            "several workers loaded the same base; without --dist, the tests of a base stay together, if a marker or a"
+            " parameter names their specs"
         )
     for worker in workers:
         yield from _worker_line(worker)

@@ -24,9 +24,14 @@ from pytest_sway.system.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from pytest_sway.run.settings import SwaySettings
+    from pytest_sway.run.xdist_scheduler import Dealing
 
 _KEY: Final = "pytest_sway"
 _HERE: Final = "here"
+_NEEDS: Final = "pytest-sway needs: "
+
+Needed = tuple[Sequence[str], str | None]
+"""What a test needs, as workers tell the controller: the digests of its bases, and the user's group."""
 
 
 def distributes(config: pytest.Config) -> bool:
@@ -40,11 +45,28 @@ def distributes(config: pytest.Config) -> bool:
     )
 
 
+def deals(config: pytest.Config, settings: SwaySettings) -> bool:
+    """Return whether pytest-sway deals the tests to the workers: several, and ``--dist`` is not given.
+
+    pytest-xdist turns ``-n`` without ``--dist`` into ``load``, but only in ``config.option``.
+    """
+    given = config.known_args_namespace
+    return (
+        settings.reorder
+        and distributes(config)
+        and config.getoption("dist") == "load"
+        and given.dist == "no"
+        and not given.distload
+        and len([*_expanded(config.getoption("tx"))]) > 1
+    )
+
+
 def worker_data(config: pytest.Config) -> Mapping[str, Any]:
     """Return the data that the controller sent this worker; empty if this process is no worker.
 
     ``folder``: the path of the run's folder, which the workers on the controller's machine share, else ``None``. The
-    controller removes it when the run ends. ``shares_weights``: whether the workers share weights in it.
+    controller removes it when the run ends. ``shares_weights``: whether the workers share weights in it. ``deals``:
+    whether the controller wants to know what the tests need.
     """
     data: Mapping[str, Any] = getattr(config, "workerinput", {}).get(_KEY, {})
     return data
@@ -60,6 +82,21 @@ def publish(config: pytest.Config, stats: SwayStats) -> None:
     """Send a worker's counts to the controller. Call it before the worker's session has ended."""
     if hasattr(config, "workeroutput"):
         config.workeroutput[_KEY] = json.dumps(stats.as_dict())  # JSON carries any text, even undecodable file names
+
+
+def with_needs(ids: Sequence[str], needs: Sequence[Needed]) -> list[str]:
+    """Return a worker's node ids and, as the last of them, what the tests need.
+
+    pytest-xdist sends nothing but the node ids when a worker has collected its tests.
+    """
+    return [*ids, _NEEDS + json.dumps(needs)]
+
+
+def take_needs(ids: list[str]) -> list[Needed]:
+    """Remove what the tests need from the node ids that a worker has sent, and return it."""
+    if not ids or not ids[-1].startswith(_NEEDS):
+        return []
+    return [(bases, group) for bases, group in json.loads(ids.pop().removeprefix(_NEEDS))]
 
 
 class Node(Protocol):
@@ -85,6 +122,7 @@ class Controller:
         self._nodes: list[Node] = []
         self._errors: dict[str, str] = {}
         self._folder: RunFolder | None = None
+        self._dealing = _dealing(config) if deals(config, settings) else None
 
     @pytest.hookimpl
     def pytest_report_header(self) -> str | None:
@@ -113,7 +151,11 @@ class Controller:
         self._nodes.append(node)
         here = _machine(str(node.gateway.spec)) == _HERE
         shares = here and self._workers_here > 1 and self._settings.share_weights == "auto"
-        node.workerinput[_KEY] = {"folder": str(self._shared_folder()) if here else None, "shares_weights": shares}
+        node.workerinput[_KEY] = {
+            "folder": str(self._shared_folder()) if here else None,
+            "shares_weights": shares,
+            "deals": self._dealing is not None,
+        }
 
     @pytest.hookimpl
     def pytest_testnodedown(self, node: Node, error: object | None) -> None:
@@ -131,7 +173,10 @@ class Controller:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print one summary over all workers, if a test used a backend."""
         stats = self.stats()
-        write_summary(terminalreporter, stats, self.reports(), fails=self._settings.fails_run(stats.leaks))
+        fails = self._settings.fails_run(stats.leaks)
+        scheduling = None if self._dealing is None else self._dealing.scheduling
+        shared = None if scheduling is None else scheduling.shared_loads
+        write_summary(terminalreporter, stats, self.reports(), shared_loads=shared, fails=fails)
 
     @pytest.hookimpl
     def pytest_unconfigure(self) -> None:
@@ -169,6 +214,14 @@ class Controller:
         if self._folder is None:
             self._folder = RunFolder()
         return self._folder.path
+
+
+def _dealing(config: pytest.Config) -> Dealing:
+    from pytest_sway.run.xdist_scheduler import Dealing  # pytest-xdist is installed if this is called
+
+    dealing = Dealing(config)
+    config.pluginmanager.register(dealing, "pytest_sway_dealing")
+    return dealing
 
 
 def _note(folder: str, worker: str) -> Path:

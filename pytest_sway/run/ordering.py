@@ -64,11 +64,19 @@ class Collection:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Under ``--dist loadgroup``, send xdist the groups; all deselection is done by now."""
-        config = session.config
-        if not self._known or not hasattr(config, "workerinput") or not config.getoption("loadgroup", False):
+        """Tell xdist what the tests need, or their groups under ``--dist loadgroup``, when all deselection is done."""
+        config: Any = session.config
+        if not self._known or not hasattr(config, "workerinput"):
             return (yield)
-        with _groups_sent(session):
+        from pytest_sway.run.controller import worker_data
+
+        if config.getoption("loadgroup", False):
+            ids = _grouped_ids(session.items, config.workerinput["workercount"])
+        elif worker_data(config).get("deals"):
+            ids = _ids_with_needs(session.items)
+        else:
+            return (yield)
+        with _ids_sent(config, ids):
             return (yield)
 
     @pytest.hookimpl(optionalhook=True)
@@ -105,20 +113,19 @@ def _known(items: Sequence[pytest.Item]) -> list[Needs | None]:
 
 
 @contextmanager
-def _groups_sent(session: pytest.Session) -> Iterator[None]:
-    """Add groups to the node ids that xdist's worker sends to the controller during the block.
+def _ids_sent(config: Any, ids: Sequence[str]) -> Iterator[None]:
+    """Let xdist's worker send these node ids to the controller during the block.
 
     xdist's scheduler reads a test's group from the end of its node id. The mark ``xdist_group`` would change the node
     id itself, and so the ids in ``--lf`` and in reports; with pytest 9.2 it has no effect at all. So only the message
     gets the groups, and the tests keep their node ids.
     """
-    config: Any = session.config
     worker = next(plugin for plugin in config.pluginmanager.get_plugins() if hasattr(plugin, "sendevent"))
     send = worker.sendevent
 
     def sendevent(name: str, **values: Any) -> None:
         if name == "collectionfinish":
-            values["ids"] = _grouped_ids(session.items, config.workerinput["workercount"])
+            values["ids"] = ids
         send(name, **values)
 
     worker.sendevent = sendevent
@@ -126,6 +133,16 @@ def _groups_sent(session: pytest.Session) -> Iterator[None]:
         yield
     finally:
         del worker.sendevent
+
+
+def _ids_with_needs(items: Sequence[pytest.Item]) -> list[str]:
+    """Return the tests' node ids, and a text with their bases and groups."""
+    from pytest_sway.run.controller import with_needs
+    from pytest_sway.run.scheduling import digest
+
+    bases = ([] if needs is None else [digest(base) for base in needs.bases] for needs in _known(items))
+    groups = map(_own_group, items)
+    return with_needs([item.nodeid for item in items], [*zip(bases, groups, strict=True)])
 
 
 def _grouped_ids(items: Sequence[pytest.Item], workers: int) -> list[str]:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from hashlib import sha256
 from itertools import chain, repeat
 from typing import Any, Final, NamedTuple
 
@@ -61,6 +62,12 @@ def _identity(spec: ModelSpec, device: str, dtype: str) -> tuple[tuple[ModelSpec
         return (spec,), spec
     finetuned = finetuned_spec(spec)
     return (base_spec(spec), *(() if finetuned is None else (finetuned,))), spec
+
+
+@lru_cache(maxsize=1024)
+def digest(base: Hashable) -> str:
+    """Return a short name of a base that is the same in all workers and runs."""
+    return sha256(repr(base).encode()).hexdigest()[:12]
 
 
 def ordered(tests: Sequence[Needs | None]) -> list[int]:

@@ -322,12 +322,12 @@ class SwaySession(Listener):
         if nbytes:
             self.stats.fetched.append(f"{name}, {format_bytes(nbytes)}, {seconds:.1f} s")
 
-    def take_load_seconds(self) -> float:
-        """Return the seconds spent in loads and their imports since the last call."""
+    def take_load_seconds(self) -> tuple[float, float]:
+        """Return the seconds spent in loads since the last call, and those spent importing libraries for them."""
         imported, self._seconds_before = import_seconds() - self._seconds_before, import_seconds()
         self.stats.import_seconds += imported
-        seconds, self._unreported_seconds = self._unreported_seconds + imported, 0.0
-        return seconds
+        loaded, self._unreported_seconds = self._unreported_seconds, 0.0
+        return loaded, imported
 
     def close(self) -> None:
         """Close everything for good; a thread that still loads closes its backend itself."""

@@ -220,7 +220,7 @@ _SETTINGS: Final = (
         "sway_reorder",
         True,
         bool,
-        "run tests of the same model together, and under --dist loadgroup in the same worker (default: true)",
+        "run tests of the same model together, and with pytest-xdist in few workers (default: true)",
     ),
     _Setting("sway_offline", False, bool, "use only files on this machine and ask no hub (default: false)", ""),
     _Setting(

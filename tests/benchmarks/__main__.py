@@ -16,6 +16,7 @@ ALL: Final = (
     "sharing",
     "suite",
     "workers",
+    "dealing",
     "threads",
     "scoring",
     "generation",

@@ -13,6 +13,7 @@ import pytest_sway
 from pytest_sway import ModelSpec, errors, scores
 from pytest_sway.run import hookspecs
 from pytest_sway.run.settings import add_options
+from tests.benchmarks.scale import pages
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "pages" / "reference"
 CLASSES = [name for name, found in inspect.getmembers(errors, inspect.isclass) if found.__module__ == errors.__name__]
@@ -73,3 +74,8 @@ def test_each_public_name_is_in_the_reference() -> None:
 def test_each_score_is_in_the_reference() -> None:
     shown = (REFERENCE / "python.md").read_text("utf-8")
     assert [name for name in scores.__all__ if f"::: pytest_sway.scores.{name}\n" not in shown] == ["Metric"]
+
+
+def test_the_simulated_tables_are_current() -> None:
+    for path, current in pages():
+        assert path.read_text("utf-8") == current, f"run python -m tests.benchmarks.scale to update {path.name}"

@@ -18,7 +18,7 @@ from pytest_sway.report.summary import summary_lines
         ("each", ("one", "one"), False),
     ],
 )
-def test_loadgroup_is_advised_if_workers_loaded_the_same_base_without_it(
+def test_naming_specs_is_advised_if_workers_loaded_the_same_base(
     dist: str, bases: tuple[str, ...], advises: bool
 ) -> None:
     workers = [WorkerReport(f"gw{number}", SwayStats()) for number in range(len(bases))]
@@ -29,4 +29,17 @@ def test_loadgroup_is_advised_if_workers_loaded_the_same_base_without_it(
         worker.stats.base_loaded(base, 1.0)
         total.merge(worker.stats)
     lines = "\n".join(summary_lines(total, workers, dist=dist))
-    assert ("several workers loaded the same base; --dist loadgroup" in lines) == advises
+    assert ("several workers loaded the same base; without --dist" in lines) == advises
+
+
+def test_loads_that_let_workers_share_a_base_are_explained_instead() -> None:
+    workers = [WorkerReport(name, SwayStats()) for name in ("gw0", "gw1")]
+    total = SwayStats()
+    for worker in workers:
+        assert worker.stats is not None
+        worker.stats.backend("one").loads += 1
+        worker.stats.base_loaded("one", 1.0)
+        total.merge(worker.stats)
+    lines = [*summary_lines(total, workers, dist="load", shared_loads=1)]
+    assert "1 load let workers share the tests of a base; one alone would have taken longer" in lines
+    assert not any("several workers" in line for line in [*lines, *summary_lines(total, workers, shared_loads=0)])
