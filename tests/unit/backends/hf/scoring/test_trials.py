@@ -240,7 +240,7 @@ def test_a_trial_without_enough_memory_is_made_again(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(body_and_head.BodyAndHead, "_in_a_row", short)
+        patch.setattr(body_and_head.BodyAndHead, "in_a_row", short)
         expected = _ask_many(base)
     assert not cache.exists()
     assert _ask_many(base) == pytest.approx(expected, abs=1e-3)
@@ -325,11 +325,11 @@ def test_an_adapter_that_writes_to_its_base_is_remembered_by_itself(
 
 
 def test_generation_remembers_its_trials_too(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pytest_sway.backends.hf.scoring import generation
+    from pytest_sway.backends.hf.generation import trials as of_generation
 
     tried: list[Any] = []
-    scored = generation._as_scored
-    monkeypatch.setattr(generation, "_as_scored", lambda *args: tried.append(1) or scored(*args))
+    scored = of_generation._as_scored
+    monkeypatch.setattr(of_generation, "_as_scored", lambda *args: (tried.append(1), scored(*args))[1])
     texts = []
     for _ in range(2):
         backend = HFBuilder(score_cache=0)(spec_of(base))
