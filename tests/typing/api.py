@@ -13,6 +13,7 @@ from pytest_sway import (
     BackendCache,
     CachedBackend,
     Chat,
+    Classification,
     Comparison,
     DifferentialBackend,
     Lease,
@@ -30,6 +31,8 @@ from pytest_sway import (
 from pytest_sway.errors import AdapterMismatchError, MutationError
 from pytest_sway.protocols import (
     BatchView,
+    Classifier,
+    Embedder,
     NullCalibratedBackend,
     PreflightCheckable,
     Prompt,
@@ -40,8 +43,19 @@ from pytest_sway.scores import divergences, exact_match, js_from, kl_from, multi
 
 SPEC = ModelSpec(base="org/name", adapter=Path("runs/v3"), dtype="bf16")
 ON_HUB = ModelSpec(adapter="org/lora", adapter_revision="v2", adapter_subfolder="checkpoint-8")
+REWARD = ModelSpec(base="org/name", adapter=Path("runs/reward"), task="classification")
 WHOLE = ModelSpec(base="org/name", finetuned="org/tuned")
 CANNED = ModelSpec(kind="dummy", base="mine", answers={"base": {"generations": {"prompt": " text"}}})
+
+
+def test_with_heads(sway_backend: SwayBackend) -> None:
+    with sway_backend(REWARD).as_finetuned() as view:
+        assert isinstance(view, Classifier)
+        assert_type(
+            view.classify(["a text", ("a", "pair"), [{"role": "user", "content": "Hello"}]]), list[Classification]
+        )
+        assert isinstance(view, Embedder)
+        view.embed(["a text"], pooling="mean").shape  # noqa: B018
 
 
 def test_with_the_fixture(sway_backend: SwayBackend) -> None:

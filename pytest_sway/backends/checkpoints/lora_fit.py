@@ -1,14 +1,14 @@
-"""Check from file headers alone whether a LoRA adapter fits a base."""
+"""Check from files alone whether an adapter fits a base: the task of any, and LoRA's modules and sizes."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import NAME, ROOT
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, ROOT
 from pytest_sway.errors import AdapterMismatchError
-from pytest_sway.spec.tasks import is_causal
-from pytest_sway.system.wording import some
+from pytest_sway.spec.tasks import OF_PEFT, is_causal
+from pytest_sway.system.wording import shown, some
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -33,6 +33,45 @@ _NAMED_AS_LOADED: Final = frozenset(
     {"gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
 )
 _FACTOR: Final = re.compile(re.escape(ROOT) + rf"(.+)\.lora_([AB])(?:\.{NAME})?\.weight")
+
+_CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|(pre_)?classifier|classification_head|qa_outputs|v_head)\.")
+
+
+def require_task(files: AdapterFiles, kind: str, task: str | None) -> None:
+    """Raise if an adapter was certainly trained for a head that the spec's models do not have.
+
+    Args:
+        files: The adapter's files.
+        kind: The spec's kind.
+        task: The resolved spec's task.
+
+    Raises:
+        AdapterMismatchError: It was, or for a task that PEFT does not have.
+    """
+    trained: Any = files.config.get("task_type")
+    if trained not in (None, *OF_PEFT):
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} was trained for the task {trained[:80]} (task_type in its {CONFIG}),"
+            f" which PEFT does not have. Its tasks are {', '.join(OF_PEFT)}."
+        )
+    if not is_causal(task):
+        return
+    if trained not in (None, "CAUSAL_LM"):
+        other = OF_PEFT[trained]
+        advice = f"Leave 'task' out of the spec, or write task={other!r}."
+        if kind != "hf":
+            advice = f"Name an adapter whose task_type is CAUSAL_LM, or use kind='hf', which has task={other!r}."
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} was trained for the task {trained} (task_type in its {CONFIG}), but the"
+            f" spec's models are causal language models. {advice}"
+        )
+    head = next((name for name in files.entries or () if _CLASSIFIER.match(name)), None)
+    if trained is None and head is not None:
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} has the head of a classifier ({shown(head)}), and its {CONFIG} has no"
+            " task_type, so it is put on a causal language model. Write task='classification', or another task, in the"
+            " spec, or name an adapter that was trained on a language model."
+        )
 
 
 def check_fit(spec: ModelSpec, files: AdapterFiles, base: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:

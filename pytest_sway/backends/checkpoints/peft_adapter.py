@@ -26,10 +26,8 @@ from pytest_sway.backends.checkpoints.peft_types import (
     unmergeable,
 )
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
-from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning, WeightsError
-from pytest_sway.spec.tasks import OF_PEFT, is_causal
+from pytest_sway.errors import SpecError, SwayWarning, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
-from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -44,8 +42,6 @@ WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED: Final = "adapter_model.bin"
 OF_BASE: Final = (".base_layer.", ".original_module.")
 """Parts of the names that PEFT gives to the base's own tensors inside its layers."""
-_CLASSIFIER: Final = re.compile(r"base_model\.model\.(score|(pre_)?classifier|classification_head|qa_outputs|v_head)\.")
-
 
 ROOT: Final = "base_model.model."
 """PEFT's prefix of the names of the base's modules."""
@@ -233,43 +229,6 @@ def checked(files: AdapterFiles) -> AdapterFiles:
     file = WEIGHTS if (files.folder / WEIGHTS).is_file() else PICKLED
     require_own_tensors(files.folder / file, files.entries or {})
     return files
-
-
-def require_task(files: AdapterFiles, kind: str, task: str | None) -> None:
-    """Raise if an adapter was certainly trained for a head that the spec's models do not have.
-
-    Args:
-        files: The adapter's files.
-        kind: The spec's kind.
-        task: The resolved spec's task.
-
-    Raises:
-        AdapterMismatchError: It was, or for a task that PEFT does not have.
-    """
-    trained: Any = files.config.get("task_type")
-    if trained not in (None, *OF_PEFT):
-        raise AdapterMismatchError(
-            f"the adapter {str(files.folder)!r} was trained for the task {trained[:80]} (task_type in its {CONFIG}),"
-            f" which PEFT does not have. Its tasks are {', '.join(OF_PEFT)}."
-        )
-    if not is_causal(task):
-        return
-    if trained not in (None, "CAUSAL_LM"):
-        other = OF_PEFT[trained]
-        advice = f"Leave 'task' out of the spec, or write task={other!r}."
-        if kind != "hf":
-            advice = f"Name an adapter whose task_type is CAUSAL_LM, or use kind='hf', which has task={other!r}."
-        raise AdapterMismatchError(
-            f"the adapter {str(files.folder)!r} was trained for the task {trained} (task_type in its {CONFIG}), but the"
-            f" spec's models are causal language models. {advice}"
-        )
-    head = next((name for name in files.entries or () if _CLASSIFIER.match(name)), None)
-    if trained is None and head is not None:
-        raise AdapterMismatchError(
-            f"the adapter {str(files.folder)!r} has the head of a classifier ({shown(head)}), and its {CONFIG} has no"
-            " task_type, so it is put on a causal language model. Write task='classification', or another task, in the"
-            " spec, or name an adapter that was trained on a language model."
-        )
 
 
 def only_pickled(adapter: str) -> WeightsError:

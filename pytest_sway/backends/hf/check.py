@@ -16,9 +16,9 @@ from pytest_sway.backends.checkpoints.hub_files import (
     require_another,
     require_cached,
 )
-from pytest_sway.backends.checkpoints.lora_fit import check_fit
+from pytest_sway.backends.checkpoints.lora_fit import check_fit, require_task
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONFIG
-from pytest_sway.backends.checkpoints.peft_adapter import read_adapter, require_mergeable, require_task
+from pytest_sway.backends.checkpoints.peft_adapter import read_adapter, require_mergeable
 from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
 from pytest_sway.backends.checkpoints.sizes import base_entries, estimated
 from pytest_sway.backends.hf.adapters.head_weights import require_head, with_labels

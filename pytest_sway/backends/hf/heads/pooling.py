@@ -71,7 +71,7 @@ def _read(find: Callable[[str], Path | None], source: str) -> Pooling | None:
     said, text = (
         _fields(_json(find(name))) for name in ("config_sentence_transformers.json", "sentence_bert_config.json")
     )
-    prompt = _fields(said.get("prompts")).get(said.get("default_prompt_name"))
+    prompt = _fields(said.get("prompts")).get(str(said.get("default_prompt_name")))
     longest, modes, why = text.get("max_seq_length"), _modes(pooling), ""
     if others:
         why = f"{source!r} has the module {', '.join(others)} in its modules.json, which pytest-sway does not compute"

@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter, require_task, warn_of_names
+from pytest_sway.backends.checkpoints.lora_fit import require_task
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_adapter, warn_of_names
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry, read_header
 from pytest_sway.backends.mlx.adapters.conversion import refuse_inexact
 from pytest_sway.errors import SpecError, WeightsError

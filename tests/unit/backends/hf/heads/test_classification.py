@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from pytest_sway import cache_key_for
+from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.errors import AdapterMismatchError, ScoringError, SpecError, WeightsError
-from tests.tiny import edit_config, edit_weights, make_adapter, poison
+from tests.tiny import edit_config, edit_weights, make_adapter, make_base, poison, save_adapter
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.heads.models import TEXTS, fresh_model, make_head_adapter, make_model, one_by_one
 from tests.unit.backends.hf.insides import bases_in, passes_of
@@ -18,7 +20,6 @@ from tests.unit.backends.hf.insides import bases_in, passes_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_sway.backends.hf.builder import HFBuilder
 
 AUTO = "AutoModelForSequenceClassification"
 
@@ -146,6 +147,45 @@ def test_a_base_with_a_head_of_its_own_answers_beside_its_adapter(build: Any, ll
         assert np.allclose(_logits(tuned, TEXTS), one_by_one(*fresh_model(llama, AUTO, adapter), TEXTS), atol=1e-5)
 
 
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_a_spec_says_the_task_where_the_adapter_does_not(
+    build: Any, base: Path, reward: Path, tmp_path: Path, task_type: str | None
+) -> None:
+    folder = edit_config(shutil.copytree(reward, tmp_path / "reward"), task_type=task_type)
+    with build(base, folder, task="classification").as_finetuned() as found, build(base, reward).as_finetuned() as view:
+        assert _logits(found, TEXTS) == _logits(view, TEXTS)
+    if task_type is None:
+        with pytest.raises(AdapterMismatchError, match="Write task='classification', or another task"):
+            build(base, folder)
+
+
+def test_a_prompt_adapter_is_read_as_peft_reads_it(build: Any, llama: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig
+
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    folder = save_adapter(tmp_path, llama, config, auto=AUTO)
+    expected = one_by_one(*fresh_model(llama, AUTO, folder), TEXTS)
+    with build(llama, folder).as_finetuned() as view:
+        assert np.allclose(_logits(view, TEXTS), expected, atol=1e-5)
+
+
+def test_a_head_that_is_noise_is_the_same_in_each_process(tmp_path: Path) -> None:
+    stored = make_base(tmp_path / "base", dtype="bfloat16")
+    adapter = make_head_adapter(tmp_path / "adapter", stored, AUTO, "SEQ_CLS")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    found = []
+    for _ in range(2):  # the first writes the converted weights, the second maps them
+        backend = HFBuilder(share_weights=shared)(spec_of(stored, adapter))
+        with backend.as_finetuned() as tuned, backend.as_base() as plain:
+            found.append((_logits(tuned, TEXTS), plain.model.score.weight.tolist()))
+            with pytest.raises(ScoringError, match="noise"):
+                plain.classify(TEXTS)
+        backend.close()
+    assert found[0] == found[1]
+    assert len(list(shared.glob("*/base"))) == 1
+
+
 def test_an_encoders_adapter_keeps_its_classifier(build: Any, tmp_path: Path) -> None:
     plain = make_model(tmp_path / "base", "bert", "AutoModel")
     adapter = make_head_adapter(tmp_path / "a", plain, AUTO, "SEQ_CLS", targets=["query", "value"], num_labels=4)
@@ -202,8 +242,6 @@ def test_a_base_without_a_head_and_without_an_adapter_is_refused(build: Any, bas
 
 
 def test_a_damaged_body_is_not_taken_for_a_missing_head(build: Any, base: Path, reward: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(base, tmp_path / "base")
     edit_weights(
         folder, lambda tensors: {k: t for k, t in tensors.items() if "norm" not in k}, file="model.safetensors"
@@ -262,8 +300,6 @@ def test_what_is_no_text_is_refused(build: Any, llama: Path, texts: Any) -> None
 
 
 def test_nan_is_found(build: Any, base: Path, reward: Path, tmp_path: Path) -> None:
-    import shutil
-
     with pytest.raises(AdapterMismatchError, match="NaN"):
         build(base, poison(shutil.copytree(reward, tmp_path / "reward")))
 
