@@ -64,6 +64,7 @@ _EXPERTS: Final[dict[str, Any]] = {
     "shared_expert_intermediate_size": 32,
 }
 _CLIP: Final[dict[str, Any]] = {**_VISION, "model_type": "clip_vision_model"}
+_UNTIED: Final = {"tie_word_embeddings": False}
 _DEEPSTACK: Final[dict[str, Any]] = {**_VISION, "deepstack_visual_indexes": [0]}
 _PLACEHOLDERS: Final = ("<image>", "<video>", "<vision>", "</vision>")
 _QWEN: Final = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -151,7 +152,9 @@ SPECIMENS: Final = (
         {"audio_config": None},
         r".*language_model.*\.(q_proj|v_proj)",  # PEFT cannot change the layers of its vision tower
     ),
-    Specimen("llava", "LlavaForConditionalGeneration", "Llava", {**_TEXT, "model_type": "llama"}, _CLIP),
+    Specimen(
+        "llava", "LlavaForConditionalGeneration", "Llava", {**_TEXT, "model_type": "llama"}, _CLIP, fields=_UNTIED
+    ),
     Specimen(
         "mistral3",
         "Mistral3ForConditionalGeneration",
