@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.bounds import require_base_bounded, require_bounded, require_files
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file, read_gguf
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
+
+_OF_TOKENIZER: Final = re.compile(r"token|vocab|merges|bpe|spm|spiece|\.(model|tiktoken|txt)$|\.py$")
+"""Matches the names of files from which some model's tokenizer is made."""
 
 
 def check_spec(spec: ModelSpec) -> Plan:
@@ -166,6 +170,11 @@ def _check_folder(spec: ModelSpec, role: str) -> None:
     if not (folder / "config.json").is_file():
         hint = " It holds an adapter; name it as 'adapter'." if (folder / ADAPTER_CONFIG).is_file() else ""
         raise SpecError(f"the {role} {spec.base!r} has no config.json, so it is not the folder of a model.{hint}")
+    if not any(_OF_TOKENIZER.search(path.name) for path in folder.iterdir()):
+        raise SpecError(
+            f"the {role} {spec.base!r} has no tokenizer (tokenizer.json or the like); a model's save_pretrained writes"
+            f" none. Save it there: AutoTokenizer.from_pretrained(...).save_pretrained({spec.base!r})."
+        )
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
         return
     if not any(folder.glob("pytorch_model*.bin*")):

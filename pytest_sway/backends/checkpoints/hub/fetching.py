@@ -52,7 +52,7 @@ def adapter_on_hub(adapter: str, spec: ModelSpec) -> HubAdapter:
     """Return which adapter of a hub is meant by the name of one in a spec."""
     named = hub_address("adapter", adapter) or HubName(adapter)
     revision, subfolder = named.revision or spec.adapter_revision, named.subfolder or spec.adapter_subfolder
-    return HubAdapter(named.repository, revision, subfolder, spec.allow_pickle)
+    return HubAdapter(named.repository, revision, subfolder, spec.allow_pickle, len(spec.adapters) == 1)
 
 
 def fetch_adapter(asked: HubAdapter) -> Fetched:

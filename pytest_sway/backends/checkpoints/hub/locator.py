@@ -45,7 +45,7 @@ class Locator:
     def __init__(self, fetching: Fetching | None = None, on_fetch: OnFetch | None = None) -> None:
         self._fetching = fetching or (lambda _: nullcontext())
         self._on_fetch = on_fetch
-        self._folders: dict[HubAdapter, str] = {}
+        self._folders: dict[tuple[object, ...], str] = {}
         self._refused: dict[HubAdapter, tuple[type[SwayError], str]] = {}
         self._start_unlocked()
         call_in_forked_child(self._start_unlocked)
@@ -78,14 +78,14 @@ class Locator:
                 folders.append(adapter)
             else:
                 asked = adapter_on_hub(adapter, spec)
-                folders.append(self._folders.get(asked) or self._fetched(asked))
+                folders.append(self._folders.get(asked.place) or self._fetched(asked))
                 in_snapshot = True
         return (_in_snapshots if in_snapshot else _in_folders)(spec, tuple(folders))
 
     def _fetched(self, asked: HubAdapter) -> str:
         with self._lock:
-            if asked in self._folders:
-                return self._folders[asked]
+            if asked.place in self._folders:
+                return self._folders[asked.place]
             if asked in self._refused:
                 kind, text = self._refused[asked]
                 raise kind(text)
@@ -100,7 +100,7 @@ class Locator:
             if self._on_fetch is not None:
                 name = str(in_hub_cache(str(found.folder)))
                 self._on_fetch(name, found.nbytes, time.perf_counter() - started)
-            return self._folders.setdefault(asked, str(found.folder))
+            return self._folders.setdefault(asked.place, str(found.folder))
 
 
 @lru_cache(maxsize=256)

@@ -33,17 +33,24 @@ class HubAdapter(NamedTuple):
         revision: A commit, branch or tag; ``None`` for the repository's default.
         subfolder: Its folder in the repository; ``None`` for the root.
         allow_pickle: Whether weights may come as a pickle.
+        alone: Whether it is the spec's only adapter, so that fields of the spec are about it.
     """
 
     repository: str
     revision: str | None
     subfolder: str | None
     allow_pickle: bool
+    alone: bool = True
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What its folder on this machine depends on."""
+        return self.repository, self.revision, self.subfolder, self.allow_pickle
 
     @property
     def field(self) -> str:
         """The field of its revision in a spec."""
-        return "adapter_revision"
+        return "adapter_revision" if self.alone else "adapter"
 
     def __str__(self) -> str:
         revision = "" if self.revision is None else f" in revision {self.revision!r}"
@@ -177,9 +184,12 @@ def _elsewhere(asked: HubAdapter) -> str:
     folders = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == CONFIG]
     if any(folders):
         root = "; leave it out for the root" if "" in folders else ""
-        return f"It has one in {some(filter(None, folders))}: say so in 'adapter_subfolder'{root}."
+        at = "" if asked.revision is None else f"@{asked.revision}"
+        inside = "'adapter_subfolder'" if asked.alone else f"its address, 'hf://{asked.repository}{at}/{folders[-1]}'"
+        return f"It has one in {some(filter(None, folders))}: say so in {inside}{root}."
     if folders:
-        return "It has one in its root: leave 'adapter_subfolder' out."
+        what = "'adapter_subfolder'" if asked.alone else "the folder in its address"
+        return f"It has one in its root: leave {what} out."
     if "config.json" in names:
         return "It may hold a whole model: name that as 'base' or 'finetuned'."
     return "Name a repository into which PEFT's push_to_hub or save_pretrained has written."

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter, warn_of_names
+from pytest_sway.backends.hf.adapters.expert_layouts import fitted, warn_of_experts
 from pytest_sway.backends.hf.adapters.packed_weights import read_packed
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, refused
 from pytest_sway.backends.hf.adapters.relocation import relocated
@@ -61,6 +62,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     explaining = explained(base, files, tokenizer)
     with explaining, quiet_process(), seeded(base.device):  # random initial weights are the same each time
         adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
+    warn_of_experts(files, base.pristine.model)
     verify_values(base.spec, adapter)
     return adapter
 
@@ -128,12 +130,13 @@ def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[i
         config.progressbar = False  # FRoD draws one on any terminal
     task = TASKS[base.spec.task or CAUSAL].peft
     kind: Any = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task] if config.task_type == task else peft.PeftModel
-    peft_model = kind(tree, config)
-    starts = {} if files.plain or config.is_prompt_learning else _copies(adapter_parameters(peft_model))
-    key_mapping = None if config.is_prompt_learning else getattr(tree, "_checkpoint_conversion_mapping", {})
-    with _folder_for_peft(files) as folder:
-        result = peft_model.load_adapter(str(folder), NAME, torch_device=str(base.device), key_mapping=key_mapping)
-    verify_keys(base.spec, files, _unloaded(peft_model, result.missing_keys), result.unexpected_keys)
+    with fitted(base.spec, files, tree, config):
+        peft_model: Any = kind(tree, config)
+        starts = {} if files.plain or config.is_prompt_learning else _copies(adapter_parameters(peft_model))
+        key_mapping = None if config.is_prompt_learning else getattr(tree, "_checkpoint_conversion_mapping", {})
+        with _folder_for_peft(files) as folder:
+            result = peft_model.load_adapter(str(folder), NAME, torch_device=str(base.device), key_mapping=key_mapping)
+        verify_keys(base.spec, files, _unloaded(peft_model, result.missing_keys), result.unexpected_keys)
     peft_model.eval()
     peft_model.requires_grad_(False)
     verify_trained(base.spec, files, adapter_parameters(peft_model), starts)

@@ -94,6 +94,16 @@ def test_a_base_that_does_not_exist(builder: HFBuilder, tmp_path: Path) -> None:
         builder.check(spec_of(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("role", ["base", "fine-tuned model"])
+def test_a_model_that_was_saved_without_its_tokenizer(
+    builder: HFBuilder, base: Path, tmp_path: Path, loads: list[str], role: str
+) -> None:
+    alone = shutil.copytree(base, tmp_path / "alone", ignore=shutil.ignore_patterns("*token*"))
+    spec = spec_of(alone) if role == "base" else spec_of(base, finetuned=str(alone))
+    with pytest.raises(SpecError, match=rf"the {role} '.*alone' has no tokenizer .*\.save_pretrained\('.*alone'\)\.$"):
+        builder.check(spec)
+
+
 def _offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     monkeypatch.setattr(import_module("huggingface_hub.constants"), "HF_HUB_OFFLINE", offline)
 

@@ -338,6 +338,24 @@ def test_a_repository_without_an_adapter_there(
     )
 
 
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ("hf://org/runs", r"It has one in a, b: say so in its address, 'hf://org/runs/b'\.$"),
+        ("hf://org/runs@main", r"It has one in a, b: say so in its address, 'hf://org/runs@main/b'\.$"),
+        ("hf://org/lora/c", r"It has one in its root: leave the folder in its address out\.$"),
+        ("hf://org/lora@v9", r"^spec field 'adapter': the repository 'org/lora' has no branch, tag or commit 'v9'\."),
+    ],
+)
+def test_the_error_of_an_adapter_in_a_list_names_no_field_of_a_single_one(
+    hub: ToyHub, base: Path, adapter: Path, adapter_files: Files, other: str, sentence: str
+) -> None:
+    hub.push("org/lora", adapter_files)
+    hub.push("org/runs", dict.fromkeys(("a/adapter_config.json", "b/adapter_config.json"), b"{}"))
+    with pytest.raises(SpecError, match=sentence):
+        Builder().resolve(ModelSpec(base=str(base), adapter=(adapter, other), **_PLACED))
+
+
 def _always(answer: Response) -> Any:
     return lambda request: answer
 
