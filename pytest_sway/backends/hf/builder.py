@@ -68,8 +68,8 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
         import_libraries(*(model.spec for model in plan.models), adapter=files is not None)
         import torch
 
-        from pytest_sway.backends.hf.adapters.head_weights import require_whole_head
-        from pytest_sway.backends.hf.adapters.verify_finetuned import verify_finetuned
+        from pytest_sway.backends.hf.adapters.verify.finetuned import verify_finetuned
+        from pytest_sway.backends.hf.adapters.verify.head import require_whole_head
         from pytest_sway.backends.hf.backend import HFBackend
         from pytest_sway.backends.hf.heads.opening import views_of
         from pytest_sway.backends.hf.model.verify_base import verify_base
@@ -154,7 +154,7 @@ def _put_on(loaded: Loaded[BoundModel], base: LoadedBase, files: AdapterFiles) -
     """Put an adapter on its base, which is the backend's, a fine-tuned model or a merged one."""
     from pytest_sway.backends.hf.adapters.attach import attach, explained
     from pytest_sway.backends.hf.adapters.overlays import tuned_side
-    from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
+    from pytest_sway.backends.hf.adapters.verify.effect import verify_effect
     from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
     from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
     from pytest_sway.backends.hf.model.verify_base import verify_model

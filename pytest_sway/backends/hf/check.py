@@ -22,7 +22,7 @@ from pytest_sway.backends.checkpoints.peft_adapter import CONFIG as ADAPTER_CONF
 from pytest_sway.backends.checkpoints.peft_adapter import read_adapter, require_mergeable
 from pytest_sway.backends.checkpoints.plan import ModelFiles, Plan
 from pytest_sway.backends.checkpoints.sizes import base_entries, estimated
-from pytest_sway.backends.hf.adapters.head_weights import require_head, with_labels
+from pytest_sway.backends.hf.adapters.verify.head import require_head, with_labels
 from pytest_sway.backends.hf.loading.libraries import require_libraries, require_package
 from pytest_sway.backends.hf.loading.placement import require_device
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError

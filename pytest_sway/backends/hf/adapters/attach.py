@@ -20,7 +20,7 @@ from pytest_sway.backends.hf.adapters.packed_weights import read_packed
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, refused
 from pytest_sway.backends.hf.adapters.relocation import relocated
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
-from pytest_sway.backends.hf.adapters.verify_weights import verify_keys, verify_trained, verify_values
+from pytest_sway.backends.hf.adapters.verify.weights import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.loading.tasks import numbers

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.peft_adapter import OF_BASE, ROOT, not_merged
 from pytest_sway.backends.hf.adapters.attach import attach, explained
-from pytest_sway.backends.hf.adapters.verify_effect import verify_effect
+from pytest_sway.backends.hf.adapters.verify.effect import verify_effect
 from pytest_sway.backends.hf.hygiene.heap import collect
 from pytest_sway.backends.hf.loading.libraries import quiet_process
 from pytest_sway.backends.hf.model.merged_base import MergedBase

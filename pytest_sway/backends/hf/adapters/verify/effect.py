@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
 from pytest_sway.backends.hf.adapters.resized_embeddings import trained_words
-from pytest_sway.backends.hf.adapters.verify_weights import NOT_TRAINED
+from pytest_sway.backends.hf.adapters.verify.weights import NOT_TRAINED
 from pytest_sway.backends.hf.hygiene.finite import has_nan
 from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.model.peft_model import inner_model
