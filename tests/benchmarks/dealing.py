@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 
 from tests.benchmarks.figures import Figure, run
 
