@@ -22,6 +22,8 @@ _AHEAD: Final = 0.1
 _MOST_AHEAD: Final = 32
 _LEAST: Final = 2
 """pytest-xdist runs a test once it knows the next one, for the fixtures that both use."""
+_SHORTEST_WAIT: Final = 0.1
+"""Seconds. For less, nothing is taken over, since it may need an adapter that the worker does not have."""
 _BISECTIONS: Final = 30
 
 W = TypeVar("W", bound=Hashable)
@@ -236,7 +238,7 @@ class Dealer(Generic[W]):
         loads = {state: self._load_of(self._end_of(state.queue), self._will_hold(thief)) for state in victims}
         tests = {state: sum(map(self._seconds, state.sent)) for state in live}
         idle = {state: min(sent[state], tests[state]) + queued[state] - tests[thief] for state in victims}
-        worth = [state for state in victims if idle[state] > loads[state]]
+        worth = [state for state in victims if idle[state] > max(loads[state], _SHORTEST_WAIT)]
         for victim in sorted(worth, key=lambda state: sent[state] + queued[state] - loads[state], reverse=True):
             needed = self._end_of(victim.queue)
             costs = (self._load_of(needed, self._will_hold(state)) for state in live)

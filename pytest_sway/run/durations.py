@@ -63,6 +63,9 @@ class _Mean:
         self._total += value
         self._count += 1
 
+    def with_one_more(self, value: float) -> float:
+        return (self._total + value) / (self._count + 1)
+
     @property
     def value(self) -> float | None:
         return self._total / self._count if self._count else None
@@ -95,10 +98,11 @@ class Estimates:
         self._all_loads.add(seconds)
 
     def of_test(self, base: str | None) -> float:
-        """Estimate a test of ``base``: the mean of this run's, else that of all tests, else 1."""
-        of_base = self._tests.get(base)
-        seconds = self._all_tests.value if of_base is None else of_base.value
-        return 1.0 if seconds is None else seconds
+        """Estimate a test of ``base``: the mean of this run's, else that of all tests.
+
+        The mean counts one more test, of a second, since the first tests of a base may be far shorter than others.
+        """
+        return self._tests.get(base, self._all_tests).with_one_more(1.0)
 
     def of_load(self, base: str) -> float:
         """Estimate a load of ``base``: the mean of this run's, else of earlier runs, else of all bases, else 0."""

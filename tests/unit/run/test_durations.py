@@ -68,14 +68,14 @@ def test_of_too_many_tests_the_last_are_kept() -> None:
     assert "test_20009" in kept
 
 
-def test_a_test_is_estimated_by_those_of_its_base_then_by_all() -> None:
+def test_a_test_is_estimated_by_those_of_its_base_then_by_all_and_one_of_a_second() -> None:
     estimates = Estimates({})
     assert estimates.of_test("a") == 1.0
     estimates.note_test("a", 2.0)
-    estimates.note_test("a", 4.0)
+    estimates.note_test("a", 6.0)
     assert estimates.of_test("a") == estimates.of_test("b") == 3.0
-    estimates.note_test("b", 9.0)
-    assert (estimates.of_test("a"), estimates.of_test("b"), estimates.of_test("c")) == (3.0, 9.0, 5.0)
+    estimates.note_test("b", 11.0)
+    assert (estimates.of_test("a"), estimates.of_test("b"), estimates.of_test("c")) == (3.0, 6.0, 5.0)
 
 
 def test_a_load_is_estimated_by_this_run_then_by_earlier_runs_then_by_other_bases() -> None:
