@@ -15,7 +15,7 @@ import pytest
 from pytest_sway import errors
 from pytest_sway.backends.checkpoints.peft_adapter import public_name
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.backends.hf.scoring import generation
+from pytest_sway.backends.hf.generation import generate
 from pytest_sway.errors import AdapterMismatchError
 from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.backends.hf.conftest import spec_of
@@ -190,7 +190,7 @@ def test_greedy_text_is_the_most_probable_by_its_scores(
 ) -> None:
     enclosure = enclosures(specimen)
     backend = keeper(enclosure, trained(specimen)[0])
-    monkeypatch.setattr(generation, "_decoded", lambda _, found, stop: [str(list(ids)) for ids in found])
+    monkeypatch.setattr(generate, "_decoded", lambda _, found, stop: [str(list(ids)) for ids in found])
     with backend.as_finetuned() as view:
         expected = [str(_step_by_step(view, prompt, 6)) for prompt in PROMPTS]
         assert [view.generate(prompt, max_new_tokens=6) for prompt in PROMPTS] == expected
