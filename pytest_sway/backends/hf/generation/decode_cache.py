@@ -139,7 +139,7 @@ class _Prefill(PackedBatch):
         self._gather, self._rows = torch.tensor(gather, device=device), torch.tensor(rows, device=device)
         self._cache, self._calls = cache, 0
 
-    def attention(self, attend: Any, module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
+    def attention(self, attend: Any, module: Any, tensors: Sequence[Any], /, **kwargs: Any) -> Any:
         """Do the same as a packed batch, and fill the cache."""
         shape = (len(self._rows), -1)
         key, value = (
@@ -158,7 +158,7 @@ class _Step:
         self.position_ids, self._mask = cache.begin()
         self._cache, self._calls = cache, 0
 
-    def attention(self, _attend: Any, _module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
+    def attention(self, _attend: Any, _module: Any, tensors: Sequence[Any], /, **kwargs: Any) -> Any:
         """Return each token's attention to its text, shape ``(1, texts, heads, head size)``.
 
         The query heads of one key and value head count as positions of one head, so that nothing is copied.

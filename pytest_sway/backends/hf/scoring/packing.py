@@ -143,7 +143,7 @@ class PackedBatch:
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.tensor([positions], device=device)
 
-    def attention(self, attend: Any, module: Any, tensors: Sequence[Any], **kwargs: Any) -> Any:
+    def attention(self, attend: Any, module: Any, tensors: Sequence[Any], /, **kwargs: Any) -> Any:
         """Return attention within each sequence, shape ``(1, positions, heads, head size)``.
 
         Args:
