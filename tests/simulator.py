@@ -18,9 +18,9 @@ from xdist.scheduler import (  # type: ignore[import-untyped]
     WorkStealingScheduling,
 )
 
-from pytest_sway.run.durations import Remembered
+from pytest_sway.run.dealing.durations import Remembered
+from pytest_sway.run.dealing.xdist_scheduler import SwayScheduling
 from pytest_sway.run.scheduling import Needs, dealt, ordered
-from pytest_sway.run.xdist_scheduler import SwayScheduling
 
 _SHUTDOWN: Final = -1
 

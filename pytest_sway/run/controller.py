@@ -23,15 +23,11 @@ from pytest_sway.system.machine import WORKER_SLOT, threads_for
 from pytest_sway.system.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from pytest_sway.run.dealing.xdist_scheduler import Dealing
     from pytest_sway.run.settings import SwaySettings
-    from pytest_sway.run.xdist_scheduler import Dealing
 
 _KEY: Final = "pytest_sway"
 _HERE: Final = "here"
-_NEEDS: Final = "pytest-sway needs: "
-
-Needed = tuple[Sequence[str], str | None]
-"""What a test needs, as workers tell the controller: the digests of its bases, and the user's group."""
 
 
 def distributes(config: pytest.Config) -> bool:
@@ -82,21 +78,6 @@ def publish(config: pytest.Config, stats: SwayStats) -> None:
     """Send a worker's counts to the controller. Call it before the worker's session has ended."""
     if hasattr(config, "workeroutput"):
         config.workeroutput[_KEY] = json.dumps(stats.as_dict())  # JSON carries any text, even undecodable file names
-
-
-def with_needs(ids: Sequence[str], needs: Sequence[Needed]) -> list[str]:
-    """Return a worker's node ids and, as the last of them, what the tests need.
-
-    pytest-xdist sends nothing but the node ids when a worker has collected its tests.
-    """
-    return [*ids, _NEEDS + json.dumps(needs)]
-
-
-def take_needs(ids: list[str]) -> list[Needed]:
-    """Remove what the tests need from the node ids that a worker has sent, and return it."""
-    if not ids or not ids[-1].startswith(_NEEDS):
-        return []
-    return [(bases, group) for bases, group in json.loads(ids.pop().removeprefix(_NEEDS))]
 
 
 class Node(Protocol):
@@ -217,7 +198,7 @@ class Controller:
 
 
 def _dealing(config: pytest.Config) -> Dealing:
-    from pytest_sway.run.xdist_scheduler import Dealing  # pytest-xdist is installed if this is called
+    from pytest_sway.run.dealing.xdist_scheduler import Dealing  # pytest-xdist is installed if this is called
 
     dealing = Dealing(config)
     config.pluginmanager.register(dealing, "pytest_sway_dealing")

@@ -137,7 +137,7 @@ def _ids_sent(config: Any, ids: Sequence[str]) -> Iterator[None]:
 
 def _ids_with_needs(items: Sequence[pytest.Item]) -> list[str]:
     """Return the tests' node ids, and a text with their bases and groups."""
-    from pytest_sway.run.controller import with_needs
+    from pytest_sway.run.dealing.needs import with_needs
     from pytest_sway.run.scheduling import digest
 
     bases = ([] if needs is None else [digest(base) for base in needs.bases] for needs in _known(items))

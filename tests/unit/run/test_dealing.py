@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_sway.run.dealing import Dealer, Task
+from pytest_sway.run.dealing.dealer import Dealer, Task
 
 
 class Workers:

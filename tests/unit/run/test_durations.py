@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.run.durations import Estimates, Remembered
+from pytest_sway.run.dealing.durations import Estimates, Remembered
 
 
 class Cache:

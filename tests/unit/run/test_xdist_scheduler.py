@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_sway.run.controller import Needed, take_needs, with_needs
-from pytest_sway.run.xdist_scheduler import Dealing, SwayScheduling
+from pytest_sway.run.dealing.needs import Needed, take_needs, with_needs
+from pytest_sway.run.dealing.xdist_scheduler import Dealing, SwayScheduling
 from tests.simulator import Costs, Outcome, Work, by_hand, collected, simulate
 
 # --- with fake workers, as in pytest-xdist's own tests of its schedulers ----------------------------------------------

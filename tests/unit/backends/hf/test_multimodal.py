@@ -22,9 +22,11 @@ from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.insides import base_in
 from tests.unit.backends.hf.multimodal import (
     KNOWN,
+    PAGE,
     SPECIMENS,
     Specimen,
     make_multimodal,
+    page,
     plain_model,
     text_alone,
     text_model,
@@ -244,6 +246,10 @@ def test_an_adapter_that_was_trained_on_the_text_model_alone_is_put_on_the_multi
     adapter = _text_adapter(served, tmp_path / "multimodal")
     edit_config(adapter, base_model_name_or_path=None)  # it names the multimodal base
     _expect(served, adapter, _expected(served.plain, adapter, served), base=folder)
+
+
+def test_the_docs_have_the_table_of_classes() -> None:
+    assert PAGE.read_text() == page(), "write it anew: python -m tests.unit.backends.hf.multimodal"
 
 
 # --- forms of adapters ------------------------------------------------------------------------------------------------

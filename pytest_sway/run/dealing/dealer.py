@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from pytest_sway.run.durations import Estimates
+from pytest_sway.run.dealing.durations import Estimates
 
 _AHEAD: Final = 0.1
 """Seconds of tests that a worker has beyond the running one, so that it need not wait for the next."""

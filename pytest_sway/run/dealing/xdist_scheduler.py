@@ -13,9 +13,9 @@ import pytest
 from xdist.report import report_collection_diff  # type: ignore[import-untyped]
 from xdist.scheduler import LoadScheduling  # type: ignore[import-untyped]
 
-from pytest_sway.run.controller import Needed, take_needs
-from pytest_sway.run.dealing import Dealer, Task
-from pytest_sway.run.durations import Remembered
+from pytest_sway.run.dealing.dealer import Dealer, Task
+from pytest_sway.run.dealing.durations import Remembered
+from pytest_sway.run.dealing.needs import Needed, take_needs
 
 
 class SwayScheduling:

@@ -1,0 +1,1 @@
+"""Deals tests to the workers of pytest-xdist: ``-n`` without ``--dist``."""
