@@ -125,12 +125,9 @@ class SwayScheduling:
         node, test = getattr(report, "node", None), getattr(report, "item_index", None)
         if node is None or test is None:
             return
-        seconds = [
-            sum(value for name, value in report.user_properties if name == wanted and isinstance(value, float))
-            for wanted in ("sway_load_seconds", "sway_import_seconds")
-        ]
-        if any(seconds):
-            self._overhead[node, test] = (seconds[0], seconds[1])
+        loading, importing = (_seconds(report, name) for name in ("sway_load_seconds", "sway_import_seconds"))
+        if loading or importing:
+            self._overhead[node, test] = (loading, importing)
         if report.failed:
             self._failed.add(test)
 
@@ -193,6 +190,12 @@ class SwayScheduling:
         """Write the durations to pytest's cache, for the next run."""
         if self._dealer is not None:
             self.learned.write(self._config)
+
+
+def _seconds(report: pytest.TestReport, name: str) -> float:
+    """Return the sum of a report's properties with this name; a test may add properties of any form."""
+    found = (each[1] for each in report.user_properties if len(each) == 2 and each[0] == name)
+    return sum(value for value in found if isinstance(value, float))
 
 
 class Dealing:

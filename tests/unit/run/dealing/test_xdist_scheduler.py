@@ -218,7 +218,13 @@ def test_the_hook_takes_the_needs_before_any_other_sees_the_node_ids(config: Any
 
 
 def report(node: FakeNode, test: int, *, failed: bool = False, loading: float = 0.0, importing: float = 0.0) -> Any:
-    properties = [("sway_load_seconds", loading), ("sway_import_seconds", importing), ("other", "text")]
+    properties = [
+        ("sway_load_seconds", loading),
+        ("sway_import_seconds", importing),
+        ("other", "text"),
+        ("odd",),
+        ("sway_load_seconds", "?"),
+    ]
     return SimpleNamespace(node=node, item_index=test, user_properties=properties, failed=failed)
 
 
