@@ -135,7 +135,7 @@ def make_random(folder: Path, dtype: str, *, words: int, **sizes: Any) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     vocabulary = make_tokenizer(folder, extra=tuple(f"w{n}" for n in range(words - len(WORDS) - 4)))
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    special: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **special, **sizes)
     before = torch.get_default_dtype()
     with quiet(), torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ import json
 import sys
 import weakref
 from hashlib import blake2b
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
@@ -202,9 +203,8 @@ def _class(module: str, name: str) -> type:
     Raises:
         ValueError: It is none.
     """
-    from transformers.utils import ModelOutput
-
+    outputs: Any = import_module("transformers.utils")
     found = getattr(sys.modules.get(module), name, None)
-    if not (module.startswith("transformers.") and isinstance(found, type) and issubclass(found, ModelOutput)):
+    if not (module.startswith("transformers.") and isinstance(found, type) and issubclass(found, outputs.ModelOutput)):
         raise ValueError(f"{module}.{name} is no output of a model")
     return found

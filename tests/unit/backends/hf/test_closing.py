@@ -219,7 +219,12 @@ def test_a_collection_for_each_base_only_if_its_weights_are_in_a_cycle_of_refere
                 model.itself = [model]
                 del model
     collect = gc.collect
-    monkeypatch.setattr(gc, "collect", lambda *args: collections.append(1) or collect())
+
+    def collecting(*args: Any) -> int:
+        collections.append(1)
+        return collect()
+
+    monkeypatch.setattr(gc, "collect", collecting)
     first.close()
     assert collections == []
     second.close()

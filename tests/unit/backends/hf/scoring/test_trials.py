@@ -327,17 +327,21 @@ def test_an_adapter_that_writes_to_its_base_is_remembered_by_itself(
 def test_generation_remembers_its_trials_too(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pytest_sway.backends.hf.generation import trials as of_generation
 
-    tried: list[Any] = []
+    tried: list[int] = []
     scored = of_generation._as_scored
-    monkeypatch.setattr(of_generation, "_as_scored", lambda *args: (tried.append(1), scored(*args))[1])
-    texts = []
+
+    def trying(engine: Any, prompts: Any) -> bool:
+        tried.append(len(prompts))
+        return scored(engine, prompts)
+
+    monkeypatch.setattr(of_generation, "_as_scored", trying)
+    found = []
     for _ in range(2):
         backend = HFBuilder(score_cache=0)(spec_of(base))
         with backend.as_base() as view:
-            texts.append(view.generate_many(TEXTS, max_new_tokens=3))
+            found.append((view.generate_many(TEXTS, max_new_tokens=3), len(tried)))
         backend.close()
-        texts.append(len(tried))
-    assert texts[:2] == texts[2:]
+    assert found[0] == found[1]
     assert tried
 
 
