@@ -15,6 +15,7 @@ ALL: Final = (
     "loading",
     "sharing",
     "suite",
+    "by_hand",
     "workers",
     "dealing",
     "threads",
