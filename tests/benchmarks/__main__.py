@@ -15,7 +15,7 @@ ALL: Final = (
     "loading",
     "sharing",
     "suite",
-    "by_hand",
+    "session_fixture",
     "workers",
     "dealing",
     "threads",

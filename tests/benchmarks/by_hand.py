@@ -1,118 +1,67 @@
-"""A suite of 36 tests over six adapters in the worst order, beside the best that is usually written by hand.
+"""A Llama's forward pass, written by hand for speed on a CPU, as a reference for `next_token_dists`.
 
-By hand means: a session fixture with one base, all adapters loaded once, ``set_adapter`` in each test, and the logits
-of the answer alone.
+It frees tensors as soon as possible, works in place where it can, and computes only the needed positions in the last
+layer.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from statistics import median
-from typing import Final
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
 
-from examples.smollm2 import smollm2_folder
-from tests.benchmarks.figures import Figure, run
-from tests.benchmarks.first import LARGE_VOCABULARY, make_random
-from tests.tiny import make_adapter
-
-PAIRS: Final = 5
-
-COMMON: Final = """
-import pytest
-
-BASE, ADAPTERS, QUESTIONS = {base!r}, {adapters!r}, {questions!r}
-"""
-
-BY_HAND: Final = """
-@pytest.fixture(scope="session")
-def loaded():
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, ADAPTERS[0], adapter_name="0")
-    for n, adapter in enumerate(ADAPTERS[1:], 1):
-        model.load_adapter(adapter, str(n))
-    return AutoTokenizer.from_pretrained(BASE), model.eval()
+import torch
+from torch.nn import functional
 
 
-def scores(tokenizer, model, questions):
-    import torch
+def last_logits(model: Any, batch: Sequence[Sequence[int]]) -> Any:
+    """Return the logits after each sequence, shape ``(sequences, vocabulary)``.
 
-    found = []
-    for prompt, answer in questions:
-        start = len(tokenizer(prompt).input_ids)
-        ids = tokenizer(prompt + answer, return_tensors="pt").input_ids
-        with torch.inference_mode():
-            logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - start + 1).logits[0, :-1]
-        found.append(float(logits.log_softmax(-1).gather(-1, ids[0, start:, None]).sum()))
-    return found
-
-
-@pytest.mark.parametrize("n", range(36))
-def test_adapter(loaded, n):
-    tokenizer, model = loaded
-    model.set_adapter(str(n % 6))
-    tuned = scores(tokenizer, model, QUESTIONS)
-    with model.disable_adapter():
-        base = scores(tokenizer, model, QUESTIONS)
-    assert tuned != base
-"""
-
-SWAY: Final = """
-@pytest.mark.parametrize("n", range(36))
-def test_adapter(sway_backend, n):
-    backend = sway_backend(base=BASE, adapter=ADAPTERS[n % 6])
-    with backend.as_base() as base, backend.as_finetuned() as tuned:
-        assert tuned.logprobs_of(QUESTIONS) != base.logprobs_of(QUESTIONS)
-"""
-
-QUESTIONS: Final = [(f"{first} the sun rises in the", " east") for first in ("a", "of", "on", "is", "to", "and")] + [
-    (f"paris is the capital {middle} france", " and the city of light") for middle in ("of", "in", "the", "a")
-]
+    Args:
+        model: A ``LlamaForCausalLM`` without biases, whose rotary embeddings are not scaled.
+        batch: Token ids of each.
+    """
+    config, body = model.config, model.model
+    size = config.hidden_size // config.num_attention_heads
+    edges = [*accumulate(map(len, batch), initial=0)]
+    angles = torch.cat([torch.arange(len(ids)) for ids in batch])[:, None] * body.rotary_emb.inv_freq
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    states = functional.embedding(torch.tensor([token for ids in batch for token in ids]), body.embed_tokens.weight)
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        normed = _normed(states, layer.input_layernorm)
+        query, key, value = (
+            functional.linear(normed, module.weight).view(len(normed), -1, size)
+            for module in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        attended = _attended(_turned(query, cos, sin), _turned(key, cos, sin), value, edges)
+        if layer is body.layers[-1]:
+            last = torch.tensor([end - 1 for end in edges[1:]])
+            states, attended = states[last], attended[last]
+        states += functional.linear(attended, attention.o_proj.weight)
+        normed = _normed(states, layer.post_attention_layernorm)
+        gated = functional.silu(functional.linear(normed, mlp.gate_proj.weight), inplace=True)
+        states += functional.linear(gated.mul_(functional.linear(normed, mlp.up_proj.weight)), mlp.down_proj.weight)
+    return functional.linear(_normed(states, body.norm), model.lm_head.weight)
 
 
-def figures() -> Iterator[Figure]:
-    with tempfile.TemporaryDirectory() as name:
-        base = smollm2_folder()
-        adapters = _adapters(Path(name), base)
-        yield _suite(Path(name), "SmolLM2", base, adapters, QUESTIONS[-1:], 0.75)
-        yield _suite(Path(name), "SmolLM2, ten questions a test", base, adapters, QUESTIONS, 0.6)
-    with tempfile.TemporaryDirectory() as name:
-        base = make_random(Path(name) / "base", "float32", **LARGE_VOCABULARY)
-        yield _suite(Path(name), "a vocabulary of 262k", base, _adapters(Path(name), base), QUESTIONS[-1:], 0.85)
+def _normed(states: Any, norm: Any) -> Any:
+    squares = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(states.shape[-1])
+    return (states * squares.add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
 
 
-def _adapters(folder: Path, base: Path) -> list[str]:
-    return [str(make_adapter(folder / f"adapter{n}", base, seed=n, r=8)) for n in range(6)]
+def _turned(heads: Any, cos: Any, sin: Any) -> Any:
+    turned = torch.empty_like(heads)
+    (one, other), (first, second) = heads.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(one, cos, out=first).addcmul_(other, sin, value=-1)
+    torch.mul(other, cos, out=second).addcmul_(one, sin)
+    return turned
 
 
-def _suite(
-    folder: Path, what: str, base: Path, adapters: list[str], questions: list[tuple[str, str]], promised: float
-) -> Figure:
-    sides: Mapping[str, tuple[str, list[str]]] = {
-        "sway": (SWAY, ["--sway-cache-size=2"]),
-        "by hand": (BY_HAND, ["-p", "no:pytest-sway"]),
-    }
-    common = COMMON.format(base=str(base), adapters=adapters, questions=questions)
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for side, (source, _) in sides.items():
-        place = folder / side / what.replace(" ", "_")
-        place.mkdir(parents=True)
-        (place / "test_suite.py").write_text(common + source)
-    for turn in range(-1, PAIRS):  # a first run reads the files and writes bytecode
-        for side, (_, options) in sides.items():
-            place = folder / side / what.replace(" ", "_")
-            done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *options], place)
-            if turn >= 0:
-                seconds[side].append(done.cpu_seconds)
-    ours, theirs = median(seconds["sway"]), median(seconds["by hand"])
-    return Figure(
-        f"36 tests, 6 adapters: CPU / a session fixture, {what}",
-        promised,
-        ours / theirs,
-        f"medians of {PAIRS} pairs: {ours:.2f} s, {theirs:.2f} s",
-    )
+def _attended(query: Any, key: Any, value: Any, edges: Sequence[int]) -> Any:
+    attended = torch.empty_like(query)
+    for start, end in pairwise(edges):
+        one, other, third = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
+        output = functional.scaled_dot_product_attention(one, other, third, is_causal=True, enable_gqa=True)
+        attended[start:end] = output[0].transpose(0, 1)
+    return attended.flatten(1)
