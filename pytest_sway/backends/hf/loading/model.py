@@ -184,12 +184,14 @@ def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
     if asked is None:
         return None
 
+    auto = auto_class(config_of(spec))  # the same for all tries: another class may run where this one does not
+
     def attempt(folder: Path) -> None:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with quiet_process(), torch.inference_mode():
-            auto, config = _described(folder)
+            _, config = _described(folder)
             with FakeTensorMode(allow_non_fake_inputs=True):  # some of a model's code does not run on the meta device
                 model = auto.from_config(config, trust_remote_code=False).eval()
                 model(input_ids=torch.zeros((1, 2), dtype=torch.long))
