@@ -193,12 +193,14 @@ def why_not_run(spec: ModelSpec, error: Exception) -> SpecError | None:
     if asked is None:
         return None
 
+    auto = auto_class(spec, config_of(spec))  # the same for all tries: another class may run where this one does not
+
     def attempt(folder: Path) -> None:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with quiet_process(), torch.inference_mode():
-            auto, config = _described(spec, folder)
+            _, config = _described(spec, folder)
             with FakeTensorMode(allow_non_fake_inputs=True):  # some of a model's code does not run on the meta device
                 model = auto.from_config(config, trust_remote_code=False).eval()
                 numbers(model, (0, 0))

@@ -425,6 +425,21 @@ def test_a_multimodal_class_that_needs_an_image_is_refused_in_one_sentence(build
         build(tmp_path)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_class_that_fails_for_text_is_named_with_its_error_and_not_a_field(
+    build: Any, base: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AttributeError("no image_outputs")
+
+    monkeypatch.setattr("transformers.LlavaForConditionalGeneration.forward", fail)
+    if not kept:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    with pytest.raises(SpecError, match=r"is of the class Llava.*, which does .* no image_outputs\. Name a"):
+        build(base)
+
+
 def test_a_model_that_writes_down_speech_is_refused_in_one_sentence(build: Any, base: Path) -> None:
     config = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
     (base / "config.json").write_text(json.dumps(config))
