@@ -72,7 +72,8 @@ def run(
         variables: Changes to the environment; ``None`` removes a variable.
         python: The interpreter.
     """
-    environment = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
+    changed = {**os.environ, "PYTHONDONTWRITEBYTECODE": None, **variables}  # as any run but the first
+    environment = {name: value for name, value in changed.items() if value is not None}
     started = time.perf_counter()
     with open(folder / "output.txt", "w+", encoding="utf-8") as output:
         child = subprocess.Popen([str(python), *arguments], cwd=folder, env=environment, stdout=output, stderr=output)
