@@ -37,7 +37,7 @@ class HFView(PooledView):
         return scores.rolling_logprobs(self._run, texts, prefix)
 
     def _dists(self, prompts: list[Prompt], top_k: int) -> list[TokenDist]:
-        return self._with_texts(scores.next_token_dists(self._run, prompts, top_k))
+        return self._with_texts(lambda: scores.next_token_dists(self._run, prompts, top_k))
 
     def _continued(self, prompts: list[Prompt], settings: SamplingParams, seeds: list[int]) -> list[str]:
         return generate.generate_many(self._run, prompts, settings, seeds)

@@ -70,10 +70,10 @@ class PooledView(BaseView["PooledBackend[Any, Any]"]):
     def _rendered(self, messages: Iterable[Message] | Chat) -> str:
         return str(self._run(_render, messages))
 
-    def _with_texts(self, dists: list[TokenDist]) -> list[TokenDist]:
-        """Return distributions that can give the texts of their tokens, also after the view is closed."""
-        decode = self._run(_decoder)
-        return [replace(dist, decode=decode) for dist in dists]
+    def _with_texts(self, asked: Callable[[], list[TokenDist]]) -> list[TokenDist]:
+        """Ask for distributions, which then can give the texts of their tokens, also after the view is closed."""
+        decode = self._run(_decoder)  # first: the backend may be closed while it computes
+        return [replace(dist, decode=decode) for dist in asked()]
 
     def _not_finite(self, label: str) -> str:
         """Return a sentence on what is not finite in an answer of this view; empty if all is."""

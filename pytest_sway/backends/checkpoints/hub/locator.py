@@ -25,6 +25,7 @@ from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
+    from pytest_sway.spec.tasks import TaskName
 
 __tracebackhide__ = True
 
@@ -117,19 +118,26 @@ def _in_snapshots(spec: ModelSpec, folders: tuple[str, ...]) -> ModelSpec:
 
 def _with_task(spec: ModelSpec) -> ModelSpec:
     """The spec with the task that its last adapter was trained for, unless it says one."""
-    if spec.task is not None or spec.kind != "hf" or spec.adapter is None:
+    adapter = spec.adapter
+    if adapter is None or spec.task is not None or spec.kind != "hf":
         return spec
-    return _in_task(spec, _state(f"{spec.adapters[-1]}/{CONFIG}"))
+    folder = str(adapter[-1] if isinstance(adapter, tuple) else adapter)
+    task = _task_in(folder, _state(f"{folder}/{CONFIG}"))
+    return spec if task is None else _in_task(spec, task)
 
 
 @lru_cache(maxsize=256)
-def _in_task(spec: ModelSpec, _state: tuple[int, ...]) -> ModelSpec:
-    """The same, in one state of the adapter's config; the check of the spec tells what is wrong with that."""
+def _task_in(adapter: str, _state: tuple[int, ...]) -> TaskName | None:
+    """The task that an adapter names, if it is no language model's; the check of the spec tells what is wrong."""
     with suppress(SwayError):
-        task = OF_PEFT.get(str(read_config(Path(spec.adapters[-1])).get("task_type")))
-        if not is_causal(task):
-            return replace(spec, task=task)
-    return spec
+        task = OF_PEFT.get(str(read_config(Path(adapter)).get("task_type")))
+        return None if is_causal(task) else task
+    return None
+
+
+@lru_cache(maxsize=256)
+def _in_task(spec: ModelSpec, task: TaskName) -> ModelSpec:
+    return replace(spec, task=task)
 
 
 @lru_cache(maxsize=256)

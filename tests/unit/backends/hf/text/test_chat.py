@@ -115,7 +115,7 @@ def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:
         view.next_token_dist(MESSAGES)
         view.next_token_dist(RENDERED)
         view.next_token_dist("hello")
-        assert [row.count(1) for row in read[-3:]] == [1, 1, 1]
+        assert [row.count(1) for row in read] == [1, 1]  # the second has the tokens of the first
 
 
 @pytest.mark.parametrize(
