@@ -54,8 +54,11 @@ def adapter_digest_in(key: Key) -> str | None:
 def _adapters_digest(spec: ModelSpec) -> str | None:
     """One adapter's digest, or those of all adapters in their order; ``None`` where a file is not there."""
     if isinstance(spec.adapter, Path):  # as of nearly all specs, at each request
-        folder = str(spec.adapter)
-        return _adapter_digest(folder, _adapter_signature(folder))
+        folder, seen = str(spec.adapter), spec._seen
+        if seen is None:
+            return _adapter_digest(folder, _adapter_signature(folder))
+        object.__setattr__(spec, "_seen", None)
+        return _adapter_digest(folder, seen)
     folders = map(str, spec.adapters)
     digests = [_adapter_digest(folder, _adapter_signature(folder)) for folder in folders]
     return "+".join(digest or "" for digest in digests) or None
@@ -162,6 +165,16 @@ def _answers_identity(answers: Mapping[str, Any] | str | Path | None) -> Hashabl
     if not isinstance(answers, Path):
         return answers if answers is None else str(answers)
     return (str(answers), _file_digest(str(answers), _stats((str(answers),))))
+
+
+def look_at_adapter(spec: ModelSpec) -> Hashable:
+    """Return the state of the files of a spec's only adapter. The next key of this spec takes over what was seen.
+
+    Looking at files is most of a warm request, so each request looks once.
+    """
+    signature = _adapter_signature(str(spec.adapter))
+    object.__setattr__(spec, "_seen", signature)
+    return signature
 
 
 def adapter_digest(spec: ModelSpec) -> str | None:

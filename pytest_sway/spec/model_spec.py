@@ -104,6 +104,8 @@ class ModelSpec:
     finetuned_model_kwargs: Mapping[str, Any] | str | None = None
     task: TaskName | None = None
     _label: str = field(init=False, repr=False, compare=False)
+    _seen: Any = field(init=False, repr=False, compare=False, default=None)
+    """The state of the adapter's files, kept by `identity.look_at_adapter` for the next key."""
 
     def __post_init__(self) -> None:
         self._check()

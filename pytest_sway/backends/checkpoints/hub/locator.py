@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -18,6 +18,7 @@ from pytest_sway.backends.checkpoints.hub.refusals import HubAdapter
 from pytest_sway.backends.checkpoints.lineage import base_field
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_config
 from pytest_sway.errors import SpecError, SwayError
+from pytest_sway.spec.identity import look_at_adapter
 from pytest_sway.spec.paths import in_hub_cache, is_path
 from pytest_sway.spec.tasks import OF_PEFT, is_causal
 from pytest_sway.system.forking import call_in_forked_child
@@ -118,16 +119,18 @@ def _in_snapshots(spec: ModelSpec, folders: tuple[str, ...]) -> ModelSpec:
 
 def _with_task(spec: ModelSpec) -> ModelSpec:
     """The spec with the task that its last adapter was trained for, unless it says one."""
-    adapter = spec.adapter
-    if adapter is None or spec.task is not None or spec.kind != "hf":
+    if spec.adapter is None or spec.task is not None or spec.kind != "hf":
         return spec
-    folder = str(adapter[-1] if isinstance(adapter, tuple) else adapter)
-    task = _task_in(folder, _state(f"{folder}/{CONFIG}"))
+    if isinstance(spec.adapter, Path):
+        task = _task_in(str(spec.adapter), look_at_adapter(spec))
+    else:
+        folder = str(spec.adapters[-1])
+        task = _task_in(folder, _state(f"{folder}/{CONFIG}"))
     return spec if task is None else _in_task(spec, task)
 
 
 @lru_cache(maxsize=256)
-def _task_in(adapter: str, _state: tuple[int, ...]) -> TaskName | None:
+def _task_in(adapter: str, _state: Hashable) -> TaskName | None:
     """The task that an adapter names, if it is no language model's; the check of the spec tells what is wrong."""
     with suppress(SwayError):
         task = OF_PEFT.get(str(read_config(Path(adapter)).get("task_type")))
