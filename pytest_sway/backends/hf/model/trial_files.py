@@ -136,7 +136,9 @@ def _plain(value: Any) -> Any:
 def _device_name(device: Any) -> str:
     import torch
 
-    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device.type)
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"  # which kernels compute on a CPU
 
 
 def _version(package: str) -> str:
