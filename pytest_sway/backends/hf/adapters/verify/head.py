@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_HEAD: Final = re.compile(rf"({re.escape(ROOT)})?(score|(pre_)?classifier|classification_head|qa_outputs)\.")
-_LAST_LAYER: Final = re.compile(
-    rf"({re.escape(ROOT)})?(score|classifier|(classifier|classification_head)\.out_proj)\.weight"
-)
+_PREFIX: Final = r"(base_model\.(model\.)?)?"
+"""What PEFT puts before a module's name; for prompts and prefixes, whose base is in no tuner, only the first part."""
+_HEAD: Final = re.compile(rf"{_PREFIX}(score|(pre_)?classifier|classification_head|qa_outputs)\.")
+_LAST_LAYER: Final = re.compile(rf"{_PREFIX}(score|classifier|(classifier|classification_head)\.out_proj)\.weight")
 _DEFAULT_LABELS: Final = 2  # transformers' own
 
 
@@ -81,7 +81,7 @@ def require_whole_head(base: LoadedBase, files: AdapterFiles | None) -> None:
         AdapterMismatchError: They are, and the adapter does not bring them.
     """
     brought = () if files is None else files.entries or ()
-    left = {name for name in base.lacks if ROOT + name not in brought}
+    left = {name for name in base.lacks if ROOT + name not in brought and f"base_model.{name}" not in brought}
     if not left:
         return
     if files is not None:
