@@ -15,6 +15,7 @@ from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.tasks import CLASSES
 from pytest_sway.errors import AdapterMismatchError, SwayError, WeightsError
 from pytest_sway.spec.model_kwargs import as_mapping
+from pytest_sway.spec.tasks import OF_PEFT
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _no_head(base: ModelSpec, files: AdapterFiles, lacking: str = "") -> Adapter
         lacking: The names of weights that are in neither.
     """
     trained = files.config.get("task_type")
-    why = f"task_type = {trained!r} in its {CONFIG}" if trained else "the spec"
+    why = f"task_type = {trained!r} in its {CONFIG}" if OF_PEFT.get(str(trained)) == base.task else "the spec"
     found = f" ({lacking})" if lacking else ""
     return AdapterMismatchError(
         f"the adapter {str(files.folder)!r} is put on a {CLASSES[str(base.task)]} model (task={base.task!r}, by {why}),"
@@ -122,4 +123,5 @@ def _labels(entries: Mapping[str, Any]) -> int | None:
 
 def _labels_of(config: Mapping[str, Any]) -> int:
     names = config.get("id2label")
-    return len(names) if isinstance(names, dict) else int(config.get("num_labels") or _DEFAULT_LABELS)
+    said = config.get("num_labels")
+    return len(names) if isinstance(names, dict) else said if isinstance(said, int) else _DEFAULT_LABELS
