@@ -19,7 +19,7 @@ from pytest_sway.spec.tasks import OF_PEFT
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.checkpoints.plan import ModelFiles
@@ -55,19 +55,21 @@ def with_labels(spec: ModelSpec) -> ModelSpec:
     return spec
 
 
-def require_head(base: ModelFiles, files: AdapterFiles) -> None:
-    """Raise if neither an adapter nor its base can have the head that the spec's task needs.
+def require_head(base: ModelFiles, adapters: Sequence[AdapterFiles]) -> None:
+    """Raise if neither a base nor any adapter of the spec can have the head that the spec's task needs.
 
     Raises:
         AdapterMismatchError: They cannot.
     """
     task = str(base.spec.task)
     classes = base.config.get("architectures")
-    if task not in CLASSES or base.entries is None or files.entries is None or not isinstance(classes, list):
+    if not adapters or task not in CLASSES or base.entries is None or not isinstance(classes, list):
         return
-    if any(CLASSES[task] in str(name) for name in classes) or _has_head(base.entries) or _has_head(files.entries):
+    if any(CLASSES[task] in str(name) for name in classes) or _has_head(base.entries):
         return
-    raise _no_head(base.spec, files)
+    if any(files.entries is None or _has_head(files.entries) for files in adapters):
+        return
+    raise _no_head(base.spec, adapters[-1])
 
 
 def require_whole_head(base: LoadedBase, files: AdapterFiles | None) -> None:
