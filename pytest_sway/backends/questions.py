@@ -157,15 +157,19 @@ def checked_pair(pair: Any) -> tuple[Prompt, str]:
     return prompt, completion
 
 
-def checked_text(text: Any) -> str:
+def checked_text(text: Any, use: str = "score") -> str:
     """Return a text.
+
+    Args:
+        text: The text.
+        use: What is done with it, in the error.
 
     Raises:
         ScoringError: ``text`` is something else.
     """
     if not isinstance(text, str):
-        many = f"{_MANY} rolling_logprobs(texts)." if isinstance(text, list | tuple) else ""
-        raise ScoringError(f"expected a text to score; found {shown(text)}.{many}")
+        many = f"{_MANY} rolling_logprobs(texts)." if use == "score" and isinstance(text, list | tuple) else ""
+        raise ScoringError(f"expected a text to {use}; found {shown(text)}.{many}")
     return text
 
 
@@ -179,6 +183,11 @@ def checked_input(text: Any) -> Any:
         return text
     if isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
         return tuple(map(whole, text))
+    if isinstance(text, list | tuple) and text and all(isinstance(part, str) for part in text):
+        raise ScoringError(
+            "expected a text to classify, a pair of texts as a tuple (text, other), or a list of messages; found"
+            f" {shown(text)}."
+        )
     chat = text if isinstance(text, Chat) else Chat(text)
     chat = Chat(
         chat.messages, **{"continue_final_message": False, "add_generation_prompt": False, **chat.template_args}

@@ -177,6 +177,11 @@ def look_at_adapter(spec: ModelSpec) -> Hashable:
     return signature
 
 
+def forget_look(spec: ModelSpec) -> None:
+    """Let the next key of a spec look at its adapter's files itself: they may have changed since the last look."""
+    object.__setattr__(spec, "_seen", None)
+
+
 def adapter_digest(spec: ModelSpec) -> str | None:
     """Return a digest of the contents of a spec's adapters, equal on every machine; ``None`` where there is none."""
     return _adapters_digest(spec)

@@ -63,6 +63,7 @@ def check_spec(spec: ModelSpec) -> Plan:
         require_another(spec, tuned)
         models.append(_check_model(tuned, "fine-tuned model"))
     adapters = [_check_adapter(models[-1], Path(adapter), spec) for adapter in spec.adapters]
+    require_head(models[-1], adapters)
     merged = merged_spec(spec)
     if merged is not None:
         models.append(_merged(models[-1], merged, adapters[:-1]))
@@ -112,7 +113,6 @@ def require_fit(base: ModelFiles, files: AdapterFiles) -> None:
     """
     require_bounded(files, base.entries)
     require_task(files, "hf", base.spec.task)
-    require_head(base, files)
     if base.entries is not None:
         check_fit(base.spec, files, base.entries, base.config)
 

@@ -13,6 +13,7 @@ from pytest_sway.backends.checkpoints.hub.refusals import explained_model
 from pytest_sway.backends.checkpoints.lineage import require_same_base
 from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import SharedPool
+from pytest_sway.spec.identity import forget_look
 from pytest_sway.spec.model_kwargs import in_short
 from pytest_sway.system.frames import forget_frames
 
@@ -72,7 +73,9 @@ class PooledBuilder(Build, ABC, Generic[B]):
         Raises:
             SwayError: The spec cannot be loaded.
         """
-        plan = self._checked(self.located(spec))
+        located = self.located(spec)
+        forget_look(located)  # the key after a check, passed or not, is of the files that the check has read
+        plan = self._checked(located)
         self._compare_base(plan, "error")
         return plan
 

@@ -56,7 +56,7 @@ class QuestionsOfHeads:
             ScoringError: The view's model is not one for embeddings, or there is no such pooling.
         """
         self._open()
-        return self._embedded([whole(checked_text(text)) for text in listed(texts, "texts")], pooling)
+        return self._embedded([whole(checked_text(text, "embed")) for text in listed(texts, "texts")], pooling)
 
     # --- implemented by the views of models with these heads ----------------------------------------------------------
 

@@ -32,6 +32,9 @@ _OF_TOKENIZERS: Final = re.compile(
     r"(config|tokenizer.*|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
     rf"|(vocab|merges)\.txt|.*\.(model|tiktoken|jinja)|{_TEMPLATES}/.*\.jinja"
 )
+_POOLING: Final = "_Pooling"
+_OF_EMBEDDINGS: Final = re.compile(rf"(modules|(config_)?sentence_.*)\.json|[^/]*{_POOLING}/config\.json")
+"""sentence-transformers' files, which decide how hidden states become an embedding."""
 _NOTES: Final = ".pytest-sway"
 """The folder, in a repository's part of the hub's cache, of the notes on what each commit needs."""
 
@@ -99,13 +102,17 @@ def _fetched(asked: HubAdapter) -> Fetched:
 def _needed(asked: HubAdapter, commit: str) -> list[str]:
     """The files of an adapter's folder that its load needs, by what the hub says is there."""
     names = _listed(asked, commit, asked.subfolder)
-    if asked.path(_TEMPLATES) in names:
-        names |= _listed(asked, commit, asked.path(_TEMPLATES))
+    for folder in [name for name in names if name == asked.path(_TEMPLATES) or name.endswith(_POOLING)]:
+        names |= _listed(asked, commit, folder)
     names = {name[len(asked.path("")) :] for name in names}
     weights = {WEIGHTS, _MLX_WEIGHTS} & names or {PICKLED} & names
     if PICKLED in weights and not asked.allow_pickle:
         raise only_pickled(str(asked))
-    return sorted(name for name in names if name in {CONFIG, *weights} or _OF_TOKENIZERS.fullmatch(name))
+    return sorted(
+        name
+        for name in names
+        if name in {CONFIG, *weights} or _OF_TOKENIZERS.fullmatch(name) or _OF_EMBEDDINGS.fullmatch(name)
+    )
 
 
 def _listed(asked: HubAdapter, commit: str, folder: str | None) -> set[str]:

@@ -132,7 +132,7 @@ def _with_task(spec: ModelSpec) -> ModelSpec:
 @lru_cache(maxsize=256)
 def _task_in(adapter: str, _state: Hashable) -> TaskName | None:
     """The task that an adapter names, if it is no language model's; the check of the spec tells what is wrong."""
-    with suppress(SwayError):
+    with suppress(SwayError, OSError):
         task = OF_PEFT.get(str(read_config(Path(adapter)).get("task_type")))
         return None if is_causal(task) else task
     return None
@@ -163,8 +163,8 @@ def _base_of(spec: ModelSpec) -> tuple[str, str | None]:
             f" {json.dumps(named)[:80]}). Name the model that it was trained on as 'base'."
         )
     named = named.strip()
-    path = Path(named).expanduser()
-    with suppress(OSError):  # a name too long for a path
+    with suppress(OSError, RuntimeError):  # a name too long for a path, or in the home of a user who is not here
+        path = Path(named).expanduser()
         if path.exists():
             return str(path.absolute()), None
     cached = in_hub_cache(named)

@@ -108,6 +108,10 @@ class FiniteCheck:
     def __init__(self) -> None:
         self._finite: Any = None
 
+    def __deepcopy__(self, _memo: Any) -> FiniteCheck:
+        """Return itself: PEFT copies the arguments of `generate` for adapters of prompts, and would check the copy."""
+        return self
+
     def __call__(self, _ids: Any, scores: Any) -> Any:
         """Return the scores as they are."""
         self.see(scores.amax(-1))

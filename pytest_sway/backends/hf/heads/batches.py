@@ -80,7 +80,9 @@ def _planned(
     if forward.one_text_at_a_time or not pads(engine, texts, lambda text: len(text.ids), compute, *args):
         return [[text] for text in texts]
     planned = []
-    regimes = [(forward.rope.of(len(text.ids)), bool(text.types)) for text in texts]
+    # A classifier with a decoder, such as BART's, takes only texts with equally many end tokens in a pass.
+    end = forward.config.eos_token_id if getattr(forward.config, "is_encoder_decoder", False) else None
+    regimes = [(forward.rope.of(len(text.ids)), bool(text.types), text.ids.count(end)) for text in texts]
     for regime in dict.fromkeys(regimes):
         some = [text for text, its in zip(texts, regimes, strict=True) if its == regime]
         lengths = [len(text.ids) for text in some]

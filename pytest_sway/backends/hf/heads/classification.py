@@ -104,6 +104,8 @@ def _logits(engine: Engine, texts: Sequence[Text]) -> Any:
     import torch
 
     pad = engine.forward.config.get_text_config().pad_token_id
+    if pad is not None and not 0 <= pad < (engine.forward.embedded or pad + 1):
+        pad = None  # as -1 in some configs: it has no embedding, and on a GPU that ends the process's use of it
     if pad is None and len(texts) > 1:
         pad = _unused(engine, texts)
         if pad is None:

@@ -96,7 +96,8 @@ def _pooled(engine: Engine, texts: Sequence[Text], how: Pooling) -> Any:
     """Return a vector for each text, shape ``(texts, size)``, as sentence-transformers' ``Pooling`` computes it."""
     import torch
 
-    inputs = batches.padded_inputs(engine, texts, int(getattr(engine.forward.config, "pad_token_id", None) or 0))
+    pad = max(0, int(getattr(engine.forward.config, "pad_token_id", None) or 0))  # some configs say -1
+    inputs = batches.padded_inputs(engine, texts, pad)
     mask = inputs["attention_mask"].unsqueeze(-1)
     states = engine.forward.runner(**inputs).last_hidden_state[:, -mask.shape[1] :]  # after virtual tokens
     if how.mode == "cls":

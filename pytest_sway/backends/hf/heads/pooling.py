@@ -64,7 +64,7 @@ def _read(find: Callable[[str], Path | None], source: str) -> Pooling | None:
     modules = _json(find("modules.json"))
     if not isinstance(modules, list):
         return None
-    kinds = [(str(each.get("type", "")).rpartition(".")[2], each.get("path", "")) for each in map(_fields, modules)]
+    kinds = [(_kind(str(each.get("type", ""))), each.get("path", "")) for each in map(_fields, modules)]
     others = sorted({kind for kind, _ in kinds} - {"Transformer", "Pooling", "Normalize"})
     paths = [path for kind, path in kinds if kind == "Pooling"]
     pooling = _fields(_json(find(f"{paths[0]}/config.json"))) if len(paths) == 1 else {}
@@ -87,6 +87,11 @@ def _read(find: Callable[[str], Path | None], source: str) -> Pooling | None:
         bool(text.get("do_lower_case")),
         why,
     )
+
+
+def _kind(module: str) -> str:
+    """Return the name of sentence-transformers' class; a class of the model's own code keeps its full name."""
+    return module.rpartition(".")[2] if module.startswith("sentence_transformers.") else module
 
 
 def _modes(config: Mapping[str, Any]) -> list[str]:

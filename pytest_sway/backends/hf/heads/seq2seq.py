@@ -204,12 +204,21 @@ def _written(
 
 
 def _beginnings(engine: Engine) -> dict[str, Any]:
-    """Return the tokens that begin a text, from the model's generation settings, else from its config."""
+    """Return the tokens that begin a text, from the model's generation settings, else from its config.
+
+    Raises:
+        ScoringError: Neither names the first one.
+    """
     config, said = engine.forward.config, engine.forward.model.generation_config
     found = {name: getattr(said, name, None) for name in _BEGINNINGS}
     found = {name: getattr(config, name, None) if token is None else token for name, token in found.items()}
     if found["decoder_start_token_id"] is None:
-        found["decoder_start_token_id"] = config.bos_token_id
+        found["decoder_start_token_id"] = getattr(config, "bos_token_id", None)
+    if found["decoder_start_token_id"] is None:
+        raise ScoringError(
+            "neither the model's generation_config.json nor its config.json names the token that begins a text"
+            " (decoder_start_token_id). Write it there, as it was in training."
+        )
     return {name: token for name, token in found.items() if token is not None}
 
 

@@ -15,10 +15,11 @@ from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.tasks import CLASSES
 from pytest_sway.errors import AdapterMismatchError, SwayError, WeightsError
 from pytest_sway.spec.model_kwargs import as_mapping
+from pytest_sway.spec.tasks import OF_PEFT
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.checkpoints.plan import ModelFiles
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_HEAD: Final = re.compile(rf"({re.escape(ROOT)})?(score|(pre_)?classifier|classification_head|qa_outputs)\.")
-_LAST_LAYER: Final = re.compile(
-    rf"({re.escape(ROOT)})?(score|classifier|(classifier|classification_head)\.out_proj)\.weight"
-)
+_PREFIX: Final = r"(base_model\.(model\.)?)?"
+"""What PEFT puts before a module's name; for prompts and prefixes, whose base is in no tuner, only the first part."""
+_HEAD: Final = re.compile(rf"{_PREFIX}(score|(pre_)?classifier|classification_head|qa_outputs)\.")
+_LAST_LAYER: Final = re.compile(rf"{_PREFIX}(score|classifier|(classifier|classification_head)\.out_proj)\.weight")
 _DEFAULT_LABELS: Final = 2  # transformers' own
 
 
@@ -54,19 +55,21 @@ def with_labels(spec: ModelSpec) -> ModelSpec:
     return spec
 
 
-def require_head(base: ModelFiles, files: AdapterFiles) -> None:
-    """Raise if neither an adapter nor its base can have the head that the spec's task needs.
+def require_head(base: ModelFiles, adapters: Sequence[AdapterFiles]) -> None:
+    """Raise if neither a base nor any adapter of the spec can have the head that the spec's task needs.
 
     Raises:
         AdapterMismatchError: They cannot.
     """
     task = str(base.spec.task)
     classes = base.config.get("architectures")
-    if task not in CLASSES or base.entries is None or files.entries is None or not isinstance(classes, list):
+    if not adapters or task not in CLASSES or base.entries is None or not isinstance(classes, list):
         return
-    if any(CLASSES[task] in str(name) for name in classes) or _has_head(base.entries) or _has_head(files.entries):
+    if any(CLASSES[task] in str(name) for name in classes) or _has_head(base.entries):
         return
-    raise _no_head(base.spec, files)
+    if any(files.entries is None or _has_head(files.entries) for files in adapters):
+        return
+    raise _no_head(base.spec, adapters[-1])
 
 
 def require_whole_head(base: LoadedBase, files: AdapterFiles | None) -> None:
@@ -81,7 +84,7 @@ def require_whole_head(base: LoadedBase, files: AdapterFiles | None) -> None:
         AdapterMismatchError: They are, and the adapter does not bring them.
     """
     brought = () if files is None else files.entries or ()
-    left = {name for name in base.lacks if ROOT + name not in brought}
+    left = {name for name in base.lacks if ROOT + name not in brought and f"base_model.{name}" not in brought}
     if not left:
         return
     if files is not None:
@@ -102,7 +105,7 @@ def _no_head(base: ModelSpec, files: AdapterFiles, lacking: str = "") -> Adapter
         lacking: The names of weights that are in neither.
     """
     trained = files.config.get("task_type")
-    why = f"task_type = {trained!r} in its {CONFIG}" if trained else "the spec"
+    why = f"task_type = {trained!r} in its {CONFIG}" if OF_PEFT.get(str(trained)) == base.task else "the spec"
     found = f" ({lacking})" if lacking else ""
     return AdapterMismatchError(
         f"the adapter {str(files.folder)!r} is put on a {CLASSES[str(base.task)]} model (task={base.task!r}, by {why}),"
@@ -122,4 +125,5 @@ def _labels(entries: Mapping[str, Any]) -> int | None:
 
 def _labels_of(config: Mapping[str, Any]) -> int:
     names = config.get("id2label")
-    return len(names) if isinstance(names, dict) else int(config.get("num_labels") or _DEFAULT_LABELS)
+    said = config.get("num_labels")
+    return len(names) if isinstance(names, dict) else said if isinstance(said, int) else _DEFAULT_LABELS
