@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from pytest_sway.backends.checkpoints.plan import Plan
+from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import FilesChangedError, WeightsError
+from pytest_sway.spec.identity import resolved_key
 from pytest_sway.spec.model_spec import ModelSpec
+from tests.tiny import edit_config, make_adapter, make_base
 from tests.unit.fakes import Call, FakeBuild, InformedFakeBuild, Watched
 
 
@@ -133,3 +136,15 @@ def test_what_an_own_backend_does_with_its_files_is_its_own_affair(build: FakeBu
     build.inside["a+x"] = lambda: _replace(weights, b"trained")
     spec = ModelSpec(kind="custom", base="org/a", adapter=weights.parent, entry_point="a:B")
     assert BackendCache(build=build).get_or_load(spec).backend is build.built[0]
+
+
+def test_a_check_makes_the_next_key_look_again(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    builder = Builder()
+    spec = builder.resolve(ModelSpec(base=str(base), adapter=adapter, device="cpu", dtype="fp32"))
+    builder.check(spec)
+    before = resolved_key(spec)
+    builder.check(spec)
+    edit_config(adapter, lora_alpha=5)
+    assert resolved_key(spec) != before

@@ -18,7 +18,7 @@ from pytest_sway.backends.checkpoints.hub.refusals import HubAdapter
 from pytest_sway.backends.checkpoints.lineage import base_field
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, read_config
 from pytest_sway.errors import SpecError, SwayError
-from pytest_sway.spec.identity import look_at_adapter
+from pytest_sway.spec.identity import forget_look, look_at_adapter
 from pytest_sway.spec.paths import in_hub_cache, is_path
 from pytest_sway.spec.tasks import OF_PEFT, is_causal
 from pytest_sway.system.forking import call_in_forked_child
@@ -126,7 +126,10 @@ def _with_task(spec: ModelSpec) -> ModelSpec:
     else:
         folder = str(spec.adapters[-1])
         task = _task_in(folder, _state(f"{folder}/{CONFIG}"))
-    return spec if task is None else _in_task(spec, task)
+    if task is None:
+        return spec
+    forget_look(spec)
+    return _in_task(spec, task)
 
 
 @lru_cache(maxsize=256)

@@ -46,7 +46,7 @@ def _logits(view: Any, texts: list[Any]) -> list[list[float]]:
     return [answer.logits.tolist() for answer in view.classify(texts)]
 
 
-@pytest.mark.parametrize("pad", [None, 0])
+@pytest.mark.parametrize("pad", [None, 0, -1])
 def test_a_batch_has_the_logits_that_each_text_has_alone(build: Any, tmp_path: Path, pad: int | None) -> None:
     folder = make_model(tmp_path, "llama", AUTO, pad_token_id=pad)
     expected = one_by_one(*fresh_model(folder, AUTO), TEXTS)
@@ -72,6 +72,13 @@ def test_encoders_and_encoder_decoders_classify_in_batches_too(
     folder = make_model(tmp_path, kind, AUTO, **fields)
     with build(folder, task="classification").as_base() as view:
         assert np.allclose(_logits(view, TEXTS), one_by_one(*fresh_model(folder, AUTO), TEXTS), atol=1e-5)
+
+
+def test_texts_and_pairs_are_in_passes_of_their_own_where_end_tokens_are_counted(build: Any, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "bart", AUTO, ends=True)
+    mixed = [TEXTS[0], TEXTS[1], (TEXTS[0], TEXTS[1]), TEXTS[2]]
+    with build(folder, task="classification").as_base() as view:
+        assert np.allclose(_logits(view, mixed), one_by_one(*fresh_model(folder, AUTO), mixed), atol=1e-5)
 
 
 def test_a_model_that_padding_changes_reads_one_text_at_a_time(
@@ -169,6 +176,16 @@ def test_a_prompt_adapter_is_read_as_peft_reads_it(build: Any, llama: Path, tmp_
         assert np.allclose(_logits(view, TEXTS), expected, atol=1e-5)
 
 
+def test_a_prompt_adapter_brings_the_head_that_its_base_lacks(build: Any, base: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig
+
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    folder = save_adapter(tmp_path, base, config, auto=AUTO, num_labels=4)
+    expected = one_by_one(*fresh_model(base, AUTO, folder, num_labels=4), TEXTS)
+    with build(base, folder).as_finetuned() as view:
+        assert np.allclose(_logits(view, TEXTS), expected, atol=1e-5)
+
+
 def test_a_head_that_is_noise_is_the_same_in_each_process(tmp_path: Path) -> None:
     stored = make_base(tmp_path / "base", dtype="bfloat16")
     adapter = make_head_adapter(tmp_path / "adapter", stored, AUTO, "SEQ_CLS")
@@ -198,6 +215,14 @@ def test_adapters_on_adapters_are_merged_with_their_heads(build: Any, base: Path
     second = make_head_adapter(tmp_path, base, AUTO, "SEQ_CLS", num_labels=1, seed=5)
     expected = one_by_one(*fresh_model(base, AUTO, reward, second, num_labels=1), TEXTS)
     with build(base, [reward, second]).as_finetuned() as view:
+        assert np.allclose(_logits(view, TEXTS), expected, atol=1e-5)
+
+
+def test_a_language_models_adapter_below_a_reward_model_brings_no_head(
+    build: Any, base: Path, adapter: Path, reward: Path
+) -> None:
+    expected = one_by_one(*fresh_model(base, AUTO, adapter, reward, num_labels=1), TEXTS)
+    with build(base, [adapter, reward]).as_finetuned() as view:
         assert np.allclose(_logits(view, TEXTS), expected, atol=1e-5)
 
 

@@ -238,6 +238,14 @@ def test_a_configuration_that_is_not_computed_is_told(
         assert view.embed(TEXTS, pooling="mean").shape == (len(TEXTS), 32)
 
 
+def test_a_module_of_the_models_own_code_is_not_taken_for_the_usual_one(build: Any, bert: Path) -> None:
+    modules = json.loads((bert / "modules.json").read_text())
+    modules[0]["type"] = "custom_st.Transformer"
+    (bert / "modules.json").write_text(json.dumps(modules))
+    with build(bert, task="embeddings").as_base() as view, pytest.raises(ScoringError, match=r"custom_st\.Transformer"):
+        view.embed(TEXTS)
+
+
 @pytest.mark.parametrize(
     ("ask", "text"),
     [

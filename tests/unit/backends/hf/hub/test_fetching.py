@@ -55,6 +55,13 @@ def test_an_adapter_on_a_hub_is_the_same_adapter_in_a_folder(
     backend.close()
 
 
+def test_the_files_that_say_how_to_pool_are_fetched(hub: ToyHub, base: Path, adapter_files: Files) -> None:
+    further = {"modules.json": b"[]", "1_Pooling/config.json": b"{}", "sentence_bert_config.json": b"{}"}
+    hub.push("org/lora", {**adapter_files, **further})
+    folder = Path(str(_located(_spec(base)).adapter))
+    assert [name for name in further if not (folder / name).is_file()] == []
+
+
 def test_each_adapter_of_a_list_may_be_on_a_hub(
     hub: ToyHub, base: Path, adapter: Path, other_adapter: Path, adapter_files: Files
 ) -> None:
