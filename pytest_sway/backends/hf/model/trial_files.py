@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.hygiene.samples import by_dtype, sample_of
 from pytest_sway.backends.hf.scoring.answer_cache import precision
+from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper
 from pytest_sway.backends.hf.sharing.trees import modules_of, tensors_of
 from pytest_sway.backends.local.user_cache import read_small, user_cache, write_small
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from pytest_sway.backends.hf.scoring.trials import Trials
@@ -91,7 +93,8 @@ def identity_of(model: Any, settings: Any) -> str | None:
         model: The model.
         settings: The settings of torch, see `precision`.
     """
-    if not all(map(_is_known, (module for _, module in modules_of(model)))):
+    tensors = [tensor for tensor in tensors_of(model) if not tensor.is_meta]  # a skeleton has places for weights
+    if any(map(is_wrapper, tensors)) or not all(map(_is_known, (module for _, module in modules_of(model)))):
         return None
     if not _is_known_attention(getattr(model.config, "_attn_implementation", None)):
         return None
@@ -105,7 +108,7 @@ def identity_of(model: Any, settings: Any) -> str | None:
         [sys.platform, sys.version_info[:2], *map(_version, sorted(_KNOWN))],
     ]
     digest = blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=20)
-    for content in _sampled(model):
+    for content in _sampled(tensors):
         digest.update(content)
     return digest.hexdigest()
 
@@ -146,11 +149,11 @@ def _version(package: str) -> str:
         return ""
 
 
-def _sampled(model: Any) -> list[bytes]:
+def _sampled(tensors: Iterable[Any]) -> list[bytes]:
     """Return a number of each tensor."""
     import torch
 
-    groups = by_dtype([sample_of(tensor)[:1] for tensor in tensors_of(model) if tensor.numel()])
+    groups = by_dtype([sample_of(tensor)[:1] for tensor in tensors if tensor.numel()])
     return [torch.cat(group).cpu().numpy().tobytes() for group in groups.values()]
 
 
