@@ -93,7 +93,7 @@ def identity_of(model: Any, settings: Any) -> str | None:
         model: The model.
         settings: The settings of torch, see `precision`.
     """
-    tensors = [tensor for tensor in tensors_of(model) if not tensor.is_meta]  # a skeleton has places for weights
+    tensors = [tensor for tensor in tensors_of(model) if not tensor.is_meta]  # a skeleton lacks its adapter's
     if any(map(is_wrapper, tensors)) or not all(map(_is_known, (module for _, module in modules_of(model)))):
         return None
     if not _is_known_attention(getattr(model.config, "_attn_implementation", None)):
