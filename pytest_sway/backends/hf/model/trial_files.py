@@ -115,9 +115,14 @@ def identity_of(model: Any, settings: Any) -> str | None:
 
 def _is_known(module: Any) -> bool:
     """Return whether only code of the libraries computes a module: no other class, hook or replaced ``forward``."""
-    if type(module).__module__.partition(".")[0] not in _KNOWN or "forward" in vars(module):
+    kind = type(module)
+    if "forward" in vars(module) or not (_is_of_libraries(kind) and _is_of_libraries(kind.forward)):
         return False
     return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_of_libraries(code: Any) -> bool:
+    return str(getattr(code, "__module__", "")).partition(".")[0] in _KNOWN
 
 
 def _is_known_attention(name: Any) -> bool:
