@@ -96,9 +96,10 @@ def identity_of(model: Any, settings: Any) -> str | None:
     tensors = [tensor for tensor in tensors_of(model) if not tensor.is_meta]  # a skeleton lacks its adapter's
     if any(map(is_wrapper, tensors)) or not all(map(_is_known, (module for _, module in modules_of(model)))):
         return None
-    if not _is_known_attention(getattr(model.config, "_attn_implementation", None)):
+    own = _configs_of_parts(model)
+    if not all(_is_known_attention(config._attn_implementation) for config in own):
         return None
-    chosen = {name: value for name, value in vars(model.config).items() if "implementation" in name}
+    chosen = [{name: value for name, value in vars(config).items() if "implementation" in name} for config in own]
     configs = [model.config, *getattr(model, "peft_config", {}).values()]
     parts = [
         _FORMAT,
@@ -111,6 +112,12 @@ def identity_of(model: Any, settings: Any) -> str | None:
     for content in _sampled(tensors):
         digest.update(content)
     return digest.hexdigest()
+
+
+def _configs_of_parts(model: Any) -> list[Any]:
+    """Return the configurations of a model's parts, of which each has its own choice of attention."""
+    found = (getattr(module, "config", None) for _, module in modules_of(model))
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
 
 
 def _is_known(module: Any) -> bool:
