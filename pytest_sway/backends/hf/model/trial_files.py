@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.hygiene.samples import by_dtype, sample_of
+from pytest_sway.backends.hf.model.peft_model import inner_model
 from pytest_sway.backends.hf.scoring.answer_cache import precision
 from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper
 from pytest_sway.backends.hf.sharing.trees import modules_of, tensors_of
@@ -193,14 +194,14 @@ def _fill(trials: Trials, content: bytes, model: Any) -> bool:
         divides, longest, caches = record["divides"], record["longest_packed"], record["caches"]
         body = str(record["body"])
         if divides:
-            model.get_submodule(body)
+            inner_model(model).get_submodule(body)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
     if {type(divides), type(caches)} - {bool, type(None)} or type(longest) not in (int, type(None)):
         return False
     if bool(divides) != (kind is not None):
         return False
-    trials.divides, trials.body, trials.output_class = divides, body, kind
+    trials.body, trials.output_class, trials.divides = body, kind, divides  # in this order: another thread may read them
     trials.longest_packed, trials.caches = longest, caches
     trials.continues.update(continues)
     return True
