@@ -36,7 +36,9 @@ _FORMAT: Final = 1
 _KNOWN: Final = frozenset({"torch", "transformers", "peft"})
 """The packages whose code has the versions in the key."""
 
-_UNSEEN_FIELDS: Final = frozenset({"_name_or_path", "name_or_path", "transformers_version"})
+_UNSEEN_FIELDS: Final = frozenset(
+    {"_name_or_path", "name_or_path", "base_model_name_or_path", "revision", "transformers_version"}
+)
 _MOST_FILES: Final = 256
 _FILE_BYTES: Final = 2**16
 
