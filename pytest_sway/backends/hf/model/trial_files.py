@@ -118,7 +118,7 @@ def identity_of(model: Any, settings: Any) -> str | None:
 
 
 def _configs_of_parts(model: Any) -> list[Any]:
-    """Return the configurations of a model's parts, of which each has its own choice of attention."""
+    """Return the configurations of a model's parts; a multimodal model's text has a choice of attention of its own."""
     found = (getattr(module, "config", None) for _, module in modules_of(model))
     return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
 
