@@ -203,7 +203,7 @@ def _fill(trials: Trials, content: bytes, model: Any) -> bool:
         return False
     if bool(divides) != (kind is not None):
         return False
-    trials.body, trials.output_class, trials.divides = body, kind, divides  # in this order: another thread may read them
+    trials.body, trials.output_class, trials.divides = body, kind, divides  # in this order, for other threads
     trials.longest_packed, trials.caches = longest, caches
     trials.continues.update(continues)
     return True
