@@ -55,7 +55,7 @@ class _Import(threading.Thread):
                 except BaseException as error:  # raised in the thread that asked
                     self.errors[name] = error
         _seconds.append(time.perf_counter() - started)
-        _asked.update(name.partition(".")[0] for name in self._names)
+        _asked.update({name.partition(".")[0] for name in self._names} & sys.modules.keys())
         keep_modules()
         with _lock:
             _under_way.remove(self)

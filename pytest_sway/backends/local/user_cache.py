@@ -17,8 +17,9 @@ from pytest_sway.system.reading import read_bounded
 def user_cache() -> Path | None:
     """Return the folder of pytest-sway in the user's cache; ``None`` if the user has no home folder."""
     try:
-        if xdg := os.environ.get("XDG_CACHE_HOME"):
-            caches = Path(xdg)
+        xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if xdg.is_absolute():  # its specification has others ignored
+            caches = xdg
         elif sys.platform == "darwin":
             caches = Path.home() / "Library" / "Caches"
         elif local := os.environ.get("LOCALAPPDATA"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -12,6 +11,8 @@ if TYPE_CHECKING:
 _KEY: Final = "sway/durations"
 _MOST: Final = 20_000
 """The most tests, and the most bases, whose seconds are kept."""
+_NO_DURATION: Final = 1e9
+"""Seconds. Only a damaged file has as many, such as a number that no float can be."""
 
 
 class Remembered(NamedTuple):
@@ -47,7 +48,7 @@ def _seconds(values: Any) -> dict[str, float]:
 
 
 def _is_duration(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and 0 <= value < _NO_DURATION
 
 
 def _last(values: Mapping[str, float]) -> dict[str, float]:

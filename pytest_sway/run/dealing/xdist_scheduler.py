@@ -194,7 +194,8 @@ class SwayScheduling:
 
 def _seconds(report: pytest.TestReport, name: str) -> float:
     """Return the sum of a report's properties with this name; a test may add properties of any form."""
-    found = (each[1] for each in report.user_properties if len(each) == 2 and each[0] == name)
+    pairs = (each for each in report.user_properties if isinstance(each, list | tuple) and len(each) == 2)
+    found = (value for key, value in pairs if key == name)
     return sum(value for value in found if isinstance(value, float))
 
 

@@ -16,11 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.hygiene.samples import by_dtype, sample_of
+from pytest_sway.backends.hf.model.peft_model import inner_model
 from pytest_sway.backends.hf.scoring.answer_cache import precision
+from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper
 from pytest_sway.backends.hf.sharing.trees import modules_of, tensors_of
 from pytest_sway.backends.local.user_cache import read_small, user_cache, write_small
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from pytest_sway.backends.hf.scoring.trials import Trials
@@ -33,7 +36,9 @@ _FORMAT: Final = 1
 _KNOWN: Final = frozenset({"torch", "transformers", "peft"})
 """The packages whose code has the versions in the key."""
 
-_UNSEEN_FIELDS: Final = frozenset({"_name_or_path", "name_or_path", "transformers_version"})
+_UNSEEN_FIELDS: Final = frozenset(
+    {"_name_or_path", "name_or_path", "base_model_name_or_path", "revision", "transformers_version"}
+)
 _MOST_FILES: Final = 256
 _FILE_BYTES: Final = 2**16
 
@@ -91,11 +96,13 @@ def identity_of(model: Any, settings: Any) -> str | None:
         model: The model.
         settings: The settings of torch, see `precision`.
     """
-    if not all(map(_is_known, (module for _, module in modules_of(model)))):
+    tensors = [tensor for tensor in tensors_of(model) if not tensor.is_meta]  # a skeleton lacks its adapter's
+    if any(map(is_wrapper, tensors)) or not all(map(_is_known, (module for _, module in modules_of(model)))):
         return None
-    if not _is_known_attention(getattr(model.config, "_attn_implementation", None)):
+    own = _configs_of_parts(model)
+    if not all(_is_known_attention(config._attn_implementation) for config in own):
         return None
-    chosen = {name: value for name, value in vars(model.config).items() if "implementation" in name}
+    chosen = [{name: value for name, value in vars(config).items() if "implementation" in name} for config in own]
     configs = [model.config, *getattr(model, "peft_config", {}).values()]
     parts = [
         _FORMAT,
@@ -105,16 +112,27 @@ def identity_of(model: Any, settings: Any) -> str | None:
         [sys.platform, sys.version_info[:2], *map(_version, sorted(_KNOWN))],
     ]
     digest = blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=20)
-    for content in _sampled(model):
+    for content in _sampled(tensors):
         digest.update(content)
     return digest.hexdigest()
 
 
+def _configs_of_parts(model: Any) -> list[Any]:
+    """Return the configurations of a model's parts; a multimodal model's text has a choice of attention of its own."""
+    found = (getattr(module, "config", None) for _, module in modules_of(model))
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
+
+
 def _is_known(module: Any) -> bool:
     """Return whether only code of the libraries computes a module: no other class, hook or replaced ``forward``."""
-    if type(module).__module__.partition(".")[0] not in _KNOWN or "forward" in vars(module):
+    kind = type(module)
+    if "forward" in vars(module) or not (_is_of_libraries(kind) and _is_of_libraries(kind.forward)):
         return False
     return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_of_libraries(code: Any) -> bool:
+    return str(getattr(code, "__module__", "")).partition(".")[0] in _KNOWN
 
 
 def _is_known_attention(name: Any) -> bool:
@@ -148,11 +166,11 @@ def _version(package: str) -> str:
         return ""
 
 
-def _sampled(model: Any) -> list[bytes]:
+def _sampled(tensors: Iterable[Any]) -> list[bytes]:
     """Return a number of each tensor."""
     import torch
 
-    groups = by_dtype([sample_of(tensor)[:1] for tensor in tensors_of(model) if tensor.numel()])
+    groups = by_dtype([sample_of(tensor)[:1] for tensor in tensors if tensor.numel()])
     return [torch.cat(group).cpu().numpy().tobytes() for group in groups.values()]
 
 
@@ -180,14 +198,14 @@ def _fill(trials: Trials, content: bytes, model: Any) -> bool:
         divides, longest, caches = record["divides"], record["longest_packed"], record["caches"]
         body = str(record["body"])
         if divides:
-            model.get_submodule(body)
+            inner_model(model).get_submodule(body)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
     if {type(divides), type(caches)} - {bool, type(None)} or type(longest) not in (int, type(None)):
         return False
     if bool(divides) != (kind is not None):
         return False
-    trials.divides, trials.body, trials.output_class = divides, body, kind
+    trials.body, trials.output_class, trials.divides = body, kind, divides  # in this order, for other threads
     trials.longest_packed, trials.caches = longest, caches
     trials.continues.update(continues)
     return True

@@ -204,9 +204,9 @@ def longest_packed(config: Any) -> int:
     """Return the most tokens of a sequence in a row; 0 if the model's attention cannot be replaced.
 
     A model with a sliding window applies it by its mask, which a row does not have. Up to the window's length, that
-    makes no difference.
+    makes no difference. Llama 4 scales each query by its place in the row, which shows only after thousands of tokens.
     """
-    if vars(config).get(_CHOICE_FIELD) != _REPLACED:
+    if vars(config).get(_CHOICE_FIELD) != _REPLACED or getattr(config, "attn_temperature_tuning", False):
         return 0
     return min([2**31, *(int(window) for name in _WINDOW_FIELDS if (window := getattr(config, name, None)))])
 
