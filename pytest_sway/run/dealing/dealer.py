@@ -8,6 +8,7 @@ than a load.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -75,6 +76,7 @@ class _Worker:
         held: The bases of the last test that it completed.
         since: When it began the first of ``sent``.
         stopped: Whether it gets nothing more.
+        refused: When it last found nothing worth taking over.
     """
 
     sent: list[int] = field(default_factory=list)
@@ -82,6 +84,7 @@ class _Worker:
     held: tuple[str, ...] = ()
     since: float = 0.0
     stopped: bool = False
+    refused: float = -math.inf
 
 
 class Dealer(Generic[W]):
@@ -231,6 +234,8 @@ class Dealer(Generic[W]):
         The other keeps what it can run until all workers end, if they share what is left evenly. So each such cut
         settles the share of one worker: N workers need at most N - 1 of them, if no estimate is wrong.
         """
+        if not thief.sent and self._clock() - thief.refused < _SHORTEST_WAIT:
+            return None  # idle workers would measure a long queue again at each event
         live = [state for state in self._workers.values() if not state.stopped]
         sent = {state: self._left(state) for state in live}
         queued = {state: self._length(state.queue) for state in live}
@@ -247,6 +252,7 @@ class Dealer(Generic[W]):
             if taken.units:
                 self.shared_loads += bool(set(needed).difference(self._will_hold(thief)))
                 return taken
+        thief.refused = self._clock()
         return None
 
     def _cut(self, queue: _Queue, seconds: float) -> _Queue:

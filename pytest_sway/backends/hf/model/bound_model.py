@@ -71,6 +71,7 @@ class BoundModel:
         self._recall = recall
         self._idle: Idle = OwnIdle() if idle is None else idle
         self._check: Callable[[Any], None] | None = None
+        self._under_patch: Trials | None = None
 
     def at_first(self, check: Callable[[Any], None]) -> None:
         """Call ``check`` with the Hugging Face model before its first computation; it raises if the model is faulty."""
@@ -81,9 +82,12 @@ class BoundModel:
         """Yield an engine for one call. Its tree is reused unless the call raises or leaves the tree spent."""
         _, base = self._require_open()
         patched = base.is_patched()  # a patch may write anywhere, so this tree serves one call only
-        if patched:
-            self._trials.memory = None  # what the patch shows is not told to later runs
-        runner = self._new_runner(to_run=False) if patched else self._idle.take() or self._new_runner()
+        if not patched:
+            self._under_patch = None
+            runner = self._idle.take() or self._new_runner(self._trials)
+        else:  # other code computes than that which was tried, and what it shows is not told to later runs
+            self._under_patch = self._under_patch or Trials(looks_ahead=self._trials.looks_ahead)
+            runner = self._new_runner(self._under_patch, to_run=False)
         check = self._check  # another thread may set it to None meanwhile
         if check is not None:
             check(runner.forward.model)
@@ -147,8 +151,8 @@ class BoundModel:
         self._open = None
         self._idle.close()
 
-    def _new_runner(self, *, to_run: bool = True) -> Runner:
+    def _new_runner(self, trials: Trials, *, to_run: bool = True) -> Runner:
         tree = self.tree(to_run=to_run)
         inner = inner_model(tree)
         called = inner if self._through_inner_model else tree
-        return Runner(tree, Forward(inner, called, self._trials, one_text_at_a_time=self._one_text_at_a_time))
+        return Runner(tree, Forward(inner, called, trials, one_text_at_a_time=self._one_text_at_a_time))

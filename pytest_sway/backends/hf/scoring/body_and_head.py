@@ -95,8 +95,8 @@ class BodyAndHead:
         try:
             states = self.in_a_row(row)
             apart, alone = self._side_by_side(inputs)
-        except Exception as error:  # an unknown architecture may raise anything; it still runs padded
-            self._trials.failed(error)
+        except Exception:  # an unknown architecture may raise anything; it still runs padded
+            self._trials.failed()
             return False
         return all(
             agree(_at(states, places), _at(apart, others)) for places, others in zip(row.places, alone, strict=True)
@@ -144,8 +144,8 @@ class BodyAndHead:
             whole, _ = self.hidden([trial])
             try:
                 other = self.hidden_after(trial[:-1], [trial[-1:], trial[:2]], 64)[0]
-            except Exception as error:  # a model without a cache, or with one of its own kind, can fail in any way
-                self._trials.failed(error)
+            except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
+                self._trials.failed()
                 self._trials.caches = False
             else:
                 self._trials.caches = agree(other, whole[-2:])
@@ -192,8 +192,8 @@ def _output_class(model: Any, body: Any, ids: Any, whole: Any, trials: Trials) -
     try:
         output = body(input_ids=ids, use_cache=False)
         parts = BodyAndHead(model, Trials(), body, type(output)).logits(output.last_hidden_state[0])
-    except Exception as error:  # an unknown architecture may raise anything; it still runs as a whole
-        trials.failed(error)
+    except Exception:  # an unknown architecture may raise anything; it still runs as a whole
+        trials.failed()
         return None
     return type(output) if agree(parts, whole) else None
 

@@ -219,9 +219,12 @@ def test_adapters_on_adapters_are_merged_with_their_heads(build: Any, base: Path
 
 
 def test_a_language_models_adapter_below_a_reward_model_brings_no_head(
-    build: Any, base: Path, adapter: Path, reward: Path
+    build: Any, base: Path, adapter: Path, reward: Path, tmp_path: Path
 ) -> None:
-    expected = one_by_one(*fresh_model(base, AUTO, adapter, reward, num_labels=1), TEXTS)
+    model, tokenizer = fresh_model(base, "AutoModelForCausalLM", adapter)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = one_by_one(*fresh_model(tmp_path, AUTO, reward, num_labels=1), TEXTS)
     with build(base, [adapter, reward]).as_finetuned() as view:
         assert np.allclose(_logits(view, TEXTS), expected, atol=1e-5)
 
