@@ -129,7 +129,7 @@ class Settings:
             "model_kwargs['quantization_config'] is a Settings: write its settings *",
         ),
         ({"max_memory": {"cpu": float("inf")}}, "model_kwargs['max_memory']['cpu'] is inf: use texts, numbers, *"),
-        ({"tp_size": np.int64(2)}, "model_kwargs['tp_size'] is np.int64(2): write 2."),
+        ({"tp_size": np.int64(2)}, f"model_kwargs['tp_size'] is {np.int64(2)!r}: write 2."),
         ({"key_mapping": [object]}, "model_kwargs['key_mapping'][0] is <class 'object'>: use texts, numbers, *"),
         ({3.5: 1}, "has the key 3.5 in model_kwargs; a key must be a text or a number."),
     ],
