@@ -209,6 +209,8 @@ def test_the_size_is_known_before_the_load(models: Models) -> None:
 def test_an_adapter_on_packed_layers_is_refused_with_the_form_that_works(tmp_path: Path) -> None:
     plain = make_base(tmp_path / "plain", hidden=64)
     _compressed(plain, tmp_path / "packed")
+    for file in plain.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "packed")
     adapter = make_adapter(tmp_path / "adapter", plain)
     with pytest.raises(AdapterMismatchError, match=r"^the base .* is packed by compressed-tensors, .*'run_compre"):
         HFBuilder().check(spec_of(tmp_path / "packed", adapter))
