@@ -21,6 +21,7 @@ from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, refu
 from pytest_sway.backends.hf.adapters.relocation import relocated
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify.weights import verify_keys, verify_trained, verify_values
+from pytest_sway.backends.hf.hygiene.heap import trim_heap
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.loading.tasks import numbers
@@ -61,7 +62,10 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     files = relocated(base.pristine.model, files)
     explaining = explained(base, files, tokenizer)
     with explaining, quiet_process(), seeded(base.device):  # random initial weights are the same each time
-        adapter = _from_skeleton(base, files) or _by_peft(base, files, tokenizer)
+        adapter = _from_skeleton(base, files)
+        if adapter is None:
+            adapter = _by_peft(base, files, tokenizer)
+            trim_heap()
     warn_of_experts(files, base.pristine.model)
     verify_values(base.spec, adapter)
     return adapter
