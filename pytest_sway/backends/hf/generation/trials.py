@@ -88,4 +88,5 @@ def _as_scored(engine: Engine, found: Sequence[tuple[tuple[int, ...], Any]]) -> 
     import torch
 
     scored = dict(next_logits(engine, list(dict.fromkeys(text for text, _ in found))))
-    return agree(torch.stack([row for _, row in found]), torch.stack([scored[text] for text, _ in found]))
+    rows, expected = [row for _, row in found], [scored[text] for text, _ in found]
+    return agree(torch.stack(rows), torch.stack(expected), engine.forward.dtype)

@@ -113,7 +113,7 @@ def pads(
         two = [item for _, item in shortest]
         try:
             alone = torch.cat([compute(engine, [item], *args) for item in two])
-            trials.pads = agree(compute(engine, two, *args), alone)
+            trials.pads = agree(compute(engine, two, *args), alone, engine.forward.dtype)
         except Exception:  # an unknown architecture may raise anything; it still reads one text at a time
             trials.pads = False
     return trials.pads is not False

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 """Raise it when a trial or a pass changes, so that results of older versions are not used."""
 
 _KNOWN: Final = frozenset({"torch", "transformers", "peft"})

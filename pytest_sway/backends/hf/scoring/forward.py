@@ -81,6 +81,14 @@ class Forward:
         return self._trials
 
     @property
+    def dtype(self) -> Any:
+        """The dtype in which passes compute: autocast's, or else the model's."""
+        import torch
+
+        device = self.model.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+
+    @property
     def embedded(self) -> int | None:
         """The number of tokens that the model has embeddings for; ``None`` if it cannot be found."""
         weight = getattr(self.model.get_input_embeddings(), "weight", None)

@@ -173,6 +173,22 @@ def test_a_model_that_does_not_grow_in_rows_as_it_scores_is_continued_by_transfo
         assert not engine_of(view).forward.trials.continues[6, 2, 5]
 
 
+@pytest.mark.parametrize(("dtype", "grows"), [("fp32", False), ("bf16", True), ("fp16", True)])
+def test_rounding_is_judged_by_the_dtype_of_the_passes(
+    build: Any, base: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, grows: bool
+) -> None:
+    grow = GrowingTexts.grow
+
+    def rounded(self: GrowingTexts, tokens: Any) -> None:
+        grow(self, tokens)
+        self.logits = self.logits * 1.01
+
+    monkeypatch.setattr(GrowingTexts, "grow", rounded)
+    with build(base, dtype=dtype).as_base() as view:
+        view.generate_many(UNEVEN, max_new_tokens=2)
+        assert engine_of(view).forward.trials.continues[6, 2, 5] is grows
+
+
 @pytest.mark.parametrize("settings", [{}, EVERYTHING, {"stop": "nowhere"}], ids=["greedy", "sampled", "stop"])
 def test_a_token_waits_for_an_accelerator_less_than_once(
     build: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
