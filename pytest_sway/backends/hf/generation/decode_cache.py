@@ -32,23 +32,27 @@ class DecodeCache:
         prompts: The token ids of each text so far.
         room: The most tokens that each of them grows by.
         device: The model's device.
+        block: The number of columns by which attention widens.
 
     Attributes:
         lengths: The number of tokens of each text.
         columns: The number of columns in use.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], room: int, device: Any) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], room: int, device: Any, block: int) -> None:
         import torch
 
         self.lengths = list(map(len, prompts))
         self.columns = max(self.lengths)
-        self._capacity = -(-(self.columns + room) // _ALIGNED) * _ALIGNED
+        self._block = block
+        self._aligned = max(_ALIGNED, self._block)
+        self._capacity = _rounded_up(self.columns + room, self._aligned)
         self._buffers: list[tuple[Any, Any]] = []
         self._device = device
-        self._first = 0
+        self._first, self._end = 0, self.columns
         padding = torch.tensor([[[self.columns - length]] for length in self.lengths])
-        masked = torch.arange(self._capacity) < padding
+        columns = torch.arange(self._capacity)
+        masked = (columns < padding) | (columns >= self.columns)
         mask = torch.zeros(len(prompts), 1, 1, self._capacity)
         self._mask: Any = mask.masked_fill_(masked.unsqueeze(1), -math.inf).to(device)
         self._positions: Any = torch.tensor(self.lengths, device=device)
@@ -96,18 +100,20 @@ class DecodeCache:
 
     def _empty(self, like: Any) -> Any:
         _, heads, _, size = like.shape
-        return like.new_empty(len(self.lengths), heads, self._capacity, size)
+        return like.new_zeros(len(self.lengths), heads, self._capacity, size)  # masked numbers must be finite, too
 
     def begin(self) -> tuple[Any, Any]:
         """Add a column. Return the position of each text's next token, and the mask of its attention."""
         lengths = self.lengths
         positions, column = self._positions.unsqueeze(0), self.columns
-        self._first = (column - max(lengths)) // _ALIGNED * _ALIGNED  # a longer text may have been dropped
-        equal = self._first + lengths[0] == column and len(set(lengths)) == 1
+        self._first = (column - max(lengths)) // self._aligned * self._aligned  # a longer text may have been dropped
         self.columns += 1
+        self._end = _rounded_up(self.columns, self._block)
+        self._mask[..., column] = 0.0
+        equal = self._first + lengths[0] == column and len(set(lengths)) == 1 and self._end == self.columns
         self._positions = self._positions + 1
         self.lengths = [length + 1 for length in lengths]
-        return positions, None if equal else self._mask[..., self._first : self.columns]
+        return positions, None if equal else self._mask[..., self._first : self._end]
 
     def grown(self, call: int, key: Any, value: Any) -> list[Any]:
         """Add each text's next key and value, ``(texts, heads, size)``, and return all of them."""
@@ -115,7 +121,7 @@ class DecodeCache:
         for buffer, tensor in zip(self._buffers[call], (key, value), strict=True):
             rows = buffer[: len(tensor)]
             rows[:, :, self.columns - 1] = tensor
-            found.append(rows[:, :, self._first : self.columns])
+            found.append(rows[:, :, self._first : self._end])
         return found
 
 
@@ -171,3 +177,7 @@ class _Step:
         grouped = query.unflatten(1, (keys.shape[1], -1))
         output = scaled_dot_product_attention(grouped, keys, values, self._mask, scale=kwargs.get("scaling"))
         return output.flatten(1, 2).unsqueeze(0)
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -144,7 +144,7 @@ class GrowingTexts:
 
     def __init__(self, forward: Forward, prompts: Sequence[Sequence[int]], room: int) -> None:
         self._forward = forward
-        self._cache = DecodeCache(prompts, room, forward.model.device)
+        self._cache = DecodeCache(prompts, room, forward.model.device, forward.limits.attention_columns)
         families = forward.families(prompts)
         tokens, overhead = forward.tokens(few_logits=True), forward.limits.overhead
         lengths = [family.positions for family in families]

@@ -104,6 +104,30 @@ def test_texts_that_end_at_different_times_are_as_alone(build: Any, tmp_path: Pa
         assert view.generate_many(UNEVEN, max_new_tokens=12, stop="nowhere", **settings) == alone
 
 
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["greedy", "sampled"])
+def test_on_an_accelerator_attention_has_few_shapes_and_the_texts_are_the_same(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    import torch
+
+    folder = _with_ends(make_base(tmp_path / "base"), *WORDS[:40])
+    with build(folder).as_base() as view:
+        expected = view.generate_many(UNEVEN, max_new_tokens=12, **settings)
+    monkeypatch.setattr(batching, "CPU", replace(batching.CPU, attention_columns=16))
+    attend, columns = torch.nn.functional.scaled_dot_product_attention, list[int]()
+
+    def noted(query: Any, key: Any, value: Any, *mask: Any, **kwargs: Any) -> Any:
+        if mask:  # a pass of grown texts; the pass of the prompts names its mask
+            columns.append(key.shape[2])
+        return attend(query, key, value, *mask, **kwargs)
+
+    with build(folder, allow_pickle=True).as_base() as view:  # another spec, to load it again
+        view.generate_many(UNEVEN, max_new_tokens=2, **settings)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+        assert view.generate_many(UNEVEN, max_new_tokens=12, **settings) == expected
+    assert {count % 16 for count in columns} == {0}
+
+
 def test_a_call_in_several_batches_gives_the_same_texts(view: Any) -> None:
     expected = view.generate_many([*UNEVEN, *SHARED], max_new_tokens=8)
     forward = engine_of(view).forward
