@@ -213,7 +213,7 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     """Refuse a test whose wider fixture holds a backend that an earlier test changed."""
     session = _used(item.config)
     if session is not None:
-        session.check_fixtures(getattr(item, "funcargs", {}))
+        session.hygiene.check_fixtures(getattr(item, "funcargs", {}))
 
 
 def pytest_assertion_pass(item: pytest.Item, expl: str) -> None:

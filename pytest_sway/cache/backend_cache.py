@@ -162,10 +162,10 @@ class BackendCache:
         Raises:
             SwayError: As `acquire`.
         """
-        resolved = self.resolve(spec, adapter_path=adapter_path)
-        cached = self._ledger.use(resolved, resolved_key(resolved), self._owner())
+        resolved, owner = self.resolve(spec, adapter_path=adapter_path), self._owner()
+        cached = self._ledger.use(resolved, resolved_key(resolved), owner)
         if cached is not None:
-            self._listener.leased(cached)
+            self._listener.leased(cached, owner)
             return cached
         lease = self.acquire(resolved)
         try:
@@ -228,7 +228,7 @@ class BackendCache:
             lease = self._claim(operation, resolved, resolved_key(resolved)) or self._load(operation, resolved)
             if owner.over:  # it may have ended before the lease was granted
                 raise messages.ended(resolved, owner.name)
-            self._listener.leased(lease.cached)
+            self._listener.leased(lease.cached, owner)
             return lease
         except BaseException as error:
             self._abandon(operation)

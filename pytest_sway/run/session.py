@@ -1,13 +1,11 @@
-"""`SwaySession`: one run's cache, and the checks around it, without pytest's hooks.
+"""`SwaySession`: one run's cache, without pytest's hooks.
 
-It remembers failed loads, owns the leases of tests, compares models after each test with their state after the load,
-and looks for weights that are still in memory after their close.
+It serves the fixture `sway_backend` and remembers failed loads. It tells the user's hooks, the summary and the run's
+`Hygiene` of loads and closes.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +16,8 @@ from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
 from pytest_sway.cache.entries import CachedBackend, Lease
 from pytest_sway.cache.owners import Owner
-from pytest_sway.errors import MutationError, SpecError, SwayError, SwayWarning
-from pytest_sway.run.hygiene import changes, leak, leak_message, mutation_message, spoilt_message
+from pytest_sway.errors import SpecError, SwayError
+from pytest_sway.run.hygiene import Hygiene
 from pytest_sway.spec.identity import Key, adapter_digest_in, look_again, resolved_key
 from pytest_sway.spec.model_kwargs import in_short
 from pytest_sway.spec.model_spec import ModelSpec
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_sway.cache.stats import SwayStats
+    from pytest_sway.errors import MutationError
     from pytest_sway.protocols import DifferentialBackend
     from pytest_sway.report.progress import LoadProgress
     from pytest_sway.run.settings import SwaySettings
@@ -101,6 +100,10 @@ class SwaySession(Listener):
         owner: Returns the test or fixture that runs now. It owns the leases that are not taken by ``sway_backend``.
         share_weights: A folder for converted weights that the workers of this machine share.
         recorded: Whether the run writes a record, which names versions and hardware.
+
+    Attributes:
+        cache: The cache.
+        hygiene: The checks of its backends.
     """
 
     def __init__(
@@ -113,15 +116,10 @@ class SwaySession(Listener):
         share_weights: Path | None = None,
         recorded: bool = True,
     ) -> None:
-        self._settings = settings
         self._recorded = recorded
         self._hooks = hooks
         self._progress = progress
-        self._owner = owner
         self._failures: dict[Hashable, _Failure] = {}
-        self._touched: list[CachedBackend] = []
-        self._spoilt: list[tuple[CachedBackend, str]] = []
-        self._users: dict[int, deque[str]] = {}
         self._names: dict[str, ModelSpec] = {}
         self._loaded: dict[ModelSpec, str | None] = {}
         self._unreported_seconds = 0.0
@@ -147,6 +145,7 @@ class SwaySession(Listener):
             owner=owner,
             remedy=f"raise --sway-cache-size (now {settings.cache_size}) or --sway-cache-memory",
         )
+        self.hygiene = Hygiene(self.cache, settings)
 
     @property
     def stats(self) -> SwayStats:
@@ -220,59 +219,18 @@ class SwaySession(Listener):
         if error.permanent:
             self._failures[request] = _Failure(type(error), str(error), test)
 
-    # --- hygiene ------------------------------------------------------------------------------------------------------
-
-    def leased(self, cached: CachedBackend) -> None:
-        """Note that the running test or its fixtures use a backend."""
-        self._touched.append(cached)
-        users = self._users.setdefault(id(cached), deque(maxlen=3))
-        if (user := self._owner().name) not in users:
-            users.append(user)
-
     def end_test(self, owner: Owner) -> MutationError | None:
-        """End a test's leases, compare the backends leased during it with their loaded state, and retire changed ones.
+        """End a test's leases, and check the backends leased during it.
 
         Call it when the test and its own fixtures have ended, so that they may undo their changes.
 
         Returns:
             The error for the test, if it left changes and they are errors.
         """
-        test = owner.name
         look_again()
         self.cache.end(owner)
         self.cache.note_hits()
-        touched, self._touched = self._touched, []
-        if self._settings.on_mutation == "ignore":
-            return None
-        used = {id(cached): cached for cached in (*touched, *self.cache.leased())}
-        ready = self.cache.ready()  # without retired backends, whose changes were reported before
-        changed = [(cached, lines) for cached in ready if id(cached) in used and (lines := changes(cached.backend))]
-        if not changed:
-            return None
-        for cached in ready:  # backends that share a changed base are changed too, by this test
-            if changes(cached.backend):
-                self._spoilt.append((cached, test))
-                self.cache.retire(cached)
-        message = mutation_message(test, [(cached.model_spec, lines) for cached, lines in changed])
-        self.stats.mutations.append(message)
-        if self._settings.on_mutation == "warn":
-            warnings.warn(message, SwayWarning, stacklevel=2)
-            return None
-        return MutationError(message)
-
-    def check_fixtures(self, values: Mapping[str, Any]) -> None:
-        """Refuse a test whose fixtures hold a backend that an earlier test changed.
-
-        Args:
-            values: The values of its fixtures, by name.
-
-        Raises:
-            MutationError: One of them is such a backend.
-        """
-        for cached, culprit in self._spoilt:
-            for name, value in values.items():
-                if value is cached.backend:
-                    raise MutationError(spoilt_message(name, cached.model_spec, culprit))
+        return self.hygiene.end_test(owner.name)
 
     # --- loads and closes ---------------------------------------------------------------------------------------------
 
@@ -281,6 +239,10 @@ class SwaySession(Listener):
         """Show a slow load."""
         with self._progress.loading(str(spec)):
             yield
+
+    def leased(self, cached: CachedBackend, owner: Owner) -> None:
+        """Note that the running test or its fixtures use a backend."""
+        self.hygiene.leased(cached, owner.name)
 
     def loaded(self, cached: CachedBackend) -> None:
         """Count the seconds of a load apart from the test, and tell the user's hook."""
@@ -294,10 +256,8 @@ class SwaySession(Listener):
 
     def evicted(self, cached: CachedBackend) -> None:
         """Look for a leak, and tell the user's hook."""
-        users = tuple(self._users.pop(id(cached), ()))
         with self._noted("looking for leaks", cached):
-            if self._settings.on_leak != "ignore" and (found := leak(cached.backend)) is not None:
-                self.stats.leaks.append(leak_message(cached.model_spec, found, users))
+            self.hygiene.closed(cached)
         with self._noted("pytest_sway_backend_evicted", cached):
             self._hooks.evicted(cached.model_spec)
 
