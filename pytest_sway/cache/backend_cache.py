@@ -244,11 +244,11 @@ class BackendCache:
 
     def loaded_keys(self) -> list[Key]:
         """Return the keys of all ready backends, most recently used last."""
-        return self._ledger.loaded_keys()
+        return [cached.key for cached in self._ledger.ready()]
 
     def loaded_specs(self) -> list[ModelSpec]:
         """Return the specs of all ready backends, most recently used last."""
-        return self._ledger.loaded_specs()
+        return [cached.model_spec for cached in self._ledger.ready()]
 
     def leased(self) -> list[CachedBackend]:
         """Return the leased backends, without retired ones."""

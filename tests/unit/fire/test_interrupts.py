@@ -115,7 +115,6 @@ class Scenario:
         left = [
             self.cache._ledger._entries,
             self.cache._ledger._retired,
-            self.cache._ledger._waiting,
             self.cache._ledger.dropped,
         ]
         assert not any(left)
