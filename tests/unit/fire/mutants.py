@@ -152,7 +152,7 @@ evicting all closes a leased backend
     cache.ledger:Ledger.retire: entry.idle -> True
     cache/test_closing.py::test_inv02_what_is_leased_is_closed_after_its_last_lease
 a close that raises fails the request that made room
-    cache.backend_cache:BackendCache._close: Exception -> ()
+    cache.closing:Closer._call_closers: Exception -> ()
     cache/test_closing.py::test_inv11_a_close_that_raises_fails_no_other_request
 a load that ends after the shutdown is kept
     cache.ledger:Ledger.admit: self._shut -> False
