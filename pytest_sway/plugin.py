@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pytest_sway.report.collected import Collected
     from pytest_sway.run.regression.comparing import SwayCompare
     from pytest_sway.run.regression.hooks import Regression
-    from pytest_sway.run.session import SwayBackend, SwaySession
+    from pytest_sway.run.serving.requests import SwayBackend
+    from pytest_sway.run.serving.session import SwaySession
     from pytest_sway.spec.parsing import SpecLike
 
 _settings = pytest.StashKey[SwaySettings]()
@@ -130,7 +131,7 @@ def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
     ``sway_backend({"base": "org/name", "adapter": "runs/v3"})`` returns an object whose ``as_base()`` and
     ``as_finetuned()`` open views on one set of loaded weights.
     """
-    with _sway(request.config).backends_for(request.node.nodeid, _marked(request.node)) as backends:
+    with _sway(request.config).requests.backends_for(request.node.nodeid, _marked(request.node)) as backends:
         yield backends
 
 
@@ -351,7 +352,7 @@ def _owner(config: pytest.Config) -> Owner:
 def _sway(config: pytest.Config) -> SwaySession:
     """Return the session, creating it on first use."""
     if _session not in config.stash:
-        from pytest_sway.run.opening import open_session
+        from pytest_sway.run.serving.opening import open_session
 
         terminal = config.stash.get(_terminal_fd, None)
         config.stash[_session] = open_session(config, config.stash[_settings], partial(_owner, config), terminal)
@@ -364,7 +365,7 @@ def _comparing(config: pytest.Config) -> Regression:
         from pytest_sway.run.regression.hooks import Regression
 
         _collect(config)
-        config.stash[_regression] = regression = Regression(_sway(config), config.stash[_settings])
+        config.stash[_regression] = regression = Regression(_sway(config).requests, config.stash[_settings])
         config.pluginmanager.register(regression, "pytest_sway_regression")
     return config.stash[_regression]
 

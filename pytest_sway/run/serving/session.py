@@ -1,27 +1,24 @@
 """`SwaySession`: one run's cache, without pytest's hooks.
 
-It serves the fixture `sway_backend` and remembers failed loads. It tells the user's hooks, the summary and the run's
-`Hygiene` of loads and closes.
+It tells the user's hooks, the summary and the run's `Hygiene` of loads and closes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pytest_sway.backends.registry import Builder, BuildHooks
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
-from pytest_sway.cache.entries import CachedBackend, Lease
+from pytest_sway.cache.entries import CachedBackend
 from pytest_sway.cache.owners import Owner
-from pytest_sway.errors import SpecError, SwayError
 from pytest_sway.run.hygiene import Hygiene
-from pytest_sway.spec.identity import Key, adapter_digest_in, look_again, resolved_key
+from pytest_sway.run.serving.requests import Requests
+from pytest_sway.spec.identity import adapter_digest_in, look_again
 from pytest_sway.spec.model_kwargs import in_short
 from pytest_sway.spec.model_spec import ModelSpec
-from pytest_sway.spec.parsing import SpecLike
 from pytest_sway.spec.paths import short_name
 from pytest_sway.system.imports import import_seconds, keep_modules
 from pytest_sway.system.redaction import redacted
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
 
     from pytest_sway.cache.stats import SwayStats
     from pytest_sway.errors import MutationError
-    from pytest_sway.protocols import DifferentialBackend
     from pytest_sway.report.progress import LoadProgress
     from pytest_sway.run.settings import SwaySettings
 
@@ -43,26 +39,6 @@ __tracebackhide__ = True
 _PATIENCE_AT_END: Final = 3.0
 """Seconds that the end of a session waits for loads in progress. pytest-xdist kills a worker after ten seconds, and
 five of them may pass before the worker hears of an interrupt."""
-
-
-class SwayBackend(Protocol):
-    """The type of the fixture ``sway_backend``."""
-
-    def __call__(
-        self, spec: SpecLike | None = None, *, adapter_path: Path | None = None, **fields: Any
-    ) -> DifferentialBackend:
-        """Return the backend of ``spec``, which stays loaded until the test's teardown.
-
-        Args:
-            spec: A `ModelSpec`, a mapping of its fields, a configured name, or any object with the same attributes.
-                You can omit it if the marker ``sway_spec`` has exactly one spec.
-            adapter_path: Replaces the spec's adapter.
-            fields: The fields of a spec, instead of ``spec``: ``sway_backend(base=..., adapter=...)``.
-
-        Raises:
-            SwayError: The spec is wrong or cannot be loaded; the message says why and what to do.
-        """
-        ...
 
 
 class Hooks(BuildHooks, Protocol):
@@ -75,18 +51,6 @@ class Hooks(BuildHooks, Protocol):
     def evicted(self, spec: ModelSpec) -> None:
         """Call ``pytest_sway_backend_evicted``."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """A permanent failure of a load."""
-
-    error_type: type[SwayError]
-    text: str
-    holder: str
-
-    def again(self) -> SwayError:
-        return self.error_type(f"{self.text}\n(First raised for {self.holder}; the load is not repeated.)")
 
 
 class SwaySession(Listener):
@@ -103,7 +67,8 @@ class SwaySession(Listener):
 
     Attributes:
         cache: The cache.
-        hygiene: The checks of its backends.
+        requests: The tests' requests of backends.
+        hygiene: The checks of backends.
     """
 
     def __init__(
@@ -119,8 +84,6 @@ class SwaySession(Listener):
         self._recorded = recorded
         self._hooks = hooks
         self._progress = progress
-        self._failures: dict[Hashable, _Failure] = {}
-        self._names: dict[str, ModelSpec] = {}
         self._loaded: dict[ModelSpec, str | None] = {}
         self._unreported_seconds = 0.0
         self._seconds_before = import_seconds()
@@ -145,79 +108,13 @@ class SwaySession(Listener):
             owner=owner,
             remedy=f"raise --sway-cache-size (now {settings.cache_size}) or --sway-cache-memory",
         )
+        self.requests = Requests(self.cache)
         self.hygiene = Hygiene(self.cache, settings)
 
     @property
     def stats(self) -> SwayStats:
         """The counts so far."""
         return self.cache.stats
-
-    # --- requests -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def backends_for(self, test: str, marked: Sequence[SpecLike]) -> Iterator[SwayBackend]:
-        """Give the value of the fixture ``sway_backend``; the backends that it returns are pinned until the block ends.
-
-        Args:
-            test: The test's node id.
-            marked: The specs of its ``sway_spec`` marker.
-        """
-        owner = Owner(test, keeps=True)
-        leases: dict[Key, Lease] = {}
-
-        def sway_backend(
-            spec: SpecLike | None = None, *more: object, adapter_path: Path | None = None, **fields: Any
-        ) -> DifferentialBackend:
-            if more or fields:
-                spec = _of_fields(spec, more, fields)
-            resolved = self._resolve(_marked_spec(marked) if spec is None else spec, adapter_path, test)
-            key = resolved_key(resolved)
-            lease = None if owner.over else leases.get(key)
-            if lease is None:  # another thread of the test may add one at the same time
-                lease = leases.setdefault(key, self._acquire((key, resolved.trust_remote_code), resolved, owner))
-            backend: DifferentialBackend = lease.backend
-            return backend
-
-        try:
-            yield sway_backend
-        finally:
-            self.cache.end(owner)
-
-    def resolve(self, spec: SpecLike, adapter_path: Path | None = None) -> ModelSpec:
-        """Return ``spec`` parsed, as the cache does; a name is remembered.
-
-        Raises:
-            SpecError: It is malformed.
-        """
-        resolved = self.cache.resolve(spec, adapter_path=adapter_path)
-        if isinstance(spec, str) and adapter_path is None:
-            self._names[spec] = resolved
-        return resolved
-
-    def _resolve(self, spec: SpecLike, adapter_path: Path | None, test: str) -> ModelSpec:
-        try:
-            return self.resolve(spec, adapter_path)
-        except SwayError as error:
-            if isinstance(spec, Mapping | str):  # other objects can differ and have the same repr
-                self._fail_once(("malformed", repr(spec), repr(adapter_path)), error, test)
-            raise
-
-    def _acquire(self, request: Hashable, spec: ModelSpec, owner: Owner) -> Lease:
-        failure = self._failures.get(request)
-        if failure is not None:
-            raise failure.again()
-        try:
-            return self.cache.acquire(spec, owner=owner)
-        except SwayError as error:
-            self._fail_once(request, error, owner.name)
-            raise
-
-    def _fail_once(self, request: Hashable, error: SwayError, test: str) -> None:
-        """Remember a permanent failure, or raise the remembered one."""
-        if request in self._failures:
-            raise self._failures[request].again()
-        if error.permanent:
-            self._failures[request] = _Failure(type(error), str(error), test)
 
     def end_test(self, owner: Owner) -> MutationError | None:
         """End a test's leases, and check the backends leased during it.
@@ -298,34 +195,9 @@ class SwaySession(Listener):
             self._note_circumstances()
 
     def _note_circumstances(self) -> None:
-        stats, names = self.stats, self._names
+        stats, names = self.stats, self.requests.names
         stats.versions = imported_versions()
         stats.devices = device_names({spec.device for spec in self._loaded} - {"auto"})
         unnamed = [spec for spec in self._loaded if spec not in names.values()]
         for name, spec in (*names.items(), *((str(spec), spec) for spec in unnamed)):
             stats.specs[name] = {"fields": spec.as_dict(), "digest": self._loaded.get(spec)}
-
-
-def _of_fields(spec: SpecLike | None, more: tuple[object, ...], fields: dict[str, Any]) -> SpecLike:
-    """The spec that fields are, as in ``sway_backend(base=..., adapter=...)``."""
-    if more:
-        raise SpecError(
-            f"sway_backend takes one spec; found {1 + len(more)} arguments. For a base and an adapter, write"
-            " sway_backend(base=..., adapter=...)."
-        )
-    if spec is not None:
-        raise SpecError(
-            f"sway_backend takes a spec or its fields; found {spec!r} beside {', '.join(fields)}. For another adapter"
-            " on that spec, write sway_backend(spec, adapter_path=...)."
-        )
-    return fields
-
-
-def _marked_spec(marked: Sequence[SpecLike]) -> SpecLike:
-    if len(marked) != 1:
-        found = "the test has no such marker" if not marked else f"the test's marker has {len(marked)}"
-        raise SpecError(
-            f"sway_backend() without a spec needs a sway_spec marker with exactly one spec; {found}."
-            " Pass the spec: sway_backend(spec)."
-        )
-    return marked[0]
