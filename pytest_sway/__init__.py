@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         View,
     )
     from pytest_sway.run.regression.comparing import SwayCompare
-    from pytest_sway.run.session import SwayBackend
+    from pytest_sway.run.serving.requests import SwayBackend
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.training_runs import checkpoints
 
@@ -81,7 +81,7 @@ _HOMES = {
         "View",
     ),
     "run.regression.comparing": ("SwayCompare",),
-    "run.session": ("SwayBackend",),
+    "run.serving.requests": ("SwayBackend",),
     "spec.model_spec": ("ModelSpec",),
     "spec.training_runs": ("checkpoints",),
 }

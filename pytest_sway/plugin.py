@@ -17,14 +17,13 @@ from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
-    from pytest_sway.cache.entries import CachedBackend
     from pytest_sway.cache.owners import Owner
     from pytest_sway.cache.stats import WorkerReport
     from pytest_sway.report.collected import Collected
     from pytest_sway.run.regression.comparing import SwayCompare
     from pytest_sway.run.regression.hooks import Regression
-    from pytest_sway.run.session import SwayBackend, SwaySession
-    from pytest_sway.spec.model_spec import ModelSpec
+    from pytest_sway.run.serving.requests import SwayBackend
+    from pytest_sway.run.serving.session import SwaySession
     from pytest_sway.spec.parsing import SpecLike
 
 _settings = pytest.StashKey[SwaySettings]()
@@ -132,7 +131,7 @@ def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
     ``sway_backend({"base": "org/name", "adapter": "runs/v3"})`` returns an object whose ``as_base()`` and
     ``as_finetuned()`` open views on one set of loaded weights.
     """
-    with _sway(request.config).backends_for(request.node.nodeid, _marked(request.node)) as backends:
+    with _sway(request.config).requests.backends_for(request.node.nodeid, _marked(request.node)) as backends:
         yield backends
 
 
@@ -213,7 +212,7 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     """Refuse a test whose wider fixture holds a backend that an earlier test changed."""
     session = _used(item.config)
     if session is not None:
-        session.check_fixtures(getattr(item, "funcargs", {}))
+        session.hygiene.check_fixtures(getattr(item, "funcargs", {}))
 
 
 def pytest_assertion_pass(item: pytest.Item, expl: str) -> None:
@@ -336,25 +335,6 @@ class _Order:
         return (yield from Collection(self._settings).pytest_collection_modifyitems(config, items))
 
 
-class _Hooks:
-    """The hooks ``pytest_sway_*``, as the session calls them."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-
-    def build(self, spec: ModelSpec) -> Any | None:
-        return self._config.hook.pytest_sway_build_backend(spec=spec, config=self._config)
-
-    def builds(self) -> bool:
-        return bool(self._config.hook.pytest_sway_build_backend.get_hookimpls())
-
-    def loaded(self, cached: CachedBackend) -> None:
-        self._config.hook.pytest_sway_backend_loaded(cached=cached, config=self._config)
-
-    def evicted(self, spec: ModelSpec) -> None:
-        self._config.hook.pytest_sway_backend_evicted(spec=spec, config=self._config)
-
-
 def _used(config: pytest.Config) -> SwaySession | None:
     """Return the session, or ``None`` if no test has used it."""
     return config.stash.get(_session, None)
@@ -372,21 +352,10 @@ def _owner(config: pytest.Config) -> Owner:
 def _sway(config: pytest.Config) -> SwaySession:
     """Return the session, creating it on first use."""
     if _session not in config.stash:
-        from pytest_sway.run.controller import load_progress, weights_folder
-        from pytest_sway.run.named_specs import named_specs
-        from pytest_sway.run.secrets import SecretsHidden
-        from pytest_sway.run.session import SwaySession
+        from pytest_sway.run.serving.opening import open_session
 
-        config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")
-        config.stash[_session] = SwaySession(
-            config.stash[_settings],
-            _Hooks(config),
-            named_specs(config),
-            load_progress(config, _terminal(config)),
-            owner=partial(_owner, config),
-            share_weights=weights_folder(config),
-            recorded=asks_for_reports(config),
-        )
+        terminal = config.stash.get(_terminal_fd, None)
+        config.stash[_session] = open_session(config, config.stash[_settings], partial(_owner, config), terminal)
     return config.stash[_session]
 
 
@@ -396,7 +365,7 @@ def _comparing(config: pytest.Config) -> Regression:
         from pytest_sway.run.regression.hooks import Regression
 
         _collect(config)
-        config.stash[_regression] = regression = Regression(_sway(config), config.stash[_settings])
+        config.stash[_regression] = regression = Regression(_sway(config).requests, config.stash[_settings])
         config.pluginmanager.register(regression, "pytest_sway_regression")
     return config.stash[_regression]
 
@@ -422,14 +391,6 @@ def _here(config: pytest.Config) -> list[WorkerReport]:
 def _end(config: pytest.Config, owner: Owner) -> None:
     if (session := _used(config)) is not None:
         session.cache.end(owner)
-
-
-def _terminal(config: pytest.Config) -> Any | None:
-    """Return the terminal, bypassing pytest's capture; ``None`` if standard error is no terminal."""
-    descriptor = config.stash.get(_terminal_fd, None)
-    if descriptor is None or not os.isatty(descriptor):
-        return None
-    return open(descriptor, "w", encoding="utf-8", closefd=False)
 
 
 def _marked(item: pytest.Item) -> tuple[SpecLike, ...]:

@@ -26,8 +26,8 @@ Its invariants, each with a test of its number:
 20. `BackendCache.evict_all` closes every idle entry even if some raise, and can be called twice.
 
 A request: `acquire` opens an `Operation`, the record of what it has taken. Only the atomic steps of the `Ledger` change
-entries. Between them, outside the lock, this module loads and closes backends. After an error, `_abandon` gives back
-all that the operation's record names.
+entries. Between them, outside the lock, this module loads backends and the `Closer` closes them. After an error,
+`Closer.abandon` gives back all that the operation's record names.
 
 An interrupt may come at any line, and the run goes on after it: pytest-timeout's signal method calls ``pytest.fail`` in
 its handler, which raises no `Exception`. So each step is atomic and may be repeated. A second interrupt during the
@@ -36,7 +36,6 @@ cleanup of a first, within microseconds, can leave a slot taken until the sessio
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import traceback
@@ -45,10 +44,10 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
-from pytest_sway.backends.contract import closers_of
 from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget
 from pytest_sway.cache.builds import Listener, informed
+from pytest_sway.cache.closing import Closer
 from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, SizeByPart, State
 from pytest_sway.cache.ledger import Ledger
 from pytest_sway.cache.owners import Owner
@@ -59,7 +58,7 @@ from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import SpecLike, parse_spec
 from pytest_sway.system.imports import import_seconds
 from pytest_sway.system.locking import OneShotEvent
-from pytest_sway.system.redaction import redacted, without_secrets
+from pytest_sway.system.redaction import without_secrets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,8 +67,6 @@ if TYPE_CHECKING:
 
 
 __tracebackhide__ = True
-
-_log = logging.getLogger(__name__)
 
 _TRIES: Final = 3
 """How often a load is tried if its files keep changing."""
@@ -125,6 +122,7 @@ class BackendCache:
         self._build: Final = informed(build)
         self._named: Final = named
         self._listener: Final = listener or Listener()
+        self._closer: Final = Closer(self._ledger, self._listener, self.stats)
         self._owner: Final = owner
         self._lease_timeout: Final = lease_timeout
 
@@ -162,10 +160,10 @@ class BackendCache:
         Raises:
             SwayError: As `acquire`.
         """
-        resolved = self.resolve(spec, adapter_path=adapter_path)
-        cached = self._ledger.use(resolved, resolved_key(resolved), self._owner())
+        resolved, owner = self.resolve(spec, adapter_path=adapter_path), self._owner()
+        cached = self._ledger.use(resolved, resolved_key(resolved), owner)
         if cached is not None:
-            self._listener.leased(cached)
+            self._listener.leased(cached, owner)
             return cached
         lease = self.acquire(resolved)
         try:
@@ -228,10 +226,10 @@ class BackendCache:
             lease = self._claim(operation, resolved, resolved_key(resolved)) or self._load(operation, resolved)
             if owner.over:  # it may have ended before the lease was granted
                 raise messages.ended(resolved, owner.name)
-            self._listener.leased(lease.cached)
+            self._listener.leased(lease.cached, owner)
             return lease
         except BaseException as error:
-            self._abandon(operation)
+            self._closer.abandon(operation)
             without_secrets(error)  # in place, since an interrupt must propagate as the same object
             raise
 
@@ -240,15 +238,15 @@ class BackendCache:
 
         Its backends may be closed from then on, and raise `pytest_sway.errors.BackendClosedError`.
         """
-        self._close_each(lambda operation: self._ledger.unclaim_all(operation, owner))
+        self._closer.close_each(lambda operation: self._ledger.unclaim_all(operation, owner))
 
     def loaded_keys(self) -> list[Key]:
         """Return the keys of all ready backends, most recently used last."""
-        return self._ledger.loaded_keys()
+        return [cached.key for cached in self._ledger.ready()]
 
     def loaded_specs(self) -> list[ModelSpec]:
         """Return the specs of all ready backends, most recently used last."""
-        return self._ledger.loaded_specs()
+        return [cached.model_spec for cached in self._ledger.ready()]
 
     def leased(self) -> list[CachedBackend]:
         """Return the leased backends, without retired ones."""
@@ -264,11 +262,13 @@ class BackendCache:
 
     def retire(self, cached: CachedBackend) -> None:
         """Stop handing out ``cached``, and close it: now if it is idle, else after its last lease."""
-        self._close_each(lambda operation: self._ledger.retire(operation, lambda entry: entry.cached is cached))
+        self._closer.close_each(lambda operation: self._ledger.retire(operation, lambda entry: entry.cached is cached))
 
     def evict_all(self) -> None:
         """Close every ready backend: now if it is idle, else after its last lease. Loads in progress go on."""
-        self._close_each(lambda operation: self._ledger.retire(operation, lambda entry: entry.state is State.READY))
+        self._closer.close_each(
+            lambda operation: self._ledger.retire(operation, lambda entry: entry.state is State.READY)
+        )
 
     def shutdown(self, timeout: float | None = None) -> list[str]:
         """Close everything for good; later requests raise `CacheClosedError`.
@@ -287,7 +287,7 @@ class BackendCache:
                 self._wait(event, min(_GLANCE, max(0.0, deadline - time.monotonic())))
             return self._ledger.revoke_leases()
         finally:
-            self._close_each(self._ledger.take_idle)
+            self._closer.close_each(self._ledger.take_idle)
 
     # --- one request --------------------------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ class BackendCache:
             if failure is error:
                 raise
             raise failure from shown
-        self._close_victims(operation)
+        self._closer.close_victims(operation)
         self._listener.loaded(lease.cached)
         return lease
 
@@ -339,7 +339,7 @@ class BackendCache:
                     raise messages.out_of_memory(plan.spec, plan.sizes, self._ledger.residents()) from error
                 traceback.clear_frames(error.__traceback__)
             self._ledger.evict_idle(operation)
-            self._close_victims(operation)
+            self._closer.close_victims(operation)
         return max(0.0, time.perf_counter() - import_seconds() - started)
 
     def _checked(self, operation: Operation, spec: ModelSpec) -> Plan:
@@ -368,65 +368,13 @@ class BackendCache:
         since, patience = time.monotonic(), self._lease_timeout
         while (event := self._ledger.reserve(operation, estimate, since, patience)) is not None:
             if operation.victims:
-                self._close_victims(operation)
+                self._closer.close_victims(operation)
             else:
                 self._wait(event, min(_GLANCE, max(0.0, since + patience - time.monotonic())))
 
-    def _close_victims(self, operation: Operation) -> None:
-        while operation.victims:
-            self._close(operation, operation.victims[0])
-
-    def _close_each(self, take: Callable[[Operation], None]) -> None:
-        """Close the victims that ``take`` gives an operation, even if some of the closes raise."""
-        operation = Operation("")
-        try:
-            take(operation)
-            self._close_victims(operation)
-        except BaseException as error:
-            self._abandon(operation)
-            without_secrets(error)
-            raise
-
-    def _close(self, operation: Operation, entry: Entry) -> None:
-        """Close a CLOSING entry."""
-        try:
-            while entry.closers:
-                entry.closers.pop()()
-        except Exception as raised:
-            self._note_close_error(f"closing {entry.spec} failed", raised)
-        finally:
-            cached = self._ledger.forget(operation, entry)
-        if cached is not None:
-            self._listener.evicted(cached)
-
-    def _note_close_error(self, what: str, error: Exception) -> None:
-        _log.warning(what, exc_info=without_secrets(error))
-        self.stats.close_errors.append(f"{what}: {type(error).__name__}: {redacted(str(error))}")
-
     def _release(self, entry: Entry, claim: Claim) -> None:
         if self._ledger.unclaim(entry, claim):
-            self._close_each(self._ledger.take_retired)
-
-    # --- after an error -----------------------------------------------------------------------------------------------
-
-    def _abandon(self, operation: Operation) -> None:
-        """Give back all that an operation has taken, after an error or an interrupt."""
-        entry = operation.entry
-        try:
-            if entry is not None and entry.state is State.LOADING:
-                self._close_unfinished(operation, entry)
-        finally:  # a close may take seconds, so an interrupt may well come in it
-            self._ledger.undo(operation)
-
-    def _close_unfinished(self, operation: Operation, entry: Entry) -> None:
-        if operation.built:
-            entry.closers[:] = closers_of(operation.built)
-            operation.built.clear()
-        try:
-            while entry.closers:
-                entry.closers.pop()()
-        except Exception as raised:
-            self._note_close_error(f"closing {entry.spec}, which was never handed out, failed", raised)
+            self._closer.close_each(self._ledger.take_retired)
 
     def _wait(self, event: OneShotEvent, timeout: float) -> None:  # a method, so that tests can replace it
         event.wait(timeout)

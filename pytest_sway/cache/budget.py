@@ -1,11 +1,11 @@
-"""The bounds of a cache: which entries fit together, and which to evict. It neither locks nor loads."""
+"""The bounds of a cache: which entries fit together, which to evict, and when waiting is vain. It does not lock."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-from pytest_sway.cache.entries import Entry, SizeByPart
+from pytest_sway.cache.entries import Entry, Operation, SizeByPart
 from pytest_sway.system.wording import format_bytes
 
 __tracebackhide__ = True
@@ -57,6 +57,17 @@ class Budget:
             staying.remove(entry)
             victims.append(entry)
         return victims, self.allows([*staying, newcomer])
+
+    def never_allows(self, residents: Iterable[Entry], newcomer: Entry, asker: Operation) -> bool:
+        """Whether ``newcomer`` still has no room once every lease and load that ``asker`` can wait for has ended."""
+        return not self.allows([*(entry for entry in residents if not entry.ends_without(asker)), newcomer])
+
+    def waits_for_ended_threads(self, residents: Iterable[Entry], newcomer: Entry, asker: Operation) -> bool:
+        """Whether ``newcomer`` has room only if somebody releases an ended thread's lease."""
+        entries = list(residents)
+        left = [entry for entry in entries if any(claim.orphaned for claim in entry.claims)]
+        staying = [entry for entry in entries if entry in left or not entry.ends_without(asker)]
+        return bool(left) and not self.allows([*staying, newcomer])
 
 
 def total_bytes(entries: Iterable[Entry]) -> int | None:

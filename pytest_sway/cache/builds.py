@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.cache.entries import CachedBackend
+    from pytest_sway.cache.owners import Owner
     from pytest_sway.spec.model_spec import ModelSpec
 
 
@@ -26,8 +27,8 @@ class Listener:
         """Called when a load begins; the block lasts as long as the load."""
         return nullcontext()
 
-    def leased(self, cached: CachedBackend) -> None:
-        """Called when a lease was granted."""
+    def leased(self, cached: CachedBackend, owner: Owner) -> None:
+        """Called when a backend was given to an owner."""
 
     def loaded(self, cached: CachedBackend) -> None:
         """Called when a load succeeded."""

@@ -62,21 +62,10 @@ class Ledger:
         self._changed: OneShotEvent | None = None
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._retired: list[Entry] = []
-        self._waiting: dict[threading.Thread, Operation] = {}
         self.dropped: deque[tuple[Entry, Claim]] = deque()
         self._shut = False
 
     # --- snapshots ----------------------------------------------------------------------------------------------------
-
-    @atomic
-    def loaded_keys(self) -> list[Key]:
-        """Return the keys of all ready entries, most recently used last."""
-        return [entry.key for entry in self._entries.values() if entry.state is State.READY]
-
-    @atomic
-    def loaded_specs(self) -> list[ModelSpec]:
-        """Return the specs of all ready entries, most recently used last."""
-        return [entry.spec for entry in self._entries.values() if entry.state is State.READY]
 
     @atomic
     def leased(self) -> list[CachedBackend]:
@@ -132,7 +121,7 @@ class Ledger:
     @atomic
     def stop_waiting(self, operation: Operation) -> None:
         """Remove the operation from the waiters of a load."""
-        self._waiting.pop(operation.thread, None)
+        self._leave(operation)
         operation.error = None
 
     @atomic
@@ -151,7 +140,8 @@ class Ledger:
             raise messages.shut_down(f"before {newcomer.spec} was loaded")
         if operation.owner.over:
             raise messages.ended(newcomer.spec, operation.owner.name)
-        victims = self._budget.victims(self._residents(), newcomer)
+        residents = self._residents()
+        victims = self._budget.victims(residents, newcomer)
         if victims == []:
             newcomer.state = State.LOADING
             self._note_peaks()
@@ -159,14 +149,16 @@ class Ledger:
         if victims is not None:
             self._evict(operation, victims)
             return self._change()
-        if self._never_fits(newcomer, operation):
+        if self._budget.never_allows(residents, newcomer, operation):
             raise self._full(newcomer, f"all of them are in use by the caller{self._ended_threads()}")
-        abandoned = patience > _PATIENCE_WITH_ENDED_THREADS and self._waits_for_ended_threads(newcomer, operation)
+        abandoned = patience > _PATIENCE_WITH_ENDED_THREADS and self._budget.waits_for_ended_threads(
+            residents, newcomer, operation
+        )
         patience = _PATIENCE_WITH_ENDED_THREADS if abandoned else patience
         if time.monotonic() >= since + patience:
             left = self._ended_threads() if abandoned else ""
             error = self._full(newcomer, f"none of them was released within {patience:g} s{left}")
-            self._refuse(list(newcomer.waiters), error)
+            self._refuse(newcomer, error)
             raise error
         return self._change()
 
@@ -189,7 +181,7 @@ class Ledger:
         for waiter in entry.waiters:
             waiter.lease = self._grant(entry, waiter)
             stats.hits += 1
-        self._dismiss_waiters(entry)
+        entry.waiters.clear()
         entry.leader = None  # else the leader's lease would live as long as the entry
         self._entries.move_to_end(entry.key)
         stats.loads += 1
@@ -206,7 +198,7 @@ class Ledger:
         entry = cast("Entry", operation.entry)
         began = entry.state is State.LOADING
         if began:
-            self._refuse(list(entry.waiters), error)
+            self._refuse(entry, error)
         if began or not isinstance(error, CacheError | BackendUseError):  # a refused request is no failed load
             self._stats.backend(str(entry.spec)).failures += 1
             self._note("failure", entry)
@@ -300,13 +292,11 @@ class Ledger:
     def undo(self, operation: Operation) -> None:
         """Give back everything in the operation's record."""
         entry, lease = operation.entry, operation.lease
-        self._waiting.pop(operation.thread, None)
-        if operation.waits_for is not None and operation in operation.waits_for.waiters:
-            operation.waits_for.waiters.remove(operation)
+        self._leave(operation)
         if lease is not None:
             lease._entry.claims.discard(lease._claim)
         if entry is not None:
-            self._dismiss_waiters(entry)  # they try to claim again, and one of them takes over
+            entry.waiters.clear()  # they try to claim again, and one of them takes over
             if entry.state in (State.QUEUED, State.LOADING):
                 self._detach(entry)
         for victim in operation.victims:
@@ -357,42 +347,33 @@ class Ledger:
         if any(leader.thread is operation.thread for leader in self._leaders(entry)):
             raise messages.load_asks_for_itself(entry.spec)
         operation.waits_for = entry
-        self._waiting[operation.thread] = operation
         entry.waiters.append(operation)
+
+    def _leave(self, operation: Operation) -> None:
+        if operation.waits_for is not None and operation in operation.waits_for.waiters:
+            operation.waits_for.waiters.remove(operation)
 
     def _leaders(self, entry: Entry | None) -> Iterator[Operation]:
         """Yield the operation that loads ``entry``, then the one that this waits for, and so on."""
         while entry is not None and entry.leader is not None:
             yield entry.leader
-            waiting = self._waiting.get(entry.leader.thread)
-            entry = None if waiting is None else waiting.waits_for
+            entry = self._awaited_by(entry.leader.thread)
 
-    def _never_fits(self, newcomer: Entry, asker: Operation) -> bool:
-        """Whether ``newcomer`` still has no room once every lease and load that ``asker`` can wait for has ended."""
-        return not self._budget.allows([*(e for e in self._residents() if not e.ends_without(asker)), newcomer])
-
-    def _waits_for_ended_threads(self, newcomer: Entry, asker: Operation) -> bool:
-        """Whether ``newcomer`` has room only if somebody releases an ended thread's lease."""
-        left = [entry for entry in self._residents() if any(claim.orphaned for claim in entry.claims)]
-        staying = [entry for entry in self._residents() if entry in left or not entry.ends_without(asker)]
-        return bool(left) and not self._budget.allows([*staying, newcomer])
+    def _awaited_by(self, thread: threading.Thread) -> Entry | None:
+        """Return the entry for whose load a thread waits."""
+        entries = self._entries.values()
+        return next((entry for entry in entries if any(waiter.thread is thread for waiter in entry.waiters)), None)
 
     def _ended_threads(self) -> str:
         orphaned = any(claim.orphaned for entry in self._residents() for claim in entry.claims)
         return "; a thread ended without releasing its lease" if orphaned else ""
 
-    def _refuse(self, waiters: Iterable[Operation], error: SwayError) -> None:
-        for waiter in waiters:
-            waiter.error = error
-            self._waiting.pop(waiter.thread, None)
-            if waiter.waits_for is not None and waiter in waiter.waits_for.waiters:
-                waiter.waits_for.waiters.remove(waiter)
-        self._announce()
-
-    def _dismiss_waiters(self, entry: Entry) -> None:
+    def _refuse(self, entry: Entry, error: SwayError) -> None:
+        """Give the error to all who wait for the entry's load."""
         for waiter in entry.waiters:
-            self._waiting.pop(waiter.thread, None)
+            waiter.error = error
         entry.waiters.clear()
+        self._announce()
 
     def _evict(self, operation: Operation, victims: list[Entry]) -> None:
         for victim in victims:

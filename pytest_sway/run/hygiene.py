@@ -1,19 +1,94 @@
-"""Leaks and mutations: how a backend is asked for them, and the messages that name the culprit.
+"""`Hygiene`: finds changed models after each test, and weights that stay in memory; its messages name the culprit.
 
 A backend that has no ``changes()`` or ``leak()`` counts as unchanged and as released.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_sway.errors import BackendClosedError
+from pytest_sway.errors import BackendClosedError, MutationError, SwayWarning
 from pytest_sway.system.redaction import redacted
 from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
+    from pytest_sway.cache.backend_cache import BackendCache
+    from pytest_sway.cache.entries import CachedBackend
+    from pytest_sway.run.settings import SwaySettings
     from pytest_sway.spec.model_spec import ModelSpec
+
+__tracebackhide__ = True
+
+
+class Hygiene:
+    """The checks of one run.
+
+    Args:
+        cache: The cache of the backends.
+        settings: The settings of the run.
+    """
+
+    def __init__(self, cache: BackendCache, settings: SwaySettings) -> None:
+        self._cache = cache
+        self._settings = settings
+        self._touched: list[CachedBackend] = []
+        self._spoilt: list[tuple[CachedBackend, str]] = []
+        self._users: dict[int, deque[str]] = {}
+
+    def leased(self, cached: CachedBackend, user: str) -> None:
+        """Note that a test or fixture uses a backend."""
+        self._touched.append(cached)
+        users = self._users.setdefault(id(cached), deque(maxlen=3))
+        if user not in users:
+            users.append(user)
+
+    def end_test(self, test: str) -> MutationError | None:
+        """Compare the backends leased during a test with their loaded state, and retire changed ones.
+
+        Returns:
+            The error for the test, if it left changes and they are errors.
+        """
+        touched, self._touched = self._touched, []
+        if self._settings.on_mutation == "ignore":
+            return None
+        used = {id(cached): cached for cached in (*touched, *self._cache.leased())}
+        ready = self._cache.ready()  # without retired backends, whose changes were reported before
+        changed = [(cached, lines) for cached in ready if id(cached) in used and (lines := changes(cached.backend))]
+        if not changed:
+            return None
+        for cached in ready:  # backends that share a changed base are changed too, by this test
+            if changes(cached.backend):
+                self._spoilt.append((cached, test))
+                self._cache.retire(cached)
+        message = mutation_message(test, [(cached.model_spec, lines) for cached, lines in changed])
+        self._cache.stats.mutations.append(message)
+        if self._settings.on_mutation == "warn":
+            warnings.warn(message, SwayWarning, stacklevel=3)
+            return None
+        return MutationError(message)
+
+    def check_fixtures(self, values: Mapping[str, Any]) -> None:
+        """Refuse a test whose fixtures hold a backend that an earlier test changed.
+
+        Args:
+            values: The values of its fixtures, by name.
+
+        Raises:
+            MutationError: One of them is such a backend.
+        """
+        for cached, culprit in self._spoilt:
+            for name, value in values.items():
+                if value is cached.backend:
+                    raise MutationError(spoilt_message(name, cached.model_spec, culprit))
+
+    def closed(self, cached: CachedBackend) -> None:
+        """Look for weights of a closed backend that are still in memory."""
+        users = tuple(self._users.pop(id(cached), ()))
+        if self._settings.on_leak != "ignore" and (found := leak(cached.backend)) is not None:
+            self._cache.stats.leaks.append(leak_message(cached.model_spec, found, users))
 
 
 class Leak(Protocol):

@@ -368,19 +368,20 @@ def lazy(folder: Path) -> Iterator[Any]:
     """Measure whether torch's lazy clones work for this device's memory."""
     import torch
 
-    from pytest_sway.backends.hf.sharing import shared_memory
+    from pytest_sway.backends.hf.sharing import tensor_memory
+    from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory
 
     plain = Plain(folder)
     model: Any = copy.deepcopy(plain.model.get_base_model())  # in torch's own memory
     rows = torch.tensor([plain.ids(texts([100], seed=13)[0])], device=device.DEVICE)
     weights = [parameter for parameter in model.parameters() if parameter.numel() > 2**16]
     nbytes = sum(weight.nbytes for weight in weights)
-    clonable = sum(shared_memory._lazy_clone(weight) is not None for weight in weights)
+    clonable = sum(tensor_memory.lazy_clone(weight) is not None for weight in weights)
     yield Measured("weights that torch can clone lazily / all", clonable / len(weights), f"{len(weights)} weights")
     if clonable < len(weights):
         return
-    with patch.object(shared_memory, "_is_exposed", lambda tensor: not shared_memory._is_plain(tensor)):
-        memory = shared_memory.SharedMemory(model)
+    with patch.object(tensor_memory, "_is_exposed", lambda tensor: not tensor_memory.is_plain(tensor)):
+        memory = SharedMemory(model)
         device.synchronise()
         before = device.allocated()
         tree = memory.tree()

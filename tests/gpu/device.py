@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
 
 from pytest_sway.backends.hf.sharing.mapped_files import MappedFiles
-from pytest_sway.backends.hf.sharing.shared_memory import address_of
+from pytest_sway.backends.hf.sharing.tensor_memory import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

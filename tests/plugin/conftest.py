@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import pytest_sway.run.session  # noqa: F401
+import pytest_sway.run.serving.opening  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -202,6 +202,7 @@ def test_a_library_is_imported_in_its_own_room_alone(found: set[Arrow]) -> None:
         "cache",
         "comparison",
         "run",
+        "run.serving",
         "spec",
         "system",
         "backends.hf.scoring",

@@ -10,7 +10,8 @@ from pytest_sway.backends.hf.hygiene.weights_watch import find_leak
 from pytest_sway.backends.hf.loading.libraries import forget_layers
 from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.libraries.process import no_warnings
-from pytest_sway.backends.local.pooled_backend import PooledBackend, PooledView
+from pytest_sway.backends.local.pooled_backend import PooledBackend
+from pytest_sway.backends.local.pooled_view import PooledView
 from pytest_sway.backends.local.tokenizer_copies import copied
 
 if TYPE_CHECKING:

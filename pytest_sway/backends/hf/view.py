@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_sway.backends.hf.generation import generate
 from pytest_sway.backends.hf.scoring import scores
-from pytest_sway.backends.local.pooled_backend import PooledView
+from pytest_sway.backends.local.pooled_view import PooledView
 
 if TYPE_CHECKING:
     from pytest_sway.backends.questions import SamplingParams

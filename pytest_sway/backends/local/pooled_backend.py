@@ -7,27 +7,24 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pytest_sway.backends.contract import HintsAtViews, ask_next_token, opens_view, preflight
-from pytest_sway.backends.text import chat
-from pytest_sway.backends.text.tokens import token_texts
-from pytest_sway.backends.view import BaseView, closed_error, null_id
+from pytest_sway.backends.contract import HintsAtViews, opens_view, preflight
+from pytest_sway.backends.local.pooled_view import PooledView
+from pytest_sway.backends.view import closed_error, null_id
 from pytest_sway.errors import BackendUseError, NoAdapterError
 from pytest_sway.spec.tasks import is_causal
 from pytest_sway.system.frames import forget_frames
 from pytest_sway.system.wording import summarised
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
     from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.backends.local.pool import PoolLease
     from pytest_sway.backends.local.pooled_builder import Recorded
     from pytest_sway.backends.local.tokenizer_copies import RustRecord
-    from pytest_sway.protocols import Chat, Message, TokenDist
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
@@ -42,50 +39,7 @@ class Closable(Protocol):
 
 
 S = TypeVar("S", bound=Closable)
-V = TypeVar("V", bound="PooledView")
-
-
-class PooledView(BaseView["PooledBackend[Any, Any]"]):
-    """A view that also gives a test its own model and tokenizer."""
-
-    @property
-    def model(self) -> Any:
-        """The test's own model, with exactly this view's adapter or none.
-
-        It is made on first use, and stays the same while the view is open. It shares the base's memory and copies what
-        you write to. So you may do anything to it: hooks, training, merging, gradients. Nothing of that reaches a
-        view's answers, another view's model or another test.
-        """
-        return self._open()._model(self)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The test's own tokenizer, made on first use.
-
-        Its settings are its own. Its vocabulary, normalizer, pre-tokenizer and post-processor are shared: a test that
-        changes those, for example by adding tokens, gets a `MutationError`.
-        """
-        return self._open()._tokenizer(self)
-
-    def _rendered(self, messages: Iterable[Message] | Chat) -> str:
-        return str(self._run(_render, messages))
-
-    def _with_texts(self, asked: Callable[[], list[TokenDist]]) -> list[TokenDist]:
-        """Ask for distributions, which then can give the texts of their tokens, also after the view is closed."""
-        decode = self._run(_decoder)  # first: the backend may be closed while it computes
-        return [replace(dist, decode=decode) for dist in asked()]
-
-    def _not_finite(self, label: str) -> str:
-        """Return a sentence on what is not finite in an answer of this view; empty if all is."""
-        return ask_next_token(self, label)
-
-
-def _decoder(engine: Any) -> Callable[[Sequence[int]], list[str]]:
-    return partial(token_texts, engine.tokenizer)
-
-
-def _render(engine: Any, messages: Iterable[Message] | Chat) -> str:
-    return chat.render(engine.tokenizer, messages)
+V = TypeVar("V", bound=PooledView)
 
 
 @dataclass(slots=True, eq=False)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from pytest_sway.protocols import View
-    from pytest_sway.run.session import SwayBackend
+    from pytest_sway.run.serving.requests import SwayBackend
     from pytest_sway.spec.parsing import SpecLike
 
 __tracebackhide__ = True

@@ -15,7 +15,7 @@ from pytest_sway.run.settings import asks_for_reports
 
 if TYPE_CHECKING:
     from pytest_sway.run.regression.comparing import SwayCompare
-    from pytest_sway.run.session import SwaySession
+    from pytest_sway.run.serving.requests import Requests
     from pytest_sway.run.settings import SwaySettings
 
 _compared = pytest.StashKey[list[Compared]]()
@@ -26,12 +26,12 @@ class Regression:
     """The hooks of one run.
 
     Args:
-        session: Hands out backends.
+        requests: Hands out backends.
         settings: The settings of the run.
     """
 
-    def __init__(self, session: SwaySession, settings: SwaySettings) -> None:
-        self._session = session
+    def __init__(self, requests: Requests, settings: SwaySettings) -> None:
+        self._requests = requests
         self._settings = settings
         self._running: list[Compared] = []
 
@@ -41,8 +41,8 @@ class Regression:
         records = stash[_records] = Records(request.node, recording=config.getoption("sway_record"))
         made = stash[_compared] = self._running = list[Compared]()
         return comparing(
-            partial(self._session.backends_for, request.node.nodeid, ()),
-            self._session.resolve,
+            partial(self._requests.backends_for, request.node.nodeid, ()),
+            self._requests.resolve,
             records=records,
             confidence=self._settings.confidence,
             drift=self._settings.drift,

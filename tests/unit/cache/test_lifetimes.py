@@ -92,11 +92,7 @@ def _is_gone(weak: list[weakref.ref[object]]) -> bool:
 
 def _nothing_is_left(cache: BackendCache) -> bool:
     return not (
-        cache._ledger._waiting
-        or cache._ledger.dropped
-        or cache._ledger._retired
-        or cache._ledger._entries
-        or cache._ledger._lock.locked()
+        cache._ledger.dropped or cache._ledger._retired or cache._ledger._entries or cache._ledger._lock.locked()
     )
 
 

@@ -152,7 +152,7 @@ evicting all closes a leased backend
     cache.ledger:Ledger.retire: entry.idle -> True
     cache/test_closing.py::test_inv02_what_is_leased_is_closed_after_its_last_lease
 a close that raises fails the request that made room
-    cache.backend_cache:BackendCache._close: Exception -> ()
+    cache.closing:Closer._call_closers: Exception -> ()
     cache/test_closing.py::test_inv11_a_close_that_raises_fails_no_other_request
 a load that ends after the shutdown is kept
     cache.ledger:Ledger.admit: self._shut -> False
@@ -161,7 +161,7 @@ a load that waits for itself waits forever
     cache.ledger:Ledger._join: any(...) -> False
     cache/test_loading.py::test_inv14_a_load_that_waits_for_itself_gets_an_error
 a caller that holds all the room waits for itself
-    cache.ledger:Ledger.reserve: self._never_fits(...) -> False
+    cache.ledger:Ledger.reserve: self._budget.never_allows(...) -> False
     cache/test_room.py::test_inv17_a_request_fails_at_once_if_the_caller_holds_everything
 the main thread waits for the lease of an ended thread
     cache.entries:Claim.ends_without: self.orphaned -> False

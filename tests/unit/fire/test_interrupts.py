@@ -20,14 +20,14 @@ import pytest
 
 from pytest_sway.backends.local import pool
 from pytest_sway.cache import backend_cache as cache_module
-from pytest_sway.cache import budget, entries, ledger
+from pytest_sway.cache import budget, closing, entries, ledger
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.entries import Lease
 from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import SwayError
 from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
 
-CACHE_FILES = frozenset({module.__file__ for module in (cache_module, ledger, entries, budget)})
+CACHE_FILES = frozenset({module.__file__ for module in (cache_module, closing, ledger, entries, budget)})
 POOL_FILES = frozenset({pool.__file__})
 
 
@@ -115,7 +115,6 @@ class Scenario:
         left = [
             self.cache._ledger._entries,
             self.cache._ledger._retired,
-            self.cache._ledger._waiting,
             self.cache._ledger.dropped,
         ]
         assert not any(left)

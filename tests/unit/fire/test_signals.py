@@ -19,15 +19,15 @@ from types import FrameType
 
 import pytest
 
-from pytest_sway.cache import backend_cache
+from pytest_sway.cache import closing
 from pytest_sway.system import locking
 from tests.unit.fire.profiles import PROFILE
 from tests.unit.fire.test_interrupts import CACHE_FILES, SCENARIOS, Scenario
 
 FILES = CACHE_FILES | {locking.__file__}
 CLOSES = {
-    (backend_cache.__file__, number)
-    for number, line in enumerate(inspect.getsource(backend_cache).splitlines(), start=1)
+    (closing.__file__, number)
+    for number, line in enumerate(inspect.getsource(closing).splitlines(), start=1)
     if "closers.pop()()" in line
 }
 

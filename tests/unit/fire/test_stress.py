@@ -115,7 +115,6 @@ class Stress:
         left = [
             self.cache._ledger._entries,
             self.cache._ledger._retired,
-            self.cache._ledger._waiting,
             self.build.pool.keys(),
         ]
         assert not any(left)

@@ -13,7 +13,7 @@ from pytest_sway.backends.hf.loading.libraries import quiet_process
 from pytest_sway.backends.hf.model.merged_base import MergedBase
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
-from pytest_sway.backends.hf.sharing.shared_memory import own_before_write
+from pytest_sway.backends.hf.sharing.tensor_memory import own_before_write
 from pytest_sway.backends.hf.sharing.trees import tensors_of
 from pytest_sway.backends.libraries.culprits import said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.backends.hf.heads.pooling import Pooling
     from pytest_sway.backends.hf.model.base import LoadedBase
-    from pytest_sway.backends.local.pooled_backend import PooledView
+    from pytest_sway.backends.local.pooled_view import PooledView
 
 __tracebackhide__ = True
 

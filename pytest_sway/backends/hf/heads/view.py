@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pytest_sway.backends.local.pooled_backend import PooledView
+from pytest_sway.backends.local.pooled_view import PooledView
 
 if TYPE_CHECKING:
     from pytest_sway.backends.questions import SamplingParams

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.sharing.tensor_memory import as_integers
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -15,11 +17,7 @@ SAMPLES: Final = 32
 
 def sample_of(tensor: Any) -> Any:
     """Return a view of a few evenly spread elements, as integers so that NaN equals itself."""
-    import torch
-
-    sample = _spread(tensor.detach())
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return sample.view(integers[sample.element_size()]) if sample.element_size() in integers else sample
+    return as_integers(_spread(tensor.detach()))
 
 
 def _spread(tensor: Any) -> Any:

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.hygiene.holders import holders_of
-from pytest_sway.backends.hf.sharing.shared_memory import address_of
+from pytest_sway.backends.hf.sharing.tensor_memory import address_of
 from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
 from pytest_sway.backends.local.leaks import Leak
 

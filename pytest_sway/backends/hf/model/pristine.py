@@ -13,7 +13,7 @@ from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from pytest_sway.backends.hf.sharing.shared_memory import Way
+    from pytest_sway.backends.hf.sharing.tensor_memory import Way
 
 __tracebackhide__ = True
 

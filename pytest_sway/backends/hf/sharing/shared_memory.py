@@ -12,42 +12,34 @@ A tensor's memory is shared in one of three ways:
 from __future__ import annotations
 
 import copy
-from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.sharing.mapped_files import FilePart, MappedFiles, never_written, page_flags
-from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper, parts_of
+from pytest_sway.backends.hf.sharing.tensor_memory import (
+    Method,
+    is_open_to_writes,
+    is_plain,
+    is_same,
+    is_same_memory,
+    lazy_clone,
+    like,
+    memory_of,
+    on_storage,
+    same_memory,
+    way_of,
+)
 from pytest_sway.backends.hf.sharing.trees import modules_of, tensors_of, tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from pytest_sway.backends.hf.sharing.mapped_files import MappedFile
+    from pytest_sway.backends.hf.sharing.tensor_memory import Way
 
 __tracebackhide__ = True
 
 _COPIED_BYTES: Final = 2**16
 """Buffers up to this size are copied at once: a pass may write to them, and a copy takes no longer than a clone."""
-
-
-_ALIGNMENT: Final = 64
-"""Bytes; torch allocates memory at multiples of this."""
-
-
-_CLONED_LAZILY: Final = ("cpu", "cuda")
-"""Types of devices on which a pass over lazy clones copies nothing, as tests/gpu measures."""
-
-
-class Method(Enum):
-    """How a tensor is shared, unless its memory is a mapped file."""
-
-    COPIED = auto()
-    LAZY_CLONE = auto()
-    EXPOSED = auto()
-
-
-Way: TypeAlias = Method | FilePart
-"""How a tensor is shared."""
 
 
 class SharedMemory:
@@ -73,10 +65,10 @@ class SharedMemory:
                     if tensor is None or id(tensor) in self._ways:
                         continue
                     way = None if ways is None else ways.get(id(tensor))
-                    if members is module._buffers and tensor.nbytes <= _COPIED_BYTES and _is_plain(tensor):
+                    if members is module._buffers and tensor.nbytes <= _COPIED_BYTES and is_plain(tensor):
                         way = Method.COPIED
-                    self._ways[id(tensor)] = way = _way_of(tensor, files) if way is None else way
-                    if _is_open_to_writes(tensor, way):
+                    self._ways[id(tensor)] = way = way_of(tensor, files) if way is None else way
+                    if is_open_to_writes(tensor, way):
                         self.exposed[f"{module_name}.{key}" if module_name else key] = tensor
         if files is not None:
             files.give_back()  # the model never runs
@@ -133,10 +125,10 @@ class SharedMemory:
                 tensor = known.get(id(original))
                 if tensor is None or id(tensor) in settled:
                     continue
-                if id(tensor) in untouched or (self._ways[id(original)] is Method.COPIED and _same(original, tensor)):
+                if id(tensor) in untouched or (self._ways[id(original)] is Method.COPIED and is_same(original, tensor)):
                     settled[id(tensor)] = tensor
-                elif _same(original, tensor):
-                    settled[id(tensor)] = tensor if _is_same_memory(original, tensor) else sharer(original)
+                elif is_same(original, tensor):
+                    settled[id(tensor)] = tensor if is_same_memory(original, tensor) else sharer(original)
         for members in (m for module in tree.modules() for m in (module._parameters, module._buffers)):
             members.update({key: settled[id(tensor)] for key, tensor in members.items() if id(tensor) in settled})
         ways = self.ways_in(known)
@@ -160,7 +152,7 @@ class SharedMemory:
             return {
                 id(known[key])
                 for key, part in expected.items()
-                if files.part_of(*_memory_of(known[key])) == part and never_written(*_memory_of(known[key]), flags)
+                if files.part_of(*memory_of(known[key])) == part and never_written(*memory_of(known[key]), flags)
             }
 
 
@@ -179,12 +171,12 @@ class SharedTensors:
         for tensor in self._tensors:
             storage = tensor.untyped_storage()._cdata
             if storage not in ways:
-                ways[storage] = _way_of(tensor, None)
+                ways[storage] = way_of(tensor, None)
             self._ways[id(tensor)] = ways[storage]
 
     def exposes(self, tensor: Any) -> bool:
         """Return whether a write in one tree can change a tensor's memory for all trees."""
-        return _is_open_to_writes(tensor, self._ways[id(tensor)])
+        return is_open_to_writes(tensor, self._ways[id(tensor)])
 
     def shared(self) -> list[Any]:
         """Return new tensors for a tree, in the order of the originals."""
@@ -217,17 +209,17 @@ class _Sharer:
     def __call__(self, tensor: Any) -> Any:
         way = self._ways.get(id(tensor))
         if way is None:  # a module's attribute that is neither parameter nor buffer
-            way = Method.COPIED if tensor.nbytes <= _COPIED_BYTES else _way_of(tensor, None)
+            way = Method.COPIED if tensor.nbytes <= _COPIED_BYTES else way_of(tensor, None)
         if way is Method.EXPOSED:
-            return copy.deepcopy(tensor) if self._isolated else _same_memory(tensor)
+            return copy.deepcopy(tensor) if self._isolated else same_memory(tensor)
         if way is Method.COPIED:
-            return _like(tensor, tensor.detach().clone())
-        return _like(tensor, _on_storage(self._storage(tensor, way), tensor))
+            return like(tensor, tensor.detach().clone())
+        return like(tensor, on_storage(self._storage(tensor, way), tensor))
 
     def _storage(self, tensor: Any, way: Any) -> Any:
         source = tensor.untyped_storage()._cdata
         if source not in self._storages:
-            clone = _lazy_clone(tensor) if way is Method.LAZY_CLONE else self._mapped(way)
+            clone = lazy_clone(tensor) if way is Method.LAZY_CLONE else self._mapped(way)
             self._storages[source] = clone
         return self._storages[source]
 
@@ -243,158 +235,3 @@ class _Sharer:
         if is_first:
             self.first_of.append(file)
         return mapping
-
-
-# --- tensors ----------------------------------------------------------------------------------------------------------
-
-
-def _way_of(tensor: Any, files: MappedFiles | None) -> Way:
-    """Return how to share a tensor. If its memory allows neither way, move it to memory of torch's."""
-    if _is_exposed(tensor):
-        return Method.EXPOSED
-    if _lazy_clone(tensor) is not None:
-        return Method.LAZY_CLONE
-    if tensor.device.type != "cpu":
-        return Method.EXPOSED
-    part = None if files is None else files.part_of(*_memory_of(tensor))
-    if part is None:
-        tensor.data = _moved(tensor)
-        return Method.LAZY_CLONE
-    return part
-
-
-def own_before_write(tensor: Any) -> None:
-    """Give a tree's tensor memory of its own, unless torch or its class does so when somebody writes to it."""
-    if not _is_plain(tensor) or (not _is_exposed(tensor) and _lazy_clone(tensor) is not None):
-        return
-    tensor.data = _moved(tensor) if tensor.device.type == "cpu" else tensor.detach().clone()
-
-
-def _moved(tensor: Any) -> Any:
-    """Copy a tensor's memory to an address with the same alignment, by which kernels choose how they sum."""
-    import torch
-
-    source = tensor.untyped_storage()
-    uneven = address_of(tensor) % _ALIGNMENT
-    uneven -= uneven % tensor.element_size()
-    storage = torch.empty(source.nbytes() + uneven, dtype=torch.uint8).untyped_storage()
-    storage[uneven:].copy_(source)
-    offset = tensor.storage_offset() + uneven // tensor.element_size()
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.size(), tensor.stride())
-
-
-def _is_exposed(tensor: Any) -> bool:
-    return not _is_plain(tensor) or tensor.device.type not in _CLONED_LAZILY or not _can_clone_lazily()
-
-
-def _is_open_to_writes(tensor: Any, way: Way) -> bool:
-    """Return whether a write in one tree can change the memory of all trees.
-
-    On a CUDA device, torch's operations on lists of tensors, with which its optimizers step, do not end a lazy clone
-    before they write to it.
-    """
-    return way is Method.EXPOSED or (way is Method.LAZY_CLONE and tensor.device.type != "cpu")
-
-
-def _is_plain(tensor: Any) -> bool:
-    import torch
-
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-
-
-def _can_clone_lazily() -> bool:
-    import torch
-
-    return hasattr(torch, "_lazy_clone") and hasattr(torch._C, "_data_address")
-
-
-def _lazy_clone(tensor: Any) -> Any | None:
-    """Return a storage on the same memory, which torch copies on the first write to either; ``None`` if it cannot."""
-    import torch
-
-    try:
-        return torch._lazy_clone(tensor.detach()).untyped_storage()
-    except RuntimeError:  # memory that torch did not allocate itself
-        return None
-
-
-def address_of(tensor: Any) -> int:
-    """Return the address of a tensor's storage. Unlike ``data_ptr()``, this does not end a lazy clone."""
-    import torch
-
-    address = getattr(torch._C, "_data_address", None)
-    return int(tensor.untyped_storage().data_ptr() if address is None else address(tensor))
-
-
-def _memory_of(tensor: Any) -> tuple[int, int]:
-    """Return the address and the length in bytes of a tensor's storage."""
-    return address_of(tensor), tensor.untyped_storage().nbytes()
-
-
-def _on_storage(storage: Any, tensor: Any) -> Any:
-    """Return a tensor like another one, on another storage."""
-    import torch
-
-    like = tensor.storage_offset(), tensor.size(), tensor.stride()
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, *like)
-
-
-def _like(tensor: Any, data: Any) -> Any:
-    """Return ``data`` as a parameter or tensor with the attributes of ``tensor``."""
-    import torch
-
-    if isinstance(tensor, torch.nn.Parameter):
-        made: Any = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
-    else:
-        made = data
-    if vars(tensor):
-        vars(made).update(vars(tensor))
-    return made
-
-
-def _same_memory(tensor: Any) -> Any:
-    """Return a tensor of the same class on the same memory."""
-    import torch
-
-    if _is_plain(tensor):
-        return _like(tensor, tensor.detach())
-    if is_wrapper(tensor):
-        return _like(tensor, tensor.detach())  # its class makes a new wrapper around the same tensors
-    made: Any = torch.Tensor._make_subclass(type(tensor), tensor.data, tensor.requires_grad)
-    vars(made).update((name, _attribute(value)) for name, value in vars(tensor).items())
-    return made
-
-
-def _attribute(value: Any) -> Any:
-    """Return a new object for what a quantized tensor has besides its contents; tensors in it stay the same."""
-    return copy.copy(value) if hasattr(value, "__dict__") and not callable(value) else value
-
-
-def _same(theirs: Any, ours: Any) -> bool:
-    """Return whether a tree's tensor still equals the model's."""
-    if (theirs.shape, theirs.dtype, theirs.device) != (ours.shape, ours.dtype, ours.device):
-        return False
-    if type(theirs) is type(ours) and is_wrapper(ours):
-        pairs = zip(parts_of(theirs), parts_of(ours), strict=True)
-        return all(its == other and _same(one, another) for (its, one), (other, another) in pairs)
-    if not _is_plain(ours) or not _is_plain(theirs):
-        return bool((theirs == ours).all())
-    return _is_same_memory(theirs, ours) or _equal_bits(theirs, ours)
-
-
-def _is_same_memory(theirs: Any, ours: Any) -> bool:
-    """Return whether two tensors are the same view of the same memory."""
-    if not _is_plain(ours) or not _is_plain(theirs):
-        return False
-    layout = theirs.storage_offset(), theirs.stride()
-    return address_of(theirs) == address_of(ours) and layout == (ours.storage_offset(), ours.stride())
-
-
-def _equal_bits(one: Any, other: Any) -> bool:
-    import torch
-
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    kind = integers.get(one.element_size())
-    if kind is None or one.is_complex():
-        return bool(one.equal(other))
-    return bool(one.detach().contiguous().view(kind).equal(other.detach().contiguous().view(kind)))

@@ -56,7 +56,7 @@ def build(builder: HFBuilder) -> Iterator[Callable[..., HFBackend]]:
 @pytest.fixture
 def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable copy-on-write, so that all trees of a model see a write, as on an accelerator."""
-    monkeypatch.setattr("pytest_sway.backends.hf.sharing.shared_memory._can_clone_lazily", lambda: False)
+    monkeypatch.setattr("pytest_sway.backends.hf.sharing.tensor_memory._can_clone_lazily", lambda: False)
 
 
 @pytest.fixture

@@ -48,7 +48,9 @@ def bases_in(builder: HFBuilder) -> list[Any]:
 
 def handed_to(view: HFView) -> Handed[Any]:
     """Return the objects that the view has given to its test."""
-    return view._open()._handed(view)
+    backend: Any = view._open()
+    handed: Handed[Any] = backend._handed(view)
+    return handed
 
 
 def engine_of(view: Any) -> Any:

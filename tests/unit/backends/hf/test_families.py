@@ -13,7 +13,7 @@ import transformers
 
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.backends.hf.sharing.mapped_files import MappedFiles
-from pytest_sway.backends.hf.sharing.shared_memory import address_of
+from pytest_sway.backends.hf.sharing.tensor_memory import address_of
 from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of
 from pytest_sway.errors import SpecError
 from tests.tiny import quiet

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf.sharing.shared_memory import address_of
+from pytest_sway.backends.hf.sharing.tensor_memory import address_of
 from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.backends.hf.insides import base_in, computing_model, handed_to
 from tests.unit.backends.hf.reference import fresh, logits, view_logits

@@ -302,7 +302,7 @@ def test_a_layer_of_ones_own_is_tried_in_each_load(base: Path, cache: Path, monk
 
 
 def test_the_identity_of_a_model_copies_no_weights(base: Path, cache: Path) -> None:
-    from pytest_sway.backends.hf.sharing.shared_memory import address_of
+    from pytest_sway.backends.hf.sharing.tensor_memory import address_of
     from pytest_sway.backends.hf.sharing.trees import tensors_of
 
     backend = HFBuilder(score_cache=0)(spec_of(base, dtype="bf16"))  # converted, so that torch owns its memory

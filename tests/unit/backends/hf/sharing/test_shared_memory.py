@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from pytest_sway.backends.hf.sharing.mapped_files import FilePart, never_written, page_flags
-from pytest_sway.backends.hf.sharing.shared_memory import Method, SharedMemory, address_of
+from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory
+from pytest_sway.backends.hf.sharing.tensor_memory import Method, address_of
 from pytest_sway.backends.hf.sharing.trees import tensors_of
 from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.backends.hf.insides import adapter_in, base_in, computing_model, engine_of
