@@ -328,10 +328,10 @@ def test_the_run_ends_with_a_table_failures_first(pytester: pytest.Pytester, arg
     table = lines[lines.index("=============================== sway comparisons ===============================") :]
     pytest.LineMatcher(table).re_match_lines(
         [
-            r"comparison  test    prompts   mean     low    high +p  unit +shown$",
-            r"bad         failed       12  -3\.25  -4\.\d+  -1\.\d+  0\.000\d+  nats an answer  over 0: refuted$",
-            r"good        passed       12  \+3\.25  \+1\.\d+  \+4\.\d+  0\.000\d+  nats an answer  over 0: shown$",
-            r"equal       passed       12     \+0      \+0      \+0 +1  nats an answer  exactly 0$",
+            r"comparison  outcome  prompts   mean     low    high +p  unit +shown$",
+            r"bad         failed        12  -3\.25  -4\.\d+  -1\.\d+  0\.000\d+  nats an answer  over 0: refuted$",
+            r"good        passed        12  \+3\.25  \+1\.\d+  \+4\.\d+  0\.000\d+  nats an answer  over 0: shown$",
+            r"equal       passed        12     \+0      \+0      \+0 +1  nats an answer  exactly 0$",
             r"low to high: 99% confidence interval of the mean; p: p-value of no difference \(Holm, 3 comparisons\)$",
             r"shown: the verdict on the asserted margin, or on 0 if the margin is not known$",
         ]
