@@ -92,6 +92,41 @@ def test_noise_in_the_adapters_place_is_a_side(sway_backend, sway_compare):
     result.assert_outcomes(passed=3)
 
 
+def test_the_names_of_the_sides_differ_if_their_models_do(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+def names(comparison):
+    return comparison.candidate, comparison.baseline, comparison.name
+
+def test_views_of_two_specs(sway_backend, sway_compare):
+    with sway_backend(NEW).as_finetuned() as new, sway_backend(OLD).as_finetuned() as old:
+        sides = ("ft of dummy:new", "ft of dummy:old")
+        assert names(sway_compare(FACTS, new, old)) == (*sides, "ft of dummy:new against ft of dummy:old")
+
+def test_views_of_one_spec(sway_backend, sway_compare):
+    backend = sway_backend(NEW)
+    with backend.as_finetuned() as one, backend.as_finetuned() as other:
+        assert names(sway_compare(FACTS, one, other))[:2] == (
+            "ft of dummy:new (candidate)", "ft of dummy:new (baseline)"
+        )
+        assert names(sway_compare(FACTS, one, one)) == ("ft", "ft", "ft against ft")
+
+def test_specs_with_one_label(sway_compare):
+    other = {"kind": "dummy", "base": "new", "answers": {"finetuned": {"generations": {"a": "b"}}}}
+    assert names(sway_compare(FACTS, NEW, other))[:2] == ("dummy:new (candidate)", "dummy:new (baseline)")
+
+def test_views_of_ones_own(sway_backend, sway_compare):
+    class View:
+        id = "mine"
+        def logprob_of(self, prompt, answer):
+            return 0.5
+    assert names(sway_compare(FACTS, View(), View()))[:2] == ("mine (candidate)", "mine (baseline)")
+""",
+    )
+    result.assert_outcomes(passed=4)
+
+
 def test_a_test_may_compare_more_models_than_the_cache_holds(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
