@@ -5,6 +5,7 @@ Without a baseline, it uses the scores in the test's record.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -75,12 +76,14 @@ class Compared:
         claim: The claim that the test asserted, if known.
         reported: Whether a report of the test has carried its rows.
         tokens: By a row's position, the tokens of the worst and best rows, if requested and known.
+        thread: The number of the thread that made it.
     """
 
     comparison: Comparison
     claim: Claim | None = None
     reported: bool = False
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
 
     def asserted(self, op: str, left: object, right: object) -> None:
         """Note the claim of a failing assertion, if it is about this comparison."""
