@@ -187,10 +187,10 @@ class Comparison:
             least = self._evidence.needed(math.inf, self.confidence)
             yield f"so few prompts detect no shift; it takes at least {least} for {POWER:.0%} power"
             return
-        half = f"half of it takes about {_about(self.needed(detectable / 2))}"
+        half = f"half of it takes about {_about(self.needed(detectable / 2))} prompts"
         yield f"this many prompts detect a shift of {detectable:.4g} with {POWER:.0%} power; {half}"
         if self.mean != 0.0 and self.low <= 0.0 <= self.high:
-            yield f"a shift as large as this mean takes about {_about(self.needed(abs(self.mean)))}"
+            yield f"a shift as large as this mean takes about {_about(self.needed(abs(self.mean)))} prompts"
 
 
 def compare(

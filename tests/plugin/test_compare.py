@@ -209,7 +209,7 @@ def test_it(sway_compare):
             "the town: dummy:shifted -0.5 - dummy:shifted 0.0 = -3.25 nats an answer",
             "99% interval -* to -*, 12 prompts",
             "over 0: refuted",
-            "this many prompts detect a shift of * with 80% power; half of it takes about *",
+            "this many prompts detect a shift of * with 80% power; half of it takes about * prompts",
             "the worst 5 of 12:",
             "difference   candidate    baseline  question",
             "        -6          -7          -1  the sun rises for the 11 time in the east 11",

@@ -82,7 +82,7 @@ def test_a_report_says_how_many_prompts_would_show_a_mean_that_is_undecided() ->
     comparison = made([0.5, -0.5, 0.3, -0.1, -0.4], [0.0] * 5)
     assert comparison.low < 0 < comparison.high
     assert comparison.needed(abs(comparison.mean)) == 393
-    assert "a shift as large as this mean takes about 400" in list(comparison.report())
+    assert "a shift as large as this mean takes about 400 prompts" in list(comparison.report())
 
 
 def test_a_report_says_that_so_few_scores_of_0_and_1_show_nothing() -> None:
