@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import io
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -58,16 +57,8 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def user_cache() -> Path:
-    """Return the user's cache folder for the examples of pytest-sway."""
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        caches = Path(xdg)
-    elif sys.platform == "darwin":
-        caches = Path.home() / "Library" / "Caches"
-    elif local := os.environ.get("LOCALAPPDATA"):
-        caches = Path(local)
-    else:
-        caches = Path.home() / ".cache"
-    return caches / "pytest-sway"
+    """Return the folder in which the examples keep what they make: in the cache, as Hugging Face's own is."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pytest-sway"
 
 
 def smollm2_gguf() -> Path:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ _VOCABULARY = """
     capital city river sea , . ? ! : ;
 """
 WORDS = tuple(_VOCABULARY.split())
+
+_MANY = 3_000_000
+"""A model with more parameters than this is not tiny."""
 
 TEXT = "the sun rises in the east and sets in the west ."
 
@@ -62,6 +66,19 @@ def make_base(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
         model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def save_tiny(make: Callable[[], Any], folder: Path) -> Path:
+    """Save the random model that ``make`` makes to ``folder``, if it is tiny; equal models get equal weights."""
+    import torch
+
+    with quiet(), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in make().parameters())
+        assert parameters <= _MANY, f"{folder} has {parameters} parameters: make the model smaller, or leave it out"
+        torch.manual_seed(0)
+        make().save_pretrained(folder)
     return folder
 
 
@@ -218,18 +235,38 @@ def save_adapter(
         auto: The name of transformers' class that loads the model.
         loaded: Further arguments for that load.
     """
-    import torch
     import transformers
+
+    model_class = getattr(transformers, auto)
+    make = partial(model_class.from_pretrained, str(base), dtype="auto", **loaded)
+    save_noise(make, config, folder, seed=seed, scale=scale)
+    return Path(folder)
+
+
+def save_noise(
+    make: Callable[[], Any], config: Any, folder: Path | str, *, seed: int = 1, scale: float = 0.3, **saved: Any
+) -> Any:
+    """Save an adapter on the model that ``make`` makes, with noise added to all trainable weights; return PEFT's model.
+
+    Args:
+        make: Makes the model, after the seed was set.
+        config: PEFT's configuration.
+        folder: The folder.
+        seed: Seeds the weights.
+        scale: Standard deviation of the noise.
+        saved: Further arguments of ``save_pretrained``.
+    """
+    import torch
     from peft import get_peft_model
 
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = get_peft_model(getattr(transformers, auto).from_pretrained(str(base), dtype="auto", **loaded), config)
+        model: Any = get_peft_model(make(), config)
         for parameter in model.parameters():
             if parameter.requires_grad and scale:
                 parameter.add_(torch.randn_like(parameter) * scale)
-        model.save_pretrained(str(folder))
-    return Path(folder)
+        model.save_pretrained(str(folder), **saved)
+    return model
 
 
 def set_template(folder: Path | str, template: str) -> Path:

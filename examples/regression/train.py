@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,9 @@ def make_all() -> None:
     base = smollm2_folder()
     made = fingerprint(base)
     taught = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    _link("SmolLM2-135M-Instruct", base)
+    link = HERE / "SmolLM2-135M-Instruct"
+    link.unlink(missing_ok=True)
+    link.symlink_to(base, target_is_directory=True)
     used = _adapter("v3", f"quickstart/{made}", lambda folder: train(base, folder))
     _adapter("v4", f"regression/{made}/seed-{SEED}", lambda folder: train(base, folder, seed=SEED))
     _adapter("v5", f"regression/{made}/next-town-{taught}", lambda folder: _train_on(base, used, folder))
@@ -42,16 +45,11 @@ def make_all() -> None:
 
 def _adapter(name: str, cached: str, make: Callable[[Path], object]) -> Path:
     print(f"runs/{name}", flush=True)
-    folder = made_once(cached, make)
-    _link(f"runs/{name}", folder)
-    return folder
-
-
-def _link(name: str, folder: Path) -> None:
-    link = HERE / name
-    link.parent.mkdir(exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder, target_is_directory=True)
+    run = HERE / "runs" / name
+    if run.is_symlink():  # as this script once made
+        run.unlink()
+    # A copy: pytest-sway would name a link by the folder in the cache that it leads to.
+    return Path(shutil.copytree(made_once(cached, make), run, dirs_exist_ok=True))
 
 
 def _train_on(base: Path, adapter: Path, output: Path) -> None:

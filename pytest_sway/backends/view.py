@@ -33,7 +33,7 @@ __tracebackhide__ = True
 
 
 class ViewOwner(Protocol):
-    """What a view needs of its backend."""
+    """What a view needs of its backend. Its text is the label of its spec."""
 
     def _run(self, view: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Return ``work(engine, *args)``, with the engine that computes the view's answers."""
@@ -54,11 +54,13 @@ class BaseView(QuestionsOfHeads, ABC, Generic[O]):
 
     Attributes:
         id: ``base``, ``ft``, ``scaled_<lam>`` or ``null_<seed>``.
+        label: Its id and the label of its backend's spec.
         task: The task of its model, which decides what it answers.
     """
 
     def __init__(self, view_id: str, backend: O) -> None:
         self.id = view_id
+        self.label = f"{view_id} of {backend}"
         self._backend: O | None = backend
 
     def __repr__(self) -> str:

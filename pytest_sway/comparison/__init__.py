@@ -2,7 +2,7 @@
 
 The modules know neither pytest nor torch. The first five are ordered from the lowest up:
 
-* `statistics`: `PairedMeans` handles scores of any size, `PairedProportions` handles scores of 0 and 1. Both compute a
+* `statistics`: `evidence_of` handles scores of any size, `PairedProportions` handles scores of 0 and 1. Both compute a
   confidence `Interval`, the smallest ``detectable`` shift, and the sample size ``needed`` for a given shift.
 * `questions`: `Questions` checks the questions and scores them on a view (``scored_by``): nats of the answer for a
   pair, nats per token for a text, or the user's own ``score``. Questions with equal prompts form one cluster.
@@ -15,6 +15,6 @@ The modules know neither pytest nor torch. The first five are ordered from the l
 A comparison takes these steps::
 
     sway_compare(questions, candidate, baseline) -> opens the two sides' views (pytest_sway.run.regression)
-      -> Questions.scored_by(view), once for each side -> compare(...) -> rows -> clusters -> PairedMeans or
+      -> Questions.scored_by(view), once for each side -> compare(...) -> rows -> clusters -> evidence_of or
       PairedProportions -> Interval -> Comparison -> the test's asserts -> its report, and the run's table
 """

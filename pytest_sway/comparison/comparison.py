@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
 from pytest_sway.comparison.questions import Questions, beginning
-from pytest_sway.comparison.statistics import POWER, Evidence, PairedMeans, PairedProportions
+from pytest_sway.comparison.statistics import POWER, Evidence, PairedProportions, evidence_of
 from pytest_sway.errors import ComparisonError
 
 __tracebackhide__ = True
@@ -184,12 +184,13 @@ class Comparison:
         if detectable == 0.0:
             return
         if math.isinf(detectable):
-            yield f"so few prompts detect no shift; it takes at least {self.needed(1.0)} for {POWER:.0%} power"
+            least = self._evidence.needed(math.inf, self.confidence)
+            yield f"so few prompts detect no shift; it takes at least {least} for {POWER:.0%} power"
             return
-        half = f"half of it takes about {_about(self.needed(detectable / 2))}"
+        half = f"half of it takes about {_about(self.needed(detectable / 2))} prompts"
         yield f"this many prompts detect a shift of {detectable:.4g} with {POWER:.0%} power; {half}"
         if self.mean != 0.0 and self.low <= 0.0 <= self.high:
-            yield f"a shift as large as this mean takes about {_about(self.needed(abs(self.mean)))}"
+            yield f"a shift as large as this mean takes about {_about(self.needed(abs(self.mean)))} prompts"
 
 
 def compare(
@@ -223,7 +224,7 @@ def compare(
             len(clusters),
         )
     else:
-        evidence = PairedMeans([_mean([row.difference for row in group]) for group in _grouped(rows, clusters)])
+        evidence = evidence_of([_mean([row.difference for row in group]) for group in _grouped(rows, clusters)])
     interval = evidence.interval(confidence)
     return Comparison(
         name or f"{candidate[0]} against {baseline[0]}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, median_low
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from pytest_sway.errors import BackendNotAvailableError
@@ -24,6 +24,9 @@ POWER: Final = 0.8
 """The power with which a shift must be detected to count as detectable."""
 
 _LITTLE_SKEW: Final = 1e-6
+
+_ROUNDING: Final = 1e-3
+"""What equal differences may differ by, as a share of them: a third has four decimals in a record."""
 
 _MOST: Final = 10**9
 """The largest sample size that is reported."""
@@ -57,18 +60,31 @@ class Evidence(Protocol):
         ...
 
 
+def evidence_of(differences: Sequence[float]) -> Evidence:
+    """Return the evidence of scores of any size.
+
+    Args:
+        differences: One difference for each independent question, at least two.
+    """
+    least, most = min(differences), max(differences)
+    largest = max(abs(least), abs(most))
+    if largest > 0.0 and most - least <= _ROUNDING * largest:
+        return EqualDifferences(median_low(differences), len(differences))
+    return PairedMeans(differences)
+
+
 @dataclass(frozen=True, slots=True)
 class PairedMeans:
     """Differences of scores of any size; the interval is that of `mean_interval`.
 
     Attributes:
-        differences: One difference for each independent question, at least two.
+        differences: One difference for each independent question, at least two. They are not all equal, except to 0.
     """
 
     differences: Sequence[float]
 
     def interval(self, confidence: float) -> Interval:
-        """Return the mean difference and its interval, which has no width if all differences are equal."""
+        """Return the mean difference and its interval, which has no width if all differences are 0."""
         import numpy as np
 
         return Interval(*map(float, mean_interval(np.array(self.differences, dtype=np.float64), confidence)))
@@ -83,12 +99,12 @@ class PairedMeans:
         return _fewest(lambda n: self._shift(n, spread, confidence) <= margin)
 
     def p_value(self) -> float:
-        """Return the two-sided p-value of no difference: 1 if all differences are 0, 0 if they are otherwise equal."""
+        """Return the two-sided p-value of no difference; 1 if all differences are 0."""
         import numpy as np
 
         mean, error, skew = map(float, _moments(np.array(self.differences, dtype=np.float64)))
         if error == 0.0:
-            return 1.0 if mean == 0.0 else 0.0
+            return 1.0
         # The t whose interval just reaches 0: the smaller of Student's t and the inverse of `_skewed`.
         t = abs(mean) / error
         skew = math.copysign(skew, skew * mean)
@@ -215,6 +231,43 @@ class PairedProportions:
         c = -self.lost * delta * (1 - delta)
         lost = (math.sqrt(max(b * b - 8 * self.n * c, 0.0)) - b) / (4 * self.n)  # the most likely share of lost ones
         return math.sqrt(max(self.n * (2 * lost + delta * (1 - delta)), 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class EqualDifferences:
+    """Differences of scores of any size that are all equal, and so do not show how much others vary.
+
+    Each counts as an answer gained or lost: `PairedProportions`, times the difference. Since nothing bounds these
+    scores, the interval is as wide on the far side of the difference.
+
+    Attributes:
+        difference: The difference, which is not 0.
+        n: How many questions there are.
+    """
+
+    difference: float
+    n: int
+
+    def interval(self, confidence: float) -> Interval:
+        """Return the difference and its interval."""
+        width = abs(self.difference) * (1.0 - self._changes.interval(confidence).low)
+        return Interval(self.difference, self.difference - width, self.difference + width)
+
+    def detectable(self, confidence: float) -> float:
+        """Return the smallest shift that this many questions detect with `POWER`; infinity if they detect none."""
+        return abs(self.difference) * self._changes.detectable(confidence)
+
+    def needed(self, margin: float, confidence: float) -> int:
+        """Return about how many such questions detect a shift of ``margin`` with `POWER`."""
+        return self._changes.needed(margin / abs(self.difference), confidence)
+
+    def p_value(self) -> float:
+        """Return McNemar's two-sided p-value, if every question is gained."""
+        return self._changes.p_value()
+
+    @property
+    def _changes(self) -> PairedProportions:
+        return PairedProportions(self.n, 0, self.n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.report.comparisons import PROPERTY, ROWS
+from pytest_sway.system.wording import natural
 
 if TYPE_CHECKING:
     import pytest
@@ -53,17 +53,11 @@ class Collected:
         """Return all comparisons in the form of the run record, ordered by test, whichever worker was faster."""
         from pytest_sway.comparison.statistics import holm
 
-        ordered = sorted(self._tries, key=lambda key: tuple(map(_natural, key)))
+        ordered = sorted(self._tries, key=lambda key: tuple(map(natural, key)))
         found = [each for key in ordered for each in _comparisons(key, self._tries[key])]
         for each, p in zip(found, holm([each["p"] for each in found]), strict=True):
             each["p_holm"] = p
         return found
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """What a text is sorted by, so that ``checkpoint-8`` comes before ``checkpoint-16``."""
-    parts = re.split(r"([0-9]+)", text)
-    return [(len(part.lstrip("0")) if at % 2 else 0, part) for at, part in enumerate(parts)]
 
 
 def _comparisons(key: tuple[str, str], tried: _Try) -> list[dict[str, Any]]:

@@ -33,7 +33,9 @@ _FIELDS: Final = (
     "detectable",
     "drift",
 )
-_COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "p", "unit", "shown")
+COLUMNS: Final = ("comparison", "outcome", "prompts", "mean", "low", "high", "p", "unit", "shown")
+"""The titles of the table. ``outcome`` is whether the test passed."""
+
 _NUMBERS: Final = ("prompts", "mean", "low", "high", "p")
 
 
@@ -114,7 +116,7 @@ def table_lines(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             cell.rjust(max(map(len, column))) if column[0] in _NUMBERS else cell.ljust(max(map(len, column)))
             for cell in column
         ]
-        for column in zip(_COLUMNS, *rows, strict=True)
+        for column in zip(COLUMNS, *rows, strict=True)
     ]
     for row in zip(*aligned, strict=True):
         yield "  ".join(row).rstrip()

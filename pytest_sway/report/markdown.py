@@ -6,10 +6,9 @@ import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from pytest_sway.report.comparisons import cells, failures_first, legend, shown
+from pytest_sway.report.comparisons import COLUMNS, cells, failures_first, legend, shown
 from pytest_sway.system.wording import visible
 
-_COLUMNS: Final = ("comparison", "test", "prompts", "mean", "low", "high", "p", "unit", "shown")
 _WORST: Final = 10
 _LONGEST: Final = 300
 _MOST_ROWS: Final = 500
@@ -30,7 +29,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     if not comparisons:
         return "\n".join([*lines, "No test of this run called `sway_compare`.", ""])
     rows = [_row(each) for each in comparisons[:_MOST_ROWS]]
-    lines += _table(_COLUMNS, rows)
+    lines += _table(COLUMNS, rows)
     if len(rows) < len(comparisons):
         lines += ["", f"{len(comparisons) - len(rows)} more comparisons are left out."]
     lines += ["", *(f"{escaped(line)}  " for line in legend(comparisons)), ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +32,12 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     names = sorted(names)
     few = (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names[:limit])
     return ", ".join(few) + (", ..." if len(names) > limit else "")
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Return what a text is sorted by, so that ``checkpoint-8`` comes before ``checkpoint-16``."""
+    parts = re.split(r"([0-9]+)", text)
+    return [(len(part.lstrip("0")) if at % 2 else 0, part) for at, part in enumerate(parts)]
 
 
 def summarised(lines: list[str], limit: int = 10) -> list[str]:

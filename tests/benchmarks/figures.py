@@ -41,6 +41,20 @@ class Figure:
         return f"{self.name:<62} {bound:>9} {self.measured:>9.4g}  {verdict:<7} {self.detail}"
 
 
+def ratio(name: str, promised: float, ours: Sequence[float], theirs: Sequence[float], unit: str = "s") -> Figure:
+    """Return the figure of the ratio of two medians.
+
+    Args:
+        name: Its name.
+        promised: The promised maximum.
+        ours: Measured values.
+        theirs: As many of what they are compared with.
+        unit: Their unit.
+    """
+    detail = f"medians of {len(ours)}: {median(ours):.2f} {unit}, {median(theirs):.2f} {unit}"
+    return Figure(name, promised, median(ours) / median(theirs), detail)
+
+
 @dataclass(frozen=True)
 class Run:
     """The time and memory of a child process.

@@ -10,7 +10,8 @@ from statistics import median
 from typing import Any, Final
 
 from examples.smollm2 import smollm2_folder
-from tests.benchmarks.figures import Figure, run
+from tests.benchmarks.figures import Figure, ratio, run
+from tests.benchmarks.plain import DIFFER, LOAD
 from tests.tiny import WORDS, make_adapter, make_tokenizer, quiet
 
 PAIRS: Final = 5
@@ -21,22 +22,14 @@ BASE, ADAPTER = {base!r}, {adapter!r}
 PROMPT, ANSWER = {prompt!r}, {answer!r}
 """
 
-BY_HAND: Final = """
+BY_HAND: Final = (
+    LOAD
+    + DIFFER
+    + """
 def test_adapter():
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, ADAPTER).eval()
-    ids = tokenizer(PROMPT + ANSWER, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        tuned = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
-        with model.disable_adapter():
-            base = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
-    assert tuned != base
+    assert differ(*load(BASE, ADAPTER))
 """
+)
 
 SWAY: Final = """
 def test_adapter(sway_backend):
@@ -107,13 +100,7 @@ def _one_test(folder: Path, what: str, base: Path, prompt: str, answer: str) -> 
             done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *options], folder / side)
             if turn >= 0:
                 seconds[side].append(done.cpu_seconds)
-    ours, theirs = median(seconds["sway"]), median(seconds["by hand"])
-    return Figure(
-        f"one test, one question: CPU / by hand, {what}",
-        1.05,
-        ours / theirs,
-        f"medians of {PAIRS} pairs: {ours:.2f} s, {theirs:.2f} s",
-    )
+    return ratio(f"one test, one question: CPU / by hand, {what}", 1.05, seconds["sway"], seconds["by hand"])
 
 
 def _first_question(folder: Path) -> Figure:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Final
 
 from examples.smollm2 import smollm2_folder
-from tests.benchmarks.figures import Figure, run
+from tests.benchmarks.figures import Figure, ratio, run
 from tests.benchmarks.first import LARGE_VOCABULARY, make_random
 from tests.tiny import make_adapter
 
@@ -109,10 +108,5 @@ def _suite(
             done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *options], place)
             if turn >= 0:
                 seconds[side].append(done.cpu_seconds)
-    ours, theirs = median(seconds["sway"]), median(seconds["by hand"])
-    return Figure(
-        f"36 tests, 6 adapters: CPU / a session fixture, {what}",
-        promised,
-        ours / theirs,
-        f"medians of {PAIRS} pairs: {ours:.2f} s, {theirs:.2f} s",
-    )
+    title = f"36 tests, 6 adapters: CPU / a session fixture, {what}"
+    return ratio(title, promised, seconds["sway"], seconds["by hand"])

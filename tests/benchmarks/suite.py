@@ -6,47 +6,36 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 from examples.smollm2 import smollm2_folder
-from tests.benchmarks.figures import Figure, Run, run
+from tests.benchmarks.figures import Figure, Run, ratio, run
+from tests.benchmarks.plain import DIFFER, LIBRARIES, LOAD
 from tests.tiny import make_adapter
 
 ROUNDS = 3
 
-COMMON = """
+COMMON = (
+    LIBRARIES
+    + """
 import time
-import pytest
 
 BASE = {base!r}
 ADAPTERS = {adapters!r}
 PROMPT, ANSWER = "The capital of France is", " Paris"
 """
+)
 
 FRESH = (
     COMMON
+    + LOAD
+    + DIFFER
     + """
 @pytest.mark.parametrize("n", range(36))
 def test_adapter(n):
     started = time.perf_counter()
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    if n:
-        started = time.perf_counter()  # the imports are in both suites' wall time, and in neither's loading
-    else:
-        AutoTokenizer, AutoModelForCausalLM, PeftModel
-        started = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, ADAPTERS[n % 6]).eval()
+    tokenizer, model = load(BASE, ADAPTERS[n % 6])
     print("LOADED", time.perf_counter() - started)
-    ids = tokenizer(PROMPT + ANSWER, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        tuned = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
-        with model.disable_adapter():
-            base = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
-    assert tuned != base
+    assert differ(tokenizer, model)
 """
 )
 
@@ -68,22 +57,15 @@ def pytest_sway_backend_loaded(cached):
 
 ONE_BASE_TWO_ADAPTERS = (
     COMMON
+    + LOAD
+    + DIFFER
     + """
 def test_both():
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, ADAPTERS[0]).eval()
+    tokenizer, model = load(BASE, ADAPTERS[0])
     model.load_adapter(ADAPTERS[1], "second")
-    ids = tokenizer(PROMPT + ANSWER, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        for name in ("default", "second"):
-            model.set_adapter(name)
-            model(ids)
-        with model.disable_adapter():
-            model(ids)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert differ(tokenizer, model)
 """
 )
 
@@ -108,11 +90,11 @@ def figures() -> Iterator[Figure]:
     ]
     assert len(base_loads) == ROUNDS
     yield Figure("36 tests, six adapters, cache of 2: base loads", 1, max(base_loads))
-    yield _ratio("36 tests: seconds spent loading / fresh in each test", 0.30, _loading(sway), _loading(fresh), "s")
+    yield ratio("36 tests: seconds spent loading / fresh in each test", 0.30, _loading(sway), _loading(fresh))
     wall = [r.seconds for r in sway], [r.seconds for r in fresh]
-    yield _ratio("36 tests: wall time / fresh in each test", 0.65, *wall, "s")
+    yield ratio("36 tests: wall time / fresh in each test", 0.65, *wall)
     peak = [r.peak_bytes / 2**20 for r in sway], [r.peak_bytes / 2**20 for r in reference]
-    yield _ratio("36 tests: peak memory / one base with two adapters", 1.25, *peak, "MiB")
+    yield ratio("36 tests: peak memory / one base with two adapters", 1.25, *peak, "MiB")
 
 
 def _suite(folder: Path, source: str) -> Path:
@@ -123,8 +105,3 @@ def _suite(folder: Path, source: str) -> Path:
 
 def _loading(runs: list[Run]) -> list[float]:
     return [sum(float(seconds) for seconds in re.findall(r"LOADED (\S+)", r.output)) for r in runs]
-
-
-def _ratio(name: str, promised: float, ours: list[float], theirs: list[float], unit: str) -> Figure:
-    detail = f"medians of {ROUNDS}: {median(ours):.2f} {unit}, {median(theirs):.2f} {unit}"
-    return Figure(name, promised, median(ours) / median(theirs), detail)

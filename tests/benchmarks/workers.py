@@ -12,55 +12,43 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from examples.smollm2 import smollm2_folder
-from tests.benchmarks.figures import Figure, run
+from tests.benchmarks.figures import Figure, ratio, run
+from tests.benchmarks.plain import DIFFER, LIBRARIES, LOAD
 from tests.tiny import make_adapter
 
 ROUNDS = 3
 BASES, ADAPTERS, TESTS = 4, 12, 48
 
-COMMON = """
+COMMON = (
+    LIBRARIES
+    + """
 import time
 from pathlib import Path
-
-import pytest
 
 BASES = {bases!r}
 ADAPTERS = {adapters!r}
 PROMPT, ANSWER = "The capital of France is", " Paris"
 
-
-@pytest.fixture(scope="session", autouse=True)
-def libraries():
-    # The imports are in the wall time of every suite, and in the loading of none.
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    AutoModelForCausalLM, AutoTokenizer
-
-
 def loaded(seconds):
     with open(Path(__file__).with_name("loads.txt"), "a") as file:
         file.write(f"{{seconds}}\\n")
 """
+)
 
 PLAIN = (
     COMMON
+    + LOAD
+    + DIFFER
     + """
 def make_fixture(n):
     @pytest.fixture(scope="session", name=f"adapter{{n}}")
     def adapter():
-        import torch
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
         started = time.perf_counter()
-        tokenizer = AutoTokenizer.from_pretrained(BASES[n % 4])
-        model = AutoModelForCausalLM.from_pretrained(BASES[n % 4], dtype=torch.float32)
-        model = PeftModel.from_pretrained(model, ADAPTERS[n]).eval()
+        made = load(BASES[n % 4], ADAPTERS[n])
         loaded(time.perf_counter() - started)
-        return tokenizer, model
+        return made
     return adapter
 
 for n in range(12):
@@ -68,14 +56,7 @@ for n in range(12):
 
 @pytest.mark.parametrize("n", range(48))
 def test_adapter(n, request):
-    import torch
-    tokenizer, model = request.getfixturevalue(f"adapter{{n % 12}}")
-    ids = tokenizer(PROMPT + ANSWER, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        tuned = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
-        with model.disable_adapter():
-            base = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
-    assert tuned != base
+    assert differ(*request.getfixturevalue(f"adapter{{n % 12}}"))
 """
 )
 
@@ -133,9 +114,9 @@ def figures() -> Iterator[Figure]:
                 suite.run()
     title = f"{TESTS} tests in two workers"
     yield Figure(f"{title}: loads of {BASES} bases", BASES + 1, max(ours.base_loads))
-    yield _ratio(f"{title}: loading / session fixtures", 0.25, ours.loading, plain.loading)
-    yield _ratio(f"{title}: wall / session fixtures", 1.0, ours.wall, plain.wall)
-    yield _ratio(f"{title}: wall / -n 0", 1.1, ours.wall, alone.wall)
+    yield ratio(f"{title}: loading / session fixtures", 0.25, ours.loading, plain.loading)
+    yield ratio(f"{title}: wall / session fixtures", 1.0, ours.wall, plain.wall)
+    yield ratio(f"{title}: wall / -n 0", 1.1, ours.wall, alone.wall)
 
 
 def _copy(source: Path, target: Path) -> Path:
@@ -155,8 +136,3 @@ def _suite(folder: Path, source: str, conftest: str, *options: str) -> Suite:
     (folder / "test_suite.py").write_text(source)
     (folder / "conftest.py").write_text(conftest)
     return Suite(folder, options, [], [], [])
-
-
-def _ratio(name: str, promised: float, ours: list[float], theirs: list[float]) -> Figure:
-    detail = f"medians of {ROUNDS}: {median(ours):.2f} s, {median(theirs):.2f} s"
-    return Figure(name, promised, median(ours) / median(theirs), detail)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,28 @@ def backend(sway_cache):
 """The source of a module-scoped fixture that leases from the cache."""
 
 
+WORST_ORDER = """
+import os
+
+@pytest.fixture
+def uses(sway_backend, request):
+    note(f"run {os.environ.get('PYTEST_XDIST_WORKER')} {sway_backend().spec.base} {request.node.name}")
+
+def spec(base):
+    return pytest.mark.sway_spec(dummy(base))
+
+EACH = pytest.mark.parametrize("base", [pytest.param(base, marks=spec(base)) for base in "abcd" * 3])
+
+@EACH
+def test_x(base, uses):
+    assert base != "b"
+"""
+"""The source of twelve tests on four bases, each on another base than the one before it. Those on ``b`` fail."""
+
+MENDED = WORST_ORDER.replace('"b"', '"no b"')
+"""The same tests, which all pass."""
+
+
 OTHERS = ("anyio", "benchmark", "hypothesispytest", "pytest_httpserver", "sway")
 """Plugins that may be installed. They are disabled, since loading them takes longer than most runs."""
 
@@ -130,6 +153,19 @@ class Suite:
     def events(self) -> list[str]:
         path = Path(self.pytester.path / "events.txt")
         return path.read_text().splitlines() if path.exists() else []
+
+    def loads(self) -> Counter[str]:
+        """Return how many loads each base had."""
+        return Counter(event.removeprefix("load ") for event in self.events() if event.startswith("load "))
+
+    def ran(self) -> dict[str, list[str]]:
+        """Return the base and name of each worker's tests in `WORST_ORDER`, in the order of the tests."""
+        workers: dict[str, list[str]] = defaultdict(list)
+        for event in self.events():
+            if event.startswith("run "):
+                _, worker, what = event.split(maxsplit=2)
+                workers[worker].append(what)
+        return dict(workers)
 
     def write(self, source: str) -> None:
         self.pytester.makepyfile(test_suite=f"import pytest\nfrom conftest import dummy, note\n{source}")

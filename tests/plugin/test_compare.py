@@ -92,6 +92,41 @@ def test_noise_in_the_adapters_place_is_a_side(sway_backend, sway_compare):
     result.assert_outcomes(passed=3)
 
 
+def test_the_names_of_the_sides_differ_if_their_models_do(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+def names(comparison):
+    return comparison.candidate, comparison.baseline, comparison.name
+
+def test_views_of_two_specs(sway_backend, sway_compare):
+    with sway_backend(NEW).as_finetuned() as new, sway_backend(OLD).as_finetuned() as old:
+        sides = ("ft of dummy:new", "ft of dummy:old")
+        assert names(sway_compare(FACTS, new, old)) == (*sides, "ft of dummy:new against ft of dummy:old")
+
+def test_views_of_one_spec(sway_backend, sway_compare):
+    backend = sway_backend(NEW)
+    with backend.as_finetuned() as one, backend.as_finetuned() as other:
+        assert names(sway_compare(FACTS, one, other))[:2] == (
+            "ft of dummy:new (candidate)", "ft of dummy:new (baseline)"
+        )
+        assert names(sway_compare(FACTS, one, one)) == ("ft", "ft", "ft against ft")
+
+def test_specs_with_one_label(sway_compare):
+    other = {"kind": "dummy", "base": "new", "answers": {"finetuned": {"generations": {"a": "b"}}}}
+    assert names(sway_compare(FACTS, NEW, other))[:2] == ("dummy:new (candidate)", "dummy:new (baseline)")
+
+def test_views_of_ones_own(sway_backend, sway_compare):
+    class View:
+        id = "mine"
+        def logprob_of(self, prompt, answer):
+            return 0.5
+    assert names(sway_compare(FACTS, View(), View()))[:2] == ("mine (candidate)", "mine (baseline)")
+""",
+    )
+    result.assert_outcomes(passed=4)
+
+
 def test_a_test_may_compare_more_models_than_the_cache_holds(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
@@ -174,7 +209,7 @@ def test_it(sway_compare):
             "the town: dummy:shifted -0.5 - dummy:shifted 0.0 = -3.25 nats an answer",
             "99% interval -* to -*, 12 prompts",
             "over 0: refuted",
-            "this many prompts detect a shift of * with 80% power; half of it takes about *",
+            "this many prompts detect a shift of * with 80% power; half of it takes about * prompts",
             "the worst 5 of 12:",
             "difference   candidate    baseline  question",
             "        -6          -7          -1  the sun rises for the 11 time in the east 11",
@@ -328,10 +363,10 @@ def test_the_run_ends_with_a_table_failures_first(pytester: pytest.Pytester, arg
     table = lines[lines.index("=============================== sway comparisons ===============================") :]
     pytest.LineMatcher(table).re_match_lines(
         [
-            r"comparison  test    prompts   mean     low    high +p  unit +shown$",
-            r"bad         failed       12  -3\.25  -4\.\d+  -1\.\d+  0\.000\d+  nats an answer  over 0: refuted$",
-            r"good        passed       12  \+3\.25  \+1\.\d+  \+4\.\d+  0\.000\d+  nats an answer  over 0: shown$",
-            r"equal       passed       12     \+0      \+0      \+0 +1  nats an answer  exactly 0$",
+            r"comparison  outcome  prompts   mean     low    high +p  unit +shown$",
+            r"bad         failed        12  -3\.25  -4\.\d+  -1\.\d+  0\.000\d+  nats an answer  over 0: refuted$",
+            r"good        passed        12  \+3\.25  \+1\.\d+  \+4\.\d+  0\.000\d+  nats an answer  over 0: shown$",
+            r"equal       passed        12     \+0      \+0      \+0 +1  nats an answer  exactly 0$",
             r"low to high: 99% confidence interval of the mean; p: p-value of no difference \(Holm, 3 comparisons\)$",
             r"shown: the verdict on the asserted margin, or on 0 if the margin is not known$",
         ]

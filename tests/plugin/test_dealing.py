@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.plugin.conftest import WIDE, Suite
+from tests.plugin.conftest import MENDED, WIDE, WORST_ORDER, Suite
 
 pytest.importorskip("xdist")
-
-WORST_ORDER = """
-import os, time
-
-@pytest.fixture
-def uses(sway_backend, request):
-    note(f"run {os.environ.get('PYTEST_XDIST_WORKER')} {sway_backend().spec.base} {request.node.name}")
-
-def spec(base):
-    return pytest.mark.sway_spec(dummy(base))
-
-EACH = pytest.mark.parametrize("base", [pytest.param(base, marks=spec(base)) for base in "abcd" * 3])
-
-@EACH
-def test_x(base, uses):
-    assert base != "b"
-"""
-MENDED = WORST_ORDER.replace('"b"', '"no b"')
 
 SEES = """
 def pytest_xdist_node_collection_finished(ids):
@@ -43,22 +25,8 @@ def pytest_unconfigure(config):
 """A plugin that prints the name of the scheduler, and what workers send."""
 
 
-def loads(suite: Suite) -> Counter[str]:
-    return Counter(event.removeprefix("load ") for event in suite.events() if event.startswith("load "))
-
-
-def ran(suite: Suite) -> dict[str, list[str]]:
-    """Return the base and name of each worker's tests, in the order of the tests."""
-    workers: dict[str, list[str]] = defaultdict(list)
-    for event in suite.events():
-        if event.startswith("run "):
-            _, worker, what = event.split(maxsplit=2)
-            workers[worker].append(what)
-    return dict(workers)
-
-
 def names(suite: Suite) -> list[str]:
-    return sorted(what.partition(" ")[2] for tests in ran(suite).values() for what in tests)
+    return sorted(what.partition(" ")[2] for tests in suite.ran().values() for what in tests)
 
 
 def scheduler_of(suite: Suite, source: str, *args: str) -> str:
@@ -87,9 +55,9 @@ def test_each_base_is_loaded_once_and_a_worker_goes_on_with_its_base(suite: Suit
     loads_are_slow(suite)
     result = suite.run(WORST_ORDER, "-n2")
     result.assert_outcomes(passed=9, failed=3)
-    assert loads(suite) == Counter("abcd")
+    assert suite.loads() == Counter("abcd")
     assert names(suite) == ALL
-    for tests in ran(suite).values():
+    for tests in suite.ran().values():
         bases = [what[0] for what in tests]
         assert bases == sorted(bases, key=bases.index)
 
@@ -100,7 +68,7 @@ def test_workers_share_one_base(suite: Suite) -> None:
         "-n2",
     )
     result.assert_outcomes(passed=12)
-    assert loads(suite) == {"a": 2}
+    assert suite.loads() == {"a": 2}
     result.stdout.fnmatch_lines(["1 load let workers share the tests of a base; one alone would have taken longer"])
 
 
@@ -182,7 +150,7 @@ def test_mine(base, uses): pass
         "-n2",
     )
     result.assert_outcomes(passed=24)
-    shares = [[what for what in tests if "test_mine" in what] for tests in ran(suite).values()]
+    shares = [[what for what in tests if "test_mine" in what] for tests in suite.ran().values()]
     assert sorted(map(len, shares)) == [0, 12]
 
 
@@ -198,7 +166,7 @@ def test_x(backend, n):
         "-n2",
     )
     result.assert_outcomes(passed=8)
-    assert loads(suite) == {"wide": 2}
+    assert suite.loads() == {"wide": 2}
     assert suite.events().count("fixture ends") == 2
     assert suite.events().count("used") == 8
 
@@ -280,7 +248,7 @@ def test_a_base_that_took_long_in_an_earlier_run_comes_first(suite: Suite) -> No
     cached.write_text(json.dumps({"tests": {f"test_suite.py::test_x[d{n}]": 60.0 for n in range(3)}, "loads": {}}))
     (suite.pytester.path / "events.txt").unlink()
     suite.run(MENDED, "-n2").assert_outcomes(passed=12)
-    firsts = {tests[0][0] for tests in ran(suite).values()}
+    firsts = {tests[0][0] for tests in suite.ran().values()}
     assert "d" in firsts
 
 

@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.plugin.conftest import Suite
+from tests.plugin.conftest import MENDED, WORST_ORDER, Suite
 from tests.tiny import make_base
 
 pytest.importorskip("xdist")
 
 LOADGROUP = ("-n2", "--dist=loadgroup", "--sway-cache-size=1")
 
-WORST_ORDER = """
-import os
 
-@pytest.fixture
-def uses(sway_backend, request):
-    note(f"run {os.environ.get('PYTEST_XDIST_WORKER')} {sway_backend().spec.base}")
-
-def spec(base):
-    return pytest.mark.sway_spec(dummy(base))
-
-EACH = pytest.mark.parametrize("base", [pytest.param(base, marks=spec(base)) for base in "abcd" * 3])
-
-@EACH
-def test_x(base, uses):
-    assert base != "b"
-"""
-MENDED = WORST_ORDER.replace('"b"', '"no b"')
-"""It differs in size, since pytest reuses the bytecode of a file with the same size, written in the same second."""
-
-
-def loads(suite: Suite) -> Counter[str]:
-    return Counter(event.removeprefix("load ") for event in suite.events() if event.startswith("load "))
-
-
-def ran(suite: Suite) -> dict[str, str]:
+def shares(suite: Suite) -> list[str]:
     """Return the bases of each worker's tests, in the order of the tests."""
-    workers: dict[str, str] = defaultdict(str)
-    for event in suite.events():
-        if event.startswith("run "):
-            _, worker, base = event.split()
-            workers[worker] += base
-    return dict(workers)
+    return ["".join(what.partition(" ")[0] for what in tests) for tests in suite.ran().values()]
 
 
 def last_failed(suite: Suite) -> set[str]:
@@ -59,13 +31,13 @@ FAILED = {f"test_suite.py::test_x[b{number}]" for number in range(3)}
 def test_each_base_is_loaded_once_and_the_workers_share_the_tests(suite: Suite) -> None:
     result = suite.run_apart(WORST_ORDER, *LOADGROUP)
     result.assert_outcomes(passed=9, failed=3)
-    assert loads(suite) == Counter("abcd")
-    assert sorted(ran(suite).values(), key=min) == ["aaabbb", "cccddd"]
+    assert suite.loads() == Counter("abcd")
+    assert sorted(shares(suite), key=min) == ["aaabbb", "cccddd"]
 
 
 def test_groups_are_cut_over_what_is_left_when_all_is_deselected(suite: Suite) -> None:
     suite.run_apart(WORST_ORDER, *LOADGROUP, "-k", "a0 or a1 or b0 or b1").assert_outcomes(passed=2, failed=2)
-    assert sorted(ran(suite).values()) == ["aa", "bb"]
+    assert sorted(shares(suite)) == ["aa", "bb"]
 
 
 def test_groups_of_the_user_are_kept(suite: Suite) -> None:
@@ -85,13 +57,13 @@ def test_without_spec(sway_backend):
         "mine or without",
     )
     result.assert_outcomes(passed=13)
-    assert list(ran(suite).values()) == ["aaabbbcccdddmine"]
+    assert shares(suite) == ["aaabbbcccdddmine"]
 
 
 def test_no_groups_are_made_when_switched_off(suite: Suite) -> None:
     suite.pytester.makeini("[pytest]\nsway_reorder = false\n")
     suite.run_apart(WORST_ORDER, *LOADGROUP).assert_outcomes(passed=9, failed=3)
-    assert loads(suite).total() > 4
+    assert suite.loads().total() > 4
 
 
 def test_failed_tests_are_remembered_by_their_node_ids(suite: Suite) -> None:
@@ -112,7 +84,7 @@ def test_failed_first_is_first_on_each_worker(suite: Suite) -> None:
     suite.run(WORST_ORDER)
     (suite.pytester.path / "events.txt").unlink()
     suite.run_apart(WORST_ORDER, *LOADGROUP, "--ff").assert_outcomes(passed=9, failed=3)
-    assert sorted(ran(suite).values(), key=min) == ["bbbaaa", "cccddd"]
+    assert sorted(shares(suite), key=min) == ["bbbaaa", "cccddd"]
 
 
 def test_stepwise_goes_on_where_it_stopped(suite: Suite) -> None:
@@ -156,9 +128,9 @@ def pytest_collection_modifyitems(items):
 """
     )
     suite.run_apart(WORST_ORDER, *LOADGROUP, "-p", "shuffler").assert_outcomes(passed=9, failed=3)
-    shares = list(ran(suite).values())
-    assert [(len(share), len(set(share))) for share in shares] == [(6, 2), (6, 2)]
-    assert any(share != "".join(sorted(share)) for share in shares)
+    found = shares(suite)
+    assert [(len(share), len(set(share))) for share in found] == [(6, 2), (6, 2)]
+    assert any(share != "".join(sorted(share)) for share in found)
 
 
 def test_the_summary_advises_to_name_specs_where_workers_loaded_the_same_base(pytester: pytest.Pytester) -> None:

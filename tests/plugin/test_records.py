@@ -121,6 +121,39 @@ def test_names_of_comparisons_are_unique(suite: Recording) -> None:
     assert names == ["comparison", "comparison #2", "comparison #2 #2", "comparison #3"]
 
 
+def test_comparisons_of_threads_are_recorded_in_the_order_of_their_names(suite: Recording) -> None:
+    body = (
+        "from concurrent.futures import ThreadPoolExecutor\n\n"
+        "def test_it(sway_compare):\n"
+        "    for name in ('b', 'step 10', 'step 9', 'a'):\n"
+        "        with ThreadPoolExecutor(1) as pool:\n"
+        "            pool.submit(sway_compare, FACTS, canned(0.1), name=name).result()\n"
+        "    sway_compare(FACTS, canned(0.1))\n"
+    )
+    suite.record(body).assert_outcomes(passed=1)
+    names = [each["name"] for each in suite.read()["comparisons"]]
+    assert names == ["comparison", "a", "b", "step 9", "step 10"]
+
+
+def test_comparisons_of_threads_need_names(suite: Recording) -> None:
+    body = (
+        "from concurrent.futures import ThreadPoolExecutor\n\n"
+        "def test_it(sway_compare):\n"
+        "    with ThreadPoolExecutor(2) as pool:\n"
+        "        made = [pool.submit(sway_compare, FACTS[at:], canned(0.1)) for at in range(2)]\n"
+        "    [each.result() for each in made]\n"
+    )
+    result = suite.record(body)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "E *RecordError: two comparisons of test_suite.py::test_it are called 'comparison', and one is made in a"
+            " thread: their record cannot tell them apart, since threads are in no order. Pass a name= of its own*"
+        ]
+    )
+    assert suite.names() == []
+
+
 def test_two_workers_record_their_own_tests(suite: Recording) -> None:
     body = (
         "@pytest.mark.parametrize('town', ['Paris', 'paris', 'a/b', 'a_b'])\n"

@@ -83,6 +83,43 @@ def test_it(sway_compare, step):
     assert list(by_name(written(pytester))) == ["checkpoint-8", "checkpoint-16", "checkpoint-100"]
 
 
+def test_comparisons_of_other_threads_follow_in_the_order_of_their_names(pytester: pytest.Pytester) -> None:
+    body = """
+import threading
+
+@pytest.fixture
+def before(sway_compare):
+    sway_compare(FACTS, NEW, OLD, name="fixture")
+
+def test_it(before, sway_compare):
+    last = threading.Event()
+
+    def late(name, waits_for, done):
+        assert waits_for.wait(20)
+        sway_compare(FACTS, canned(len(name)), canned(0.0), name=name)
+        done.set()
+
+    turns = [threading.Event() for _ in range(4)]
+    names = ["step 16", "step 9", "a"]
+    threads = [threading.Thread(target=late, args=each) for each in zip(names, turns, turns[1:])]
+    for each in threads:
+        each.start()
+    sway_compare(FACTS, NEW, OLD, name="own 2")
+    turns[0].set()
+    for each in threads:
+        each.join()
+    sway_compare(FACTS, NEW, OLD, name="own 1")
+"""
+    run(pytester, body, JSON, "--junitxml=junit.xml").assert_outcomes(passed=1)
+    found = written(pytester)["comparisons"]
+    names = ["fixture", "own 2", "own 1", "a", "step 9", "step 16"]
+    assert [each["name"] for each in found] == names
+    # Each has its own rows: 1 for each letter of its name, times the number of the question.
+    assert [each["rows"][0]["candidate"] - each["rows"][0]["baseline"] for each in found] == [0, 0, 0, 1, 6, 7]
+    text = (pytester.path / "junit.xml").read_text()
+    assert sorted(names, key=lambda name: text.index(f"&quot;{name}&quot;")) == names
+
+
 def test_loads_hits_evictions_and_closes_are_events(pytester: pytest.Pytester) -> None:
     body = """
 def test_one(sway_backend):

@@ -52,7 +52,10 @@ class ApiBackend(HintsAtViews):
         self._tuned = tuned
 
     def __repr__(self) -> str:
-        return f"<ApiBackend {self._spec}{', closed' if self._loop.closed else ''}>"
+        return f"<ApiBackend {self}{', closed' if self._loop.closed else ''}>"
+
+    def __str__(self) -> str:
+        return str(self._spec)
 
     @property
     def spec(self) -> ModelSpec:

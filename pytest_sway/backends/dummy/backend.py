@@ -54,6 +54,9 @@ class DummyBackend(HintsAtViews):
     def __repr__(self) -> str:
         return f"<DummyBackend {self._name}{', closed' if self._closed else ''}>"
 
+    def __str__(self) -> str:
+        return f"dummy:{self._name}"
+
     @opens_view
     def as_base(self) -> Iterator[DummyView]:
         """Open a view on the base's answers."""

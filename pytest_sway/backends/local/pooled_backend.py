@@ -106,7 +106,10 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         self._watches: list[Any] = []
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._spec}{'' if self._loaded else ', closed'}>"
+        return f"<{type(self).__name__} {self}{'' if self._loaded else ', closed'}>"
+
+    def __str__(self) -> str:
+        return str(self._spec)
 
     @property
     def spec(self) -> ModelSpec:

@@ -11,13 +11,16 @@ _NAMED: Final = 3
 
 
 def signed(number: float | None) -> str:
-    """Return a difference with its sign and three decimals."""
-    return "none" if number is None else f"{number:+.3f}".replace("-", _MINUS)
+    """Return a difference as `plain` does, with its sign."""
+    return plain(number, sign="+")
 
 
-def plain(number: float | None) -> str:
-    """Return a number with three decimals."""
-    return "none" if number is None else f"{number:.3f}".replace("-", _MINUS)
+def plain(number: float | None, sign: str = "-") -> str:
+    """Return a number with three decimals, or with two significant digits if those would hide it."""
+    if number is None:
+        return "none"
+    form = "#.2g" if 0.0 < abs(number) < 0.001 else ".3f"
+    return f"{number + 0.0:{sign}{form}}".replace("-", _MINUS)  # + 0.0: not -0.0
 
 
 def short(number: float) -> str:

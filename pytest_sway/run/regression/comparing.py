@@ -5,9 +5,10 @@ Without a baseline, it uses the scores in the test's record.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pytest_sway.comparison.comparison import Claim, Comparison, compare
@@ -75,12 +76,14 @@ class Compared:
         claim: The claim that the test asserted, if known.
         reported: Whether a report of the test has carried its rows.
         tokens: By a row's position, the tokens of the worst and best rows, if requested and known.
+        thread: The number of the thread that made it.
     """
 
     comparison: Comparison
     claim: Claim | None = None
     reported: bool = False
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
 
     def asserted(self, op: str, left: object, right: object) -> None:
         """Note the claim of a failing assertion, if it is about this comparison."""
@@ -101,10 +104,12 @@ class _Side:
     """One side of a comparison: an open view, or the spec of a backend whose view is opened.
 
     Attributes:
+        role: ``candidate`` or ``baseline``.
         name: The side's name in reports.
         model: The view or the resolved spec. Equal ones are the same model.
     """
 
+    role: str
     name: str
     model: Any
 
@@ -154,10 +159,10 @@ def comparing(
 
     def side(asked: Any, role: str) -> _Side:
         if _is_view(asked):
-            return _Side(str(getattr(asked, "id", role)), asked)
+            return _Side(role, str(getattr(asked, "id", role)), asked)
         if isinstance(asked, str | Mapping) or hasattr(asked, "base"):
             spec = resolve(asked)
-            return _Side(asked if isinstance(asked, str) else str(spec), spec)
+            return _Side(role, asked if isinstance(asked, str) else str(spec), spec)
         raise ComparisonError(_no_side(asked, role))
 
     def scores(questions: Questions, side: _Side) -> list[float]:
@@ -177,7 +182,7 @@ def comparing(
         new = side(candidate, "candidate")
         if baseline is None:
             return with_record(checked, new, name)
-        old = side(baseline, "baseline")
+        new, old = _told_apart(new, side(baseline, "baseline"))
         same = new.model == old.model
         found = scores(checked, new)
         comparison = compare(
@@ -230,6 +235,18 @@ def comparing(
         return recorded(questions, tuned, scores, name=key, base=base, candidate=candidate, made_with=made_with(spec))
 
     return sway_compare
+
+
+def _told_apart(new: _Side, old: _Side) -> tuple[_Side, _Side]:
+    """Return both sides with names that differ, unless they are one model.
+
+    Views of two specs are told apart by their specs, and what still has one name by its role.
+    """
+    if new.name == old.name and new.model != old.model:
+        new, old = (replace(each, name=str(getattr(each.model, "label", each.name))) for each in (new, old))
+        if new.name == old.name:
+            new, old = (replace(each, name=f"{each.name} ({each.role})") for each in (new, old))
+    return new, old
 
 
 def _tokens(comparison: Comparison, new: _Side, old: _Side | None, backends: Backends) -> dict[int, dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_sway.report.comparisons import ROWS, rows_of, set_properties
 from pytest_sway.run.regression.comparing import Compared, comparing
-from pytest_sway.run.regression.records import PROPERTY, Records
+from pytest_sway.run.regression.records import PROPERTY, Records, place
 from pytest_sway.run.settings import asks_for_reports
 
 if TYPE_CHECKING:
@@ -81,16 +81,23 @@ class Regression:
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Put the test's comparisons into its report."""
         compared = item.stash.get(_compared, [])
+        new = _put_in_order(compared)
         if compared:
             set_properties(item.user_properties, compared)
         report = yield
-        new = [each for each in compared if not each.reported]
         if new and asks_for_reports(item.config):
             setattr(report, ROWS, rows_of(new))
-            for each in new:
-                each.reported = True
+        for each in new:
+            each.reported = True
         if report.when == "call" and _records in item.stash:
             item.stash[_records].reported(report)
         if report.when == "call" and report.failed:
             report.sections += [("sway_compare", each.report()) for each in compared]
         return report
+
+
+def _put_in_order(compared: list[Compared]) -> list[Compared]:
+    """Put the comparisons that no report has carried in their places, after those that one has; return them."""
+    start, end = sum(each.reported for each in compared), len(compared)  # threads may add more meanwhile
+    compared[start:end] = sorted(compared[start:end], key=lambda each: place(each.comparison.name, each.thread))
+    return compared[start:end]

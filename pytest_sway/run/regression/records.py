@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import GGUF_SUFFIX, short_name
 from pytest_sway.system.reading import INDEX_BYTES, read_bounded
 from pytest_sway.system.redaction import redacted
+from pytest_sway.system.wording import natural
 
 __tracebackhide__ = True
 
@@ -49,25 +51,33 @@ class Records:
         self._passed = self._failed = False
         self._test = item.nodeid
         self._over = False
-        self._names: set[str] = set()
+        self._names: dict[str, bool] = {}
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
         self._before: dict[str, Record] | None = None
-        self._now: list[Record] = []
+        self._now: list[tuple[Record, int]] = []
 
     def name(self, given: str | None) -> str:
         """Return the next comparison's name in the record: the given one, numbered if it is taken.
 
         Raises:
-            RecordError: The test has ended.
+            RecordError: The test has ended, or several threads use one name, which then names neither.
         """
         if self._over:
             raise RecordError(
                 f"sway_compare was called after the end of its test {self._test}, whose record it uses. Request the"
                 " fixture in each test that compares."
             )
-        first = given or "comparison"
-        names = (first, *(f"{first} #{number}" for number in range(2, len(self._names) + 2)))
-        name = next(name for name in names if name not in self._names)
-        self._names.add(name)
+        first, other = given or "comparison", threading.get_ident() != self._thread
+        with self._lock:
+            if first in self._names and (other or self._names[first]):
+                raise RecordError(
+                    f"two comparisons of {self._test} are called {first!r}, and one is made in a thread: their record"
+                    " cannot tell them apart, since threads are in no order. Pass a name= of its own to each."
+                )
+            names = (first, *(f"{first} #{number}" for number in range(2, len(self._names) + 2)))
+            name = next(name for name in names if name not in self._names)
+            self._names[name] = other
         return name
 
     def before(self, name: str) -> Record:
@@ -85,7 +95,7 @@ class Records:
 
     def add(self, record: Record) -> None:
         """Add a record to write if the test passes."""
-        self._now.append(record)
+        self._now.append((record, threading.get_ident()))
 
     def reported(self, report: pytest.TestReport) -> None:
         """Note whether the test has passed. Its subtests have reports of their own before it; it fails with one."""
@@ -101,14 +111,15 @@ class Records:
         self._over = True
         if not (self._passed and self._now):
             return None
+        now = [record for record, _ in sorted(self._now, key=lambda each: place(each[0].name, each[1]))]
         try:
-            _write(self.path, encode(self._now))
+            _write(self.path, encode(now))
         except OSError as error:
             raise RecordError(
                 f"the scores of {self._test} cannot be recorded: {self.where} cannot be written"
                 f" ({error.strerror or error}). Run --sway-record in a checkout that you can write to."
             ) from error
-        return f"{sum(len(record.rows) for record in self._now)} scores in {self.where}"
+        return f"{sum(len(record.rows) for record in now)} scores in {self.where}"
 
     def _read(self) -> dict[str, Record]:
         try:
@@ -122,6 +133,20 @@ class Records:
         except OSError as error:
             raise RecordError(f"{self.where} cannot be read ({error.strerror or error}). {ANEW}") from error
         return decode(content, self.where)
+
+
+def place(name: str, thread: int) -> tuple[bool, list[tuple[int, str]]]:
+    """Return what the comparisons of a test are sorted by, once they are in the order in which they ended.
+
+    Those of this thread, which is the test's, stay in that order. Those of other threads, which is a matter of their
+    speed, follow in the order of their names.
+
+    Args:
+        name: The comparison's name.
+        thread: The number of the thread that made it.
+    """
+    other = thread != threading.get_ident()
+    return other, natural(name) if other else []
 
 
 def record_path(item: pytest.Item) -> Path:

@@ -33,6 +33,17 @@ def test_scores_of_0_and_1_have_an_interval_of_proportions() -> None:
     assert half.mean == 0.125  # one of two questions of one of four prompts
 
 
+def test_grades_that_all_fall_by_one_are_shown_to_be_worse_only_by_as_many_prompts_as_answers_lost() -> None:
+    few = made([3.0, 4.0, 2.0, 5.0, 1.0], [4.0, 5.0, 3.0, 6.0, 2.0])
+    assert (few.mean, few.low < -1.5, few.high > 0.0) == (-1.0, True, True)
+    assert few.against_0 == "under 0: undecided, needs about 9 prompts"
+    assert "so few prompts detect no shift; it takes at least 9 for 80% power" in list(few.report())
+    many = Questions([f"text {n}" for n in range(12)])
+    grades = [float(n % 5) for n in range(12)]
+    found = compare(many, ("new", grades), ("old", [each + 100 for each in grades]), confidence=0.99)
+    assert (found.mean, found.low < -150.0, -50.0 < found.high < 0.0) == (-100.0, True, True)
+
+
 def test_one_model_on_both_sides_is_exactly_0_whatever_the_scores() -> None:
     for scores in ([1.0, 0.0, 1.0, 1.0, 0.0], [0.1, 0.2, 0.3, 0.4, 0.5]):
         itself = made(scores, scores, same=True)
@@ -71,7 +82,7 @@ def test_a_report_says_how_many_prompts_would_show_a_mean_that_is_undecided() ->
     comparison = made([0.5, -0.5, 0.3, -0.1, -0.4], [0.0] * 5)
     assert comparison.low < 0 < comparison.high
     assert comparison.needed(abs(comparison.mean)) == 393
-    assert "a shift as large as this mean takes about 400" in list(comparison.report())
+    assert "a shift as large as this mean takes about 400 prompts" in list(comparison.report())
 
 
 def test_a_report_says_that_so_few_scores_of_0_and_1_show_nothing() -> None:

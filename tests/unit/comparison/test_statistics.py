@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pytest_sway.comparison.statistics import Evidence, PairedMeans, PairedProportions, holm, mean_interval
+from pytest_sway.comparison.statistics import (
+    EqualDifferences,
+    Evidence,
+    PairedMeans,
+    PairedProportions,
+    evidence_of,
+    holm,
+    mean_interval,
+)
 
 Sampler = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]
 
@@ -86,9 +94,10 @@ def test_skewness_widens_the_side_of_the_long_tail_alone() -> None:
     assert (higher.mean, higher.low, higher.high) == pytest.approx((-lower.mean, -lower.high, -lower.low))
 
 
-@pytest.mark.parametrize("difference", [0.0, 0.1, -0.3])
-def test_equal_differences_have_no_width(difference: float) -> None:
-    assert PairedMeans([difference] * 7).interval(0.99) == (difference, difference, difference)
+def test_differences_that_are_all_0_have_no_width() -> None:
+    nothing = evidence_of([0.0] * 7)
+    assert nothing.interval(0.99) == (0.0, 0.0, 0.0)
+    assert (nothing.p_value(), nothing.detectable(0.99), nothing.needed(0.001, 0.99)) == (1.0, 0.0, 2)
 
 
 def test_two_differences_are_enough() -> None:
@@ -158,15 +167,47 @@ def _tango(gained: int, lost: int, n: int, z: float) -> tuple[float, float]:
     return inside[0], inside[-1]
 
 
+# --- differences that are all equal -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("difference", [0.1, -0.3, 100.0])
+@pytest.mark.parametrize("n", [2, 8, 9, 200])
+def test_equal_differences_have_the_width_of_as_many_answers_gained(difference: float, n: int) -> None:
+    mean, low, high = evidence_of([difference] * n).interval(0.99)
+    gained = PairedProportions(n, 0, n).interval(0.99)
+    assert mean == difference
+    assert (high - mean, mean - low) == pytest.approx([abs(difference) * (1.0 - gained.low)] * 2)
+
+
+@pytest.mark.parametrize("nominal", NOMINAL)
+@pytest.mark.parametrize("n", range(2, 14))
+def test_the_level_holds_for_equal_differences(n: int, nominal: float) -> None:
+    """Each question is as likely to gain 1 as to lose 1, so that the true mean is 0."""
+    lost = evidence_of([-1.0] * n).interval(1 - 2 * nominal).high < 0
+    assert not lost or 0.5**n <= nominal
+
+
+@pytest.mark.parametrize(
+    "differences", [[0.6 - 0.4, 0.4 - 0.2, 0.3 - 0.1], [np.float32(0.3) - np.float32(0.1), 0.2], [0.3334, 0.3333]]
+)
+def test_differences_are_equal_if_only_rounding_tells_them_apart(differences: list[float]) -> None:
+    assert isinstance(evidence_of(differences), EqualDifferences)
+    assert isinstance(evidence_of([*differences, 0.21]), PairedMeans)
+
+
 # --- power and sample size --------------------------------------------------------------------------------------------
 
-SEEN: list[Evidence] = [PairedMeans([0.3, -0.1, 0.4, 0.0, 0.2, -0.3, 0.1, 0.25]), PairedProportions(4, 6, 60)]
+SEEN: list[tuple[Evidence, int]] = [
+    (PairedMeans([0.3, -0.1, 0.4, 0.0, 0.2, -0.3, 0.1, 0.25]), 8),
+    (PairedProportions(4, 6, 60), 60),
+    (EqualDifferences(-0.3, 20), 20),
+]
 
 
-@pytest.mark.parametrize("evidence", SEEN, ids=["means", "proportions"])
-def test_this_many_questions_detect_the_detectable_shift(evidence: Evidence) -> None:
+@pytest.mark.parametrize(("evidence", "n"), SEEN, ids=["means", "proportions", "equal"])
+def test_this_many_questions_detect_the_detectable_shift(evidence: Evidence, n: int) -> None:
     detectable = evidence.detectable(0.99)
-    assert evidence.needed(detectable * 1.000001, 0.99) == {PairedMeans: 8, PairedProportions: 60}[type(evidence)]
+    assert evidence.needed(detectable * 1.000001, 0.99) == n
     assert evidence.needed(detectable / 2, 0.99) > 2 * evidence.needed(detectable, 0.99)
 
 
@@ -191,11 +232,6 @@ def test_the_detectable_shift_of_proportions_has_a_power_of_at_least_80_percent(
 def test_too_few_scores_of_0_and_1_detect_nothing() -> None:
     assert math.isinf(PairedProportions(0, 0, 5).detectable(0.99))
     assert PairedProportions(0, 0, 5).needed(1.0, 0.99) == 9
-
-
-def test_questions_without_spread_detect_every_shift() -> None:
-    assert PairedMeans([0.1] * 5).detectable(0.99) == 0.0
-    assert PairedMeans([0.1] * 5).needed(0.001, 0.99) == 2
 
 
 def test_the_number_of_needed_questions_has_a_bound() -> None:
@@ -242,9 +278,14 @@ def test_p_of_proportions_is_mcnemars() -> None:
     assert PairedProportions(16, 6, 60).p_value() == pytest.approx(0.0550, abs=5e-5)
 
 
-@pytest.mark.parametrize(("difference", "p"), [(0.0, 1.0), (0.1, 0.0), (-0.3, 0.0)])
-def test_p_of_equal_differences_is_1_or_0_as_their_interval_has_no_width(difference: float, p: float) -> None:
-    assert PairedMeans([difference] * 7).p_value() == p
+@pytest.mark.parametrize("n", [2, 7, 9, 40])
+def test_p_of_equal_differences_agrees_with_their_interval(n: int) -> None:
+    for difference in (0.1, -0.3):
+        evidence = evidence_of([difference] * n)
+        p = evidence.p_value()
+        for confidence in (0.8, 0.99, 1 - p * 1.0001, 1 - p * 0.9999):
+            if 0.0 < confidence < 1.0:
+                assert _excludes_0(evidence, confidence) == (p < 1 - confidence)
 
 
 def test_holms_p_grows_with_the_number_of_comparisons_and_keeps_their_order() -> None:

@@ -13,7 +13,7 @@ from pytest_sway.report.html.axes import Axis, Bars
 from pytest_sway.report.html.page import page
 from pytest_sway.report.html.texts import brief, runs
 from pytest_sway.report.html.timeline import workers
-from pytest_sway.report.html.words import headline
+from pytest_sway.report.html.words import headline, plain, signed
 from tests.unit.report.run_records import CLAIMS, comparison, event, record, with_text
 
 
@@ -94,6 +94,25 @@ def test_lone_surrogates_and_nul_are_replaced() -> None:
 def test_the_headline_is_the_runs_verdict(verdicts: list[str | None], status: int, told: str) -> None:
     made = [comparison(at, rows=2, claim=(0.0, verdict), name=str(at)) for at, verdict in enumerate(verdicts)]
     assert "".join(headline(made, status)) == told
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0.0, "+0.000"),
+        (-0.0, "+0.000"),
+        (-1.23456, "-1.235"),
+        (0.001, "+0.001"),
+        (-0.00099, "-0.00099"),
+        (0.0001, "+0.00010"),
+        (-1.234e-7, "-1.2e-07"),
+    ],
+)
+def test_a_tiny_difference_does_not_read_as_none(number: float, shown: str) -> None:
+    typeset = shown.replace("-", "\N{MINUS SIGN}")
+    assert signed(number) == typeset
+    assert plain(number) == typeset.removeprefix("+")
+    assert signed(None) == plain(None) == "none"
 
 
 def test_failures_come_first() -> None:

@@ -253,7 +253,7 @@ def test_markdown_has_the_failures_first_and_the_ten_worst_texts_of_each() -> No
     rows = [{"question": f"text {n}", "candidate": float(n), "baseline": 0.0} for n in range(15)]
     failed = comparison(name="bad", outcome="failed", claim="over 1", verdict="refuted", rows=rows[::-1])
     lines = markdown({"comparisons": [comparison(), failed]}).splitlines()
-    assert lines[2] == "| comparison | test | prompts | mean | low | high | p | unit | shown |"
+    assert lines[2] == "| comparison | outcome | prompts | mean | low | high | p | unit | shown |"
     assert lines[4] == "| bad | failed | 12 | +0.5 | +0.1 | +0.9 | 0.002 | points | over 1&#58; refuted |"
     assert lines[5] == "| town | passed | 12 | +0.5 | +0.1 | +0.9 | 0.002 | points | over 0&#58; shown |"
     assert [line for line in lines if line.startswith("### ")] == ["### bad"]
@@ -310,11 +310,11 @@ def test_markdown_has_no_control_characters() -> None:
 def test_the_terminals_table_says_which_margin_a_verdict_is_about() -> None:
     known = comparison(claim="over 1", verdict="undecided, needs about 30 prompts", outcome="failed")
     assert list(table_lines([known]))[1:] == [
-        "town        failed       12  +0.5  +0.1  +0.9  0.002  points  over 1: undecided, needs about 30 prompts",
+        "town        failed        12  +0.5  +0.1  +0.9  0.002  points  over 1: undecided, needs about 30 prompts",
         "low to high: 99% confidence interval of the mean; p: p-value of no difference",
     ]
     assert list(table_lines([known, comparison(confidence=0.95)]))[2:] == [
-        "town        passed       12  +0.5  +0.1  +0.9  0.002  points  over 0: shown",
+        "town        passed        12  +0.5  +0.1  +0.9  0.002  points  over 0: shown",
         "low to high: 95% or 99% confidence interval of the mean; p: p-value of no difference (Holm, 2 comparisons)",
         "shown: the verdict on the asserted margin, or on 0 if the margin is not known",
     ]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.tiny import WORDS, make_tokenizer, quiet
+from tests.tiny import WORDS, make_tokenizer, quiet, save_noise, save_tiny
+from tests.unit.backends.hf.families import EXPERTS, LINEAR, TEXT, VISION
 from tests.unit.backends.hf.zoo import TRANSFORMERS_VERSION
 
 if TYPE_CHECKING:
@@ -21,51 +22,11 @@ if TYPE_CHECKING:
 PAGE: Final = Path(__file__).parents[4] / "docs" / "pages" / "reference" / "multimodal.md"
 _TABLE: Final = re.compile(r"(<!-- the classes -->\n).*?(<!-- end -->)", re.DOTALL)
 
-_MANY: Final = 3_000_000
-"""A model with more parameters than this is not tiny."""
-
-_TEXT: Final[dict[str, Any]] = {
-    "head_dim": 8,
-    "hidden_size": 32,
-    "initializer_range": 0.2,  # with 0.02, all tokens would be about equally probable
-    "intermediate_size": 64,
-    "max_position_embeddings": 256,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "sliding_window": 8,
-}
-_VISION: Final[dict[str, Any]] = {
-    "depth": 1,
-    "embed_dim": 32,
-    "hidden_size": 32,
-    "image_size": 28,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_heads": 2,
-    "num_hidden_layers": 1,
-    "out_hidden_size": 32,
-    "patch_size": 14,
-}
 _THREE_AXES: Final = {"rope_type": "default", "type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-_MROPE: Final[dict[str, Any]] = {**_TEXT, "rope_scaling": _THREE_AXES, "rope_parameters": _THREE_AXES}
-_LINEAR: Final[dict[str, Any]] = {
-    **_TEXT,
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-_EXPERTS: Final[dict[str, Any]] = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
-_CLIP: Final[dict[str, Any]] = {**_VISION, "model_type": "clip_vision_model"}
+_MROPE: Final[dict[str, Any]] = {**TEXT, "rope_scaling": _THREE_AXES, "rope_parameters": _THREE_AXES}
+_CLIP: Final[dict[str, Any]] = {**VISION, "model_type": "clip_vision_model"}
 _UNTIED: Final = {"tie_word_embeddings": False}
-_DEEPSTACK: Final[dict[str, Any]] = {**_VISION, "deepstack_visual_indexes": [0]}
+_DEEPSTACK: Final[dict[str, Any]] = {**VISION, "deepstack_visual_indexes": [0]}
 _PLACEHOLDERS: Final = ("<image>", "<video>", "<vision>", "</vision>")
 _QWEN: Final = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _INDEX: Final = ("image_token_index",)
@@ -113,61 +74,59 @@ class Specimen:
 
 
 SPECIMENS: Final = (
-    Specimen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2-VL", _MROPE, _VISION, _QWEN),
-    Specimen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2.5-VL", _MROPE, _VISION, _QWEN),
+    Specimen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2-VL", _MROPE, VISION, _QWEN),
+    Specimen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2.5-VL", _MROPE, VISION, _QWEN),
     Specimen("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3-VL", _MROPE, _DEEPSTACK, _QWEN),
     Specimen(
         "qwen3_vl_moe",
         "Qwen3VLMoeForConditionalGeneration",
         "Qwen3-VL with experts",
-        {**_MROPE, **_EXPERTS},
+        {**_MROPE, **EXPERTS},
         _DEEPSTACK,
         _QWEN,
     ),
-    Specimen("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3.5", _LINEAR, _VISION, _QWEN, byte_level=True),
+    Specimen("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3.5", LINEAR, VISION, _QWEN, byte_level=True),
     Specimen(
         "qwen3_5_moe",
         "Qwen3_5MoeForConditionalGeneration",
         "Qwen3.5 with experts",
-        {**_LINEAR, **_EXPERTS},
-        _VISION,
+        {**LINEAR, **EXPERTS},
+        VISION,
         _QWEN,
         byte_level=True,
     ),
-    Specimen("gemma3", "Gemma3ForConditionalGeneration", "Gemma 3", _TEXT, _VISION, fields={"mm_tokens_per_image": 4}),
+    Specimen("gemma3", "Gemma3ForConditionalGeneration", "Gemma 3", TEXT, VISION, fields={"mm_tokens_per_image": 4}),
     Specimen(
         "gemma4",
         "Gemma4ForConditionalGeneration",
         "Gemma 4",
         {
-            **_TEXT,
+            **TEXT,
             "global_head_dim": 8,
             "hidden_size_per_layer_input": 8,
             "layer_types": ["sliding_attention", "full_attention"],
             "num_kv_shared_layers": 0,
             "vocab_size_per_layer_input": 128,
         },
-        {**_VISION, "head_dim": 16, "global_head_dim": 16},
+        {**VISION, "head_dim": 16, "global_head_dim": 16},
         ("image_token_id", "video_token_id"),
         {"audio_config": None},
         r".*language_model.*\.(q_proj|v_proj)",  # PEFT cannot change the layers of its vision tower
     ),
-    Specimen(
-        "llava", "LlavaForConditionalGeneration", "Llava", {**_TEXT, "model_type": "llama"}, _CLIP, fields=_UNTIED
-    ),
+    Specimen("llava", "LlavaForConditionalGeneration", "Llava", {**TEXT, "model_type": "llama"}, _CLIP, fields=_UNTIED),
     Specimen(
         "mistral3",
         "Mistral3ForConditionalGeneration",
         "Mistral Small 3.1 and later",
-        {**_TEXT, "model_type": "mistral"},
-        {**_VISION, "model_type": "pixtral", "head_dim": 16},
+        {**TEXT, "model_type": "mistral"},
+        {**VISION, "model_type": "pixtral", "head_dim": 16},
     ),
     Specimen(
         "llama4",
         "Llama4ForConditionalGeneration",
         "Llama 4",
-        {**_TEXT, "attention_chunk_size": 16, "intermediate_size_mlp": 64, "num_local_experts": 4},
-        {**_VISION, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+        {**TEXT, "attention_chunk_size": 16, "intermediate_size_mlp": 64, "num_local_experts": 4},
+        VISION,
         loaded_as="Llama4ForCausalLM",
         since=(5, 0),
     ),
@@ -186,7 +145,6 @@ def make_multimodal(folder: Path, specimen: Specimen, **text: Any) -> Path:
         specimen: The class.
         text: Fields of the text model's configuration that override the specimen's.
     """
-    import torch
     import transformers
 
     model_class: Any = getattr(transformers, specimen.class_name)
@@ -194,19 +152,14 @@ def make_multimodal(folder: Path, specimen: Specimen, **text: Any) -> Path:
     vocab = make(folder, extra=_PLACEHOLDERS)
     tokens = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     ids = range(vocab - len(_PLACEHOLDERS), vocab)
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet():
         config = model_class.config_class(
             text_config={**specimen.text, **tokens, **text},
             vision_config=dict(specimen.vision),
             **dict(zip(specimen.placeholders, ids, strict=False)),
             **specimen.fields,
         )
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
-        assert parameters <= _MANY, f"{specimen} has {parameters} parameters: make it smaller"
-        torch.manual_seed(0)
-        model_class(config).save_pretrained(folder)
-    return folder
+    return save_tiny(lambda: model_class(config), folder)
 
 
 def _make_byte_level(folder: Path, *, extra: tuple[str, ...]) -> int:
@@ -285,20 +238,11 @@ def train(model: Any, folder: Path, kind: str = "LoraConfig", **fields: Any) -> 
         fields: Its fields.
     """
     import peft
-    import torch
-    from peft import get_peft_model
 
     if kind == "LoraConfig":
         fields = {"r": 2, "target_modules": ["q_proj", "v_proj"]} | fields
     config: Any = getattr(peft, kind)(task_type="CAUSAL_LM", **fields)
-    with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        trained: Any = get_peft_model(model, config)
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        trained.save_pretrained(str(folder))
-        _taken_off(trained)
+    _taken_off(save_noise(lambda: model, config, folder))
     return folder
 
 

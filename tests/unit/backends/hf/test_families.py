@@ -16,7 +16,7 @@ from pytest_sway.backends.hf.sharing.mapped_files import MappedFiles
 from pytest_sway.backends.hf.sharing.tensor_memory import address_of
 from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of
 from pytest_sway.errors import SpecError
-from tests.tiny import quiet
+from tests.tiny import quiet, save_noise
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.families import LEFT_OUT, NOT_CAUSAL, families, make_family, targets_of
 from tests.unit.backends.hf.insides import WAIT, base_in
@@ -142,17 +142,11 @@ def test_an_adapter_computes_as_peft_does_and_the_base_as_without_it(
 
 def _adapter(family: Family, folder: Path) -> tuple[Path, Any]:
     """Save a LoRA adapter of noise; return its folder, and PEFT's logits with it."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftModel
 
     config = LoraConfig(r=2, target_modules=targets_of(family.name), task_type="CAUSAL_LM")
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        trained: Any = get_peft_model(family.plain, config)
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        trained.save_pretrained(str(folder))
-        plain = trained.unload()
+        plain = save_noise(lambda: family.plain, config, folder).unload()
         loaded: Any = PeftModel.from_pretrained(plain, str(folder))
         expected = _logits(loaded.eval())
         loaded.unload()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError
-from tests.tiny import WORDS, edit_weights, make_base, make_tokenizer, pickled, quiet
+from tests.tiny import WORDS, edit_weights, make_base, make_tokenizer, pickled, quiet, save_noise, save_tiny
 from tests.unit.backends.hf.reference import fresh
 
 if TYPE_CHECKING:
@@ -41,20 +41,16 @@ def make_resized(
         saved: PEFT's ``save_embedding_layers``.
         fields: Fields of its configuration.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    def resized() -> Any:
         model, _ = fresh(base)
         model.resize_token_embeddings(rows, mean_resizing=False)
-        settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-        config = LoraConfig(**settings | fields)
-        model = get_peft_model(model, config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * scale)
-        model.save_pretrained(str(folder), save_embedding_layers=saved)
+        return model
+
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**settings | fields)
+    save_noise(resized, config, folder, seed=seed, scale=scale, save_embedding_layers=saved)
     more = max(rows if words is None else words, N) - N
     make_tokenizer(folder, extra=("quark", "lepton", *(f"word{i}" for i in range(more)))[:more])
     return folder
@@ -181,16 +177,13 @@ _HEADS = {"num_attention_heads": 4, "intermediate_size": 32}
 def test_embeddings_are_found_whatever_their_name(
     build: Any, tmp_path: Path, architecture: str, sizes: dict[str, int], target: str, embeddings: str, how: str
 ) -> None:
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base = tmp_path / "base"
     make_tokenizer(base)
-    with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(architecture, vocab_size=N, bos_token_id=1, eos_token_id=2, **sizes)
-        auto: Any = AutoModelForCausalLM
-        auto.from_config(config).save_pretrained(base)
+    config = AutoConfig.for_model(architecture, vocab_size=N, bos_token_id=1, eos_token_id=2, **sizes)
+    auto: Any = AutoModelForCausalLM
+    save_tiny(lambda: auto.from_config(config), base)
     fields: dict[str, Any] = {} if how == "saved only" else {"trainable_token_indices": {embeddings: NEW}}
     adapter = make_resized(tmp_path / "adapter", base, N + 2, target_modules=[target], **fields)
     check(build(base, adapter), base, adapter, N + 2)
