@@ -14,40 +14,17 @@ from pytest_sway import cache_key_for
 from pytest_sway.errors import ScoringError, SpecError, SwayWarning
 from tests.tiny import edit_weights
 from tests.unit.backends.hf.conftest import spec_of
-from tests.unit.backends.hf.heads.models import TEXTS, fresh_model, make_head_adapter, make_model
+from tests.unit.backends.hf.heads.models import (
+    TEXTS,
+    fresh_model,
+    make_head_adapter,
+    make_model,
+    make_sentence_model,
+)
 from tests.unit.backends.hf.insides import passes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_MODULES = "sentence_transformers.models."
-
-
-def make_sentence_model(
-    folder: Path, mode: str | list[str] = "mean_tokens", *, modules: tuple[str, ...] = ("Normalize",), **files: Any
-) -> Path:
-    """Write sentence-transformers' configuration into a model's or an adapter's folder.
-
-    Args:
-        folder: The folder.
-        mode: The names of its pooling, as in ``pooling_mode_<name>``.
-        modules: What comes after the pooling.
-        files: ``bert`` and ``transformers``: the contents of its other two files; ``pooling``: more of the pooling's.
-    """
-    names = ["Transformer", "Pooling", *modules]
-    listed = [
-        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": _MODULES + name}
-        for i, name in enumerate(names)
-    ]
-    (folder / "modules.json").write_text(json.dumps(listed))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    every = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
-    pooling = {f"pooling_mode_{name}": name in mode if isinstance(mode, list) else name == mode for name in every}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling | files.get("pooling", {})))
-    for name, key in (("sentence_bert_config.json", "bert"), ("config_sentence_transformers.json", "transformers")):
-        if key in files:
-            (folder / name).write_text(json.dumps(files[key]))
-    return folder
 
 
 @pytest.fixture(scope="module")
