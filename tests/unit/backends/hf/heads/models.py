@@ -34,6 +34,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "longt5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     "bart": {
         "d_model": 32,
         "encoder_layers": 2,
@@ -55,7 +56,7 @@ def make_model(folder: Path, kind: str, auto: str, *, seed: int = 0, ends: bool 
 
     Args:
         folder: The folder.
-        kind: The type of the model: ``llama``, ``bert``, ``t5`` or ``bart``.
+        kind: The type of the model: ``llama``, ``bert``, ``t5``, ``longt5`` or ``bart``.
         auto: The name of transformers' class that makes it of a config.
         seed: Seeds the weights.
         ends: Whether the tokenizer puts the end token after a text, as those of T5 and BART do.
