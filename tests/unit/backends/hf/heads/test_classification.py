@@ -90,6 +90,24 @@ def test_a_model_that_padding_changes_reads_one_text_at_a_time(
         assert _logits(view, TEXTS) == expected
 
 
+def test_a_trial_without_enough_memory_is_made_again_and_says_nothing_about_padding(
+    build: Any, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def full(one: Any, other: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    expected = one_by_one(*fresh_model(bert, AUTO), TEXTS)
+    with build(bert, task="classification").as_base() as view:
+        with monkeypatch.context() as patched:
+            patched.setattr("pytest_sway.backends.hf.heads.batches.agree", full)
+            assert _logits(view, TEXTS) == expected
+        passes = passes_of(view)
+        view.classify([f"{text} !" for text in TEXTS])
+    assert max(rows for rows, _ in passes) > len(TEXTS) // 2
+
+
 def test_a_pair_of_texts_is_one_input(build: Any, bert: Path) -> None:
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[1], TEXTS[0])]
     with build(bert, task="classification").as_base() as view:
