@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import make_tokenizer, quiet, save_adapter
+from tests.tiny import WORDS, make_tokenizer, quiet, save_adapter
 
 TEXTS = [
     "the sun rises in the east",
@@ -49,6 +49,13 @@ _SIZES: dict[str, dict[str, Any]] = {
         "init_std": 0.2,
     },
 }
+_SIZES["mbart"] = _SIZES["bart"]
+_SIZES["fsmt"] = {
+    **_SIZES["bart"],
+    "langs": ["en", "de"],
+    "src_vocab_size": len(WORDS) + 4,
+    "tgt_vocab_size": len(WORDS) + 4,
+}
 
 
 def make_model(folder: Path, kind: str, auto: str, *, seed: int = 0, ends: bool = False, **config: Any) -> Path:
@@ -56,7 +63,7 @@ def make_model(folder: Path, kind: str, auto: str, *, seed: int = 0, ends: bool 
 
     Args:
         folder: The folder.
-        kind: The type of the model: ``llama``, ``bert``, ``t5``, ``longt5`` or ``bart``.
+        kind: The type of the model: ``llama``, ``bert``, ``t5``, ``longt5``, ``bart``, ``mbart`` or ``fsmt``.
         auto: The name of transformers' class that makes it of a config.
         seed: Seeds the weights.
         ends: Whether the tokenizer puts the end token after a text, as those of T5 and BART do.
