@@ -235,8 +235,11 @@ def numbers(model: Any, ids: Sequence[int], called: Any = None) -> Any:
     """
     import torch
 
-    further = {}
-    if _DECODED in inspect.signature(model.forward).parameters:
+    further: dict[str, Any] = {}
+    taken = inspect.signature(model.forward).parameters
+    if "use_cache" in taken and called is None:
+        further["use_cache"] = False  # with a cache, FSMT's decoder sees later tokens, or fails
+    if _DECODED in taken:
         end = model.config.eos_token_id
         if isinstance(end, int) and end not in ids:  # a classifier such as BART's reads its answer there
             ids = (*ids, end)
