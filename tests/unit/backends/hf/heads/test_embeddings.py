@@ -192,13 +192,13 @@ def _make_body(folder: Path, body: str) -> None:
     parts = {"vocab_size": make_tokenizer(folder), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     if body == "t5gemma":
         parts |= {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
-        config = transformers.T5GemmaConfig(encoder=parts, decoder=parts)
-        config.is_encoder_decoder = False
-        transformers.T5GemmaEncoderModel(config).save_pretrained(folder)
+        encoder = transformers.T5GemmaConfig(encoder=parts, decoder=parts)
+        encoder.is_encoder_decoder = False
+        transformers.T5GemmaEncoderModel(encoder).save_pretrained(folder)
     else:
         parts |= {"word_embed_proj_dim": 16, "ffn_dim": 32} if body == "opt" else {"intermediate_size": 64}
-        config = transformers.AutoConfig.for_model(body, **parts)
-        transformers.AutoModel.from_config(config).save_pretrained(folder)
+        auto: Any = transformers.AutoModel
+        auto.from_config(transformers.AutoConfig.for_model(body, **parts)).save_pretrained(folder)
 
 
 def test_the_encoder_that_a_config_names_is_loaded_alone(build: Any, tmp_path: Path) -> None:

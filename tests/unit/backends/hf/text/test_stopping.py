@@ -88,7 +88,8 @@ def test_the_first_bytes_of_a_character_that_decode_one_by_one_are_no_stop_text(
     vocabulary = {"<unk>": 0, "a": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=made)
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=made)
     ids = [1, *(byte + 2 for byte in "😀".encode()), 1]
     assert not [count for count in range(1, len(ids) + 1) if has_stopped(tokenizer, ids[:count], ["\ufffd"])]
     assert stopped_text(tokenizer, ids, ["\ufffd"]) == "a😀a"
