@@ -249,9 +249,10 @@ def _model_identity(model: str) -> Hashable:
         return _model_signature(model)
     try:
         folder = os.stat(model)
+        inside = _stats(_inner_folders(model, folder.st_mtime_ns, folder.st_ino))
     except OSError:
         return _model_signature(model)
-    looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
+    looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino, inside)
     return _stats(looked_at), others
 
 
@@ -267,10 +268,10 @@ def look_again() -> None:
 
 
 @lru_cache(maxsize=256)
-def _model_folder(model: str, mtime_ns: int, inode: int) -> tuple[tuple[str, ...], _Signature]:
+def _model_folder(model: str, mtime_ns: int, inode: int, inside: _Signature) -> tuple[tuple[str, ...], _Signature]:
     """The files to check each time, and the state of all others when the folder last changed."""
-    looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode))
-    return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode))
+    looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode, inside))
+    return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode, inside))
 
 
 def _adapter_signature(folder: str) -> _Signature:
@@ -282,7 +283,8 @@ def _listed(folder: str, names: re.Pattern[str]) -> tuple[str, ...]:
     """The paths of a folder's files with matching names; none if there is no such folder."""
     try:
         listed = os.stat(folder)
-        return _files(folder, names, listed.st_mtime_ns, listed.st_ino)
+        inside = _stats(_inner_folders(folder, listed.st_mtime_ns, listed.st_ino))
+        return _files(folder, names, listed.st_mtime_ns, listed.st_ino, inside)
     except OSError:
         return ()
 
@@ -301,17 +303,25 @@ def _state_of(path: str) -> tuple[int, int, int, int]:
 
 _TEMPLATES: Final = "additional_chat_templates"
 """The folder in which transformers keeps named chat templates, inside a tokenizer's folder."""
-_POOLING: Final = "*_Pooling/config.json"
-"""Where sentence-transformers keeps how a model pools, inside its folder."""
+_POOLING: Final = "_Pooling"
+"""How the names of the folders end in which sentence-transformers keeps how a model pools (``config.json``)."""
 
 
 @lru_cache(maxsize=256)
-def _files(folder: str, names: re.Pattern[str], _mtime_ns: int, _inode: int) -> tuple[str, ...]:
-    """Cached until the folder's modification time changes."""
+def _files(folder: str, names: re.Pattern[str], mtime_ns: int, inode: int, _inside: _Signature) -> tuple[str, ...]:
+    """Cached until the modification time of the folder, or of a folder in it, changes."""
     with os.scandir(folder) as entries:
         found = [e.path for e in entries if e.is_file() and names.fullmatch(e.name)]
-    inside = [*Path(folder, _TEMPLATES).glob("*.jinja"), *Path(folder).glob(_POOLING)]
+    inner = map(Path, _inner_folders(folder, mtime_ns, inode))
+    inside = [path for each in inner for path in each.glob("*.jinja" if each.name == _TEMPLATES else "config.json")]
     return (*sorted(found), *sorted(map(str, inside)))
+
+
+@lru_cache(maxsize=256)
+def _inner_folders(folder: str, _mtime_ns: int, _inode: int) -> tuple[str, ...]:
+    """The folders inside a model's or an adapter's that hold files of it; a file added there changes only theirs."""
+    with os.scandir(folder) as entries:
+        return tuple(e.path for e in entries if e.is_dir() and (e.name == _TEMPLATES or e.name.endswith(_POOLING)))
 
 
 _MOST_DIGESTED: Final = 2**30

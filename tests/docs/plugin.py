@@ -84,8 +84,9 @@ def _make_reward(trained: Path, folder: Path) -> None:
 
 
 @pytest.fixture
-def _world(_base: Path, _runs: Path, pytester: pytest.Pytester) -> pytest.Pytester:
-    """The folder in which a page's files are run."""
+def _world(_base: Path, _runs: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """The folder in which a page's files are run. The runs have the cache in pytester's home folder."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     base = pytester.mkdir(BASE.split("/", maxsplit=1)[0]) / BASE.split("/", maxsplit=1)[1]
     base.mkdir()
     for file in _base.iterdir():

@@ -27,16 +27,26 @@ def base_file(spec: ModelSpec, name: str) -> Path | None:
     if is_path(spec.base):
         path = Path(spec.base, name)
         return path if path.is_file() else None
+    found = _in_cache(spec, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def is_known_to_lack(spec: ModelSpec, name: str) -> bool:
+    """Return whether a hub has once said that there is no such file of a base that is in its cache."""
+    return not is_path(spec.base) and not isinstance(_in_cache(spec, name), str | None)
+
+
+def _in_cache(spec: ModelSpec, name: str) -> object:
+    """What a hub's cache has of a file: its path, an object where the hub has none, or ``None`` if that is unknown."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return None
     try:
-        found = try_to_load_from_cache(spec.base, name, revision=spec.revision)
+        return try_to_load_from_cache(spec.base, name, revision=spec.revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
 
 
 def is_offline() -> bool:

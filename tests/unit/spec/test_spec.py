@@ -614,6 +614,20 @@ def test_a_template_that_has_a_name_is_part_of_the_key(adapter: Path) -> None:
     assert len(set(keys)) == 3
 
 
+@pytest.mark.parametrize("name", ["1_Pooling/config.json", "additional_chat_templates/tools.jinja"])
+@pytest.mark.parametrize("role", ["base", "adapter"])
+def test_a_file_that_is_added_to_a_folder_inside_or_edited_there_is_part_of_the_key(
+    request: pytest.FixtureRequest, role: str, name: str
+) -> None:
+    file = request.getfixturevalue(role) / name
+    file.parent.mkdir()
+    keys = [_key(**{role: file.parents[1]})]
+    for text in ("one", "another"):
+        file.write_text(text)
+        keys.append(_key(**{role: file.parents[1]}))
+    assert len(set(keys)) == 3
+
+
 def test_a_key_comes_back_with_its_content(adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     first, content = _key(adapter=adapter), weights.read_text()

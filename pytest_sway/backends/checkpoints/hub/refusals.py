@@ -138,8 +138,24 @@ def _explanation(asked: HubAdapter | HubModel, error: Exception) -> SwayError:
     why = _refusal(asked, nowhere, error, status)
     if why is not None:
         return SpecError(why)
+    return _not_fetched(str(asked), error)
+
+
+def file_not_fetched(spec: ModelSpec, name: str, error: Exception) -> BackendLoadError:
+    """Return the error for a file of a spec's base that a hub could not be asked for.
+
+    Args:
+        spec: The spec.
+        name: The file's name in the repository.
+        error: What huggingface_hub raised.
+    """
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return _not_fetched(f"the file {name!r} of {HubModel(spec.base, spec.revision)}", cause)
+
+
+def _not_fetched(what: str, error: Exception) -> BackendLoadError:
     return BackendLoadError(
-        f"{asked} could not be fetched from {_endpoint()}: {type(error).__name__}: {_said(error)} Run again; or"
+        f"{what} could not be fetched from {_endpoint()}: {type(error).__name__}: {_said(error)} Run again; or"
         " fetch it by hand (hf download), and name its folder."
     )
 

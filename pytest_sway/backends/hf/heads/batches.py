@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.body_and_head import agree
 from pytest_sway.backends.hf.scoring.memory_retry import in_halves
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,6 +99,8 @@ def pads(
 ) -> bool:
     """Return whether a padded text's answer is its answer alone; tried once, on two short ones.
 
+    It is false, for this time, if there is not enough memory to try it.
+
     Args:
         engine: Computes them.
         items: What is asked.
@@ -114,7 +117,9 @@ def pads(
         try:
             alone = torch.cat([compute(engine, [item], *args) for item in two])
             trials.pads = agree(compute(engine, two, *args), alone, engine.forward.dtype)
-        except Exception:  # an unknown architecture may raise anything; it still reads one text at a time
+        except Exception as error:  # an unknown architecture may raise anything; it still reads one text at a time
+            if out_of_memory(error):  # which says nothing about padding: the next call tries again
+                return False
             trials.pads = False
     return trials.pads is not False
 

@@ -112,4 +112,7 @@ def _pooled(engine: Engine, texts: Sequence[Text], how: Pooling) -> Any:
 
 
 def _size(engine: Engine) -> int:
-    return int(engine.forward.config.hidden_size)
+    """Return the size of an embedding by the model's config, of which the part may tell it that reads the text."""
+    config = engine.forward.config
+    text = getattr(config, "encoder", None) or config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)  # as OPT may project its states

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_sway.backends.checkpoints.hub_files import base_file, is_offline
+from pytest_sway.backends.checkpoints.hub.refusals import file_not_fetched
+from pytest_sway.backends.checkpoints.hub_files import base_file, is_known_to_lack, is_offline
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.paths import is_path
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
@@ -115,11 +115,22 @@ def _json(path: Path | None) -> Any:
 
 
 def _file_of_base(spec: ModelSpec, name: str) -> Path | None:
-    """Return the path of a base's file; one on a hub is fetched, since transformers does not need it."""
-    found = base_file(spec, name)
-    if found is None and not is_path(spec.base) and not is_offline():
-        from huggingface_hub import hf_hub_download
+    """Return the path of a base's file, ``None`` if it has none.
 
-        with suppress(Exception):  # most models have no such file, and a hub can fail in any way
-            found = Path(hf_hub_download(spec.base, name, revision=spec.revision))
-    return found
+    One on a hub is fetched, since transformers does not need it. Offline, what is not in the cache is not there.
+
+    Raises:
+        BackendLoadError: The hub could not be asked for it.
+    """
+    found = base_file(spec, name)
+    if found is not None or is_path(spec.base) or is_offline() or is_known_to_lack(spec, name):
+        return found
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(spec.base, name, revision=spec.revision))
+    except Exception as error:  # a hub can fail in any way
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise file_not_fetched(spec, name, error) from error

@@ -47,8 +47,8 @@ class Seq2SeqView(HeadView):
     task: ClassVar[str] = "seq2seq"
 
     def _logprobs(self, pairs: list[tuple[Prompt, str]]) -> list[float]:
-        encoded, max_length = self._run(_encoded_pairs, pairs)
-        windows = [_cut(window, max_length) for window in encoded]
+        encoded, max_length, room = self._run(_encoded_pairs, pairs)
+        windows = [_cut(window, max_length, room) for window in encoded]
         warn_of_cuts(sum(a != b for a, b in zip(windows, encoded, strict=True)), max_length)
         found: dict[Window, NDArray[np.float32]] = {}
         for batch in self._run(_planned, list(dict.fromkeys(windows))):
@@ -77,13 +77,14 @@ class Seq2SeqView(HeadView):
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def _encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int]:
+def _encoded_pairs(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> tuple[list[Window], int, int]:
+    """Return the windows, and the most tokens of a prompt and of a completion."""
     windows = []
     for prompt, completion in pairs:
         text, rendered = prompt_text(engine.tokenizer, prompt)
         windows.append(encode_apart(engine.tokenizer, text, completion, rendered=rendered))
         engine.require_known(windows[-1].context + windows[-1].scored)
-    return windows, engine.max_length
+    return windows, engine.max_length, engine.max_length - len(_begins_of_score(engine)[1:])
 
 
 def _encoded_prompts(
@@ -102,10 +103,10 @@ def _encoded_prompts(
     return encoded, engine.max_length
 
 
-def _cut(window: Window, max_length: int) -> Window:
-    if len(window.scored) > max_length:
+def _cut(window: Window, max_length: int, room: int) -> Window:
+    if len(window.scored) > room:
         raise ScoringError(
-            f"the completion has {len(window.scored)} tokens, but the model's decoder reads at most {max_length} at"
+            f"the completion has {len(window.scored)} tokens, but the model's decoder reads at most {room} at"
             " once, by its config. Shorten it."
         )
     return Window(window.context[-max_length:], window.scored)
@@ -171,12 +172,42 @@ def _logprobs(engine: Engine, windows: Sequence[Window]) -> Any:
     model, pad = engine.forward.model, _pad(engine)
     ids, mask = batches.right_padded([window.context for window in windows], pad, model.device)
     labels, scored = batches.right_padded([window.scored for window in windows], pad, model.device)
-    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    decoder = {"labels": labels} if shifted is None else {"decoder_input_ids": shifted(labels=labels)}
-    logits = engine.forward.runner(input_ids=ids, attention_mask=mask, **decoder).logits
+    settings = engine.forward.settings  # without a cache, as with labels: with one, FSMT's decoder sees later tokens
+    decoder = _decoder_inputs(engine, labels)
+    logits = engine.forward.runner(input_ids=ids, attention_mask=mask, **decoder, **settings).logits
     logits = logits[:, -labels.shape[1] :]  # after virtual tokens
     logprobs: Any = torch.log_softmax(logits.float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return logprobs.masked_fill(scored == 0, 0.0)
+
+
+def _decoder_inputs(engine: Engine, labels: Any) -> dict[str, Any]:
+    """Return the argument with which the decoder reads completions, each after the token that begins a text.
+
+    The model shifts them by its own rule. That of mBART, PLBart and FSMT puts the last token first, since labels end in
+    a language or end token. A completion does not, so their decoder begins as `generate` does.
+    """
+    import torch
+
+    shifted = getattr(engine.forward.model, "prepare_decoder_input_ids_from_labels", None)
+    if shifted is None:
+        return {"labels": labels}
+    begins = _begins_of_score(engine)
+    if not begins:
+        return {"decoder_input_ids": shifted(labels=labels)}
+    first = labels.new_tensor([begins] * len(labels))
+    return {"decoder_input_ids": torch.cat([first, labels[:, :-1]], dim=1)}
+
+
+def _begins_of_score(engine: Engine) -> list[int]:
+    """Return the tokens with which the decoder begins; none where the model's own rule for labels tells them."""
+    import torch
+
+    shifted = getattr(engine.forward.model, "prepare_decoder_input_ids_from_labels", None)
+    if shifted is None:
+        return []
+    one, two = [token for token in range(3) if token != _pad(engine)][:2]
+    first = shifted(labels=torch.tensor([[one, one], [one, two]]))[:, 0].tolist()
+    return list(_beginnings(engine).values()) if first == [one, two] else []
 
 
 @recalling

@@ -108,6 +108,7 @@ def _auto_class(spec: ModelSpec) -> Any:
 
     if not config_of(spec):
         AutoConfig.from_pretrained(spec.base, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        require_type(spec)
     return auto_class(spec, config_of(spec))
 
 

@@ -1,18 +1,26 @@
-"""Reads adapter weights that exist only as a pickle. It reads tensors only, and runs no code from the pickle."""
+"""Reads weights that exist only as a pickle. It reads tensors only, and runs no code from the pickle."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.backends.checkpoints.peft_adapter import PICKLED, checked
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
 from pytest_sway.errors import WeightsError
+from pytest_sway.system.reading import INDEX_BYTES, read_bounded
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
+
+_OF_BASE: Final = "pytorch_model.bin"
 
 
 def with_entries(files: AdapterFiles) -> AdapterFiles:
@@ -54,3 +62,14 @@ def read_pickle(files: AdapterFiles, device: str) -> dict[str, Any]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise WeightsError(f"{str(path)!r} is not a dictionary of tensors. Save the adapter as safetensors.")
     return tensors
+
+
+def names_in_base(spec: ModelSpec) -> Collection[str] | None:
+    """Return the names of the weights in a loaded base's pickle; ``None`` if it has none on this machine."""
+    import torch
+
+    index, path = base_file(spec, f"{_OF_BASE}.index.json"), base_file(spec, _OF_BASE)
+    if path is not None:
+        names: Collection[str] = torch.load(path, map_location="meta", weights_only=True).keys()
+        return names
+    return None if index is None else set(json.loads(read_bounded(index, INDEX_BYTES))["weight_map"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.backends.checkpoints.hub_files import base_file, config_of
 from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.classes import text_class, why_no_text
 from pytest_sway.backends.hf.loading.libraries import seeded
+from pytest_sway.backends.hf.loading.pickles import names_in_base
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.tasks import CAUSAL, TASKS
 from pytest_sway.system.wording import shown
@@ -48,6 +49,9 @@ CLASSES: Final[Mapping[str, str]] = {
 _ENCODERS: Final = _Auto("AutoModelForTextEncoding", "MODEL_FOR_TEXT_ENCODING_MAPPING")
 _WITH_DECODERS: Final = ("t5", "mt5", "umt5")
 """Types of models that embed texts by their encoder alone."""
+
+_DECODED: Final = "decoder_input_ids"
+"""The argument of a model with a decoder beside an encoder."""
 
 _POOLER: Final = "pooler."
 """Part of the names of a layer that encoders are often saved without; no embedding here needs it."""
@@ -88,10 +92,12 @@ def require_type(spec: ModelSpec) -> None:
     what, other = what_is_loaded(spec), other_task(spec, config)
     if (spec.task or CAUSAL) == CAUSAL:
         why = why_no_text(config)
-    elif known[kind] in getattr(transformers, _auto_of(spec).mapping):
-        why = ""
-    else:
+    elif known[kind] not in getattr(transformers, _auto_of(spec).mapping):
         why = f"has model_type = {kind!r}, and transformers has no {what} of that type"
+    elif spec.task == "seq2seq" and not _has_decoder(known[kind]):
+        why = f"has model_type = {kind!r}, whose models have no decoder beside an encoder of texts"
+    else:
+        why = ""
     if why:
         further = f": {other}. Change the task, or name" if other else ". Name"
         raise SpecError(f"{str(path)!r} {why}{further} the folder of a {what}.")
@@ -108,15 +114,39 @@ def task_of(config: Mapping[str, Any]) -> str | None:
     for task, auto in _AUTO.items():
         mapping: Any = getattr(transformers, auto.mapping)
         made: Any = mapping.get(known[kind], ())
-        if {each.__name__ for each in (made if isinstance(made, tuple) else (made,))} & set(map(str, said)):
+        if not {each.__name__ for each in (made if isinstance(made, tuple) else (made,))} & set(map(str, said)):
+            continue
+        if task != "seq2seq" or _has_decoder(known[kind]):
             return task
+        return None if why_no_text(config) else CAUSAL
     return None
 
 
+def _has_decoder(config_class: Any) -> bool:
+    """Return whether transformers' "sequence-to-sequence" model of a type is one; it lists some models of sounds so."""
+    import transformers
+
+    classes: Any = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return _DECODED in inspect.signature(classes[config_class].forward).parameters
+
+
 def _auto_of(spec: ModelSpec) -> _Auto:
-    if spec.task == "embeddings" and config_of(spec).get("model_type") in _WITH_DECODERS:
-        return _ENCODERS
-    return _AUTO[spec.task or CAUSAL]
+    if spec.task != "embeddings":
+        return _AUTO[spec.task or CAUSAL]
+    config = config_of(spec)
+    return _ENCODERS if config.get("model_type") in _WITH_DECODERS or _is_encoder(config) else _AUTO["embeddings"]
+
+
+def _is_encoder(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's config names the class of an encoder, which may be half of its type's own class."""
+    import transformers
+
+    known: Any = transformers.CONFIG_MAPPING
+    encoders: Any = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    kind, named = config.get("model_type"), config.get("architectures")
+    if not isinstance(named, list) or not isinstance(kind, str) or kind not in known or known[kind] not in encoders:
+        return False
+    return encoders[known[kind]].__name__ in named
 
 
 def what_is_loaded(spec: ModelSpec) -> str:
@@ -152,7 +182,7 @@ def needed(spec: ModelSpec, model: Any, missing: Collection[str]) -> list[str]:
 
     They may lack a head of their own, which an adapter brings, and a pooler.
     """
-    if not _may_lack(spec) or (spec.task in CLASSES and base_entries(spec) is None):
+    if not _may_lack(spec) or (spec.task in CLASSES and _stored_names(spec) is None):
         return list(missing)
     own = _head_of(spec, model)
     return [name for name in missing if name not in own]
@@ -160,10 +190,10 @@ def needed(spec: ModelSpec, model: Any, missing: Collection[str]) -> list[str]:
 
 def lacking(spec: ModelSpec, model: Any) -> frozenset[str]:
     """Return the names of a loaded head's weights that the base's files lack, so that they are noise."""
-    entries = base_entries(spec) if spec.task in CLASSES else None
-    if entries is None:
+    stored = _stored_names(spec) if spec.task in CLASSES else None
+    if stored is None:
         return frozenset()
-    return frozenset(name for name in _head_of(spec, model) if not _stored(name, entries))
+    return frozenset(name for name in _head_of(spec, model) if not _stored(name, stored))
 
 
 def _may_lack(spec: ModelSpec) -> bool:
@@ -178,9 +208,15 @@ def _head_of(spec: ModelSpec, model: Any) -> set[str]:
     return {name for name in names if _POOLER in name or (apart and not name.startswith(f"{body}."))}
 
 
-def _stored(name: str, entries: Collection[str]) -> bool:
+def _stored_names(spec: ModelSpec) -> Collection[str] | None:
+    """The names of the weights in a base's files; ``None`` if these are not on this machine."""
+    entries = base_entries(spec)
+    return names_in_base(spec) if entries is None else entries
+
+
+def _stored(name: str, names: Collection[str]) -> bool:
     """Whether a file has a weight, with the name of its body before it or not."""
-    return name in entries or any(each.endswith(f".{name}") or name.endswith(f".{each}") for each in entries)
+    return name in names or any(each.endswith(f".{name}") or name.endswith(f".{each}") for each in names)
 
 
 # --- what a model computes -------------------------------------------------------------------------------------------
@@ -199,12 +235,29 @@ def numbers(model: Any, ids: Sequence[int], called: Any = None) -> Any:
     """
     import torch
 
-    further = {}
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+    further: dict[str, Any] = {}
+    taken = inspect.signature(model.forward).parameters
+    if "use_cache" in taken and called is None:
+        further["use_cache"] = False  # with a cache, FSMT's decoder sees later tokens, or fails
+    if _DECODED in taken:
         end = model.config.eos_token_id
         if isinstance(end, int) and end not in ids:  # a classifier such as BART's reads its answer there
             ids = (*ids, end)
-        further["decoder_input_ids"] = torch.tensor([list(ids)], device=model.device)
+        if model.can_generate():  # other models make their decoder's input of the text
+            further[_DECODED] = torch.tensor([list(ids)], device=model.device)
     output = (model if called is None else called)(input_ids=torch.tensor([list(ids)], device=model.device), **further)
     first = output.logits if hasattr(output, "logits") else output[0]
     return first[0].unsqueeze(-1) if first.dim() == 2 and hasattr(output, "end_logits") else first.flatten(0, -2)
+
+
+def needs_another_text(model: Any, ids: Sequence[int]) -> bool:
+    """Return whether a model that does not run with one text runs if its decoder is given one, too."""
+    import torch
+
+    if _DECODED not in inspect.signature(model.forward).parameters:
+        return False
+    text = torch.tensor([list(ids)], device=model.device)
+    with suppress(Exception):  # an unknown architecture may raise anything
+        model(input_ids=text, **{_DECODED: text})
+        return True
+    return False

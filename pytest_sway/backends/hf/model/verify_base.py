@@ -9,7 +9,7 @@ from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.backends.hf.hygiene.finite import has_nan, not_finite
 from pytest_sway.backends.hf.loading.classes import is_multimodal
 from pytest_sway.backends.hf.loading.model import why_not_run
-from pytest_sway.backends.hf.loading.tasks import numbers, other_task
+from pytest_sway.backends.hf.loading.tasks import needs_another_text, numbers, other_task
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.libraries.culprits import said
 from pytest_sway.backends.libraries.process import no_warnings
@@ -40,7 +40,7 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
 
     Raises:
         SpecError: Later tokens change the logits of earlier ones, a field of the config keeps the model from running,
-            or a multimodal model does not run with text alone.
+            or a multimodal model, or one for embeddings, does not run with one text alone.
         WeightsError: The model computes NaN, and its weights contain NaN or infinite values.
     """
     if base.is_tried:
@@ -69,8 +69,10 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
                 else numbers(model, first)
             )
         except Exception as error:  # an unknown architecture may raise anything
-            logits, why = None, why_not_run(base.spec, error)
-            if why is None and is_multimodal(model):
+            logits = None
+            if not causal and needs_another_text(model, first):
+                why = _of_two_texts(f"the {role} {base.spec.base!r}", model)
+            elif (why := why_not_run(base.spec, error)) is None and is_multimodal(model):
                 why = _not_of_text(f"the {role} {base.spec.base!r}", model, error)
     if why is not None:
         raise why
@@ -95,4 +97,11 @@ def _not_of_text(what: str, model: Any, error: Exception) -> SpecError:
     return SpecError(
         f"{what} is of the class {type(model).__name__}, which does not compute logits for text alone: {said(error)}"
         " Name a language model, or a multimodal one that takes text without images or sounds."
+    )
+
+
+def _of_two_texts(what: str, model: Any) -> SpecError:
+    return SpecError(
+        f"{what} is of the class {type(model).__name__}, whose decoder must be given a text of its own, so there is no"
+        " embedding of one text. Name an encoder, or a T5, mT5 or UMT5, whose encoder alone is loaded."
     )

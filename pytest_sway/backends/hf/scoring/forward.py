@@ -53,6 +53,7 @@ class Forward:
         virtual_tokens: Positions that an adapter puts before each text.
         positions: The most positions of a text; ``None`` if the config states them.
         rope: Which texts may share a pass.
+        settings: Further arguments of a pass.
         spent: Whether a text that the tree has computed changes what it computes from now on.
     """
 
@@ -66,7 +67,7 @@ class Forward:
         self.rope = RopeRegimes(model.config, self.virtual_tokens)
         self.spent = False
         self._argument = _last_logits_argument(model)
-        self._settings = {"use_cache": False} if runner is model and _has_argument(model, "use_cache") else {}
+        self.settings = {"use_cache": False} if runner is model and _has_argument(model, "use_cache") else {}
         self._split: BodyAndHead | None = None
         limits: Limits = batching.CPU if model.device.type == "cpu" else batching.ACCELERATOR
         self.one_text_at_a_time = one_text_at_a_time or _mixes_texts(model.config)
@@ -153,7 +154,7 @@ class Forward:
             return self._reduced(lambda start, end: split.logits(states[start:end]), wanted, reduce)
         longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
-        only = self._settings | ({} if self._argument is None else {self._argument: kept})
+        only = self.settings | ({} if self._argument is None else {self._argument: kept})
         with self._trimmed(longest * len(inputs)):
             logits = self.runner(input_ids=padded(inputs, self.model.device), **only).logits
         width = logits.shape[1]  # includes virtual tokens in front

@@ -29,9 +29,10 @@ def few_objects() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the trials of each model anew, whatever earlier runs have found."""
+def no_trials_remembered(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """Make the trials of each model anew, whatever earlier tests have found; a process that is started has a cache."""
     monkeypatch.setattr("pytest_sway.backends.hf.model.trial_files.user_cache", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache.parent))
 
 
 @pytest.fixture

@@ -15,6 +15,13 @@ def test_the_folder_is_that_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert user_cache() == tmp_path / "pytest-sway"
 
 
+def test_tests_have_another_than_the_user(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from pytest_sway.backends.hf.model import trial_files
+
+    assert vars(trial_files)["user_cache"]() == own_cache
+    assert own_cache.is_relative_to(tmp_path_factory.getbasetemp())
+
+
 @pytest.mark.parametrize(
     ("platform", "folder"), [("linux", ".cache"), ("darwin", "Library/Caches")], ids=["Linux", "macOS"]
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import make_tokenizer, quiet, save_adapter
+from tests.tiny import WORDS, make_tokenizer, quiet, save_adapter
 
 TEXTS = [
     "the sun rises in the east",
@@ -15,6 +16,7 @@ TEXTS = [
     "no",
 ]
 
+_MODULES = "sentence_transformers.models."
 _SIZES: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": 32,
@@ -32,6 +34,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "longt5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     "bart": {
         "d_model": 32,
         "encoder_layers": 2,
@@ -46,6 +49,13 @@ _SIZES: dict[str, dict[str, Any]] = {
         "init_std": 0.2,
     },
 }
+_SIZES["mbart"] = _SIZES["bart"]
+_SIZES["fsmt"] = {
+    **_SIZES["bart"],
+    "langs": ["en", "de"],
+    "src_vocab_size": len(WORDS) + 4,
+    "tgt_vocab_size": len(WORDS) + 4,
+}
 
 
 def make_model(folder: Path, kind: str, auto: str, *, seed: int = 0, ends: bool = False, **config: Any) -> Path:
@@ -53,7 +63,7 @@ def make_model(folder: Path, kind: str, auto: str, *, seed: int = 0, ends: bool 
 
     Args:
         folder: The folder.
-        kind: The type of the model: ``llama``, ``bert``, ``t5`` or ``bart``.
+        kind: The type of the model: ``llama``, ``bert``, ``t5``, ``longt5``, ``bart``, ``mbart`` or ``fsmt``.
         auto: The name of transformers' class that makes it of a config.
         seed: Seeds the weights.
         ends: Whether the tokenizer puts the end token after a text, as those of T5 and BART do.
@@ -85,6 +95,33 @@ def _end_texts(folder: Path) -> None:
     template: Any = processors.TemplateProcessing
     tokenizer.post_processor = template(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)])
     tokenizer.save(path)
+
+
+def make_sentence_model(
+    folder: Path, mode: str | list[str] = "mean_tokens", *, modules: tuple[str, ...] = ("Normalize",), **files: Any
+) -> Path:
+    """Write sentence-transformers' configuration into a model's or an adapter's folder.
+
+    Args:
+        folder: The folder.
+        mode: The names of its pooling, as in ``pooling_mode_<name>``.
+        modules: What comes after the pooling.
+        files: ``bert`` and ``transformers``: the contents of its other two files; ``pooling``: more of the pooling's.
+    """
+    names = ["Transformer", "Pooling", *modules]
+    listed = [
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": _MODULES + name}
+        for i, name in enumerate(names)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    every = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
+    pooling = {f"pooling_mode_{name}": name in mode if isinstance(mode, list) else name == mode for name in every}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling | files.get("pooling", {})))
+    for name, key in (("sentence_bert_config.json", "bert"), ("config_sentence_transformers.json", "transformers")):
+        if key in files:
+            (folder / name).write_text(json.dumps(files[key]))
+    return folder
 
 
 def make_head_adapter(

@@ -90,6 +90,24 @@ def test_a_model_that_padding_changes_reads_one_text_at_a_time(
         assert _logits(view, TEXTS) == expected
 
 
+def test_a_trial_without_enough_memory_is_made_again_and_says_nothing_about_padding(
+    build: Any, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def full(one: Any, other: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    expected = one_by_one(*fresh_model(bert, AUTO), TEXTS)
+    with build(bert, task="classification").as_base() as view:
+        with monkeypatch.context() as patched:
+            patched.setattr("pytest_sway.backends.hf.heads.batches.agree", full)
+            assert _logits(view, TEXTS) == expected
+        passes = passes_of(view)
+        view.classify([f"{text} !" for text in TEXTS])
+    assert max(rows for rows, _ in passes) > len(TEXTS) // 2
+
+
 def test_a_pair_of_texts_is_one_input(build: Any, bert: Path) -> None:
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[1], TEXTS[0])]
     with build(bert, task="classification").as_base() as view:
@@ -201,6 +219,58 @@ def test_a_head_that_is_noise_is_the_same_in_each_process(tmp_path: Path) -> Non
         backend.close()
     assert found[0] == found[1]
     assert len(list(shared.glob("*/base"))) == 1
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_adapter_brings_the_head_of_a_base_in_a_pickle(tmp_path: Path, sharded: bool) -> None:
+    plain = make_model(tmp_path / "base", "bert", "AutoModel")
+    adapter = make_head_adapter(tmp_path / "a", plain, AUTO, "SEQ_CLS", targets=["query", "value"], num_labels=4)
+    expected = one_by_one(*fresh_model(plain, AUTO, adapter, num_labels=4), TEXTS)
+    _pickled_base(plain, sharded=sharded)
+    backend = HFBuilder()(spec_of(plain, adapter, allow_pickle=True))
+    with backend.as_finetuned() as tuned, backend.as_base() as view:
+        assert np.allclose(_logits(tuned, TEXTS), expected, atol=1e-5)
+        with pytest.raises(ScoringError, match=r"its files lack classifier.*noise"):
+            view.classify(TEXTS)
+    backend.close()
+
+
+@pytest.mark.parametrize("lacks_body", [False, True])
+def test_a_base_in_a_pickle_must_have_its_body_and_a_head_without_an_adapter(
+    build: Any, tmp_path: Path, lacks_body: bool
+) -> None:
+    plain = make_model(tmp_path, "bert", AUTO if lacks_body else "AutoModel")
+    _pickled_base(plain, without="encoder.layer.0" if lacks_body else None)
+    what = "lack 16 of the model's weights" if lacks_body else r"lack 2 of the weights of its head.*classifier"
+    with pytest.raises(WeightsError, match=what):
+        build(plain, task="classification", allow_pickle=True)
+
+
+def _pickled_base(folder: Path, *, sharded: bool = False, without: str | None = None) -> None:
+    """Move a base's weights from safetensors into a pickle, or into two and an index."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = folder / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(path).items() if without is None or without not in name}
+    path.unlink()
+    if not sharded:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return
+    names = list(weights)
+    files = {f"pytorch_model-0000{i}-of-00002.bin": names[i - 1 :: 2] for i in (1, 2)}
+    for file, some in files.items():
+        torch.save({name: weights[name] for name in some}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, some in files.items() for name in some}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def test_no_texts_have_no_logits(build: Any, bert: Path, llama: Path) -> None:
+    for folder in (bert, llama):
+        with build(folder, task="classification").as_base() as view:
+            passes = passes_of(view)
+            assert view.classify([]) == []
+            assert not passes
 
 
 def test_an_encoders_adapter_keeps_its_classifier(build: Any, tmp_path: Path) -> None:

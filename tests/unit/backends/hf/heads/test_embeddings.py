@@ -12,42 +12,20 @@ import pytest
 
 from pytest_sway import cache_key_for
 from pytest_sway.errors import ScoringError, SpecError, SwayWarning
-from tests.tiny import edit_weights
+from tests.tiny import edit_weights, make_tokenizer
 from tests.unit.backends.hf.conftest import spec_of
-from tests.unit.backends.hf.heads.models import TEXTS, fresh_model, make_head_adapter, make_model
+from tests.unit.backends.hf.heads.models import (
+    TEXTS,
+    fresh_model,
+    make_head_adapter,
+    make_model,
+    make_sentence_model,
+)
 from tests.unit.backends.hf.insides import passes_of
+from tests.unit.backends.hf.multimodal import SPECIMENS, make_multimodal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_MODULES = "sentence_transformers.models."
-
-
-def make_sentence_model(
-    folder: Path, mode: str | list[str] = "mean_tokens", *, modules: tuple[str, ...] = ("Normalize",), **files: Any
-) -> Path:
-    """Write sentence-transformers' configuration into a model's or an adapter's folder.
-
-    Args:
-        folder: The folder.
-        mode: The names of its pooling, as in ``pooling_mode_<name>``.
-        modules: What comes after the pooling.
-        files: ``bert`` and ``transformers``: the contents of its other two files; ``pooling``: more of the pooling's.
-    """
-    names = ["Transformer", "Pooling", *modules]
-    listed = [
-        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": _MODULES + name}
-        for i, name in enumerate(names)
-    ]
-    (folder / "modules.json").write_text(json.dumps(listed))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    every = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
-    pooling = {f"pooling_mode_{name}": name in mode if isinstance(mode, list) else name == mode for name in every}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling | files.get("pooling", {})))
-    for name, key in (("sentence_bert_config.json", "bert"), ("config_sentence_transformers.json", "transformers")):
-        if key in files:
-            (folder / name).write_text(json.dumps(files[key]))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +171,56 @@ def test_a_pooling_that_is_said_replaces_the_configurations(build: Any, bert: Pa
     assert np.allclose(found, _alone(*fresh_model(bert, "AutoModel"), TEXTS, "last", normalize=True), atol=1e-5)
 
 
-def test_no_texts_have_no_embeddings(build: Any, bert: Path) -> None:
-    with build(bert, task="embeddings").as_base() as view:
-        assert view.embed([]).shape == (0, 32)
+@pytest.mark.parametrize("body", ["bert", "opt", "t5gemma", "qwen2_vl"])
+def test_no_texts_have_no_embeddings_of_the_usual_size_without_a_pass(build: Any, tmp_path: Path, body: str) -> None:
+    if body == "qwen2_vl":
+        make_multimodal(tmp_path, next(specimen for specimen in SPECIMENS if str(specimen) == body))
+    else:
+        _make_body(tmp_path, body)
+    with build(tmp_path, task="embeddings").as_base() as view:
+        passes = passes_of(view)
+        empty = view.embed([], pooling="mean")
+        assert not passes
+        one = view.embed(["a text"], pooling="mean")
+    assert (empty.dtype, empty.shape) == (np.float32, (0, one.shape[1]))
+
+
+def _make_body(folder: Path, body: str) -> None:
+    """Save a body whose config tells the size of its hidden states in another way than most."""
+    import transformers
+
+    parts = {"vocab_size": make_tokenizer(folder), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    if body == "t5gemma":
+        parts |= {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+        encoder = transformers.T5GemmaConfig(encoder=parts, decoder=parts)
+        encoder.is_encoder_decoder = False
+        transformers.T5GemmaEncoderModel(encoder).save_pretrained(folder)
+    else:
+        parts |= {"word_embed_proj_dim": 16, "ffn_dim": 32} if body == "opt" else {"intermediate_size": 64}
+        auto: Any = transformers.AutoModel
+        auto.from_config(transformers.AutoConfig.for_model(body, **parts)).save_pretrained(folder)
+
+
+def test_the_encoder_that_a_config_names_is_loaded_alone(build: Any, tmp_path: Path) -> None:
+    _make_body(tmp_path, "t5gemma")
+    expected = _alone(*fresh_model(tmp_path, "AutoModelForTextEncoding"), TEXTS, "mean")
+    with build(tmp_path, task="embeddings").as_base() as view:
+        assert type(view.model).__name__ == "T5GemmaEncoderModel"
+        assert np.allclose(view.embed(TEXTS, pooling="mean"), expected, atol=1e-5)
+
+
+def test_a_model_whose_decoder_needs_a_text_of_its_own_is_refused(build: Any, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "longt5", "AutoModel")
+    what = r"is of the class LongT5Model, whose decoder must be given a text of its own.* Name an encoder, or a T5"
+    with pytest.raises(SpecError, match=what):
+        build(folder, task="embeddings")
+
+
+def test_a_model_that_gives_its_decoder_the_text_itself_is_served(build: Any, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "bart", "AutoModel", ends=True)
+    expected = _alone(*fresh_model(folder, "AutoModel"), TEXTS, "mean")
+    with build(folder, task="embeddings").as_base() as view:
+        assert np.allclose(view.embed(TEXTS, pooling="mean"), expected, atol=1e-5)
 
 
 def test_another_pooling_is_another_backend(bert: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.numpy import save_file
 
 from pytest_sway.errors import ScoringError, SpecError
-from tests.tiny import make_gguf
+from tests.tiny import make_gguf, make_tokenizer
+from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.heads.models import TEXTS, fresh_model, make_head_adapter, make_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pytest_sway.backends.hf.builder import HFBuilder
 
 CASES = {
     "token_classification": ("TOKEN_CLS", "AutoModelForTokenClassification", "BertForTokenClassification", "logits"),
@@ -50,6 +55,20 @@ def test_a_type_without_such_a_class_is_named(build: Any, tmp_path: Path, kind: 
     folder = make_model(tmp_path, kind, auto)
     with pytest.raises(SpecError, match=rf"has model_type = '{kind}', and transformers has no .* of that type"):
         build(folder, task=task)
+
+
+def test_a_model_of_sounds_that_transformers_lists_as_sequence_to_sequence_is_none(
+    builder: HFBuilder, loads: list[str], tmp_path: Path
+) -> None:
+    make_tokenizer(tmp_path)
+    config = {"model_type": "qwen2_audio", "architectures": ["Qwen2AudioForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({}, tmp_path / "model.safetensors")
+    what = "has model_type = 'qwen2_audio', whose models have no decoder .* the folder of a sequence-to-sequence model"
+    with pytest.raises(SpecError, match=what) as caught:
+        builder(spec_of(tmp_path, task="seq2seq"))
+    assert "is loaded with task='seq2seq'" not in str(caught.value)
+    assert loads == []
 
 
 def test_a_gguf_file_has_one_task(build: Any, base: Path, tmp_path: Path) -> None:

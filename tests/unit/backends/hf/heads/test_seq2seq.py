@@ -67,6 +67,46 @@ def test_logprobs_in_a_batch_are_those_of_each_pair_alone(build: Any, folder: Pa
     assert np.allclose(found, [_alone(model, tokenizer, *pair) for pair in PAIRS], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["mbart", "fsmt"])
+@pytest.mark.parametrize("forced", [{}, {"forced_bos_token_id": 9}], ids=["", "forced"])
+def test_where_labels_would_put_the_last_token_first_a_score_begins_as_generation_does(
+    build: Any, tmp_path: Path, kind: str, forced: dict[str, int]
+) -> None:
+    folder = make_model(tmp_path, kind, AUTO, ends=True)
+    (folder / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 2, **forced}))
+    model, tokenizer = fresh_model(folder, AUTO)
+    expected = [_after(model, tokenizer, [2, *forced.values()], *pair) for pair in PAIRS[:-1]]
+    with build(folder, task="seq2seq").as_base() as view:
+        assert np.allclose(view.logprobs_of(PAIRS[:-1]), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+def test_what_the_model_generates_has_the_logprob_that_it_had_then(build: Any, tmp_path: Path, kind: str) -> None:
+    folder = make_model(tmp_path, kind, AUTO, ends=True, forced_bos_token_id=None)
+    model, tokenizer = fresh_model(folder, AUTO)
+    inputs = tokenizer(TEXTS[0], return_tensors="pt")
+    written = model.generate(
+        **inputs, max_new_tokens=4, num_beams=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    new = written.sequences[0, 1:].tolist()
+    expected = sum(float(step.log_softmax(-1)[0, token]) for step, token in zip(written.logits, new, strict=True))
+    with build(folder, task="seq2seq").as_base() as view:
+        assert np.isclose(view.logprob_of(TEXTS[0], tokenizer.decode(new)), expected, atol=1e-4)
+
+
+def _after(model: Any, tokenizer: Any, begins: list[int], prompt: str, completion: str) -> float:
+    """Return a completion's log-probability after the tokens with which the decoder begins."""
+    import torch
+
+    scored = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    decoder = torch.tensor([[*begins, *scored[:-1]]])
+    with torch.inference_mode():
+        prompt_ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        logits = model(input_ids=prompt_ids, decoder_input_ids=decoder, use_cache=False).logits
+    logprobs = torch.log_softmax(logits[0, -len(scored) :], -1)
+    return float(logprobs[range(len(scored)), scored].sum())
+
+
 @both
 def test_the_base_generates_what_transformers_generates_greedily(build: Any, folder: Path) -> None:
     model, tokenizer = fresh_model(folder, AUTO)

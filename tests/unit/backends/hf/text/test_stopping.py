@@ -72,3 +72,41 @@ def test_generation_ends_with_the_token_that_completes_a_stop_text(tokenizer: An
     assert stop in tokenizer.decode(ids[: ends[0]], skip_special_tokens=False)
     assert stop not in tokenizer.decode(ids[: ends[0] - 1], skip_special_tokens=False)
     assert stopped_text(tokenizer, ids, [stop]) == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("stop", ["\ufffd", "a\ufffd", "\ufffd\ufffd", "\ufffd😀"])
+def test_the_first_bytes_of_a_character_are_no_stop_text(tokenizer: Any, stop: str) -> None:
+    ids = ids_of(tokenizer, "a", "€", "a", "😀", "a", "ж", "b")
+    assert not [count for count in range(1, len(ids) + 1) if has_stopped(tokenizer, ids[:count], [stop])]
+    assert stopped_text(tokenizer, ids, [stop]) == "a€a😀aжb"
+
+
+def test_the_first_bytes_of_a_character_that_decode_one_by_one_are_no_stop_text() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "a": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=made)
+    ids = [1, *(byte + 2 for byte in "😀".encode()), 1]
+    assert not [count for count in range(1, len(ids) + 1) if has_stopped(tokenizer, ids[:count], ["\ufffd"])]
+    assert stopped_text(tokenizer, ids, ["\ufffd"]) == "a😀a"
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_character_that_was_written_as_unknown_is_a_stop_text(tokenizer: Any, count: int) -> None:
+    ids = ids_of(tokenizer, "a", "\ufffd" * count, "€", "b")
+    stop = "\ufffd" * count
+    ends = [end for end in range(1, len(ids) + 1) if has_stopped(tokenizer, ids[:end], [stop])]
+    assert ends
+    assert tokenizer.decode(ids[: ends[0]]).startswith(f"a{stop}")
+    assert stopped_text(tokenizer, ids, [stop]) == "a"
+    assert stopped_text(tokenizer, ids[: ends[0]], [stop]) == "a"
+
+
+def test_a_text_that_ends_inside_of_a_character_ends_before_it_if_asked(tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, "a", "€")[:-1]
+    assert stopped_text(tokenizer, ids, ["\ufffd"]) == "a"
+    assert stopped_text(tokenizer, ids, ["nowhere"]) == "a\ufffd"
