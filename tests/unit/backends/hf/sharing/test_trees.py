@@ -151,12 +151,8 @@ def _first(module: Any, model: Any, states: Any) -> Any:
     return module(states)
 
 
-def _calling_each(functions: Any) -> Any:
-    return lambda states: functions[0](states)
-
-
-def _calling(function: Any) -> Any:
-    return lambda states: function(states)
+def _calling(functions: Any) -> Any:
+    return lambda states: functions[0](states) * 2
 
 
 def _in_turns(layer: Any) -> Any:
@@ -178,11 +174,11 @@ FORWARDS: dict[str, Callable[[Any], Any]] = {
     "a partial with a keyword": lambda model: functools.partial(_named, module=model),
     "a method of a closure": lambda model: types.MethodType(_of_module(model.layer), model),
     "a method of a function with a default": lambda model: types.MethodType(_with_layer(model.layer), model),
-    "a method of a function with a keyword's default": lambda model: types.MethodType(_with_keyword(model.layer), model),
+    "a method of a function with a keyword": lambda model: types.MethodType(_with_keyword(model.layer), model),
     "a method of a partial": lambda model: types.MethodType(functools.partial(_first, model.layer), model),
-    "a closure over a method of a closure": lambda model: _calling(types.MethodType(_of_module(model.layer), model)),
+    "a closure over a method of a closure": lambda model: _calling((types.MethodType(_of_module(model.layer), model),)),
     "a method of functions that call each other": lambda model: types.MethodType(_in_turns(model.layer), model),
-    "a closure over a list": lambda model: _calling_each([model.layer]),
+    "a closure over a list": lambda model: _calling([model.layer]),
     "a closure over a weak reference": lambda model: _of_weak(weakref.ref(model)),
 }
 
