@@ -128,7 +128,8 @@ def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[i
     import peft
 
     tree = base.pristine.tree(known, isolated=not files.plain)
-    fit_vocabulary(tree, files, tokenizer)
+    of_earlier = tokenizer is base.tokenizer and not base.has_tokenizer_of_files
+    fit_vocabulary(tree, files, tokenizer, of_earlier=of_earlier)
     config = _config(files)
     if hasattr(config, "progressbar"):
         config.progressbar = False  # FRoD draws one on any terminal
