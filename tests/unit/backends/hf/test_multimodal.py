@@ -357,7 +357,7 @@ def test_an_adapter_on_a_vision_tower_does_not_fit_the_text_model_alone(build: A
 def test_an_adapter_on_a_vision_tower_alone_is_said_to_change_nothing_for_text(
     build: Any, base: Path, tmp_path: Path, form: str
 ) -> None:
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "LoRA": {},
         "IA3": {"kind": "IA3Config", "feedforward_modules": []},
         "VeRA": {"kind": "VeraConfig", "r": 4},
