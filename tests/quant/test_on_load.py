@@ -193,3 +193,38 @@ def test_fp8_needs_a_gpu_to_be_quantized_on_load_and_says_so(base: Path) -> None
     )
     with pytest.raises(SpecError, match=f"^{re.escape(sentence)} .* GPU .* name a model whose files are quantized\\.$"):
         HFBuilder()(spec_of(base, model_kwargs={"quantization_config": {"quant_method": "fp8"}}))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a misspelt key": ({"load_in_4bit": True, "bnb4bit_quant_type": "nf4"}, "Did you mean 'bnb_4bit_quant_type'?"),
+    "torchao's key": (
+        {"load_in_4bit": True, "quant_type": "nf4"},
+        "has 'quant_type', which bitsandbytes does not have",
+    ),
+    "an unknown type": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "bitsandbytes has 'nf4' and 'fp4'."),
+    "a misspelt flag": ({"load_in4bit": True}, "names no format. It needs 'load_in_4bit': True"),
+    "no flag": ({"quant_method": "bitsandbytes"}, "names no format. It needs 'load_in_4bit': True"),
+}
+
+
+@pytest.mark.parametrize(("settings", "sentence"), WRONG.values(), ids=WRONG)
+def test_settings_that_transformers_would_ignore_are_refused(
+    base: Path, settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(SpecError, match=re.escape(sentence)):
+        HFBuilder()(spec_of(base, model_kwargs={"quantization_config": settings}))
+
+
+@pytest.mark.parametrize("settings", [INT8, {**NF4, "bnb_4bit_quant_type": "fp4"}, TORCHAO], ids=str)
+def test_files_that_are_quantized_already_are_not_said_to_be_quantized_in_another_way(
+    base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model, tokenizer = fresh(base, quantization_config=_bitsandbytes(NF4))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SpecError, match=r"are quantized by bitsandbytes already.* or name the model without"):
+        HFBuilder()(spec_of(tmp_path, model_kwargs={"quantization_config": settings}))
+    same = HFBuilder()(spec_of(tmp_path, model_kwargs={"quantization_config": NF4}))
+    with same.as_base() as view:
+        assert view_logits(view).equal(logits(*fresh(tmp_path)))
+    same.close()

@@ -168,6 +168,8 @@ def _difference(one: Path, other: Path, *, by_mlx: bool, merged: bool) -> str | 
         return f"their configs differ in {some(fields)}"
     if merged:
         return None
+    if _quantization(one) != _quantization(other):
+        return None
     ours, theirs = _shapes(one), _shapes(other)
     if ours is None or theirs is None or quantized:
         return None
@@ -179,11 +181,20 @@ def _difference(one: Path, other: Path, *, by_mlx: bool, merged: bool) -> str | 
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
+    config = _whole_config(folder)
+    return None if config is None else {name: value for name, value in config.items() if name not in _SAYS_NOTHING}
+
+
+def _quantization(folder: Path) -> Any:
+    return (_whole_config(folder) or {}).get("quantization_config")
+
+
+def _whole_config(folder: Path) -> dict[str, Any] | None:
     try:
         config = json.loads(read_bounded(folder / "config.json", CONFIG_BYTES))
-        return {name: value for name, value in config.items() if name not in _SAYS_NOTHING}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
+    return config if isinstance(config, dict) else None
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:

@@ -166,8 +166,7 @@ def _put_on(loaded: Loaded[BoundModel], base: LoadedBase, files: AdapterFiles) -
         tuned = tuned_side(base, adapter, tokenizer)
         if not base.is_tried:
             tuned.at_first(partial(verify_model, base))
-        if not files.told_by_weights:
-            verify_effect(base, tuned, files)
+        verify_effect(base, tuned, adapter.files)
     exposed = {name: tensor for name, tensor in adapter.own.items() if adapter.pristine.exposes(name, tensor)}
     loaded.tuned, loaded.adapter, loaded.rust = tuned, adapter, rust
     loaded.contents = ContentsRecord(exposed, "adapter: ")

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter, warn_of_names
 from pytest_sway.backends.hf.adapters.expert_layouts import fitted, warn_of_experts
 from pytest_sway.backends.hf.adapters.packed_weights import read_packed
-from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, refused
+from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, not_on_quantized, refused
 from pytest_sway.backends.hf.adapters.relocation import relocated
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify.weights import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.hygiene.heap import trim_heap
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
+from pytest_sway.backends.hf.loading.model import is_quantized, without_weights
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.model.adapter import Adapter
@@ -94,6 +95,9 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
         if out_of_memory(error):
             raise
         again = error.again if isinstance(error, AdapterFaultError) else None
+        quantized = again is None and not isinstance(error, ImportError) and is_quantized(base.spec)
+        if quantized and _fits_unquantized(base, files, tokenizer):
+            raise not_on_quantized(base.spec, files, error) from error
         raise refused(base.spec, files, error, attempt) from error
 
 
@@ -125,26 +129,48 @@ def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[i
         tokenizer: The adapter's tokenizer.
         known: Filled with the tree's objects, by the ``id`` of the base's objects that they replace.
     """
+    tree = base.pristine.tree(known, isolated=not files.plain)
+    of_earlier = tokenizer is base.tokenizer and not base.has_tokenizer_of_files
+    fit_vocabulary(tree, files, tokenizer, of_earlier=of_earlier)
+    peft_model, starts = _read_on(tree, base, files)
+    peft_model.eval()
+    peft_model.requires_grad_(False)
+    verify_trained(base.spec, files, adapter_parameters(peft_model), starts)
+    return peft_model
+
+
+def _read_on(model: Any, base: LoadedBase, files: AdapterFiles) -> tuple[Any, dict[str, Any]]:
+    """Return a ``PeftModel`` of a model with an adapter's weights, and the parameters before they were read."""
     import peft
 
-    tree = base.pristine.tree(known, isolated=not files.plain)
-    fit_vocabulary(tree, files, tokenizer)
     config = _config(files)
     if hasattr(config, "progressbar"):
         config.progressbar = False  # FRoD draws one on any terminal
     task = TASKS[base.spec.task or CAUSAL].peft
     kind: Any = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task] if config.task_type == task else peft.PeftModel
-    with fitted(base.spec, files, tree, config):
-        peft_model: Any = kind(tree, config)
+    with fitted(base.spec, files, model, config):
+        peft_model: Any = kind(model, config)
         starts = {} if files.plain or config.is_prompt_learning else _copies(adapter_parameters(peft_model))
-        key_mapping = None if config.is_prompt_learning else getattr(tree, "_checkpoint_conversion_mapping", {})
+        key_mapping = None if config.is_prompt_learning else getattr(model, "_checkpoint_conversion_mapping", {})
         with _folder_for_peft(files) as folder:
             result = peft_model.load_adapter(str(folder), NAME, torch_device=str(base.device), key_mapping=key_mapping)
         verify_keys(base.spec, files, _unloaded(peft_model, result.missing_keys), result.unexpected_keys)
-    peft_model.eval()
-    peft_model.requires_grad_(False)
-    verify_trained(base.spec, files, adapter_parameters(peft_model), starts)
-    return peft_model
+    return peft_model, starts
+
+
+def _fits_unquantized(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> bool:
+    """Return whether PEFT puts an adapter on a quantized base's model without quantization, and that runs."""
+    import torch
+
+    try:
+        with quiet_process(), torch.inference_mode(), torch.device("meta"):
+            model = without_weights(base.spec)
+            fit_vocabulary(model, files, tokenizer)
+            peft_model, _ = _read_on(model, base, files)
+            numbers(inner_model(peft_model), (0, 0), peft_model.eval())
+    except Exception:  # a model or adapter may raise anything, also because it needs the values of weights
+        return False
+    return True
 
 
 def _loaded_again(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Any:

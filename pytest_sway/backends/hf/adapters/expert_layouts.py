@@ -13,12 +13,15 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, public_name
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
+from pytest_sway.backends.hf.loading.tasks import auto_class
 from pytest_sway.backends.hf.sharing.trees import modules_of
 from pytest_sway.backends.libraries.culprits import said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import AdapterMismatchError, SwayError, SwayWarning
+from pytest_sway.spec.model_kwargs import as_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,9 +129,9 @@ def _scale_plainly(base: ModelSpec, files: AdapterFiles, config: Any, expert: st
 def _not_converted(base: ModelSpec, files: AdapterFiles, expert: str, why: str) -> AdapterMismatchError:
     folder = str(files.folder)
     merge = (
-        "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T;"
-        f" f = {folder + '-merged'!r}; M.from_pretrained({folder!r}).merge_and_unload().save_pretrained(f);"
-        f" T.from_pretrained({base.base!r}).save_pretrained(f)"
+        f"from transformers import {auto_class(base, config_of(base)).__name__} as B, AutoTokenizer as T; from peft"
+        f" import PeftModel as M; f = {folder + '-merged'!r}; M.from_pretrained(B.from_pretrained({_source(base)}),"
+        f" {folder!r}).merge_and_unload().save_pretrained(f); T.from_pretrained({base.base!r}).save_pretrained(f)"
     )
     return AdapterMismatchError(
         f"the adapter {folder!r} has tensors of single experts ({public_name(expert)}, ...), as transformers 4 has"
@@ -136,3 +139,10 @@ def _not_converted(base: ModelSpec, files: AdapterFiles, expert: str, why: str) 
         f" ({why}). With transformers 4 (pip install 'transformers<5'), make a whole model of it: python -c"
         f" \"{merge}\". Then name that folder as 'finetuned' in the adapter's place."
     )
+
+
+def _source(base: ModelSpec) -> str:
+    """Return the arguments, as code, with which transformers loads a base."""
+    labels = as_mapping(base.model_kwargs).get("num_labels")
+    further = {"revision": base.revision, "num_labels": labels, "trust_remote_code": base.trust_remote_code}
+    return ", ".join([repr(base.base), *(f"{name}={value!r}" for name, value in further.items() if value)])

@@ -69,9 +69,8 @@ def _merged(base: LoadedBase, below: LoadedBase, files: AdapterFiles, number: in
     record = brought or (below.brought if isinstance(below, MergedBase) else None)
     lacks = frozenset(name for name in below.lacks if ROOT + name not in (files.entries or ()))
     merged = MergedBase(base, pristine, record, lacks)
-    if not files.told_by_weights:
-        with explained(below, files, tokenizer):
-            verify_effect(below, merged.side, files)
+    with explained(below, files, tokenizer):
+        verify_effect(below, merged.side, adapter.files)
     return merged
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
 from pytest_sway.backends.hf.loading.misfits.candidates import defaults_of, hints_of, other_values
 from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
+from pytest_sway.spec.model_kwargs import method_of, quantization_of
 from pytest_sway.system.wording import shown, some
 
 if TYPE_CHECKING:
@@ -84,6 +86,17 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
             " name the base that it was trained on."
         )
     return found
+
+
+def not_on_quantized(base: ModelSpec, files: AdapterFiles, error: Exception) -> AdapterMismatchError:
+    """Return the error for an adapter that PEFT puts on a base's model, but not on its quantized layers."""
+    method = method_of(quantization_of(base.model_kwargs, config_of(base)) or {})
+    kind = f"{shown(files.peft_type)}{', use_dora' if files.config.get('use_dora') else ''} in its {CONFIG}"
+    return AdapterMismatchError(
+        f"PEFT cannot put the adapter {str(files.folder)!r} ({kind}) on layers that are quantized by {method}, as those"
+        f" of {base.base!r} are: {said(error)} It fits the same model without quantization: name that as the base, or"
+        " merge the adapter into it and quantize the result."
+    )
 
 
 def _tensors(files: AdapterFiles, said: str) -> str:

@@ -22,7 +22,7 @@ _SIDES: Final = {_WEIGHT: 0, ("lora_embedding_A",): -1, ("lora_B", "weight"): 0}
 """The axis that counts tokens, by the part of a tensor's name that follows the layer's."""
 
 
-def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any) -> None:
+def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any, *, of_earlier: bool = False) -> None:
     """Resize a model's embeddings to the vocabulary that an adapter was trained with.
 
     transformers initialises new rows that the adapter does not have around the mean of the others.
@@ -31,9 +31,11 @@ def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any) -> None:
         model: A Hugging Face model, changed in place.
         files: The adapter's files.
         tokenizer: The adapter's tokenizer.
+        of_earlier: Whether that is the one of an adapter before it in the spec's list.
 
     Raises:
-        AdapterMismatchError: It trains a token that neither its weights nor the tokenizer have.
+        AdapterMismatchError: It trains a token that neither its weights nor the tokenizer have, or it has no embeddings
+            for tokens that an earlier adapter has added.
     """
     layers = _layers(model)
     if not layers:
@@ -51,6 +53,12 @@ def fit_vocabulary(model: Any, files: AdapterFiles, tokenizer: Any) -> None:
         rows = len(tokenizer)
     elif not told:
         return
+    elif of_earlier and rows < len(tokenizer) <= max(map(_vocabulary, layers.values())):
+        raise AdapterMismatchError(
+            f"the adapter {str(files.folder)!r} has embeddings for {rows:,} tokens, but it is put on an adapter whose"
+            f" tokenizer has {len(tokenizer):,}, so it was not trained on that one. Put the tokenizer that it was"
+            " trained with into its folder, or name adapters that were trained one on the other."
+        )
     brought = {id(layer.weight) for name, layer in layers.items() if _WEIGHT in dict(_tensors(files, name))}
     model.resize_token_embeddings(rows, mean_resizing=any(id(layer.weight) not in brought for layer in layers.values()))
     model.requires_grad_(False)

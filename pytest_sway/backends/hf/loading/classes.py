@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.sharing.trees import modules_of
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
@@ -85,6 +86,23 @@ def has_parts(config: Mapping[str, Any]) -> bool:
 def is_multimodal(model: Any) -> bool:
     """Return whether a loaded model has a text model as one of its parts."""
     return model.config.get_text_config() is not model.config
+
+
+def text_parts(model: Any) -> tuple[str, ...]:
+    """Return how the names in a multimodal model's text model and output layer begin; empty if that is unknown.
+
+    Args:
+        model: A loaded model; for one that is not multimodal the result is empty.
+    """
+    if not is_multimodal(model):
+        return ()
+    names = {id(module): name for name, module in modules_of(model)}
+    try:
+        first, head = (names.get(id(each)) for each in (model.get_input_embeddings(), model.get_output_embeddings()))
+    except (AttributeError, NotImplementedError):  # a model with its own code may not name them
+        return ()
+    body = (first or "").rpartition(".")[0]
+    return tuple(f"{part}." for part in (body, head) if part) if body else ()
 
 
 def _ways(kind: object) -> Iterator[tuple[str, set[str]]]:

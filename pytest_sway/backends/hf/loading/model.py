@@ -30,7 +30,7 @@ from pytest_sway.backends.hf.loading.tasks import (
 from pytest_sway.backends.libraries.culprits import Asked, culprit, named_culprit, said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, WeightsError
-from pytest_sway.spec.model_kwargs import quantization_of
+from pytest_sway.spec.model_kwargs import quantization_of, unpacks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -168,6 +168,23 @@ def _asked(spec: ModelSpec) -> Asked | None:
         if config is None or spec.trust_remote_code
         else Asked("the base", config.parent, ("config.json",), partial(_made, spec))
     )
+
+
+def is_quantized(spec: ModelSpec) -> bool:
+    """Return whether the layers of a spec's loaded base are quantized."""
+    return quantization_of(spec.model_kwargs, config_of(spec)) is not None and not unpacks(spec.model_kwargs)
+
+
+def without_weights(spec: ModelSpec) -> Any:
+    """Return the model of a base's config as it is without quantization, on the meta device.
+
+    Raises:
+        SpecError: The base's config is not on this machine.
+    """
+    config = base_file(spec, "config.json")
+    if config is None:
+        raise SpecError(f"the base {spec.base!r} has no config.json on this machine.")
+    return _made(spec, config.parent).eval()
 
 
 def _made(spec: ModelSpec, folder: Path) -> Any:

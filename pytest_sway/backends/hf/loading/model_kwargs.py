@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.errors import BackendNotAvailableError, SpecError, SwayError
-from pytest_sway.spec.model_kwargs import KNOWN, as_mapping, named_type, quantization_of
+from pytest_sway.spec.model_kwargs import KNOWN, as_mapping, method_of, named_type, quantization_of
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
@@ -38,10 +39,64 @@ def loading_arguments(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, A
         memory = arguments["max_memory"] or {}
         arguments["max_memory"] = {int(key) if key.isdecimal() else key: size for key, size in memory.items()}
     if "quantization_config" in arguments:
+        _require_meaning(arguments["quantization_config"])
+        _require_not_quantized(spec, arguments["quantization_config"], config.get("quantization_config"))
         arguments["quantization_config"] = _quantization(spec, arguments["quantization_config"])
     if quantization_of(spec.model_kwargs, config) is not None:
         arguments.setdefault("device_map", {"": spec.device})
     return arguments
+
+
+def _require_meaning(settings: dict[str, Any]) -> None:
+    """Raise if settings name no format, or say what transformers would ignore of bitsandbytes.
+
+    Raises:
+        SpecError: They do.
+    """
+    from transformers import BitsAndBytesConfig
+
+    said = f"model_kwargs['quantization_config'] = {settings!r}"
+    method = settings.get("quant_method", "bitsandbytes")
+    asked = [name for name in ("load_in_4bit", "load_in_8bit") if settings.get(name)]
+    if method != "bitsandbytes":
+        return
+    if not asked:
+        raise SpecError(
+            f"{said} names no format. It needs 'load_in_4bit': True or 'load_in_8bit': True for bitsandbytes, or the"
+            " 'quant_method' of another format, such as 'torchao'."
+        )
+    known = [*signature(BitsAndBytesConfig).parameters, "quant_method"]
+    for name in settings.keys() - set(known) - {"_load_in_4bit", "_load_in_8bit"}:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise SpecError(f"{said} has {name!r}, which bitsandbytes does not have, so it would be ignored.{hint}")
+    kind = settings.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("fp4", "nf4"):
+        raise SpecError(f"{said} has bnb_4bit_quant_type = {kind!r}. bitsandbytes has 'nf4' and 'fp4'.")
+
+
+def _require_not_quantized(spec: ModelSpec, settings: dict[str, Any], stored: object) -> None:
+    """Raise if a model's files are quantized in another way than settings say, which transformers would not follow.
+
+    Args:
+        spec: The resolved spec of the model.
+        settings: The settings.
+        stored: The quantization in its config.json.
+
+    Raises:
+        SpecError: They are.
+    """
+    if not isinstance(stored, dict) or settings.get("quant_method") == "auto-round":  # it reads other formats, too
+        return
+    ours, theirs = method_of(settings), method_of(stored)
+    others = [name for name, value in settings.items() if stored.get(name) != value and name != "quant_method"]
+    if ours != theirs or (ours == "bitsandbytes" and others):
+        fields = f" with other values of {some(others)}" if ours == theirs else ""
+        raise SpecError(
+            f"the files of {spec.base!r} are quantized by {theirs} already{fields}, so they are not quantized by"
+            f" model_kwargs['quantization_config'] = {settings!r}. Take that out of the spec, or name the model without"
+            " quantization."
+        )
 
 
 def _quantization(spec: ModelSpec, settings: dict[str, Any]) -> Any:

@@ -126,7 +126,9 @@ def _inside(thing: Any) -> Iterator[Any]:
         yield from _contents(thing.__closure__ or ())
         yield from thing.__defaults__ or ()
         yield from (thing.__kwdefaults__ or {}).values()
-    elif isinstance(thing, types.MethodType | types.BuiltinMethodType):
+    elif isinstance(thing, types.MethodType):
+        yield from (thing.__func__, thing.__self__)
+    elif isinstance(thing, types.BuiltinMethodType):
         yield thing.__self__
     elif isinstance(thing, functools.partial):
         yield from (thing.func, thing.args, thing.keywords)
@@ -193,7 +195,7 @@ class _Copier:
         return tuple(map(self._copied, value))
 
     def _method(self, method: Any) -> Any:
-        return types.MethodType(method.__func__, self._copied(method.__self__))
+        return types.MethodType(self._copied(method.__func__), self._copied(method.__self__))
 
     def _builtin_method(self, method: Any) -> Any:
         there = self._memo.get(id(method.__self__))
@@ -222,30 +224,34 @@ class _Copier:
         return copied
 
     def _function(self, function: Any) -> Any:
-        """Copy a function with its closure and defaults if they hold parts of the model; else return it as it is."""
-        cells, defaults, keywords = function.__closure__ or (), function.__defaults__, function.__kwdefaults__
-        if not any(map(self._is_part, (*_contents(cells), *(defaults or ()), *(keywords or {}).values()))):
+        """Copy a function with its closure and defaults if they have parts of the model; else return it as it is."""
+        if not self._has_part(function, set()):
             return function
-        copied_cells = tuple(
-            types.CellType(self._copied(cell.cell_contents)) if cell != _EMPTY else cell for cell in cells
+        cells = function.__closure__ or ()
+        new = [cell for cell in cells if id(cell) not in self._memo]
+        self._memo.update((id(cell), types.CellType()) for cell in new)
+        copied = self._memo[id(function)] = types.FunctionType(  # registered before its cells, which may refer to it
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            self._copied(function.__defaults__),
+            tuple(self._memo[id(cell)] for cell in cells) or None,
         )
-        copied = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, self._copied(defaults), copied_cells or None
-        )
-        copied.__kwdefaults__ = self._copied(keywords)
-        copied.__dict__.update(function.__dict__)
+        for cell in new:
+            if cell != _EMPTY:
+                self._memo[id(cell)].cell_contents = self._copied(cell.cell_contents)
+        copied.__kwdefaults__ = self._copied(function.__kwdefaults__)
+        copied.__dict__.update(self._copied(function.__dict__))
         return copied
 
-    def _is_part(self, value: Any) -> bool:
-        """Return whether a value is part of the model, or a function or method that is bound to it."""
-        if id(value) in self._memo or isinstance(value, self._module):
+    def _has_part(self, value: Any, seen: set[int]) -> bool:
+        """Return whether a value is part of the model, or holds one in what is copied part by part."""
+        if self._memo.get(id(value), value) is not value or isinstance(value, self._module):
             return True
-        if isinstance(value, types.MethodType | types.BuiltinMethodType):
-            return self._is_part(value.__self__)
-        if isinstance(value, functools.partial):
-            return any(map(self._is_part, (value.func, *value.args)))
-        cells = value.__closure__ or () if isinstance(value, types.FunctionType) else ()
-        return any(self._is_part(inside) for inside in _contents(cells) if inside is not value)
+        if type(value) not in _BY_KIND or id(value) in seen:
+            return False
+        seen.add(id(value))
+        return any(self._has_part(inside, seen) for inside in _inside(value))
 
 
 _BY_KIND: Final[dict[Any, Any]] = {

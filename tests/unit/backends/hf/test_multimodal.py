@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import shutil
+import warnings
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.errors import AdapterMismatchError, SpecError
+from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning
 from tests.tiny import TEXT, WORDS, edit_config, edit_weights, make_tokenizer, quiet
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.insides import base_in
@@ -350,6 +351,54 @@ def test_an_adapter_on_a_vision_tower_does_not_fit_the_text_model_alone(build: A
         shutil.copy(file, tmp_path / "alone")
     with pytest.raises(AdapterMismatchError, match=r"does not fit the base .*model\.vision_tower\."):
         build(tmp_path / "alone", adapter)
+
+
+@pytest.mark.parametrize("form", ["LoRA", "IA3", "VeRA"])
+def test_an_adapter_on_a_vision_tower_alone_is_said_to_change_nothing_for_text(
+    build: Any, base: Path, tmp_path: Path, form: str
+) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "LoRA": {},
+        "IA3": {"kind": "IA3Config", "feedforward_modules": []},
+        "VeRA": {"kind": "VeraConfig", "r": 4},
+    }
+    adapter = train(_plain_llava(base), tmp_path / "eyes", target_modules=r".*vision_tower.*q_proj", **kinds[form])
+    with pytest.warns(SwayWarning, match=r"eyes' changes nothing on the base .* for text, .* \(model\.vision_tower\."):
+        backend = build(base, adapter)
+    with backend.as_finetuned() as tuned:
+        assert any(name.endswith("q_proj.base_layer") and "vision" in name for name, _ in tuned.model.named_modules())
+
+
+def test_an_adapter_on_a_vision_tower_and_the_text_model_is_served_without_a_word(
+    build: Any, base: Path, tmp_path: Path
+) -> None:
+    adapter = train(_plain_llava(base), tmp_path / "adapter", target_modules=["q_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(base, adapter)
+
+
+def test_a_merged_adapter_on_a_vision_tower_alone_is_said_to_change_nothing_for_text(
+    build: Any, base: Path, tmp_path: Path
+) -> None:
+    plain = _plain_llava(base)
+    eyes = train(plain, tmp_path / "eyes", target_modules=r".*vision_tower.*q_proj")
+    words = train(plain, tmp_path / "words", target_modules=r".*language_model.*q_proj")
+    with pytest.warns(SwayWarning, match=r"eyes' changes nothing on the base .* for text"):
+        build(base, [eyes, words])
+
+
+def test_a_fine_tuned_model_with_another_vision_tower_alone_is_said_to_equal_its_base_for_text(
+    build: Any, base: Path, tmp_path: Path
+) -> None:
+    tuned = Path(shutil.copytree(base, tmp_path / "tuned"))
+    edit_weights(
+        tuned,
+        lambda tensors: {name: tensor + ("vision" in name) for name, tensor in tensors.items()},
+        file="model.safetensors",
+    )
+    with pytest.warns(SwayWarning, match=r"tuned' is equal to its base .* for text"):
+        build(base, finetuned=str(tuned))
 
 
 def test_a_config_with_the_fields_of_the_text_model_at_its_top_is_understood(build: Any, tmp_path: Path) -> None:

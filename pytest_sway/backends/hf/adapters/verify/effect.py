@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, ROOT, WEIGHTS, public_name
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
 from pytest_sway.backends.hf.adapters.resized_embeddings import trained_words
 from pytest_sway.backends.hf.adapters.verify.weights import NOT_TRAINED
 from pytest_sway.backends.hf.hygiene.finite import has_nan
+from pytest_sway.backends.hf.loading.classes import text_parts
+from pytest_sway.backends.hf.loading.model import is_quantized
 from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.model.peft_model import inner_model
 from pytest_sway.backends.libraries.process import no_warnings
+from pytest_sway.errors import SwayWarning
 from pytest_sway.spec.tasks import is_causal
+from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
@@ -34,6 +39,9 @@ step of training at a rate of 1e-5 reaches at least 2.7e-5."""
 def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> None:
     """Raise unless an adapter changes its base's logits, for tokens from all over the vocabulary.
 
+    If its weights show that it changes anything, it is not run. An adapter on parts of a multimodal model that take no
+    text can change what the model computes for images, so it is not refused: a warning says that it is none for text.
+
     If their vocabularies differ in size, the tokens that both have are compared. An adapter that trains single
     tokens beyond those is not checked.
 
@@ -42,13 +50,18 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
     Args:
         base: The base.
         tuned: The base with the adapter.
-        files: The adapter's files.
+        files: The adapter's files, with its tensors' names in the base.
 
     Raises:
         AdapterFaultError: The logits are the same, or the adapter turns them into NaN.
     """
     import torch
 
+    beside = _beside_text(base.pristine.model, files)
+    quantized = is_quantized(base.spec)
+    reads_base = quantized and files.config.get("use_dora")  # not every quantized layer can be read in each pass
+    if files.told_by_weights and not beside and not reads_base:
+        return
     with no_warnings(), torch.inference_mode(), base.side.engine() as plain, tuned.engine() as changed:
         words = min(_vocabulary(plain), _vocabulary(changed))
         if max(trained_words(files), default=0) >= words:
@@ -56,6 +69,8 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
         ids = _probe(words, files)
         computed = _logits if is_causal(base.spec.task) else _numbers
         before, after = computed(plain, ids), computed(changed, ids)
+        if quantized:
+            computed(changed, ids)  # PEFT's DoRA on LLM.int8 fails in each second pass
         if _vocabulary(plain) != _vocabulary(changed):
             before, after = before[..., :words], after[..., :words]
         if has_nan(after) and not has_nan(before):
@@ -65,13 +80,29 @@ def verify_effect(base: LoadedBase, tuned: BoundModel, files: AdapterFiles) -> N
                 "Its training diverged, or its config is not the one that it was trained with.",
                 partial(_require_another, ids, before[-1]),
             )
-        if before.shape == after.shape and _same(before, after) and not _embeddings_differ(plain, changed, words):
+        same = before.shape == after.shape and _same(before, after) and not _embeddings_differ(plain, changed, words)
+        if same and not beside:
             raise AdapterFaultError(
                 f"the adapter {str(files.folder)!r} changes nothing on the base {base.spec.base!r}: for {len(ids)}"
                 " tokens from all over the vocabulary the logits stay the same",
                 NOT_TRAINED,
                 partial(_require_another, ids, before[-1]),
             )
+    if same:
+        warnings.warn(
+            f"the adapter {str(files.folder)!r} changes nothing on the base {base.spec.base!r} for text, and views ask"
+            f" for text alone: all its tensors are on other parts of the model ({some(beside)}). Name an adapter that"
+            " was trained on the text model, or pass images to view.model yourself.",
+            SwayWarning,
+            stacklevel=3,
+        )
+
+
+def _beside_text(model: Any, files: AdapterFiles) -> list[str]:
+    """Return the names of an adapter's tensors in a multimodal model if none is in its text model; else nothing."""
+    parts = text_parts(model)
+    names = [name.removeprefix(ROOT) for name in files.entries or () if name.startswith(ROOT)]
+    return [] if not parts or any(name.startswith(parts) for name in names) else list(map(public_name, names))
 
 
 def _require_another(ids: list[int], before: Any, model: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SwayWarning
-from tests.tiny import make_adapter, make_tokenizer, quiet
+from tests.tiny import edit_weights, make_adapter, make_tokenizer, quiet
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import TRANSFORMERS_VERSION
 
@@ -205,8 +205,20 @@ def test_what_peft_does_not_convert_is_refused_with_what_to_do(
         AdapterMismatchError, match=rf"PEFT does not convert this adapter \(.*{why}.*\)\. With"
     ) as caught:
         build(base, made.adapter)
-    assert f"M.from_pretrained('{made.adapter}').merge_and_unload().save_pretrained(f); T." in str(caught.value)
+    command = f"M.from_pretrained(B.from_pretrained('{base}'), '{made.adapter}').merge_and_unload().save_pretrained(f)"
+    assert command in str(caught.value)
+    assert "AutoModelForCausalLM as B" in str(caught.value)
     assert "Name the base" not in str(caught.value)
+
+
+@pytest.mark.skipif(not FUSED, reason="transformers 4 serves it")
+def test_the_command_loads_the_base_as_the_spec_does(build: Any, moe: Callable[[str], Path], tmp_path: Path) -> None:
+    import torch
+
+    made = _adapter(tmp_path, moe("mixtral"), ("w1",), task_type="SEQ_CLS", modules_to_save=["score"])
+    edit_weights(made.adapter, lambda tensors: tensors | {"base_model.model.score.weight": torch.ones(3, 32)})
+    with pytest.raises(AdapterMismatchError, match=r"AutoModelForSequenceClassification as B, .*', num_labels=3\)"):
+        build(moe("mixtral"), made.adapter)
 
 
 def test_an_adapter_on_all_experts_of_a_layer_needs_transformers_5(

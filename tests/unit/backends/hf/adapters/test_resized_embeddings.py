@@ -196,6 +196,51 @@ def test_a_trained_word_that_no_tokenizer_has_is_refused(build: Any, base: Path,
         build(base, adapter)
 
 
+# --- in a list of adapters --------------------------------------------------------------------------------------------
+
+
+def _merged(base: Path, *adapters: tuple[Path, int]) -> Any:
+    """Return PEFT's model of adapters, each on a base of its number of rows, merged but for the last."""
+    import torch
+    from peft import PeftModel
+
+    with quiet(), torch.random.fork_rng(devices=[]):
+        model, _ = fresh(base)
+        for adapter, rows in adapters:
+            torch.manual_seed(0)
+            unloaded = model.merge_and_unload() if isinstance(model, PeftModel) else model
+            unloaded.resize_token_embeddings(rows)
+            model = PeftModel.from_pretrained(unloaded, str(adapter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("rows", [(N + 2, N + 5), (N + 5, N + 2), (N + 2, N)], ids=str)
+def test_the_last_adapter_that_has_embeddings_decides_about_the_number_of_words(
+    build: Any, base: Path, tmp_path: Path, rows: tuple[int, int]
+) -> None:
+    adapters = [
+        make_resized(tmp_path / str(i), base, n, seed=i, modules_to_save=EMBEDDINGS) for i, n in enumerate(rows)
+    ]
+    with build(base, adapters).as_finetuned() as tuned:
+        found = _logits(tuned.model, rows[-1])
+        assert len(tuned.tokenizer) == rows[-1]
+    assert found.equal(_logits(_merged(base, *zip(adapters, rows, strict=True)), rows[-1]))
+
+
+def test_an_adapter_with_fewer_words_than_the_tokenizer_of_the_one_before_it_is_refused(
+    build: Any, base: Path, tmp_path: Path
+) -> None:
+    more = make_resized(tmp_path / "more", base, N + 2, modules_to_save=EMBEDDINGS)
+    fewer = make_resized(tmp_path / "fewer", base, N, modules_to_save=EMBEDDINGS)
+    for file in fewer.glob("tokenizer*"):
+        file.unlink()
+    text = (
+        rf"fewer' has embeddings for {N} tokens, but it is put on an adapter whose tokenizer has {N + 2}, so it was not"
+    )
+    with pytest.raises(AdapterMismatchError, match=text):
+        build(base, [more, fewer])
+
+
 @pytest.mark.usefixtures("no_search")
 @pytest.mark.parametrize("rows", [N + 2, N - 5])
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": EMBEDDINGS}])

@@ -119,6 +119,15 @@ def test_weights_of_other_sizes_are_told(base: Path, copy: Path) -> None:
     assert "their weights have other names or sizes" in str(_why(base, str(copy)))
 
 
+def test_a_quantized_copy_says_nothing(base: Path, copy: Path) -> None:
+    edit_weights(copy, lambda tensors: {f"{k}_0": t.flatten() for k, t in tensors.items()}, file="model.safetensors")
+    _edit_base(copy, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert _why(base, str(copy)) is None
+    assert _why(copy, str(base)) is None
+    _edit_base(copy, rope_theta=500_000.0)
+    assert "their configs differ in rope_theta." in str(_why(base, str(copy)))
+
+
 def test_a_further_trained_model_is_detected_by_its_values(base: Path, copy: Path) -> None:
     edit_weights(copy, lambda tensors: {k: t + 0.5 for k, t in tensors.items()}, file="model.safetensors")
     assert "their weights have other values" in str(_why(base, str(copy)))

@@ -100,7 +100,7 @@ def test_a_gguf_base_takes_them_but_is_not_quantized_again(base: Path, build: Ca
         ),
         (
             {"quantization_config": {"bits": 4}},
-            "transformers cannot make a quantization of model_kwargs['quantization_config'] = {'bits': 4}: *",
+            "model_kwargs['quantization_config'] = {'bits': 4} names no format. It needs 'load_in_4bit': True or *",
         ),
     ],
     ids=str,

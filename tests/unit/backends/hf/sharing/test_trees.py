@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,42 @@ def _named(states: Any, module: Any) -> Any:
     return module.layer(states)
 
 
+def _of_module(module: Any) -> Any:
+    return lambda self, states: module(states)
+
+
+def _with_layer(layer: Any) -> Any:
+    def forward(self: Any, states: Any, layer: Any = layer) -> Any:
+        return layer(states)
+
+    return forward
+
+
+def _with_keyword(layer: Any) -> Any:
+    def forward(self: Any, states: Any, *, layer: Any = layer) -> Any:
+        return layer(states)
+
+    return forward
+
+
+def _first(module: Any, model: Any, states: Any) -> Any:
+    return module(states)
+
+
+def _calling(functions: Any) -> Any:
+    return lambda states: functions[0](states) * 2
+
+
+def _in_turns(layer: Any) -> Any:
+    def forward(self: Any, states: Any, turns: int = 2) -> Any:
+        return other(self, states, turns - 1) if turns else layer(states)
+
+    def other(self: Any, states: Any, turns: int) -> Any:
+        return forward(self, states, turns)
+
+    return forward
+
+
 FORWARDS: dict[str, Callable[[Any], Any]] = {
     "a closure over a method": _closing_over,
     "a closure over a closure": _closing_twice,
@@ -135,6 +172,13 @@ FORWARDS: dict[str, Callable[[Any], Any]] = {
     "a method": lambda model: model.layer.forward,
     "a partial of a method": lambda model: functools.partial(model.layer.forward),
     "a partial with a keyword": lambda model: functools.partial(_named, module=model),
+    "a method of a closure": lambda model: types.MethodType(_of_module(model.layer), model),
+    "a method of a function with a default": lambda model: types.MethodType(_with_layer(model.layer), model),
+    "a method of a function with a keyword": lambda model: types.MethodType(_with_keyword(model.layer), model),
+    "a method of a partial": lambda model: types.MethodType(functools.partial(_first, model.layer), model),
+    "a closure over a method of a closure": lambda model: _calling((types.MethodType(_of_module(model.layer), model),)),
+    "a method of functions that call each other": lambda model: types.MethodType(_in_turns(model.layer), model),
+    "a closure over a list": lambda model: _calling([model.layer]),
     "a closure over a weak reference": lambda model: _of_weak(weakref.ref(model)),
 }
 
@@ -144,14 +188,26 @@ def _of_weak(reference: Any) -> Any:
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
-def test_a_forward_that_was_put_on_a_module_computes_with_the_trees_own_weights_or_is_noticed(forward: str) -> None:
+def test_a_forward_that_was_put_on_a_module_computes_with_the_trees_own_weights(forward: str) -> None:
     model = model_with()
     model.forward = FORWARDS[forward](model)
     tree = tree_of(model, _zeros)
-    assert _computes(model)
-    assert _is_noticed(tree, model) == _computes(tree)
-    if "weak" not in forward:
-        assert not _computes(tree)
+    _require_own(tree, model)
+
+
+def test_functions_that_share_a_variable_share_the_trees() -> None:
+    model, calls = model_with(), 0
+
+    def count(states: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return model.layer(states)
+
+    model.forward, model.calls = count, lambda: (calls, model.layer)
+    tree = tree_of(model, _zeros)
+    tree(torch.ones(3))
+    assert tree.calls() == (1, tree.layer)
+    assert calls == 0
 
 
 def test_hooks_go_along_and_see_the_tree() -> None:
@@ -299,6 +355,7 @@ FOREIGN: dict[str, Callable[[Any], Any]] = {
     "a default": _with_default,
     "a keyword's default": _with_keyword_default,
     "a method": lambda layer: layer.forward,
+    "a method of a closure": lambda layer: types.MethodType(lambda self: layer, object()),
     "a partial": lambda layer: functools.partial(print, layer),
     "a weak reference": weakref.ref,
 }

@@ -1,0 +1,93 @@
+"""Adapters of many types on quantized bases: PEFT's numbers, or an error that accuses neither adapter nor base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.errors import AdapterMismatchError
+from tests.quant.test_on_load import FORMATS
+from tests.tiny import edit_config, make_adapter, make_base, save_adapter
+from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.reference import fresh, logits, view_logits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROMPT, ANSWER = "the sun", " rises in the east"
+PROJECTIONS = ["q_proj", "v_proj"]
+TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "DoRA": ("LoraConfig", {"target_modules": PROJECTIONS, "use_dora": True}),
+    "a saved head": ("LoraConfig", {"target_modules": PROJECTIONS, "modules_to_save": ["lm_head"]}),
+    "a saved layer": ("LoraConfig", {"target_modules": PROJECTIONS, "modules_to_save": ["k_proj"]}),
+    "PiSSA": ("LoraConfig", {"target_modules": PROJECTIONS, "init_lora_weights": "pissa"}),
+    "IA3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "VeRA": ("VeraConfig", {"target_modules": ["q_proj"], "r": 4}),
+    "LoHa": ("LoHaConfig", {"target_modules": PROJECTIONS, "r": 2}),
+    "HRA": ("HRAConfig", {"target_modules": PROJECTIONS, "r": 4}),
+    "prefixes": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
+}
+SERVED = [
+    *((form, kind) for form in ("nf4", "torchao int8") for kind in ("DoRA", "a saved head", "IA3", "VeRA", "prefixes")),
+    *(("int8", kind) for kind in ("a saved head", "IA3", "VeRA", "LoHa", "HRA", "prefixes")),
+]
+REFUSED = [
+    *(("nf4", kind) for kind in ("a saved layer", "PiSSA", "LoHa", "HRA")),
+    *(("int8", kind) for kind in ("DoRA", "a saved layer", "PiSSA")),
+    *(("torchao int8", kind) for kind in ("a saved layer", "PiSSA", "HRA")),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("models") / "base", hidden=64)
+
+
+def _adapter(folder: Path, base: Path, kind: str) -> Path:
+    import peft
+
+    name, fields = TYPES[kind]
+    return save_adapter(folder, base, getattr(peft, name)(task_type="CAUSAL_LM", **fields), scale=0.05)
+
+
+@pytest.mark.parametrize(("form", "kind"), SERVED)
+def test_an_adapter_of_any_type_computes_what_peft_computes(base: Path, tmp_path: Path, form: str, kind: str) -> None:
+    adapter = _adapter(tmp_path, base, kind)
+    settings, made = FORMATS[form]
+    expected = logits(*fresh(base, adapter, quantization_config=made(settings)))
+    backend = HFBuilder(score_cache=0)(spec_of(base, adapter, model_kwargs={"quantization_config": settings}))
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        score = tuned.logprob_of(PROMPT, ANSWER)
+        assert view_logits(tuned).equal(expected)
+        assert tuned.logprob_of(PROMPT, ANSWER) == score != plain.logprob_of(PROMPT, ANSWER)
+        assert tuned.generate_many([PROMPT], max_new_tokens=3) == [tuned.generate(PROMPT, max_new_tokens=3)]
+        assert len(tuned.rolling_logprobs([PROMPT, ANSWER])) == 2
+    assert backend.changes() == []
+    backend.close()
+
+
+@pytest.mark.parametrize(("form", "kind"), REFUSED)
+def test_an_adapter_that_peft_cannot_put_on_quantized_layers_is_not_accused(
+    base: Path, tmp_path: Path, form: str, kind: str
+) -> None:
+    adapter, (settings, _) = _adapter(tmp_path, base, kind), FORMATS[form]
+    method = settings.get("quant_method", "bitsandbytes")
+    told = rf"^PEFT cannot put the adapter .* on layers that are quantized by {method}, .* It fits the same model"
+    with pytest.raises(AdapterMismatchError, match=told):
+        HFBuilder()(spec_of(base, adapter, model_kwargs={"quantization_config": settings}))
+
+
+def test_an_adapter_of_another_model_is_accused_on_a_quantized_base_too(base: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other", hidden=32)
+    adapter = edit_config(make_adapter(tmp_path / "adapter", other, use_dora=True), base_model_name_or_path=None)
+    kwargs = {"quantization_config": FORMATS["nf4"][0]}
+    with pytest.raises(AdapterMismatchError, match=r"does not fit the base .*Name the base that it was trained on"):
+        HFBuilder()(spec_of(base, adapter, model_kwargs=kwargs))
+
+
+def test_a_fault_of_an_adapters_config_is_named_on_a_quantized_base_too(base: Path, tmp_path: Path) -> None:
+    adapter = edit_config(make_adapter(tmp_path, base), r="four")
+    with pytest.raises(Exception, match="r = 'four'"):
+        HFBuilder()(spec_of(base, adapter, model_kwargs={"quantization_config": FORMATS["nf4"][0]}))
