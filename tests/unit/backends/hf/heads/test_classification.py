@@ -84,7 +84,7 @@ def test_texts_and_pairs_are_in_passes_of_their_own_where_end_tokens_are_counted
 def test_a_model_that_padding_changes_reads_one_text_at_a_time(
     build: Any, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_sway.backends.hf.heads.batches.agree", lambda one, other: False)
+    monkeypatch.setattr("pytest_sway.backends.hf.heads.batches.agree", lambda *_: False)
     expected = one_by_one(*fresh_model(bert, AUTO), TEXTS)
     with build(bert, task="classification").as_base() as view:
         assert _logits(view, TEXTS) == expected
@@ -95,7 +95,7 @@ def test_a_trial_without_enough_memory_is_made_again_and_says_nothing_about_padd
 ) -> None:
     import torch
 
-    def full(one: Any, other: Any) -> bool:
+    def full(*_: Any) -> bool:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     expected = one_by_one(*fresh_model(bert, AUTO), TEXTS)
