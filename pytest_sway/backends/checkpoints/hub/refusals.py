@@ -87,10 +87,9 @@ def explained_model(spec: ModelSpec) -> Iterator[None]:
     """Explain an error of a hub's that a library has met while it loaded a spec's base, and leave others alone."""
     try:
         yield
-    except SwayError:
-        raise
     except Exception as error:
-        cause = None if is_path(spec.base) else _of_hub(error)
+        told = isinstance(error, SwayError) and not isinstance(error, BackendLoadError)
+        cause = None if told or is_path(spec.base) else _of_hub(error)
         if cause is None:
             raise
         raise _explanation(HubModel(spec.base, spec.revision), cause) from error
@@ -102,11 +101,18 @@ def _of_hub(error: BaseException) -> Exception | None:
         from huggingface_hub import errors
     except ImportError:
         return None
-    of_hub = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.LocalEntryNotFoundError)
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, of_hub):
-        cause = cause.__cause__
-    return cause
+    of_hub = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError)
+    seen: list[BaseException] = []  # an error that was raised twice may be its own cause
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, of_hub):
+            no_file = isinstance(found, errors.EntryNotFoundError)
+            return None if no_file and not isinstance(found, errors.LocalEntryNotFoundError) else found
+        if found is not None and found not in seen:
+            seen.append(found)
+            pending += [found.__context__, found.__cause__]
+    return None
 
 
 @contextmanager

@@ -30,6 +30,11 @@ REFUSALS = [
         r"^the model 'org/base' in revision 'v2' is no folder in .* has no such repository",
     ),
     (
+        error(401, "", "Invalid username or password."),
+        SpecError,
+        r"^the model 'org/base' in revision 'v2' was refused by http.* \(HTTP 401\)\. Log in with an account that may",
+    ),
+    (
         error(503),
         BackendLoadError,
         r"^the model 'org/base' in revision 'v2' could not be fetched from http.* Run",
@@ -44,6 +49,14 @@ def test_a_model_that_a_hub_refuses_is_told_with_what_to_do(
     hub.refuses = lambda request: answer
     with pytest.raises(kind, match=sentence):
         BackendCache().get_or_load({"base": "org/base", "revision": "v2", "device": "cpu", "dtype": "fp32"})
+
+
+def test_a_model_whose_weights_a_hub_refuses_is_told_with_what_to_do(hub: ToyHub, base: Path) -> None:
+    refused = error(401, "", "Invalid username or password.")
+    hub.push("org/base", files_of(base))
+    hub.refuses = lambda request: refused if request.path.endswith(".safetensors") else None
+    with pytest.raises(SpecError, match=r"^the model 'org/base' was refused by http.* \(HTTP 401\)\. Log in"):
+        BackendCache().get_or_load({"base": "org/base", "device": "cpu", "dtype": "fp32"})
 
 
 def test_a_fine_tuned_model_that_a_hub_does_not_have_is_told(hub: ToyHub, base: Path) -> None:
