@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, median_low
+from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from pytest_sway.errors import BackendNotAvailableError
@@ -26,7 +26,8 @@ POWER: Final = 0.8
 _LITTLE_SKEW: Final = 1e-6
 
 _ROUNDING: Final = 1e-3
-"""What equal differences may differ by, as a share of them: a third has four decimals in a record."""
+_RECORDED: Final = 1e-4
+"""What equal differences may differ by: a share of them, or what four decimals in a record cut off two scores."""
 
 _MOST: Final = 10**9
 """The largest sample size that is reported."""
@@ -68,8 +69,10 @@ def evidence_of(differences: Sequence[float]) -> Evidence:
     """
     least, most = min(differences), max(differences)
     largest = max(abs(least), abs(most))
-    if largest > 0.0 and most - least <= _ROUNDING * largest:
-        return EqualDifferences(median_low(differences), len(differences))
+    if least == most and most != 0.0:
+        return EqualDifferences(least, len(differences))
+    if largest > 2 * _RECORDED and most - least <= max(_ROUNDING * largest, 2 * _RECORDED):
+        return EqualDifferences(fmean(differences), len(differences))
     return PairedMeans(differences)
 
 

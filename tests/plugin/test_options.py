@@ -95,6 +95,7 @@ def test_malformed_named_specs_are_an_error_of_each_test_that_uses_a_backend(sui
     suite.pytester.makepyprojecttoml(f"[tool.pytest-sway]\n{table}\n")
     result = suite.run("def test_x(sway_backend): pass\n\ndef test_y(sway_cache): pass\n\ndef test_z(): pass")
     result.assert_outcomes(errors=2, passed=1)
+    assert len([line for line in result.outlines if line.startswith("E ") and "must hold one table" in line]) == 2
     result.stdout.fnmatch_lines_random(
         [
             "*SpecError: *pyproject.toml: ?tool.pytest-sway.specs? must hold one table of fields for each name, such as"

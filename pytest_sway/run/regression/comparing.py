@@ -238,7 +238,7 @@ def comparing(
 
 
 def _told_apart(new: _Side, old: _Side) -> tuple[_Side, _Side]:
-    """Return both sides with names that differ, unless they are one model.
+    """Return both sides with names that differ, unless they are one object or spec.
 
     Views of two specs are told apart by their specs, and what still has one name by its role.
     """

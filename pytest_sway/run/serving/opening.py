@@ -34,8 +34,7 @@ def open_session(
         owner: Returns the test or fixture that runs now.
         terminal: A descriptor of standard error that pytest's capture does not replace.
     """
-    config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")
-    return SwaySession(
+    session = SwaySession(
         settings,
         _Hooks(config),
         named_specs(config),
@@ -44,6 +43,8 @@ def open_session(
         share_weights=weights_folder(config),
         recorded=asks_for_reports(config),
     )
+    config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")
+    return session
 
 
 class _Hooks:

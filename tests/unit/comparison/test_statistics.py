@@ -188,7 +188,13 @@ def test_the_level_holds_for_equal_differences(n: int, nominal: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "differences", [[0.6 - 0.4, 0.4 - 0.2, 0.3 - 0.1], [np.float32(0.3) - np.float32(0.1), 0.2], [0.3334, 0.3333]]
+    "differences",
+    [
+        [0.6 - 0.4, 0.4 - 0.2, 0.3 - 0.1],
+        [np.float32(0.3) - np.float32(0.1), 0.2],
+        [0.3334, 0.3333],
+        [0.01, 0.0101, 0.0099],
+    ],
 )
 def test_differences_are_equal_if_only_rounding_tells_them_apart(differences: list[float]) -> None:
     assert isinstance(evidence_of(differences), EqualDifferences)

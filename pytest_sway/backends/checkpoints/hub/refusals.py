@@ -161,8 +161,8 @@ def file_not_fetched(spec: ModelSpec, name: str, error: Exception) -> BackendLoa
 
 def _not_fetched(what: str, error: Exception) -> BackendLoadError:
     return BackendLoadError(
-        f"{what} could not be fetched from {_endpoint()}: {type(error).__name__}: {_said(error)} Run again; or"
-        " fetch it by hand (hf download), and name its folder."
+        f"{what} could not be fetched from {_endpoint()}: {type(error).__name__}: {_said(error)} Run again; set"
+        " HF_HUB_OFFLINE=1 if the cache has all that you need; or fetch it by hand (hf download), and name its folder."
     )
 
 

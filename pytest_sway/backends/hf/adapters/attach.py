@@ -89,7 +89,7 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
 
     try:
         yield
-    except SwayError:
+    except (SwayError, Warning):  # a warning is raised where pytest makes it an error
         raise
     except Exception as error:
         if out_of_memory(error):

@@ -100,7 +100,9 @@ class DecodeCache:
 
     def _empty(self, like: Any) -> Any:
         _, heads, _, size = like.shape
-        return like.new_zeros(len(self.lengths), heads, self._capacity, size)  # masked numbers must be finite, too
+        # Columns that are read before they are written are masked, but their numbers must be finite, too.
+        empty = like.new_empty if self._block == 1 else like.new_zeros
+        return empty(len(self.lengths), heads, self._capacity, size)
 
     def begin(self) -> tuple[Any, Any]:
         """Add a column. Return the position of each text's next token, and the mask of its attention."""

@@ -58,6 +58,7 @@ def _continued(
 
 def _planned(engine: Engine, requests: Sequence[Request], settings: SamplingParams) -> list[Batch]:
     longest = [len(request.ids) + settings.max_new_tokens for request in requests]
+    columns = engine.forward.limits.attention_columns
     in_rows = [_goes_in_rows(engine, length) for length in longest]
     together = [request for request, goes in zip(requests, in_rows, strict=True) if goes]
     if together and not decodes(engine):
@@ -65,7 +66,8 @@ def _planned(engine: Engine, requests: Sequence[Request], settings: SamplingPara
     limits = engine.forward.limits
     least = limits.decoded_tokens // most_texts(engine.forward)
     overhead = limits.overhead * settings.max_new_tokens  # each new token is a pass
-    lengths = [max(least, length) for length, goes in zip(longest, in_rows, strict=True) if goes]
+    widths = [-(-length // columns) * columns for length, goes in zip(longest, in_rows, strict=True) if goes]
+    lengths = [max(least, width) for width in widths]
     batches = batching.in_batches(lengths, tokens=limits.decoded_tokens, overhead=overhead)
     planned = [Batch(decoded, [together[i] for i in batch]) for batch in batches]
     apart = [request for request, goes in zip(requests, in_rows, strict=True) if not goes]

@@ -8,6 +8,7 @@ from pytest_sway.backends.hf.generation.continuing import left_padded, plain_set
 from pytest_sway.backends.hf.generation.decoding import GrowingTexts
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.hf.scoring.scores import next_logits
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,9 @@ def _known(engine: Engine, lengths: tuple[int, ...], try_it: Callable[..., Any])
         prompts = [tokens[i : i + length] for i, length in enumerate(lengths)]
         try:
             known[lengths] = _as_scored(engine, list(try_it(engine, prompts)))
-        except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
+        except Exception as error:  # a model without a cache, or with one of its own kind, can fail in any way
+            if out_of_memory(error):  # which shows nothing of the model: the next call tries again
+                return False
             trials.failed()
             known[lengths] = False
     return known[lengths]

@@ -116,7 +116,8 @@ def pads(
         two = [item for _, item in shortest]
         try:
             alone = torch.cat([compute(engine, [item], *args) for item in two])
-            trials.pads = agree(compute(engine, two, *args), alone, engine.forward.dtype)
+            rows = zip(compute(engine, two, *args), alone, strict=True)
+            trials.pads = all(agree(row, its, engine.forward.dtype) for row, its in rows)
         except Exception as error:  # an unknown architecture may raise anything; it still reads one text at a time
             if out_of_memory(error):  # which says nothing about padding: the next call tries again
                 return False

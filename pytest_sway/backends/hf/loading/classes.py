@@ -94,14 +94,18 @@ def text_parts(model: Any) -> tuple[str, ...]:
     Args:
         model: A loaded model; for one that is not multimodal the result is empty.
     """
-    if not is_multimodal(model):
+    config = model.config
+    if "text_config" not in (config.sub_configs or ()) or getattr(config, "is_encoder_decoder", False):
         return ()
     names = {id(module): name for name, module in modules_of(model)}
     try:
         first, head = (names.get(id(each)) for each in (model.get_input_embeddings(), model.get_output_embeddings()))
     except (AttributeError, NotImplementedError):  # a model with its own code may not name them
         return ()
-    body = (first or "").rpartition(".")[0]
+    kind = config.get_text_config().model_type
+    configs = {name: getattr(module, "config", None) for name, module in modules_of(model) if name}
+    around = [name for name, its in configs.items() if getattr(its, "model_type", None) == kind]
+    body = min((name for name in around if f"{first}.".startswith(f"{name}.")), key=len, default="")
     return tuple(f"{part}." for part in (body, head) if part) if body else ()
 
 

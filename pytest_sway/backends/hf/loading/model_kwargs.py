@@ -65,7 +65,7 @@ def _require_meaning(settings: dict[str, Any]) -> None:
             f"{said} names no format. It needs 'load_in_4bit': True or 'load_in_8bit': True for bitsandbytes, or the"
             " 'quant_method' of another format, such as 'torchao'."
         )
-    known = [*signature(BitsAndBytesConfig).parameters, "quant_method"]
+    known = [*(signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}), "quant_method"]
     for name in settings.keys() - set(known) - {"_load_in_4bit", "_load_in_8bit"}:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -86,7 +86,8 @@ def _require_not_quantized(spec: ModelSpec, settings: dict[str, Any], stored: ob
     Raises:
         SpecError: They are.
     """
-    if not isinstance(stored, dict) or settings.get("quant_method") == "auto-round":  # it reads other formats, too
+    reads_others = settings.get("quant_method") == "auto-round"
+    if not isinstance(stored, dict) or not stored or reads_others:
         return
     ours, theirs = method_of(settings), method_of(stored)
     others = [name for name, value in settings.items() if stored.get(name) != value and name != "quant_method"]

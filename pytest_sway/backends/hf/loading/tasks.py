@@ -237,12 +237,11 @@ def numbers(model: Any, ids: Sequence[int], called: Any = None) -> Any:
 
     further: dict[str, Any] = {}
     taken = inspect.signature(model.forward).parameters
-    if "use_cache" in taken and called is None:
+    prompts = getattr(getattr(called, "active_peft_config", None), "is_prompt_learning", False)
+    if "use_cache" in taken and not prompts:
         further["use_cache"] = False  # with a cache, FSMT's decoder sees later tokens, or fails
     if _DECODED in taken:
-        end = model.config.eos_token_id
-        if isinstance(end, int) and end not in ids:  # a classifier such as BART's reads its answer there
-            ids = (*ids, end)
+        ids = _ended(model, ids)
         if model.can_generate():  # other models make their decoder's input of the text
             further[_DECODED] = torch.tensor([list(ids)], device=model.device)
     output = (model if called is None else called)(input_ids=torch.tensor([list(ids)], device=model.device), **further)
@@ -254,10 +253,16 @@ def needs_another_text(model: Any, ids: Sequence[int]) -> bool:
     """Return whether a model that does not run with one text runs if its decoder is given one, too."""
     import torch
 
-    if _DECODED not in inspect.signature(model.forward).parameters:
+    if _DECODED not in inspect.signature(model.forward).parameters or model.can_generate():
         return False
-    text = torch.tensor([list(ids)], device=model.device)
+    text = torch.tensor([list(_ended(model, ids))], device=model.device)
     with suppress(Exception):  # an unknown architecture may raise anything
-        model(input_ids=text, **{_DECODED: text})
+        model(input_ids=text, use_cache=False, **{_DECODED: text})
         return True
     return False
+
+
+def _ended(model: Any, ids: Sequence[int]) -> Sequence[int]:
+    """Return a text with the model's end token, where a classifier such as BART's reads its answer."""
+    end = model.config.eos_token_id
+    return (*ids, end) if isinstance(end, int) and end not in ids else ids

@@ -12,6 +12,7 @@ from pytest_sway.backends.hf.loading.model import why_not_run
 from pytest_sway.backends.hf.loading.tasks import needs_another_text, numbers, other_task
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.libraries.culprits import said
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.backends.local.verification import diverged
 from pytest_sway.errors import SpecError, WeightsError
@@ -70,7 +71,8 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
             )
         except Exception as error:  # an unknown architecture may raise anything
             logits = None
-            if not causal and needs_another_text(model, first):
+            embeds = base.spec.task == "embeddings" and not out_of_memory(error)
+            if embeds and needs_another_text(model, first):
                 why = _of_two_texts(f"the {role} {base.spec.base!r}", model)
             elif (why := why_not_run(base.spec, error)) is None and is_multimodal(model):
                 why = _not_of_text(f"the {role} {base.spec.base!r}", model, error)

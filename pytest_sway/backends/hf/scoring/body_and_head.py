@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.scoring import batching, packing
 from pytest_sway.backends.hf.scoring.trials import Trials
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -144,7 +145,9 @@ class BodyAndHead:
             whole, _ = self.hidden([trial])
             try:
                 other = self.hidden_after(trial[:-1], [trial[-1:], trial[:2]], 64)[0]
-            except Exception:  # a model without a cache, or with one of its own kind, can fail in any way
+            except Exception as error:  # a model without a cache, or with one of its own kind, can fail in any way
+                if out_of_memory(error):  # which shows nothing of the model: the next call tries again
+                    return False
                 self._trials.failed()
                 self._trials.caches = False
             else:

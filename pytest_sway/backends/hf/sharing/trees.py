@@ -12,7 +12,7 @@ import functools
 import gc
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -119,8 +119,9 @@ def shares_objects(tree: Any, original: Any) -> bool:
 def _inside(thing: Any) -> Iterator[Any]:
     """Yield what an object refers to; for functions, only what two functions of the same code may differ in."""
     if isinstance(thing, dict):
+        yield from thing
         yield from thing.values()
-    elif isinstance(thing, list | tuple | set | frozenset):
+    elif isinstance(thing, list | tuple | set | frozenset | deque):
         yield from thing
     elif isinstance(thing, types.FunctionType):
         yield from _contents(thing.__closure__ or ())
@@ -215,7 +216,9 @@ class _Copier:
         return copied
 
     def _set(self, value: Any) -> Any:
-        return set(map(self._copied, value))
+        copied = self._memo[id(value)] = set()
+        copied.update(map(self._copied, value))
+        return copied
 
     def _dict(self, value: Any) -> Any:
         copied = self._memo[id(value)] = type(value)()
@@ -230,13 +233,14 @@ class _Copier:
         cells = function.__closure__ or ()
         new = [cell for cell in cells if id(cell) not in self._memo]
         self._memo.update((id(cell), types.CellType()) for cell in new)
-        copied = self._memo[id(function)] = types.FunctionType(  # registered before its cells, which may refer to it
+        copied = self._memo[id(function)] = types.FunctionType(  # registered before its parts, which may refer to it
             function.__code__,
             function.__globals__,
             function.__name__,
-            self._copied(function.__defaults__),
+            None,
             tuple(self._memo[id(cell)] for cell in cells) or None,
         )
+        copied.__defaults__ = self._copied(function.__defaults__)
         for cell in new:
             if cell != _EMPTY:
                 self._memo[id(cell)].cell_contents = self._copied(cell.cell_contents)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.loading.classes import is_multimodal, text_parts
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning
 from tests.tiny import TEXT, WORDS, edit_config, edit_weights, make_tokenizer, quiet
 from tests.unit.backends.hf.conftest import spec_of
@@ -399,6 +400,24 @@ def test_a_fine_tuned_model_with_another_vision_tower_alone_is_said_to_equal_its
     )
     with pytest.warns(SwayWarning, match=r"tuned' is equal to its base .* for text"):
         build(base, finetuned=str(tuned))
+
+
+def test_an_encoder_and_a_decoder_are_no_parts_beside_text() -> None:
+    import transformers
+
+    parts = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    parts |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.T5GemmaForConditionalGeneration(transformers.T5GemmaConfig(encoder=parts, decoder=parts))
+    assert is_multimodal(model)
+    assert text_parts(model) == ()
+
+
+def test_a_warning_about_an_adapter_that_is_an_error_stays_that_warning(build: Any, base: Path, tmp_path: Path) -> None:
+    adapter = train(_plain_llava(base), tmp_path / "eyes", target_modules=r".*vision_tower.*q_proj")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(SwayWarning, match=r"eyes' changes nothing on the base"):
+            build(base, adapter)
 
 
 def test_a_config_with_the_fields_of_the_text_model_at_its_top_is_understood(build: Any, tmp_path: Path) -> None:

@@ -213,6 +213,21 @@ def test_rounding_is_judged_by_the_dtype_of_the_passes(
         assert engine_of(view).forward.trials.continues[6, 2, 5] is grows
 
 
+def test_a_trial_without_enough_memory_is_made_again(build: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with build(base).as_base() as view:
+        with monkeypatch.context() as patched:
+            patched.setattr(GrowingTexts, "grow", full)
+            expected = view.generate_many(UNEVEN, max_new_tokens=6)
+        assert (6, 2, 5) not in engine_of(view).forward.trials.continues
+        assert view.generate_many(UNEVEN, max_new_tokens=6, stop="nowhere") == expected
+        assert engine_of(view).forward.trials.continues[6, 2, 5]
+
+
 @pytest.mark.parametrize("settings", [{}, EVERYTHING, {"stop": "nowhere"}], ids=["greedy", "sampled", "stop"])
 def test_a_token_waits_for_an_accelerator_less_than_once(
     build: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

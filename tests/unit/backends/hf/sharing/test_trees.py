@@ -179,8 +179,18 @@ FORWARDS: dict[str, Callable[[Any], Any]] = {
     "a closure over a method of a closure": lambda model: _calling((types.MethodType(_of_module(model.layer), model),)),
     "a method of functions that call each other": lambda model: types.MethodType(_in_turns(model.layer), model),
     "a closure over a list": lambda model: _calling([model.layer]),
+    "a closure over keys": lambda model: _calling({model.layer: 1}),
+    "a default of itself": lambda model: _of_itself(model.layer),
     "a closure over a weak reference": lambda model: _of_weak(weakref.ref(model)),
 }
+
+
+def _of_itself(layer: Any) -> Any:
+    def forward(states: Any, again: Any = None) -> Any:
+        return layer(states) if again is None else again(states, None)
+
+    forward.__defaults__ = (forward,)
+    return forward
 
 
 def _of_weak(reference: Any) -> Any:
