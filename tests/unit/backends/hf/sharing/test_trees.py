@@ -179,10 +179,14 @@ FORWARDS: dict[str, Callable[[Any], Any]] = {
     "a closure over a method of a closure": lambda model: _calling((types.MethodType(_of_module(model.layer), model),)),
     "a method of functions that call each other": lambda model: types.MethodType(_in_turns(model.layer), model),
     "a closure over a list": lambda model: _calling([model.layer]),
-    "a closure over keys": lambda model: _calling({model.layer: 1}),
+    "a closure over keys": lambda model: _of_keys({model.layer: 1}),
     "a default of itself": lambda model: _of_itself(model.layer),
     "a closure over a weak reference": lambda model: _of_weak(weakref.ref(model)),
 }
+
+
+def _of_keys(layers: Any) -> Any:
+    return lambda states: next(iter(layers))(states)
 
 
 def _of_itself(layer: Any) -> Any:
