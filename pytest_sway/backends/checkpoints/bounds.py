@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.expressions import expressions, require_quick
+from pytest_sway.backends.checkpoints.mending import mending
 from pytest_sway.errors import AdapterMismatchError, SpecError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES, INDEX_BYTES, TOKENIZER_BYTES, open_regular
 from pytest_sway.system.wording import shown
@@ -94,6 +95,8 @@ _WRAPPERS: Final = {
     "_checkpoint_wrapped_module.": ("activation checkpointing", _GATHERED),
 }
 """What a wrapper puts into the names of a model's tensors, the wrapper's name, and how to save without it."""
+_LEFT: Final = r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+"""Matches what wrappers put into the names. ``module`` is also the name of modules, so it counts only at the start."""
 
 
 def require_files(folder: Path) -> None:
@@ -206,6 +209,7 @@ def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
             raise WeightsError(
                 f"{str(path)!r} has tensors such as {shown(name)}, which PEFT does not know: {whose} puts {left!r}"
                 f" into the names of a model that it wraps. Save the adapter again, unwrapped: {how}."
+                + mending(path, entries, _LEFT)
             )
 
 
