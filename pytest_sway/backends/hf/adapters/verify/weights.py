@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.mending import mending
+from pytest_sway.backends.checkpoints.bounds import mending
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, is_adapters, public_name, without_name
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
 from pytest_sway.backends.hf.hygiene.finite import largest, not_finite
