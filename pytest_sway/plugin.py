@@ -126,10 +126,9 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.fixture
 def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
-    """Call it with a spec to get a backend that stays loaded until the test's teardown.
+    """``sway_backend({"base": "org/name", "adapter": "runs/v3"})`` gives a backend until the test's teardown.
 
-    ``sway_backend({"base": "org/name", "adapter": "runs/v3"})`` returns an object whose ``as_base()`` and
-    ``as_finetuned()`` open views on one set of loaded weights.
+    Its ``as_base()`` and ``as_finetuned()`` open views on one set of loaded weights.
     """
     with _sway(request.config).requests.backends_for(request.node.nodeid, _marked(request.node)) as backends:
         yield backends

@@ -206,3 +206,12 @@ def test_after():
     assert key() != keys[0]
 """)
     result.assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("args", [(), ("-v",)], ids=" ".join)
+def test_the_help_of_the_fixture_has_an_example(pytester: pytest.Pytester, args: tuple[str, ...]) -> None:
+    result = pytester.runpytest_inprocess("--fixtures", *args)
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(
+        ["sway_backend*", '*``sway_backend({"base": "org/name", "adapter": "runs/v3"})`` gives a backend *']
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import edit_weights, make_adapter, make_base, pickled, poison, truncate
+from tests.unit.backends.hf.adapters.test_expert_layouts import FUSED, MIXTRAL, adapter_on_experts, make_moe
 
 SUITE = """
 import pytest
@@ -410,3 +412,26 @@ def test_x(sway_backend):
     result = pytester.runpytest_inprocess("-W", "default")
     result.assert_outcomes(**{"passed": 1 - outcome.get("failed", 0), **outcome})
     assert ("was trained on" in result.stdout.str()) is (policy != "ignore")
+
+
+@pytest.mark.parametrize("args", [("-p", "no:xdist"), ("-n", "1")], ids=" ".join)
+def test_an_adapter_in_a_foreign_layout_is_served_with_a_warning_in_the_output(
+    pytester: pytest.Pytester, models: Path, tmp_path: Path, args: tuple[str, ...]
+) -> None:
+    wrapped = shutil.copytree(models / "good", tmp_path / "wrapped")
+    edit_weights(wrapped, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
+    moe = make_moe(tmp_path / "moe", "mixtral")
+    single = adapter_on_experts(tmp_path, moe, MIXTRAL).adapter
+    pytester.makepyfile(f"""
+def test_names(sway_backend):
+    sway_backend({{"base": {str(models / "base")!r}, "adapter": {str(wrapped)!r}}})
+
+def test_experts(sway_backend):
+    sway_backend({{"base": {str(moe)!r}, "adapter": {str(single)!r}}})
+""")
+    result = pytester.runpytest_inprocess("-W", "default", *args)
+    result.assert_outcomes(passed=2, warnings=1 + FUSED)
+    names = f"*SwayWarning: the tensors of the adapter {str(wrapped)!r} have '_orig_mod' in their names, *"
+    result.stdout.fnmatch_lines(["*= warnings summary =*", names.replace("[", "[[]")])
+    told = f"*SwayWarning: the adapter {str(single)!r} has tensors of single experts *"
+    assert bool(fnmatch.filter(result.outlines, told.replace("[", "[[]"))) is FUSED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,10 @@ def test_a_real_model_has_digest_device_versions_and_bytes(pytester: pytest.Pyte
     assert close["resident_bytes"] == 0
 
 
-def test_comparisons_reported_before_a_worker_was_killed_are_there(pytester: pytest.Pytester) -> None:
+@pytest.mark.parametrize("args", [("-n", "1", "--dist", "load"), ("-n", "2")], ids=" ".join)
+def test_comparisons_reported_before_a_worker_was_killed_are_there(
+    pytester: pytest.Pytester, args: tuple[str, ...]
+) -> None:
     body = """
 import os
 
@@ -186,13 +190,28 @@ def test_b(sway_compare):
 def test_c(sway_compare):
     sway_compare(FACTS, canned(0.5), canned(0.0), name="after")
 """
-    result = run(pytester, body, JSON, "-n", "1", "--dist", "load")
+    result = run(pytester, body, JSON, "--sway-markdown=run.md", "--sway-html=run.html", *args)
     result.assert_outcomes(passed=2, failed=1)
     record = written(pytester)
     assert list(by_name(record)) == ["before", "after"]
-    assert record["workers"]["gw0"]["error"].startswith("crashed (")
-    assert [each["event"] for each in record["workers"]["gw1"]["events"]].count("load") == 2
+    assert [len(each["rows"]) for each in record["comparisons"]] == [12, 12]
+    (crashed,) = [name for name, worker in record["workers"].items() if worker["error"]]
+    assert record["workers"][crashed]["error"].startswith("crashed (")
+    loads = [event for worker in record["workers"].values() for event in worker["events"] if event["event"] == "load"]
+    assert {event["spec"] for event in loads} == {"dummy:shifted 0.5", "dummy:shifted 0.0"}
     assert record["run"]["exit_status"] == 1
+    lines = (pytester.path / "run.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines if " | passed | 12 | " in line] == ["| before", "| after"]
+    assert lines[0] == "## sway comparisons"
+    assert lines[-2].startswith("shown")  # the legend below the table
+    assert sections_of((pytester.path / "run.html").read_text("utf-8")) == ["before", "after"]
+
+
+def sections_of(page: str) -> list[str]:
+    """Return the headings of a page's comparisons; the page must be whole."""
+    assert page.startswith("<!doctype html>")
+    assert page.rstrip().endswith("</html>")
+    return re.findall(r"<summary><h3>([^<]*)</h3>", page)
 
 
 def test_an_interrupted_run_writes_its_comparisons(pytester: pytest.Pytester) -> None:

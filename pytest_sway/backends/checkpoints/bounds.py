@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +19,7 @@ from pytest_sway.system.reading import CONFIG_BYTES, INDEX_BYTES, TOKENIZER_BYTE
 from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
 
@@ -94,6 +95,16 @@ _WRAPPERS: Final = {
     "_checkpoint_wrapped_module.": ("activation checkpointing", _GATHERED),
 }
 """What a wrapper puts into the names of a model's tensors, the wrapper's name, and how to save without it."""
+_LEFT: Final = r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+"""Matches what wrappers put into the names. ``module`` is also the name of modules, so it counts only at the start."""
+_RENAME: Final = (
+    "import re, sys; from safetensors.torch import load_file, save_file; part, path = sys.argv[1:]; "
+    'save_file({re.sub(part, "", name): tensor.clone() for name, tensor in load_file(path).items()}, path, '
+    '{"format": "pt"})'
+)
+"""It copies the tensors, since `load_file` maps the file that is then written."""
+_PEFT: Final = "base_model."
+"""How all names begin that PEFT gives to the tensors of modules."""
 
 
 def require_files(folder: Path) -> None:
@@ -206,7 +217,24 @@ def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
             raise WeightsError(
                 f"{str(path)!r} has tensors such as {shown(name)}, which PEFT does not know: {whose} puts {left!r}"
                 f" into the names of a model that it wraps. Save the adapter again, unwrapped: {how}."
+                + mending(path, entries, _LEFT)
             )
+
+
+def mending(path: Path, names: Collection[str], part: str) -> str:
+    """Return a clause with a command that takes a part out of the names in a file; empty if it would not mend the file.
+
+    Args:
+        path: The file.
+        names: The names of its tensors.
+        part: A regular expression that matches the part.
+    """
+    mended = {re.sub(part, "", name) for name in names}
+    if path.suffix != ".safetensors" or len(mended) < len(names):
+        return ""
+    if not all(name.startswith(_PEFT) for name in mended):
+        return ""
+    return f" Or mend this file: python -c {' '.join(map(shlex.quote, (_RENAME, part, str(path))))}"
 
 
 def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:

@@ -19,8 +19,10 @@ import torch
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.backends.hf.loading.classes import is_multimodal, text_parts
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning
-from tests.tiny import TEXT, WORDS, edit_config, edit_weights, make_tokenizer, quiet
+from tests.tiny import TEXT, WORDS, edit_config, edit_weights, make_tokenizer, quiet, save_tiny
 from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.families import TEXT as TEXT_FIELDS
+from tests.unit.backends.hf.families import VISION
 from tests.unit.backends.hf.insides import base_in
 from tests.unit.backends.hf.multimodal import (
     KNOWN,
@@ -35,6 +37,7 @@ from tests.unit.backends.hf.multimodal import (
     train,
     with_adapter,
 )
+from tests.unit.backends.hf.zoo import TRANSFORMERS_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,6 +251,11 @@ def test_an_adapter_that_was_trained_on_the_text_model_alone_is_put_on_the_multi
     adapter = _text_adapter(served, tmp_path / "multimodal")
     edit_config(adapter, base_model_name_or_path=None)  # it names the multimodal base
     _expect(served, adapter, _expected(served.plain, adapter, served), base=folder)
+
+
+def test_the_lowest_supported_transformers_alone_may_lack_a_class() -> None:
+    missing = [str(specimen) for specimen in SPECIMENS if specimen not in KNOWN]
+    assert missing == [] or TRANSFORMERS_VERSION < (5, 0)
 
 
 def test_the_docs_have_the_table_of_classes() -> None:
@@ -475,6 +483,8 @@ def test_converted_weights_are_shared_between_workers(base: Path, tmp_path: Path
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
+ENCODERS = {"clip": "CLIPModel", "siglip": "SiglipModel", "vit": "ViTModel", "hubert": "HubertModel"}
+
 
 def test_a_multimodal_class_that_needs_an_image_is_refused_in_one_sentence(build: Any, tmp_path: Path) -> None:
     from transformers import BlipConfig, BlipForConditionalGeneration
@@ -491,6 +501,34 @@ def test_a_multimodal_class_that_needs_an_image_is_refused_in_one_sentence(build
         BlipForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(SpecError, match="BlipForConditionalGeneration, which does not compute logits for text alone"):
         build(tmp_path)
+
+
+def test_a_multimodal_class_whose_tokens_see_later_ones_is_refused(build: Any, tmp_path: Path) -> None:
+    import transformers
+
+    vocab = make_tokenizer(tmp_path, extra=("<image>",))
+    tokens = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": None}
+    with quiet():
+        config = transformers.PaliGemmaConfig(
+            text_config={**TEXT_FIELDS, **tokens, "model_type": "gemma"},
+            vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+            image_token_index=vocab - 1,
+            projection_dim=32,
+            hidden_size=32,
+        )
+    folder = save_tiny(lambda: transformers.PaliGemmaForConditionalGeneration(config), tmp_path)
+    what = r"is not a causal language model: in its PaliGemmaForConditionalGeneration, later tokens change the logits"
+    with pytest.raises(SpecError, match=what):
+        build(folder)
+
+
+@pytest.mark.parametrize(("kind", "named"), ENCODERS.items())
+def test_a_model_of_a_type_without_a_language_model_is_refused_in_one_sentence(
+    build: Any, base: Path, kind: str, named: str
+) -> None:
+    (base / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [named]}))
+    with pytest.raises(SpecError, match=rf"has model_type = '{kind}', and transformers has no causal language model"):
+        build(base)
 
 
 @pytest.mark.parametrize("kept", [True, False])

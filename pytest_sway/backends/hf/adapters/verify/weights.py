@@ -6,6 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.bounds import mending
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, is_adapters, public_name, without_name
 from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
 from pytest_sway.backends.hf.hygiene.finite import largest, not_finite
@@ -28,6 +29,8 @@ _PROJECTIONS: Final = ("vera_A", "vera_B", "pvera_A", "pvera_B")
 _LOADED_APART: Final = ("prompt_embeddings", *(f"base_model.{name}" for name in _PROJECTIONS))
 # DoRA's initial magnitudes are norms of the base's weights, computed in the training dtype: bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
+# PEFT leaves more than the adapter's name out of the names of these.
+_APART: Final = (".modules_to_save.", ".token_adapter.")
 NOT_TRAINED: Final = (
     f"Was it saved before it was trained ({WEIGHTS})? Or does its {CONFIG} switch it off, as lora_alpha = 0 does?"
 )
@@ -36,6 +39,8 @@ _NAMED: Final = re.compile(
     r"(?:\.(?:weight|bias))?$"
 )
 """Matches a LoRA tensor's name that contains another adapter's name, perhaps after PEFT's own name for it."""
+_LAST: Final = re.compile(r"\.([^.]{1,100})(?=(?:\.(?:weight|bias))?$)")
+"""Matches the last part of a tensor's name, where ``model.state_dict()`` has the adapter's name."""
 
 
 def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -59,13 +64,22 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
     unexpected = [name for name in unexpected if name not in _LOADED_APART and not _saved_twice(name, files)]
     if not missing and not unexpected:
         return
-    if len(adapters := {named[1] for name in unexpected if (named := _NAMED.search(name))}) == 1:
+    lacking = {without_name(name) for name in missing}
+    named = {
+        name: match[1]
+        for name in entries
+        if (match := _LAST.search(name)) and name[: match.start()] + name[match.end() :] in lacking
+    }
+    adapters = {match[1] for name in unexpected if (match := _NAMED.search(name))} or set(named.values())
+    if len(adapters) == 1:
         name = adapters.pop()
+        certain = len(named) == len(lacking) and not any(part in each for part in _APART for each in named)
         raise AdapterMismatchError(
             f"the adapter {str(files.folder)!r} has tensors whose names contain the adapter's name {name!r}"
-            f" ({some(unexpected)}), as those of model.state_dict() do."
+            f" ({some(named or unexpected)}), as those of model.state_dict() do."
             f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the"
             f" subfolder {name!r} that this makes."
+            + (mending(files.weights, entries, rf"\.{re.escape(name)}(?=(\.(weight|bias))?$)") if certain else "")
         )
     found = unplaced([in_file(name) for name in unexpected], [in_file(name) for name in missing])
     raise AdapterFaultError(

@@ -35,18 +35,19 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny model of a type, with three experts in each of two layers."""
+    """The folder that `make_moe` makes for a type."""
     made: dict[str, Path] = {}
 
     def _moe(kind: str) -> Path:
         if kind not in made:
-            made[kind] = _make(tmp_path_factory.mktemp(kind), kind)
+            made[kind] = make_moe(tmp_path_factory.mktemp(kind), kind)
         return made[kind]
 
     return _moe
 
 
-def _make(folder: Path, kind: str) -> Path:
+def make_moe(folder: Path, kind: str) -> Path:
+    """Save a tiny model of a type, with three experts in each of two layers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,7 +69,7 @@ class Made(NamedTuple):
     merged: Path
 
 
-def _adapter(
+def adapter_on_experts(
     folder: Path,
     base: Path,
     leaves: tuple[str, ...],
@@ -135,7 +136,7 @@ def test_an_adapter_on_single_experts_computes_what_it_did_in_transformers_4(
     config: dict[str, Any],
 ) -> None:
     base = moe(kind)
-    made = _adapter(tmp_path, base, leaves, **config)
+    made = adapter_on_experts(tmp_path, base, leaves, **config)
     backend = build(base, made.adapter)
     with backend.as_base() as plain, backend.as_finetuned() as tuned, backend.as_scaled_adapter(0) as off:
         _require_equal(view_logits(tuned), logits(*fresh(made.merged)))
@@ -148,7 +149,7 @@ def test_an_adapter_on_single_experts_computes_what_it_did_in_transformers_4(
 
 def test_it_can_be_merged_below_another_adapter(build: Any, moe: Callable[[str], Path], tmp_path: Path) -> None:
     base = moe("mixtral")
-    made = _adapter(tmp_path, base, MIXTRAL)
+    made = adapter_on_experts(tmp_path, base, MIXTRAL)
     upper = make_adapter(tmp_path / "upper", base, targets=("q_proj",))
     if FUSED:
         with pytest.warns(SwayWarning, match="PEFT has converted them"):
@@ -196,7 +197,7 @@ def test_what_peft_does_not_convert_is_refused_with_what_to_do(
     why: str,
 ) -> None:
     base = moe(kind)
-    made = _adapter(tmp_path, base, leaves, **form)
+    made = adapter_on_experts(tmp_path, base, leaves, **form)
     if not FUSED:
         with build(base, made.adapter).as_finetuned() as tuned:
             _require_equal(view_logits(tuned), logits(*fresh(made.merged)))
@@ -215,7 +216,7 @@ def test_what_peft_does_not_convert_is_refused_with_what_to_do(
 def test_the_command_loads_the_base_as_the_spec_does(build: Any, moe: Callable[[str], Path], tmp_path: Path) -> None:
     import torch
 
-    made = _adapter(tmp_path, moe("mixtral"), ("w1",), task_type="SEQ_CLS", modules_to_save=["score"])
+    made = adapter_on_experts(tmp_path, moe("mixtral"), ("w1",), task_type="SEQ_CLS", modules_to_save=["score"])
     edit_weights(made.adapter, lambda tensors: tensors | {"base_model.model.score.weight": torch.ones(3, 32)})
     with pytest.raises(AdapterMismatchError, match=r"AutoModelForSequenceClassification as B, .*', num_labels=3\)"):
         build(moe("mixtral"), made.adapter)

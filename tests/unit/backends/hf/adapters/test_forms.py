@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SwayWarning
-from tests.tiny import edit_weights
+from tests.tiny import edit_weights, make_adapter, save_adapter
+from tests.unit.backends.hf.mended import run_command_in
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import PEFT_VERSION
 
@@ -55,6 +57,7 @@ WRAPPED = {
     "DataParallel, DeepSpeed": lambda name: f"module.{name}",
     "both": lambda name: f"module._orig_mod.{name}",
     "FSDP": lambda name: re.sub(r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module.", name),
+    "activation checkpointing": lambda name: name.replace("self_attn.", "self_attn._checkpoint_wrapped_module."),
     "an adapter's name": lambda name: name.replace(".weight", ".sft.weight"),
 }
 
@@ -87,6 +90,63 @@ def test_keys_with_the_name_of_another_adapter_are_not_taken_for_another_base(
         build(base, copied)
     assert "Name the base" not in str(caught.value)
     assert [each.changes() for each in others] == [[]] * len(others)
+    run_command_in(caught.value)
+    with build(base, copied).as_finetuned() as tuned:
+        assert view_logits(tuned).equal(logits(*fresh(base, adapter)))
+
+
+OTHER_TYPES: dict[str, tuple[dict[str, Any], str]] = {
+    "IA3": ({"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, "ia3_l"),
+    "Vera": ({"target_modules": ["q_proj"], "r": 4}, "vera_lambda_[bd]"),
+    "LoHa": ({"target_modules": ["q_proj"], "r": 2}, r"hada_\w+"),
+}
+
+
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_an_adapters_name_in_the_keys_of_another_type_is_refused_with_a_command_that_mends_the_file(
+    build: Any, base: Path, tmp_path: Path, kind: str
+) -> None:
+    import peft
+
+    fields, tensor = OTHER_TYPES[kind]
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", **fields)
+    folder = save_adapter(tmp_path / "adapter", base, config)
+    expected = logits(*fresh(base, folder))
+    edit_weights(folder, lambda ts: {re.sub(rf"({tensor})$", r"\1.sft", name): t for name, t in ts.items()})
+    what = rf"has tensors whose names contain the adapter's name 'sft' \(.*{tensor}\.sft"
+    with pytest.raises(AdapterMismatchError, match=what) as caught:
+        build(base, folder)
+    run_command_in(caught.value)
+    with build(base, folder).as_finetuned() as tuned:
+        assert view_logits(tuned).equal(expected)
+
+
+@pytest.mark.usefixtures("no_search")
+def test_a_saved_layers_name_is_not_mended_by_taking_out_the_adapters(build: Any, base: Path, tmp_path: Path) -> None:
+    """PEFT writes ``lm_head.weight``, and ``model.state_dict()`` has ``lm_head.modules_to_save.sft.weight``."""
+    folder = make_adapter(tmp_path / "adapter", base, modules_to_save=["lm_head"])
+    edit_weights(
+        folder, lambda ts: {n.replace("lm_head.weight", "lm_head.modules_to_save.sft.weight"): t for n, t in ts.items()}
+    )
+    with pytest.raises(AdapterMismatchError) as caught:
+        build(base, folder)
+    assert "python -c" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["null", "missing"])
+def test_a_config_without_a_task_is_of_a_causal_language_model(
+    build: Any, base: Path, adapter: Path, copied: Path, task: str
+) -> None:
+    path = copied / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("task_type") == "CAUSAL_LM"
+    path.write_text(json.dumps(config if task == "missing" else config | {"task_type": None}))
+    backend = build(base, copied)
+    assert backend.spec.task in (None, "causal")
+    with backend.as_finetuned() as tuned, backend.as_base() as plain:
+        assert view_logits(tuned).equal(logits(*fresh(base, adapter)))
+        assert view_logits(plain).equal(logits(*fresh(base)))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

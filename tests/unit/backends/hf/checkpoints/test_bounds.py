@@ -17,6 +17,7 @@ from pytest_sway.errors import AdapterMismatchError, SpecError, SwayError, Weigh
 from pytest_sway.system.reading import CONFIG_BYTES
 from tests.tiny import edit_config, edit_weights, pickled
 from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.mended import run_command_in, tensors_of
 
 SECONDS = 5.0
 """CPU seconds of the thread."""
@@ -264,17 +265,37 @@ def test_a_setting_that_is_nested_without_end_is_named(
     assert "which is nested in more than 32 levels, deeper than any setting." in str(error)
 
 
-@pytest.mark.parametrize(
-    ("rename", "left", "whose"),
-    [
-        (lambda name: f"_orig_mod.{name}", "_orig_mod.", "torch.compile"),
-        (lambda name: name.replace("model.model.", "model._orig_mod.model."), "_orig_mod.", "torch.compile"),
-        (lambda name: f"module.{name}", "module.", "DataParallel"),
-        (lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module."), "_fsdp_wrapped_module.", "FSDP"),
-    ],
-)
-def test_what_a_wrapper_has_left_in_some_names_is_named(
-    folders: dict[str, Path], refusal: Callable[[], SwayError], rename: Callable[[str], str], left: str, whose: str
+LEFT: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "compiled": (lambda name: f"_orig_mod.{name}", "_orig_mod.", "torch.compile"),
+    "a compiled base": (
+        lambda name: name.replace("model.model.", "model._orig_mod.model."),
+        "_orig_mod.",
+        "torch.compile",
+    ),
+    "parallel": (lambda name: f"module.{name}", "module.", "DataParallel"),
+    "parallel and compiled": (lambda name: f"_orig_mod.module.{name}", "_orig_mod.", "torch.compile"),
+    "FSDP": (
+        lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
+        "_fsdp_wrapped_module.",
+        "FSDP",
+    ),
+    "checkpointing": (
+        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+        "_checkpoint_wrapped_module.",
+        "activation checkpointing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rename", "left", "whose"), LEFT.values(), ids=LEFT)
+def test_what_a_wrapper_has_left_in_some_names_is_named_with_a_command_that_mends_the_file(
+    folders: dict[str, Path],
+    refusal: Callable[[], SwayError],
+    build: Any,
+    adapter: Path,
+    rename: Callable[[str], str],
+    left: str,
+    whose: str,
 ) -> None:
     edit_weights(
         folders["adapter"],
@@ -285,6 +306,27 @@ def test_what_a_wrapper_has_left_in_some_names_is_named(
     assert f"{whose} puts {left!r} into the names of a model that it wraps" in str(error)
     assert "Save the adapter again, unwrapped: " in str(error)
     assert "save_pretrained(folder" in str(error)
+    run_command_in(error, in_a_shell=whose == "FSDP")
+    assert tensors_of(folders["adapter"]) == tensors_of(adapter)
+    with build(folders["base"], folders["adapter"]).as_finetuned() as view:
+        assert view.logprob_of("the sun", " rises") < 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors | {f"_orig_mod.{name}": tensor.clone() for name, tensor in tensors.items()},
+        lambda tensors: {f"_orig_mod.{name.removeprefix('base_model.')}": tensor for name, tensor in tensors.items()},
+    ],
+    ids=["twice", "of no PEFT model"],
+)
+def test_a_file_that_no_shorter_names_would_mend_is_to_be_saved_again(
+    folders: dict[str, Path], refusal: Callable[[], SwayError], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    edit_weights(folders["adapter"], change)
+    text = str(refusal())
+    assert "Save the adapter again, unwrapped: " in text
+    assert "python -c" not in text
 
 
 @pytest.mark.parametrize("change", [lambda tensors: {}, lambda tensors: {k: t[:0] for k, t in tensors.items()}])

@@ -49,7 +49,14 @@ _SIZES: dict[str, dict[str, Any]] = {
         "init_std": 0.2,
     },
 }
-_SIZES["mbart"] = _SIZES["bart"]
+_SIZES["mt5"] = _SIZES["umt5"] = _SIZES["t5"]
+_SIZES["mbart"] = _SIZES["plbart"] = _SIZES["bart"]
+_SIZES["led"] = {
+    **_SIZES["bart"],
+    "attention_window": 4,
+    "max_encoder_position_embeddings": 128,
+    "max_decoder_position_embeddings": 128,
+}
 _SIZES["fsmt"] = {
     **_SIZES["bart"],
     "langs": ["en", "de"],
@@ -63,7 +70,7 @@ def make_model(folder: Path, kind: str, auto: str, *, seed: int = 0, ends: bool 
 
     Args:
         folder: The folder.
-        kind: The type of the model: ``llama``, ``bert``, ``t5``, ``longt5``, ``bart``, ``mbart`` or ``fsmt``.
+        kind: The type of the model, one of `_SIZES`.
         auto: The name of transformers' class that makes it of a config.
         seed: Seeds the weights.
         ends: Whether the tokenizer puts the end token after a text, as those of T5 and BART do.

@@ -93,10 +93,11 @@ def test_a_causal_models_body_pools_its_last_token(build: Any, base: Path, tmp_p
     assert np.allclose(found, _alone(*fresh_model(base, "AutoModel"), TEXTS, "last", normalize=True), atol=1e-5)
 
 
-def test_the_encoder_of_t5_embeds_alone(build: Any, tmp_path: Path) -> None:
-    folder = make_sentence_model(make_model(tmp_path, "t5", "AutoModelForSeq2SeqLM", ends=True))
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
+def test_the_encoder_of_t5_embeds_alone(build: Any, tmp_path: Path, kind: str) -> None:
+    folder = make_sentence_model(make_model(tmp_path, kind, "AutoModelForSeq2SeqLM", ends=True))
     with build(folder, task="embeddings").as_base() as view:
-        assert type(view.model).__name__ == "T5EncoderModel"
+        assert type(view.model).__name__ == f"{kind.upper()}EncoderModel"
         found = view.embed(TEXTS)
     expected = _alone(*fresh_model(folder, "AutoModelForTextEncoding"), TEXTS, "mean", normalize=True)
     assert np.allclose(found, expected, atol=1e-5)
@@ -216,8 +217,9 @@ def test_a_model_whose_decoder_needs_a_text_of_its_own_is_refused(build: Any, tm
         build(folder, task="embeddings")
 
 
-def test_a_model_that_gives_its_decoder_the_text_itself_is_served(build: Any, tmp_path: Path) -> None:
-    folder = make_model(tmp_path, "bart", "AutoModel", ends=True)
+@pytest.mark.parametrize("kind", ["bart", "mbart", "led"])
+def test_a_model_that_gives_its_decoder_the_text_itself_is_served(build: Any, tmp_path: Path, kind: str) -> None:
+    folder = make_model(tmp_path, kind, "AutoModel", ends=True)
     expected = _alone(*fresh_model(folder, "AutoModel"), TEXTS, "mean")
     with build(folder, task="embeddings").as_base() as view:
         assert np.allclose(view.embed(TEXTS, pooling="mean"), expected, atol=1e-5)

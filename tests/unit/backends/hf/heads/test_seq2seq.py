@@ -67,7 +67,7 @@ def test_logprobs_in_a_batch_are_those_of_each_pair_alone(build: Any, folder: Pa
     assert np.allclose(found, [_alone(model, tokenizer, *pair) for pair in PAIRS], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mbart", "fsmt"])
+@pytest.mark.parametrize("kind", ["mbart", "plbart", "fsmt"])
 @pytest.mark.parametrize("forced", [{}, {"forced_bos_token_id": 9}], ids=["", "forced"])
 def test_where_labels_would_put_the_last_token_first_a_score_begins_as_generation_does(
     build: Any, tmp_path: Path, kind: str, forced: dict[str, int]
@@ -80,7 +80,7 @@ def test_where_labels_would_put_the_last_token_first_a_score_begins_as_generatio
         assert np.allclose(view.logprobs_of(PAIRS[:-1]), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["bart", "mbart"])
+@pytest.mark.parametrize("kind", ["bart", "mbart", "plbart"])
 def test_what_the_model_generates_has_the_logprob_that_it_had_then(build: Any, tmp_path: Path, kind: str) -> None:
     folder = make_model(tmp_path, kind, AUTO, ends=True, forced_bos_token_id=None)
     model, tokenizer = fresh_model(folder, AUTO)
