@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError
 from tests.quant.test_on_load import FORMATS
 from tests.tiny import edit_config, make_adapter, make_base, save_adapter
 from tests.unit.backends.hf.conftest import spec_of
@@ -91,3 +92,21 @@ def test_a_fault_of_an_adapters_config_is_named_on_a_quantized_base_too(base: Pa
     adapter = edit_config(make_adapter(tmp_path, base), r="four")
     with pytest.raises(Exception, match="r = 'four'"):
         HFBuilder()(spec_of(base, adapter, model_kwargs={"quantization_config": FORMATS["nf4"][0]}))
+
+
+@pytest.mark.parametrize("form", [None, "nf4"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loftq_is_told_that_it_needs_a_gpu(base: Path, tmp_path: Path, form: str | None, bits: int) -> None:
+    """PEFT quantizes the base for it on a GPU, also with bitsandbytes and scipy."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert find_spec("bitsandbytes")
+    assert find_spec("scipy")
+    loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": bits, "loftq_iter": 1}}
+    adapter = edit_config(make_adapter(tmp_path, base), **loftq)
+    kwargs = None if form is None else {"quantization_config": FORMATS[form][0]}
+    told = r"^the adapter .* needs what this environment lacks: .*CUDA.* It is needed because .* init_lora_weights = '"
+    with pytest.raises(BackendNotAvailableError, match=told):
+        HFBuilder()(spec_of(base, adapter, model_kwargs=kwargs))

@@ -55,6 +55,10 @@ Others: TypeAlias = "Callable[[Contents], Iterable[tuple[Field, Any]]]"
 
 _ABSENT: Final = object()
 """The value of a field that is not there."""
+_LACKS: Final = re.compile(
+    "is not available|not compiled with CUDA enabled|no NVIDIA driver|No CUDA GPUs", re.IGNORECASE
+)
+"""What libraries say of a package or a device that they need."""
 _PLACE: Final = re.compile(r" at line \d+ column \d+")
 """The place in a file that an error names; it differs after each change."""
 
@@ -194,7 +198,7 @@ def _described(contents: Contents) -> str:
 
 
 def _is_lacking(error: Exception) -> bool:
-    return isinstance(error, ImportError) or "is not available" in str(error)
+    return isinstance(error, ImportError) or _LACKS.search(str(error)) is not None
 
 
 def _first(error: BaseException) -> BaseException:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _UNKNOWN: Final = re.compile(r"unexpected keyword argument '(\w+)'")
+_TORCH_NAMES: Final = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def loading_arguments(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,9 +114,16 @@ def _quantization(spec: ModelSpec, settings: dict[str, Any]) -> Any:
     except Exception as error:  # each format's class checks its settings in its own way
         raise SpecError(
             f"transformers cannot make a quantization of model_kwargs['quantization_config'] = {settings!r}:"
-            f" {_sentence(error)} Its keys are those of transformers' BitsAndBytesConfig, TorchAoConfig and the like,"
-            " with 'quant_method' where it is not bitsandbytes."
+            f" {_sentence(error)}{_renamed_dtypes(settings)} Its keys are those of transformers' BitsAndBytesConfig,"
+            " TorchAoConfig and the like, with 'quant_method' where it is not bitsandbytes."
         ) from error
+
+
+def _renamed_dtypes(settings: dict[str, Any]) -> str:
+    """Return the advice for dtypes in settings that are not written as transformers reads them there."""
+    dtypes = {name: value.removeprefix("torch.") for name, value in settings.items() if isinstance(value, str)}
+    named = {name: _TORCH_NAMES.get(dtype, dtype) for name, dtype in dtypes.items()}
+    return "".join(f" Write {name!r}: {dtype!r}." for name, dtype in named.items() if settings[name] != dtype)
 
 
 def _torchao(settings: dict[str, Any]) -> Any:

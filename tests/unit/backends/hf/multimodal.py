@@ -180,14 +180,20 @@ def _make_byte_level(folder: Path, *, extra: tuple[str, ...]) -> int:
     return tokenizer.get_vocab_size()
 
 
-def plain_model(folder: Path, specimen: Specimen) -> Any:
-    """Return a model as transformers loads it, frozen, in the class that pytest-sway takes."""
+def plain_model(folder: Path, specimen: Specimen, **loaded: Any) -> Any:
+    """Return a model as transformers loads it, frozen, in the class that pytest-sway takes.
+
+    Args:
+        folder: Its folder.
+        specimen: Its class.
+        loaded: Further arguments for the load.
+    """
     import torch
     import transformers
 
     with quiet():
         model_class: Any = getattr(transformers, specimen.loaded_as or specimen.class_name)
-        model = model_class.from_pretrained(folder, dtype=torch.float32)
+        model = model_class.from_pretrained(folder, dtype=torch.float32, **loaded)
     return model.eval().requires_grad_(False)
 
 

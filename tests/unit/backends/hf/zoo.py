@@ -284,7 +284,7 @@ REFUSALS = [
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
         "BackendNotAvailableError",
         "needs what this environment lacks",
-        "without bitsandbytes and scipy, which PEFT needs for it",
+        "without bitsandbytes, scipy and a GPU, which PEFT needs for it",
         unless="bitsandbytes",
     ),
     Refusal("Arrow", "LORA", {"arrow_config": {"top_k": 1}}, "SpecError", "mixes adapters from other", _ELSEWHERE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -307,6 +308,23 @@ def test_a_field_of_another_type_than_declared_is_named_first(tmp_path: Path) ->
 def test_a_missing_library_is_no_fields_fault(tmp_path: Path) -> None:
     asked = Asked("the base", tmp_path, (), lambda folder: None)
     assert isinstance(explanation(asked, ImportError("needs mamba_ssm")), BackendNotAvailableError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError("Torch not compiled with CUDA enabled"), RuntimeError("Found no NVIDIA driver on your system.")],
+    ids=str,
+)
+def test_a_missing_gpu_is_no_fields_fault(tmp_path: Path, error: Exception) -> None:
+    (tmp_path / "config.json").write_text('{"start": "on a GPU", "other": 1}')
+
+    def attempt(folder: Path) -> None:
+        if "start" in json.loads((folder / "config.json").read_text()):
+            raise error
+
+    explained = explanation(Asked("the adapter", tmp_path, ("config.json",), attempt), error)
+    assert isinstance(explained, BackendNotAvailableError)
+    assert re.search(r"lacks: .*(CUDA|NVIDIA).* It is needed because .* has start = 'on a GPU'\.$", str(explained))
 
 
 def _misreads_a_field(folder: Path) -> None:

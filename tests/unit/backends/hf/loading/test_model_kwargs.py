@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.backends.hf.loading.model_kwargs import loading_arguments
 from pytest_sway.errors import BackendNotAvailableError, SpecError, SwayError
 from tests.tiny import make_adapter, make_base, make_gguf
+from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 EAGER = {"attn_implementation": "eager"}
 NF4 = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+QUANTIZED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "on load": ({"quantization_config": {"quant_method": "fp8"}}, {}),
+    "from files": ({}, NF4),
+}
+"""``model_kwargs`` and what the config.json says."""
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,29 @@ def test_a_device_map_places_the_model(base: Path, build: Callable[..., Any], pl
     backend = build(base, model_kwargs={"device_map": places, "max_memory": {"cpu": "1GiB"}})
     with backend.as_base() as view:
         assert view_logits(view).equal(logits(*fresh(base)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+@pytest.mark.parametrize(("kwargs", "config"), QUANTIZED.values(), ids=QUANTIZED)
+def test_a_quantized_base_is_loaded_onto_its_device(
+    base: Path, device: str, kwargs: dict[str, Any], config: dict[str, Any]
+) -> None:
+    arguments = loading_arguments(spec_of(base, device=device, model_kwargs=kwargs), config)
+    assert arguments["device_map"] == {"": device}
+
+
+@pytest.mark.parametrize("places", ["auto", {"": "cpu"}, {"model": "cuda:0", "lm_head": "cuda:1"}], ids=str)
+@pytest.mark.parametrize(("kwargs", "config"), QUANTIZED.values(), ids=QUANTIZED)
+def test_a_quantized_base_goes_where_the_users_device_map_says(
+    base: Path, places: Any, kwargs: dict[str, Any], config: dict[str, Any]
+) -> None:
+    spec = spec_of(base, device="cuda:1", model_kwargs={**kwargs, "device_map": places})
+    assert loading_arguments(spec, config)["device_map"] == places
+
+
+@pytest.mark.parametrize("kwargs", [None, EAGER], ids=str)
+def test_a_plain_base_gets_no_device_map(base: Path, kwargs: dict[str, Any] | None) -> None:
+    assert "device_map" not in loading_arguments(spec_of(base, device="cuda:1", model_kwargs=kwargs), {})
 
 
 def test_weights_that_are_left_on_the_disk_are_refused(base: Path, tmp_path: Path, build: Callable[..., Any]) -> None:
@@ -111,6 +141,19 @@ def test_what_transformers_does_not_take_is_one_sentence(
     pattern = re.escape(sentence).replace(r"\*", ".*")
     with pytest.raises(SpecError, match=f"^{pattern}$"):
         build(base, model_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("key", ["bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"])
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("torch.bfloat16", "bfloat16")],
+)
+def test_a_dtype_by_a_short_name_is_refused_with_its_name_in_torch(
+    base: Path, key: str, written: str, right: str
+) -> None:
+    settings = {"load_in_4bit": True, key: written}
+    with pytest.raises(SpecError, match=rf"^transformers cannot make .* Write '{key}': '{right}'\. Its keys are "):
+        loading_arguments(spec_of(base, model_kwargs={"quantization_config": settings}), {})
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "compressed-tensors"])

@@ -306,12 +306,33 @@ def test_the_weights_lie_in_the_mapped_file(worker: Callable[[], SharedWeights],
             assert tensor.data_ptr() % 64 == 0, name
 
 
-@pytest.mark.parametrize("fields", [{"dtype": "bf16"}, {"device": "meta"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": "bf16"},
+        {"device": "meta"},
+        {"model_kwargs": {"rms_norm_eps": 0.5}},
+        {"model_kwargs": {"device_map": {"": "cpu"}}},
+        {"model_kwargs": {"attn_implementation": "eager", "rms_norm_eps": 0.5}},
+    ],
+    ids=str,
+)
 def test_nothing_is_written_where_nothing_is_to_be_shared(
     worker: Callable[[], SharedWeights], half: Path, run_folder: Path, fields: dict[str, Any]
 ) -> None:
     worker().load_model(spec_of(half, **fields))
     assert list(run_folder.iterdir()) == []
+
+
+def test_arguments_that_leave_the_weights_as_they_are_are_loaded_with_a_shared_copy(
+    worker: Callable[[], SharedWeights], half: Path, converted: list[str]
+) -> None:
+    spec = spec_of(half, model_kwargs={"attn_implementation": "eager"})
+    for _ in range(2):
+        model = worker().load_model(spec)
+        assert model.config._attn_implementation == "eager"
+        assert_same(model, private(spec))
+    assert converted == [spec.base]
 
 
 def test_a_base_that_is_saved_again_into_its_folder_is_shared_anew(
