@@ -22,6 +22,7 @@ ALL: Final = (
     "scoring",
     "generation",
     "heads",
+    "quant",
     "compare",
 )
 
