@@ -51,7 +51,7 @@ def test_an_adapter_with_a_head_classifies_as_with_peft(base: Path, adapter: Pat
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_a_classifier_is_quantized_with_its_head_as_transformers_does(tmp_path: Path, form: str) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
     folder, (settings, made) = make_model(tmp_path, "llama", AUTO, num_labels=3, **sizes), FORMATS[form]
     expected = one_by_one(*fresh_model(folder, AUTO, quantization_config=made(settings)), TEXTS)
     kwargs = {"quantization_config": settings}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -59,9 +60,12 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     root = tmp_path_factory.mktemp("adapters")
     made = {"v0": make_adapter(root / "v0", base, r=8, scale=0.02)}
     for n in range(1, ADAPTERS):  # faster than PEFT on the base again
-        folder = shutil.copytree(made["v0"], root / f"v{n}")
-        made[f"v{n}"] = edit_weights(folder, lambda tensors, n=n: {name: t.roll(n) for name, t in tensors.items()})
+        made[f"v{n}"] = edit_weights(shutil.copytree(made["v0"], root / f"v{n}"), partial(_rolled, n))
     return made
+
+
+def _rolled(by: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.roll(by) for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module")
