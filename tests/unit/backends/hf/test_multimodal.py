@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.backends.hf.loading.classes import is_multimodal, text_parts
+from pytest_sway.backends.hf.loading.classes import text_parts
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning
 from tests.tiny import TEXT, WORDS, edit_config, edit_weights, make_tokenizer, quiet, save_tiny
 from tests.unit.backends.hf.conftest import spec_of
@@ -416,7 +416,6 @@ def test_an_encoder_and_a_decoder_are_no_parts_beside_text() -> None:
     parts = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
     parts |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = transformers.T5GemmaForConditionalGeneration(transformers.T5GemmaConfig(encoder=parts, decoder=parts))
-    assert is_multimodal(model)
     assert text_parts(model) == ()
 
 

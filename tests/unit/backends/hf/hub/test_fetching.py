@@ -407,7 +407,7 @@ def test_a_hub_that_is_down_is_asked_again(hub: ToyHub, base: Path, adapter_file
         hub,
         _spec(base),
         BackendLoadError,
-        r"^the adapter 'org/lora' could not be fetched from http.*503.* Run again; or",
+        r"^the adapter 'org/lora' could not be fetched from http.*503.* Run again; set HF_HUB_OFFLINE=1",
     )
     hub.refuses = _always(None)  # type: ignore[arg-type]
     assert _located(_spec(base)).adapter is not None
