@@ -244,15 +244,17 @@ def _model_identity(model: str) -> Hashable:
 
     Each request checks config.json and the weights. The other files are checked when the folder has changed, because a
     file was added, replaced or removed, and after `look_again`. Checking all files each time would take twice as long.
+    It is done for a model with folders inside its own, since a change in these does not show in the folder itself.
     """
     if not _is_folder(model):
         return _model_signature(model)
     try:
         folder = os.stat(model)
-        inside = _stats(_inner_folders(model, folder.st_mtime_ns, folder.st_ino))
+        looked_at, inner, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino)
     except OSError:
         return _model_signature(model)
-    looked_at, others = _model_folder(model, folder.st_mtime_ns, folder.st_ino, inside)
+    if inner:
+        others = _stats(_files(model, _MODEL_FILES, folder.st_mtime_ns, folder.st_ino, _stats(inner)))
     return _stats(looked_at), others
 
 
@@ -268,10 +270,12 @@ def look_again() -> None:
 
 
 @lru_cache(maxsize=256)
-def _model_folder(model: str, mtime_ns: int, inode: int, inside: _Signature) -> tuple[tuple[str, ...], _Signature]:
-    """The files to check each time, and the state of all others when the folder last changed."""
+def _model_folder(model: str, mtime_ns: int, inode: int) -> tuple[tuple[str, ...], tuple[str, ...], _Signature]:
+    """The files and the inner folders to check each time, and the state of other files when the folder last changed."""
+    inner = _inner_folders(model, mtime_ns, inode)
+    inside = _stats(inner)
     looked_at = (f"{model}/config.json", *_files(model, _WEIGHTS, mtime_ns, inode, inside))
-    return looked_at, _stats(_files(model, _MODEL_FILES, mtime_ns, inode, inside))
+    return looked_at, inner, _stats(_files(model, _MODEL_FILES, mtime_ns, inode, inside))
 
 
 def _adapter_signature(folder: str) -> _Signature:
@@ -283,8 +287,8 @@ def _listed(folder: str, names: re.Pattern[str]) -> tuple[str, ...]:
     """The paths of a folder's files with matching names; none if there is no such folder."""
     try:
         listed = os.stat(folder)
-        inside = _stats(_inner_folders(folder, listed.st_mtime_ns, listed.st_ino))
-        return _files(folder, names, listed.st_mtime_ns, listed.st_ino, inside)
+        inner = _inner_folders(folder, listed.st_mtime_ns, listed.st_ino)
+        return _files(folder, names, listed.st_mtime_ns, listed.st_ino, _stats(inner) if inner else ())
     except OSError:
         return ()
 
