@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 from examples.quickstart.train import RANK
 from examples.smollm2 import smollm2_folder
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.run.regression.comparing import comparing
-from tests.benchmarks.figures import Figure, medians
+from tests.benchmarks.figures import Figure
 from tests.texts import lengths, texts
 from tests.tiny import make_adapter
 
@@ -37,31 +38,45 @@ def figures() -> Iterator[Figure]:
         sway_compare = comparing(nothing, nothing, records=nothing, confidence=0.99, drift=0.05, made=lambda _: None)
         sway_compare(asked[:2], *views)  # warm up: imports and caches
 
-        def scores() -> None:
-            for view in views:
-                view.rolling_logprobs(asked)
-
-        # Processor time: other work on the machine disturbs wall time by more than the promised bound.
-        seconds = medians(ROUNDS, time.process_time, compared=lambda: sway_compare(asked, *views), scores=scores)
-        known = [_Known(view.rolling_logprobs(asked)) for view in views]
-        added = medians(ROUNDS, compared=lambda: sway_compare(asked, *cast(Any, known)))["compared"]
+        shares, seconds = [], []
+        for _ in range(ROUNDS):
+            timed = [_Timed(view) for view in views]
+            started = time.process_time()
+            sway_compare(asked, *cast(Any, timed))
+            seconds.append(time.process_time() - started)
+            scored = sum(view.seconds for view in timed)
+            if [view.asked for view in timed] != [[asked], [asked]]:
+                raise AssertionError("sway_compare does not score each side by one call of rolling_logprobs")
+            shares.append(seconds[-1] / scored)
         yield Figure(
             "sway_compare / rolling_logprobs of both sides",
             1.02,
-            seconds["compared"] / seconds["scores"],
-            f"medians of {ROUNDS}, processor time: {seconds['compared']:.2f} s, {seconds['scores']:.2f} s;"
-            f" {TEXTS} texts of 20 to 60 tokens; by itself {added * 1e3:.1f} ms",
+            median(shares),
+            f"median of {ROUNDS}, processor time of the comparison and of the scoring in it; {median(seconds):.2f} s;"
+            f" {TEXTS} texts of 20 to 60 tokens",
         )
 
 
-class _Known:
-    """A view with known answers."""
+class _Timed:
+    """A view whose scoring is timed: two runs of the scoring differ by more than the promised bound.
 
-    def __init__(self, answers: Any) -> None:
-        self._answers = answers
+    Attributes:
+        seconds: The processor time of its scoring.
+        asked: The texts of each call.
+    """
 
-    def rolling_logprob(self, text: str) -> Any:
-        return self.rolling_logprobs([text])[0]
+    def __init__(self, view: Any) -> None:
+        self._view = view
+        self.seconds = 0.0
+        self.asked: list[list[str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
 
     def rolling_logprobs(self, texts: list[str]) -> Any:
-        return self._answers[: len(texts)]
+        self.asked.append(list(texts))
+        started = time.process_time()
+        try:
+            return self._view.rolling_logprobs(texts)
+        finally:
+            self.seconds += time.process_time() - started
