@@ -237,10 +237,10 @@ def numbers(model: Any, ids: Sequence[int], called: Any = None) -> Any:
 
     further: dict[str, Any] = {}
     taken = inspect.signature(model.forward).parameters
-    prompts = getattr(getattr(called, "active_peft_config", None), "is_prompt_learning", False)
-    if "use_cache" in taken and not prompts:
-        further["use_cache"] = False  # with a cache, FSMT's decoder sees later tokens, or fails
     if _DECODED in taken:
+        prompts = getattr(getattr(called, "active_peft_config", None), "is_prompt_learning", False)
+        if "use_cache" in taken and not prompts:
+            further["use_cache"] = False  # with a cache, FSMT's decoder sees later tokens, or fails
         ids = _ended(model, ids)
         if model.can_generate():  # other models make their decoder's input of the text
             further[_DECODED] = torch.tensor([list(ids)], device=model.device)
