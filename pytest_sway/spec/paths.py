@@ -41,9 +41,11 @@ def resolved_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         SpecError: The path cannot be resolved.
     """
+    if "\0" in str(path):  # each version of Python says it in other words
+        raise SpecError(f"the path {os.fspath(path)!r} cannot be resolved: it holds a null character.")
     try:
         return Path(path).expanduser().resolve()
-    except (RuntimeError, ValueError, OSError) as error:  # an unknown user's ~, a null byte, a loop of links
+    except (RuntimeError, ValueError, OSError) as error:  # an unknown user's ~, half a surrogate pair, a loop of links
         raise SpecError(f"the path {os.fspath(path)!r} cannot be resolved: {str(error).rstrip('.')}.") from error
 
 

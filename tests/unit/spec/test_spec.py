@@ -274,7 +274,7 @@ def test_a_label_is_short(spec: ModelSpec, label: str) -> None:
             " finetuned_endpoint, api_key_env, timeout.",
         ),
         ({"base": "b", "kind": "peft"}, "spec field 'kind' is 'hf' for transformers and PEFT, not 'peft'."),
-        ({"base": "b", "adapter": "/a\0b"}, "the path '/a\\x00b' cannot be resolved: embedded null byte."),
+        ({"base": "b", "adapter": "/a\0b"}, "the path '/a\\x00b' cannot be resolved: it holds a null character."),
         (
             {"base": "b", "adapter": "~nobody-of-this-name/a"},
             "the path '~nobody-of-this-name/a' cannot be resolved: Could not determine home directory.",
