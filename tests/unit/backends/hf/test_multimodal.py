@@ -262,6 +262,36 @@ def test_the_docs_have_the_table_of_classes() -> None:
     assert PAGE.read_text() == page(), "write it anew: python -m tests.unit.backends.hf.multimodal"
 
 
+@pytest.fixture(scope="module")
+def llama4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_multimodal(tmp_path_factory.mktemp("llama4"), next(each for each in SPECIMENS if each.name == "llama4"))
+
+
+def _multimodal_llama4(folder: Path) -> Any:
+    import transformers
+
+    with quiet():
+        return transformers.Llama4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION < (5, 0), reason="about transformers 5")
+def test_the_multimodal_class_of_llama4_fails_in_transformers_5_for_text(llama4: Path) -> None:
+    model, ids = _multimodal_llama4(llama4), torch.tensor([[1, 5, 6]])
+    for given in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(1, 3, 32)}):
+        with pytest.raises(AttributeError, match="image_outputs"), torch.inference_mode():  # else serve it by this class
+            model(**given)
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION >= (5, 0), reason="about transformers 4")
+def test_llama4_is_refused_with_transformers_4_where_later_tokens_change_earlier_logits(
+    build: Any, llama4: Path
+) -> None:
+    model = _multimodal_llama4(llama4)
+    assert not _logits_of(model, [1, 5, 6]).allclose(_logits_of(model, [1, 5, 6, 8])[:3], atol=0.1)
+    with pytest.raises(SpecError, match="is not a causal language model: in its Llama4ForCausalLM, later tokens"):
+        build(llama4)
+
+
 # --- forms of adapters ------------------------------------------------------------------------------------------------
 
 _LAYERS = r"model\.layers\.1\..*(q|v)_proj"

@@ -1,0 +1,63 @@
+"""Multimodal bases, of which mlx-lm reads the text model alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+from pytest_sway.errors import BackendLoadError
+from tests.tiny import TEXT, WORDS, make_base
+from tests.unit.backends.hf.multimodal import KNOWN, Specimen, make_multimodal, text_model
+
+Build = Callable[..., Any]
+
+SMALL: Final[dict[str, dict[str, Any]]] = {
+    "qwen3_5": {"full_attention_interval": 2},
+    "gemma3": {"sliding_window_pattern": 2, "num_hidden_layers": 4},
+    "mistral3": {"sliding_window": None},  # mlx-lm's has no window
+    "llama4": {"num_hidden_layers": 4},
+}
+"""Fields of a text model that mlx-lm's class needs where it is so small."""
+REFUSED: Final = {
+    "gemma4": "Expected shape",  # transformers 5 does not write down the size of its heads
+    "qwen3_vl_moe": "missing 2 required positional arguments: 'num_experts'",
+    "qwen3_5_moe": "parameters not in model",
+}
+"""What mlx-lm says to files that transformers 5 has saved."""
+SERVED: Final = [specimen for specimen in KNOWN if specimen.name not in REFUSED]
+
+
+@pytest.mark.parametrize("specimen", SERVED, ids=str)
+def test_its_text_model_alone_is_loaded_and_computes_what_kind_hf_computes(
+    build: Build, tmp_path: Path, specimen: Specimen
+) -> None:
+    folder = make_multimodal(tmp_path, specimen, **SMALL.get(specimen.name, {}))
+    ours, other = build(folder), build(folder, kind="hf")
+    with ours.as_base() as view, other.as_base() as plain:
+        for text in (TEXT, " ".join(WORDS[:40])):
+            found, expected = (each.rolling_logprob(text).logprobs for each in (view, plain))
+            np.testing.assert_allclose(found, expected, atol=1e-3)
+        parts = text_model(plain.model)[1], plain.model.get_output_embeddings()
+        own = {p.data_ptr(): p.nbytes for part in parts for p in part.parameters()}
+        assert sum(ours.sizes().values()) == sum(own.values()) < sum(other.sizes().values())
+
+
+@pytest.mark.parametrize("specimen", [each for each in KNOWN if each.name in REFUSED], ids=str)
+def test_files_that_mlx_lm_cannot_read_are_refused_with_what_it_says(
+    build: Build, tmp_path: Path, specimen: Specimen
+) -> None:
+    folder = make_multimodal(tmp_path, specimen)
+    with pytest.raises(BackendLoadError, match=rf"mlx-lm cannot load the base .*{REFUSED[specimen.name]}"):
+        build(folder)
+
+
+def test_a_type_for_which_mlx_lm_has_no_class_is_refused(build: Build, tmp_path: Path) -> None:
+    config = make_base(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "idefics3"}))
+    with pytest.raises(BackendLoadError, match=r"mlx-lm cannot load the base .*: Model type idefics3 not supported"):
+        build(tmp_path)
