@@ -290,7 +290,7 @@ def test_the_table_in_the_docs_is_that_of_the_zoo() -> None:
 
 
 def test_an_older_peft_alone_may_lack_a_row_of_the_table() -> None:
-    missing = [str(specimen) for specimen in ALL if specimen not in SPECIMENS]
+    missing = [str(specimen) for specimen in ALL if specimen not in SPECIMENS and not specimen.needs]
     assert missing == [] or PEFT_VERSION < (0, 21)
 
 
