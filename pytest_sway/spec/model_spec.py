@@ -17,6 +17,7 @@ from pytest_sway.spec.kinds import KINDS, ON_HUBS
 from pytest_sway.spec.model_kwargs import canonical, form_of, in_short
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 from pytest_sway.spec.tasks import TaskName, checked_task
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -261,7 +262,7 @@ def _model(field: str, value: object, kind: str, *, may_be_named: bool = False) 
         return str(resolved_model(value))
     if not isinstance(value, str) or not value.strip():
         needs = "a spec needs 'base'," if field == "base" else f"spec field {field!r} must be"
-        raise SpecError(f"{needs} a hub id or the folder of a model; found {value!r}.")
+        raise SpecError(f"{needs} a hub id or the folder of a model; found {shown(value)}.")
     if kind in ("api", "dummy"):  # a name, even if it looks like a path
         return value
     if is_path(value) or Path(value).is_dir():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pytest_sway.errors import BackendLoadError
-from tests.tiny import TEXT, WORDS, make_base
-from tests.unit.backends.hf.multimodal import KNOWN, Specimen, make_multimodal, text_model
+from tests.tiny import TEXT, WORDS, edit_weights, make_base
+from tests.unit.backends.hf.multimodal import KNOWN, Specimen, make_multimodal, plain_model, text_model, train
 
 Build = Callable[..., Any]
 
@@ -45,6 +45,25 @@ def test_its_text_model_alone_is_loaded_and_computes_what_kind_hf_computes(
         parts = text_model(plain.model)[1], plain.model.get_output_embeddings()
         own = {p.data_ptr(): p.nbytes for part in parts for p in part.parameters()}
         assert sum(ours.sizes().values()) == sum(own.values()) < sum(other.sizes().values())
+
+
+@pytest.mark.parametrize("body", ["model.language_model.", "language_model.model.", "model."])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_an_adapter_of_peft_is_put_on_the_text_model_whatever_class_it_was_trained_on(
+    build: Build, tmp_path: Path, name: str, body: str
+) -> None:
+    specimen = next(each for each in KNOWN if each.name == name)
+    folder = make_multimodal(tmp_path / "base", specimen)
+    targets = r".*language_model.*layers\.1\..*q_proj|lm_head"
+    adapter = train(plain_model(folder, specimen), tmp_path / "adapter", target_modules=targets)
+    with build(folder, adapter, kind="hf").as_finetuned() as tuned:
+        expected = tuned.rolling_logprob(TEXT).logprobs
+    edit_weights(
+        adapter, lambda tensors: {name.replace("model.language_model.", body): t for name, t in tensors.items()}
+    )
+    with build(folder, adapter).as_finetuned() as tuned, build(folder).as_base() as plain:
+        np.testing.assert_allclose(tuned.rolling_logprob(TEXT).logprobs, expected, atol=1e-3)
+        assert not np.allclose(plain.rolling_logprob(TEXT).logprobs, expected, atol=0.1)
 
 
 @pytest.mark.parametrize("specimen", [each for each in KNOWN if each.name in REFUSED], ids=str)

@@ -270,8 +270,9 @@ def llama4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _multimodal_llama4(folder: Path) -> Any:
     import transformers
 
+    model_class: Any = transformers.Llama4ForConditionalGeneration
     with quiet():
-        return transformers.Llama4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        return model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.mark.skipif(TRANSFORMERS_VERSION < (5, 0), reason="about transformers 5")

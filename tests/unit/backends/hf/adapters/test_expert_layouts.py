@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -19,7 +20,6 @@ from tests.unit.backends.hf.zoo import TRANSFORMERS_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 FUSED = TRANSFORMERS_VERSION >= (5, 0)
 MIXTRAL = ("w1", "w2", "w3")
@@ -145,6 +145,21 @@ def test_an_adapter_on_single_experts_computes_what_it_did_in_transformers_4(
     told = [str(each.message) for each in recwarn if each.category is SwayWarning]
     assert len(told) == (FUSED and leaves != ATTENTION)
     assert all("has tensors of single experts (model.layers.0." in text for text in told)
+
+
+@pytest.mark.skipif(not FUSED, reason="PEFT converts it for transformers 5")
+@pytest.mark.filterwarnings("ignore::pytest_sway.SwayWarning")
+def test_peft_alone_scales_mixtrals_experts_with_use_rslora_by_the_root_of_two(
+    build: Any, moe: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = moe("mixtral")
+    made = adapter_on_experts(tmp_path, base, ("w2",), use_rslora=True)
+    scaled = edit_weights(
+        Path(shutil.copytree(made.adapter, tmp_path / "scaled")),
+        lambda tensors: {name: t * math.sqrt(2) if "lora_B" in name else t for name, t in tensors.items()},
+    )
+    with build(base, scaled).as_finetuned() as tuned:
+        _require_equal(view_logits(tuned), logits(*fresh(base, made.adapter)))
 
 
 def test_it_can_be_merged_below_another_adapter(build: Any, moe: Callable[[str], Path], tmp_path: Path) -> None:
