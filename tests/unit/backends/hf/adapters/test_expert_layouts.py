@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -20,6 +19,7 @@ from tests.unit.backends.hf.zoo import TRANSFORMERS_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 FUSED = TRANSFORMERS_VERSION >= (5, 0)
 MIXTRAL = ("w1", "w2", "w3")
@@ -149,15 +149,17 @@ def test_an_adapter_on_single_experts_computes_what_it_did_in_transformers_4(
 
 @pytest.mark.skipif(not FUSED, reason="PEFT converts it for transformers 5")
 @pytest.mark.filterwarnings("ignore::pytest_sway.SwayWarning")
-def test_peft_alone_scales_mixtrals_experts_with_use_rslora_by_the_root_of_two(
+def test_peft_alone_scales_w1_and_w3_of_mixtral_with_use_rslora_by_the_root_of_two(
     build: Any, moe: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = moe("mixtral")
-    made = adapter_on_experts(tmp_path, base, ("w2",), use_rslora=True)
-    scaled = edit_weights(
-        Path(shutil.copytree(made.adapter, tmp_path / "scaled")),
-        lambda tensors: {name: t * math.sqrt(2) if "lora_B" in name else t for name, t in tensors.items()},
-    )
+    made = adapter_on_experts(tmp_path, base, MIXTRAL, use_rslora=True)
+
+    def scale(tensors: dict[str, Any]) -> dict[str, Any]:
+        both = [name for name in tensors if name.endswith(("w1.lora_B.weight", "w3.lora_B.weight"))]
+        return tensors | {name: tensors[name] * math.sqrt(2) for name in both}
+
+    scaled = edit_weights(shutil.copytree(made.adapter, tmp_path / "scaled"), scale)
     with build(base, scaled).as_finetuned() as tuned:
         _require_equal(view_logits(tuned), logits(*fresh(base, made.adapter)))
 
