@@ -306,6 +306,22 @@ def test_names_in_the_table_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize("kind", ["LOHA", "OFT"])
+def test_a_type_that_nothing_is_known_of_is_served_in_the_same_way(
+    keeper: Any, enclosures: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    known = "pytest_sway.backends.checkpoints.peft_adapter."
+    monkeypatch.setattr(f"{known}ADDITIVE_TYPES", {})
+    monkeypatch.setattr(f"{known}UNWRITING_TYPES", frozenset())
+    specimen = next(s for s in SPECIMENS if s.kind == kind)
+    enclosure = enclosures(specimen)
+    folder, expected = trained(specimen)
+    backend = keeper(enclosure, folder)
+    check(backend, specimen, enclosure, expected)
+    assert shared_by(backend) == Shares.ALL
+    backend.close()
+
+
 def test_a_start_from_random_numbers_is_the_same_each_time(keeper: Any, enclosures: Any, trained: Any) -> None:
     import torch
 
