@@ -136,10 +136,7 @@ class ModelSpec:
                 " Put the key itself into that variable."
             )
         self._set("timeout", _seconds("timeout", self.timeout))
-        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise SpecError(
-                f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {self.device!r}."
-            )
+        _require_device(self.device)
         adapter = _adapters(self.adapter, self.kind)
         self._set_all(in_subfolder(adapter, self.adapter_revision, self.adapter_subfolder))
         may_be_named = self.adapter is not None and self.finetuned is None  # else the adapter is not of the base
@@ -232,6 +229,15 @@ def _kind(value: object) -> str:
     if value in ("peft", "transformers", "lora"):
         raise SpecError(f"spec field 'kind' is 'hf' for transformers and PEFT, not {value!r}.")
     return _one_of("kind", value, tuple(KINDS))
+
+
+def _require_device(value: object) -> None:
+    if type(value).__module__ == "torch":
+        raise SpecError(f"spec field 'device' is a text: write {str(value)!r}, not torch.{value!r}.")
+    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
+        raise SpecError(
+            f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {value!r}."
+        )
 
 
 def _dtype(value: object) -> str:

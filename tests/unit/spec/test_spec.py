@@ -337,6 +337,14 @@ def test_a_dtype_of_torch_is_refused_with_the_text_for_it() -> None:
         parse_spec({"base": "b", "dtype": torch.float64})
 
 
+def test_a_device_of_torch_is_refused_with_the_text_for_it() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(
+        SpecError, match=r"^spec field 'device' is a text: write 'cuda:1', not torch\.device\(type='cuda'"
+    ):
+        parse_spec({"base": "b", "device": torch.device("cuda:1")})
+
+
 def test_a_name_that_stands_for_a_name_is_refused() -> None:
     with pytest.raises(SpecError, match="no spec is named 'a'"):
         parse_spec("a", named={"a": "a"})
