@@ -458,6 +458,28 @@ def test_a_warning_about_an_adapter_that_is_an_error_stays_that_warning(build: A
             build(base, adapter)
 
 
+@pytest.mark.skipif(TRANSFORMERS_VERSION < (5, 0), reason="transformers 4 has no AutoModelForMultimodalLM")
+def test_a_model_of_sounds_and_text_is_loaded_in_the_same_way(build: Any, tmp_path: Path) -> None:
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    vocab = make_tokenizer(tmp_path, extra=("<sound>",))
+    tokens = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = VoxtralConfig(
+        audio_config={**sizes, "head_dim": 16, "num_mel_bins": 8, "max_source_positions": 8},
+        text_config={**TEXT_FIELDS, **tokens, "model_type": "llama", "sliding_window": None},
+        audio_token_id=vocab - 1,
+    )
+    folder = save_tiny(lambda: VoxtralForConditionalGeneration(config), tmp_path)
+    model_class: Any = VoxtralForConditionalGeneration
+    with quiet():
+        plain = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    with build(folder).as_base() as view:
+        assert type(view.model) is VoxtralForConditionalGeneration
+        assert _logits(view.model, view.tokenizer).equal(_logits(plain, view.tokenizer))
+        _close(view.rolling_logprob(TEXT).logprobs, _logprobs(plain, _with_prefix(view.tokenizer, TEXT)))
+
+
 def test_a_config_with_the_fields_of_the_text_model_at_its_top_is_understood(build: Any, tmp_path: Path) -> None:
     specimen = next(each for each in SPECIMENS if each.name == "qwen2_vl")
     folder = make_multimodal(tmp_path, specimen)
