@@ -122,7 +122,18 @@ class HintsAtViews:
                     ". A backend has two views, of the base and of the fine-tuned model. Use one of them: `with"
                     f" backend.as_finetuned() as view: view.{name}`."
                 )
+            elif name.startswith("as_"):
+                message += f". It has {', '.join(each for each in dir(type(self)) if each.startswith('as_'))}."
             raise AttributeError(message)
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError(
+                "a backend needs no `with`: it is released after the test. Open one of its views: `with"
+                " backend.as_finetuned() as view`."
+            )
+
+        def __exit__(self, *_: object) -> None:
+            """Is never called."""
 
 
 class Build:

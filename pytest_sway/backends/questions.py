@@ -23,6 +23,10 @@ _MANY: Final = " To ask many at once, use"
 _HINTS: Final = {
     **dict.fromkeys(("max_tokens", "max_length", "max_gen_toks"), "max_new_tokens is the most tokens to add."),
     **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop=[...] takes the texts that end the new text."),
+    **dict.fromkeys(
+        ("tools", "documents", "enable_thinking", "add_generation_prompt", "continue_final_message", "chat_template"),
+        "Chat(messages, ...) takes what is for the chat template, and is a prompt.",
+    ),
     "do_sample": "temperature=0 takes the most probable token, and any other temperature samples.",
 }
 """What replaces a keyword that other libraries have."""
@@ -242,9 +246,8 @@ def checked_messages(prompt: Iterable[Message] | Chat) -> Conversation:
     args = _checked_args(prompt.template_args) if isinstance(prompt, Chat) else {}
     messages = prompt.messages if isinstance(prompt, Chat) else prompt
     if isinstance(messages, Mapping | str | bytes) or not isinstance(messages, Iterable):
-        raise ScoringError(
-            f"expected a prompt: a text, or a list of messages with 'role' and 'content'; found {shown(messages)}."
-        )
+        text = "" if isinstance(messages, str) else "prompt: a text, or a "
+        raise ScoringError(f"expected a {text}list of messages with 'role' and 'content'; found {shown(messages)}.")
     messages = list(messages)
     if messages and all(isinstance(message, str) for message in messages):
         raise ScoringError(

@@ -17,6 +17,7 @@ from pytest_sway.spec.kinds import KINDS, ON_HUBS
 from pytest_sway.spec.model_kwargs import canonical, form_of, in_short
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
 from pytest_sway.spec.tasks import TaskName, checked_task
+from pytest_sway.system.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -135,10 +136,7 @@ class ModelSpec:
                 " Put the key itself into that variable."
             )
         self._set("timeout", _seconds("timeout", self.timeout))
-        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise SpecError(
-                f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {self.device!r}."
-            )
+        _require_device(self.device)
         adapter = _adapters(self.adapter, self.kind)
         self._set_all(in_subfolder(adapter, self.adapter_revision, self.adapter_subfolder))
         may_be_named = self.adapter is not None and self.finetuned is None  # else the adapter is not of the base
@@ -233,6 +231,15 @@ def _kind(value: object) -> str:
     return _one_of("kind", value, tuple(KINDS))
 
 
+def _require_device(value: object) -> None:
+    if type(value).__module__ == "torch":
+        raise SpecError(f"spec field 'device' is a text: write {str(value)!r}, not torch.{value!r}.")
+    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
+        raise SpecError(
+            f"spec field 'device' must be 'auto' or a torch device such as 'cpu' or 'cuda:0', not {value!r}."
+        )
+
+
 def _dtype(value: object) -> str:
     name = str(value).removeprefix("torch.")
     if type(value).__module__ == "torch" and name in _DTYPE_ALIASES:
@@ -261,7 +268,7 @@ def _model(field: str, value: object, kind: str, *, may_be_named: bool = False) 
         return str(resolved_model(value))
     if not isinstance(value, str) or not value.strip():
         needs = "a spec needs 'base'," if field == "base" else f"spec field {field!r} must be"
-        raise SpecError(f"{needs} a hub id or the folder of a model; found {value!r}.")
+        raise SpecError(f"{needs} a hub id or the folder of a model; found {shown(value)}.")
     if kind in ("api", "dummy"):  # a name, even if it looks like a path
         return value
     if is_path(value) or Path(value).is_dir():

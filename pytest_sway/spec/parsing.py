@@ -15,6 +15,7 @@ from pytest_sway.errors import SpecError
 from pytest_sway.spec.kinds import KINDS, ON_HUBS
 from pytest_sway.spec.model_kwargs import form_of
 from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.system.wording import shown
 
 __tracebackhide__ = True
 
@@ -52,8 +53,12 @@ def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({
         return parse_spec(named[value])
     if hasattr(value, "base"):
         return _from_mapping({name: getattr(value, name) for name in _FIELDS if hasattr(value, name)})
+    if isinstance(value, os.PathLike):
+        raise SpecError(f"a spec is no path. Pass {_as_field(os.fspath(value))}.")
+    hint = " For several adapters, write {'base': ..., 'adapter': [...]}." if isinstance(value, list | tuple) else ""
     raise SpecError(
-        f"a spec is a ModelSpec, a mapping of its fields or a configured name; found {type(value).__name__}: {value!r}."
+        f"a spec is a ModelSpec, a mapping of its fields or a configured name; found {type(value).__name__}:"
+        f" {shown(value)}.{hint}"
     )
 
 
@@ -72,15 +77,20 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
 
 def _unknown_name(value: str, named: Mapping[str, Any]) -> str:
     known = ", ".join(sorted(named)) or "none are configured"
-    folder = "adapter" if os.path.isfile(os.path.join(value, "adapter_config.json")) else "base"
     if os.path.exists(value):
-        return f"a text is the name of a configured spec, and {value!r} is a path. Pass {{{folder!r}: {value!r}, ...}}."
+        return f"a text is the name of a configured spec, and {value!r} is a path. Pass {_as_field(value)}."
     close = difflib.get_close_matches(value, named, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
         f"no spec is named {value!r} (named specs: {known}).{hint} Pass a mapping such as {{'base': ..., 'adapter':"
         " ...}, or configure the name under [tool.pytest-sway.specs]."
     )
+
+
+def _as_field(path: str) -> str:
+    """Return a mapping with the field that takes a path, as text."""
+    field = "adapter" if os.path.isfile(os.path.join(path, "adapter_config.json")) else "base"
+    return f"{{{field!r}: {path!r}, ...}}"
 
 
 def _unknown_field(name: object, kind: object) -> str:

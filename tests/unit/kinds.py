@@ -136,6 +136,12 @@ class Agreement:
         with pytest.raises(AttributeError, match=r"has no attribute 'generated'$"):
             _ = backend.generated
 
+    def test_who_opens_a_backend_or_a_view_that_there_is_not_is_told_of_its_views(self, backend: Any) -> None:
+        with pytest.raises(TypeError, match=r"a backend needs no `with`: .* views: `with backend\.as_finetuned\(\)"):
+            backend.__enter__()
+        with pytest.raises(AttributeError, match=r"has no attribute 'as_tuned'\. It has as_base, as_finetuned"):
+            backend.as_tuned()
+
     @pytest.mark.parametrize("name", QUESTIONS)
     def test_one_question_is_many_of_one(self, view: Any, name: str) -> None:
         question = QUESTIONS[name]
@@ -211,6 +217,10 @@ class Agreement:
             view.generate("a", num_beams=4)
         with pytest.raises(TypeError, match=r"^generate_many\(\) .*\. max_new_tokens is the most tokens to add\."):
             view.generate_many(["a"], max_tokens=4)
+        with pytest.raises(
+            TypeError, match=r"\. Chat\(messages, \.\.\.\) takes what is for the chat template, and is a"
+        ):
+            view.generate([{"role": "user", "content": "a"}], tools=[])
 
     def test_a_view_ends_with_its_block(self, backend: Any) -> None:
         with backend.as_base() as view:

@@ -255,9 +255,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_bounded(path, CONFIG_BYTES))
     except FileNotFoundError:
+        whole = " It holds a whole model; name it as 'finetuned'." if (folder / "config.json").is_file() else ""
         raise SpecError(
             f"the adapter folder {str(folder)!r} has no {CONFIG}. Name the folder that PEFT's save_pretrained wrote"
-            " (in a training run's output, it may be a checkpoint-* subfolder)."
+            f" (in a training run's output, it may be a checkpoint-* subfolder).{whole}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{str(path)!r} cannot be read as JSON: {error}. Save the adapter again.") from error

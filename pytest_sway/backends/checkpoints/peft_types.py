@@ -38,6 +38,7 @@ PLAIN_INITIALISATIONS: Final = (None, True, False, "gaussian", "eva", "orthogona
 
 ADDITIVE_TYPES: Final = {
     "ADALORA": "lora_",
+    "ADAMSS": "adamss_",
     "BEFT": "beft_",
     "BOFT": "boft_",
     "C3A": "c3a_",

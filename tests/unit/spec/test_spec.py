@@ -293,6 +293,11 @@ def test_a_bad_value_is_refused_in_one_sentence(fields: dict[Any, Any], sentence
         (7, "a spec is a ModelSpec, a mapping of its fields or a configured name; found int: 7."),
         (None, "a spec is a ModelSpec, a mapping of its fields or a configured name; found NoneType: None."),
         (
+            ["sft", "dpo"],
+            "a spec is a ModelSpec, a mapping of its fields or a configured name; found list: ['sft', 'dpo']. For"
+            " several adapters, write {'base': ..., 'adapter': [...]}.",
+        ),
+        (
             "small",
             "no spec is named 'small' (named specs: none are configured). Pass a mapping such as {'base': ...,"
             " 'adapter': ...}, or configure the name under [tool.pytest-sway.specs].",
@@ -314,6 +319,14 @@ def test_a_path_as_a_spec_is_refused_with_the_field_that_takes_it(tmp_path: Path
     (tmp_path / file).touch()
     with pytest.raises(SpecError, match=re.escape(f"is a path. Pass {{{field!r}: {str(tmp_path)!r}, ...}}.")):
         parse_spec(str(tmp_path))
+    with pytest.raises(SpecError, match=re.escape(f"a spec is no path. Pass {{{field!r}: {str(tmp_path)!r}, ...}}.")):
+        parse_spec(tmp_path)  # type: ignore[arg-type] # what a user may pass
+
+
+@pytest.mark.parametrize("put", [lambda value: value, lambda value: {"base": value}], ids=["spec", "model"])
+def test_a_long_value_in_the_place_of_a_spec_or_a_model_is_cut(put: Any) -> None:
+    with pytest.raises(SpecError, match=r"^.{,300}\Z"):
+        parse_spec(put(["a weight"] * 50))
 
 
 def test_a_dtype_of_torch_is_refused_with_the_text_for_it() -> None:
@@ -322,6 +335,14 @@ def test_a_dtype_of_torch_is_refused_with_the_text_for_it() -> None:
         parse_spec({"base": "b", "dtype": torch.bfloat16})
     with pytest.raises(SpecError, match=r"must be one of auto, fp16, bf16, fp32; found torch\.float64\.$"):
         parse_spec({"base": "b", "dtype": torch.float64})
+
+
+def test_a_device_of_torch_is_refused_with_the_text_for_it() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(
+        SpecError, match=r"^spec field 'device' is a text: write 'cuda:1', not torch\.device\(type='cuda'"
+    ):
+        parse_spec({"base": "b", "device": torch.device("cuda:1")})
 
 
 def test_a_name_that_stands_for_a_name_is_refused() -> None:

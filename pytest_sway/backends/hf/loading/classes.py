@@ -5,7 +5,7 @@ multimodal model, which takes images or sounds besides text. Some types have bot
 model alone from the files of ``Qwen3_5ForConditionalGeneration``. If the config names neither, the causal language
 model of its type comes first.
 
-Llama 4 is loaded as its text model: its multimodal class in transformers 5.24 fails for every input.
+Llama 4 is loaded as its text model: its multimodal class in transformers 5.24 fails for text.
 
 A multimodal model is asked about text alone. Its other parts, such as a vision tower, are loaded and shared like all
 weights, and compute nothing. No list says which of these models give logits for token ids alone: `verify_base` tries it

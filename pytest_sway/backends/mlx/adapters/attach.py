@@ -28,6 +28,8 @@ __tracebackhide__ = True
 
 LEAVES: Final = ("lora_a", "lora_b", "m")
 """The names of an adapter's arrays in mlx-lm's layers: the pair of matrices, and DoRA's magnitudes."""
+_BODIES: Final = ("model.language_model.", "language_model.model.", "model.")
+"""How the names in a text model begin, in any class."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +79,7 @@ def load_adapter(base: LoadedBase, files: AdapterFiles) -> Adapter:
             layers, arrays = {}, _full_fine_tune(base, files, tensors)
         else:
             layers = _converted_layers(base, files, model, tensors) if files.peft else _own_layers(base, files, model)
-            arrays = _by_name(files, tensors)
+            arrays = _by_name(base, files, tensors)
             _verify_places(base, files, layers, arrays)
         put_arrays(model, arrays)
         model.eval()
@@ -117,9 +119,9 @@ def _own_layers(base: LoadedBase, files: AdapterFiles, model: Any) -> dict[str, 
 
 def _converted_layers(base: LoadedBase, files: AdapterFiles, model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Put mlx-lm's layers for an adapter of PEFT into a tree of the base."""
-    pairs, others = pairs_of(files)
     own, modules = arrays_of(model), modules_of(model)
-    copies = {name: copied for name in others if (copied := copied_from_base(name)) in own}
+    pairs, others = _placed_pairs(modules, files)
+    copies = {name: copied for name in others if (copied := _copied(name, modules)) in own}
     unexpected = [*(name for name in others if name not in copies), *_without_module(modules, pairs)]
     verify_names(base.spec, files, unexpected=unexpected, missing=_missing(files, pairs))
     for name, copied in copies.items():
@@ -167,11 +169,32 @@ def _layer(files: AdapterFiles, modules: Mapping[str, Any], name: str, pair: Pai
     return kind.from_base(modules[name], r=pair.rank, scale=pair.scale)
 
 
-def _by_name(files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _placed_pairs(modules: Mapping[str, Any], files: AdapterFiles) -> tuple[dict[str, Pair], list[str]]:
+    """The LoRA matrices of an adapter of PEFT by the names that the MLX model has for their modules.
+
+    The classes of transformers and of mlx-lm put a text model in different places of a multimodal one.
+    """
+    pairs, others = pairs_of(files)
+    return {_placed(name, modules): pair for name, pair in pairs.items()}, others
+
+
+def _placed(name: str, modules: Mapping[str, Any]) -> str:
+    inner = next((name.removeprefix(body) for body in _BODIES if name.startswith(body)), None)
+    places = [f"language_model.{name}"] if inner is None else [f"{body}{inner}" for body in _BODIES]
+    return next((place for place in (name, *places) if place in modules), name)
+
+
+def _copied(name: str, modules: Mapping[str, Any]) -> str | None:
+    """The name of the base's array that a tensor is a copy of."""
+    copied = copied_from_base(name)
+    return copied and f"{_placed(copied.removesuffix('.weight'), modules)}.weight"
+
+
+def _by_name(base: LoadedBase, files: AdapterFiles, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter's arrays by their names in the model."""
     if not files.peft:
         return dict(tensors)
-    pairs, _ = pairs_of(files)
+    pairs, _ = _placed_pairs(modules_of(base.model), files)
     return {
         f"{name}.{leaf}": as_mlx(leaf, tensors[tensor])
         for name, pair in pairs.items()

@@ -89,7 +89,7 @@ def load_base(spec: ModelSpec) -> LoadedBase:
     utils = mlx_lm_module("utils")
     with computing_on(mlx_device(spec)), quiet_process():
         folder = _folder(spec)
-        settings = legacy_rope(json.loads((folder / "config.json").read_bytes()))
+        settings = legacy_fields(json.loads((folder / "config.json").read_bytes()))
         try:
             model, config = utils.load_model(
                 folder, lazy=True, model_config=settings, trust_remote_code=spec.trust_remote_code
@@ -132,32 +132,41 @@ def own_tokenizer_of(tokenizer: Any) -> Any:
     return copy.deepcopy(tokenizer, {id(encoder): own, id(tokenizer._detokenizer): detokenizer})
 
 
-def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration's rotary embeddings as the fields that mlx-lm's models read.
+def legacy_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that mlx-lm's models read for what transformers 5 writes in another place of a configuration.
 
-    transformers 5 writes them as ``rope_parameters``. Most of mlx-lm's models read only the fields of transformers 4,
-    and silently use their own default if these are missing.
+    Most of mlx-lm's models read only the fields of transformers 4, and use their own defaults if these are missing.
     """
+    fields = legacy_rope(config)
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return fields
+    # transformers heeds the multimodal model's field, and mlx-lm's text models their own
+    tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
+    fields["text_config"] = text | legacy_rope(text) | tied
+    if "vocab_size" in text and "vocab_size" not in config:  # mlx-lm's gemma3 and gemma4 read it here
+        fields["vocab_size"] = text["vocab_size"]
+    return fields
+
+
+def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration's rotary embeddings, which are in ``rope_parameters``, as the fields of transformers 4."""
     fields: dict[str, Any] = {}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
         nested = {name: value for name, value in rope.items() if isinstance(value, dict)}
-        fields = _legacy_fields(rope) if not nested else {}
+        fields = _legacy_rope(rope) if not nested else {}
         for layer_type, field in _LAYER_TYPES.items():
             if "rope_theta" in nested.get(layer_type, {}):
                 fields[field] = nested[layer_type]["rope_theta"]
         if "full_attention" in nested:
-            fields |= _legacy_fields(nested["full_attention"])
+            fields |= _legacy_rope(nested["full_attention"])
         fields = {name: value for name, value in fields.items() if config.get(name) is None}
-    if isinstance(config.get("text_config"), dict):
-        text_fields = legacy_rope(config["text_config"])
-        if text_fields:
-            fields["text_config"] = config["text_config"] | text_fields
     return fields
 
 
 def _require_rope(spec: ModelSpec, model: Any, config: Mapping[str, Any]) -> None:
-    """Raise if `legacy_rope` cannot express the model's rotary embeddings."""
+    """Raise if `legacy_fields` cannot express the model's rotary embeddings."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or hasattr(model.args, "rope_parameters"):
         return
@@ -205,10 +214,10 @@ def _set_dtype(model: Any, dtype: Any) -> None:
     model.update(tree_map_with_path(converted, model.parameters()))
 
 
-def _legacy_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    if rope.get("rope_type", "default") != "default":
-        fields["rope_scaling"] = dict(rope)
+def _legacy_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    # transformers 4 writes null where nothing is scaled; mlx-lm's llama4 needs the field
+    fields["rope_scaling"] = dict(rope) if rope.get("rope_type", "default") != "default" else None
     return fields
 
 

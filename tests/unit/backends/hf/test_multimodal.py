@@ -262,6 +262,37 @@ def test_the_docs_have_the_table_of_classes() -> None:
     assert PAGE.read_text() == page(), "write it anew: python -m tests.unit.backends.hf.multimodal"
 
 
+@pytest.fixture(scope="module")
+def llama4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_multimodal(tmp_path_factory.mktemp("llama4"), next(each for each in SPECIMENS if each.name == "llama4"))
+
+
+def _multimodal_llama4(folder: Path) -> Any:
+    import transformers
+
+    model_class: Any = transformers.Llama4ForConditionalGeneration
+    with quiet():
+        return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION < (5, 0), reason="about transformers 5")
+def test_the_multimodal_class_of_llama4_fails_in_transformers_5_for_text(llama4: Path) -> None:
+    model, ids = _multimodal_llama4(llama4), torch.tensor([[1, 5, 6]])
+    for given in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(1, 3, 32)}):
+        with pytest.raises(AttributeError, match="image_outputs"), torch.inference_mode():
+            model(**given)  # where it no longer fails, it can be served by this class
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION >= (5, 0), reason="about transformers 4")
+def test_llama4_is_refused_with_transformers_4_where_later_tokens_change_earlier_logits(
+    build: Any, llama4: Path
+) -> None:
+    model = _multimodal_llama4(llama4)
+    assert not _logits_of(model, [1, 5, 6]).allclose(_logits_of(model, [1, 5, 6, 8])[:3], atol=0.1)
+    with pytest.raises(SpecError, match="is not a causal language model: in its Llama4ForCausalLM, later tokens"):
+        build(llama4)
+
+
 # --- forms of adapters ------------------------------------------------------------------------------------------------
 
 _LAYERS = r"model\.layers\.1\..*(q|v)_proj"
@@ -425,6 +456,28 @@ def test_a_warning_about_an_adapter_that_is_an_error_stays_that_warning(build: A
         warnings.simplefilter("error")
         with pytest.raises(SwayWarning, match=r"eyes' changes nothing on the base"):
             build(base, adapter)
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION < (5, 0), reason="transformers 4 has no AutoModelForMultimodalLM")
+def test_a_model_of_sounds_and_text_is_loaded_in_the_same_way(build: Any, tmp_path: Path) -> None:
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    vocab = make_tokenizer(tmp_path, extra=("<sound>",))
+    tokens = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = VoxtralConfig(
+        audio_config={**sizes, "head_dim": 16, "num_mel_bins": 8, "max_source_positions": 8},
+        text_config={**TEXT_FIELDS, **tokens, "model_type": "llama", "sliding_window": None},
+        audio_token_id=vocab - 1,
+    )
+    folder = save_tiny(lambda: VoxtralForConditionalGeneration(config), tmp_path)
+    model_class: Any = VoxtralForConditionalGeneration
+    with quiet():
+        plain = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    with build(folder).as_base() as view:
+        assert type(view.model) is VoxtralForConditionalGeneration
+        assert _logits(view.model, view.tokenizer).equal(_logits(plain, view.tokenizer))
+        _close(view.rolling_logprob(TEXT).logprobs, _logprobs(plain, _with_prefix(view.tokenizer, TEXT)))
 
 
 def test_a_config_with_the_fields_of_the_text_model_at_its_top_is_understood(build: Any, tmp_path: Path) -> None:

@@ -146,6 +146,13 @@ def test_a_base_that_is_an_adapter(builder: HFBuilder, adapter: Path) -> None:
         builder.check(spec_of(adapter))
 
 
+def test_an_adapter_that_is_a_whole_model(builder: HFBuilder, base: Path) -> None:
+    with pytest.raises(
+        SpecError, match=r"has no adapter_config\.json\. .* It holds a whole model; name it as 'finetuned'"
+    ):
+        builder.check(spec_of(base, base))
+
+
 def test_a_base_without_weights(builder: HFBuilder, tmp_path: Path) -> None:
     (make_base(tmp_path) / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"has no weights: expected model.safetensors"):

@@ -290,7 +290,7 @@ def test_the_table_in_the_docs_is_that_of_the_zoo() -> None:
 
 
 def test_an_older_peft_alone_may_lack_a_row_of_the_table() -> None:
-    missing = [str(specimen) for specimen in ALL if specimen not in SPECIMENS]
+    missing = [str(specimen) for specimen in ALL if specimen not in SPECIMENS and not specimen.needs]
     assert missing == [] or PEFT_VERSION < (0, 21)
 
 
@@ -304,6 +304,22 @@ def test_every_type_that_the_installed_peft_has_is_in_the_table() -> None:
 def test_names_in_the_table_are_unique() -> None:
     names = [str(row) for row in (*ALL, *REFUSALS)]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "OFT"])
+def test_a_type_that_nothing_is_known_of_is_served_in_the_same_way(
+    keeper: Any, enclosures: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    known = "pytest_sway.backends.checkpoints.peft_adapter."
+    monkeypatch.setattr(f"{known}ADDITIVE_TYPES", {})
+    monkeypatch.setattr(f"{known}UNWRITING_TYPES", frozenset())
+    specimen = next(s for s in SPECIMENS if s.kind == kind)
+    enclosure = enclosures(specimen)
+    folder, expected = trained(specimen)
+    backend = keeper(enclosure, folder)
+    check(backend, specimen, enclosure, expected)
+    assert shared_by(backend) == Shares.ALL
+    backend.close()
 
 
 def test_a_start_from_random_numbers_is_the_same_each_time(keeper: Any, enclosures: Any, trained: Any) -> None:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Specimen:
         since: The first version of PEFT that has it.
         noticed: Whether an untrained one is detected, since it changes nothing.
         reproducible: Whether each PEFT load of the same files gives the same weights.
+        needs: A library that PEFT needs for it.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Specimen:
     since: tuple[int, int] = (0, 19)
     noticed: bool = True
     reproducible: bool = True
+    needs: str = ""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}".strip()
@@ -113,7 +116,7 @@ def _lora(name: str, shares: Shares = Shares.ALL, *, base: dict[str, Any] | None
 
 
 def _other(kind: str, config: str, *, name: str = "", **fields: Any) -> Specimen:
-    own = {key: fields.pop(key) for key in ("base", "since", "noticed") if key in fields}
+    own = {key: fields.pop(key) for key in ("base", "since", "noticed", "needs") if key in fields}
     return Specimen(name, kind, Shares.ALL, config, _Q | fields, **own)
 
 
@@ -213,6 +216,7 @@ def _specimens() -> list[Specimen]:
         _lora("`target_parameters`", target_parameters=["v_proj.weight"]),
         _lora("`layer_replication`", layer_replication=[[0, 2], [1, 2]], noticed=False),
         _other("ADALORA", "AdaLoraConfig", init_r=4, target_r=2, total_step=6, tinit=1, tfinal=1),
+        _other("ADAMSS", "AdamssConfig", r=4, needs="sklearn"),
         _other("ADAPTION_PROMPT", "AdaptionPromptConfig", target_modules=None, adapter_len=3, adapter_layers=1),
         _other("BEFT", "BeftConfig", target_modules=["v_proj"], since=(0, 20)),
         _other("BOFT", "BOFTConfig", boft_block_size=4),
@@ -289,12 +293,12 @@ REFUSALS = [
     ),
     Refusal("Arrow", "LORA", {"arrow_config": {"top_k": 1}}, "SpecError", "mixes adapters from other", _ELSEWHERE),
     Refusal(
-        "",
+        "without scikit-learn",
         "ADAMSS",
         {"r": 4},
         "BackendNotAvailableError",
         "scikit-learn is required",
-        "without scikit-learn, which PEFT needs for it",
+        "PEFT needs scikit-learn for it",
         unless="sklearn",
     ),
     Refusal("", "MULTITASK_PROMPT_TUNING", {}, "SpecError", "trained for several tasks", _TASKS),
@@ -303,8 +307,8 @@ REFUSALS = [
 ]
 
 ALL = _specimens()
-SPECIMENS = [specimen for specimen in ALL if specimen.since <= PEFT_VERSION]
-"""The specimens that the installed PEFT has; only these are tested."""
+SPECIMENS = [each for each in ALL if each.since <= PEFT_VERSION and (not each.needs or find_spec(each.needs))]
+"""The specimens that the installed PEFT has, with what it needs for them; only these are tested."""
 
 
 def train(specimen: Specimen, model: Any, tokenizer: Any, folder: Path, *, steps: int = 3) -> Path:

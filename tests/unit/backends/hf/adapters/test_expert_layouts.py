@@ -147,6 +147,23 @@ def test_an_adapter_on_single_experts_computes_what_it_did_in_transformers_4(
     assert all("has tensors of single experts (model.layers.0." in text for text in told)
 
 
+@pytest.mark.skipif(not FUSED, reason="PEFT converts it for transformers 5")
+@pytest.mark.filterwarnings("ignore::pytest_sway.SwayWarning")
+def test_peft_alone_scales_w1_and_w3_of_mixtral_with_use_rslora_by_the_root_of_two(
+    build: Any, moe: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = moe("mixtral")
+    made = adapter_on_experts(tmp_path, base, MIXTRAL, use_rslora=True)
+
+    def scale(tensors: dict[str, Any]) -> dict[str, Any]:
+        both = [name for name in tensors if name.endswith(("w1.lora_B.weight", "w3.lora_B.weight"))]
+        return tensors | {name: tensors[name] * math.sqrt(2) for name in both}
+
+    scaled = edit_weights(shutil.copytree(made.adapter, tmp_path / "scaled"), scale)
+    with build(base, scaled).as_finetuned() as tuned:
+        _require_equal(view_logits(tuned), logits(*fresh(base, made.adapter)))
+
+
 def test_it_can_be_merged_below_another_adapter(build: Any, moe: Callable[[str], Path], tmp_path: Path) -> None:
     base = moe("mixtral")
     made = adapter_on_experts(tmp_path, base, MIXTRAL)

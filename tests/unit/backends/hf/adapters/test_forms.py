@@ -78,6 +78,23 @@ def test_what_a_wrapper_has_put_into_all_names_is_taken_out(
     assert [each.changes() for each in (backend, *others)] == [[]] * (1 + len(others))
 
 
+@pytest.mark.parametrize("config", [("IA3Config", {}), ("LoHaConfig", {"r": 2})], ids=["IA3", "LoHa"])
+def test_what_a_wrapper_has_put_into_the_names_of_another_type_is_taken_out(
+    build: Any, base: Path, tmp_path: Path, config: tuple[str, dict[str, Any]]
+) -> None:
+    import peft
+
+    fields = {"task_type": "CAUSAL_LM", "target_modules": ["k_proj"], **config[1]}
+    fields |= {"feedforward_modules": []} if config[0] == "IA3Config" else {}
+    adapter = save_adapter(tmp_path, base, getattr(peft, config[0])(**fields))
+    expected = logits(*fresh(base, adapter))
+    edit_weights(adapter, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.warns(SwayWarning, match=r"have '_orig_mod' in their names"):
+        backend = build(base, adapter)
+    with backend.as_finetuned() as tuned:
+        assert view_logits(tuned).equal(expected)
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
 def test_keys_with_the_name_of_another_adapter_are_not_taken_for_another_base(
     build: Any, base: Path, adapter: Path, copied: Path, beside: bool

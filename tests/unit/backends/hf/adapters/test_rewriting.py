@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.errors import SpecError
 from tests.tiny import edit_config, make_adapter, quiet, save_adapter
 from tests.unit.backends.hf.conftest import spec_of
+from tests.unit.backends.hf.insides import adapter_in
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _OTHER_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,26 +53,74 @@ def test_other_types_give_pefts_numbers_on_both_sides(build: Any, base: Path, tm
     assert backend.leak() is None
 
 
-def test_a_converted_pissa_adapter_is_plain_lora(build: Any, base: Path, tmp_path: Path, loads: list[str]) -> None:
+def _start(kind: str, model: Any, run: Callable[[], Any]) -> Any:
+    """Return the configuration of an adapter that begins by rewriting its base, after PEFT has looked at the data."""
+    from peft import LoraConfig, LoraGAConfig
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    def train_step() -> None:
+        run().loss.backward()
+
+    settings: Any = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": kind, "task_type": "CAUSAL_LM"}
+    if kind == "corda":
+        config = LoraConfig(**settings, corda_config=CordaConfig(corda_method="kpm"))
+        preprocess_corda(model, config, run_model=run)
+    elif kind == "lora_ga":
+        config = LoraConfig(**settings, lora_ga_config=LoraGAConfig())
+        preprocess_loraga(model, config, train_step)
+    else:
+        config = LoraConfig(**settings)
+    return config
+
+
+def _trained(kind: str, base: Path, folder: Path) -> Any:
+    """Save an adapter that began by rewriting its base as ``own`` and, converted, as ``plain``; return its logits."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    with quiet(), torch.no_grad():
+    ids = torch.arange(5, 45).reshape(1, -1)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_pretrained(str(base))
-        config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+        config = _start(kind, model, lambda: model(input_ids=ids, labels=ids))
         model = get_peft_model(model, config)
         model.peft_config["default"].init_lora_weights = True
-        model.save_pretrained(tmp_path / "start")
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(0.3)
-        model.peft_config["default"].init_lora_weights = "pissa"
-        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    backend = build(base, tmp_path / "out")
-    assert len(loads) == 1
-    with backend.as_finetuned() as tuned:
-        assert view_logits(tuned).equal(logits(*fresh(base, tmp_path / "out")))
+        model.save_pretrained(folder / "start")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(0.3)
+        expected = logits(model.eval(), fresh(base)[1])
+        model.peft_config["default"].init_lora_weights = kind
+        model.save_pretrained(folder / "own")
+        model.save_pretrained(folder / "plain", path_initial_model_for_weight_conversion=str(folder / "start"))
+    return expected
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "corda", "lora_ga"])
+def test_converted_to_plain_lora_it_is_served_as_it_was_trained(
+    build: Any, base: Path, tmp_path: Path, loads: list[str], kind: str
+) -> None:
+    expected = _trained(kind, base, tmp_path)
+    backend = build(base, tmp_path / "plain")
+    with backend.as_finetuned() as tuned, backend.as_base() as plain:
+        assert view_logits(tuned).equal(logits(*fresh(base, tmp_path / "plain")))
+        assert view_logits(tuned).allclose(expected, atol=1e-4)
+        assert view_logits(plain).equal(logits(*fresh(base)))
+    assert all("lora_" in name for name in adapter_in(backend).own)
+    assert (len(loads), backend.changes()) == (1, [])
+
+
+@pytest.mark.parametrize("kind", ["corda", "lora_ga"])
+def test_not_converted_it_is_refused_if_its_start_came_from_data(
+    build: Any, base: Path, tmp_path: Path, kind: str
+) -> None:
+    _trained(kind, base, tmp_path)
+    with pytest.raises(SpecError, match=rf"own' was initialised by '{kind}' .* is not converted: .* Convert it to pl"):
+        build(base, tmp_path / "own")
 
 
 _REWRITING: dict[str, dict[str, Any]] = {

@@ -118,6 +118,14 @@ def test_there_is_one_bos_before_a_prompt(build: Any, chat_base: Path) -> None:
         assert [row.count(1) for row in read] == [1, 1]  # the second has the tokens of the first
 
 
+def test_a_text_is_not_rendered(build: Any, chat_base: Path) -> None:
+    with (
+        build(chat_base).as_base() as view,
+        pytest.raises(ScoringError, match=r"^expected a list of messages with 'role' and 'content'; found 'hello'"),
+    ):
+        view.render("hello")
+
+
 @pytest.mark.parametrize(
     ("messages", "text"),
     [
