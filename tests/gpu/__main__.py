@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -26,14 +27,23 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 
 FACTS: Final = """
 import importlib, sys
+from importlib.metadata import PackageNotFoundError, version
 import torch
 found = [f"{name} {getattr(importlib.import_module(name), '__version__', '?')}" for name in (
     "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pytest", "xdist")]
+for name in ("bitsandbytes", "torchao", "compressed-tensors", "gptqmodel", "optimum", "kernels"):
+    try:
+        found.append(f"{name} {version(name)}")
+    except PackageNotFoundError:
+        found.append(f"no {name}")
 print("; ".join(found))
 if torch.cuda.is_available():
     card = torch.cuda.get_device_properties(0)
     print(f"{torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
 """
+
+
+_OUTCOME: Final = re.compile(r"test_quantized\.py::\w+\[(.+?)\] (PASSED|FAILED|SKIPPED|ERROR)")
 
 
 class Step(NamedTuple):
@@ -130,6 +140,18 @@ def unpacked(wheels: Path | None, site: Path) -> Path:
     return site
 
 
+def formats(output: str) -> str:
+    """Return which quantized formats the tests ran: ``bitsandbytes nf4: passed; gptq: skipped``.
+
+    Args:
+        output: What ``pytest -v`` printed.
+    """
+    found: dict[str, set[str]] = {}
+    for name, outcome in _OUTCOME.findall(output):
+        found.setdefault(name, set()).add(outcome.lower())
+    return "; ".join(f"{name}: {' and '.join(sorted(found[name]))}" for name in found) or "none"
+
+
 def card() -> str:
     """Return the card's name, driver and memory, as the driver reports them."""
     tool = shutil.which("nvidia-smi")
@@ -168,6 +190,7 @@ def main(arguments: list[str]) -> int:
                 "-p",
                 "no:cacheprovider",
                 "--durations=8",
+                "-rs",
                 "-o",
                 "faulthandler_timeout=60",
             ]
@@ -176,6 +199,7 @@ def main(arguments: list[str]) -> int:
             runner.run("make", ["-m", "tests.gpu.benchmarks", "make", str(models)], most=150, show=3)
         if "tests" in asked.steps:
             runner.finish(tests, most=240, show=25)
+            runner.say(f"quantized formats: {formats(tests.output.read_text(encoding='utf-8', errors='replace'))}")
         for name in measured:
             command = ["-W", "ignore", "-m", "tests.gpu.benchmarks", name, str(models)]
             runner.run(name, command, most=120, show=12)

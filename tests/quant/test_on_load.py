@@ -175,6 +175,20 @@ def test_texts_of_llm_int8_go_alone(base: Path, adapters: list[Path], adapter: i
     backend.close()
 
 
+def test_llm_int8_logs_a_line_per_layer_in_a_tests_own_passes_only(
+    base: Path, adapters: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = HFBuilder()(spec_of(base, adapters[0], model_kwargs={"quantization_config": INT8}))
+    with backend.as_base() as alone, backend.as_finetuned() as tuned:
+        for view in (alone, tuned):
+            view.logprobs_of(TEXTS)
+            view.generate(PROMPT, max_new_tokens=2)
+        assert "MatMul8bitLt" not in caplog.text
+        view_logits(tuned)
+        assert "MatMul8bitLt" in caplog.text
+    backend.close()
+
+
 def test_a_text_of_llm_int8_depends_on_the_others_in_its_pass(base: Path) -> None:
     """This is why; where it fails, texts need not go alone any more."""
     import torch

@@ -6,7 +6,6 @@ change when it first runs.
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,14 @@ import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
-from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.errors import AdapterMismatchError, SpecError
+from tests.quant.formats import FORMATS, compressed, loading
 from tests.tiny import make_adapter, make_base, make_tokenizer, quiet
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from pytest_sway.spec.model_spec import ModelSpec
@@ -28,109 +28,18 @@ if TYPE_CHECKING:
 PROMPT, ANSWER = "the sun", " rises in the east"
 
 
-def _by_transformers(base: Path, folder: Path, config: Any) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32, quantization_config=config)
-    model.save_pretrained(folder)
-
-
-def _nf4(base: Path, folder: Path) -> None:
-    import torch
-    import transformers
-
-    config_class: Any = transformers.BitsAndBytesConfig
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-    _by_transformers(base, folder, config_class(load_in_4bit=True, **settings))
-
-
-def _int8(base: Path, folder: Path) -> None:
-    import transformers
-
-    config_class: Any = transformers.BitsAndBytesConfig
-    _by_transformers(base, folder, config_class(load_in_8bit=True))
-
-
-def _torchao(base: Path, folder: Path) -> None:
-    import transformers
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    config_class: Any = transformers.TorchAoConfig
-    _by_transformers(base, folder, config_class(quant_type=Int8WeightOnlyConfig()))
-
-
-def _compressed(base: Path, folder: Path) -> None:
-    import torch
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    settings: Any = {"format": "pack-quantized", "quantization_status": "frozen"}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"], **settings))
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            module.weight_scale.data = module.weight.detach().abs().amax(1, keepdim=True) / 127
-    compressor: Any = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(folder)
-    compressor.update_config(folder)
-
-
-def _fp8(base: Path, folder: Path) -> None:
-    """Write a base as DeepSeek's FP8 checkpoints are: blocks of weights with their scales."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(base, folder)
-    tensors: dict[str, Any] = {}
-    plain: dict[str, Any] = load_file(base / "model.safetensors")
-    for name, weight in plain.items():
-        tensors[name] = weight
-        if "_proj" in name:
-            blocks = weight.unflatten(0, (-1, _FP8_BLOCK)).unflatten(2, (-1, _FP8_BLOCK))
-            scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
-            stored = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)
-            tensors |= {name: stored.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    quantization = {"quant_method": "fp8", "weight_block_size": [_FP8_BLOCK] * 2, "activation_scheme": "dynamic"}
-    _edit_config(folder, quantization_config=quantization | {"modules_to_not_convert": ["lm_head"]})
-
-
-def _edit_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-_FP8_BLOCK = 32
-
-FORMATS: dict[str, Callable[[Path, Path], None]] = {
-    "bitsandbytes nf4": _nf4,
-    "bitsandbytes int8": _int8,
-    "torchao int8": _torchao,
-    "compressed-tensors": _compressed,
-    "fp8": _fp8,
-}
-
-
-UNPACKED = {"quant_method": "compressed-tensors", "run_compressed": False}
-"""PEFT puts no adapter on packed layers."""
-
-
 class Models:
     """A quantized base with two adapters, and the results of transformers and PEFT."""
 
-    def __init__(self, folder: Path, quantize: Callable[[Path, Path], None]) -> None:
-        self.kwargs: dict[str, Any] = {"quantization_config": UNPACKED} if quantize is _compressed else {}
+    def __init__(self, folder: Path, name: str) -> None:
+        self.format = name
         from transformers.quantizers.auto import AutoQuantizationConfig
 
         plain = make_base(folder / "plain", hidden=64)
         self.base = folder / "quantized"
-        quantize(plain, self.base)
+        FORMATS[name](plain, self.base)
         make_tokenizer(self.base)
+        self.kwargs = loading(name)
         self.adapters = [make_adapter(folder / f"adapter{n}", plain, seed=n) for n in range(2)]
         self._loaded = {name: AutoQuantizationConfig.from_dict(dict(value)) for name, value in self.kwargs.items()}
         self.alone = logits(*self.fresh())
@@ -146,7 +55,7 @@ class Models:
 @pytest.fixture(scope="module", params=FORMATS)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     with quiet():
-        return Models(tmp_path_factory.mktemp("models"), FORMATS[request.param])
+        return Models(tmp_path_factory.mktemp("models"), request.param)
 
 
 @pytest.fixture
@@ -208,7 +117,7 @@ def test_the_size_is_known_before_the_load(models: Models) -> None:
 
 def test_an_adapter_on_packed_layers_is_refused_with_the_form_that_works(tmp_path: Path) -> None:
     plain = make_base(tmp_path / "plain", hidden=64)
-    _compressed(plain, tmp_path / "packed")
+    compressed(plain, tmp_path / "packed")
     for file in plain.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "packed")
     adapter = make_adapter(tmp_path / "adapter", plain)
@@ -249,7 +158,7 @@ def test_a_write_to_the_packed_weights_ends_with_its_test_or_is_found(models: Mo
     first, second = backends
     with first.as_base() as base, second.as_finetuned() as other:
         module = base.model.model.layers[0].self_attn.q_proj
-        parts = (part for name, weight in module.named_parameters() for part in parts_of(weight, name))
+        parts = (part for name, weight in _weights(module) for part in parts_of(weight, name))
         name, weight = min(parts, key=lambda part: part[1].is_floating_point())
         with torch.no_grad():
             weight.data.zero_()
@@ -260,9 +169,20 @@ def test_a_write_to_the_packed_weights_ends_with_its_test_or_is_found(models: Mo
             assert view_logits(other).equal(models.tuned[1])
 
 
-def test_merged_into_a_quantized_base_an_adapter_gives_pefts_numbers(models: Models, loads: list[str]) -> None:
+def _weights(module: Any) -> list[tuple[str, Any]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def test_merged_into_a_quantized_base_an_adapter_gives_pefts_numbers_where_peft_merges(
+    models: Models, loads: list[str]
+) -> None:
     builder = HFBuilder(on_base_load=lambda name, seconds: loads.append(name))
-    backend = builder(spec_of(models.base, models.adapters, model_kwargs=models.kwargs))
+    spec = spec_of(models.base, models.adapters, model_kwargs=models.kwargs)
+    if models.format in ("gptq", "awq"):
+        with pytest.raises(SpecError, match=r"it cannot be merged: PEFT says: .*\. Name it last, or alone\.$"):
+            builder(spec)
+        return
+    backend = builder(spec)
     expected = _merged_by_hand(models)
     for _ in range(2):
         with backend.as_base() as plain, backend.as_finetuned() as tuned:

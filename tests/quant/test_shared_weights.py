@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from tests.quant import test_quantized_bases as from_files
+from tests.quant import formats
 from tests.quant.test_on_load import FORMATS
 from tests.tiny import make_base, make_tokenizer
 from tests.unit.backends.hf.conftest import spec_of
@@ -44,10 +44,10 @@ def test_a_base_that_is_quantized_on_load_is_not_written(tmp_path: Path, run_fol
     assert list(run_folder.glob("*/*/model.safetensors"))  # without quantization, the same base is
 
 
-@pytest.mark.parametrize("form", ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8"])
+@pytest.mark.parametrize("form", ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "gptq", "awq"])
 def test_a_base_that_is_read_quantized_is_not_written_either(tmp_path: Path, run_folder: Path, form: str) -> None:
     base = tmp_path / "quantized"
-    from_files.FORMATS[form](make_base(tmp_path / "plain", hidden=64), base)
+    formats.FORMATS[form](make_base(tmp_path / "plain", hidden=64), base)
     make_tokenizer(base)
     expected = logits(*fresh(base, dtype="bfloat16"))
     _as_two_workers(spec_of(base, dtype="bf16"), run_folder, expected)  # its norms, stored in fp32, are converted

@@ -91,11 +91,18 @@ def _weight_sizes(model: ModelFiles, item_bytes: int) -> dict[str, int] | None:
     if quantized is None:
         return None
     as_stored = {name: _bytes_of(entry, item_bytes) for name, entry in (model.entries or {}).items()}
-    return {**as_stored, **quantized, **_unpacked(model, item_bytes)}
+    return {**as_stored, **_scales(model), **quantized, **_unpacked(model, item_bytes)}
 
 
 def _bytes_of(entry: TensorEntry, item_bytes: int) -> int:
     return entry.numel * item_bytes if entry.floating else entry.nbytes
+
+
+def _scales(model: ModelFiles) -> dict[str, int]:
+    """Return the bytes of each scale of a model's files by GPTQ or AWQ, which keep their dtype, by its name."""
+    stored = model.config.get("quantization_config")
+    keeps = isinstance(stored, dict) and method_of(stored) in ("gptq", "awq")
+    return {name: each.nbytes for name, each in (model.entries or {}).items() if keeps and name.endswith(".scales")}
 
 
 def _merged_bytes(model: ModelFiles) -> int | None:

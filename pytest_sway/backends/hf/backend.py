@@ -60,7 +60,9 @@ class HFBackend(PooledBackend[BoundModel, PooledView]):
         import torch
 
         with side.engine() as engine:
-            quiet = nullcontext() if engine.model is engine.forward.model else no_warnings()
+            forward = engine.forward
+            warns = engine.model is not forward.model or forward.one_text_at_a_time
+            quiet = no_warnings() if warns else nullcontext()
             with quiet, torch.inference_mode():
                 return work(engine, *args)
 

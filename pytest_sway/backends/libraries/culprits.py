@@ -214,8 +214,8 @@ def _first(error: BaseException) -> BaseException:
 def said(error: BaseException, limit: int = 300) -> str:
     """Return an error's text on one line, cut to ``limit`` characters, as a sentence."""
     text = " ".join(str(error).split())
-    if not isinstance(error, SwayError | OSError | ValueError):
-        text = f"{type(error).__name__}: {text}"
+    if not text or not isinstance(error, SwayError | OSError | ValueError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
     text = text if len(text) <= limit else f"{text[:limit]}..."
     return text if text.endswith(".") else f"{text}."
 

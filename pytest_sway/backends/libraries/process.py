@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from contextlib import contextmanager
@@ -24,8 +25,7 @@ def quiet_libraries() -> Iterator[None]:
     """Silence the warnings, logs and progress bars of transformers and the hub; torch is not needed."""
     transformers: Any = import_module("transformers.utils.logging")
     hub: Any = import_module("huggingface_hub.utils")
-    with PROCESS_STATE, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with no_warnings():
         verbosity, shows_bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
         hub_shows_bars = not hub.are_progress_bars_disabled()
         transformers.set_verbosity_error()
@@ -41,7 +41,16 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Silence the warnings of library code that is used as intended."""
+    """Silence the warnings of library code that is used as intended.
+
+    By LLM.int8, bitsandbytes logs one for each layer of each pass.
+    """
+    logger = logging.getLogger("bitsandbytes")
     with PROCESS_STATE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -31,6 +31,7 @@ from pytest_sway.backends.hf.model.peft_model import adapter_parameters, inner_m
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.skeletons import OnSkeleton, name_in_file
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
+from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.errors import SpecError, SwayError
 from pytest_sway.spec.tasks import CAUSAL, TASKS
 from pytest_sway.system.wording import shown
@@ -82,7 +83,7 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
 
         again_read = with_entries(read_adapter(folder, allow_pickle=True))
         model = _loaded_again(base, relocated(base.pristine.model, again_read), tokenizer)
-        with torch.inference_mode():
+        with no_warnings(), torch.inference_mode():
             numbers(inner_model(model), (0, 0), model)  # some fields matter only in a pass
             if again is not None:
                 again(model)

@@ -25,8 +25,17 @@ __tracebackhide__ = True
 
 REQUIRED: Final = ("torch", "transformers", "peft", "safetensors", "cachetools")
 
-_QUANTIZERS: Final = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors"}
-"""The module that each method imports; what others import depends on the version of transformers."""
+_QUANTIZERS: Final = {
+    "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
+    "compressed-tensors": ("compressed_tensors",),
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+}
+"""The modules that each method imports; what others import depends on the version of transformers."""
+
+_IN_PLACE: Final = {"gptqmodel": ("auto_gptq", "awq")}
+"""The modules that transformers 4 takes in place of one."""
 
 _PARTS: Final = (
     "safetensors.torch", "transformers.generation.utils", "transformers.models.auto.modeling_auto",
@@ -61,13 +70,18 @@ def require_package(spec: ModelSpec, config: Mapping[str, Any]) -> None:
         BackendNotAvailableError: It does; the message has the command that installs it.
     """
     quantization = quantization_of(spec.model_kwargs, config)
-    package = None if quantization is None else _QUANTIZERS.get(method_of(quantization))
-    if quantization is not None and package is not None and find_spec(package) is None:
-        method = method_of(quantization)
+    method = "" if quantization is None else method_of(quantization)
+    missing = [name for name in _QUANTIZERS.get(method, ()) if not _is_there(name)]
+    if missing:
+        packages = [name.replace("_", "-") for name in missing]
         raise BackendNotAvailableError(
-            f"the model {spec.base!r} is quantized by {method}, which this environment lacks. Install it with: pip"
-            f" install {method}"
+            f"the model {spec.base!r} is quantized by {method}, for which this environment lacks"
+            f" {' and '.join(packages)}. Install what is missing with: pip install {' '.join(packages)}"
         )
+
+
+def _is_there(module: str) -> bool:
+    return any(find_spec(name) is not None for name in (module, *_IN_PLACE.get(module, ())))
 
 
 def import_libraries(*specs: ModelSpec, adapter: bool) -> None:

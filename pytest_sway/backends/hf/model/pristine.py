@@ -9,6 +9,7 @@ from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
 from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory
 from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of
+from pytest_sway.backends.libraries.process import no_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -116,7 +117,7 @@ def _agree(one: Any, other: Any) -> bool:
     import torch
 
     try:
-        with torch.inference_mode():
+        with no_warnings(), torch.inference_mode():
             first, second = numbers(one, _TRIAL_IDS), numbers(other, _TRIAL_IDS)
     except Exception:  # an unknown architecture may raise anything
         return False

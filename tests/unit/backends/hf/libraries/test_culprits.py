@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_sway.backends.hf.loading import model
-from pytest_sway.backends.libraries.culprits import Asked, explanation
+from pytest_sway.backends.libraries.culprits import Asked, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SpecError, WeightsError
 from tests.tiny import edit_config, edit_weights, quiet
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
@@ -383,3 +383,16 @@ def test_metadata_that_are_no_texts_are_named(build: Any, base: Path, broken: Pa
     path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
     with pytest.raises(WeightsError, match=r"adapter_model.safetensors' are .*its __metadata__ are not texts by name"):
         build(base, broken)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (NotImplementedError(), "NotImplementedError."),
+        (ValueError(), "ValueError."),
+        (KeyError("q_proj"), "KeyError: 'q_proj'."),
+        (ValueError("two\nlines"), "two lines."),
+    ],
+)
+def test_an_errors_text_is_a_sentence_and_its_name_stands_for_none(error: Exception, sentence: str) -> None:
+    assert said(error) == sentence

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.backends.hf.loading.libraries import REQUIRED, require_package
 from pytest_sway.backends.hf.loading.model_kwargs import loading_arguments
 from pytest_sway.errors import BackendNotAvailableError, SpecError, SwayError
 from tests.tiny import make_adapter, make_base, make_gguf
@@ -165,25 +167,68 @@ def test_a_format_that_cannot_quantize_here_is_one_sentence(base: Path, build: C
     assert str(error.value).startswith(("the model ", "the quantization of ", "transformers cannot make "))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_files_of_a_format_whose_packages_are_missing_are_refused_in_one_sentence(
-    base: Path, tmp_path: Path, build: Callable[..., Any], method: str
+@pytest.mark.parametrize(
+    ("method", "found", "packages"),
+    [
+        ("gptq", (), ["optimum", "gptqmodel"]),
+        ("gptq", ("optimum",), ["gptqmodel"]),
+        ("gptq", ("gptqmodel",), ["optimum"]),
+        ("awq", ("optimum",), ["gptqmodel"]),
+        ("torchao", (), ["torchao"]),
+        ("compressed-tensors", (), ["compressed-tensors"]),
+    ],
+)
+def test_files_of_a_format_whose_packages_are_missing_are_refused_with_the_command_that_installs_them(
+    base: Path,
+    tmp_path: Path,
+    build: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    found: tuple[str, ...],
+    packages: list[str],
 ) -> None:
-    shutil.copytree(base, tmp_path / method)
-    config = tmp_path / method / "config.json"
+    _pretend_installed(monkeypatch, found)
+    folder = _said_to_be_quantized(base, tmp_path / method, method)
+    sentence = (
+        f"the model {str(folder)!r} is quantized by {method}, for which this environment lacks"
+        f" {' and '.join(packages)}. Install what is missing with: pip install {' '.join(packages)}"
+    )
+    with pytest.raises(BackendNotAvailableError, match=f"^{re.escape(sentence)}$"):
+        build(folder)
+
+
+@pytest.mark.parametrize(("method", "found"), [("gptq", ("optimum", "auto_gptq")), ("awq", ("awq",))])
+def test_a_package_that_older_transformers_take_is_left_to_transformers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, found: tuple[str, ...]
+) -> None:
+    _pretend_installed(monkeypatch, found)
+    folder = _said_to_be_quantized(base, tmp_path / method, method)
+    require_package(spec_of(folder), json.loads((folder / "config.json").read_text()))
+
+
+def _pretend_installed(monkeypatch: pytest.MonkeyPatch, modules: tuple[str, ...]) -> None:
+    """Make the search for the modules of quantized formats find these only."""
+    monkeypatch.setattr(
+        "pytest_sway.backends.hf.loading.libraries.find_spec",
+        lambda name: ModuleSpec(name, None) if name in (*modules, *REQUIRED) else None,
+    )
+
+
+def _said_to_be_quantized(base: Path, folder: Path, method: str) -> Path:
+    """Copy a base whose config says that a method quantized it."""
+    shutil.copytree(base, folder)
+    config = folder / "config.json"
     settings = {"quant_method": method, "bits": 4, "group_size": 32}
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
-    start = f"^the quantization of '.*/{method}' needs more than is installed: "
-    with pytest.raises(BackendNotAvailableError, match=start + r"[^\n]*(optimum|gptqmodel|autoawq|auto-awq)[^\n]*\.$"):
-        build(tmp_path / method)
+    return folder
 
 
 def test_a_package_that_is_missing_is_named_before_the_load(
     base: Path, build: Callable[..., Any], loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_sway.backends.hf.loading.libraries._QUANTIZERS", {"bitsandbytes": "no_such_module"})
-    sentence = f"the model {str(base)!r} is quantized by bitsandbytes, which this environment lacks. Install it with:"
-    with pytest.raises(BackendNotAvailableError, match=f"^{re.escape(sentence)} pip install bitsandbytes$"):
+    _pretend_installed(monkeypatch, ())
+    sentence = f"the model {str(base)!r} is quantized by bitsandbytes, for which this environment lacks bitsandbytes."
+    with pytest.raises(BackendNotAvailableError, match=f"^{re.escape(sentence)} .*: pip install bitsandbytes$"):
         build(base, model_kwargs=NF4)
     assert loads == []
 
