@@ -247,7 +247,9 @@ def test_files_that_are_quantized_already_are_not_said_to_be_quantized_in_anothe
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SpecError, match=r"are quantized by bitsandbytes already.* or name the model without"):
         HFBuilder()(spec_of(tmp_path, model_kwargs={"quantization_config": settings}))
-    same = HFBuilder()(spec_of(tmp_path, model_kwargs={"quantization_config": NF4}))
-    with same.as_base() as view:
-        assert view_logits(view).equal(logits(*fresh(tmp_path)))
-    same.close()
+    for same, label in ((NF4, "nf4"), ({"load_in_4bit": True}, "4-bit")):  # the files' own type, whatever it is
+        backend = HFBuilder()(spec_of(tmp_path, model_kwargs={"quantization_config": same}))
+        assert str(backend.spec).endswith(f"({label})")
+        with backend.as_base() as view:
+            assert view_logits(view).equal(logits(*fresh(tmp_path)))
+        backend.close()
