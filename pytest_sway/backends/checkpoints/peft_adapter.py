@@ -87,6 +87,11 @@ class AdapterFiles:
         return self.folder / WEIGHTS
 
     @property
+    def stored(self) -> Path:
+        """The path of its weights' file, in whichever form they are there."""
+        return self.weights if self.weights.is_file() else self.folder / PICKLED
+
+    @property
     def peft_type(self) -> str:
         """PEFT's name of the method, such as ``LORA``."""
         return str(self.config["peft_type"])
@@ -226,8 +231,7 @@ def checked(files: AdapterFiles) -> AdapterFiles:
     Raises:
         WeightsError: The tensors are empty, or have names that a wrapper has left.
     """
-    file = WEIGHTS if (files.folder / WEIGHTS).is_file() else PICKLED
-    require_own_tensors(files.folder / file, files.entries or {})
+    require_own_tensors(files.stored, files.entries or {})
     return files
 
 

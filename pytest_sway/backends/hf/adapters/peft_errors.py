@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.hub_files import config_of
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG
 from pytest_sway.backends.hf.loading.misfits.candidates import defaults_of, hints_of, other_values
 from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
@@ -48,27 +48,27 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
         error: The error of PEFT or another library.
         attempt: Puts the adapter of another folder on the same base.
     """
-    folder = str(files.folder)
+    folder, weights = str(files.folder), files.stored.name
     if type(error).__name__ == "SafetensorError" or isinstance(error, EOFError):
-        return WeightsError(f"the weights {str(files.folder / WEIGHTS)!r} cannot be read: {said(error)}")
+        return WeightsError(f"the weights {str(files.stored)!r} cannot be read: {said(error)}")
     said_of_it = str(error)
     others = partial(other_values, files, said_of_it)
     asked = Asked("the adapter", files.folder, (CONFIG,), attempt, hints_of(files), defaults_of(files), others)
     if isinstance(error, KeyError) and error.args[0] not in files.config.values():
         error = AdapterFaultError(
             f"the adapter {folder!r} was not applied to {base.base!r}: its {CONFIG} asks for"
-            f" {shown(error.args[0], 200)}, which its {WEIGHTS} lacks",
+            f" {shown(error.args[0], 200)}, which its {weights} lacks",
             "Save the adapter again, config and weights together.",
         )
     elif "not present" in said_of_it:  # PEFT's words about the projections of VeRA and PVeRA
         error = AdapterFaultError(
-            f"the adapter {folder!r} was not applied to {base.base!r}; the fault is in its {WEIGHTS}:"
+            f"the adapter {folder!r} was not applied to {base.base!r}; the fault is in its {weights}:"
             f" {said(error).removesuffix('.')}",
             "Save the adapter again, config and weights together.",
         )
     elif "size mismatch" in said_of_it:
         error = AdapterFaultError(
-            f"the adapter {folder!r} does not fit the base {base.base!r}, or its {CONFIG} does not fit its {WEIGHTS}"
+            f"the adapter {folder!r} does not fit the base {base.base!r}, or its {CONFIG} does not fit its {weights}"
             f" ({_tensors(files, str(error))}): {said(error).removesuffix('.')}",
             "Name the base that it was trained on.",
         )
