@@ -9,7 +9,7 @@ from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG
 from pytest_sway.backends.hf.loading.misfits.candidates import defaults_of, hints_of, other_values
 from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
-from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
+from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SwayError, WeightsError
 from pytest_sway.spec.model_kwargs import method_of, quantization_of
 from pytest_sway.system.wording import shown, some
 
@@ -86,6 +86,16 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
             " name the base that it was trained on."
         )
     return found
+
+
+def not_by_adapter(base: ModelSpec, files: AdapterFiles, error: Exception) -> BackendLoadError:
+    """Return the error for a base that does not run, without an adapter either."""
+    quantization = quantization_of(base.model_kwargs, config_of(base))
+    how = "" if quantization is None else f", which is quantized by {method_of(quantization)},"
+    return BackendLoadError(
+        f"the base {base.base!r}{how} does not run, with the adapter {str(files.folder)!r} or without: {said(error)}"
+        " So the adapter is not the cause. Copy or save the base again, or name another."
+    )
 
 
 def not_on_quantized(base: ModelSpec, files: AdapterFiles, error: Exception) -> AdapterMismatchError:
