@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.bounds import mending
 from pytest_sway.backends.checkpoints.hub_files import config_of
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME
 from pytest_sway.backends.hf.loading.misfits.candidates import defaults_of, hints_of, other_values
 from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SwayError, WeightsError
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
+
+_SAVED: Final = re.compile(r"\.modules_to_save\.([^.]{1,100})(?=\.)")
+"""Matches what ``model.state_dict()`` puts into the names of a module that is saved whole."""
 
 
 class AdapterFaultError(Exception):
@@ -52,6 +57,9 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
     if type(error).__name__ == "SafetensorError" or isinstance(error, EOFError):
         return WeightsError(f"the weights {str(files.stored)!r} cannot be read: {said(error)}")
     said_of_it = str(error)
+    saved = _saved_by_state_dict(files, error)
+    if saved is not None:
+        return saved
     others = partial(other_values, files, said_of_it)
     asked = Asked("the adapter", files.folder, (CONFIG,), attempt, hints_of(files), defaults_of(files), others)
     if isinstance(error, KeyError) and error.args[0] not in files.config.values():
@@ -107,6 +115,35 @@ def not_on_quantized(base: ModelSpec, files: AdapterFiles, error: Exception) -> 
         f" of {base.base!r} are: {said(error)} It fits the same model without quantization: name that as the base, or"
         " merge the adapter into it and quantize the result."
     )
+
+
+def named_by_state_dict(files: AdapterFiles, name: str, tensors: str, part: str | None) -> AdapterMismatchError:
+    """Return the error for a file with the names of ``model.state_dict()``, which have the adapter's name.
+
+    Args:
+        files: The adapter's files.
+        name: That name.
+        tensors: Some names of tensors that have it.
+        part: A regular expression for what is to be taken out of the names; ``None`` where that is not certain.
+    """
+    made = "folder" if name == NAME else f"subfolder {name!r}"
+    mended = "" if part is None else mending(files.stored, files.entries or {}, part)
+    return AdapterMismatchError(
+        f"the adapter {str(files.folder)!r} has tensors whose names contain the adapter's name {name!r} ({tensors}), as"
+        " those of model.state_dict() do. Save it with"
+        f" model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the {made} that this makes.{mended}"
+    )
+
+
+def _saved_by_state_dict(files: AdapterFiles, error: Exception) -> AdapterMismatchError | None:
+    """The error for a module of modules_to_save that PEFT does not find, since ``model.state_dict()`` named it."""
+    named = {name: found for name in files.entries or () if (found := _SAVED.search(name))}
+    for name, found in named.items():
+        if isinstance(error, KeyError) and name[: found.start()] + name[found.end() :] == error.args[0]:
+            own = re.escape(found[1])
+            part = rf"\.modules_to_save\.{own}(?=\.)|\.{own}(?=(\.(weight|bias))?$)"
+            return named_by_state_dict(files, found[1], some(named), part)
+    return None
 
 
 def _tensors(files: AdapterFiles, said: str) -> str:

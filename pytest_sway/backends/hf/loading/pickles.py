@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.hub_files import base_file
-from pytest_sway.backends.checkpoints.peft_adapter import PICKLED, checked
+from pytest_sway.backends.checkpoints.peft_adapter import PICKLED, checked, peft_names, with_peft_names
 from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
 from pytest_sway.errors import WeightsError
 from pytest_sway.system.reading import INDEX_BYTES, read_bounded
@@ -41,7 +41,8 @@ def with_entries(files: AdapterFiles) -> AdapterFiles:
         name: TensorEntry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor.nbytes)
         for name, tensor in read_pickle(files, "meta").items()
     }
-    return checked(replace(files, entries=entries))
+    _, parts = peft_names(entries)
+    return checked(replace(files, entries=with_peft_names(entries), taken_out=tuple(parts)))
 
 
 def read_pickle(files: AdapterFiles, device: str) -> dict[str, Any]:
