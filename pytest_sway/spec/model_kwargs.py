@@ -130,7 +130,10 @@ def method_of(quantization: Mapping[str, Any]) -> str:
 
 def unpacks(kept: object) -> bool:
     """Return whether keyword arguments ask for a quantized file's weights to be unpacked on load."""
-    quantization = as_mapping(kept).get("quantization_config") or {}
+    return _is_unpacking(as_mapping(kept).get("quantization_config") or {})
+
+
+def _is_unpacking(quantization: Mapping[str, Any]) -> bool:
     return bool(quantization.get("dequantize")) or quantization.get("run_compressed") is False
 
 
@@ -162,14 +165,15 @@ def _word(name: str, value: Any) -> str:
 
 
 def _quantization(config: Mapping[str, Any]) -> str:
-    if config.get("load_in_4bit"):
-        return str(config.get("bnb_4bit_quant_type", "fp4"))
+    if config.get("load_in_4bit"):  # where nothing says the type, it is that of files in four bits, else fp4
+        return str(config.get("bnb_4bit_quant_type", "4-bit"))
     if config.get("load_in_8bit"):
         return "int8"
     kind, method = config.get("quant_type"), config.get("quant_method", "quantized")
     if isinstance(kind, Mapping):
         kind = (kind.get("default") or {}).get("_type") if isinstance(kind.get("default"), Mapping) else None
-    return f"{method} {kind}" if isinstance(kind, str) else str(method)
+    unpacked = " unpacked" if _is_unpacking(config) else ""
+    return f"{method} {kind}" if isinstance(kind, str) else f"{method}{unpacked}"
 
 
 def _plain(field: str, place: str, value: object) -> Any:

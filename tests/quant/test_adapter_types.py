@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError
+from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError
 from tests.quant.test_on_load import FORMATS
 from tests.tiny import edit_config, make_adapter, make_base, save_adapter
 from tests.unit.backends.hf.conftest import spec_of
@@ -78,6 +78,28 @@ def test_an_adapter_that_peft_cannot_put_on_quantized_layers_is_not_accused(
     told = rf"^PEFT cannot put the adapter .* on layers that are quantized by {method}, .* It fits the same model"
     with pytest.raises(AdapterMismatchError, match=told):
         HFBuilder()(spec_of(base, adapter, model_kwargs={"quantization_config": settings}))
+
+
+@pytest.mark.parametrize(("form", "part"), [("int8", ".SCB"), ("torchao int8", "_weight_scale")])
+def test_a_quantized_base_that_does_not_run_is_accused_in_its_adapters_place(
+    base: Path, tmp_path: Path, form: str, part: str
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    adapter, (settings, made) = _adapter(tmp_path / "adapter", base, "IA3"), FORMATS[form]
+    model, tokenizer = fresh(base, quantization_config=made(settings))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    scales = {name: tensor[:3].clone() for name, tensor in tensors.items() if f"down_proj.{part.lstrip('.')}" in name}
+    assert scales
+    save_file(tensors | scales, path, metadata=metadata)
+    told = r"^the base .*, which is quantized by .*, does not run, with the adapter .* or without: .* not the cause"
+    with pytest.raises(BackendLoadError, match=told):
+        HFBuilder()(spec_of(tmp_path / "base", adapter))
 
 
 def test_an_adapter_of_another_model_is_accused_on_a_quantized_base_too(base: Path, tmp_path: Path) -> None:

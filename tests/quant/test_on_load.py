@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.errors import SpecError
+from pytest_sway.errors import BackendNotAvailableError, SpecError
 from tests.tiny import make_adapter, make_base, quiet
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
@@ -228,6 +229,43 @@ def test_fp8_needs_a_gpu_to_be_quantized_on_load_and_says_so(base: Path) -> None
         HFBuilder()(spec_of(base, model_kwargs={"quantization_config": {"quant_method": "fp8"}}))
 
 
+INT4 = {"quant_method": "torchao", "quant_type": "Int4WeightOnlyConfig", "quant_type_kwargs": {"group_size": 32}}
+_NEEDS_MSLK = (
+    r"^the model .* is quantized by torchao in a format that computes with the package 'mslk', not installed here: .*"
+    r"Install it as torchao says, or take another format: the table of reference/quantized\.md"
+)
+
+
+def test_int4_of_torchao_says_which_package_it_lacks(base: Path) -> None:
+    with pytest.raises(BackendNotAvailableError, match=_NEEDS_MSLK):
+        HFBuilder()(spec_of(base, model_kwargs={"quantization_config": INT4}))
+
+
+def test_files_in_int4_of_torchao_say_which_package_they_lack(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import transformers
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    def quantized(weight: Any, group: int) -> tuple[Any, Any, Any]:
+        scales = torch.ones(weight.shape[1] // group, weight.shape[0])
+        return weight.round().to(torch.int8), scales, torch.zeros_like(scales)
+
+    int4: Any = import_module("torchao.quantization.quantize_.workflows.int4.int4_tensor")
+    with monkeypatch.context() as as_mslk:
+        as_mslk.setattr(int4, "int4_row_quantize_zp", quantized)
+        as_mslk.setattr(int4, "pack_int4", lambda values: values[:, ::2].contiguous())
+        config_class: Any = transformers.TorchAoConfig
+        model, tokenizer = fresh(base, quantization_config=config_class(quant_type=Int4WeightOnlyConfig(group_size=32)))
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+    backend = HFBuilder()(spec_of(tmp_path))
+    with backend.as_base() as view, pytest.raises(BackendNotAvailableError, match=_NEEDS_MSLK):
+        view.logprob_of(PROMPT, ANSWER)
+    backend.close()
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt key": ({"load_in_4bit": True, "bnb4bit_quant_type": "nf4"}, "Did you mean 'bnb_4bit_quant_type'?"),
     "torchao's key": (
@@ -261,7 +299,9 @@ def test_files_that_are_quantized_already_are_not_said_to_be_quantized_in_anothe
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SpecError, match=r"are quantized by bitsandbytes already.* or name the model without"):
         HFBuilder()(spec_of(tmp_path, model_kwargs={"quantization_config": settings}))
-    same = HFBuilder()(spec_of(tmp_path, model_kwargs={"quantization_config": NF4}))
-    with same.as_base() as view:
-        assert view_logits(view).equal(logits(*fresh(tmp_path)))
-    same.close()
+    for same, label in ((NF4, "nf4"), ({"load_in_4bit": True}, "4-bit")):  # the files' own type, whatever it is
+        backend = HFBuilder()(spec_of(tmp_path, model_kwargs={"quantization_config": same}))
+        assert str(backend.spec).endswith(f"({label})")
+        with backend.as_base() as view:
+            assert view_logits(view).equal(logits(*fresh(tmp_path)))
+        backend.close()

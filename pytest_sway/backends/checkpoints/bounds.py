@@ -98,11 +98,20 @@ _WRAPPERS: Final = {
 _LEFT: Final = r"^(?:(?:module|_orig_mod)\.)+|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 """Matches what wrappers put into the names. ``module`` is also the name of modules, so it counts only at the start."""
 _RENAME: Final = (
-    "import re, sys; from safetensors.torch import load_file, save_file; part, path = sys.argv[1:]; "
-    'save_file({re.sub(part, "", name): tensor.clone() for name, tensor in load_file(path).items()}, path, '
-    '{"format": "pt"})'
+    "import json, re, sys; from pathlib import Path; part, path = sys.argv[1], Path(sys.argv[2]); "
+    'data = path.read_bytes(); end = 8 + int.from_bytes(data[:8], "little"); header = json.loads(data[8:end]).items(); '
+    'header = json.dumps({re.sub(part, "", name): entry for name, entry in header}).encode(); '
+    'header += b" " * (-len(header) % 8); '
+    'path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])'
 )
-"""It copies the tensors, since `load_file` maps the file that is then written."""
+"""It rewrites the header of a safetensors file, and needs no library."""
+_CONVERT: Final = (
+    "import re, sys, torch; from safetensors.torch import save_file; part, path = sys.argv[1:]; "
+    'tensors = torch.load(path, map_location="cpu", weights_only=True); '
+    'save_file({re.sub(part, "", name): tensor.contiguous().clone() for name, tensor in tensors.items()}, '
+    'path.removesuffix("bin") + "safetensors", {"format": "pt"})'
+)
+"""It writes the tensors of a pickle into a safetensors file beside it, which is then read in its place."""
 _PEFT: Final = "base_model."
 """How all names begin that PEFT gives to the tensors of modules."""
 
@@ -230,11 +239,12 @@ def mending(path: Path, names: Collection[str], part: str) -> str:
         part: A regular expression that matches the part.
     """
     mended = {re.sub(part, "", name) for name in names}
-    if path.suffix != ".safetensors" or len(mended) < len(names):
+    if len(mended) < len(names) or not all(name.startswith(_PEFT) for name in mended):
         return ""
-    if not all(name.startswith(_PEFT) for name in mended):
-        return ""
-    return f" Or mend this file: python -c {' '.join(map(shlex.quote, (_RENAME, part, str(path))))}"
+    what, code = "mend this file", _RENAME
+    if path.suffix != ".safetensors":
+        what, code = ("make a mended safetensors file of it", _CONVERT)
+    return f" Or {what}: python -c {' '.join(map(shlex.quote, (code, part, str(path))))}"
 
 
 def require_base_bounded(path: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:

@@ -55,8 +55,10 @@ _WRAPPERS: Final = (
 _ADAPTER: Final = re.compile(
     r"(?:(?<=\.lora_[AB])|(?<=\.lora_embedding_[AB])|(?<=\.lora_magnitude_vector))"
     r"\.(?!(?:default|weight|bias)(?:\.|$))([^.]{1,100})(?=\.(?:weight|bias)$|$)"
+    r"|\.modules_to_save\.(?!default\.)([^.]{1,100})(?=\.)"
 )
-"""Matches the adapter's name in a LoRA tensor's; PEFT itself reads its default name."""
+"""Matches the adapter's name in a LoRA tensor's, or in that of a module saved whole; PEFT itself reads its default name
+in those of LoRA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,11 @@ class AdapterFiles:
     def weights(self) -> Path:
         """The path of its safetensors file."""
         return self.folder / WEIGHTS
+
+    @property
+    def stored(self) -> Path:
+        """The path of its weights' file, in whichever form they are there."""
+        return self.weights if self.weights.is_file() else self.folder / PICKLED
 
     @property
     def peft_type(self) -> str:
@@ -226,8 +233,7 @@ def checked(files: AdapterFiles) -> AdapterFiles:
     Raises:
         WeightsError: The tensors are empty, or have names that a wrapper has left.
     """
-    file = WEIGHTS if (files.folder / WEIGHTS).is_file() else PICKLED
-    require_own_tensors(files.folder / file, files.entries or {})
+    require_own_tensors(files.stored, files.entries or {})
     return files
 
 
@@ -295,7 +301,7 @@ def peft_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     for pattern in (*_WRAPPERS, _ADAPTER):
         if not (own and pattern.search(own[0])):
             continue
-        found = [pattern.findall(name) for name in own]
+        found = [[str(match[match.lastindex or 0]) for match in pattern.finditer(name)] for name in own]
         known = sorted({part for each in found for part in each})
         if known and all(found) and (pattern is not _ADAPTER or len(known) == 1):
             own = [pattern.sub("", name) for name in own]

@@ -43,7 +43,7 @@ class Encodes(Protocol):
 
 
 def warn_of_cuts(count: int, max_length: int, where: str = "beginning, as lm-evaluation-harness does") -> None:
-    """Warn about prompts that were too long for the model, at the test's line that called the view.
+    """Warn about prompts that were too long for the model.
 
     Args:
         count: How many were.
@@ -51,15 +51,18 @@ def warn_of_cuts(count: int, max_length: int, where: str = "beginning, as lm-eva
         where: Where tokens were dropped, and who else does so.
     """
     if count:
-        ours, level = __name__.partition(".")[0], 1
-        while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == ours:
-            level += 1
-        warnings.warn(
+        warn_at_call(
             f"{count} of the prompts are too long: the model reads at most {max_length} tokens of them. Tokens were"
-            f" dropped from their {where}.",
-            SwayWarning,
-            stacklevel=level + 1,
+            f" dropped from their {where}."
         )
+
+
+def warn_at_call(message: str) -> None:
+    """Warn at the test's line that called the view."""
+    ours, level = __name__.partition(".")[0], 1
+    while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == ours:
+        level += 1
+    warnings.warn(message, SwayWarning, stacklevel=level + 1)
 
 
 def encoded_prompts(engine: Encodes, prompts: Sequence[Prompt]) -> tuple[list[Ids], int]:

@@ -61,7 +61,7 @@ def test_no_arguments_are_none() -> None:
     ("kwargs", "label"),
     [
         ({"quantization_config": NF4}, "org/base (nf4)"),
-        ({"quantization_config": {"load_in_4bit": True}}, "org/base (fp4)"),
+        ({"quantization_config": {"load_in_4bit": True}}, "org/base (4-bit)"),
         ({"quantization_config": {"load_in_8bit": True}, **EAGER}, "org/base (eager, int8)"),
         (
             {"quantization_config": {"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig"}},
@@ -72,6 +72,11 @@ def test_no_arguments_are_none() -> None:
             "org/base (torchao Int4)",
         ),
         ({"quantization_config": {"quant_method": "fp8"}}, "org/base (fp8)"),
+        ({"quantization_config": {"quant_method": "fp8", "dequantize": True}}, "org/base (fp8 unpacked)"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "run_compressed": False}},
+            "org/base (compressed-tensors unpacked)",
+        ),
         ({"device_map": "auto", "max_memory": {"cpu": "1GiB"}}, "org/base (device_map=auto, max_memory)"),
         ({"offload_folder": "/a/b"}, "org/base (offload_folder)"),
     ],

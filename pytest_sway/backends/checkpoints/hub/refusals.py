@@ -126,7 +126,8 @@ def explained(asked: HubAdapter) -> Iterator[None]:
         raise _explanation(asked, error) from error
 
 
-def _explanation(asked: HubAdapter | HubModel, error: Exception) -> SwayError:
+def _explanation(asked: HubAdapter | HubModel, error: Exception, file: str | None = None) -> SwayError:
+    """Return the error for what a hub did not give: all of what was asked for, or one file of it."""
     from huggingface_hub import errors
 
     nowhere = f"{asked} is no folder in {os.getcwd()!r}"
@@ -144,19 +145,18 @@ def _explanation(asked: HubAdapter | HubModel, error: Exception) -> SwayError:
     why = _refusal(asked, nowhere, error, status)
     if why is not None:
         return SpecError(why)
-    return _not_fetched(str(asked), error)
+    return _not_fetched(str(asked) if file is None else f"the file {file!r} of {asked}", error)
 
 
-def file_not_fetched(spec: ModelSpec, name: str, error: Exception) -> BackendLoadError:
-    """Return the error for a file of a spec's base that a hub could not be asked for.
+def file_not_fetched(spec: ModelSpec, name: str, error: Exception) -> SwayError:
+    """Return the error for a file of a spec's base that a hub refused, or could not be asked for.
 
     Args:
         spec: The spec.
         name: The file's name in the repository.
         error: What huggingface_hub raised.
     """
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return _not_fetched(f"the file {name!r} of {HubModel(spec.base, spec.revision)}", cause)
+    return _explanation(HubModel(spec.base, spec.revision), error, name)
 
 
 def _not_fetched(what: str, error: Exception) -> BackendLoadError:

@@ -8,6 +8,7 @@ same model, bit for bit, in a fraction of the time.
 from __future__ import annotations
 
 import copy
+import traceback
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,19 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter, warn_of_names
 from pytest_sway.backends.hf.adapters.expert_layouts import fitted, warn_of_experts
 from pytest_sway.backends.hf.adapters.packed_weights import read_packed
-from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, not_on_quantized, refused
+from pytest_sway.backends.hf.adapters.peft_errors import (
+    AdapterFaultError,
+    not_by_adapter,
+    not_on_quantized,
+    refused,
+)
 from pytest_sway.backends.hf.adapters.relocation import relocated
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify.weights import verify_keys, verify_trained, verify_values
 from pytest_sway.backends.hf.hygiene.heap import trim_heap
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.loading.model import is_quantized, without_weights
+from pytest_sway.backends.hf.loading.model_kwargs import lacking_kernels
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.model.adapter import Adapter
@@ -75,7 +82,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
 
 @contextmanager
 def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator[None]:
-    """Turn PEFT's errors into errors that name the adapter's file and the field at fault."""
+    """Turn PEFT's errors into errors that name the adapter's file and the field at fault, or the base."""
     again: Callable[[Any], None] | None = None
 
     def attempt(folder: Path) -> None:
@@ -97,9 +104,35 @@ def explained(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Iterator
             raise
         again = error.again if isinstance(error, AdapterFaultError) else None
         quantized = again is None and not isinstance(error, ImportError) and is_quantized(base.spec)
-        if quantized and _fits_unquantized(base, files, tokenizer):
+        fits = quantized and _fits_unquantized(base, files, tokenizer)
+        alone = _failure_alone(base) if again is None else None
+        if alone is not None and (fits or _is_same(alone, error)):
+            raise lacking_kernels(base.spec, alone) or not_by_adapter(base.spec, files, alone) from error
+        if fits:
             raise not_on_quantized(base.spec, files, error) from error
         raise refused(base.spec, files, error, attempt) from error
+
+
+def _failure_alone(base: LoadedBase) -> Exception | None:
+    """Return the error of a base's pass without an adapter; ``None`` if it runs, or lacks memory."""
+    import torch
+
+    try:
+        with quiet_process(), torch.inference_mode():
+            numbers(base.pristine.tree(to_run=True), (0, 0))
+    except Exception as error:  # a model may raise anything
+        return None if out_of_memory(error) else error
+    return None
+
+
+def _is_same(one: Exception, other: Exception) -> bool:
+    """Return whether two passes failed in the same way; the text of an error may name the sizes of one pass."""
+    return type(one) is type(other) and (str(one) == str(other) or _raised_at(one) == _raised_at(other))
+
+
+def _raised_at(error: Exception) -> tuple[str, int]:
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_filename, line
 
 
 # --- by PEFT ----------------------------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.bounds import mending
 from pytest_sway.backends.checkpoints.hub_files import config_of
-from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, WEIGHTS
+from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME
 from pytest_sway.backends.hf.loading.misfits.candidates import defaults_of, hints_of, other_values
 from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
-from pytest_sway.errors import AdapterMismatchError, BackendNotAvailableError, SwayError, WeightsError
+from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SwayError, WeightsError
 from pytest_sway.spec.model_kwargs import method_of, quantization_of
 from pytest_sway.system.wording import shown, some
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
+
+_SAVED: Final = re.compile(r"\.modules_to_save\.([^.]{1,100})(?=\.)")
+"""Matches what ``model.state_dict()`` puts into the names of a module that is saved whole."""
 
 
 class AdapterFaultError(Exception):
@@ -48,27 +53,30 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
         error: The error of PEFT or another library.
         attempt: Puts the adapter of another folder on the same base.
     """
-    folder = str(files.folder)
+    folder, weights = str(files.folder), files.stored.name
     if type(error).__name__ == "SafetensorError" or isinstance(error, EOFError):
-        return WeightsError(f"the weights {str(files.folder / WEIGHTS)!r} cannot be read: {said(error)}")
+        return WeightsError(f"the weights {str(files.stored)!r} cannot be read: {said(error)}")
     said_of_it = str(error)
+    saved = _saved_by_state_dict(files, error)
+    if saved is not None:
+        return saved
     others = partial(other_values, files, said_of_it)
     asked = Asked("the adapter", files.folder, (CONFIG,), attempt, hints_of(files), defaults_of(files), others)
     if isinstance(error, KeyError) and error.args[0] not in files.config.values():
         error = AdapterFaultError(
             f"the adapter {folder!r} was not applied to {base.base!r}: its {CONFIG} asks for"
-            f" {shown(error.args[0], 200)}, which its {WEIGHTS} lacks",
+            f" {shown(error.args[0], 200)}, which its {weights} lacks",
             "Save the adapter again, config and weights together.",
         )
     elif "not present" in said_of_it:  # PEFT's words about the projections of VeRA and PVeRA
         error = AdapterFaultError(
-            f"the adapter {folder!r} was not applied to {base.base!r}; the fault is in its {WEIGHTS}:"
+            f"the adapter {folder!r} was not applied to {base.base!r}; the fault is in its {weights}:"
             f" {said(error).removesuffix('.')}",
             "Save the adapter again, config and weights together.",
         )
     elif "size mismatch" in said_of_it:
         error = AdapterFaultError(
-            f"the adapter {folder!r} does not fit the base {base.base!r}, or its {CONFIG} does not fit its {WEIGHTS}"
+            f"the adapter {folder!r} does not fit the base {base.base!r}, or its {CONFIG} does not fit its {weights}"
             f" ({_tensors(files, str(error))}): {said(error).removesuffix('.')}",
             "Name the base that it was trained on.",
         )
@@ -88,6 +96,16 @@ def refused(base: ModelSpec, files: AdapterFiles, error: Exception, attempt: Cal
     return found
 
 
+def not_by_adapter(base: ModelSpec, files: AdapterFiles, error: Exception) -> BackendLoadError:
+    """Return the error for a base that does not run, without an adapter either."""
+    quantization = quantization_of(base.model_kwargs, config_of(base))
+    how = "" if quantization is None else f", which is quantized by {method_of(quantization)},"
+    return BackendLoadError(
+        f"the base {base.base!r}{how} does not run, with the adapter {str(files.folder)!r} or without: {said(error)}"
+        " So the adapter is not the cause. Copy or save the base again, or name another."
+    )
+
+
 def not_on_quantized(base: ModelSpec, files: AdapterFiles, error: Exception) -> AdapterMismatchError:
     """Return the error for an adapter that PEFT puts on a base's model, but not on its quantized layers."""
     method = method_of(quantization_of(base.model_kwargs, config_of(base)) or {})
@@ -97,6 +115,35 @@ def not_on_quantized(base: ModelSpec, files: AdapterFiles, error: Exception) -> 
         f" of {base.base!r} are: {said(error)} It fits the same model without quantization: name that as the base, or"
         " merge the adapter into it and quantize the result."
     )
+
+
+def named_by_state_dict(files: AdapterFiles, name: str, tensors: str, part: str | None) -> AdapterMismatchError:
+    """Return the error for a file with the names of ``model.state_dict()``, which have the adapter's name.
+
+    Args:
+        files: The adapter's files.
+        name: That name.
+        tensors: Some names of tensors that have it.
+        part: A regular expression for what is to be taken out of the names; ``None`` where that is not certain.
+    """
+    made = "folder" if name == NAME else f"subfolder {name!r}"
+    mended = "" if part is None else mending(files.stored, files.entries or {}, part)
+    return AdapterMismatchError(
+        f"the adapter {str(files.folder)!r} has tensors whose names contain the adapter's name {name!r} ({tensors}), as"
+        " those of model.state_dict() do. Save it with"
+        f" model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the {made} that this makes.{mended}"
+    )
+
+
+def _saved_by_state_dict(files: AdapterFiles, error: Exception) -> AdapterMismatchError | None:
+    """The error for a module of modules_to_save that PEFT does not find, since ``model.state_dict()`` named it."""
+    named = {name: found for name in files.entries or () if (found := _SAVED.search(name))}
+    for name, found in named.items():
+        if isinstance(error, KeyError) and name[: found.start()] + name[found.end() :] == error.args[0]:
+            own = re.escape(found[1])
+            part = rf"\.modules_to_save\.{own}(?=\.)|\.{own}(?=(\.(weight|bias))?$)"
+            return named_by_state_dict(files, found[1], some(named), part)
+    return None
 
 
 def _tensors(files: AdapterFiles, said: str) -> str:

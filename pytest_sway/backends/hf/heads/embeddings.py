@@ -11,7 +11,7 @@ from pytest_sway.backends.hf.heads.pooling import POOLINGS, Pooling
 from pytest_sway.backends.hf.heads.view import HeadView
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
 from pytest_sway.backends.hf.scoring.engine import no_number
-from pytest_sway.backends.text.requests import warn_of_cuts
+from pytest_sway.backends.text.requests import warn_at_call, warn_of_cuts
 from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pytest_sway.backends.hf.heads.batches import Text
+    from pytest_sway.backends.hf.heads.pooling import Poolings
     from pytest_sway.backends.hf.scoring.engine import Engine
 
 __tracebackhide__ = True
@@ -34,14 +35,14 @@ class EmbeddingView(HeadView):
     Args:
         view_id: The view's id.
         backend: Its backend.
-        pooling: What the model's sentence-transformers configuration says; ``None`` if it has none.
+        poolings: What the models' sentence-transformers configurations say.
     """
 
     task: ClassVar[str] = "embeddings"
 
-    def __init__(self, view_id: str, backend: Any, pooling: Pooling | None) -> None:
+    def __init__(self, view_id: str, backend: Any, poolings: Poolings) -> None:
         super().__init__(view_id, backend)
-        self._pooling = pooling
+        self._poolings = poolings
 
     def _embedded(self, texts: list[str], pooling: str | None) -> NDArray[np.float32]:
         how = self._how(pooling)
@@ -51,7 +52,7 @@ class EmbeddingView(HeadView):
         return np.stack(found) if found else np.zeros((0, self._run(_size)), dtype=np.float32)
 
     def _how(self, asked: str | None) -> Pooling:
-        own = self._pooling
+        own = self._poolings.of(self.id, again=asked is None)
         if asked is None and own is not None and own.mode is not None:
             return own
         if asked is None:
@@ -59,10 +60,16 @@ class EmbeddingView(HeadView):
             raise ScoringError(f"{why}. Say how to pool its hidden states: {_CHOICES}.")
         if asked not in POOLINGS:
             raise ScoringError(f"there is no pooling {asked!r}. Say {_CHOICES}.")
+        if own is not None and not own.complete:
+            warn_at_call(
+                f"{own.why}. The hidden states are pooled as you say; what else that file may say, such as to normalize"
+                " the vectors, is left out."
+            )
         return (own or Pooling(None))._replace(mode=asked, why="")
 
     def _not_finite(self, label: str) -> str:
-        known = self._pooling is not None and self._pooling.mode is not None
+        own = self._poolings.of(self.id, again=False)
+        known = own is not None and own.mode is not None
         vectors = self.embed(["hello"], pooling=None if known else POOLINGS[0])
         return "" if np.isfinite(vectors).all() else f"the {label} view gave an embedding that is not finite"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.heads.classification import ClassifierView, HeadlessView
 from pytest_sway.backends.hf.heads.embeddings import EmbeddingView
-from pytest_sway.backends.hf.heads.pooling import pooling_of_base, pooling_of_folder
+from pytest_sway.backends.hf.heads.pooling import Poolings
 from pytest_sway.backends.hf.heads.seq2seq import Seq2SeqView
 from pytest_sway.backends.hf.heads.view import QuestionAnsweringView, TokenClassifierView
 from pytest_sway.backends.hf.view import HFView
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_sway.backends.checkpoints.plan import Plan
-    from pytest_sway.backends.hf.heads.pooling import Pooling
     from pytest_sway.backends.hf.model.base import LoadedBase
     from pytest_sway.backends.local.pooled_view import PooledView
 
@@ -38,7 +37,7 @@ def views_of(plan: Plan, base: LoadedBase) -> Callable[[str, Any], PooledView]:
     """
     task = plan.spec.task or CAUSAL
     if task == EmbeddingView.task:
-        return partial(_embedding, *_poolings(plan))
+        return partial(_embedding, _poolings(plan))
     if task == ClassifierView.task:
         return partial(_classifier, some(base.lacks))
     return _VIEWS[task]
@@ -50,13 +49,10 @@ def _classifier(lacking: str, view_id: str, backend: Any) -> PooledView:
     return ClassifierView(view_id, backend)
 
 
-def _embedding(of_base: Pooling | None, tuned: Pooling | None, view_id: str, backend: Any) -> PooledView:
-    return EmbeddingView(view_id, backend, of_base if view_id == "base" else tuned)
+def _embedding(poolings: Poolings, view_id: str, backend: Any) -> PooledView:
+    return EmbeddingView(view_id, backend, poolings)
 
 
-def _poolings(plan: Plan) -> tuple[Pooling | None, Pooling | None]:
-    """Return the poolings of the base and of the fine-tuned side; one that says nothing pools as the other does."""
-    models = [pooling_of_base(model.spec) for model in plan.models if not model.merged]
-    brought = None if plan.read is None else pooling_of_folder(plan.read.folder)
-    tuned = brought or models[-1] or models[0]
-    return models[0] or tuned, tuned
+def _poolings(plan: Plan) -> Poolings:
+    models = [model.spec for model in plan.models if not model.merged]
+    return Poolings(models, None if plan.read is None else plan.read.folder)

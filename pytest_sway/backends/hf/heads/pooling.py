@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -13,7 +14,7 @@ from pytest_sway.spec.paths import is_path
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -40,6 +41,7 @@ class Pooling(NamedTuple):
         prompt: What comes before each text.
         lower: Whether the text is written in small letters first.
         why: Why the mode is unknown, as the beginning of a sentence.
+        complete: Whether all files that may say something of it could be looked for.
     """
 
     mode: str | None
@@ -48,14 +50,58 @@ class Pooling(NamedTuple):
     prompt: str = ""
     lower: bool = False
     why: str = ""
+    complete: bool = True
 
 
-def pooling_of_base(spec: ModelSpec) -> Pooling | None:
+class Poolings:
+    """How both sides of a backend pool. A side that says nothing pools as the other does.
+
+    It is looked up when the backend is made. What a hub did not give then is asked for again when it is needed.
+
+    Args:
+        models: The specs of the base and, if there is one, of the fine-tuned model.
+        adapter: The adapter's folder; ``None`` if there is none.
+    """
+
+    def __init__(self, models: Sequence[ModelSpec], adapter: Path | None) -> None:
+        self._models = models
+        self._adapter = adapter
+        self._found = self._look()
+
+    def of(self, view_id: str, *, again: bool) -> Pooling | None:
+        """Return how a side pools; ``None`` if no file says it.
+
+        Args:
+            view_id: The id of the side's view.
+            again: Whether to ask a hub again for what it did not give.
+        """
+        tuned = view_id != "base"
+        found = self._found[tuned]
+        if again and found is not None and not found.complete:
+            self._found = self._look()
+        return self._found[tuned]
+
+    def _look(self) -> tuple[Pooling | None, Pooling | None]:
+        models = [_of_base(spec) for spec in self._models]
+        brought = None if self._adapter is None else _of_folder(self._adapter)
+        tuned = brought or models[-1] or models[0]
+        return models[0] or tuned, tuned
+
+
+class _NotFetchedError(Exception):
+    """A hub did not give a file, which may be there or not; its text says why."""
+
+
+def _of_base(spec: ModelSpec) -> Pooling | None:
     """Return what the files of a spec's base say; ``None`` if they have no such configuration."""
-    return _read(lambda name: _file_of_base(spec, name), spec.base)
+    try:
+        return _read(partial(_file_of_base, spec), spec.base)
+    except _NotFetchedError as error:
+        found = _read(partial(base_file, spec), spec.base) or Pooling(None)
+        return found._replace(mode=None, why=str(error).removesuffix("."), complete=False)
 
 
-def pooling_of_folder(folder: Path) -> Pooling | None:
+def _of_folder(folder: Path) -> Pooling | None:
     """Return what an adapter's folder says; ``None`` if it has no such configuration."""
     return _read(lambda name: path if (path := folder / name).is_file() else None, str(folder))
 
@@ -120,7 +166,7 @@ def _file_of_base(spec: ModelSpec, name: str) -> Path | None:
     One on a hub is fetched, since transformers does not need it. Offline, what is not in the cache is not there.
 
     Raises:
-        BackendLoadError: The hub could not be asked for it.
+        _NotFetchedError: The hub refused it, or could not be asked for it.
     """
     found = base_file(spec, name)
     if found is not None or is_path(spec.base) or is_offline() or is_known_to_lack(spec, name):
@@ -133,4 +179,4 @@ def _file_of_base(spec: ModelSpec, name: str) -> Path | None:
     except Exception as error:  # a hub can fail in any way
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise file_not_fetched(spec, name, error) from error
+        raise _NotFetchedError(str(file_not_fetched(spec, name, error))) from error

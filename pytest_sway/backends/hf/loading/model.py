@@ -9,10 +9,12 @@ from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, config_of, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.classes import has_parts
+from pytest_sway.backends.hf.loading.conversions import told
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
 from pytest_sway.backends.hf.loading.misfits.base_misfits import other_sizes, why_lacking
 from pytest_sway.backends.hf.loading.model_kwargs import (
+    lacking_kernels,
     loading_arguments,
     not_installed,
     refused_arguments,
@@ -65,7 +67,7 @@ def load_model(spec: ModelSpec, *, converted: Path | None = None) -> Any:
             else:
                 model = _own(spec, arguments) if gguf is None else load_gguf_model(spec, gguf, arguments)
         except (OSError, ValueError, RuntimeError) as error:
-            raise _load_error(spec, error) from error
+            raise _load_error(spec, told(error)) from error
         except TypeError as error:
             raise unknown_argument(spec, error) or error from error
         except ImportError as error:
@@ -237,6 +239,9 @@ def _load_error(spec: ModelSpec, error: Exception) -> Exception:
             " Convert them to safetensors, or set allow_pickle=True in the spec if you trust them."
         )
     require_type(spec)
+    kernels = lacking_kernels(spec, error)
+    if kernels is not None:
+        return kernels
     # transformers 4 takes the memory that the config asks for before it looks at the weights.
     needless = out_of_memory(error) and gguf_file(spec) is None
     mismatched = "ignore_mismatched_sizes" in text or "size mismatch for" in text

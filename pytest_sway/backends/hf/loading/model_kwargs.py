@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from importlib.util import find_spec
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.errors import BackendNotAvailableError, SpecError, SwayError
 from pytest_sway.spec.model_kwargs import KNOWN, as_mapping, method_of, named_type, quantization_of
 from pytest_sway.system.wording import some
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _UNKNOWN: Final = re.compile(r"unexpected keyword argument '(\w+)'")
+_KERNELS: Final = re.compile(r"'_OpNamespace' '(\w+)' object has no attribute|\b[Rr]equires (?:the )?(\w[\w-]*) *>=")
+"""Matches what torch says where operators of a package are missing, and what torchao says of such a package."""
 _TORCH_NAMES: Final = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -183,6 +187,29 @@ def not_installed(spec: ModelSpec, error: ImportError) -> BackendNotAvailableErr
     """Return the error for a format whose packages are missing, in transformers' words, which name them."""
     return BackendNotAvailableError(
         f"the quantization of {spec.base!r} needs more than is installed: {_sentence(error)}"
+    )
+
+
+def lacking_kernels(spec: ModelSpec, error: Exception) -> BackendNotAvailableError | None:
+    """Return the error for a quantized model whose format needs another package to compute; ``None`` if it is not so.
+
+    Args:
+        spec: The resolved spec of the model.
+        error: The error of a load, or of a pass.
+    """
+    found = _KERNELS.search(str(error))
+    quantization = quantization_of(spec.model_kwargs, config_of(spec))
+    if found is None or quantization is None:
+        return None
+    package, method = found[1] or found[2], method_of(quantization)
+    lacks = f"of which this environment has none for device={spec.device!r}"
+    if find_spec(package.replace("-", "_")) is None:
+        lacks = "not installed here"
+    return BackendNotAvailableError(
+        f"the model {spec.base!r} is quantized by {method} in a format that computes with the package {package!r},"
+        f" {lacks}: {_sentence(error)} Install it as {method} says, or take another format: the table of"
+        " reference/quantized.md in the docs of pytest-sway has those that need no further package, such as torchao's"
+        " Int8WeightOnlyConfig."
     )
 
 

@@ -182,7 +182,7 @@ def needed(spec: ModelSpec, model: Any, missing: Collection[str]) -> list[str]:
 
     They may lack a head of their own, which an adapter brings, and a pooler.
     """
-    if not _may_lack(spec) or (spec.task in CLASSES and _stored_names(spec) is None):
+    if not _may_lack(spec) or (spec.task in CLASSES and stored_names(spec) is None):
         return list(missing)
     own = _head_of(spec, model)
     return [name for name in missing if name not in own]
@@ -190,7 +190,7 @@ def needed(spec: ModelSpec, model: Any, missing: Collection[str]) -> list[str]:
 
 def lacking(spec: ModelSpec, model: Any) -> frozenset[str]:
     """Return the names of a loaded head's weights that the base's files lack, so that they are noise."""
-    stored = _stored_names(spec) if spec.task in CLASSES else None
+    stored = stored_names(spec) if spec.task in CLASSES else None
     if stored is None:
         return frozenset()
     return frozenset(name for name in _head_of(spec, model) if not _stored(name, stored))
@@ -208,10 +208,12 @@ def _head_of(spec: ModelSpec, model: Any) -> set[str]:
     return {name for name in names if _POOLER in name or (apart and not name.startswith(f"{body}."))}
 
 
-def _stored_names(spec: ModelSpec) -> Collection[str] | None:
-    """The names of the weights in a base's files; ``None`` if these are not on this machine."""
+def stored_names(spec: ModelSpec) -> Collection[str] | None:
+    """Return the names of the weights in a base's files; ``None`` if none that the spec allows are on this machine."""
     entries = base_entries(spec)
-    return names_in_base(spec) if entries is None else entries
+    if entries is not None:
+        return entries
+    return names_in_base(spec) if spec.allow_pickle else None
 
 
 def _stored(name: str, names: Collection[str]) -> bool:

@@ -9,13 +9,14 @@ from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.backends.hf.hygiene.finite import has_nan, not_finite
 from pytest_sway.backends.hf.loading.classes import is_multimodal
 from pytest_sway.backends.hf.loading.model import why_not_run
+from pytest_sway.backends.hf.loading.model_kwargs import lacking_kernels
 from pytest_sway.backends.hf.loading.tasks import needs_another_text, numbers, other_task
 from pytest_sway.backends.hf.scoring.body_and_head import agree, trial_tokens
 from pytest_sway.backends.libraries.culprits import said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.backends.local.verification import diverged
-from pytest_sway.errors import SpecError, WeightsError
+from pytest_sway.errors import SpecError, SwayError, WeightsError
 from pytest_sway.spec.tasks import is_causal
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def verify_base(base: LoadedBase, role: str = "base") -> None:
     Raises:
         SpecError: Later tokens change the logits of earlier ones, a field of the config keeps the model from running,
             or a multimodal model, or one for embeddings, does not run with one text alone.
+        BackendNotAvailableError: Its quantization computes with a package that is not installed.
         WeightsError: The model computes NaN, and its weights contain NaN or infinite values.
     """
     if base.is_tried:
@@ -59,7 +61,8 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
 
     if base.is_tried:
         return
-    why, causal = None, is_causal(base.spec.task)
+    causal = is_causal(base.spec.task)
+    why: SwayError | None = None
     with no_warnings(), torch.inference_mode():
         first = trial_tokens(model)
         texts = [first, (*first[:_SAME], *first[: len(first) - _SAME])]
@@ -71,11 +74,7 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
             )
         except Exception as error:  # an unknown architecture may raise anything
             logits = None
-            embeds = base.spec.task == "embeddings" and not out_of_memory(error)
-            if embeds and needs_another_text(model, first):
-                why = _of_two_texts(f"the {role} {base.spec.base!r}", model)
-            elif (why := why_not_run(base.spec, error)) is None and is_multimodal(model):
-                why = _not_of_text(f"the {role} {base.spec.base!r}", model, error)
+            why = _why_not_run(base, f"the {role} {base.spec.base!r}", model, error)
     if why is not None:
         raise why
     if logits is None:  # the first score will raise the error
@@ -93,6 +92,18 @@ def verify_model(base: LoadedBase, model: Any, role: str = "base") -> None:
             f" predict the next token{f', or change the task: {other}' if other else ''}."
         )
     base.is_tried = True
+
+
+def _why_not_run(base: LoadedBase, what: str, model: Any, error: Exception) -> SwayError | None:
+    """Return the error for a model that does not run; ``None`` where the cause is not known."""
+    lacking = lacking_kernels(base.spec, error)
+    if lacking is not None:
+        return lacking
+    embeds = base.spec.task == "embeddings" and not out_of_memory(error)
+    if embeds and needs_another_text(model, trial_tokens(model)):
+        return _of_two_texts(what, model)
+    why = why_not_run(base.spec, error)
+    return _not_of_text(what, model, error) if why is None and is_multimodal(model) else why
 
 
 def _not_of_text(what: str, model: Any, error: Exception) -> SpecError:

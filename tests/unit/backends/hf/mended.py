@@ -18,12 +18,14 @@ def run_command_in(error: BaseException, *, in_a_shell: bool = False) -> None:
 
     Args:
         error: The error.
-        in_a_shell: Whether a shell runs it, with this Python. Otherwise it runs in this process, which takes no time.
+        in_a_shell: Whether a shell runs it, with this Python and no packages. Otherwise it runs in this process, which
+            takes no time.
     """
-    found = re.search(r" Or mend this file: python (-c .+)$", str(error), re.DOTALL)
+    command = r" Or (?:mend this file|make a mended safetensors file of it): python (-c .+)$"
+    found = re.search(command, str(error), re.DOTALL)
     assert found is not None, f"there is no command in: {error}"
     if in_a_shell:
-        subprocess.run(["/bin/sh", "-c", f"{shlex.quote(sys.executable)} {found[1]}"], check=True)
+        subprocess.run(["/bin/sh", "-c", f"{shlex.quote(sys.executable)} -I -S {found[1]}"], check=True)
         return
     option, code, *args = shlex.split(found[1])
     with patch.object(sys, "argv", [option, *args]):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, ROOT, read_adapter
-from pytest_sway.backends.checkpoints.sizes import base_entries
-from pytest_sway.backends.hf.loading.tasks import CLASSES
+from pytest_sway.backends.hf.loading.pickles import with_entries
+from pytest_sway.backends.hf.loading.tasks import CLASSES, stored_names
 from pytest_sway.errors import AdapterMismatchError, SwayError, WeightsError
 from pytest_sway.spec.model_kwargs import as_mapping
 from pytest_sway.spec.tasks import OF_PEFT
+from pytest_sway.system.imports import import_apart
 from pytest_sway.system.wording import some
 
 if TYPE_CHECKING:
@@ -44,12 +45,15 @@ def with_labels(spec: ModelSpec) -> ModelSpec:
     kwargs = as_mapping(spec.model_kwargs)
     if spec.task not in CLASSES or spec.finetuned is not None or {"num_labels", "id2label"} & kwargs.keys():
         return spec
-    with suppress(SwayError):  # the check of the files tells what is wrong with them
+    with suppress(SwayError, ImportError):  # the checks tell what is wrong with the files, or missing
         labels = None
         for folder in spec.adapters:
-            labels = _labels(read_adapter(Path(folder), allow_pickle=True).entries or {}) or labels
-        config = config_of(spec)
-        if labels is None or labels == _labels_of(config) or _has_head(base_entries(spec) or ()):
+            files = read_adapter(Path(folder), allow_pickle=spec.allow_pickle)
+            if files.entries is None:
+                import_apart("torch")
+                files = with_entries(files)
+            labels = _labels(files.entries or {}) or labels
+        if labels is None or labels == _labels_of(config_of(spec)) or _has_head(stored_names(spec) or ()):
             return spec
         return replace(spec, model_kwargs=json.dumps({**kwargs, "num_labels": labels}))
     return spec

@@ -6,9 +6,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.bounds import mending
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, WEIGHTS, is_adapters, public_name, without_name
-from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError
+from pytest_sway.backends.hf.adapters.peft_errors import AdapterFaultError, named_by_state_dict
 from pytest_sway.backends.hf.hygiene.finite import largest, not_finite
 from pytest_sway.backends.local.verification import diverged, unplaced
 from pytest_sway.errors import AdapterMismatchError
@@ -74,13 +73,8 @@ def verify_keys(base: ModelSpec, files: AdapterFiles, missing: Sequence[str], un
     if len(adapters) == 1:
         name = adapters.pop()
         certain = len(named) == len(lacking) and not any(part in each for part in _APART for each in named)
-        raise AdapterMismatchError(
-            f"the adapter {str(files.folder)!r} has tensors whose names contain the adapter's name {name!r}"
-            f" ({some(named or unexpected)}), as those of model.state_dict() do."
-            f" Save it with model.save_pretrained(folder, selected_adapters=[{name!r}]), and name the"
-            f" subfolder {name!r} that this makes."
-            + (mending(files.weights, entries, rf"\.{re.escape(name)}(?=(\.(weight|bias))?$)") if certain else "")
-        )
+        part = rf"\.{re.escape(name)}(?=(\.(weight|bias))?$)" if certain else None
+        raise named_by_state_dict(files, name, some(named or unexpected), part)
     found = unplaced([in_file(name) for name in unexpected], [in_file(name) for name in missing])
     raise AdapterFaultError(
         f"the adapter {str(files.folder)!r} does not fit the base {base.base!r}: {found}",

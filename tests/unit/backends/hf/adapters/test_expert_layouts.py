@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from pytest_sway.errors import AdapterMismatchError, SwayWarning
+from pytest_sway.errors import AdapterMismatchError, BackendLoadError, SwayWarning
 from tests.tiny import edit_weights, make_adapter, make_tokenizer, quiet
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import TRANSFORMERS_VERSION
@@ -260,3 +260,18 @@ def test_an_adapter_on_all_experts_of_a_layer_needs_transformers_5(
         AdapterMismatchError, match=r"a module for each expert\. Upgrade: pip install 'transformers>=5'"
     ):
         build(base, tmp_path)
+
+
+def test_experts_that_cannot_become_one_parameter_are_told_with_the_reason(
+    build: Any, moe: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers 5 tells it only in its log."""
+    folder = shutil.copytree(moe("mixtral"), tmp_path / "moe")
+
+    def cut(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: each[:7].clone() if "experts.1.w1" in name else each for name, each in tensors.items()}
+
+    edit_weights(folder, cut, file="model.safetensors")
+    told = r"gate_up_proj cannot be converted: .*\[7, 32\]" if FUSED else r"have other sizes than its config\.json asks"
+    with pytest.raises(BackendLoadError, match=told):
+        build(folder)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SwayWarning
-from tests.tiny import edit_weights, make_adapter, save_adapter
+from tests.tiny import edit_weights, pickled, quiet, save_adapter
 from tests.unit.backends.hf.mended import run_command_in
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import PEFT_VERSION
@@ -95,6 +95,66 @@ def test_what_a_wrapper_has_put_into_the_names_of_another_type_is_taken_out(
         assert view_logits(tuned).equal(expected)
 
 
+def test_what_a_wrapper_has_put_into_all_names_of_a_pickle_is_taken_out(
+    build: Any, base: Path, adapter: Path, copied: Path
+) -> None:
+    edit_weights(copied, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.warns(SwayWarning, match=r"have '_orig_mod' in their names.* PEFT alone does not read them"):
+        backend = build(base, pickled(copied), allow_pickle=True)
+    with backend.as_finetuned() as tuned:
+        assert view_logits(tuned).equal(logits(*fresh(base, adapter)))
+
+
+@pytest.fixture(scope="module")
+def with_head(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """An adapter with the base's head in modules_to_save."""
+    from peft import LoraConfig
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    return save_adapter(tmp_path_factory.mktemp("with_head"), base, config)
+
+
+def _state_dict(base: Path, adapter: Path, name: str) -> dict[str, Any]:
+    """Return what ``model.state_dict()`` has of an adapter that is loaded by a name."""
+    from peft import PeftModel
+
+    model, _ = fresh(base)
+    with quiet():
+        named = PeftModel.from_pretrained(model, str(adapter), name)
+    return {key: tensor.clone() for key, tensor in named.state_dict().items()}
+
+
+def test_a_saved_module_may_have_the_adapters_name_in_its_keys(
+    build: Any, base: Path, with_head: Path, tmp_path: Path
+) -> None:
+    own = {key: tensor for key, tensor in _state_dict(base, with_head, "sft").items() if ".sft" in key}
+    assert any(".modules_to_save.sft." in key for key in own)
+    folder = edit_weights(shutil.copytree(with_head, tmp_path / "copied"), lambda _: own)
+    with pytest.warns(SwayWarning, match=r"have 'sft' in their names.* PEFT alone does not read them"):
+        backend = build(base, folder)
+    with backend.as_finetuned() as tuned:
+        assert view_logits(tuned).equal(logits(*fresh(base, with_head)))
+
+
+@pytest.mark.parametrize("name", ["sft", "default"])
+@pytest.mark.parametrize("as_pickle", [False, True])
+def test_a_saved_module_among_all_of_a_state_dict_is_told_with_a_command_that_mends_the_file(
+    build: Any, base: Path, with_head: Path, tmp_path: Path, name: str, as_pickle: bool
+) -> None:
+    whole = _state_dict(base, with_head, name)
+    folder = edit_weights(shutil.copytree(with_head, tmp_path / "copied"), lambda _: whole)
+    if as_pickle:
+        pickled(folder)
+    what = (
+        rf"contain the adapter's name '{name}' \(.*lm_head\.modules_to_save\.{name}\.weight\), as those of model\.state"
+    )
+    with pytest.raises(AdapterMismatchError, match=what) as caught:
+        build(base, folder, allow_pickle=True)
+    run_command_in(caught.value)
+    with build(base, folder).as_finetuned() as tuned:
+        assert view_logits(tuned).equal(logits(*fresh(base, with_head)))
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
 def test_keys_with_the_name_of_another_adapter_are_not_taken_for_another_base(
     build: Any, base: Path, adapter: Path, copied: Path, beside: bool
@@ -140,15 +200,19 @@ def test_an_adapters_name_in_the_keys_of_another_type_is_refused_with_a_command_
 
 
 @pytest.mark.usefixtures("no_search")
-def test_a_saved_layers_name_is_not_mended_by_taking_out_the_adapters(build: Any, base: Path, tmp_path: Path) -> None:
+def test_a_saved_modules_name_is_mended_where_it_alone_has_the_adapters(
+    build: Any, base: Path, with_head: Path, tmp_path: Path
+) -> None:
     """PEFT writes ``lm_head.weight``, and ``model.state_dict()`` has ``lm_head.modules_to_save.sft.weight``."""
-    folder = make_adapter(tmp_path / "adapter", base, modules_to_save=["lm_head"])
+    folder = shutil.copytree(with_head, tmp_path / "copied")
     edit_weights(
         folder, lambda ts: {n.replace("lm_head.weight", "lm_head.modules_to_save.sft.weight"): t for n, t in ts.items()}
     )
-    with pytest.raises(AdapterMismatchError) as caught:
+    with pytest.raises(AdapterMismatchError, match="the adapter's name 'sft'") as caught:
         build(base, folder)
-    assert "python -c" not in str(caught.value)
+    run_command_in(caught.value)
+    with build(base, folder).as_finetuned() as tuned:
+        assert view_logits(tuned).equal(logits(*fresh(base, with_head)))
 
 
 @pytest.mark.parametrize("task", ["null", "missing"])

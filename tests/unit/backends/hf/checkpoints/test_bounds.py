@@ -312,6 +312,19 @@ def test_what_a_wrapper_has_left_in_some_names_is_named_with_a_command_that_mend
         assert view.logprob_of("the sun", " rises") < 0
 
 
+def test_a_pickle_with_such_names_is_made_a_mended_safetensors_file(
+    folders: dict[str, Path], build: Any, adapter: Path
+) -> None:
+    rename = LEFT["FSDP"][0]
+    edit_weights(folders["adapter"], lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    pickled(folders["adapter"])
+    with pytest.raises(WeightsError, match=r"FSDP puts '_fsdp_wrapped_module\.' into the names") as caught:
+        build(folders["base"], folders["adapter"], allow_pickle=True)
+    run_command_in(caught.value)
+    assert tensors_of(folders["adapter"]) == tensors_of(adapter)
+    build(folders["base"], folders["adapter"])
+
+
 @pytest.mark.parametrize(
     "change",
     [

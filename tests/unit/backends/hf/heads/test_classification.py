@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 
 from pytest_sway import cache_key_for
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.errors import AdapterMismatchError, ScoringError, SpecError, WeightsError
-from tests.tiny import edit_config, edit_weights, make_adapter, make_base, poison, save_adapter
+from pytest_sway.errors import AdapterMismatchError, ScoringError, SpecError, SwayError, WeightsError
+from tests.tiny import edit_config, edit_weights, make_adapter, make_base, pickled, poison, save_adapter
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.heads.models import TEXTS, fresh_model, make_head_adapter, make_model, one_by_one
 from tests.unit.backends.hf.insides import bases_in, passes_of
@@ -233,6 +234,68 @@ def test_an_adapter_brings_the_head_of_a_base_in_a_pickle(tmp_path: Path, sharde
         with pytest.raises(ScoringError, match=r"its files lack classifier.*noise"):
             view.classify(TEXTS)
     backend.close()
+
+
+@pytest.mark.parametrize("base_pickled", [False, True])
+@pytest.mark.parametrize("adapter_pickled", [False, True])
+def test_an_adapter_with_other_labels_than_its_bases_own_head_does_not_fit_in_whatever_files(
+    build: Any, tmp_path: Path, base_pickled: bool, adapter_pickled: bool
+) -> None:
+    classifier = make_model(tmp_path / "base", "bert", AUTO, num_labels=3)
+    adapter = make_head_adapter(tmp_path / "a", classifier, AUTO, "SEQ_CLS", targets=["query", "value"], num_labels=3)
+    edit_weights(adapter, lambda weights: {name: _five_labels(name, tensor) for name, tensor in weights.items()})
+    if base_pickled:
+        _pickled_base(classifier)
+    if adapter_pickled:
+        pickled(adapter)
+    file = "adapter_model.bin" if adapter_pickled else "adapter_model.safetensors"
+    with pytest.raises(AdapterMismatchError, match=rf"does not fit the base .*{file}.*\[5, 32\]"):
+        build(classifier, adapter, allow_pickle=True)
+
+
+def _five_labels(name: str, tensor: Any) -> Any:
+    return tensor[:1].repeat(5, *[1] * (tensor.dim() - 1)) if "classifier" in name else tensor
+
+
+def test_an_adapter_in_a_pickle_says_how_many_labels_its_head_has(build: Any, tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "base", "bert", "AutoModel")
+    adapter = make_head_adapter(tmp_path / "a", plain, AUTO, "SEQ_CLS", targets=["query", "value"], num_labels=4)
+    expected = one_by_one(*fresh_model(plain, AUTO, adapter, num_labels=4), TEXTS)
+    _pickled_base(plain)
+    pickled(adapter)
+    with build(plain, adapter, allow_pickle=True).as_finetuned() as view:
+        assert np.allclose(_logits(view, TEXTS), expected, atol=1e-5)
+
+
+def test_a_bases_pickle_is_looked_into_once_and_its_values_only_mapped(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    plain = make_model(tmp_path / "base", "bert", "AutoModel")
+    adapter = make_head_adapter(tmp_path / "a", plain, AUTO, "SEQ_CLS", targets=["query", "value"], num_labels=4)
+    _pickled_base(plain)
+    ours: list[Any] = []
+    load: Any = torch.load
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        if str(sys._getframe(1).f_globals["__name__"]).startswith("pytest_sway."):
+            ours.append(settings.get("mmap"))
+        return load(*args, **settings)
+
+    monkeypatch.setattr(torch, "load", counted)
+    build(plain, adapter, allow_pickle=True)
+    assert ours == [True]
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_a_broken_pickle_below_an_adapter_with_a_head_is_told(build: Any, tmp_path: Path, file: str) -> None:
+    plain = make_model(tmp_path / "base", "bert", "AutoModel")
+    adapter = make_head_adapter(tmp_path / "a", plain, AUTO, "SEQ_CLS", targets=["query", "value"], num_labels=4)
+    (plain / "model.safetensors").unlink()
+    (plain / file).write_bytes(b"[]")
+    with pytest.raises(SwayError, match=r"^the base .* cannot be loaded from its files"):
+        build(plain, adapter, allow_pickle=True)
 
 
 @pytest.mark.parametrize("lacks_body", [False, True])

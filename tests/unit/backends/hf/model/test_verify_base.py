@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.errors import AdapterMismatchError, ScoringError, SpecError, WeightsError
+from pytest_sway.errors import AdapterMismatchError, BackendLoadError, ScoringError, SpecError, WeightsError
 from tests.tiny import TEXT, edit_config, edit_weights, make_adapter, make_base, make_tokenizer, quiet, save_adapter
 from tests.unit.backends.hf.insides import bases_in, passes_of
 
@@ -180,3 +180,22 @@ def test_a_number_of_the_config_by_which_a_base_computes_nan_is_named(build: Any
     named = r"computes NaN.* config.json is wrong \(that of '.*' has rms_norm_eps = -0.5"
     with build(make_base(tmp_path, rms_norm_eps=-0.5)).as_base() as view, pytest.raises(ScoringError, match=named):
         view.logprob_of("the sun", " rises")
+
+
+def test_a_base_that_does_not_run_is_named_in_its_adapters_place(
+    build: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import IA3Config
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    adapter = save_adapter(tmp_path, base, config)
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(LlamaMLP, "forward", broken)
+    told = r"^the base .* does not run, with the adapter .* or without: RuntimeError: no kernel\. So the adapter is not"
+    with pytest.raises(BackendLoadError, match=told) as caught:
+        build(base, adapter)
+    assert not caught.value.permanent
