@@ -1,4 +1,4 @@
-"""Locking helpers: `atomic` methods, calls made `holding` a lock, and `OneShotEvent` for those who wait.
+"""Locking helpers: `atomic` methods, calls made `holding` a lock, `OneShotEvent` for those who wait, and `close_all`.
 
 All locks are taken and released here, by ``with`` on a lock written in C, which no interrupt can split. An atomic
 method never waits: an interrupt during the wait of a `threading.Condition` can leave its lock locked, or release
@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from itertools import compress, repeat
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 __tracebackhide__ = True
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Monitor(Protocol):
@@ -42,6 +44,19 @@ def holding(lock: threading.Lock, step: Callable[[], R]) -> R:
     """Return what ``step`` returns, called under ``lock``."""
     with lock:
         return step()
+
+
+def close_all(things: list[T], close: Callable[[T], object]) -> None:
+    """Call ``close`` with each thing, and remove those for which it returned or raised an `Exception`.
+
+    After an interrupt, call this again: the thing whose close was interrupted is still there.
+    """
+    while things:
+        try:  # in C, so that no interrupt can come between the end of a close and the removal
+            things[:1] = compress(map(close, things[:1]), repeat(False))
+        except Exception:
+            del things[0]
+            raise
 
 
 class OneShotEvent:
