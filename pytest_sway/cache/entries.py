@@ -104,7 +104,7 @@ class Entry:
         parts: Its bytes by part: estimated while LOADING, measured once READY; ``None`` if unknown.
         claims: Its leases.
         waiters: The operations that wait for its load.
-        closers: Its ``close()``, until it has returned or raised an `Exception`.
+        closers: Its ``close()``, until it was called; see `pytest_sway.system.locking.close_all`.
         closing_thread: The thread that closes it, once it is CLOSING.
     """
 

@@ -46,16 +46,27 @@ def holding(lock: threading.Lock, step: Callable[[], R]) -> R:
         return step()
 
 
-def close_all(things: list[T], close: Callable[[T], object]) -> None:
-    """Call ``close`` with each thing, and remove those for which it returned or raised an `Exception`.
+def close_all(
+    things: list[T],
+    close: Callable[[T], object],
+    again: Callable[[T, BaseException], bool] = lambda _thing, _interrupt: True,
+) -> None:
+    """Call ``close`` with each thing, and remove those that were closed, or whose close raised an `Exception`.
 
-    After an interrupt, call this again: the thing whose close was interrupted is still there.
+    Args:
+        things: The things.
+        close: Closes one.
+        again: Returns whether a thing stays in the list after an interrupt, so that ``close`` is called for it again.
     """
     while things:
         try:  # in C, so that no interrupt can come between the end of a close and the removal
             things[:1] = compress(map(close, things[:1]), repeat(False))
         except Exception:
             del things[0]
+            raise
+        except BaseException as interrupt:
+            if not again(things[0], interrupt):
+                del things[0]
             raise
 
 

@@ -150,8 +150,8 @@ def test_comparisons_of_threads_need_names(suite: Recording, threads: int) -> No
     result.stdout.fnmatch_lines(
         [
             "E *RecordError: two comparisons of test_suite.py::test_it are called 'comparison', and one is made in"
-            " another thread than the test's: their record cannot tell them apart, since threads and what a pool runs in"
-            " them are in no order. Pass a name= of its own to each.*"
+            " another thread than the test's: their record cannot tell them apart, since threads and what a pool runs"
+            " in them are in no order. Pass a name= of its own to each.*"
         ]
     )
     assert suite.names() == []

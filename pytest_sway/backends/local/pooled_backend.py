@@ -96,6 +96,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
     """
 
     safe_for_concurrent_views = True
+    closes_again = True
     _shares_tokenizers = False
     """Whether adapters on a base share equal tokenizers that they bring."""
 

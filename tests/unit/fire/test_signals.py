@@ -1,7 +1,7 @@
 """Real signals at random moments, between any two bytecodes of the cache.
 
-Excluded are signals inside a backend's ``close()``, which is called again after them. As in `test_interrupts`, signals
-while an error is handled are excluded too.
+Excluded are signals inside a backend's ``close()``, which counts as called once its first line runs. As in
+`test_interrupts`, signals while an error is handled are excluded too.
 """
 
 from __future__ import annotations
