@@ -79,6 +79,7 @@ class Closer:
         self._call_closers(entry, f"closing {entry.spec}, which was never handed out, failed")
 
     def _call_closers(self, entry: Entry, failure: str) -> None:
+        entry.close_begun = True
         try:
             close_all(entry.closers, call, closes_again)
         except Exception as raised:

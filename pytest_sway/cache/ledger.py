@@ -300,7 +300,9 @@ class Ledger:
             if entry.state in (State.QUEUED, State.LOADING):
                 self._part_with(entry)
         for victim in operation.victims:
-            if victim.state is not State.READY:
+            if victim.state is State.CLOSING and not victim.close_begun:
+                victim.state = State.READY
+            elif victim.state is not State.READY:
                 self._part_with(victim)
         operation.built.clear()
         operation.victims.clear()
@@ -393,7 +395,7 @@ class Ledger:
         entry.state = State.GONE  # last, so that an interrupted call is repeated
 
     def _part_with(self, entry: Entry) -> None:
-        """Remove an entry. It is retired if its close was interrupted, or had not begun yet: it is closed later."""
+        """Remove an entry. If its close is to be called again after an interrupt, it is retired."""
         if not entry.closers:
             self._detach(entry)
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import compress, repeat
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -60,7 +60,8 @@ def close_all(
     """
     while things:
         try:  # in C, so that no interrupt can come between the end of a close and the removal
-            things[:1] = compress(map(close, things[:1]), repeat(False))
+            closed: Iterator[Any] = map(close, things[:1])
+            things[:1] = compress(closed, repeat(False))
         except Exception:
             del things[0]
             raise

@@ -261,7 +261,8 @@ def _counting(calls: Any) -> Any:
 @pytest.mark.parametrize("order", [("forward", "calls"), ("calls", "forward")], ids=" before ".join)
 def test_a_function_that_writes_to_a_list_of_the_model_writes_to_the_trees(order: tuple[str, str]) -> None:
     model = model_with()
-    made = {"calls": (calls := []), "forward": _counting(calls)}
+    calls: list[Any] = []
+    made = {"calls": calls, "forward": _counting(calls)}
     vars(model).update((name, made[name]) for name in order)
     tree = tree_of(model, _zeros)
     tree(torch.ones(3))
