@@ -91,11 +91,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Close the backends that an interrupted teardown left open, and the terminal."""
-    if _session in config.stash:
-        config.stash[_session].close()
-    if _terminal_fd in config.stash:
-        os.close(config.stash[_terminal_fd])
-        del config.stash[_terminal_fd]
+    try:
+        if _session in config.stash:
+            config.stash[_session].close()
+    finally:
+        if _terminal_fd in config.stash:
+            os.close(config.stash[_terminal_fd])
+            del config.stash[_terminal_fd]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
