@@ -91,11 +91,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Close the backends that an interrupted teardown left open, and the terminal."""
-    if _session in config.stash:
-        config.stash[_session].close()
-    if _terminal_fd in config.stash:
-        os.close(config.stash[_terminal_fd])
-        del config.stash[_terminal_fd]
+    try:
+        if _session in config.stash:
+            config.stash[_session].close()
+    finally:
+        if _terminal_fd in config.stash:
+            os.close(config.stash[_terminal_fd])
+            del config.stash[_terminal_fd]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -361,11 +363,12 @@ def _sway(config: pytest.Config) -> SwaySession:
 def _comparing(config: pytest.Config) -> Regression:
     """Return the hooks around ``sway_compare``, registering them on first use."""
     if _regression not in config.stash:
+        from pytest_sway.run.registering import registered
         from pytest_sway.run.regression.hooks import Regression
 
         _collect(config)
-        config.stash[_regression] = regression = Regression(_sway(config).requests, config.stash[_settings])
-        config.pluginmanager.register(regression, "pytest_sway_regression")
+        make = partial(Regression, _sway(config).requests, config.stash[_settings])
+        config.stash[_regression] = registered(config, "pytest_sway_regression", make)
     return config.stash[_regression]
 
 
@@ -373,9 +376,10 @@ def _collect(config: pytest.Config) -> Collected:
     """Return the collected comparisons of the run, registering their plugin on first use."""
     if _collected not in config.stash:
         from pytest_sway.report.collected import Collected
+        from pytest_sway.run.registering import registered
 
-        config.stash[_collected] = collected = Collected(each=config.getoption("dist", "no") == "each")
-        config.pluginmanager.register(collected, "pytest_sway_collected")
+        make = partial(Collected, each=config.getoption("dist", "no") == "each")
+        config.stash[_collected] = registered(config, "pytest_sway_collected", make)
     return config.stash[_collected]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dis import opmap
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
 
@@ -18,7 +19,7 @@ from pytest_sway.system.redaction import redacted
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
+    from types import FrameType, TracebackType
 
     from pytest_sway.protocols import DifferentialBackend, TokenDist
 
@@ -204,6 +205,27 @@ def closers_of(built: Iterable[Any]) -> list[Callable[[], object]]:
     """Return the ``close`` methods of backends; one without is skipped."""
     closes = (getattr(backend, "close", None) for backend in built)
     return [close for close in closes if callable(close)]
+
+
+def closes_again(close: Callable[[], object], interrupt: BaseException) -> bool:
+    """Return whether to call a ``close`` method again after an interrupt of its call.
+
+    Backends in this process finish what their close has left. A user's close is called once, since one that hung until
+    a timeout could hang again, without a timeout. But it is not yet called if the interrupt came before its first line.
+    """
+    if getattr(getattr(close, "__self__", None), "closes_again", False):
+        return True
+    code = getattr(getattr(close, "__func__", close), "__code__", None)
+    places = [at for frame, at in _places(interrupt) if frame.f_code is code]
+    return code is not None and all(code.co_code[at] == opmap.get("RESUME") for at in places[:1])
+
+
+def _places(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """Yield the frames of an error's traceback, and the bytecode in each at which it came."""
+    at = error.__traceback__
+    while at is not None:
+        yield at.tb_frame, at.tb_lasti
+        at = at.tb_next
 
 
 def require_differential(backend: Any, made_by: str) -> DifferentialBackend:

@@ -4,7 +4,8 @@ Its invariants, each with a test of its number:
 
  1. Per key at most one load runs at a time, and all its waiters get the same object.
  2. ``close()`` never starts while the entry is leased.
- 3. Each loaded backend is closed at most once, and exactly once after `BackendCache.shutdown`.
+ 3. Each loaded backend is closed at most once, and exactly once after `BackendCache.shutdown`. A ``close()`` that an
+    interrupt ended is called again if it can finish what it has left, see `pytest_sway.backends.contract.closes_again`.
  4. loading + ready + closing <= max_size, always: room is made before the load.
  5. Becoming READY and granting leases to the waiters is one atomic step.
  6. A CLOSING entry is never handed out; a request for it waits, then gets a new one.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from operator import call
 from typing import TYPE_CHECKING, Final, final
 
-from pytest_sway.backends.contract import closers_of
+from pytest_sway.backends.contract import closers_of, closes_again
 from pytest_sway.cache.entries import Operation, State
+from pytest_sway.system.locking import close_all
 from pytest_sway.system.redaction import redacted, without_secrets
 
 if TYPE_CHECKING:
@@ -77,9 +79,9 @@ class Closer:
         self._call_closers(entry, f"closing {entry.spec}, which was never handed out, failed")
 
     def _call_closers(self, entry: Entry, failure: str) -> None:
+        entry.close_begun = True
         try:
-            while entry.closers:
-                entry.closers.pop()()
+            close_all(entry.closers, call, closes_again)
         except Exception as raised:
             _log.warning(failure, exc_info=without_secrets(raised))
             self._stats.close_errors.append(f"{failure}: {type(raised).__name__}: {redacted(str(raised))}")

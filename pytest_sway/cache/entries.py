@@ -104,7 +104,8 @@ class Entry:
         parts: Its bytes by part: estimated while LOADING, measured once READY; ``None`` if unknown.
         claims: Its leases.
         waiters: The operations that wait for its load.
-        closers: Its ``close()``, until it is called.
+        closers: Its ``close()``, until it was called; see `pytest_sway.system.locking.close_all`.
+        close_begun: Whether ``close()`` may have begun, so that nobody may get it any more.
         closing_thread: The thread that closes it, once it is CLOSING.
     """
 
@@ -117,6 +118,7 @@ class Entry:
     claims: set[Claim] = field(default_factory=set)
     waiters: list[Operation] = field(default_factory=list)
     closers: list[Callable[[], object]] = field(default_factory=list)
+    close_begun: bool = False
     closing_thread: threading.Thread | None = None
 
     @property

@@ -239,7 +239,7 @@ class Ledger:
     @atomic
     def forget(self, operation: Operation, entry: Entry) -> CachedBackend | None:
         """Remove a closed entry; return its backend, the first time only."""
-        if entry.closers:  # an interrupt came before the close, so the entry stays
+        if entry.closers:  # an interrupt came before the end of the close, so `undo` retires it
             return None
         self._detach(entry)
         self._announce()
@@ -298,12 +298,12 @@ class Ledger:
         if entry is not None:
             entry.waiters.clear()  # they try to claim again, and one of them takes over
             if entry.state in (State.QUEUED, State.LOADING):
-                self._detach(entry)
+                self._part_with(entry)
         for victim in operation.victims:
-            if victim.state is State.CLOSING and victim.closers:
-                victim.state = State.READY  # its close was not called, so it stays
+            if victim.state is State.CLOSING and not victim.close_begun:
+                victim.state = State.READY
             elif victim.state is not State.READY:
-                self._detach(victim)
+                self._part_with(victim)
         operation.built.clear()
         operation.victims.clear()
         operation.lease = operation.error = operation.waits_for = None
@@ -393,6 +393,18 @@ class Ledger:
         if entry in self._retired:
             self._retired.remove(entry)
         entry.state = State.GONE  # last, so that an interrupted call is repeated
+
+    def _part_with(self, entry: Entry) -> None:
+        """Remove an entry. If its close is to be called again after an interrupt, it is retired."""
+        if not entry.closers:
+            self._detach(entry)
+            return
+        if entry not in self._retired:
+            self._retired.append(entry)
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+        entry.leader = None
+        entry.state = State.READY  # last, so that an interrupted call is repeated
 
     def _collect_dropped(self) -> None:
         while self.dropped:

@@ -1,4 +1,4 @@
-"""Locking helpers: `atomic` methods, calls made `holding` a lock, and `OneShotEvent` for those who wait.
+"""Locking helpers: `atomic` methods, calls made `holding` a lock, `OneShotEvent` for those who wait, and `close_all`.
 
 All locks are taken and released here, by ``with`` on a lock written in C, which no interrupt can split. An atomic
 method never waits: an interrupt during the wait of a `threading.Condition` can leave its lock locked, or release
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import compress, repeat
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 __tracebackhide__ = True
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Monitor(Protocol):
@@ -42,6 +44,31 @@ def holding(lock: threading.Lock, step: Callable[[], R]) -> R:
     """Return what ``step`` returns, called under ``lock``."""
     with lock:
         return step()
+
+
+def close_all(
+    things: list[T],
+    close: Callable[[T], object],
+    again: Callable[[T, BaseException], bool] = lambda _thing, _interrupt: True,
+) -> None:
+    """Call ``close`` with each thing, and remove those that were closed, or whose close raised an `Exception`.
+
+    Args:
+        things: The things.
+        close: Closes one.
+        again: Returns whether a thing stays in the list after an interrupt, so that ``close`` is called for it again.
+    """
+    while things:
+        try:  # in C, so that no interrupt can come between the end of a close and the removal
+            closed: Iterator[Any] = map(close, things[:1])
+            things[:1] = compress(closed, repeat(False))
+        except Exception:
+            del things[0]
+            raise
+        except BaseException as interrupt:
+            if not again(things[0], interrupt):
+                del things[0]
+            raise
 
 
 class OneShotEvent:

@@ -475,3 +475,45 @@ def test_it(sway_compare):
     result = run(pytester, body, "-o", "enable_assertion_pass_hook=true")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines([f"dummy:shifted 0.5 against * nats an answer  {shown}"])
+
+
+REGISTERING = """
+import pytest
+
+NAME, WHEN = {name!r}, {when!r}
+
+def pytest_configure(config):
+    usual, left = config.pluginmanager.register, [NAME]
+
+    def register(plugin, name=None):
+        if name not in left:
+            return usual(plugin, name)
+        left.remove(name)
+        if WHEN == "after":
+            usual(plugin, name)
+        raise RuntimeError("not now")
+
+    config.pluginmanager.register = register
+"""
+
+
+@pytest.mark.parametrize("name", ["pytest_sway_collected", "pytest_sway_regression", "pytest_sway_secrets"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_that_could_not_be_registered_for_one_test_are_for_the_next(
+    pytester: pytest.Pytester, name: str, when: str
+) -> None:
+    pytester.makeconftest(REGISTERING.format(name=name, when=when))
+    result = run(
+        pytester,
+        """
+def test_first(sway_compare): pass
+
+def test_next(sway_compare, request):
+    assert sway_compare(FACTS, canned(0.1), OLD).n == 12
+    plugins = request.config.pluginmanager
+    for name in ("pytest_sway_collected", "pytest_sway_regression", "pytest_sway_secrets"):
+        assert plugins.has_plugin(name), name
+""",
+    )
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines(["*sway comparisons*", "*shifted 0.1*"])

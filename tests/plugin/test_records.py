@@ -135,11 +135,13 @@ def test_comparisons_of_threads_are_recorded_in_the_order_of_their_names(suite: 
     assert names == ["comparison", "a", "b", "step 9", "step 10"]
 
 
-def test_comparisons_of_threads_need_names(suite: Recording) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_comparisons_of_threads_need_names(suite: Recording, threads: int) -> None:
+    """Also those of one thread: a pool of two may run two calls in one of its threads or in both."""
     body = (
         "from concurrent.futures import ThreadPoolExecutor\n\n"
         "def test_it(sway_compare):\n"
-        "    with ThreadPoolExecutor(2) as pool:\n"
+        f"    with ThreadPoolExecutor({threads}) as pool:\n"
         "        made = [pool.submit(sway_compare, FACTS[at:], canned(0.1)) for at in range(2)]\n"
         "    [each.result() for each in made]\n"
     )
@@ -147,8 +149,9 @@ def test_comparisons_of_threads_need_names(suite: Recording) -> None:
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "E *RecordError: two comparisons of test_suite.py::test_it are called 'comparison', and one is made in a"
-            " thread: their record cannot tell them apart, since threads are in no order. Pass a name= of its own*"
+            "E *RecordError: two comparisons of test_suite.py::test_it are called 'comparison', and one is made in"
+            " another thread than the test's: their record cannot tell them apart, since threads and what a pool runs"
+            " in them are in no order. Pass a name= of its own to each.*"
         ]
     )
     assert suite.names() == []

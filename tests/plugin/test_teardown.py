@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import pytest
 
+from pytest_sway import plugin
 from tests.plugin.conftest import Suite
 
 LOADS = """
@@ -85,3 +89,17 @@ def test_two(sway_backend):
     result.assert_outcomes(passed=2)
     assert suite.events() == ["load bad-close", "load b", "close bad-close", "load c", "close b", "close c"]
     result.stdout.fnmatch_lines(["failed to close: closing dummy:bad-close failed: RuntimeError: cannot close"])
+
+
+def test_the_copy_of_the_terminal_is_closed_even_if_the_last_close_is_interrupted() -> None:
+    class Interrupted:
+        def close(self) -> None:
+            raise KeyboardInterrupt
+
+    config, descriptor = SimpleNamespace(stash=pytest.Stash()), os.dup(2)
+    config.stash[plugin._session] = Interrupted()
+    config.stash[plugin._terminal_fd] = descriptor
+    with pytest.raises(KeyboardInterrupt):
+        plugin.pytest_unconfigure(config)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

@@ -98,7 +98,7 @@ class ApiBackend(HintsAtViews):
 
     def close(self) -> None:
         """Close the connections. Requests under way fail with `BackendClosedError`. Closing twice is harmless."""
-        self._loop.close(self._connection.close())
+        self._loop.close(self._connection.close)
 
     @contextmanager
     def _view(self, view_id: str, model: ServedModel) -> Iterator[ApiView]:

@@ -86,6 +86,6 @@ def build_api(spec: ModelSpec, *, sleep: Callable[[float], Awaitable[Any]] | Non
     try:
         base, tuned = loop.run(open_models(connection, spec))
     except BaseException:
-        loop.close(connection.close())
+        loop.close(connection.close)
         raise
     return ApiBackend(spec, loop, connection, base, tuned)

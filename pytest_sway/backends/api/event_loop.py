@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pytest_sway.system.forking import call_in_forked_child
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
 T = TypeVar("T")
 
@@ -34,6 +34,7 @@ class EventLoopThread:
 
     def __init__(self, name: str) -> None:
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
@@ -67,17 +68,24 @@ class EventLoopThread:
             raise error  # not by result(), whose frames a failing test would show
         return future.result()
 
-    def close(self, last: Coroutine[Any, Any, None]) -> None:
-        """Cancel all running work, run ``last``, and end the thread. Closing twice is harmless."""
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Cancel all running work, run what ``last`` returns, and end the thread. Closing twice is harmless."""
+        with self._closing:
+            try:
+                self._finish(last)
+            finally:  # also after an interrupt
+                self._end_thread()
+
+    def _finish(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         with self._lock:
             if self._closed:
-                last.close()
                 return
             self._closed = True
             future = asyncio.run_coroutine_threadsafe(_finish(last), self._loop)
-        try:
-            future.result()
-        finally:
+        future.result()
+
+    def _end_thread(self) -> None:
+        if self._thread.is_alive():  # it is not in a forked child, which must not touch its parent's loop
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -85,6 +93,7 @@ class EventLoopThread:
     def _forget(self) -> None:
         """Mark it as closed in a forked child, which does not have its thread."""
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
         self._closed = True
 
 
@@ -99,10 +108,10 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def _finish(last: Coroutine[Any, Any, None]) -> None:
+async def _finish(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
-    await last
+    await last()
     await asyncio.get_running_loop().shutdown_default_executor()  # its thread looked up the servers' names

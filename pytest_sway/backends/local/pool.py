@@ -13,7 +13,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from pytest_sway.system.forking import call_in_forked_child
-from pytest_sway.system.locking import atomic, holding
+from pytest_sway.system.locking import atomic, close_all, holding
 
 __tracebackhide__ = True
 
@@ -28,7 +28,7 @@ class _Slot(Generic[K, V]):
     Attributes:
         key: The value's key.
         users: A token for each user, including those that wait for the value.
-        value: The value from its load to its close; a list, so that it can be taken out only once.
+        value: The value from its load to its close; a list, see `close_all`.
         gone: Whether its close has begun; it never becomes false again.
         guard: The lock for its load and its close.
     """
@@ -156,6 +156,9 @@ class SharedPool(Generic[K, V]):
 
     @atomic
     def _remove(self, slot: _Slot[K, V]) -> None:
+        """Remove a slot, unless an interrupt came before the end of its close: the next user or release repeats it."""
+        if slot.value:
+            return
         if self._slots.get(slot.key) is slot:
             del self._slots[slot.key]
         if slot in self._withdrawn:
@@ -188,7 +191,6 @@ class SharedPool(Generic[K, V]):
 
     def _finish(self, slot: _Slot[K, V]) -> None:
         try:
-            while slot.value:
-                self._close(slot.value.pop())
+            close_all(slot.value, self._close)
         finally:
             self._remove(slot)

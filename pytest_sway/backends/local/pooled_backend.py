@@ -16,6 +16,7 @@ from pytest_sway.backends.view import closed_error, null_id
 from pytest_sway.errors import BackendUseError, NoAdapterError
 from pytest_sway.spec.tasks import is_causal
 from pytest_sway.system.frames import forget_frames
+from pytest_sway.system.locking import close_all
 from pytest_sway.system.wording import summarised
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
     """
 
     safe_for_concurrent_views = True
+    closes_again = True
     _shares_tokenizers = False
     """Whether adapters on a base share equal tokenizers that they bring."""
 
@@ -102,6 +104,8 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         self._spec, self._key = plan.spec, plan.key  # not the plan, which has the names of all tensors
         self._roles = ["merged model: " if model.merged else "fine-tuned model: " for model in plan.models[1:]]
         self._loaded: Loaded[S] | None = loaded
+        self._closing: list[Loaded[S]] = []
+        self._shares = loaded.shares[::-1]  # a merged base goes before the base that it claims
         self._withdraw = withdraw
         self._watches: list[Any] = []
 
@@ -212,17 +216,21 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         return summarised(lines)
 
     def close(self) -> None:
-        """Release the adapter and the claim on the base, which its last user frees. Closing twice is harmless."""
-        loaded, self._loaded = self._loaded, None
-        if loaded is None:
-            return
-        shares = loaded.shares
-        self._let_go(loaded)
-        del loaded  # its sides refer to the model, which must be gone before its base is closed
-        bases = [share.value for share in shares]
-        while shares:
-            shares.pop().release()
-        self._watches += [watch for base in bases if base.closed for watch in self._watches_of(base)]
+        """Release the adapter and the claim on the base, which its last user frees.
+
+        Closing twice is harmless. After an interrupt, it finishes what the first close has left.
+        """
+        if self._loaded is not None:
+            self._closing, self._loaded = [self._loaded], None
+        close_all(self._closing, self._let_go)
+        # The sides refer to the model, which must be gone before its base is closed.
+        close_all(self._shares, self._release)
+
+    def _release(self, share: PoolLease[Any]) -> None:
+        base = share.value
+        share.release()
+        if base.closed:
+            self._watches += self._watches_of(base)
 
     def _let_go(self, loaded: Loaded[S]) -> None:
         for handed in list(loaded.views.values()):

@@ -61,7 +61,8 @@ class Records:
         """Return the next comparison's name in the record: the given one, numbered if it is taken.
 
         Raises:
-            RecordError: The test has ended, or several threads use one name, which then names neither.
+            RecordError: The test has ended, or a name is used twice and not by the test's own thread alone. Which of
+                a pool's threads runs which call differs from run to run, so even one thread has no order to go by.
         """
         if self._over:
             raise RecordError(
@@ -72,8 +73,9 @@ class Records:
         with self._lock:
             if first in self._names and (other or self._names[first]):
                 raise RecordError(
-                    f"two comparisons of {self._test} are called {first!r}, and one is made in a thread: their record"
-                    " cannot tell them apart, since threads are in no order. Pass a name= of its own to each."
+                    f"two comparisons of {self._test} are called {first!r}, and one is made in another thread than the"
+                    " test's: their record cannot tell them apart, since threads and what a pool runs in them are in no"
+                    " order. Pass a name= of its own to each."
                 )
             names = (first, *(f"{first} #{number}" for number in range(2, len(self._names) + 2)))
             name = next(name for name in names if name not in self._names)

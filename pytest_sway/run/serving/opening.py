@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.run.controller import load_progress, weights_folder
 from pytest_sway.run.named_specs import named_specs
+from pytest_sway.run.registering import registered
 from pytest_sway.run.secrets import SecretsHidden
 from pytest_sway.run.serving.session import SwaySession
 from pytest_sway.run.settings import asks_for_reports
@@ -34,7 +36,8 @@ def open_session(
         owner: Returns the test or fixture that runs now.
         terminal: A descriptor of standard error that pytest's capture does not replace.
     """
-    session = SwaySession(
+    registered(config, "pytest_sway_secrets", partial(SecretsHidden, config))
+    return SwaySession(
         settings,
         _Hooks(config),
         named_specs(config),
@@ -43,8 +46,6 @@ def open_session(
         share_weights=weights_folder(config),
         recorded=asks_for_reports(config),
     )
-    config.pluginmanager.register(SecretsHidden(config), "pytest_sway_secrets")
-    return session
 
 
 class _Hooks:

@@ -12,9 +12,10 @@ import pytest
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
 from pytest_sway.cache.entries import CachedBackend
+from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import BackendClosedError, CacheClosedError
 from pytest_sway.spec.model_spec import ModelSpec
-from tests.unit.fakes import Call, FakeBuild, Unclosable, Watched, names, spec
+from tests.unit.fakes import Call, FakeBackend, FakeBuild, Unclosable, Watched, names, spec
 
 
 def test_inv02_what_is_leased_is_not_closed_to_make_room(build: FakeBuild) -> None:
@@ -24,6 +25,11 @@ def test_inv02_what_is_leased_is_not_closed_to_make_room(build: FakeBuild) -> No
             cache.get_or_load(spec(name))
         assert leased.use() == "a"
     assert build.closes == {"a": [0], "b": [1, 0], "c": [1], "d": [1]}
+
+
+@pytest.fixture
+def _closes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBackend, "closes_again", True, raising=False)
 
 
 @pytest.mark.parametrize("how", ["evict_all", "retire"])
@@ -128,6 +134,33 @@ def test_inv03_a_shutdown_that_was_interrupted_can_be_called_again(build: FakeBu
         cache.shutdown()
     cache.shutdown()
     assert build.closes == {"a": [1], "b": [1], "c": [1]}
+
+
+@pytest.mark.usefixtures("_closes_again")
+def test_inv03_a_backend_whose_close_was_interrupted_is_not_handed_out_and_closed_later(build: FakeBuild) -> None:
+    cache = BackendCache(build=build)
+    owner = Owner("a test")
+    cache.get_or_load(spec("a"))
+    build.close_errors["a"] = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        cache.evict_all()
+    assert cache.acquire(spec("a"), owner=owner).backend.use() == "a"
+    cache.end(owner)
+    assert build.closes == {"a": [2, 0]}
+
+
+@pytest.mark.usefixtures("_closes_again")
+def test_inv03_a_load_after_the_shutdown_whose_close_was_interrupted_is_closed_later(build: FakeBuild) -> None:
+    cache = BackendCache(build=build, lease_timeout=0.0)
+    gate = build.load_gate("a")
+    build.close_errors["a"] = [KeyboardInterrupt()]
+    leader = Call(partial(cache.acquire, spec("a")))
+    gate.wait()
+    cache.shutdown()
+    gate.open()
+    assert isinstance(leader.error(), KeyboardInterrupt)
+    cache.shutdown()
+    assert build.closes == {"a": [2]}
 
 
 def test_inv06_a_request_for_a_closing_backend_waits_and_gets_a_new_one(build: FakeBuild) -> None:

@@ -12,6 +12,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -25,7 +26,8 @@ from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.entries import Lease
 from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import SwayError
-from tests.unit.fakes import Call, InformedFakeBuild, Watched, spec
+from pytest_sway.system import locking
+from tests.unit.fakes import Call, InformedFakeBuild, SharingBackend, Watched, spec
 
 CACHE_FILES = frozenset({module.__file__ for module in (cache_module, closing, ledger, entries, budget)})
 POOL_FILES = frozenset({pool.__file__})
@@ -53,12 +55,16 @@ class Interrupter:
         return self._line if code.co_filename in self._files and code.co_name != "__del__" else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line" and sys.exc_info()[0] is None:
+        if event == "line":
+            self._strike(frame)
+        return self._line
+
+    def _strike(self, frame: FrameType) -> None:
+        if sys.exc_info()[0] is None:
             self.lines += 1
             if self.lines == self._strike_at:
                 self.where = f"{frame.f_code.co_name}:{frame.f_lineno}"
                 raise KeyboardInterrupt(self.where)
-        return self._line
 
 
 class Scenario:
@@ -400,6 +406,55 @@ def test_an_interrupt_at_any_line_loses_nothing(make: type[Scenario]) -> None:
         error.add_note(f"the interrupt struck in {where}, line event {line}")
         raise
     assert line > 30
+
+
+class InterrupterOfCloses(Interrupter):
+    """Raises KeyboardInterrupt at the n-th bytecode around the call of a close, or as the close begins."""
+
+    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if _closes(frame.f_back):  # the backend counts a close that has begun
+            return None
+        if _closes(frame):
+            self._strike(frame)
+        elif frame.f_code in (locking.close_all.__code__, closing.Closer._call_closers.__code__):
+            frame.f_trace_opcodes = True
+            return self._line
+        return None
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "opcode":
+            self._strike(frame)
+        return self._line
+
+
+def _closes(frame: FrameType | None) -> bool:
+    """Whether a frame is in the ``close()`` of a fake backend."""
+    while frame is not None and frame.f_code is not SharingBackend.close.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+CLOSING = [Eviction, SwapOfAdapters, RetiredRelease, EndOfAnOwner, LargerThanEstimated, EvictAll]
+"""Scenarios without errors: a trace function that raises as an error is caught would confuse Python."""
+
+
+@pytest.mark.parametrize("make", CLOSING, ids=lambda make: make.__name__)
+def test_an_interrupt_between_any_two_bytecodes_of_a_close_loses_no_backend(make: type[Scenario]) -> None:
+    code = 0
+    where = "no interrupt"
+    try:
+        while where:
+            code += 1
+            scenario = make()
+            interrupter = InterrupterOfCloses(frozenset(), code)
+            with suppress(KeyboardInterrupt, *scenario.expected), interrupter:
+                scenario.act()
+            where = interrupter.where
+            scenario.verify()
+    except BaseException as error:
+        error.add_note(f"the interrupt struck in {where}, bytecode {code}")
+        raise
+    assert code > 20
 
 
 class PoolUser:

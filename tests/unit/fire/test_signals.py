@@ -1,14 +1,12 @@
 """Real signals at random moments, between any two bytecodes of the cache.
 
-Excluded are signals inside a backend's ``close()``, or between the cache's decision to close and its first line. Such a
-close counts as called, and its backend is dropped. As in `test_interrupts`, signals while an error is handled are
-excluded too.
+Excluded are signals inside a backend's ``close()``, which counts as called once its first line runs. As in
+`test_interrupts`, signals while an error is handled are excluded too.
 """
 
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import random
 import signal
@@ -19,17 +17,11 @@ from types import FrameType
 
 import pytest
 
-from pytest_sway.cache import closing
 from pytest_sway.system import locking
 from tests.unit.fire.profiles import PROFILE
 from tests.unit.fire.test_interrupts import CACHE_FILES, SCENARIOS, Scenario
 
 FILES = CACHE_FILES | {locking.__file__}
-CLOSES = {
-    (closing.__file__, number)
-    for number, line in enumerate(inspect.getsource(closing).splitlines(), start=1)
-    if "closers.pop()()" in line
-}
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers that signal")
 
@@ -64,8 +56,7 @@ def _may_strike(frame: FrameType) -> bool:
         if at.f_code.co_name in ("close", "__del__"):
             return False
         at = at.f_back
-    here = (frame.f_code.co_filename, frame.f_lineno)
-    return frame.f_code.co_filename in FILES and here not in CLOSES and sys.exc_info()[0] is None
+    return frame.f_code.co_filename in FILES and sys.exc_info()[0] is None
 
 
 @pytest.fixture

@@ -12,17 +12,16 @@ import functools
 import gc
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.sharing.references import EMPTY, PLAIN, functions_to_copy, inside
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 __tracebackhide__ = True
-
-_PLAIN: Final = frozenset({bool, int, float, complex, str, bytes, type(None), type, range})
-_EMPTY: Final = types.CellType()
 
 
 def tree_of(
@@ -41,25 +40,7 @@ def tree_of(
         Exception: Something in the model cannot be copied; the error comes from `copy`.
     """
     with _no_garbage_collection():
-        return _tree_of(model, share, {} if known is None else known, [] if taken is None else taken)
-
-
-def _tree_of(model: Any, share: Callable[[Any], Any], memo: dict[int, Any], taken: list[Any]) -> Any:
-    modules = [module for _, module in modules_of(model) if id(module) not in memo]
-    for module in modules:
-        memo[id(module)] = module.__class__.__new__(module.__class__)
-    for module in modules:
-        for members in (module._parameters, module._buffers):
-            for tensor in members.values():
-                if tensor is not None and id(tensor) not in memo:
-                    memo[id(tensor)] = made = share(tensor)
-                    # A quantized weight may refer to its module.
-                    vars(made).update({name: memo[id(v)] for name, v in vars(tensor).items() if id(v) in memo})
-                    taken += vars(made).values()
-    copier = _Copier(share, memo, taken)
-    for module in modules:
-        copier.fill(module)
-    return memo[id(model)]
+        return _Copier(model, share, {} if known is None else known, [] if taken is None else taken).tree_of(model)
 
 
 @contextmanager
@@ -107,60 +88,62 @@ def shares_objects(tree: Any, original: Any) -> bool:
     pending: list[Any] = [tree]
     while pending:
         thing = pending.pop()
-        if type(thing) in _PLAIN or id(thing) in seen:
+        if type(thing) in PLAIN or id(thing) in seen:
             continue
         if id(thing) in foreign:
             return True
         seen.add(id(thing))
-        pending.extend(_inside(thing))
+        pending.extend(inside(thing))
     return False
 
 
-def _inside(thing: Any) -> Iterator[Any]:
-    """Yield what an object refers to; for functions, only what two functions of the same code may differ in."""
-    if isinstance(thing, dict):
-        yield from thing
-        yield from thing.values()
-    elif isinstance(thing, list | tuple | set | frozenset | deque):
-        yield from thing
-    elif isinstance(thing, types.FunctionType):
-        yield from _contents(thing.__closure__ or ())
-        yield from thing.__defaults__ or ()
-        yield from (thing.__kwdefaults__ or {}).values()
-    elif isinstance(thing, types.MethodType):
-        yield from (thing.__func__, thing.__self__)
-    elif isinstance(thing, types.BuiltinMethodType):
-        yield thing.__self__
-    elif isinstance(thing, functools.partial):
-        yield from (thing.func, thing.args, thing.keywords)
-    elif isinstance(thing, weakref.ref):
-        yield thing()
-    if not isinstance(thing, type | types.ModuleType):
-        yield getattr(thing, "__dict__", None)
-
-
 class _Copier:
-    """Copies the attributes of modules.
+    """Copies modules and their attributes.
 
     Args:
+        model: The model that the tree is of.
         share: Returns the tree's tensor for one of the model's.
         memo: The copies, by the ``id`` of the originals; `copy.deepcopy` uses the same.
         taken: See `tree_of`.
     """
 
-    def __init__(self, share: Callable[[Any], Any], memo: dict[int, Any], taken: list[Any]) -> None:
+    def __init__(self, model: Any, share: Callable[[Any], Any], memo: dict[int, Any], taken: list[Any]) -> None:
         import torch
 
+        self._model = model
         self._share = share
         self._memo = memo
         self._taken = taken
         self._tensor, self._module = torch.Tensor, torch.nn.Module
-        self._plain = _PLAIN | {torch.dtype, torch.device, torch.Size}
+        self._plain = PLAIN | {torch.dtype, torch.device, torch.Size}
         self._own_containers = {
             name for name, value in vars(torch.nn.Module()).items() if isinstance(value, dict | set)
         }
 
-    def fill(self, module: Any) -> None:
+    @functools.cached_property
+    def _functions(self) -> set[int]:
+        """The ids of the functions to copy. Few models have any, so they are looked for on demand."""
+        return functions_to_copy(self._model)
+
+    def tree_of(self, model: Any) -> Any:
+        """Return a copy of a module with all modules in it."""
+        modules = [module for _, module in modules_of(model) if id(module) not in self._memo]
+        for module in modules:
+            self._memo[id(module)] = module.__class__.__new__(module.__class__)
+        for module in modules:
+            for members in (module._parameters, module._buffers):
+                for tensor in members.values():
+                    if tensor is not None and id(tensor) not in self._memo:
+                        self._memo[id(tensor)] = made = self._share(tensor)
+                        # A quantized weight may refer to its module.
+                        of_tree = {key: self._memo[id(v)] for key, v in vars(tensor).items() if id(v) in self._memo}
+                        vars(made).update(of_tree)
+                        self._taken += vars(made).values()
+        for module in modules:
+            self._fill(module)
+        return self._memo[id(model)]
+
+    def _fill(self, module: Any) -> None:
         """Give the copy of ``module`` its attributes."""
         filled = vars(self._memo[id(module)])
         for name, value in vars(module).items():
@@ -179,7 +162,7 @@ class _Copier:
         if id(value) in self._memo:
             return self._memo[id(value)]
         if isinstance(value, self._module):  # its parent hides it from `modules()`
-            return _tree_of(value, self._share, self._memo, self._taken)
+            return self.tree_of(value)
         copied = self._copy_of(value, kind)
         self._memo[id(value)] = copied
         if kind not in _MADE_OF_PARTS:
@@ -196,7 +179,9 @@ class _Copier:
         return tuple(map(self._copied, value))
 
     def _method(self, method: Any) -> Any:
-        return types.MethodType(self._copied(method.__func__), self._copied(method.__self__))
+        function, owner = method.__func__, self._copied(method.__self__)
+        of_class = getattr(type(owner), getattr(function, "__name__", ""), None) is function
+        return types.MethodType(function if of_class else self._copied(function), owner)
 
     def _builtin_method(self, method: Any) -> Any:
         there = self._memo.get(id(method.__self__))
@@ -227,8 +212,8 @@ class _Copier:
         return copied
 
     def _function(self, function: Any) -> Any:
-        """Copy a function with its closure and defaults if they have parts of the model; else return it as it is."""
-        if not self._has_part(function, set()):
+        """Copy a function with its closure and defaults if the tree needs one of its own; else return it as it is."""
+        if id(function) not in self._functions:
             return function
         cells = function.__closure__ or ()
         new = [cell for cell in cells if id(cell) not in self._memo]
@@ -242,20 +227,11 @@ class _Copier:
         )
         copied.__defaults__ = self._copied(function.__defaults__)
         for cell in new:
-            if cell != _EMPTY:
+            if cell != EMPTY:
                 self._memo[id(cell)].cell_contents = self._copied(cell.cell_contents)
         copied.__kwdefaults__ = self._copied(function.__kwdefaults__)
         copied.__dict__.update(self._copied(function.__dict__))
         return copied
-
-    def _has_part(self, value: Any, seen: set[int]) -> bool:
-        """Return whether a value is part of the model, or holds one in what is copied part by part."""
-        if self._memo.get(id(value), value) is not value or isinstance(value, self._module):
-            return True
-        if type(value) not in _BY_KIND or id(value) in seen:
-            return False
-        seen.add(id(value))
-        return any(self._has_part(inside, seen) for inside in _inside(value))
 
 
 _BY_KIND: Final[dict[Any, Any]] = {
@@ -274,8 +250,3 @@ _BY_KIND: Final[dict[Any, Any]] = {
 
 _MADE_OF_PARTS: Final = frozenset({OrderedDict, dict, functools.partial, list, set, tuple, types.MethodType})
 """The kinds whose copies are new and have only copies in them."""
-
-
-def _contents(cells: Iterable[Any]) -> Iterator[Any]:
-    """Return what a function closes over, without empty cells."""
-    return (cell.cell_contents for cell in cells if cell != _EMPTY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -150,6 +150,22 @@ def test_closing_twice_is_harmless_and_leaves_no_thread(build: Build) -> None:
     backend = build()
     assert _threads() > before
     backend.close()
+    backend.close()
+    assert _threads() == before
+
+
+def test_a_close_that_was_interrupted_leaves_no_thread(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _threads()
+    backend = build()
+
+    def interrupted(work: Coroutine[Any, Any, None], _: object) -> None:
+        work.close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncio.run_coroutine_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.close()
     backend.close()
     assert _threads() == before
 

@@ -44,6 +44,26 @@ def test_a_closed_backend_says_so(build: Any, base: Path, adapter: Path) -> None
     backend.close()
 
 
+@pytest.mark.parametrize("step", ["_let_go", "_release"])
+def test_a_close_that_was_interrupted_is_finished_by_the_next(
+    build: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    backend = build(base, adapter)
+    loaded = base_in(backend)
+    usual = getattr(backend, step)
+
+    def interrupted(_: Any) -> None:
+        monkeypatch.setattr(backend, step, usual)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backend.close()
+    assert not loaded.closed
+    backend.close()
+    assert loaded.closed
+
+
 def test_backends_and_views_keep_no_weights(build: Any, base: Path, adapter: Path) -> None:
     backend = build(base, adapter)
     with backend.as_finetuned() as tuned, backend.as_null_adapter(1) as null, backend.as_scaled_adapter(2) as scaled:

@@ -278,11 +278,24 @@ def test_to_withdraw_what_is_not_there_is_harmless(values: Values) -> None:
     assert values.closed == ["a1"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("stuck"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_a_close_that_raises_goes_up_once_and_frees_the_key(values: Values, error: BaseException) -> None:
+@pytest.mark.parametrize("again", ["release", "request"])
+def test_a_close_that_was_interrupted_is_called_again(values: Values, again: str) -> None:
     share = values.acquire("a")
-    values.close_errors = [error]
-    with pytest.raises(type(error)):
+    values.close_errors = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        share.release()
+    if again == "release":
+        share.release()
+        assert values.pool.keys() == []
+    else:
+        assert values.acquire("a").value == "a2"
+    assert values.closed == ["a1", "a1"]
+
+
+def test_a_close_that_raises_goes_up_once_and_frees_the_key(values: Values) -> None:
+    share = values.acquire("a")
+    values.close_errors = [RuntimeError("stuck")]
+    with pytest.raises(RuntimeError):
         share.release()
     share.release()
     assert values.closed == ["a1"]

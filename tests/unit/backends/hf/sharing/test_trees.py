@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from pytest_sway.backends.hf.sharing import trees
 from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of, tree_of
 from tests.unit.backends.hf.reference import fresh
 
@@ -222,6 +223,65 @@ def test_functions_that_share_a_variable_share_the_trees() -> None:
     tree(torch.ones(3))
     assert tree.calls() == (1, tree.layer)
     assert calls == 0
+
+
+def _called(read: Any) -> Any:
+    return read()
+
+
+@pytest.mark.parametrize("order", [("forward", "calls"), ("calls", "forward")], ids=" before ".join)
+@pytest.mark.parametrize(
+    "way", [lambda read: read, lambda read: functools.partial(_called, read)], ids=["itself", "in a partial"]
+)
+def test_a_function_without_parts_of_the_model_shares_its_variables_with_those_that_have_some(
+    order: tuple[str, str], way: Callable[[Any], Any]
+) -> None:
+    model, calls = model_with(), 0
+
+    def count(states: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return model.layer(states)
+
+    made = {"forward": count, "calls": way(lambda: calls)}
+    vars(model).update((name, made[name]) for name in order)
+    tree = tree_of(model, _zeros)
+    tree(torch.ones(3))
+    assert (tree.calls(), model.calls()) == (1, 0)
+
+
+def _counting(calls: Any) -> Any:
+    def forward(states: Any) -> Any:
+        calls.append(states)
+        return states
+
+    return forward
+
+
+@pytest.mark.parametrize("order", [("forward", "calls"), ("calls", "forward")], ids=" before ".join)
+def test_a_function_that_writes_to_a_list_of_the_model_writes_to_the_trees(order: tuple[str, str]) -> None:
+    model = model_with()
+    calls: list[Any] = []
+    made = {"calls": calls, "forward": _counting(calls)}
+    vars(model).update((name, made[name]) for name in order)
+    tree = tree_of(model, _zeros)
+    tree(torch.ones(3))
+    assert (len(tree.calls), len(model.calls)) == (1, 0)
+
+
+def test_a_function_of_nothing_of_the_model_stays_as_it_is() -> None:
+    lock = threading.Lock()
+    model = model_with(guard=lambda: lock, names=("a",))
+    assert tree_of(model, _zeros).guard is model.guard
+
+
+def test_functions_are_not_looked_for_in_a_model_that_has_none_of_its_own(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take longer than all else."""
+    model, _ = fresh(base, adapter)
+    monkeypatch.setattr(trees, "functions_to_copy", lambda _: pytest.fail("they were looked for"))
+    tree_of(model, _zeros)
 
 
 def test_hooks_go_along_and_see_the_tree() -> None:
