@@ -133,3 +133,20 @@ def test_loftq_is_told_that_it_needs_a_gpu(
     told = r"^the adapter .* needs what this environment lacks: .*CUDA.* It is needed because .* init_lora_weights = '"
     with pytest.raises(BackendNotAvailableError, match=told):
         HFBuilder()(spec_of(base, adapter, model_kwargs=kwargs))
+
+
+def test_a_model_that_needs_the_values_of_weights_is_not_accused_either(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def needing_values(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert float(self.embed_tokens.weight.sum()) != 0  # fails without weights
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", needing_values)
+    adapter = _adapter(tmp_path, base, "LoHa")
+    with pytest.raises(AdapterMismatchError, match=r"^PEFT cannot put the adapter .* It fits the same model"):
+        HFBuilder()(spec_of(base, adapter, model_kwargs={"quantization_config": FORMATS["nf4"][0]}))
