@@ -14,6 +14,7 @@ from pytest_sway.backends.mlx.model.placement import computing_on, mlx_device, m
 from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
 from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
 from pytest_sway.backends.mlx.model.trees import arrays_of
+from pytest_sway.backends.mlx.model.windows import fit_windows
 from pytest_sway.errors import BackendLoadError
 from pytest_sway.spec.paths import is_path
 
@@ -38,10 +39,13 @@ class LoadedBase:
         config: The model's configuration, as attributes.
         device: The device that computes it.
         embedded: The number of tokens that it has embeddings for; ``None`` if unknown.
+        exact_length: The most tokens for which it attends as transformers' class does; ``None`` for any number.
         shared: Its arrays.
     """
 
-    def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, spec: ModelSpec, model: Any, tokenizer: Any, config: Mapping[str, Any], exact_length: int | None
+    ) -> None:
         self.spec = spec
         self.model = model
         self.tokenizer = tokenizer
@@ -49,6 +53,7 @@ class LoadedBase:
         self.config = as_attributes(config)
         self.device = mlx_device(spec)
         self.embedded = _embedded(model)
+        self.exact_length = exact_length
         self.shared = SharedArrays("base weight", model, arrays_of(model))
         self._rust = RustRecord(self.encoder)
         self._classes = ClassesRecord(model.modules())
@@ -89,7 +94,8 @@ def load_base(spec: ModelSpec) -> LoadedBase:
     utils = mlx_lm_module("utils")
     with computing_on(mlx_device(spec)), quiet_process():
         folder = _folder(spec)
-        settings = legacy_fields(json.loads((folder / "config.json").read_bytes()))
+        written = json.loads((folder / "config.json").read_bytes())
+        settings = legacy_fields(written)
         try:
             model, config = utils.load_model(
                 folder, lazy=True, model_config=settings, trust_remote_code=spec.trust_remote_code
@@ -97,11 +103,12 @@ def load_base(spec: ModelSpec) -> LoadedBase:
         except (ValueError, KeyError, TypeError) as error:
             raise BackendLoadError(f"mlx-lm cannot load the base {spec.base!r}: {error}") from error
         _require_rope(spec, model, config)
+        exact_length = fit_windows(model, written)
         _set_dtype(model, mlx_dtype(spec))
         model.eval()
         mx.eval(arrays_of(model))  # all of it: no thread can evaluate what is left on another thread's stream
         tokenizer = load_tokenizer(spec, folder, config)
-    return LoadedBase(spec, model, tokenizer, config)
+    return LoadedBase(spec, model, tokenizer, config, exact_length)
 
 
 def load_tokenizer(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> Any:

@@ -32,7 +32,8 @@ class BoundModel:
 
     def engine(self) -> Engine:
         """Return the engine that computes the side's answers."""
-        return Engine(self._running, encoder_of(self.tokenizer), self.base.config, self.base.embedded)
+        base = self.base
+        return Engine(self._running, encoder_of(self.tokenizer), base.config, base.embedded, base.exact_length)
 
     def close(self) -> None:
         """Do nothing: the trees go with this object."""

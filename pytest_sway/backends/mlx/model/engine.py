@@ -15,6 +15,7 @@ from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
 from pytest_sway.backends.mlx.model.sampling import chooser
 from pytest_sway.backends.text import tokens
 from pytest_sway.backends.text.stopping import has_stopped, stopped_text
+from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import TokenDist, log_of_tail
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ class Engine:
         tokenizer: The Hugging Face tokenizer.
         config: The model's configuration, as attributes.
         embedded: The number of tokens that the model has embeddings for; ``None`` if unknown.
+        exact_length: The most tokens that it attends to as transformers' class does; ``None`` for any number.
     """
 
     model: Any
     tokenizer: Any
     config: Any
     embedded: int | None
+    exact_length: int | None
 
     @property
     def max_length(self) -> int:
@@ -74,6 +77,7 @@ class Engine:
         """Return the log-probability of each scored token of a window given those before it, in nats."""
         import mlx.core as mx
 
+        self._require_exact(len(window.context) + len(window.scored) - 1)  # the last token is not read
         cache = self._prefilled(window.context[:-1])
         ids = (window.context[-1], *window.scored)
         parts = []
@@ -90,6 +94,7 @@ class Engine:
         """Return the distribution of the token after a prompt, cut to the ``top_k`` most probable."""
         import mlx.core as mx
 
+        self._require_exact(len(ids))
         logits = self._last_logits(ids, self._prefilled(ids[:-1]))
         logprobs = logits - _log_normaliser(logits)
         vocabulary = int(logprobs.shape[-1])
@@ -102,12 +107,23 @@ class Engine:
 
     def continued(self, ids: Sequence[int], settings: SamplingParams, seed: int) -> str:
         """Continue a prompt and return the new text, without special tokens."""
+        self._require_exact(len(ids))
         choose, stop = chooser(settings, ids, seed), settings.stop
         cache, last, new = self._prefilled(ids[:-1]), ids[-1:], list[int]()
         while len(new) < settings.max_new_tokens and not (new and self._has_ended(new, stop)):
+            self._require_exact(len(ids) + len(new))
             new.append(int(choose(self._last_logits(last, cache), new).item()))
             last = new[-1:]
         return stopped_text(self.tokenizer, new, stop)
+
+    def _require_exact(self, length: int) -> None:
+        """Raise `ScoringError` for a text that the model would compute otherwise than transformers' class does."""
+        if self.exact_length is not None and length > self.exact_length:
+            raise ScoringError(
+                f"the model would read {length} tokens of this text, and its numbers are right for {self.exact_length}"
+                f" at most: mlx-lm's {self.config.model_type} and transformers' have different sliding windows (or"
+                " attention chunks). Use kind='hf', or shorter texts."
+            )
 
     def _has_ended(self, new: Sequence[int], stop: Sequence[str]) -> bool:
         return new[-1] in self.ends or bool(stop and has_stopped(self.tokenizer, new, stop))
