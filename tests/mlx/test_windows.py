@@ -153,6 +153,14 @@ def test_a_multimodal_mistral_with_a_window_is_refused_long_texts(build: Build, 
         view.rolling_logprob(LONG)
 
 
+def test_a_base_whose_window_mlx_lm_would_put_in_other_layers_is_refused(build: Build, tmp_path: Path) -> None:
+    base = make_model(tmp_path, "cohere2", **_ALTERNATE, tie_word_embeddings=True)
+    with pytest.raises(
+        BackendLoadError, match=r"cohere2 would use .* layers of the base \(\[0, 1\]\) than .* \(\[0\]\)"
+    ):
+        build(base)
+
+
 def test_a_type_that_transformers_has_not_is_read_as_mlx_lm_reads_it(build: Build, tmp_path: Path) -> None:
     config = make_base(tmp_path) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "xverse", "sliding_window": WINDOW}))

@@ -22,24 +22,32 @@ def fit_windows(model: Any, config: Mapping[str, Any]) -> int | None:
         config: The fields of its config.json.
 
     Raises:
-        BackendLoadError: Transformers cannot read them.
+        BackendLoadError: Transformers cannot read them, or mlx-lm's class has windows in other layers. Such classes
+            have other rotary embeddings in these layers, so that short texts would be wrong, too.
 
     Returns:
         The most tokens for which it attends to the same ones as transformers' class; ``None`` for any number.
     """
     try:
-        windows = windows_of(config)
+        windows = _windows_of(config)
     except Exception as error:  # those of huggingface_hub's checks have no class in common with others
         raise BackendLoadError(
             f"transformers cannot read the config.json of the base, so its sliding window is unknown: {error}"
         ) from error
     if windows is None:
         return None
-    apply_windows(model, windows)
-    return agreeing_length(model, windows)
+    _apply_windows(model, windows)
+    pairs = list(zip(windows, _own_windows(model), strict=False))  # the last layers may share the others' caches
+    theirs, own = ([index for index, pair in enumerate(pairs) if pair[side]] for side in (0, 1))
+    if theirs and own and theirs != own:
+        raise BackendLoadError(
+            f"mlx-lm's {config['model_type']} would use a sliding window in other layers of the base ({own}) than its"
+            f" configuration says ({theirs}). Use kind='hf'."
+        )
+    return min((size for pair in pairs if pair[0] != pair[1] for size in pair if size), default=None)
 
 
-def windows_of(config: Mapping[str, Any]) -> list[int | None] | None:
+def _windows_of(config: Mapping[str, Any]) -> list[int | None] | None:
     """Return how many tokens each layer of transformers' class attends to, or the size of its chunks.
 
     Args:
@@ -61,7 +69,7 @@ def windows_of(config: Mapping[str, Any]) -> list[int | None] | None:
     return [sizes.get(kind) or None for kind in kinds]
 
 
-def apply_windows(model: Any, windows: Sequence[int | None]) -> None:
+def _apply_windows(model: Any, windows: Sequence[int | None]) -> None:
     """Give a model of mlx-lm's Llama class, which Mistral is loaded as, a window in all layers.
 
     The constructor of that class wants one layer without a window, so ``layer_types`` cannot say this.
@@ -73,19 +81,6 @@ def apply_windows(model: Any, windows: Sequence[int | None]) -> None:
         layer.use_sliding = True
 
 
-def agreeing_length(model: Any, windows: Sequence[int | None]) -> int | None:
-    """Return how long a text may be for which a model attends to the same tokens as transformers' class.
-
-    What its layers attend to shows in the key-value caches that it makes for them.
-
-    Returns:
-        A number of tokens; ``None`` for any length.
-    """
-    caches = mlx_lm_module("models.cache").make_prompt_cache(model)
-    pairs = [(window, _size_of(cache)) for window, cache in zip(windows, caches, strict=False)]  # layers may share one
-    return min((size for pair in pairs if pair[0] != pair[1] for size in pair if size is not None), default=None)
-
-
 def _declared(config: Any, name: str) -> Any:
     """The value of a field that a configuration's class knows: others are kept, too, but no model reads them."""
     its_class = type(config)
@@ -94,7 +89,7 @@ def _declared(config: Any, name: str) -> Any:
     return getattr(config, name, None) if known else None
 
 
-def _size_of(cache: Any) -> int | None:
-    """The number of tokens that a key-value cache is made for; ``None`` if it grows with the text."""
-    size: int | None = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
-    return size
+def _own_windows(model: Any) -> list[int | None]:
+    """How many tokens each layer of a model attends to, which shows in the key-value caches that it makes for them."""
+    caches = mlx_lm_module("models.cache").make_prompt_cache(model)
+    return [getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) for cache in caches]
