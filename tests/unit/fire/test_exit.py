@@ -36,7 +36,7 @@ def loading(name):
 
 def _run(script: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore:.*multi-threaded, use of fork:DeprecationWarning", "-c", BEGIN + dedent(script)],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", BEGIN + dedent(script)],
         cwd=ROOT,
         capture_output=True,
         text=True,
