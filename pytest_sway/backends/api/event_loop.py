@@ -88,6 +88,7 @@ class EventLoopThread:
         if self._thread.is_alive():  # it is not in a forked child, which must not touch its parent's loop
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())  # its thread looked up servers' names
             self._loop.close()
 
     def _forget(self) -> None:
@@ -114,4 +115,3 @@ async def _finish(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     await last()
-    await asyncio.get_running_loop().shutdown_default_executor()  # its thread looked up the servers' names

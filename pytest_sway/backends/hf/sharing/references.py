@@ -45,6 +45,13 @@ def inside(thing: Any) -> Iterator[Any]:
         yield getattr(thing, "__dict__", None)
 
 
+def refers_to_nothing(function: types.FunctionType) -> bool:
+    """Return whether a function refers to nothing but plain values, as most functions of a library do."""
+    return not function.__closure__ and all(
+        type(each) in PLAIN or (type(each) is dict and not each) for each in inside(function)
+    )
+
+
 def functions_to_copy(model: Any) -> set[int]:
     """Return the ids of the functions of a model that a tree needs copies of.
 

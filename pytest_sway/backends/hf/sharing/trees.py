@@ -16,7 +16,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.sharing.references import EMPTY, PLAIN, functions_to_copy, inside
+from pytest_sway.backends.hf.sharing.references import EMPTY, PLAIN, functions_to_copy, inside, refers_to_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -213,7 +213,7 @@ class _Copier:
 
     def _function(self, function: Any) -> Any:
         """Copy a function with its closure and defaults if the tree needs one of its own; else return it as it is."""
-        if id(function) not in self._functions:
+        if refers_to_nothing(function) or id(function) not in self._functions:
             return function
         cells = function.__closure__ or ()
         new = [cell for cell in cells if id(cell) not in self._memo]
