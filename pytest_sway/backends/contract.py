@@ -213,7 +213,7 @@ def closes_again(close: Callable[[], object], interrupt: BaseException) -> bool:
     Backends in this process finish what their close has left. A user's close is called once, since one that hung until
     a timeout could hang again, without a timeout. But it is not yet called if the interrupt came before its first line.
     """
-    if getattr(getattr(close, "__self__", None), "closes_again", False):
+    if getattr(type(getattr(close, "__self__", None)), "closes_again", False):  # not of what it wraps
         return True
     code = getattr(getattr(close, "__func__", close), "__code__", None)
     places = [at for frame, at in _places(interrupt) if frame.f_code is code]

@@ -232,7 +232,7 @@ def _kind(value: object) -> str:
 
 
 def _require_device(value: object) -> None:
-    if type(value).__module__ == "torch":
+    if (type(value).__module__, type(value).__name__) == ("torch", "device"):
         raise SpecError(f"spec field 'device' is a text: write {str(value)!r}, not torch.{value!r}.")
     if not isinstance(value, str) or not _DEVICE.fullmatch(value):
         raise SpecError(

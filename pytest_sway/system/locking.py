@@ -59,9 +59,10 @@ def close_all(
         again: Returns whether a thing stays in the list after an interrupt, so that ``close`` is called for it again.
     """
     while things:
+        ended: list[None] = []
         try:  # in C, so that no interrupt can come between the end of a close and the removal
             closed: Iterator[Any] = map(close, things[:1])
-            things[:1] = compress(closed, repeat(False))
+            things[:1] = compress(closed, map(ended.append, repeat(None)))
         except Exception:
             del things[0]
             raise
@@ -69,6 +70,8 @@ def close_all(
             if not again(things[0], interrupt):
                 del things[0]
             raise
+        if not ended:  # `map` takes its StopIteration for the end
+            raise RuntimeError("a close raised StopIteration")
 
 
 class OneShotEvent:

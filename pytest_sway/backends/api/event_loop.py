@@ -36,6 +36,7 @@ class EventLoopThread:
         self._lock = threading.Lock()
         self._closing = threading.Lock()
         self._closed = False
+        self._forked = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
@@ -85,14 +86,17 @@ class EventLoopThread:
         future.result()
 
     def _end_thread(self) -> None:
-        if self._thread.is_alive():  # it is not in a forked child, which must not touch its parent's loop
+        if self._forked or self._loop.is_closed():
+            return
+        if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())  # its thread looked up servers' names
-            self._loop.close()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())  # its thread looked up servers' names
+        self._loop.close()
 
     def _forget(self) -> None:
-        """Mark it as closed in a forked child, which does not have its thread."""
+        """Mark it as closed in a forked child, which has no such thread and must not touch its parent's loop."""
+        self._forked = True
         self._lock = threading.Lock()
         self._closing = threading.Lock()
         self._closed = True

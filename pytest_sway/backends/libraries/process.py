@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import warnings
 from contextlib import contextmanager
@@ -45,9 +46,12 @@ def no_warnings() -> Iterator[None]:
 
     By LLM.int8, bitsandbytes logs one for each layer of each pass.
     """
-    logger = logging.getLogger("bitsandbytes")
     with PROCESS_STATE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if "bitsandbytes" not in sys.modules:
+            yield
+            return
+        logger = logging.getLogger("bitsandbytes")
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:

@@ -104,6 +104,7 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
         self._spec, self._key = plan.spec, plan.key  # not the plan, which has the names of all tensors
         self._roles = ["merged model: " if model.merged else "fine-tuned model: " for model in plan.models[1:]]
         self._loaded: Loaded[S] | None = loaded
+        self._close_lock = threading.RLock()
         self._closing: list[Loaded[S]] = []
         self._shares = loaded.shares[::-1]  # a merged base goes before the base that it claims
         self._withdraw = withdraw
@@ -220,11 +221,12 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
 
         Closing twice is harmless. After an interrupt, it finishes what the first close has left.
         """
-        if self._loaded is not None:
-            self._closing, self._loaded = [self._loaded], None
-        close_all(self._closing, self._let_go)
-        # The sides refer to the model, which must be gone before its base is closed.
-        close_all(self._shares, self._release)
+        with self._close_lock:
+            if self._loaded is not None:
+                self._closing, self._loaded = [self._loaded], None
+            close_all(self._closing, self._let_go)
+            # The sides refer to the model, which must be gone before its base is closed.
+            close_all(self._shares, self._release)
 
     def _release(self, share: PoolLease[Any]) -> None:
         base = share.value

@@ -198,6 +198,14 @@ def test_inv06_what_is_closing_to_make_room_is_not_handed_out(build: FakeBuild) 
     assert build.oracle.peak == 1
 
 
+def test_inv11_a_close_that_raises_stop_iteration_is_counted_too(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=1, build=build)
+    cache.get_or_load(spec("a"))
+    build.close_errors["a"] = [StopIteration()]
+    cache.get_or_load(spec("b"))
+    assert cache.stats.close_errors == ["closing dummy:org/a failed: RuntimeError: a close raised StopIteration"]
+
+
 def test_inv11_a_close_that_raises_fails_no_other_request(build: FakeBuild, caplog: pytest.LogCaptureFixture) -> None:
     evicted: list[str] = []
 

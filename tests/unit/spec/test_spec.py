@@ -343,6 +343,8 @@ def test_a_device_of_torch_is_refused_with_the_text_for_it() -> None:
         SpecError, match=r"^spec field 'device' is a text: write 'cuda:1', not torch\.device\(type='cuda'"
     ):
         parse_spec({"base": "b", "device": torch.device("cuda:1")})
+    with pytest.raises(SpecError, match=r"must be 'auto' or a torch device .*, not torch\.float16\.$"):
+        parse_spec({"base": "b", "device": torch.float16})
 
 
 def test_a_name_that_stands_for_a_name_is_refused() -> None:

@@ -247,7 +247,8 @@ def _folder_for_peft(files: AdapterFiles) -> Iterator[Path]:
     with TemporaryDirectory(prefix="pytest-sway-") as made:
         folder = Path(made)
         (folder / CONFIG).symlink_to((files.folder / CONFIG).absolute())
-        save_file(_read_tensors(files, "cpu"), str(folder / files.weights.name))
+        tensors = {name: tensor.contiguous().clone() for name, tensor in _read_tensors(files, "cpu").items()}
+        save_file(tensors, str(folder / files.weights.name))  # those of a pickle may share memory
         yield folder
 
 

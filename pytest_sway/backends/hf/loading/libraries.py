@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,9 +34,6 @@ _QUANTIZERS: Final = {
     "awq": ("gptqmodel",),
 }
 """The modules that each method imports; what others import depends on the version of transformers."""
-
-_IN_PLACE: Final = {"gptqmodel": ("auto_gptq", "awq")}
-"""The modules that transformers 4 takes in place of one."""
 
 _PARTS: Final = (
     "safetensors.torch", "transformers.generation.utils", "transformers.models.auto.modeling_auto",
@@ -71,17 +69,15 @@ def require_package(spec: ModelSpec, config: Mapping[str, Any]) -> None:
     """
     quantization = quantization_of(spec.model_kwargs, config)
     method = "" if quantization is None else method_of(quantization)
-    missing = [name for name in _QUANTIZERS.get(method, ()) if not _is_there(name)]
+    missing = [name for name in _QUANTIZERS.get(method, ()) if find_spec(name) is None]
+    if "gptqmodel" in missing and version("transformers").startswith("4."):
+        return  # it takes other packages, and names them itself
     if missing:
         packages = [name.replace("_", "-") for name in missing]
         raise BackendNotAvailableError(
             f"the model {spec.base!r} is quantized by {method}, for which this environment lacks"
             f" {' and '.join(packages)}. Install what is missing with: pip install {' '.join(packages)}"
         )
-
-
-def _is_there(module: str) -> bool:
-    return any(find_spec(name) is not None for name in (module, *_IN_PLACE.get(module, ())))
 
 
 def import_libraries(*specs: ModelSpec, adapter: bool) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _UNKNOWN: Final = re.compile(r"unexpected keyword argument '(\w+)'")
-_KERNELS: Final = re.compile(r"'_OpNamespace' '(\w+)' object has no attribute|\b[Rr]equires (?:the )?(\w[\w-]*) *>=")
+_KERNELS: Final = re.compile(r"'_OpNamespace' '(\w+)' object has no attribute|(?:^|: )Requires (?:the )?(\w[\w-]*) *>=")
 """Matches what torch says where operators of a package are missing, and what torchao says of such a package."""
 _TORCH_NAMES: Final = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 

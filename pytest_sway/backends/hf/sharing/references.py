@@ -73,14 +73,14 @@ class _Functions:
 
         self._module = torch.nn.Module
         self._plain = PLAIN | {torch.dtype, torch.device, torch.Size}
-        self._left: list[types.FunctionType] = []
+        self._left: dict[int, types.FunctionType] = {}
         self._of_tree: set[int] = set()
         """The ids of all that the tree has copies of, also the variables of functions."""
         self.copied: set[int] = set()
         self._own([model])
-        while found := [function for function in self._left if self._reaches(function, set())]:
+        while found := [function for function in self._left.values() if self._reaches(function, set())]:
             for function in found:
-                self._left.remove(function)
+                del self._left[id(function)]
                 self.copied.add(id(function))
                 self._of_tree.update(map(id, (function, *(function.__closure__ or ()))))
                 self._own(inside(function))
@@ -94,8 +94,8 @@ class _Functions:
             if kind in self._plain or id(thing) in self._of_tree or isinstance(thing, type | types.ModuleType):
                 continue
             if kind is types.FunctionType:
-                if id(thing) not in self.copied and not any(thing is each for each in self._left):
-                    self._left.append(thing)
+                if id(thing) not in self.copied:
+                    self._left[id(thing)] = thing
             elif kind is tuple:  # one without members is everywhere
                 pending.extend(thing)
             elif isinstance(thing, self._module):

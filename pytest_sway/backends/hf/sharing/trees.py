@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.hf.sharing.references import EMPTY, PLAIN, functions_to_copy, inside, refers_to_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __tracebackhide__ = True
 
@@ -211,9 +211,12 @@ class _Copier:
             copied.update((self._copied(key), self._copied(member)) for key, member in value.items())
         return copied
 
+    def _has_copied(self, things: Iterable[Any]) -> bool:
+        return any(self._memo.get(id(each), each) is not each for each in things)
+
     def _function(self, function: Any) -> Any:
         """Copy a function with its closure and defaults if the tree needs one of its own; else return it as it is."""
-        if refers_to_nothing(function) or id(function) not in self._functions:
+        if refers_to_nothing(function) or not (self._has_copied(inside(function)) or id(function) in self._functions):
             return function
         cells = function.__closure__ or ()
         new = [cell for cell in cells if id(cell) not in self._memo]

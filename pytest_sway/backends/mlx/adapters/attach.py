@@ -162,7 +162,7 @@ def _layer(files: AdapterFiles, modules: Mapping[str, Any], name: str, pair: Pai
     if pair.embedding:
         if files.fine_tune_type == "dora":
             raise inexact(files.folder, "it has DoRA on an embedding, which mlx-lm computes in another way")
-        if "lm_head" not in modules:
+        if _placed("lm_head", modules) not in modules:
             raise inexact(files.folder, "the base's embeddings are its output layer too, and MLX would change both")
         return lora.LoRAEmbedding.from_base(modules[name], r=pair.rank, scale=pair.scale)
     kind = dora.DoRALinear if files.fine_tune_type == "dora" else lora.LoRALinear

@@ -5,6 +5,7 @@ import gc
 import resource
 import sys
 import traceback
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
 from pytest_sway.errors import BackendClosedError, ScoringError
 from tests.tiny import make_base
 from tests.unit.backends.hf.insides import WAIT, adapter_in, base_in, held_up
+from tests.unit.fakes import Call, Gate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +44,25 @@ def test_a_closed_backend_says_so(build: Any, base: Path, adapter: Path) -> None
     with pytest.raises(BackendClosedError):
         backend.sizes()
     backend.close()
+
+
+def test_a_close_in_two_threads_releases_each_share(build: Any, base: Path, adapter: Path) -> None:
+    class Share:
+        def __init__(self) -> None:
+            self.value, self.released = types.SimpleNamespace(closed=False), False
+
+        def release(self) -> None:
+            gate.pass_through()
+            self.released = True
+
+    gate, backend = Gate(), build(base, adapter)
+    backend._shares += (shares := [Share(), Share()])
+    calls = [Call(backend.close), Call(backend.close)]
+    gate.wait()
+    gate.open()
+    for call in calls:
+        call.result()
+    assert [share.released for share in shares] == [True, True]
 
 
 @pytest.mark.parametrize("step", ["_let_go", "_release"])

@@ -105,6 +105,20 @@ def test_what_a_wrapper_has_put_into_all_names_of_a_pickle_is_taken_out(
         assert view_logits(tuned).equal(logits(*fresh(base, adapter)))
 
 
+def test_a_pickle_with_a_part_in_all_names_may_hold_tensors_that_are_not_contiguous(
+    build: Any, base: Path, adapter: Path, copied: Path
+) -> None:
+    import torch
+
+    edit_weights(copied, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
+    path = pickled(copied) / "adapter_model.bin"
+    torch.save({name: tensor.t().contiguous().t() for name, tensor in torch.load(path).items()}, path)
+    with pytest.warns(SwayWarning, match=r"have '_orig_mod' in their names"):
+        backend = build(base, copied, allow_pickle=True)
+    with backend.as_finetuned() as tuned:
+        assert view_logits(tuned).equal(logits(*fresh(base, adapter)))
+
+
 @pytest.fixture(scope="module")
 def with_head(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     """An adapter with the base's head in modules_to_save."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf.loading.libraries import REQUIRED, require_package
-from pytest_sway.backends.hf.loading.model_kwargs import loading_arguments
+from pytest_sway.backends.hf.loading.model_kwargs import lacking_kernels, loading_arguments
 from pytest_sway.errors import BackendNotAvailableError, SpecError, SwayError
 from tests.tiny import make_adapter, make_base, make_gguf
 from tests.unit.backends.hf.conftest import spec_of
@@ -197,11 +197,12 @@ def test_files_of_a_format_whose_packages_are_missing_are_refused_with_the_comma
         build(folder)
 
 
-@pytest.mark.parametrize(("method", "found"), [("gptq", ("optimum", "auto_gptq")), ("awq", ("awq",))])
-def test_a_package_that_older_transformers_take_is_left_to_transformers(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, found: tuple[str, ...]
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_transformers_4_names_the_packages_that_it_takes_itself(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    _pretend_installed(monkeypatch, found)
+    _pretend_installed(monkeypatch, ())
+    monkeypatch.setattr("pytest_sway.backends.hf.loading.libraries.version", lambda _: "4.57.1")
     folder = _said_to_be_quantized(base, tmp_path / method, method)
     require_package(spec_of(folder), json.loads((folder / "config.json").read_text()))
 
@@ -250,3 +251,18 @@ def test_a_model_beside_itself_loaded_in_the_same_way_is_refused(
         SpecError, match=r"is the base itself, .* To compare two ways to load it, give 'finetuned_model"
     ):
         build(base, finetuned=base, **fields)
+
+
+@pytest.mark.parametrize(
+    ("said", "package"),
+    [
+        ("Requires mslk >= 1.0.0", "mslk"),
+        ("'_OpNamespace' 'mslk' object has no attribute 'quantize'", "mslk"),
+        ("CUTLASS sparse kernel requires hardware >= SM 9.0", None),
+        ("MXFP4 on CUDA requires Triton >= 3.4.0", None),
+    ],
+)
+def test_only_a_package_is_said_to_be_missing(base: Path, said: str, package: str | None) -> None:
+    spec = spec_of(base, model_kwargs={"quantization_config": {"quant_method": "torchao", "quant_type": "int4"}})
+    error = lacking_kernels(spec, ImportError(said))
+    assert (error is None) if package is None else f"the package {package!r}, not installed here" in str(error)

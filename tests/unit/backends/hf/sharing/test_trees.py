@@ -269,6 +269,14 @@ def test_a_function_that_writes_to_a_list_of_the_model_writes_to_the_trees(order
     assert (len(tree.calls), len(model.calls)) == (1, 0)
 
 
+def test_a_function_that_writes_to_a_list_of_a_copied_object_writes_to_the_trees() -> None:
+    calls: list[Any] = []
+    model = model_with(holder=types.SimpleNamespace(calls=calls), forward=_counting(calls))
+    tree = tree_of(model, _zeros)
+    tree(torch.ones(3))
+    assert (len(tree.holder.calls), len(calls)) == (1, 0)
+
+
 def test_a_function_of_nothing_of_the_model_stays_as_it_is() -> None:
     lock = threading.Lock()
     model = model_with(guard=lambda: lock, names=("a",))
