@@ -66,6 +66,20 @@ def test_an_adapter_of_peft_is_put_on_the_text_model_whatever_class_it_was_train
         assert not np.allclose(plain.rolling_logprob(TEXT).logprobs, expected, atol=0.1)
 
 
+def test_an_adapter_of_peft_on_embeddings_is_put_on_a_multimodal_base_with_a_head_of_its_own(
+    build: Build, tmp_path: Path
+) -> None:
+    specimen = next(each for each in KNOWN if each.name == "llava")
+    folder = make_multimodal(tmp_path / "base", specimen)
+    adapter = train(plain_model(folder, specimen), tmp_path / "adapter", target_modules=r".*embed_tokens")
+    found = [build(folder, adapter, kind=kind) for kind in ("hf", "mlx")]
+    scores = []
+    for backend in found:
+        with backend.as_finetuned() as tuned:
+            scores.append(tuned.rolling_logprob(TEXT).logprobs)
+    np.testing.assert_allclose(*scores, atol=1e-3)
+
+
 @pytest.mark.parametrize("specimen", [each for each in KNOWN if each.name in REFUSED], ids=str)
 def test_files_that_mlx_lm_cannot_read_are_refused_with_what_it_says(
     build: Build, tmp_path: Path, specimen: Specimen
