@@ -17,6 +17,8 @@ from tests.benchmarks.first import LARGE_VOCABULARY, make_random
 from tests.tiny import make_adapter
 
 PAIRS: Final = 5
+PAIRS_OF_TEN: Final = 3
+"""Fewer, since a run by hand with ten questions a test takes minutes."""
 
 COMMON: Final = """
 import pytest
@@ -79,7 +81,7 @@ def figures() -> Iterator[Figure]:
         base = smollm2_folder()
         adapters = _adapters(Path(name), base)
         yield _suite(Path(name), "SmolLM2", base, adapters, QUESTIONS[-1:], 0.75)
-        yield _suite(Path(name), "SmolLM2, ten questions a test", base, adapters, QUESTIONS, 0.6)
+        yield _suite(Path(name), "SmolLM2, ten questions a test", base, adapters, QUESTIONS, 0.6, PAIRS_OF_TEN)
     with tempfile.TemporaryDirectory() as name:
         base = make_random(Path(name) / "base", "float32", **LARGE_VOCABULARY)
         yield _suite(Path(name), "a vocabulary of 262k", base, _adapters(Path(name), base), QUESTIONS[-1:], 0.85)
@@ -90,7 +92,13 @@ def _adapters(folder: Path, base: Path) -> list[str]:
 
 
 def _suite(
-    folder: Path, what: str, base: Path, adapters: list[str], questions: list[tuple[str, str]], promised: float
+    folder: Path,
+    what: str,
+    base: Path,
+    adapters: list[str],
+    questions: list[tuple[str, str]],
+    promised: float,
+    pairs: int = PAIRS,
 ) -> Figure:
     sides: Mapping[str, tuple[str, list[str]]] = {
         "sway": (SWAY, ["--sway-cache-size=2"]),
@@ -102,7 +110,7 @@ def _suite(
         place = folder / side / what.replace(" ", "_")
         place.mkdir(parents=True)
         (place / "test_suite.py").write_text(common + source)
-    for turn in range(-1, PAIRS):  # a first run reads the files and writes bytecode
+    for turn in range(-1, pairs):  # a first run reads the files and writes bytecode
         for side, (_, options) in sides.items():
             place = folder / side / what.replace(" ", "_")
             done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *options], place)
