@@ -188,6 +188,7 @@ def test_files_of_a_format_whose_packages_are_missing_are_refused_with_the_comma
     packages: list[str],
 ) -> None:
     _pretend_installed(monkeypatch, found)
+    monkeypatch.setattr("pytest_sway.backends.hf.loading.libraries.version", lambda _: "5.24.0")
     folder = _said_to_be_quantized(base, tmp_path / method, method)
     sentence = (
         f"the model {str(folder)!r} is quantized by {method}, for which this environment lacks"
