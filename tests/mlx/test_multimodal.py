@@ -72,12 +72,9 @@ def test_an_adapter_of_peft_on_embeddings_is_put_on_a_multimodal_base_with_a_hea
     specimen = next(each for each in KNOWN if each.name == "llava")
     folder = make_multimodal(tmp_path / "base", specimen)
     adapter = train(plain_model(folder, specimen), tmp_path / "adapter", target_modules=r".*embed_tokens")
-    found = [build(folder, adapter, kind=kind) for kind in ("hf", "mlx")]
-    scores = []
-    for backend in found:
-        with backend.as_finetuned() as tuned:
-            scores.append(tuned.rolling_logprob(TEXT).logprobs)
-    np.testing.assert_allclose(*scores, atol=1e-3)
+    with build(folder, adapter, kind="hf").as_finetuned() as expected, build(folder, adapter).as_finetuned() as tuned:
+        found = [view.rolling_logprob(TEXT).logprobs for view in (tuned, expected)]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("specimen", [each for each in KNOWN if each.name in REFUSED], ids=str)
