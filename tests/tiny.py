@@ -48,8 +48,17 @@ def make_base(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = Path(folder)
-    vocab = make_tokenizer(folder)
-    settings: dict[str, Any] = {
+    settings = tiny_fields(make_tokenizer(folder), layers, hidden)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def tiny_fields(vocab: int, layers: int = 2, hidden: int = 32) -> dict[str, Any]:
+    """Return the fields of a configuration like Llama's, for a random model."""
+    return {
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
@@ -62,11 +71,6 @@ def make_base(
         "pad_token_id": 0,
         "initializer_range": 0.2,  # with 0.02, all words would be about equally probable
     }
-    with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
-        model.to(getattr(torch, dtype)).save_pretrained(folder)
-    return folder
 
 
 def save_tiny(make: Callable[[], Any], folder: Path) -> Path:

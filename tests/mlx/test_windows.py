@@ -13,7 +13,7 @@ import pytest
 from pytest_sway.errors import BackendLoadError, ScoringError
 from tests.mlx.native import make_native
 from tests.mlx.test_agreement import CLOSE, compare
-from tests.tiny import WORDS, make_adapter, make_base, make_tokenizer, save_tiny
+from tests.tiny import WORDS, make_adapter, make_base, make_tokenizer, save_tiny, tiny_fields
 from tests.unit.backends.hf.multimodal import KNOWN, make_multimodal
 
 Build = Callable[..., Any]
@@ -47,21 +47,7 @@ def make_model(folder: Path, model_type: str, **fields: Any) -> Path:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     model_class: Any = AutoModelForCausalLM
-
-    settings: dict[str, Any] = {
-        "vocab_size": make_tokenizer(folder),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": False,
-    }
+    settings = tiny_fields(make_tokenizer(folder)) | {"tie_word_embeddings": False}
     config: Any = CONFIG_MAPPING[model_type](**(settings | fields))
     return save_tiny(lambda: model_class.from_config(config), folder)
 

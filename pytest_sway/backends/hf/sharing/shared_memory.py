@@ -5,8 +5,9 @@ A tensor's memory is shared in one of three ways:
 * Memory that torch allocated for a CPU or a CUDA device is cloned lazily: torch copies it before the first write to it.
   A CUDA device's is watched all the same, since torch's optimizers write to it without that copy.
 * A mapped file is mapped again, privately. The operating system copies each page when somebody writes to it.
-* The memory of other devices, and tensors of other classes such as quantized weights, allow neither. They are exposed:
-  all trees have the same memory, and `contents.ContentsRecord` detects writes to it.
+* The memory of other devices, tensors of other classes such as bitsandbytes' weights, and quantized weights on a CUDA
+  device allow neither. They are exposed: all trees have the same memory, and `contents.ContentsRecord` detects writes
+  to it.
 """
 
 from __future__ import annotations

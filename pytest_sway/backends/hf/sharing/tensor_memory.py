@@ -70,7 +70,17 @@ def _moved(tensor: Any) -> Any:
 
 
 def _is_exposed(tensor: Any) -> bool:
-    return not is_plain(tensor) or tensor.device.type not in _CLONED_LAZILY or not _can_clone_lazily()
+    if not is_plain(tensor) or tensor.device.type not in _CLONED_LAZILY or not _can_clone_lazily():
+        return True
+    return tensor.device.type != "cpu" and _is_packed(tensor)
+
+
+def _is_packed(tensor: Any) -> bool:
+    """Return whether a tensor has the dtype of a quantized weight: integers, or floats of 8 bits.
+
+    Kernels outside torch, such as Triton's, take its address and so end a lazy clone, although they only read.
+    """
+    return not (tensor.is_floating_point() or tensor.is_complex()) or tensor.element_size() == 1
 
 
 def is_open_to_writes(tensor: Any, way: Way) -> bool:

@@ -139,6 +139,9 @@ class _Copier:
                         of_tree = {key: self._memo[id(v)] for key, v in vars(tensor).items() if id(v) in self._memo}
                         vars(made).update(of_tree)
                         self._taken += vars(made).values()
+                        # A module may refer to what its weight has, such as the scales of bitsandbytes.
+                        theirs = ((id(v), vars(made).get(key)) for key, v in vars(tensor).items())
+                        self._memo.update((key, own) for key, own in theirs if own is not None and id(own) != key)
         for module in modules:
             self._fill(module)
         return self._memo[id(model)]

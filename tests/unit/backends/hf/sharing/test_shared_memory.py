@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from pytest_sway.backends.hf.sharing import tensor_memory
 from pytest_sway.backends.hf.sharing.mapped_files import FilePart, never_written, page_flags
 from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory
-from pytest_sway.backends.hf.sharing.tensor_memory import Method, address_of
+from pytest_sway.backends.hf.sharing.tensor_memory import Method, address_of, way_of
 from pytest_sway.backends.hf.sharing.trees import tensors_of
 from tests.tiny import TEXT, make_adapter, make_base, quiet
 from tests.unit.backends.hf.insides import adapter_in, base_in, computing_model, engine_of
@@ -416,6 +417,17 @@ def test_a_tensor_of_a_class_of_its_own_is_exposed_and_keeps_its_class() -> None
     assert weight.quant_state.scale is not None
 
 
+def test_a_module_refers_to_what_its_weight_of_the_same_tree_has() -> None:
+    model: Any = _model()
+    weight: Any = torch.Tensor._make_subclass(Quantized, torch.ones(64, 64), False)
+    weight.quant_state = model[1].quant_state = _QuantState()
+    model[1].weight = weight
+    tree = SharedMemory(model).tree()
+    assert tree[1].quant_state is tree[1].weight.quant_state
+    assert tree[1].quant_state is not weight.quant_state
+    assert tree[1].quant_state.scale is weight.quant_state.scale
+
+
 # --- what torch has to have, and whether it copies --------------------------------------------------------------------
 
 
@@ -434,6 +446,30 @@ def test_torch_has_what_lazy_clones_need() -> None:
     clone.add_(1)
     assert not _is_lazy(clone)
     assert tensor.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way"),
+    [
+        (torch.float32, Method.LAZY_CLONE),
+        (torch.bfloat16, Method.LAZY_CLONE),
+        (torch.float8_e4m3fn, Method.EXPOSED),
+        (torch.int32, Method.EXPOSED),
+        (torch.uint8, Method.EXPOSED),
+    ],
+)
+def test_off_the_cpu_quantized_weights_are_exposed_since_foreign_kernels_take_their_address(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, way: Method
+) -> None:
+    monkeypatch.setattr(tensor_memory, "_CLONED_LAZILY", ("cpu", "meta"))  # "meta" in the place of a CUDA device
+    assert way_of(torch.empty(64, dtype=dtype, device="meta"), None) is way
+    assert way_of(torch.empty(64, dtype=dtype), None) is Method.LAZY_CLONE
+
+
+def test_taking_the_address_as_foreign_kernels_do_ends_a_lazy_clone() -> None:
+    clone = torch._lazy_clone(torch.ones(8, dtype=torch.int32))
+    clone.data_ptr()
+    assert not _is_lazy(clone)
 
 
 @pytest.fixture
