@@ -1,7 +1,8 @@
 """The pytest plugin: hooks and fixtures that look up this run's state and delegate.
 
 Every start of pytest imports this module and what it imports. So that is little: the settings and the hooks' names. The
-rest is imported when it is first used, and the cache when a test first asks for a backend.
+rest is imported when it is first used, the hooks around tests when the tests start, and the cache when a test first
+asks for a backend.
 """
 
 from __future__ import annotations
@@ -17,23 +18,16 @@ from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
-    from pytest_sway.cache.owners import Owner
-    from pytest_sway.cache.stats import WorkerReport
-    from pytest_sway.report.collected import Collected
+    from pytest_sway.run.current import CurrentRun
     from pytest_sway.run.regression.comparing import SwayCompare
-    from pytest_sway.run.regression.hooks import Regression
     from pytest_sway.run.serving.requests import SwayBackend
     from pytest_sway.run.serving.session import SwaySession
     from pytest_sway.spec.parsing import SpecLike
 
 _settings = pytest.StashKey[SwaySettings]()
-_session = pytest.StashKey["SwaySession"]()
 _terminal_fd = pytest.StashKey[int]()
-_running = pytest.StashKey["Owner"]()
-_errors = pytest.StashKey[list[BaseException]]()
-_collected = pytest.StashKey["Collected"]()
 _changed = pytest.StashKey[str]()
-_regression = pytest.StashKey["Regression"]()
+_run = pytest.StashKey["CurrentRun"]()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -81,19 +75,20 @@ def pytest_configure(config: pytest.Config) -> None:
         if distributes(config):
             controller = Controller(config, settings)
             config.pluginmanager.register(controller, "pytest_sway_controller")
-            _collect(config)
+            _current(config).collect()
     if asks_for_reports(config) and not hasattr(config, "workerinput") and not config.getoption("collectonly"):
         from pytest_sway.run.reports import Reports
 
-        workers = partial(_here, config) if controller is None else controller.reports
-        config.pluginmanager.register(Reports(config, _collect(config), workers), "pytest_sway_reports")
+        run = _current(config)
+        workers = run.reports if controller is None else controller.reports
+        config.pluginmanager.register(Reports(config, run.collect(), workers), "pytest_sway_reports")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Close the backends that an interrupted teardown left open, and the terminal."""
     try:
-        if _session in config.stash:
-            config.stash[_session].close()
+        if (session := _used(config)) is not None:
+            session.close()
     finally:
         if _terminal_fd in config.stash:
             os.close(config.stash[_terminal_fd])
@@ -132,7 +127,8 @@ def sway_backend(request: pytest.FixtureRequest) -> Iterator[SwayBackend]:
 
     Its ``as_base()`` and ``as_finetuned()`` open views on one set of loaded weights.
     """
-    with _sway(request.config).requests.backends_for(request.node.nodeid, _marked(request.node)) as backends:
+    requests = _current(request.config).session().requests
+    with requests.backends_for(request.node.nodeid, _marked(request.node)) as backends:
         yield backends
 
 
@@ -144,7 +140,7 @@ def sway_compare(request: pytest.FixtureRequest) -> SwayCompare:
     A side is a view, a spec or a configured name. Without a baseline, it compares with the scores that
     ``--sway-record`` has written beside the test.
     """
-    return _comparing(request.config).sway_compare(request)
+    return _current(request.config).comparing().sway_compare(request)
 
 
 @pytest.fixture(scope="session")
@@ -154,110 +150,10 @@ def sway_cache(request: pytest.FixtureRequest) -> BackendCache:
     In a fixture, ``with sway_cache.lease(spec) as backend: yield backend`` pins a backend until the fixture's teardown.
     A lease that is not released ends with the test or wider fixture that took it.
     """
-    return _sway(request.config).cache
+    return _current(request.config).session().cache
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, object, object]:
-    """Make the fixture own the leases that are taken in its set-up; they end after its own teardown."""
-    if request.scope == "function":
-        return (yield)
-    from pytest_sway.cache.owners import Owner
-
-    stash = request.config.stash
-    owner = Owner(f"fixture {request.fixturename!r} of {request.node.nodeid or 'the session'}")
-    request.addfinalizer(partial(_end, request.config, owner))
-    around, stash[_running] = _owner(request.config), owner
-    try:
-        return (yield)
-    finally:
-        stash[_running] = around
-
-
-# --- a test's life ----------------------------------------------------------------------------------------------------
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Make the test own its leases, and refuse a ``sway_spec`` marker without specs."""
-    from pytest_sway.cache.owners import Owner
-    from pytest_sway.system import imports  # noqa: F401 # a pytest run inside this test would remove it after its end
-
-    item.config.stash[_running] = Owner(item.nodeid)
-    for marker in item.iter_markers("sway_spec"):
-        if not marker.args or marker.kwargs:
-            pytest.fail(
-                f"{item.nodeid}: the marker sway_spec takes one or more specs, as in"
-                f" @pytest.mark.sway_spec({{'base': ...}}); found {_arguments(marker)}.",
-                pytrace=False,
-            )
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Compare the used models after the test's own fixtures have ended, so that the right test gets the error."""
-    try:
-        return (yield)
-    finally:
-        from pytest_sway.system.imports import restore_modules
-
-        restore_modules()  # a pytest run inside this test may have removed some
-        session = _used(item.config)
-        error = session.end_test(_owner(item.config)) if session is not None else None
-        if error is not None:
-            raise error
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
-    """Refuse a test whose wider fixture holds a backend that an earlier test changed."""
-    session = _used(item.config)
-    if session is not None:
-        session.hygiene.check_fixtures(getattr(item, "funcargs", {}))
-
-
-def pytest_assertion_pass(item: pytest.Item, expl: str) -> None:
-    """Note the margin of an assertion that passed. pytest looks for this hook before a test starts."""
-    if (regression := item.config.stash.get(_regression, None)) is not None:
-        regression.asserted(expl)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Clear a failed test's traceback once it is reported, so that it does not keep a model in memory.
-
-    pytest keeps the last traceback until the next test's call.
-    """
-    try:
-        return (yield)
-    finally:
-        errors = item.stash.get(_errors, [])
-        if errors and _used(item.config) is not None and not item.config.getoption("usepdb", False):
-            from pytest_sway.system.frames import forget_frames
-
-            for error in errors:
-                forget_frames(error)
-        errors.clear()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Name the docs entry of an error, and subtract load seconds from the duration of the test that loaded."""
-    if call.excinfo is not None:
-        from pytest_sway.errors import name_page
-
-        name_page(call.excinfo.value)
-        item.stash.setdefault(_errors, []).append(call.excinfo.value)
-    session = _used(item.config)
-    loaded, imported = session.take_load_seconds() if session else (0.0, 0.0)
-    for name, seconds in (("sway_load_seconds", loaded), ("sway_import_seconds", imported)):
-        if seconds:
-            item.user_properties.append((name, round(seconds, 3)))
-    report = yield
-    report.duration = max(0.0, report.duration - loaded - imported)
-    return report
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def pytest_exception_interact(
@@ -271,7 +167,16 @@ def pytest_exception_interact(
             report.longrepr = node.repr_failure(call.excinfo)
 
 
-# --- the end of the run -----------------------------------------------------------------------------------------------
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Register the hooks around tests; a run that only collects needs none."""
+    config = session.config
+    if not config.getoption("collectonly"):
+        from pytest_sway.run.around_tests import AroundTests
+        from pytest_sway.run.registering import registered
+
+        registered(config, "pytest_sway_tests", partial(AroundTests, _current(config)))
+    return (yield)
 
 
 @pytest.hookimpl(trylast=True)
@@ -282,7 +187,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         from pytest_sway.cache.owners import Owner
         from pytest_sway.run.controller import publish
 
-        config.stash[_running] = Owner("the session's end")
+        _current(config).running = Owner("the session's end")
         sway.close()
         publish(config, sway.stats)
         if config.stash[_settings].fails_run(sway.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
@@ -291,10 +196,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the comparisons, and the summary if a test used a backend."""
-    if (collected := config.stash.get(_collected, None)) is not None:
+    run = config.stash.get(_run, None)
+    if run is not None and run.collected is not None:
         from pytest_sway.report.comparisons import write_comparisons
 
-        write_comparisons(terminalreporter, collected.comparisons())
+        write_comparisons(terminalreporter, run.collected.comparisons())
     if config.getoption("sway_record"):
         from pytest_sway.run.regression.records import write_recorded
 
@@ -336,71 +242,22 @@ class _Order:
         return (yield from Collection(self._settings).pytest_collection_modifyitems(config, items))
 
 
+def _current(config: pytest.Config) -> CurrentRun:
+    """Return the run's state, creating it on first use."""
+    if _run not in config.stash:
+        from pytest_sway.run.current import CurrentRun
+
+        config.stash[_run] = CurrentRun(config, config.stash[_settings], config.stash[_terminal_fd])
+    return config.stash[_run]
+
+
 def _used(config: pytest.Config) -> SwaySession | None:
     """Return the session, or ``None`` if no test has used it."""
-    return config.stash.get(_session, None)
-
-
-def _owner(config: pytest.Config) -> Owner:
-    """Return the running test or fixture."""
-    if _running not in config.stash:
-        from pytest_sway.cache.owners import Owner
-
-        config.stash[_running] = Owner("the session")
-    return config.stash[_running]
-
-
-def _sway(config: pytest.Config) -> SwaySession:
-    """Return the session, creating it on first use."""
-    if _session not in config.stash:
-        from pytest_sway.run.serving.opening import open_session
-
-        terminal = config.stash.get(_terminal_fd, None)
-        config.stash[_session] = open_session(config, config.stash[_settings], partial(_owner, config), terminal)
-    return config.stash[_session]
-
-
-def _comparing(config: pytest.Config) -> Regression:
-    """Return the hooks around ``sway_compare``, registering them on first use."""
-    if _regression not in config.stash:
-        from pytest_sway.run.registering import registered
-        from pytest_sway.run.regression.hooks import Regression
-
-        _collect(config)
-        make = partial(Regression, _sway(config).requests, config.stash[_settings])
-        config.stash[_regression] = registered(config, "pytest_sway_regression", make)
-    return config.stash[_regression]
-
-
-def _collect(config: pytest.Config) -> Collected:
-    """Return the collected comparisons of the run, registering their plugin on first use."""
-    if _collected not in config.stash:
-        from pytest_sway.report.collected import Collected
-        from pytest_sway.run.registering import registered
-
-        make = partial(Collected, each=config.getoption("dist", "no") == "each")
-        config.stash[_collected] = registered(config, "pytest_sway_collected", make)
-    return config.stash[_collected]
-
-
-def _here(config: pytest.Config) -> list[WorkerReport]:
-    """Return the counts of this process, which runs the tests itself."""
-    from pytest_sway.cache.stats import WorkerReport
-
-    session = _used(config)
-    return [WorkerReport("main", None if session is None else session.stats)]
-
-
-def _end(config: pytest.Config, owner: Owner) -> None:
-    if (session := _used(config)) is not None:
-        session.cache.end(owner)
+    run = config.stash.get(_run, None)
+    return None if run is None else run.used
 
 
 def _marked(item: pytest.Item) -> tuple[SpecLike, ...]:
     """Return the specs of the closest ``sway_spec`` marker."""
     marker = item.get_closest_marker("sway_spec")
     return () if marker is None else marker.args
-
-
-def _arguments(marker: pytest.Mark) -> str:
-    return "no arguments" if not marker.kwargs else f"the keyword arguments {', '.join(marker.kwargs)}"

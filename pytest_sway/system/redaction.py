@@ -2,7 +2,7 @@
 
 `redacted` handles a text, `redacted_values` plain data, and `without_secrets` an error with all that a report shows
 with it. Every error of a build, a close or a comparison goes through one of them before it leaves this package.
-`pytest_sway.run.secrets` handles what else a report shows of views and tests.
+`pytest_sway.run.serving.secrets` handles what else a report shows of views and tests.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,8 @@ def test_the_copy_of_the_terminal_is_closed_even_if_the_last_close_is_interrupte
             raise KeyboardInterrupt
 
     config, descriptor = SimpleNamespace(stash=pytest.Stash()), os.dup(2)
-    config.stash[plugin._session] = Interrupted()
+    run: Any = SimpleNamespace(used=Interrupted())
+    config.stash[plugin._run] = run
     config.stash[plugin._terminal_fd] = descriptor
     with pytest.raises(KeyboardInterrupt):
         plugin.pytest_unconfigure(config)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.run.controller import load_progress, weights_folder
 from pytest_sway.run.named_specs import named_specs
 from pytest_sway.run.registering import registered
-from pytest_sway.run.secrets import SecretsHidden
+from pytest_sway.run.serving.secrets import SecretsHidden
 from pytest_sway.run.serving.session import SwaySession
 from pytest_sway.run.settings import asks_for_reports
 

@@ -1,0 +1,120 @@
+"""pytest's hooks around tests and fixtures, registered when the tests start."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_sway.cache.owners import Owner
+from pytest_sway.system.imports import restore_modules
+
+if TYPE_CHECKING:
+    from pytest_sway.run.current import CurrentRun
+
+_errors = pytest.StashKey[list[BaseException]]()
+
+
+class AroundTests:
+    """The hooks of one run."""
+
+    def __init__(self, run: CurrentRun) -> None:
+        self._run = run
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(self, request: pytest.FixtureRequest) -> Generator[None, object, object]:
+        """Make the fixture own the leases that are taken in its set-up; they end after its own teardown."""
+        if request.scope == "function":
+            return (yield)
+        owner = Owner(f"fixture {request.fixturename!r} of {request.node.nodeid or 'the session'}")
+        request.addfinalizer(partial(self._end, owner))
+        around, self._run.running = self._run.running, owner
+        try:
+            return (yield)
+        finally:
+            self._run.running = around
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Make the test own its leases, and refuse a ``sway_spec`` marker without specs."""
+        self._run.running = Owner(item.nodeid)
+        for marker in item.iter_markers("sway_spec"):
+            if not marker.args or marker.kwargs:
+                pytest.fail(
+                    f"{item.nodeid}: the marker sway_spec takes one or more specs, as in"
+                    f" @pytest.mark.sway_spec({{'base': ...}}); found {_arguments(marker)}.",
+                    pytrace=False,
+                )
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
+        """Compare the used models after the test's own fixtures have ended, so that the right test gets the error."""
+        try:
+            return (yield)
+        finally:
+            restore_modules()  # a pytest run inside this test may have removed some
+            session = self._run.used
+            error = session.end_test(self._run.running) if session is not None else None
+            if error is not None:
+                raise error
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """Refuse a test whose wider fixture holds a backend that an earlier test changed."""
+        if self._run.used is not None:
+            self._run.used.hygiene.check_fixtures(getattr(item, "funcargs", {}))
+
+    @pytest.hookimpl
+    def pytest_assertion_pass(self, expl: str) -> None:
+        """Note the margin of an assertion that passed. pytest looks for this hook before a test starts."""
+        if self._run.regression is not None:
+            self._run.regression.asserted(expl)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Clear a failed test's traceback once it is reported, so that it does not keep a model in memory.
+
+        pytest keeps the last traceback until the next test's call.
+        """
+        try:
+            return (yield)
+        finally:
+            errors = item.stash.get(_errors, [])
+            if errors and self._run.used is not None and not item.config.getoption("usepdb", False):
+                from pytest_sway.system.frames import forget_frames
+
+                for error in errors:
+                    forget_frames(error)
+            errors.clear()
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Name the docs entry of an error, and subtract load seconds from the duration of the test that loaded.
+
+        The wrappers of a ``conftest.py`` are around this one, and see the report as it will be.
+        """
+        if call.excinfo is not None:
+            from pytest_sway.errors import name_page
+
+            name_page(call.excinfo.value)
+            item.stash.setdefault(_errors, []).append(call.excinfo.value)
+        session = self._run.used
+        loaded, imported = session.take_load_seconds() if session else (0.0, 0.0)
+        for name, seconds in (("sway_load_seconds", loaded), ("sway_import_seconds", imported)):
+            if seconds:
+                item.user_properties.append((name, round(seconds, 3)))
+        report = yield
+        report.duration = max(0.0, report.duration - loaded - imported)
+        return report
+
+    def _end(self, owner: Owner) -> None:
+        if self._run.used is not None:
+            self._run.used.cache.end(owner)
+
+
+def _arguments(marker: pytest.Mark) -> str:
+    return "no arguments" if not marker.kwargs else f"the keyword arguments {', '.join(marker.kwargs)}"
