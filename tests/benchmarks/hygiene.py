@@ -10,7 +10,7 @@ from statistics import median
 
 from examples.smollm2 import smollm2_folder
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.run.hygiene import changes
+from pytest_sway.run.serving.hygiene import changes
 from tests.benchmarks.figures import Figure
 from tests.tiny import make_adapter
 

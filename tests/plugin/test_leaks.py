@@ -188,7 +188,7 @@ def test_fails(sway_backend):
 def test_hundreds_of_clean_loads_raise_no_alarm(models: Path) -> None:
     """Two adapters are loaded in turn; after each twenty, their base is reloaded too."""
     from pytest_sway.cache.backend_cache import BackendCache
-    from pytest_sway.run.hygiene import changes, leak
+    from pytest_sway.run.serving.hygiene import changes, leak
 
     cache = BackendCache(max_size=2)
     base = {"base": models / "base"}

@@ -14,7 +14,7 @@ from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
 from pytest_sway.cache.entries import CachedBackend
 from pytest_sway.cache.owners import Owner
-from pytest_sway.run.hygiene import Hygiene
+from pytest_sway.run.serving.hygiene import Hygiene
 from pytest_sway.run.serving.requests import Requests
 from pytest_sway.spec.identity import adapter_digest_in, look_again
 from pytest_sway.spec.model_kwargs import in_short

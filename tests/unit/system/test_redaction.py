@@ -12,7 +12,7 @@ import pytest
 
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import BackendLoadError, SpecError, SwayError, WeightsError
-from pytest_sway.run.hygiene import changes
+from pytest_sway.run.serving.hygiene import changes
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.redaction import redacted, without_secrets
 
