@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pytest_sway.run.current import CurrentRun
     from pytest_sway.run.regression.comparing import SwayCompare
     from pytest_sway.run.serving.requests import SwayBackend
-    from pytest_sway.run.serving.session import SwaySession
     from pytest_sway.spec.parsing import SpecLike
 
 _settings = pytest.StashKey[SwaySettings]()
@@ -87,8 +86,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Close the backends that an interrupted teardown left open, and the terminal."""
     try:
-        if (session := _used(config)) is not None:
-            session.close()
+        run = config.stash.get(_run, None)
+        if run is not None and run.used is not None:
+            run.used.close()
     finally:
         if _terminal_fd in config.stash:
             os.close(config.stash[_terminal_fd])
@@ -182,34 +182,16 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Close every backend; session fixtures have ended by now, even after an interrupt."""
-    config = session.config
-    if (sway := _used(config)) is not None:
-        from pytest_sway.cache.owners import Owner
-        from pytest_sway.run.controller import publish
-
-        _current(config).running = Owner("the session's end")
-        sway.close()
-        publish(config, sway.stats)
-        if config.stash[_settings].fails_run(sway.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    run = session.config.stash.get(_run, None)
+    if run is not None:
+        run.end(session)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the comparisons, and the summary if a test used a backend."""
-    run = config.stash.get(_run, None)
-    if run is not None and run.collected is not None:
-        from pytest_sway.report.comparisons import write_comparisons
-
-        write_comparisons(terminalreporter, run.collected.comparisons())
-    if config.getoption("sway_record"):
-        from pytest_sway.run.regression.records import write_recorded
-
-        write_recorded(terminalreporter)
-    if (sway := _used(config)) is not None:
-        from pytest_sway.report.summary import write_summary
-
-        fails = config.stash[_settings].fails_run(sway.stats.leaks)
-        write_summary(terminalreporter, sway.stats, fails=fails)
+    run = _current(config) if config.getoption("sway_record") else config.stash.get(_run, None)
+    if run is not None:
+        run.summarize(terminalreporter)
 
 
 # --- the run's state --------------------------------------------------------------------------------------------------
@@ -249,12 +231,6 @@ def _current(config: pytest.Config) -> CurrentRun:
 
         config.stash[_run] = CurrentRun(config, config.stash[_settings], config.stash[_terminal_fd])
     return config.stash[_run]
-
-
-def _used(config: pytest.Config) -> SwaySession | None:
-    """Return the session, or ``None`` if no test has used it."""
-    run = config.stash.get(_run, None)
-    return None if run is None else run.used
 
 
 def _marked(item: pytest.Item) -> tuple[SpecLike, ...]:

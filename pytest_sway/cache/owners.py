@@ -1,4 +1,4 @@
-"""`Owner`, the test or fixture that owns leases. It is a module of its own since every run of pytest imports it."""
+"""`Owner`, the test or fixture that owns leases. It is a module of its own since every run of tests imports it."""
 
 from __future__ import annotations
 

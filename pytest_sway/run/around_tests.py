@@ -18,7 +18,10 @@ _errors = pytest.StashKey[list[BaseException]]()
 
 
 class AroundTests:
-    """The hooks of one run."""
+    """The hooks of one run.
+
+    They are registered last. So those with ``tryfirst`` are around those of a ``conftest.py``.
+    """
 
     def __init__(self, run: CurrentRun) -> None:
         self._run = run

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import pytest
+
 from pytest_sway.cache.owners import Owner
 from pytest_sway.run.registering import registered
 
 if TYPE_CHECKING:
-    import pytest
-
     from pytest_sway.cache.stats import WorkerReport
     from pytest_sway.report.collected import Collected
     from pytest_sway.run.regression.hooks import Regression
@@ -74,6 +74,34 @@ class CurrentRun:
         from pytest_sway.cache.stats import WorkerReport
 
         return [WorkerReport("main", None if self.used is None else self.used.stats)]
+
+    def end(self, session: pytest.Session) -> None:
+        """Close every backend, send a worker's counts, and fail the run if weights have leaked."""
+        if self.used is None:
+            return
+        from pytest_sway.run.controller import publish
+
+        self.running = Owner("the session's end")
+        self.used.close()
+        publish(self._config, self.used.stats)
+        if self._settings.fails_run(self.used.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def summarize(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the comparisons, what was recorded, and the summary if a test used a backend."""
+        if self.collected is not None:
+            from pytest_sway.report.comparisons import write_comparisons
+
+            write_comparisons(terminalreporter, self.collected.comparisons())
+        if self._config.getoption("sway_record"):
+            from pytest_sway.run.regression.records import write_recorded
+
+            write_recorded(terminalreporter)
+        if self.used is not None:
+            from pytest_sway.report.summary import write_summary
+
+            fails = self._settings.fails_run(self.used.stats.leaks)
+            write_summary(terminalreporter, self.used.stats, fails=fails)
 
     def _owner(self) -> Owner:
         return self.running

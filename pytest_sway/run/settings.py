@@ -1,10 +1,10 @@
-"""Options and ini values, resolved once into a frozen `SwaySettings`.
+"""Options and ini values, resolved once into `SwaySettings`.
 
 An option given on the command line wins over its ini value, and that over the default.
 """
 
 # No `from __future__ import annotations`: `NamedTuple` would compile each field's, at every start of pytest.
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import pytest
@@ -19,8 +19,11 @@ _CONFIDENCE: Final = 0.99
 _DRIFT: Final = 0.05
 
 
-class SwaySettings(NamedTuple):  # faster to define than a dataclass, and every run of pytest defines it
+class SwaySettings:  # every run of pytest defines it: no dataclass, which takes longer
     """The settings of this run.
+
+    Args:
+        values: The attributes.
 
     Attributes:
         cache_size: The most backends that are resident in one process, at least 1.
@@ -51,6 +54,9 @@ class SwaySettings(NamedTuple):  # faster to define than a dataclass, and every 
     score_cache: int
     confidence: float
     drift: float
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        vars(self).update(values)
 
     def fails_run(self, leaks: Sequence[str]) -> bool:
         """Whether ``leaks`` fail a run in which every test passed."""
@@ -294,7 +300,7 @@ def resolve_settings(config: pytest.Config) -> SwaySettings:
     Raises:
         pytest.UsageError: A setting has an invalid value.
     """
-    return SwaySettings(**{setting.name.removeprefix("sway_"): setting.resolve(config) for setting in _SETTINGS})
+    return SwaySettings({setting.name.removeprefix("sway_"): setting.resolve(config) for setting in _SETTINGS})
 
 
 def asks_for_reports(config: pytest.Config) -> bool:

@@ -41,6 +41,23 @@ def test_the_test_that_mutates_gets_the_error_and_the_next_a_clean_backend(suite
     )
 
 
+SWALLOWS = """
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown():
+    try:
+        return (yield)
+    except Exception:
+        note("swallowed")
+"""
+
+
+def test_a_conftest_that_swallows_the_errors_of_teardowns_hides_no_mutation(suite: Suite) -> None:
+    conftest = suite.pytester.path / "conftest.py"
+    conftest.write_text(conftest.read_text() + SWALLOWS)
+    suite.run(MUTATES).assert_outcomes(passed=3, errors=1)
+    assert "swallowed" not in suite.events()
+
+
 def test_mutations_can_warn_or_be_ignored(suite: Suite) -> None:
     suite.pytester.makeini("[pytest]\nsway_on_mutation = warn\n")
     result = suite.run(MUTATES, "-W", "default")

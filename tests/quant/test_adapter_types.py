@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
+from pytest_sway.backends.hf.sharing.tensor_parts import scales_of
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError
 from tests.quant.test_on_load import FORMATS
 from tests.tiny import edit_config, make_adapter, make_base, save_adapter
@@ -67,6 +68,31 @@ def test_an_adapter_of_any_type_computes_what_peft_computes(base: Path, tmp_path
         assert len(tuned.rolling_logprobs([PROMPT, ANSWER])) == 2
     assert backend.changes() == []
     backend.close()
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "IA3", "a saved head"])
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_an_adapter_of_any_type_shares_the_weights_of_bitsandbytes_and_their_scales(
+    base: Path, tmp_path: Path, form: str, kind: str
+) -> None:
+    if (form, kind) not in SERVED:
+        kind = "LoHa"
+    settings, _ = FORMATS[form]
+    backend = HFBuilder()(spec_of(base, _adapter(tmp_path, base, kind), model_kwargs={"quantization_config": settings}))
+    with backend.as_base() as plain, backend.as_finetuned() as tuned:
+        places = [_places(view.model) for view in (plain, tuned)]
+        assert places[0] == places[1]
+        assert len(places[0]) == 14
+    backend.close()
+
+
+def _places(model: Any) -> list[list[int]]:
+    """Return the addresses of each quantized weight and of what is beside it."""
+    import bitsandbytes
+
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)]
+    assert all(getattr(layer, "quant_state", None) is getattr(layer.weight, "quant_state", None) for layer in layers)
+    return [[part.data_ptr() for part in (layer.weight, *scales_of(layer.weight))] for layer in layers]
 
 
 @pytest.mark.parametrize(("form", "kind"), REFUSED)

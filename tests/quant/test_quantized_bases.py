@@ -203,3 +203,32 @@ def _merged_by_hand(models: Models) -> Any:
     first, last = models.adapters
     model, tokenizer = models.fresh(first)
     return logits(PeftModel.from_pretrained(model.merge_and_unload(), str(last)).eval(), tokenizer)
+
+
+def test_the_models_of_two_adapters_have_objects_of_their_own_on_the_scales_of_nf4(tmp_path: Path) -> None:
+    models = Models(tmp_path, "bitsandbytes nf4")
+    builder = HFBuilder()
+    first, second = builder(models.spec(0)), builder(models.spec(1))
+    with first.as_base() as base, first.as_finetuned() as tuned, second.as_finetuned() as other:
+        layers = [[m for m in view.model.modules() if hasattr(m, "quant_state")] for view in (base, tuned, other)]
+        assert len(layers[0]) == len(layers[1]) == len(layers[2]) == 14
+        for same in zip(*layers, strict=True):
+            states = [layer.weight.quant_state for layer in same]
+            assert all(layer.quant_state is state for layer, state in zip(same, states, strict=True))
+            assert len({id(state) for state in states}) == 3
+            assert len({state.absmax.data_ptr() for state in states}) == 1
+            assert all(layer.weight.module is layer for layer in same)
+    assert (first.changes(), second.changes()) == ([], [])
+    first.close()
+    second.close()
+
+
+def test_a_write_to_the_scales_of_nf4_is_a_change(tmp_path: Path) -> None:
+    models = Models(tmp_path, "bitsandbytes nf4")
+    backend = HFBuilder()(models.spec(0))
+    with backend.as_finetuned() as tuned:
+        layer = next(module for module in tuned.model.modules() if hasattr(module, "quant_state"))
+        layer.weight.quant_state.absmax.mul_(2)
+    (line,) = backend.changes()
+    assert line.endswith(".weight (scales, 1): contents changed")
+    backend.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pytest_sway.system.forking import call_in_forked_child
@@ -34,11 +35,13 @@ class EventLoopThread:
 
     def __init__(self, name: str) -> None:
         self._lock = threading.Lock()
-        self._closing = threading.Lock()
         self._closed = False
         self._forked = False
+        self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._error: BaseException | None = None
+        self._ends = asyncio.Event()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
         call_in_forked_child(self._forget)
 
@@ -70,35 +73,48 @@ class EventLoopThread:
         return future.result()
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Cancel all running work, run what ``last`` returns, and end the thread. Closing twice is harmless."""
-        with self._closing:
-            try:
-                self._finish(last)
-            finally:  # also after an interrupt
-                self._end_thread()
+        """Cancel all running work, run what ``last`` returns, and end the thread. Closing twice is harmless.
 
-    def _finish(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        After an interrupt of the waiting thread, the loop's thread still does all of that.
+        """
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
-            future = asyncio.run_coroutine_threadsafe(_finish(last), self._loop)
-        future.result()
-
-    def _end_thread(self) -> None:
-        if self._forked or self._loop.is_closed():
+            self._last = self._last or last
+        if self._forked:
             return
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())  # its thread looked up servers' names
-        self._loop.close()
+        with suppress(RuntimeError):  # the loop has closed meanwhile
+            self._loop.call_soon_threadsafe(self._ends.set)
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _serve(self) -> None:
+        try:
+            self._loop.run_until_complete(self._until_closed())
+        except BaseException as error:  # `close` raises it
+            self._error = error
+        finally:
+            with self._lock:
+                self._closed = True
+            self._loop.close()
+
+    async def _until_closed(self) -> None:
+        await self._ends.wait()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        try:
+            if self._last is not None:
+                await self._last()
+        finally:
+            await self._loop.shutdown_default_executor()  # its thread looked up servers' names
 
     def _forget(self) -> None:
         """Mark it as closed in a forked child, which has no such thread and must not touch its parent's loop."""
         self._forked = True
         self._lock = threading.Lock()
-        self._closing = threading.Lock()
         self._closed = True
 
 
@@ -111,11 +127,3 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         first = errors.exceptions[0]
         raise first from first.__cause__  # not from the group, or a report would show all of its members
     return [task.result() for task in tasks]
-
-
-async def _finish(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    await last()

@@ -5,6 +5,7 @@ It tells the user's hooks, the summary and the run's `Hygiene` of loads and clos
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -85,7 +86,7 @@ class SwaySession(Listener):
         self._hooks = hooks
         self._progress = progress
         self._loaded: dict[ModelSpec, str | None] = {}
-        self._unreported_seconds = 0.0
+        self._unreported = deque[float]()
         self._seconds_before = import_seconds()
         builder = Builder(
             hooks=hooks,
@@ -147,7 +148,7 @@ class SwaySession(Listener):
         if spec.kind in ("hf", "mlx"):  # the kinds that share bases
             self.stats.backend(str(spec)).base = short_name(f"{spec.base}{in_short(spec.model_kwargs, spec.task)}")
         self._loaded[spec] = adapter_digest_in(cached.key)
-        self._unreported_seconds += cached.load_seconds
+        self._unreported.append(cached.load_seconds)
         with self._noted("pytest_sway_backend_loaded", cached):
             self._hooks.loaded(cached)
 
@@ -175,7 +176,7 @@ class SwaySession(Listener):
 
     def _fetched(self, name: str, nbytes: int, seconds: float) -> None:
         """Count the seconds apart from the test, and what was fetched for the summary."""
-        self._unreported_seconds += seconds
+        self._unreported.append(seconds)
         if nbytes:
             self.stats.fetched.append(f"{name}, {format_bytes(nbytes)}, {seconds:.1f} s")
 
@@ -183,7 +184,9 @@ class SwaySession(Listener):
         """Return the seconds spent in loads since the last call, and those spent importing libraries for them."""
         imported, self._seconds_before = import_seconds() - self._seconds_before, import_seconds()
         self.stats.import_seconds += imported
-        loaded, self._unreported_seconds = self._unreported_seconds, 0.0
+        loaded = 0.0
+        while self._unreported:  # threads may append meanwhile
+            loaded += self._unreported.popleft()
         return loaded, imported
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from pytest_sway.backends.hf.model.merged_base import MergedBase
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
 from pytest_sway.backends.hf.sharing.tensor_memory import own_before_write
-from pytest_sway.backends.hf.sharing.trees import tensors_of
+from pytest_sway.backends.hf.sharing.trees import modules_of, tensors_of
 from pytest_sway.backends.libraries.culprits import said
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.errors import SpecError, SwayError
@@ -93,7 +93,7 @@ def _merged_tree(adapter: Adapter, number: int) -> Any:
 
 
 def _places(base: Any, merged: Any) -> dict[int, Any]:
-    """Return a merged model's tensors by the ``id`` of the base's tensors of the same name."""
+    """Return a merged model's modules and tensors by the ``id`` of the base's of the same name."""
     import torch
 
     ours, theirs = _tensors(base), _tensors(merged)
@@ -104,7 +104,8 @@ def _places(base: Any, merged: Any) -> dict[int, Any]:
             continue
         if before is None or not torch.equal(before, tensor):  # merging has untied two weights: one may be as it was
             places[id(tensor)] = there
-    return places
+    modules = dict(modules_of(merged))
+    return places | {id(module): modules[name] for name, module in modules_of(base) if name in modules}
 
 
 def _tensors(model: Any) -> dict[str, Any]:

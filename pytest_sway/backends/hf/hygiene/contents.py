@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.hygiene.samples import by_dtype, sample_of
-from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
+from pytest_sway.backends.hf.sharing.tensor_parts import parts_of, scales_of
 from pytest_sway.backends.hf.sharing.trees import modules_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class ContentsRecord:
         import torch
 
         self._whose = whose
-        named = (part for name, tensor in tensors.items() for part in parts_of(tensor, name))
+        named = (part for name, tensor in tensors.items() for part in _with_scales(tensor, name))
         parts = {name: _plain(part) for name, part in named if part.layout is torch.strided and part.numel()}
         self._tensors = parts
         self._versions = self._current_versions()
@@ -56,6 +56,12 @@ class ContentsRecord:
         import torch
 
         return [torch.cat(group) for group in self._groups.values()]
+
+
+def _with_scales(tensor: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors with memory that a tensor is made of, and those that bitsandbytes keeps beside it, by name."""
+    yield from parts_of(tensor, name)
+    yield from ((f"{name} (scales, {number})", scales) for number, scales in enumerate(scales_of(tensor), start=1))
 
 
 def _plain(tensor: Any) -> Any:

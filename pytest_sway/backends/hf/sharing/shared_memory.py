@@ -29,7 +29,7 @@ from pytest_sway.backends.hf.sharing.tensor_memory import (
     same_memory,
     way_of,
 )
-from pytest_sway.backends.hf.sharing.trees import modules_of, tensors_of, tree_of
+from pytest_sway.backends.hf.sharing.trees import attributes_of, modules_of, put_attributes_within, tensors_of, tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -120,18 +120,26 @@ class SharedMemory:
         import torch
 
         untouched, sharer = self._untouched(known), _Sharer(self._ways)
+        places = {key: it for key, it in known.items() if key in self._ways or isinstance(it, torch.nn.Module)}
         settled: dict[int, Any] = {}
+        renewed: dict[int, Any] = {}
         with torch.inference_mode(False), torch.no_grad():
             for original in tensors_of(self._model):
                 tensor = known.get(id(original))
                 if tensor is None or id(tensor) in settled:
                     continue
-                if id(tensor) in untouched or (self._ways[id(original)] is Method.COPIED and is_same(original, tensor)):
+                if id(tensor) in untouched or is_same_memory(original, tensor):
                     settled[id(tensor)] = tensor
                 elif is_same(original, tensor):
-                    settled[id(tensor)] = tensor if is_same_memory(original, tensor) else sharer(original)
-        for members in (m for module in tree.modules() for m in (module._parameters, module._buffers)):
-            members.update({key: settled[id(tensor)] for key, tensor in members.items() if id(tensor) in settled})
+                    copied = self._ways[id(original)] is Method.COPIED
+                    settled[id(tensor)] = made = tensor if copied else sharer(original)
+                    put_attributes_within(made, original, places)
+                    renewed |= attributes_of(tensor, made)
+        for module in tree.modules():
+            for members in (module._parameters, module._buffers):
+                members.update({key: settled[id(tensor)] for key, tensor in members.items() if id(tensor) in settled})
+            if renewed:
+                vars(module).update({key: renewed[id(it)] for key, it in vars(module).items() if id(it) in renewed})
         ways = self.ways_in(known)
         return {id(after): ways[before] for before, after in settled.items()}
 
@@ -212,7 +220,9 @@ class _Sharer:
         if way is None:  # a module's attribute that is neither parameter nor buffer
             way = Method.COPIED if tensor.nbytes <= _COPIED_BYTES else way_of(tensor, None)
         if way is Method.EXPOSED:
-            return copy.deepcopy(tensor) if self._isolated else same_memory(tensor)
+            if not self._isolated:
+                return same_memory(tensor)
+            return like(tensor, tensor.detach().clone()) if is_plain(tensor) else copy.deepcopy(tensor)
         if way is Method.COPIED:
             return like(tensor, tensor.detach().clone())
         return like(tensor, on_storage(self._storage(tensor, way), tensor))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from enum import Enum, auto
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pytest_sway.backends.hf.sharing.mapped_files import FilePart
-from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper, parts_of
+from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper, parts_of, scales_of
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.sharing.mapped_files import MappedFiles
@@ -76,11 +77,15 @@ def _is_exposed(tensor: Any) -> bool:
 
 
 def _is_packed(tensor: Any) -> bool:
-    """Return whether a tensor has the dtype of a quantized weight: integers, or floats of 8 bits.
+    """Return whether a tensor has the dtype of a quantized weight: integers of up to 32 bits, or floats of 8 bits.
 
     Kernels outside torch, such as Triton's, take its address and so end a lazy clone, although they only read.
     """
-    return not (tensor.is_floating_point() or tensor.is_complex()) or tensor.element_size() == 1
+    import torch
+
+    if tensor.is_floating_point():
+        return bool(tensor.element_size() == 1)
+    return tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 def is_open_to_writes(tensor: Any, way: Way) -> bool:
@@ -97,6 +102,13 @@ def is_plain(tensor: Any) -> bool:
     import torch
 
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def _has_memory(tensor: Any) -> bool:
+    """Return whether a tensor of any class has memory of its own, with strides."""
+    import torch
+
+    return tensor.layout is torch.strided and not is_wrapper(tensor) and address_of(tensor) != 0
 
 
 def _can_clone_lazily() -> bool:
@@ -162,9 +174,26 @@ def same_memory(tensor: Any) -> Any:
     return made
 
 
-def _attribute(value: Any) -> Any:
-    """Return a new object for what a quantized tensor has besides its contents; tensors in it stay the same."""
-    return copy.copy(value) if hasattr(value, "__dict__") and not callable(value) else value
+def _attribute(value: Any, *, deeper: bool = True) -> Any:
+    """Return a new object for what a quantized tensor has besides its contents; tensors in it stay the same.
+
+    What is in the object is new too, one level deep: a state of bitsandbytes has another one for its scales.
+    """
+    if _is_tensor(value):
+        return value.detach()  # it shares the count of writes
+    if not hasattr(value, "__dict__") or callable(value):
+        return value
+    made = copy.copy(value)
+    if deeper and made is not value:
+        inner = {name: _attribute(part, deeper=False) for name, part in vars(value).items() if not _is_tensor(part)}
+        vars(made).update(inner)
+    return made
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
 
 
 def is_same(theirs: Any, ours: Any) -> bool:
@@ -175,16 +204,24 @@ def is_same(theirs: Any, ours: Any) -> bool:
         pairs = zip(parts_of(theirs), parts_of(ours), strict=True)
         return all(its == other and is_same(one, another) for (its, one), (other, another) in pairs)
     if not is_plain(ours) or not is_plain(theirs):
-        return bool((theirs == ours).all())
+        return bool((theirs == ours).all()) and _has_same_scales(theirs, ours)
     return is_same_memory(theirs, ours) or _equal_bits(theirs, ours)
+
+
+def _has_same_scales(theirs: Any, ours: Any) -> bool:
+    pairs = list(zip_longest(scales_of(theirs), scales_of(ours)))
+    return all(one is not None and other is not None and is_same(one, other) for one, other in pairs)
 
 
 def is_same_memory(theirs: Any, ours: Any) -> bool:
     """Return whether two tensors are the same view of the same memory."""
-    if not is_plain(ours) or not is_plain(theirs):
+    if not (is_plain(ours) and is_plain(theirs)) and not (type(theirs) is type(ours) and _has_memory(ours)):
         return False
-    layout = theirs.storage_offset(), theirs.stride()
-    return address_of(theirs) == address_of(ours) and layout == (ours.storage_offset(), ours.stride())
+    return address_of(theirs) == address_of(ours) and _layout(theirs) == _layout(ours)
+
+
+def _layout(tensor: Any) -> tuple[Any, ...]:
+    return tensor.device, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
 
 
 def _equal_bits(one: Any, other: Any) -> bool:

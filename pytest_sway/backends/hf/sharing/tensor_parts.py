@@ -45,5 +45,5 @@ def scales_of(tensor: Any) -> Iterator[Any]:
     beside = [getattr(tensor, "SCB", None)]
     while state is not None:
         beside += [state.absmax, state.code, state.offset]
-        state = state.state2
+        state = getattr(state, "state2", None)  # a repacked state has none
     yield from (each for each in beside if isinstance(each, torch.Tensor))

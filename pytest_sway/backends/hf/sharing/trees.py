@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.hf.sharing.references import EMPTY, PLAIN, functions_to_copy, inside, refers_to_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 __tracebackhide__ = True
 
@@ -97,6 +97,27 @@ def shares_objects(tree: Any, original: Any) -> bool:
     return False
 
 
+def put_attributes_within(made: Any, tensor: Any, known: Mapping[int, Any]) -> None:
+    """Let the attributes of a tree's tensor refer to the tree: a quantized weight may refer to its module.
+
+    Args:
+        made: The tree's tensor.
+        tensor: The model's tensor, which ``made`` was made from.
+        known: The tree's objects, by the ``id`` of the model's objects that they replace.
+    """
+    vars(made).update({name: known[id(value)] for name, value in vars(tensor).items() if id(value) in known})
+
+
+def attributes_of(tensor: Any, made: Any) -> dict[int, Any]:
+    """Return the attributes of ``made`` by the ``id`` of those of ``tensor`` that they replace.
+
+    A module may refer to what its weight has, such as the scales of bitsandbytes.
+    """
+    new, old = vars(made), vars(tensor)
+    own = [name for name in old.keys() & new.keys() if new[name] is not old[name] and type(old[name]) not in PLAIN]
+    return {id(old[name]): new[name] for name in own}
+
+
 class _Copier:
     """Copies modules and their attributes.
 
@@ -130,18 +151,18 @@ class _Copier:
         modules = [module for _, module in modules_of(model) if id(module) not in self._memo]
         for module in modules:
             self._memo[id(module)] = module.__class__.__new__(module.__class__)
+        with_attributes = []
         for module in modules:
             for members in (module._parameters, module._buffers):
                 for tensor in members.values():
                     if tensor is not None and id(tensor) not in self._memo:
                         self._memo[id(tensor)] = made = self._share(tensor)
-                        # A quantized weight may refer to its module.
-                        of_tree = {key: self._memo[id(v)] for key, v in vars(tensor).items() if id(v) in self._memo}
-                        vars(made).update(of_tree)
-                        self._taken += vars(made).values()
-                        # A module may refer to what its weight has, such as the scales of bitsandbytes.
-                        theirs = ((id(v), vars(made).get(key)) for key, v in vars(tensor).items())
-                        self._memo.update((key, own) for key, own in theirs if own is not None and id(own) != key)
+                        if vars(tensor):
+                            with_attributes.append((tensor, made))
+        for tensor, made in with_attributes:
+            put_attributes_within(made, tensor, self._memo)
+            self._taken += vars(made).values()
+            self._memo |= attributes_of(tensor, made)
         for module in modules:
             self._fill(module)
         return self._memo[id(model)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -154,20 +155,34 @@ def test_closing_twice_is_harmless_and_leaves_no_thread(build: Build) -> None:
     assert _threads() == before
 
 
-def test_a_close_that_was_interrupted_leaves_no_thread(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_close_that_was_interrupted_leaves_no_thread_and_no_connection(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = _threads()
     backend = build()
+    client = backend._connection._client
 
-    def interrupted(work: Coroutine[Any, Any, None], _: object) -> None:
-        work.close()
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("asyncio.run_coroutine_threadsafe", interrupted)
+        patch.setattr(backend._loop._thread, "join", interrupted)
         with pytest.raises(KeyboardInterrupt):
             backend.close()
     backend.close()
     assert _threads() == before
+    assert client.is_closed
+
+
+def test_a_backend_is_closed_within_another_event_loop(build: Build) -> None:
+    backend = build()
+
+    async def close() -> None:
+        backend.close()
+
+    asyncio.run(close())
+    with pytest.raises(BackendClosedError), backend.as_base():
+        pass
 
 
 def test_a_build_that_fails_leaves_no_thread(build: Build) -> None:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from contextlib import closing
 from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -727,6 +728,19 @@ def test_a_write_through_data_is_found_in_any_layout_of_memory(layout: str) -> N
     assert record.changes() == []
     tensor.data[(0,) * tensor.dim()] += 1
     assert record.changes() == ["weight: contents changed"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_write_to_the_scales_that_bitsandbytes_keeps_beside_a_weight_is_found(nested: bool) -> None:
+    import torch
+
+    inner = SimpleNamespace(absmax=torch.ones(4), code=torch.ones(16), offset=None, state2=None)
+    weight: Any = torch.zeros(64, dtype=torch.uint8)
+    weight.quant_state = SimpleNamespace(absmax=torch.ones(8), code=torch.ones(16), offset=torch.ones(()), state2=inner)
+    record = ContentsRecord({"weight": weight})
+    assert record.changes() == []
+    (inner if nested else weight.quant_state).absmax[2] = 3
+    assert record.changes() == [f"weight (scales, {4 if nested else 1}): contents changed"]
 
 
 def test_what_was_written_and_put_back_is_no_change() -> None:

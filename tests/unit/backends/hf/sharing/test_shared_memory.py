@@ -391,14 +391,23 @@ def test_an_isolated_tree_of_exposed_memory_keeps_what_is_written(write: str) ->
 
 
 class Quantized(nn.Parameter):
-    """A parameter of its own class, like quantized weights, with additional attributes."""
+    """A parameter of its own class, like bitsandbytes' weights, with additional attributes that it copies with it."""
 
     quant_state: Any
+    module: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
+        made: Any = torch.Tensor._make_subclass(Quantized, self.data.clone(), False)
+        vars(made).update(vars(self))
+        made.quant_state = copy.deepcopy(self.quant_state)
+        result: Quantized = made
+        return result
 
 
 class _QuantState:
     def __init__(self) -> None:
-        self.scale = torch.ones(3)
+        self.absmax = torch.ones(3)
+        self.code = self.offset = self.state2 = None
 
 
 def test_a_tensor_of_a_class_of_its_own_is_exposed_and_keeps_its_class() -> None:
@@ -412,20 +421,55 @@ def test_a_tensor_of_a_class_of_its_own_is_exposed_and_keeps_its_class() -> None
     assert type(tree[1].weight) is Quantized
     assert tree[1].weight is not weight
     assert tree[1].weight.quant_state is not weight.quant_state
-    assert tree[1].weight.quant_state.scale is weight.quant_state.scale
-    tree[1].weight.quant_state.scale = None
-    assert weight.quant_state.scale is not None
+    assert tree[1].weight.quant_state.absmax is weight.quant_state.absmax
+    tree[1].weight.quant_state.absmax = None
+    assert weight.quant_state.absmax is not None
 
 
-def test_a_module_refers_to_what_its_weight_of_the_same_tree_has() -> None:
+@pytest.fixture
+def quantized() -> Any:
+    """A model whose weight and module refer to each other and to one state, like bitsandbytes'."""
     model: Any = _model()
-    weight: Any = torch.Tensor._make_subclass(Quantized, torch.ones(64, 64), False)
+    model[1].weight = weight = torch.Tensor._make_subclass(Quantized, torch.ones(64, 64), False)
     weight.quant_state = model[1].quant_state = _QuantState()
-    model[1].weight = weight
-    tree = SharedMemory(model).tree()
-    assert tree[1].quant_state is tree[1].weight.quant_state
-    assert tree[1].quant_state is not weight.quant_state
-    assert tree[1].quant_state.scale is weight.quant_state.scale
+    weight.quant_state.state2 = _QuantState()
+    weight.module = model[1]
+    return model
+
+
+def _is_closed(tree: Any, of: Any) -> bool:
+    """Whether a tree's quantized weight and module refer to each other, and share only tensors with another tree's."""
+    state, others = tree[1].quant_state, of[1].quant_state
+    return (
+        tree[1].weight.module is tree[1]
+        and tree[1].weight.quant_state is state
+        and (state is not others and state.state2 is not others.state2)
+        and (state.absmax is others.absmax and state.state2.absmax is others.state2.absmax)
+    )
+
+
+def test_a_module_refers_to_what_its_weight_of_the_same_tree_has(quantized: Any) -> None:
+    assert _is_closed(SharedMemory(quantized).tree(), quantized)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_that_is_so_too_for_a_tree_of_a_tree_that_was_written_to(quantized: Any, isolated: bool) -> None:
+    memory, known = SharedMemory(quantized), dict[int, Any]()
+    tree = memory.tree(known, isolated=isolated)
+    ways = memory.settle(tree, known)
+    assert tree[1].weight.module is tree[1]
+    assert address_of(tree[1].weight) == address_of(quantized[1].weight)
+    assert _is_closed(tree, quantized)
+    assert _is_closed(SharedMemory(tree, ways).tree(), tree)
+
+
+def test_a_tensor_that_a_quantized_weight_refers_to_is_shared_like_every_other(quantized: Any) -> None:
+    quantized[1].weight.other = quantized[0].weight
+    tree = SharedMemory(quantized).tree()
+    assert tree[1].weight.other is tree[0].weight
+    with torch.no_grad():
+        tree[0].weight.add_(1)
+    assert not tree[0].weight.equal(quantized[0].weight)
 
 
 # --- what torch has to have, and whether it copies --------------------------------------------------------------------
