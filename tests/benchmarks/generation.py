@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +35,24 @@ def _of_one_model(model: str, base: Path, adapter: Path) -> Iterator[Figure]:
     with ExitStack() as stack:
         ours, plain = (stack.enter_context(apart(kind, base, adapter)) for kind in (Ours, Plain))
         for what, (promised, prompts, count) in _kinds(tokenizer).items():
-            found = ours.generated(prompts, count)
-            equal = sum(a == b for a, b in zip(found, plain.generated(prompts, count), strict=True))
-            seconds = medians(
-                ROUNDS,
-                ours=partial(ours.generated, prompts, count),
-                theirs=partial(plain.generated, prompts, count),
-            )
-            yield Figure(
-                f"{model}: generate_many, {what}, times transformers",
-                promised,
-                seconds["theirs"] / seconds["ours"],
-                f"{seconds['ours']:.2f} s, {seconds['theirs']:.2f} s; {equal} of {len(prompts)} texts are equal",
-                at_least=True,
-            )
+            yield _of_one_kind(f"{model}: generate_many, {what}", promised, ours, plain, prompts, count)
+
+
+def _of_one_kind(name: str, promised: float, ours: Any, plain: Any, prompts: Sequence[str], count: int) -> Figure:
+    made: dict[str, list[str]] = {}
+    seconds = medians(
+        ROUNDS,
+        ours=lambda: made.update(ours=ours.generated(prompts, count)),
+        theirs=lambda: made.update(theirs=plain.generated(prompts, count)),
+    )
+    equal = sum(a == b for a, b in zip(made["ours"], made["theirs"], strict=True))
+    return Figure(
+        f"{name}, times transformers",
+        promised,
+        seconds["theirs"] / seconds["ours"],
+        f"{seconds['ours']:.2f} s, {seconds['theirs']:.2f} s; {equal} of {len(prompts)} texts are equal",
+        at_least=True,
+    )
 
 
 def _kinds(tokenizer: Any) -> dict[str, tuple[float, Sequence[str], int]]:

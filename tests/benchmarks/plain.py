@@ -33,7 +33,10 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def libraries():
     # The imports are in the wall time of every suite, and in the loading of none.
+    import importlib.util
     import peft
+    if importlib.util.find_spec("bitsandbytes"):
+        import peft.tuners.lora.bnb  # PEFT imports it with the first adapter
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     AutoModelForCausalLM, AutoTokenizer

@@ -22,8 +22,7 @@ from tests.benchmarks.peers import ByHand, DlmSway, Ours, Plain, apart, dlm_sway
 from tests.texts import lengths, texts
 from tests.tiny import make_adapter
 
-ROUNDS = 5
-FEWER_ROUNDS = 3
+ROUNDS = 3
 ADAPTERS = 6
 BATCH_SIZES = (1, 4, 8, 16, 32)
 OF_POSSIBLE = 0.75
@@ -122,9 +121,9 @@ class Sides:
     def multiple_choice(self) -> Figure:
         prompts = texts(self.tokenizer, lengths(50, 90, 110))
         pairs = [(prompt, completion) for prompt in prompts for completion in COMPLETIONS]
-        batch_size = _best_batch_size(partial(self.plain.pairs, pairs))
+        batch_size = _best_batch_size(partial(self.plain.pairs, pairs[: len(pairs) // 4]))
         seconds = medians(
-            FEWER_ROUNDS,
+            ROUNDS,
             ours=lambda: self.ours.pairs(pairs),
             hflm=lambda: self.plain.pairs(pairs, batch_size),
         )
@@ -151,7 +150,7 @@ def _overhead(side: str, view: Any) -> Figure:
     """The overhead of a call over the bare pass of the same tokens; each prompt is new, so no answer is cached."""
     import torch
 
-    prompts = texts(view.tokenizer, [100] * 20 * ROUNDS)
+    prompts = texts(view.tokenizer, [100] * 100)
     ids = [torch.tensor([view.tokenizer(prompt)["input_ids"]]) for prompt in prompts]
     model, ours, bare = view.model, iter(prompts), iter(ids)
 
@@ -172,7 +171,7 @@ def _overhead(side: str, view: Any) -> Figure:
 def _six_adapters(base: Path, adapters: Sequence[Path]) -> Figure:
     """Base and tuned scores of the same texts for each adapter, on a new base, with or without the answer cache."""
     sides: dict[str, list[float]] = {"off": [], "on": []}
-    for _ in range(FEWER_ROUNDS):
+    for _ in range(ROUNDS):
         for side, taken in sides.items():
             with ExitStack() as stack:
                 builder = Builder() if side == "on" else Builder(score_cache=0)
@@ -192,7 +191,7 @@ def _six_adapters(base: Path, adapters: Sequence[Path]) -> Figure:
         "base and tuned scores for six adapters, times memory off",
         1.6,
         off / on,
-        f"medians of {FEWER_ROUNDS}: {on:.2f} s, {off:.2f} s with sway_score_cache = off; 64 texts of 5 to 60 tokens",
+        f"medians of {ROUNDS}: {on:.2f} s, {off:.2f} s with sway_score_cache = off; 64 texts of 5 to 60 tokens",
         at_least=True,
     )
 
@@ -243,7 +242,7 @@ def _status(field: str) -> int:
 def _peak_memory(folder: Path, base: Path, adapter: Path) -> Figure:
     root = Path(__file__).parents[2]
     peaks: dict[str, list[int]] = {"ours": [], "dlm_sway": []}
-    for side in ["ours", "dlm_sway"] * FEWER_ROUNDS:
+    for side in ["ours", "dlm_sway"] * ROUNDS:
         script = f"import sys; sys.path.insert(0, {str(root)!r})\n{PEAK}"
         output = run(["-W", "ignore", "-c", script, side, str(base), str(adapter)], folder).output
         peaks[side].append(int(json.loads(output.strip().splitlines()[-1])))
@@ -252,6 +251,6 @@ def _peak_memory(folder: Path, base: Path, adapter: Path) -> Figure:
         "peak memory above the weights, long texts / dlm-sway's",
         0.25,
         ours / others,
-        f"medians of {FEWER_ROUNDS}: {ours / 2**20:.0f} MiB (at most {max(peaks['ours']) / 2**20:.0f}),"
+        f"medians of {ROUNDS}: {ours / 2**20:.0f} MiB (at most {max(peaks['ours']) / 2**20:.0f}),"
         f" {others / 2**20:.0f} MiB",
     )
