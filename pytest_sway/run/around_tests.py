@@ -86,7 +86,7 @@ class AroundTests:
         finally:
             errors = item.stash.get(_errors, [])
             if errors and self._run.used is not None and not item.config.getoption("usepdb", False):
-                from pytest_sway.system.frames import forget_frames
+                from pytest_sway.system.garbage import forget_frames
 
                 for error in errors:
                     forget_frames(error)

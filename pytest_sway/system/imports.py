@@ -8,20 +8,19 @@ run in this process, pytester removes modules from ``sys.modules``; `restore_mod
 from __future__ import annotations
 
 import contextvars
-import gc
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Final, final
 
-__tracebackhide__ = True
+from pytest_sway.system.garbage import no_full_collections
 
-_NEVER: Final = 2**30
+__tracebackhide__ = True
 
 # Global, as imported modules are.
 _lock: Final = threading.Lock()
@@ -47,7 +46,7 @@ class _Import(threading.Thread):
 
     def _import(self) -> None:
         started = time.perf_counter()
-        with _no_full_collections():  # they would take an eighth of the time
+        with no_full_collections():  # they would take an eighth of the time
             for name in self._names:
                 try:
                     with self._within():
@@ -88,22 +87,6 @@ def import_apart(*names: str, within: Callable[[], AbstractContextManager[None]]
     error = next((error for name, error in mine.errors.items() if "." not in name), None)
     if error is not None:
         raise error
-
-
-@contextmanager
-def _no_full_collections() -> Iterator[None]:
-    """Collect young garbage only: imports make garbage, and hundreds of thousands of objects that stay.
-
-    With the garbage left in between, these would lie so far apart that each later collection takes longer.
-    """
-    before = gc.get_threshold()
-    during = (*before[:2], _NEVER)
-    gc.set_threshold(*during)
-    try:
-        yield
-    finally:
-        if gc.get_threshold() == during:  # else an imported library has its own wishes
-            gc.set_threshold(*before)
 
 
 def import_seconds() -> float:

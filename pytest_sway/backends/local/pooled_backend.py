@@ -15,7 +15,7 @@ from pytest_sway.backends.local.pooled_view import PooledView
 from pytest_sway.backends.view import closed_error, null_id
 from pytest_sway.errors import BackendUseError, NoAdapterError
 from pytest_sway.spec.tasks import is_causal
-from pytest_sway.system.frames import forget_frames
+from pytest_sway.system.garbage import forget_frames
 from pytest_sway.system.locking import close_all
 from pytest_sway.system.wording import summarised
 

@@ -15,7 +15,7 @@ from pytest_sway.backends.contract import Build
 from pytest_sway.backends.local.pool import SharedPool
 from pytest_sway.spec.identity import forget_look
 from pytest_sway.spec.model_kwargs import in_short
-from pytest_sway.system.frames import forget_frames
+from pytest_sway.system.garbage import forget_frames, no_full_collections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -97,7 +97,8 @@ class PooledBuilder(Build, ABC, Generic[B]):
         shares: list[PoolLease[B]] = []
         handled = sys.exception()
         try:
-            return self._assemble(plan, shares)
+            with no_full_collections():
+                return self._assemble(plan, shares)
         except BaseException as error:
             forget_frames(error, handled)
             while shares:

@@ -31,6 +31,7 @@ from pytest_sway.backends.libraries.culprits import Asked, named_culprit
 from pytest_sway.backends.libraries.tokenizer_faults import FILES, MINIMAL, other_parts
 from pytest_sway.backends.local.tokenizer_copies import RustRecord
 from pytest_sway.spec.tasks import CAUSAL
+from pytest_sway.system.garbage import no_collections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -209,7 +210,8 @@ def load_base(spec: ModelSpec, load_model: Callable[[ModelSpec], Any] = load_mod
 def load_tokenizer(spec: ModelSpec, source: str) -> Any:
     """Load a tokenizer from a folder or a hub id. If it has no padding token, it pads with its end token."""
     gguf = gguf_file(spec) if source == spec.base else None
-    with named_culprit(None if gguf is not None else _tokenizer_asked(spec, source)), quiet_process():
+    culprit = named_culprit(None if gguf is not None else _tokenizer_asked(spec, source))
+    with culprit, quiet_process(), no_collections():
         if gguf is not None:
             tokenizer: Any = load_gguf_tokenizer(spec, gguf)
         else:

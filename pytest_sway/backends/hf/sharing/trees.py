@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import types
 import weakref
 from collections import OrderedDict
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.sharing.references import EMPTY, PLAIN, functions_to_copy, inside, refers_to_nothing
+from pytest_sway.system.garbage import no_collections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,21 +38,8 @@ def tree_of(
     Raises:
         Exception: Something in the model cannot be copied; the error comes from `copy`.
     """
-    with _no_garbage_collection():
+    with no_collections():
         return _Copier(model, share, {} if known is None else known, [] if taken is None else taken).tree_of(model)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection: creating many objects would trigger many scans of all that exist."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def modules_of(model: Any) -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from pytest_sway.backends.mlx.model.trees import arrays_of
 from pytest_sway.backends.mlx.model.windows import fit_windows
 from pytest_sway.errors import BackendLoadError
 from pytest_sway.spec.paths import is_path
+from pytest_sway.system.garbage import no_collections
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -120,7 +121,7 @@ def load_tokenizer(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> 
         config: The configuration of its model.
     """
     trust = {"trust_remote_code": True} if spec.trust_remote_code else None
-    with quiet_process():
+    with quiet_process(), no_collections():
         return mlx_lm_module("tokenizer_utils").load(folder, trust, eos_token_ids=config.get("eos_token_id"))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.backends.hf.builder import HFBuilder
 from tests.tiny import make_adapter, make_base
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.insides import WAIT, computing_model, held_up
@@ -15,8 +17,6 @@ from tests.unit.backends.hf.reference import fresh, logits, view_logits
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_sway.backends.hf.builder import HFBuilder
-
 
 def test_adapters_of_one_base_load_it_once(
     build: Any, base: Path, adapter: Path, other_adapter: Path, loads: list[str]
@@ -24,6 +24,14 @@ def test_adapters_of_one_base_load_it_once(
     for folder in (adapter, other_adapter, None):
         build(base, folder)
     assert loads == [str(base)]
+
+
+def test_no_collection_is_full_while_a_model_loads(base: Path, adapter: Path) -> None:
+    thresholds: list[int] = []
+    before = gc.get_threshold()
+    HFBuilder(on_base_load=lambda *_: thresholds.append(gc.get_threshold()[2]))(spec_of(base, adapter)).close()
+    assert min(thresholds) > 10**6
+    assert gc.get_threshold() == before
 
 
 def test_the_base_goes_with_its_last_user(build: Any, base: Path, adapter: Path, loads: list[str]) -> None:

@@ -1,0 +1,52 @@
+"""Collections are fewer while a model is loaded, and as before afterwards."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from pytest_sway.system.garbage import no_collections, no_full_collections
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Set small thresholds, and restore the collector's own settings."""
+    before, enabled = gc.get_threshold(), gc.isenabled()
+    gc.set_threshold(5, 2, 2)
+    gc.enable()
+    yield
+    gc.set_threshold(*before)
+    (gc.enable if enabled else gc.disable)()
+
+
+def test_no_collection_is_full_within_and_thresholds_come_back() -> None:
+    with suppress(ValueError), no_full_collections(), no_full_collections():
+        young, _, full = gc.get_threshold()
+        raise ValueError
+    assert young == 5
+    assert full > 10**6
+    assert gc.get_threshold() == (5, 2, 2)
+
+
+def test_thresholds_that_an_imported_library_sets_stay() -> None:
+    with no_full_collections():
+        gc.set_threshold(50_000, 20, 20)
+    assert gc.get_threshold() == (50_000, 20, 20)
+
+
+def test_nothing_is_collected_within_and_collections_come_back() -> None:
+    with suppress(ValueError), no_collections(), no_collections():
+        enabled = gc.isenabled()
+        raise ValueError
+    assert not enabled
+    assert gc.isenabled()
+
+
+def test_collections_that_a_user_has_turned_off_stay_off() -> None:
+    gc.disable()
+    with no_collections():
+        pass
+    assert not gc.isenabled()
