@@ -1,8 +1,8 @@
 """The pytest plugin: hooks and fixtures that look up this run's state and delegate.
 
 Every start of pytest imports this module and what it imports. So that is little: the settings and the hooks' names. The
-rest is imported when it is first used, the hooks around tests when the tests start, and the cache when a test first
-asks for a backend.
+rest is imported when it is first used, the hooks around tests when the tests are collected, and the cache when a test
+first asks for a backend.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def pytest_exception_interact(
             report.longrepr = node.repr_failure(call.excinfo)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Register the hooks around tests; a run that only collects needs none."""
     config = session.config
     if not config.getoption("collectonly"):
@@ -176,7 +176,6 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
         from pytest_sway.run.registering import registered
 
         registered(config, "pytest_sway_tests", partial(AroundTests, _current(config)))
-    return (yield)
 
 
 @pytest.hookimpl(trylast=True)

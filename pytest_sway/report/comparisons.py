@@ -99,7 +99,7 @@ def write_comparisons(terminal: pytest.TerminalReporter, comparisons: Sequence[M
         comparisons: The comparisons of the run record.
     """
     if comparisons:
-        terminal.section("sway comparisons")
+        terminal.write_sep("=", "sway comparisons")
         for line in table_lines(comparisons):
             terminal.write_line(redacted(line))
 

@@ -38,7 +38,7 @@ def write_summary(
     dist = terminal.config.getoption("dist", "no")
     lines = list(summary_lines(stats, workers, dist=dist, shared_loads=shared_loads))
     if lines:
-        terminal.section("sway")
+        terminal.write_sep("=", "sway")
         for line in lines:
             terminal.write_line(redacted(line))
     if fails:

@@ -1,8 +1,9 @@
-"""pytest's hooks around tests and fixtures, registered when the tests start."""
+"""pytest's hooks around tests and fixtures, registered when the tests are collected."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from pytest_sway.system.imports import restore_modules
 
 if TYPE_CHECKING:
     from pytest_sway.run.current import CurrentRun
+
+__tracebackhide__ = True
 
 _errors = pytest.StashKey[list[BaseException]]()
 
@@ -55,13 +58,16 @@ class AroundTests:
     def pytest_runtest_teardown(self) -> Generator[None, object, object]:
         """Compare the used models after the test's own fixtures have ended, so that the right test gets the error."""
         try:
-            return (yield)
-        finally:
-            restore_modules()  # a pytest run inside this test may have removed some
-            session = self._run.used
-            error = session.end_test(self._run.running) if session is not None else None
-            if error is not None:
-                raise error
+            result = yield
+        except (KeyboardInterrupt, pytest.exit.Exception):
+            with suppress(Exception):  # of ours: it would take the place of the one that ends the run
+                self._end_test()
+            raise
+        except BaseException:
+            self._end_test()
+            raise
+        self._end_test()
+        return result
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> None:
@@ -113,6 +119,13 @@ class AroundTests:
         report = yield
         report.duration = max(0.0, report.duration - loaded - imported)
         return report
+
+    def _end_test(self) -> None:
+        restore_modules()  # a pytest run inside this test may have removed some
+        session = self._run.used
+        error = session.end_test(self._run.running) if session is not None else None
+        if error is not None:
+            raise error
 
     def _end(self, owner: Owner) -> None:
         if self._run.used is not None:

@@ -51,3 +51,25 @@ def test_the_last_tries_have_the_verdicts_of_a_run_without_reruns(pytester: pyte
     outcomes, once = _run(pytester)
     assert "rerun" not in outcomes
     assert again == once
+
+
+CRASHES = """
+import os
+from pathlib import Path
+import pytest
+
+@pytest.mark.parametrize("n", range(6))
+def test_many(n):
+    tried = Path(__file__).with_name("tried")
+    if n == 3 and not tried.exists():
+        tried.touch()
+        os._exit(3)
+"""
+
+
+@pytest.mark.parametrize(("reruns", "failed"), [((), 1), (("--reruns=2",), 0)], ids=["once", "again"])
+def test_a_worker_s_crash_ends_no_run(pytester: pytest.Pytester, reruns: tuple[str, ...], failed: int) -> None:
+    pytester.makepyfile(CRASHES)
+    common = ("-p", "no:randomly", "-p", "no:cacheprovider", "-n", "2")
+    outcomes = pytester.runpytest_subprocess(*common, *reruns, timeout=120).parseoutcomes()
+    assert (outcomes["passed"], outcomes.get("failed", 0)) == (6 - failed, failed)

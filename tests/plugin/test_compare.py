@@ -417,6 +417,29 @@ def pytest_report_teststatus(report):
 """A conftest.py that runs each test twice and reports it as pytest-rerunfailures does."""
 
 
+NESTS = """
+pytest_plugins = ["pytester"]
+D = {"kind": "dummy", "base": "town"}
+Q = [(f"p{n}", f" a{n}") for n in range(12)]
+INNER = f'''
+D, Q = {D!r}, {Q!r}
+def test_inner(sway_compare):
+    assert sway_compare(Q, D, D).mean == 0
+'''
+
+def test_outer(pytester, sway_compare):
+    pytester.makepyfile(INNER)
+    for _ in range(2):
+        pytester.runpytest_inprocess("-p", "no:sway").assert_outcomes(passed=1)  # dlm-sway imports numpy
+    assert sway_compare(Q, D, D).mean == 0
+"""
+
+
+def test_a_test_compares_after_pytest_runs_of_its_own(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(NESTS)
+    pytester.runpytest_subprocess(timeout=120).assert_outcomes(passed=1)
+
+
 def test_a_try_that_is_run_again_counts_once(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(TWICE)
     result = run(

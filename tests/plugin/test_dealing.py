@@ -197,6 +197,19 @@ def test_replacements_run_what_crashed_workers_had(suite: Suite) -> None:
     assert set(in_cache(suite, "cache/lastfailed")) == {f"test_suite.py::test_dies[{n}]" for n in range(2)}
 
 
+READS_THE_SCHEDULER = """
+def pytest_handlecrashitem(sched):
+    note(f"scheduler of {sched.config.rootpath.name}, {sched.log is not None}")
+"""
+
+
+def test_plugins_find_the_scheduler_s_config_and_log_as_in_those_of_pytest_xdist(suite: Suite) -> None:
+    conftest = suite.pytester.path / "conftest.py"
+    conftest.write_text(conftest.read_text() + READS_THE_SCHEDULER)
+    suite.run(MENDED + DIES, "-n2").assert_outcomes(passed=12, failed=2)
+    assert suite.events().count(f"scheduler of {suite.pytester.path.name}, True") == 2
+
+
 def test_without_replacements_the_run_ends(suite: Suite) -> None:
     result = suite.run(MENDED + DIES, "-n2", "--max-worker-restart=0")
     assert result.parseoutcomes()["failed"] >= 1

@@ -192,6 +192,99 @@ def test_x(sway_backend):
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
+@pytest.mark.parametrize(
+    ("ending", "code"), [("raise KeyboardInterrupt", 2), ("pytest.exit('enough', returncode=7)", 7)]
+)
+@pytest.mark.parametrize("options", [(), ("-o", "sway_on_mutation=warn", "-W", "error")], ids=["error", "warn"])
+@pytest.mark.parametrize("scope", ["function", "class"])
+def test_an_interrupted_teardown_of_a_changed_model_ends_the_run(
+    suite: Suite, scope: str, options: tuple[str, ...], ending: str, code: int
+) -> None:
+    result = suite.run_apart(
+        f"""
+@pytest.fixture(scope="{scope}")
+def changed(sway_cache):
+    with sway_cache.lease(dummy("a")) as backend:
+        yield backend
+        {ending}
+
+class TestThis:
+    def test_x(self, changed):
+        changed.dirty.append("module h: training mode on")
+
+def test_next():
+    note("never runs")
+""",
+        *options,
+    )
+    assert result.ret == code
+    assert suite.events() == ["load a", "close a"]
+
+
+CHANGES_AT_ITS_END = """
+@pytest.fixture(scope="SCOPE")
+def wide(sway_cache):
+    with sway_cache.lease(dummy("wide")) as backend:
+        yield backend
+        backend.dirty.append("module h: training mode on")
+
+class TestWide:
+    def test_first(self, wide):
+        pass
+
+    def test_second(self, wide):
+        pass
+"""
+
+
+def test_a_change_in_the_teardown_of_a_wider_fixture_is_of_the_test_that_it_ends_with(suite: Suite) -> None:
+    result = suite.run(
+        CHANGES_AT_ITS_END.replace("SCOPE", "class")
+        + """
+def test_next(sway_backend):
+    assert sway_backend(dummy("wide")).dirty == []
+"""
+    )
+    result.assert_outcomes(passed=3, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of TestWide.test_second*"])
+    assert suite.events() == ["load wide", "close wide", "load wide", "close wide"]
+
+
+def test_a_change_in_the_teardown_of_a_session_fixture_is_found(suite: Suite) -> None:
+    result = suite.run(CHANGES_AT_ITS_END.replace("SCOPE", "session"))
+    result.assert_outcomes(passed=2, errors=1)
+
+
+def test_a_comparison_can_end_the_run(suite: Suite) -> None:
+    result = suite.run_apart("""
+def test_x(sway_backend):
+    sway_backend(dummy("a")).changes = lambda: pytest.exit("enough", returncode=7)
+
+def test_next():
+    note("never runs")
+""")
+    assert result.ret == 7
+    assert "never runs" not in suite.events()
+
+
+RUNS_TWO_FIRST = """
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session):
+    first, session.items = session.items[:2], session.items[2:]
+    for item, following in zip(first, [first[1], None]):
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+    return (yield)
+"""
+
+
+def test_tests_that_a_conftest_runs_before_pytest_does_are_checked_too(suite: Suite) -> None:
+    conftest = suite.pytester.path / "conftest.py"
+    conftest.write_text(conftest.read_text() + RUNS_TWO_FIRST)
+    result = suite.run(MUTATES)
+    result.assert_outcomes(passed=2, errors=1)  # after an error before the loop, pytest's own loop runs nothing
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_dirty*"])
+
+
 def test_a_leak_check_that_raises_is_reported_and_fails_no_test(suite: Suite) -> None:
     result = suite.run(
         """

@@ -41,9 +41,9 @@ def test_x(sway_backend, name):
 """,
         "--sway-cache-size=1",
     )
+    result.stdout.re_match_lines([r"=+ sway =+", r"backend  loads  hits  seconds"], consecutive=True)
     result.stdout.re_match_lines_random(
         [
-            r"=+ sway =+",
             r"backend  loads  hits  seconds  evicted  failed",
             r"dummy:a      1     0     \d\.\d\d        1       0",
             r"dummy:b      1     1     \d\.\d\d        0       0",

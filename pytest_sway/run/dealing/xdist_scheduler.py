@@ -28,12 +28,17 @@ class SwayScheduling:
         config: The controller's configuration.
         log: pytest-xdist's log.
         clock: Returns the time in seconds.
+
+    Attributes:
+        config: The controller's configuration, as in pytest-xdist's own schedulers; pytest-rerunfailures reads it.
+        log: pytest-xdist's log, as in its own schedulers.
     """
 
     def __init__(self, config: pytest.Config, log: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config = config
+        self.config = config
         self._clock = clock
         self._load = LoadScheduling(config, log)
+        self.log = self._load.log
         self._remembered = Remembered.read(config)
         self._needs: Sequence[Needed] = ()
         self._collection: list[str] = []
@@ -74,7 +79,7 @@ class SwayScheduling:
             self._dealer.join(node)
         else:
             report = pytest.CollectReport(node.gateway.id, "failed", difference, result=[])
-            self._config.hook.pytest_collectreport(report=report)
+            self.config.hook.pytest_collectreport(report=report)
             node.shutdown()
 
     def _difference(self, node: Any, collection: list[str]) -> str | None:
@@ -189,7 +194,7 @@ class SwayScheduling:
     def remember(self) -> None:
         """Write the durations to pytest's cache, for the next run."""
         if self._dealer is not None:
-            self.learned.write(self._config)
+            self.learned.write(self.config)
 
 
 def _seconds(report: pytest.TestReport, name: str) -> float:

@@ -18,6 +18,7 @@ from pytest_sway.comparison.token_scores import TokenScores, extreme_rows, merge
 from pytest_sway.errors import ComparisonError, NoAdapterError, RecordError
 from pytest_sway.run.regression.records import Records, base_identity, candidate_identity, made_with
 from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.system.imports import restore_modules
 from pytest_sway.system.wording import shown, visible
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def comparing(
         score: Score | None = None,
         name: str | None = None,
     ) -> Comparison:
+        restore_modules()  # a pytest run inside this test may have removed numpy, which cannot be imported twice
         _check_name(name)
         checked = Questions(questions, score)
         new = side(candidate, "candidate")

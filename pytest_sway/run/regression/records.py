@@ -198,7 +198,7 @@ def write_recorded(terminal: pytest.TerminalReporter) -> None:
     """Write a section that lists the recorded files, if there are any."""
     lines = sorted({str(line) for reports in terminal.stats.values() for line in _recorded(reports)})
     if lines:
-        terminal.section("sway records")
+        terminal.write_sep("=", "sway records")
         for line in lines:
             terminal.write_line(line)
         terminal.write_line("review the differences and commit them")

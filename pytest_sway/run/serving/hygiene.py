@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import pytest
+
 from pytest_sway.errors import BackendClosedError, MutationError, SwayWarning
 from pytest_sway.system.redaction import redacted
 from pytest_sway.system.wording import format_bytes
@@ -35,6 +37,7 @@ class Hygiene:
         self._cache = cache
         self._settings = settings
         self._touched: list[CachedBackend] = []
+        self._held: list[CachedBackend] = []
         self._spoilt: list[tuple[CachedBackend, str]] = []
         self._users: dict[int, deque[str]] = {}
 
@@ -48,13 +51,16 @@ class Hygiene:
     def end_test(self, test: str) -> MutationError | None:
         """Compare the backends leased during a test with their loaded state, and retire changed ones.
 
+        This includes those of wider fixtures, which may change a model in their own teardown.
+
         Returns:
             The error for the test, if it left changes and they are errors.
         """
         touched, self._touched = self._touched, []
         if self._settings.on_mutation == "ignore":
             return None
-        used = {id(cached): cached for cached in (*touched, *self._cache.leased())}
+        held, self._held = self._held, self._cache.leased()
+        used = {id(cached) for cached in (*touched, *held, *self._held)}
         ready = self._cache.ready()  # without retired backends, whose changes were reported before
         changed = [(cached, lines) for cached in ready if id(cached) in used and (lines := changes(cached.backend))]
         if not changed:
@@ -114,6 +120,8 @@ def changes(backend: Any) -> list[str]:
         return [redacted(str(line)) for line in ask()]
     except BackendClosedError:
         return ["the backend was closed, which only the cache may do"]
+    except pytest.exit.Exception:  # ends the run
+        raise
     except Exception as error:
         return [f"comparing it with its state after the load failed: {type(error).__name__}: {redacted(str(error))}"]
 
