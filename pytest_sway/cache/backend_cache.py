@@ -37,6 +37,7 @@ cleanup of a first, within microseconds, can leave a slot taken until the sessio
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import traceback
@@ -339,6 +340,7 @@ class BackendCache:
                 if attempt == 2:
                     raise messages.out_of_memory(plan.spec, plan.sizes, self._ledger.residents()) from error
                 traceback.clear_frames(error.__traceback__)
+            gc.collect()  # quantized weights and their layers refer to each other
             self._ledger.evict_idle(operation)
             self._closer.close_victims(operation)
         return max(0.0, time.perf_counter() - import_seconds() - started)

@@ -223,6 +223,20 @@ def test_the_models_of_two_adapters_have_objects_of_their_own_on_the_scales_of_n
     second.close()
 
 
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "bitsandbytes int8"])
+def test_a_write_to_one_packed_number_is_a_change(tmp_path: Path, kind: str) -> None:
+    import torch
+
+    models = Models(tmp_path, kind)
+    backend = HFBuilder()(models.spec(0))
+    with backend.as_finetuned() as tuned, torch.no_grad():
+        layer = next(module.base_layer for module in tuned.model.modules() if hasattr(module, "base_layer"))
+        layer.weight[1] += 1  # a sample of the numbers may not have it
+    (line,) = backend.changes()
+    assert line.endswith(".weight: contents changed")
+    backend.close()
+
+
 def test_a_write_to_the_scales_of_nf4_is_a_change(tmp_path: Path) -> None:
     models = Models(tmp_path, "bitsandbytes nf4")
     backend = HFBuilder()(models.spec(0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -577,6 +579,30 @@ def test_a_load_that_runs_out_of_memory_is_tried_once_more_without_what_is_idle(
     assert build.tries == ["a", "b", "c", "c"]
     assert names(cache) == ["c"]
     assert build.alive == ["c"]
+
+
+def test_a_failed_try_whose_parts_refer_to_each_other_is_freed_before_the_second() -> None:
+    class Part:
+        whole: Any = None
+
+    halves: list[weakref.ref[Part]] = []
+    freed: list[bool] = []
+
+    def build(asked: ModelSpec, *, adapter_path: Path | None = None) -> Any:
+        freed.extend(half() is None for half in halves)
+        if not halves:
+            part = Part()
+            part.whole = part
+            halves.append(weakref.ref(part))
+            raise MemoryError("the device is full")
+        return SimpleNamespace(close=lambda: None)
+
+    gc.disable()
+    try:
+        BackendCache(max_size=1, build=build).get_or_load(spec("a"))
+    finally:
+        gc.enable()
+    assert freed == [True]
 
 
 def test_out_of_memory_twice_names_the_size_and_the_loaded_backends() -> None:

@@ -31,6 +31,14 @@ def test_no_collection_is_full_within_and_thresholds_come_back() -> None:
     assert gc.get_threshold() == (5, 2, 2)
 
 
+def test_thresholds_come_back_after_blocks_of_two_threads_that_overlap() -> None:
+    first, second = no_full_collections(), no_full_collections()
+    for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        step()
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == (5, 2, 2)
+
+
 def test_thresholds_that_an_imported_library_sets_stay() -> None:
     with no_full_collections():
         gc.set_threshold(50_000, 20, 20)

@@ -65,12 +65,10 @@ def _with_scales(tensor: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(tensor: Any) -> Any:
-    """Return a tensor's memory as a plain ``torch.Tensor``, with its count of writes if the tensor is plain itself."""
+    """Return a tensor's memory as a plain ``torch.Tensor`` with its count of writes; `data` has a count of its own."""
     import torch
 
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return tensor.detach()  # it shares the tensor's count of writes; `.data` has a count of its own
-    return tensor.data.as_subclass(torch.Tensor)
+    return tensor.detach().as_subclass(torch.Tensor)
 
 
 def _checksum(tensor: Any) -> tuple[float, float]:

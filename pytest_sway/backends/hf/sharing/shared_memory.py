@@ -60,6 +60,7 @@ class SharedMemory:
         self._ways: dict[int, Way] = {}
         self.exposed: dict[str, Any] = {}
         files = MappedFiles() if ways is None else None
+        quantized = bool(getattr(getattr(model, "config", None), "quantization_config", None))
         for module_name, module in modules_of(model):
             for members in (module._buffers, module._parameters):
                 for key, tensor in members.items():
@@ -68,7 +69,9 @@ class SharedMemory:
                     way = None if ways is None else ways.get(id(tensor))
                     if members is module._buffers and tensor.nbytes <= _COPIED_BYTES and is_plain(tensor):
                         way = Method.COPIED
-                    self._ways[id(tensor)] = way = way_of(tensor, files) if way is None else way
+                    if way is None:
+                        way = way_of(tensor, files, quantized=quantized)
+                    self._ways[id(tensor)] = way
                     if is_open_to_writes(tensor, way):
                         self.exposed[f"{module_name}.{key}" if module_name else key] = tensor
         if files is not None:

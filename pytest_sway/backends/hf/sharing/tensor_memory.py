@@ -35,9 +35,15 @@ Way: TypeAlias = Method | FilePart
 """How a tensor is shared."""
 
 
-def way_of(tensor: Any, files: MappedFiles | None) -> Way:
-    """Return how to share a tensor. If its memory allows neither way, move it to memory of torch's."""
-    if _is_exposed(tensor):
+def way_of(tensor: Any, files: MappedFiles | None, *, quantized: bool = False) -> Way:
+    """Return how to share a tensor. If its memory allows neither way, move it to memory of torch's.
+
+    Args:
+        tensor: The tensor.
+        files: The mapped files; ``None`` if it is in none of them.
+        quantized: Whether it is a parameter or buffer of a quantized model.
+    """
+    if _is_exposed(tensor) or (quantized and _is_packed(tensor)):
         return Method.EXPOSED
     if lazy_clone(tensor) is not None:
         return Method.LAZY_CLONE
@@ -52,7 +58,9 @@ def way_of(tensor: Any, files: MappedFiles | None) -> Way:
 
 def own_before_write(tensor: Any) -> None:
     """Give a tree's tensor memory of its own, unless torch or its class does so when somebody writes to it."""
-    if not is_plain(tensor) or (not _is_exposed(tensor) and lazy_clone(tensor) is not None):
+    if not is_plain(tensor):
+        return
+    if not (_is_exposed(tensor) or _is_packed(tensor)) and lazy_clone(tensor) is not None:
         return
     tensor.data = _moved(tensor) if tensor.device.type == "cpu" else tensor.detach().clone()
 
@@ -71,18 +79,18 @@ def _moved(tensor: Any) -> Any:
 
 
 def _is_exposed(tensor: Any) -> bool:
-    if not is_plain(tensor) or tensor.device.type not in _CLONED_LAZILY or not _can_clone_lazily():
-        return True
-    return tensor.device.type != "cpu" and _is_packed(tensor)
+    return not is_plain(tensor) or tensor.device.type not in _CLONED_LAZILY or not _can_clone_lazily()
 
 
 def _is_packed(tensor: Any) -> bool:
-    """Return whether a tensor has the dtype of a quantized weight: integers of up to 32 bits, or floats of 8 bits.
+    """Return whether a tensor off the CPU may be a quantized weight: integers of up to 32 bits, or floats of 8 bits.
 
     Kernels outside torch, such as Triton's, take its address and so end a lazy clone, although they only read.
     """
     import torch
 
+    if tensor.device.type == "cpu":
+        return False
     if tensor.is_floating_point():
         return bool(tensor.element_size() == 1)
     return tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
@@ -169,7 +177,8 @@ def same_memory(tensor: Any) -> Any:
         return like(tensor, tensor.detach())
     if is_wrapper(tensor):
         return like(tensor, tensor.detach())  # its class makes a new wrapper around the same tensors
-    made: Any = torch.Tensor._make_subclass(type(tensor), tensor.data, tensor.requires_grad)
+    # `detach` shares the count of writes; `data` has a count of its own.
+    made: Any = torch.Tensor._make_subclass(type(tensor), tensor.detach(), tensor.requires_grad)
     vars(made).update((name, _attribute(value)) for name, value in vars(tensor).items())
     return made
 

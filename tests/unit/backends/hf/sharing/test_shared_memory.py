@@ -506,8 +506,9 @@ def test_off_the_cpu_quantized_weights_are_exposed_since_foreign_kernels_take_th
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, way: Method
 ) -> None:
     monkeypatch.setattr(tensor_memory, "_CLONED_LAZILY", ("cpu", "meta"))  # "meta" in the place of a CUDA device
-    assert way_of(torch.empty(64, dtype=dtype, device="meta"), None) is way
-    assert way_of(torch.empty(64, dtype=dtype), None) is Method.LAZY_CLONE
+    assert way_of(torch.empty(64, dtype=dtype, device="meta"), None, quantized=True) is way
+    assert way_of(torch.empty(64, dtype=dtype, device="meta"), None) is Method.LAZY_CLONE
+    assert way_of(torch.empty(64, dtype=dtype), None, quantized=True) is Method.LAZY_CLONE
 
 
 def test_taking_the_address_as_foreign_kernels_do_ends_a_lazy_clone() -> None:
