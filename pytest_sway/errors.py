@@ -31,7 +31,14 @@ in the docs (`name_page`).
 
 from __future__ import annotations
 
-from typing import ClassVar
+import sys
+from typing import Any, ClassVar
+
+
+def ends_run(error: BaseException) -> bool:
+    """Return whether an error is that of ``pytest.exit``. It is an `Exception`, but pytest itself must get it."""
+    pytest: Any = sys.modules.get("pytest")
+    return pytest is not None and isinstance(error, pytest.exit.Exception)
 
 
 class SwayError(Exception):

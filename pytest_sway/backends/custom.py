@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.checkpoints.plan import Plan
 from pytest_sway.backends.contract import Build, require_differential
-from pytest_sway.errors import BackendLoadError, SpecError
+from pytest_sway.errors import BackendLoadError, SpecError, ends_run
 from pytest_sway.system.redaction import redacted
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def _module(spec: ModelSpec, name: str) -> Any:
             " Check its name, and that it can be imported where pytest runs."
         ) from error
     except Exception as error:
+        if ends_run(error):
+            raise
         raise BackendLoadError(
             f"entry_point {spec.entry_point!r}: the import of {name!r} failed: {type(error).__name__}:"
             f" {redacted(str(error))}"

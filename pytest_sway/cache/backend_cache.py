@@ -41,8 +41,8 @@ import gc
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -50,11 +50,11 @@ from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget
 from pytest_sway.cache.builds import Listener, informed
 from pytest_sway.cache.closing import Closer
-from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, SizeByPart, State
+from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Leasing, Operation, SizeByPart, State
 from pytest_sway.cache.ledger import Ledger
 from pytest_sway.cache.owners import Owner
 from pytest_sway.cache.stats import SwayStats
-from pytest_sway.errors import FilesChangedError, SwayError
+from pytest_sway.errors import FilesChangedError, SwayError, ends_run
 from pytest_sway.spec.identity import Key, resolved_key, state_of_files, with_adapter
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import SpecLike, parse_spec
@@ -63,6 +63,7 @@ from pytest_sway.system.locking import OneShotEvent
 from pytest_sway.system.redaction import without_secrets
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from pytest_sway.backends.checkpoints.plan import Plan
@@ -173,8 +174,9 @@ class BackendCache:
         finally:
             lease.release()
 
-    @contextmanager
-    def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Iterator[Any]:
+    def lease(
+        self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None
+    ) -> AbstractContextManager[Any]:
         """Give the backend of ``spec``, pinned until the block or its owner ends (see `end`).
 
         Args:
@@ -185,8 +187,7 @@ class BackendCache:
         Raises:
             SwayError: As `acquire`.
         """
-        with self.acquire(spec, adapter_path=adapter_path, holder=holder) as backend:
-            yield backend
+        return Leasing(partial(self.acquire, spec, adapter_path=adapter_path, holder=holder))
 
     def acquire(
         self,
@@ -258,6 +259,10 @@ class BackendCache:
         """Return the ready backends, leased or idle, most recently used last, without retired ones."""
         return self._ledger.ready()
 
+    def owners_of(self, cached: CachedBackend) -> set[Owner]:
+        """Return the owners of a backend's leases, also of a retired one."""
+        return self._ledger.owners_of(cached)
+
     def note_hits(self) -> None:
         """Put the hits since this was last called into the log of what happened when."""
         self._ledger.note_hits()
@@ -315,6 +320,8 @@ class BackendCache:
                 raise messages.files_changed(spec)
             lease = self._ledger.admit(operation, seconds, self._build.measure(operation.built[0]))
         except Exception as error:
+            if ends_run(error):  # `_acquire` gives back what the operation has taken
+                raise
             # The ended frames would keep a half-loaded model alive as long as the error's report.
             traceback.clear_frames(error.__traceback__)
             shown = without_secrets(error)

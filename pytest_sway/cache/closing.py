@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from pytest_sway.backends.contract import closers_of, closes_again
 from pytest_sway.cache.entries import Operation, State
+from pytest_sway.errors import ends_run
 from pytest_sway.system.locking import close_all
 from pytest_sway.system.redaction import redacted, without_secrets
 
@@ -83,5 +84,7 @@ class Closer:
         try:
             close_all(entry.closers, call, closes_again)
         except Exception as raised:
+            if ends_run(raised):
+                raise
             _log.warning(failure, exc_info=without_secrets(raised))
             self._stats.close_errors.append(f"{failure}: {type(raised).__name__}: {redacted(str(raised))}")

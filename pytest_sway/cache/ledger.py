@@ -74,6 +74,12 @@ class Ledger:
         return [entry.cached for entry in self._entries.values() if entry.claims and entry.cached is not None]
 
     @atomic
+    def owners_of(self, cached: CachedBackend) -> set[Owner]:
+        """Return the owners of a backend's leases, also of a retired one."""
+        self._collect_dropped()
+        return {claim.owner for entry in self._residents() if entry.cached is cached for claim in entry.claims}
+
+    @atomic
     def ready(self) -> list[CachedBackend]:
         """Return the ready backends, leased or idle, most recently used last, without retired ones."""
         return [e.cached for e in self._entries.values() if e.state is State.READY and e.cached is not None]

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.report.comparisons import PROPERTY, ROWS
+from pytest_sway.report.comparisons import PROPERTY, ROWS, values_of
 from pytest_sway.system.wording import natural
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Collected:
         key = (report.nodeid, getattr(report, "worker_id", "") if self._each else "")
         if report.when == "setup":
             self._tries.pop(key, None)
-        numbers = [str(value) for name, value in report.user_properties if name == PROPERTY]
+        numbers = [str(value) for value in values_of(report.user_properties, PROPERTY)]
         if numbers:
             self._tries.setdefault(key, _Try(report.outcome)).numbers = numbers
         if (found := self._tries.get(key)) is None:

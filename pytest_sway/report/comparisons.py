@@ -47,9 +47,16 @@ class Asserted(Protocol):
     tokens: Mapping[int, dict[str, Any]]
 
 
+def values_of(properties: Iterable[object], name: str) -> Iterator[Any]:
+    """Yield the values with this name among a test's ``user_properties``; a test may add others of any form."""
+    for each in properties:
+        if isinstance(each, list | tuple) and len(each) == 2 and each[0] == name:
+            yield each[1]
+
+
 def set_properties(properties: list[tuple[str, object]], compared: Iterable[Asserted]) -> None:
     """Replace the comparisons among a test's ``user_properties``."""
-    properties[:] = [each for each in properties if each[0] != PROPERTY]
+    properties[:] = [each for each in properties if not list(values_of([each], PROPERTY))]
     properties += [(PROPERTY, json.dumps(redacted_values(_numbers(each)))) for each in compared]
 
 

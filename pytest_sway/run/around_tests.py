@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,13 +28,17 @@ class AroundTests:
 
     def __init__(self, run: CurrentRun) -> None:
         self._run = run
+        self._owners: dict[pytest.FixtureDef[Any], Owner] = {}
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_fixture_setup(self, request: pytest.FixtureRequest) -> Generator[None, object, object]:
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, object, object]:
         """Make the fixture own the leases that are taken in its set-up; they end after its own teardown."""
         if request.scope == "function":
             return (yield)
         owner = Owner(f"fixture {request.fixturename!r} of {request.node.nodeid or 'the session'}")
+        self._owners[fixturedef] = owner
         request.addfinalizer(partial(self._end, owner))
         around, self._run.running = self._run.running, owner
         try:
@@ -73,7 +77,7 @@ class AroundTests:
     def pytest_runtest_call(self, item: pytest.Item) -> None:
         """Refuse a test whose wider fixture holds a backend that an earlier test changed."""
         if self._run.used is not None:
-            self._run.used.hygiene.check_fixtures(getattr(item, "funcargs", {}))
+            self._run.used.hygiene.check_fixtures(partial(self._wider_fixtures, item))
 
     @pytest.hookimpl
     def pytest_assertion_pass(self, expl: str) -> None:
@@ -119,6 +123,18 @@ class AroundTests:
         report = yield
         report.duration = max(0.0, report.duration - loaded - imported)
         return report
+
+    def _wider_fixtures(self, item: pytest.Item) -> dict[Owner, str]:
+        """Return the names of the wider fixtures that a test uses, by the owners of their leases."""
+        found: dict[Owner, str] = {}
+        definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+        for name, overridden in definitions.items():
+            for definition in reversed(overridden):  # the last one is used, and the one before it, if that asks for it
+                if definition in self._owners:
+                    found[self._owners[definition]] = name
+                if name not in definition.argnames:
+                    break
+        return found
 
     def _end_test(self) -> None:
         restore_modules()  # a pytest run inside this test may have removed some

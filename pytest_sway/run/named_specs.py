@@ -157,7 +157,10 @@ def _configured(rootpath: Path) -> dict[str, dict[str, Any]]:
         return {}
     import tomllib
 
-    table = tomllib.loads(path.read_text("utf-8")).get("tool", {}).get("pytest-sway", {})
+    try:
+        table = tomllib.loads(path.read_text("utf-8")).get("tool", {}).get("pytest-sway", {})
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path} cannot be read: {error}.") from error
     specs = table.get("specs", {}) if isinstance(table, dict) else table
     fields = specs.values() if isinstance(specs, dict) else [specs]
     wrong = next((value for value in fields if not isinstance(value, dict)), None)
@@ -181,7 +184,7 @@ def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
     for name in ("base", "finetuned") if kind not in ("api", "dummy") else ():
         model = spec.get(name)
         if isinstance(model, str) and (model.startswith((".", "~")) or (rootpath / model).is_dir()):
-            rooted[name] = str(rootpath / Path(model).expanduser())
+            rooted[name] = str(rootpath / _expanded(model))
     return rooted
 
 
@@ -193,4 +196,11 @@ def _rooted_path(name: str, given: Any, kind: Any, rootpath: Path) -> Any:
     on_hub = is_address(given) or (is_hub_id(given) and not (rootpath / given).parent.is_dir())
     if name == "adapter" and kind in ON_HUBS and on_hub:
         return given
-    return str(rootpath / Path(given).expanduser())
+    return str(rootpath / _expanded(given))
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise SpecError(f"the path {path!r} cannot be expanded: {error}") from None

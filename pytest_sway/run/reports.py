@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_sway.errors import SpecError
 from pytest_sway.report.files import append_text, write_json, write_text
 from pytest_sway.report.html.page import page
 from pytest_sway.report.markdown import markdown
@@ -101,7 +100,7 @@ class Reports:
 def _named(config: pytest.Config) -> Mapping[str, Any]:
     try:
         return named_specs(config)
-    except SpecError:  # each test that asked for a name has already failed with it
+    except Exception:  # each test that asked for a name has already failed with it
         return {}
 
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from pytest_sway.spec.kinds import KINDS
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import GGUF_SUFFIX, in_hub_cache
 from pytest_sway.spec.tasks import CAUSAL
@@ -107,7 +108,7 @@ def state_of_files(spec: ModelSpec) -> Hashable:
 
     It is ``None`` for the kinds whose files are read and written elsewhere.
     """
-    if spec.kind not in ("hf", "mlx", "dummy"):
+    if not KINDS[spec.kind].of_files:
         return None
     return (
         _model_signature(spec.base, _MODEL_FILES),

@@ -15,11 +15,13 @@ class Kind(NamedTuple):
         builder: Its subclass of `Build`, as ``module:Class``, which is imported when the kind is first asked for.
         fields: The fields of a spec that not all kinds have, and this one has.
         on_hubs: Whether its models may be on a hub.
+        of_files: Whether a load depends on the spec and its files alone, not on a server or on code of the user's.
     """
 
     builder: str
     fields: tuple[str, ...]
     on_hubs: bool = False
+    of_files: bool = True
 
 
 KINDS: Final[Mapping[str, Kind]] = {
@@ -43,12 +45,15 @@ KINDS: Final[Mapping[str, Kind]] = {
         on_hubs=True,
     ),
     "api": Kind(
-        "pytest_sway.backends.api.builder:ApiBuilder", ("endpoint", "finetuned_endpoint", "api_key_env", "timeout")
+        "pytest_sway.backends.api.builder:ApiBuilder",
+        ("endpoint", "finetuned_endpoint", "api_key_env", "timeout"),
+        of_files=False,
     ),
     "dummy": Kind("pytest_sway.backends.dummy.backend:DummyBuilder", ("answers",)),
     "custom": Kind(
         "pytest_sway.backends.custom:CustomBuilder",
         ("entry_point", "trust_remote_code", "revision", "allow_pickle", "endpoint", "api_key_env", "timeout"),
+        of_files=False,
     ),
 }
 ON_HUBS: Final = tuple(name for name, kind in KINDS.items() if kind.on_hubs)

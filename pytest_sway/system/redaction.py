@@ -7,6 +7,7 @@ with it. Every error of a build, a close or a comparison goes through one of the
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -179,14 +180,19 @@ def _secrets() -> list[str]:
 def _secrets_among(variables: tuple[tuple[str, str], ...]) -> list[str]:
     """The texts to hide, longest first, since one may be part of another."""
     found = {part for name, value in variables for part in _secret_parts(name, value)}
-    forms = {form for secret in found for form in (secret, quote(secret, safe=""), repr(secret)[1:-1])}
-    return sorted((form for form in forms if len(form) >= _SHORTEST), key=len, reverse=True)
+    forms = {form for secret in found for form in _forms(secret) if len(form) >= _SHORTEST}
+    return sorted(forms, key=len, reverse=True)
+
+
+def _forms(secret: str) -> tuple[str, ...]:
+    return secret, quote(secret, safe=""), repr(secret)[1:-1], json.dumps(secret)[1:-1]
 
 
 def _secret_parts(name: str, value: str) -> Iterator[str]:
     value = value.strip()
     if len(value) >= _SHORTEST and _SECRET_NAME.search(name):
         yield value
+        yield from map(str.strip, value.splitlines())  # pytest shows text line by line
     if "://" in value and ("@" in value or "?" in value):
         with suppress(ValueError):
             parts = urlsplit(value)

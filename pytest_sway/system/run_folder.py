@@ -44,10 +44,11 @@ class RunFolder:
         _remove_abandoned(Path(tempfile.gettempdir()))
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
         new = self.path / f"{_ALIVE}.new"
-        self._lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock: int | None = lock
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 new.rename(self.path / _ALIVE)  # under this name it is always locked
         self._process = os.getpid()
         self._handled = list(self._handle_signals())
@@ -58,12 +59,19 @@ class RunFolder:
             if signal.getsignal(number) == self._die and threading.current_thread() is threading.main_thread():
                 signal.signal(number, signal.SIG_DFL)
         gone = self.path.with_name(f"{self.path.name}.gone")
+        if fcntl is None:
+            self._unlock()  # Windows neither renames nor removes a folder with an open file
         with suppress(OSError):
             self.path.rename(gone)  # first, so that no worker writes into it meanwhile
         for folder in (self.path, gone):
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            os.close(self._lock)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            with suppress(OSError):
+                os.close(lock)
 
     def _handle_signals(self) -> Iterator[int]:
         """Handle the deadly signals that have no handler yet. Later handlers replace this one."""

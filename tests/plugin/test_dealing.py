@@ -203,6 +203,18 @@ def pytest_handlecrashitem(sched):
 """
 
 
+def test_properties_of_any_form_end_no_run(suite: Suite) -> None:
+    result = suite.run(
+        """
+@pytest.mark.parametrize("value", [{"ticket": "X-1"}, ("a", "b", "c"), 7])
+def test_x(request, value):
+    request.node.user_properties.append(value)
+""",
+        "-n2",
+    )
+    result.assert_outcomes(passed=3)
+
+
 def test_plugins_find_the_scheduler_s_config_and_log_as_in_those_of_pytest_xdist(suite: Suite) -> None:
     conftest = suite.pytester.path / "conftest.py"
     conftest.write_text(conftest.read_text() + READS_THE_SCHEDULER)

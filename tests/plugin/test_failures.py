@@ -163,3 +163,51 @@ def test_x():
     raise TownError("no such town")
 """)
     result.stdout.fnmatch_lines(["E*TownError: no such town", f"E*{SEE.format('ScoringError', 'scoringerror')}"])
+
+
+@pytest.mark.parametrize("hook", ["pytest_sway_build_backend", "pytest_sway_backend_loaded"])
+def test_a_hook_can_end_the_run(suite: Suite, hook: str) -> None:
+    suite.pytester.makepyfile(
+        exits=f"""
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def {hook}():
+    pytest.exit("the GPU is busy", returncode=7)
+"""
+    )
+    result = suite.run_apart(
+        """
+def test_x(sway_backend):
+    sway_backend(dummy("a"))
+
+def test_next():
+    note("never runs")
+""",
+        "-p",
+        "exits",
+    )
+    assert result.ret == 7
+    assert suite.events() in ([], ["load a", "close a"])
+
+
+def test_a_missing_class_is_looked_for_again_by_each_test(suite: Suite) -> None:
+    result = suite.run("""
+SPEC = {"kind": "custom", "base": "x", "entry_point": "town:Town"}
+
+def test_before(sway_backend):
+    with pytest.raises(Exception, match="cannot be imported"):
+        sway_backend(SPEC)
+
+def test_after(sway_backend, monkeypatch):
+    import sys, types
+    from conftest import FakeBackend
+    class Town(FakeBackend):
+        def __init__(self, *, base_spec, adapter_path):
+            super().__init__(base_spec)
+    module = types.ModuleType("town")
+    module.Town = Town
+    monkeypatch.setitem(sys.modules, "town", module)
+    assert sway_backend(SPEC)
+""")
+    result.assert_outcomes(passed=2)

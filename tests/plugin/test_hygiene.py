@@ -267,6 +267,63 @@ def test_next():
     assert "never runs" not in suite.events()
 
 
+HOLDS = """
+@pytest.fixture(scope="class")
+def models(sway_cache, request):
+    with sway_cache.lease(dummy("wide")) as backend:
+        request.cls.backend = backend
+        yield {"v3": backend}
+
+class TestWide:
+    def test_dirty(self, models):
+        self.backend.dirty.append("module h: training mode on")
+
+    def test_after(self, models):
+        note("runs")
+
+class TestOther:
+    @pytest.fixture
+    def models(self):
+        return {}
+
+    def test_innocent(self, models):
+        assert models == {}
+"""
+
+
+def test_a_later_test_of_a_wider_fixture_is_refused_whatever_the_fixture_returns(suite: Suite) -> None:
+    result = suite.run(HOLDS)
+    result.assert_outcomes(passed=2, failed=1, errors=1)
+    result.stdout.fnmatch_lines(["*MutationError: the fixture 'models' holds dummy:wide, which *::test_dirty left*"])
+    assert "runs" not in suite.events()
+
+
+def test_a_fixture_that_overrides_the_one_with_a_changed_model_is_innocent(suite: Suite) -> None:
+    result = suite.run(HOLDS.replace('scope="class"', 'scope="module"').replace("request.cls", "TestWide"))
+    result.assert_outcomes(passed=2, failed=1, errors=1)
+
+
+def test_a_later_test_of_a_wider_fixture_is_warned_if_changes_only_warn(suite: Suite) -> None:
+    suite.pytester.makeini("[pytest]\nsway_on_mutation = warn\n")
+    result = suite.run(HOLDS, "-W", "default")
+    result.assert_outcomes(passed=3, warnings=2)
+    result.stdout.fnmatch_lines(["*SwayWarning: the fixture 'models' holds dummy:wide, which *::test_dirty left*"])
+
+
+def test_a_backend_whose_comparison_was_cut_off_is_loaded_anew(suite: Suite) -> None:
+    result = suite.run("""
+def test_dirty(sway_backend):
+    backend = sway_backend(dummy("a"))
+    backend.dirty.append("parameter w: contents changed")
+    backend.changes = lambda: pytest.fail("Timeout")
+
+def test_next(sway_backend):
+    assert sway_backend(dummy("a")).dirty == []
+""")
+    result.assert_outcomes(passed=2, errors=1)
+    assert suite.events() == ["load a", "close a", "load a", "close a"]
+
+
 RUNS_TWO_FIRST = """
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtestloop(session):

@@ -401,3 +401,14 @@ def test_a_call_that_runs_no_tests_keeps_the_file_of_the_previous_run(pytester: 
     (pytester.path / "run.json").write_text("before")
     run(pytester, SOME, JSON, option)
     assert (pytester.path / "run.json").read_text() == "before"
+
+
+@pytest.mark.parametrize(
+    "broken", ["[tool.pytest-sway", "[tool.pytest-sway.specs]\nv3 = {base = '~nobody-here/base'}\n"]
+)
+def test_a_report_is_written_although_the_named_specs_cannot_be_read(pytester: pytest.Pytester, broken: str) -> None:
+    (pytester.path / "pytest.ini").write_text("[pytest]\n")
+    (pytester.path / "pyproject.toml").write_text(broken)
+    pytester.makepyfile("def test_x(): pass")
+    pytester.runpytest_inprocess("-c", "pytest.ini", "--sway-json=run.json").assert_outcomes(passed=1)
+    assert written(pytester)["run"]["exit_status"] == 0

@@ -206,7 +206,7 @@ def _message(response: httpx.Response) -> str:
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     after = error.retry_after if isinstance(error, _PassingError) else None
-    return _BACKOFF(state) if after is None else after
+    return after or _BACKOFF(state)  # "0" and a date that is over ask for no pause of their own
 
 
 def _retry_after(header: str | None, now: datetime) -> float | None:

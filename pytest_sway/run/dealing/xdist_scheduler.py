@@ -13,6 +13,7 @@ import pytest
 from xdist.report import report_collection_diff  # type: ignore[import-untyped]
 from xdist.scheduler import LoadScheduling  # type: ignore[import-untyped]
 
+from pytest_sway.report.comparisons import values_of
 from pytest_sway.run.dealing.dealer import Dealer, Task
 from pytest_sway.run.dealing.durations import Remembered
 from pytest_sway.run.dealing.needs import Needed, take_needs
@@ -198,10 +199,8 @@ class SwayScheduling:
 
 
 def _seconds(report: pytest.TestReport, name: str) -> float:
-    """Return the sum of a report's properties with this name; a test may add properties of any form."""
-    pairs = (each for each in report.user_properties if isinstance(each, list | tuple) and len(each) == 2)
-    found = (value for key, value in pairs if key == name)
-    return sum(value for value in found if isinstance(value, float))
+    """Return the sum of a report's properties with this name."""
+    return sum(value for value in values_of(report.user_properties, name) if isinstance(value, float))
 
 
 class Dealing:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -15,7 +15,7 @@ from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
 from pytest_sway.comparison.records import Identity, Record, check_scale, drift_between, drift_message, recorded
 from pytest_sway.comparison.token_scores import TokenScores, extreme_rows, merged, token_scores
-from pytest_sway.errors import ComparisonError, NoAdapterError, RecordError
+from pytest_sway.errors import ComparisonError, NoAdapterError, RecordError, ends_run
 from pytest_sway.run.regression.records import Records, base_identity, candidate_identity, made_with
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.system.imports import restore_modules
@@ -271,7 +271,7 @@ def _scored(
         return unknown, unknown
     if not isinstance(side.model, ModelSpec):
         return token_scores(side.model, asked), unknown
-    with suppress(Exception), backends() as open_backend:  # a report must not fail a test
+    with _harmless(), backends() as open_backend:
         backend = open_backend(side.model)
         try:
             with backend.as_finetuned() as view:
@@ -284,6 +284,16 @@ def _scored(
         with backend.as_base() as view:
             return found, token_scores(view, asked)
     return unknown, unknown
+
+
+@contextmanager
+def _harmless() -> Iterator[None]:
+    """Suppress errors but that of ``pytest.exit``: a report must not fail a test."""
+    try:
+        yield
+    except Exception as error:
+        if ends_run(error):
+            raise
 
 
 def _check_name(name: object) -> None:

@@ -19,6 +19,7 @@ from pytest_sway.backends.checkpoints.hub_files import base_file
 from pytest_sway.comparison.record_file import decode, encode
 from pytest_sway.comparison.records import ANEW, Identity, Record
 from pytest_sway.errors import RecordError
+from pytest_sway.report.comparisons import values_of
 from pytest_sway.spec.identity import adapter_digest, base_spec, finetuned_spec, weights_digest
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import GGUF_SUFFIX, short_name
@@ -47,7 +48,7 @@ class Records:
     def __init__(self, item: pytest.Item, *, recording: bool) -> None:
         self.recording: Final = recording
         self.path: Final = record_path(item)
-        self.where: Final = os.path.relpath(self.path, item.config.rootpath)
+        self.where: Final = _seen_from(item.config.rootpath, self.path)
         self._passed = self._failed = False
         self._test = item.nodeid
         self._over = False
@@ -194,6 +195,13 @@ def made_with(spec: ModelSpec | None) -> dict[str, str]:
     return {**placed, "machine": platform.machine(), "python": platform.python_version(), **versions}
 
 
+def _seen_from(root: Path, path: Path) -> str:
+    try:
+        return os.path.relpath(path, root)
+    except ValueError:  # on another drive of Windows
+        return str(path)
+
+
 def write_recorded(terminal: pytest.TerminalReporter) -> None:
     """Write a section that lists the recorded files, if there are any."""
     lines = sorted({str(line) for reports in terminal.stats.values() for line in _recorded(reports)})
@@ -206,7 +214,7 @@ def write_recorded(terminal: pytest.TerminalReporter) -> None:
 
 def _recorded(reports: Sequence[Any]) -> Iterator[object]:
     for report in reports:
-        yield from (value for name, value in getattr(report, "user_properties", ()) if name == PROPERTY)
+        yield from values_of(getattr(report, "user_properties", ()), PROPERTY)
 
 
 def _digest(base: ModelSpec) -> str | None:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import pytest
-
-from pytest_sway.errors import BackendClosedError, MutationError, SwayWarning
+from pytest_sway.errors import BackendClosedError, MutationError, SwayWarning, ends_run
 from pytest_sway.system.redaction import redacted
 from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
     from pytest_sway.cache.entries import CachedBackend
+    from pytest_sway.cache.owners import Owner
     from pytest_sway.run.settings import SwaySettings
     from pytest_sway.spec.model_spec import ModelSpec
 
@@ -62,7 +61,13 @@ class Hygiene:
         held, self._held = self._held, self._cache.leased()
         used = {id(cached) for cached in (*touched, *held, *self._held)}
         ready = self._cache.ready()  # without retired backends, whose changes were reported before
-        changed = [(cached, lines) for cached in ready if id(cached) in used and (lines := changes(cached.backend))]
+        mine = [cached for cached in ready if id(cached) in used]
+        try:
+            changed = [(cached, lines) for cached in mine if (lines := changes(cached.backend))]
+        except BaseException:  # a timeout's, so it is not known whether they have changed
+            for cached in mine:
+                self._cache.retire(cached)
+            raise
         if not changed:
             return None
         for cached in ready:  # backends that share a changed base are changed too, by this test
@@ -76,19 +81,24 @@ class Hygiene:
             return None
         return MutationError(message)
 
-    def check_fixtures(self, values: Mapping[str, Any]) -> None:
+    def check_fixtures(self, fixtures: Callable[[], Mapping[Owner, str]]) -> None:
         """Refuse a test whose fixtures hold a backend that an earlier test changed.
 
         Args:
-            values: The values of its fixtures, by name.
+            fixtures: Returns the names of the test's wider fixtures, by the owners of the leases of their set-up.
 
         Raises:
-            MutationError: One of them is such a backend.
+            MutationError: One of them has a lease on such a backend, and changes are errors.
         """
         for cached, culprit in self._spoilt:
-            for name, value in values.items():
-                if value is cached.backend:
-                    raise MutationError(spoilt_message(name, cached.model_spec, culprit))
+            names = fixtures()
+            held = [names[owner] for owner in self._cache.owners_of(cached) if owner in names]
+            if not held:
+                continue
+            message = spoilt_message(min(held), cached.model_spec, culprit)
+            if self._settings.on_mutation == "error":
+                raise MutationError(message)
+            warnings.warn(message, SwayWarning, stacklevel=2)
 
     def closed(self, cached: CachedBackend) -> None:
         """Look for weights of a closed backend that are still in memory."""
@@ -120,9 +130,9 @@ def changes(backend: Any) -> list[str]:
         return [redacted(str(line)) for line in ask()]
     except BackendClosedError:
         return ["the backend was closed, which only the cache may do"]
-    except pytest.exit.Exception:  # ends the run
-        raise
     except Exception as error:
+        if ends_run(error):
+            raise
         return [f"comparing it with its state after the load failed: {type(error).__name__}: {redacted(str(error))}"]
 
 

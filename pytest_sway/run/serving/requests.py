@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pytest_sway.cache.owners import Owner
 from pytest_sway.errors import SpecError, SwayError
 from pytest_sway.spec.identity import resolved_key
+from pytest_sway.spec.kinds import KINDS
 from pytest_sway.spec.parsing import SpecLike
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ class Requests:
         try:
             return self._cache.acquire(spec, owner=owner)
         except SwayError as error:
-            self._fail_once(request, error, owner.name)
+            if KINDS[spec.kind].of_files:  # a server, or what a class depends on, may change in the run
+                self._fail_once(request, error, owner.name)
             raise
 
     def _fail_once(self, request: Hashable, error: SwayError, test: str) -> None:

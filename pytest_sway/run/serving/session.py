@@ -15,6 +15,7 @@ from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.cache.builds import Listener
 from pytest_sway.cache.entries import CachedBackend
 from pytest_sway.cache.owners import Owner
+from pytest_sway.errors import ends_run
 from pytest_sway.run.serving.hygiene import Hygiene
 from pytest_sway.run.serving.requests import Requests
 from pytest_sway.spec.identity import adapter_digest_in, look_again
@@ -165,6 +166,8 @@ class SwaySession(Listener):
         try:
             yield
         except Exception as error:
+            if ends_run(error):
+                raise
             text = f"{what}, {cached.model_spec}: {type(error).__name__}: {redacted(str(error))}"
             self.stats.hook_errors.append(text)
 

@@ -8,7 +8,9 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -252,6 +254,24 @@ def _in_child(work: Callable[[], bool]) -> int:
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+
+
+def test_inv15_a_block_that_nobody_leaves_is_collected_while_the_lock_is_held(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=1, build=build)
+    left_open: list[Any] = [ExitStack()]
+    left_open[0].enter_context(cache.lease(spec("a")))
+    left_open.append(left_open)
+    del left_open
+
+    def collect() -> bool:
+        with cache._ledger._lock:
+            gc.collect()
+        return True
+
+    assert Call(collect).result()
+    assert not cache.leased()
+
+
 forks = [needs_fork, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -32,10 +32,10 @@ def test_no_collection_is_full_within_and_thresholds_come_back() -> None:
 
 
 def test_thresholds_come_back_after_blocks_of_two_threads_that_overlap() -> None:
-    first, second = no_full_collections(), no_full_collections()
-    for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
-        step()
-    second.__exit__(None, None, None)
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(no_full_collections())
+        second.enter_context(no_full_collections())
+        first.close()
     assert gc.get_threshold() == (5, 2, 2)
 
 

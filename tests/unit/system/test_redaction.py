@@ -42,6 +42,12 @@ def test_a_password_in_an_address_is_replaced(monkeypatch: pytest.MonkeyPatch, n
     assert not any(secret in shown for secret in ("p4ss", "someone:", "short"))
 
 
+def test_each_line_of_a_secret_is_hidden_since_pytest_shows_text_by_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCP_CREDENTIALS", '{\n  "private_key": "c0ffee-c0ffee"\n}')
+    assert redacted('E         "private_key": "c0ffee-c0ffee"') == "E         ***"
+    assert "c0ffee" not in redacted('{"value": "{\\n  \\"private_key\\": \\"c0ffee-c0ffee\\"\\n}"}')
+
+
 @pytest.mark.parametrize("spelled", ["a+secret/with=signs", "a%2Bsecret%2Fwith%3Dsigns"])
 def test_a_secret_is_found_in_the_spelling_of_addresses(monkeypatch: pytest.MonkeyPatch, spelled: str) -> None:
     monkeypatch.setenv("HF_TOKEN", "a+secret/with=signs\n")
