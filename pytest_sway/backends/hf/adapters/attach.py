@@ -276,7 +276,8 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     skeleton = base.skeletons.find(files, config)
     if skeleton is None:
         return None
-    packed = None if files.entries is None else read_packed(files.weights, files.entries, skeleton.places, base.device)
+    in_safetensors = files.entries is not None and files.weights.is_file()
+    packed = read_packed(files.weights, files.entries, skeleton.places, base.device) if in_safetensors else None
     if packed is not None:
         weights, whole = packed
         return _on_skeleton(files, skeleton, config, weights, (whole,))
