@@ -34,6 +34,7 @@ from pytest_sway.backends.hf.loading.model_kwargs import lacking_kernels
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.model.adapter import Adapter
+from pytest_sway.backends.hf.model.known_skeletons import adopted
 from pytest_sway.backends.hf.model.peft_model import adapter_parameters, inner_model, largest_scaling
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.skeletons import OnSkeleton, name_in_file
@@ -147,11 +148,11 @@ def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     own = {name: tensor for name, tensor in named if id(tensor) not in ways}
     again = partial(_loaded_again, base, files, tokenizer)
     pristine = Pristine(peft_model, again, ways=ways, own=own.values(), trial=base.may_hide_something)
-    config = peft_model.peft_config[NAME]
-    skeleton = base.skeletons.made_of(files, config, pristine, own)
+    skeleton = base.skeletons.made_of(files, _config(files), pristine, own)
     if skeleton is None:
         return Adapter(files, pristine, own, largest_scaling(peft_model), tuple(own.values()))
-    return _on_skeleton(files, skeleton, config, {name_in_file(name): tensor for name, tensor in own.items()})
+    weights = {name_in_file(name): tensor for name, tensor in own.items()}
+    return _on_skeleton(files, skeleton, peft_model.peft_config[NAME], weights)
 
 
 def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[int, Any]) -> Any:
@@ -276,6 +277,7 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     skeleton = base.skeletons.find(files, config)
     if skeleton is None:
         return None
+    config = adopted(config, skeleton)
     in_safetensors = files.entries is not None and files.weights.is_file()
     packed = read_packed(files.weights, files.entries, skeleton.places, base.device) if in_safetensors else None
     if packed is not None:
