@@ -43,6 +43,8 @@ _READ_BY_LIBRARIES: Final = re.compile(
 )
 _BYTE_ORDER_MARKS: Final = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _SIZES: Final = ("r", "num_virtual_tokens")
+_CAPPED: Final = frozenset({"DEFT", "LOKR"})
+"""Types whose tensors PEFT makes no longer than the base's weights, so that the rank may exceed every side."""
 _NAMED_AS_SIZES: Final = re.compile(
     r"(\w+_)?(size|dim|length|len|heads|layers|submodules|tokens|vectors|frequency|depth|rank|terms|[rk])"
 )
@@ -318,6 +320,9 @@ def _require_sizes(where: str, sizes: Iterable[tuple[str, float]], largest: int,
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the fields of a config that the adapter's own tensors show, with their names."""
+    if config.get("peft_type") in _CAPPED:
+        return
     for field in _SIZES:
         if type(config.get(field)) is int:
             yield field, config[field]

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.safetensors_header import shards_of
 from pytest_sway.errors import SpecError, WeightsError
 from pytest_sway.spec.paths import is_path
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
 WHILE_OFFLINE: Final = "this run is offline (--sway-offline, sway_offline or HF_HUB_OFFLINE). Run once online"
 
 
@@ -47,6 +50,21 @@ def _in_cache(spec: ModelSpec, name: str) -> object:
         return try_to_load_from_cache(spec.base, name, revision=spec.revision)
     except HFValidationError:
         return None
+
+
+def missing_shard(spec: ModelSpec) -> str | None:
+    """Return the name of a file of weights that a hub's base still lacks on this machine; ``None`` if there is none.
+
+    transformers fetches the index of the files first and then one file after another, which takes minutes. Until all
+    are there, a load goes on with the download.
+    """
+    index = base_file(spec, INDEX)
+    if is_path(spec.base) or index is None or base_file(spec, SINGLE) is not None:
+        return None
+    try:
+        return next((shard.name for shard in shards_of(index) if not shard.is_file()), None)
+    except WeightsError:
+        return None  # a broken index is reported where it is read
 
 
 def is_offline() -> bool:
@@ -90,18 +108,24 @@ def require_another(spec: ModelSpec, tuned: ModelSpec) -> None:
 
 
 def require_cached(spec: ModelSpec, role: str = "base") -> None:
-    """Raise if a hub's model is not on this machine and this process is offline.
+    """Raise if a hub's model, or a part of it, is not on this machine and this process is offline.
 
     Raises:
         WeightsError: It is not there; without this error, the load would fail with one about the connection.
     """
-    if is_path(spec.base) or base_file(spec, "config.json") is not None:
+    if is_path(spec.base) or not is_offline():
         return
-    if is_offline():
-        revision = "" if spec.revision is None else f" in revision {spec.revision!r}"
+    revision = "" if spec.revision is None else f" in revision {spec.revision!r}"
+    if base_file(spec, "config.json") is None:
         raise WeightsError(
             f"the {role} {spec.base!r} is neither a folder in {os.getcwd()!r} nor in this machine's cache of the"
             f" hub{revision}, and {WHILE_OFFLINE}, or name the folder of a model."
+        )
+    missing = missing_shard(spec)
+    if missing is not None:
+        raise WeightsError(
+            f"the {role} {spec.base!r} is only in part in this machine's cache of the hub{revision}: {missing} is not"
+            f" there, as after an interrupted download, and {WHILE_OFFLINE}, or name the folder of a model."
         )
 
 

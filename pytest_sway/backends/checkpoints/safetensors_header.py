@@ -109,6 +109,18 @@ def read_sharded(index: Path) -> dict[str, TensorEntry]:
     Raises:
         WeightsError: The index or one of its files is missing, unreadable or broken.
     """
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards_of(index):
+        entries |= read_header(shard)
+    return entries
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Return the paths of the files that a ``*.safetensors.index.json`` names, whether they are there or not.
+
+    Raises:
+        WeightsError: The index is missing, unreadable or broken.
+    """
     try:
         weight_map = json.loads(read_bounded(index, INDEX_BYTES))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -118,10 +130,7 @@ def read_sharded(index: Path) -> dict[str, TensorEntry]:
         raise WeightsError(f"cannot read the weights' index {str(index)!r}: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(index, "it is not an index of safetensors files") from error
-    entries: dict[str, TensorEntry] = {}
-    for name in names:
-        entries |= read_header(index.with_name(name))
-    return entries
+    return [index.with_name(name) for name in names]
 
 
 def read_any(folder: Path, stem: str) -> dict[str, TensorEntry] | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.checkpoints.hub_files import base_file
+from pytest_sway.backends.checkpoints.hub_files import INDEX, SINGLE, base_file, missing_shard
 from pytest_sway.backends.checkpoints.peft_adapter import ROOT
 from pytest_sway.backends.checkpoints.safetensors_header import read_any
+from pytest_sway.errors import WeightsError
 from pytest_sway.spec.model_kwargs import as_mapping, method_of, named_type, unpacks
 
 if TYPE_CHECKING:
@@ -60,16 +61,20 @@ def model_sizes(plan: Plan) -> dict[Hashable, int] | None:
 
 
 def base_entries(spec: ModelSpec) -> Mapping[str, TensorEntry] | None:
-    """Return the tensors of a base; ``None`` if its safetensors files are not on this machine.
+    """Return the tensors of a base; ``None`` if its safetensors files are not, or not all, on this machine.
 
     Raises:
-        WeightsError: They are there, but broken.
+        WeightsError: They are there, but broken; or a folder lacks a file that its index names.
     """
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        path = base_file(spec, name)
-        if path is not None:
-            return read_any(path.parent, "model")
-    return None
+    path = base_file(spec, SINGLE) or base_file(spec, INDEX)
+    if path is None:
+        return None
+    try:
+        return read_any(path.parent, "model")
+    except WeightsError:
+        if missing_shard(spec) is None:
+            raise
+        return None
 
 
 def _model_bytes(model: ModelFiles) -> int | None:

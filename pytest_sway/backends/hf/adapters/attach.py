@@ -8,12 +8,14 @@ same model, bit for bit, in a fraction of the time.
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
+import warnings
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME, read_adapter, warn_of_names
 from pytest_sway.backends.hf.adapters.expert_layouts import fitted, warn_of_experts
@@ -34,14 +36,15 @@ from pytest_sway.backends.hf.loading.model_kwargs import lacking_kernels
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.model.adapter import Adapter
+from pytest_sway.backends.hf.model.known_skeletons import adopted
 from pytest_sway.backends.hf.model.peft_model import adapter_parameters, inner_model, largest_scaling
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.skeletons import OnSkeleton, name_in_file
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.backends.libraries.process import no_warnings
-from pytest_sway.errors import SpecError, SwayError
+from pytest_sway.errors import SpecError, SwayError, SwayWarning
 from pytest_sway.spec.tasks import CAUSAL, TASKS
-from pytest_sway.system.wording import shown
+from pytest_sway.system.wording import shown, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -51,6 +54,9 @@ if TYPE_CHECKING:
     from pytest_sway.backends.hf.model.skeletons import Skeleton
 
 __tracebackhide__ = True
+
+_NOT_SAVED: Final = "runtime_config"
+"""A field of PEFT's configs that holds for one process only; PEFT ignores it in a file."""
 
 
 def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
@@ -77,6 +83,7 @@ def attach(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
             trim_heap()
     warn_of_experts(files, base.pristine.model)
     verify_values(base.spec, adapter)
+    _warn_of_fields(files)
     return adapter
 
 
@@ -147,11 +154,11 @@ def _by_peft(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Adapter:
     own = {name: tensor for name, tensor in named if id(tensor) not in ways}
     again = partial(_loaded_again, base, files, tokenizer)
     pristine = Pristine(peft_model, again, ways=ways, own=own.values(), trial=base.may_hide_something)
-    config = peft_model.peft_config[NAME]
-    skeleton = base.skeletons.made_of(files, config, pristine, own)
+    skeleton = base.skeletons.made_of(files, _config(files), pristine, own)
     if skeleton is None:
         return Adapter(files, pristine, own, largest_scaling(peft_model), tuple(own.values()))
-    return _on_skeleton(files, skeleton, config, {name_in_file(name): tensor for name, tensor in own.items()})
+    weights = {name_in_file(name): tensor for name, tensor in own.items()}
+    return _on_skeleton(files, skeleton, peft_model.peft_config[NAME], weights)
 
 
 def _loaded(base: LoadedBase, files: AdapterFiles, tokenizer: Any, known: dict[int, Any]) -> Any:
@@ -220,6 +227,14 @@ def _loaded_again(base: LoadedBase, files: AdapterFiles, tokenizer: Any) -> Any:
 
 
 def _config(files: AdapterFiles) -> Any:
+    kind = _config_class(files)
+    fields = {name: copy.deepcopy(value) for name, value in files.config.items() if name != _NOT_SAVED}
+    config = kind.from_peft_type(**kind.check_kwargs(**fields))  # PEFT's from_pretrained fails on a byte order mark
+    config.inference_mode = True
+    return config
+
+
+def _config_class(files: AdapterFiles) -> Any:
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -229,11 +244,28 @@ def _config(files: AdapterFiles) -> Any:
             f"the adapter {str(files.folder)!r} is of the type {shown(files.peft_type)} (peft_type in its {CONFIG}),"
             f" which the installed PEFT {peft.__version__} does not know. Upgrade PEFT."
         )
-    kind: Any = configs[files.peft_type]
-    fields = {name: copy.deepcopy(value) for name, value in files.config.items() if name != "runtime_config"}
-    config = kind.from_peft_type(**kind.check_kwargs(**fields))  # PEFT's from_pretrained fails on a byte order mark
-    config.inference_mode = True
-    return config
+    return configs[files.peft_type]
+
+
+def _warn_of_fields(files: AdapterFiles) -> None:
+    """Warn if the installed PEFT does not know fields of an adapter's config that are set, and so ignores them."""
+    import peft
+
+    known = inspect.signature(_config_class(files).__init__).parameters
+    unset: tuple[Any, ...] = (None, False, [], {})
+    unknown = [
+        name for name, value in files.config.items() if name not in known and name != _NOT_SAVED and value not in unset
+    ]
+    if unknown:
+        saved = files.config.get("peft_version")
+        by = "" if saved is None else f"; it was saved by PEFT {shown(saved)}"
+        warnings.warn(
+            f"the {CONFIG} of the adapter {str(files.folder)!r} has fields that the installed PEFT {peft.__version__}"
+            f" does not know: {some(map(repr, unknown))}{by}. PEFT computes without them, so the numbers may be others"
+            " than in the training. Upgrade PEFT.",
+            SwayWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager
@@ -276,7 +308,9 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     skeleton = base.skeletons.find(files, config)
     if skeleton is None:
         return None
-    packed = None if files.entries is None else read_packed(files.weights, files.entries, skeleton.places, base.device)
+    config = adopted(config, skeleton)
+    in_safetensors = files.entries is not None and files.weights.is_file()
+    packed = read_packed(files.weights, files.entries, skeleton.places, base.device) if in_safetensors else None
     if packed is not None:
         weights, whole = packed
         return _on_skeleton(files, skeleton, config, weights, (whole,))

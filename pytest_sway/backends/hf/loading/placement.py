@@ -20,9 +20,9 @@ def resolve_placement(spec: ModelSpec) -> ModelSpec:
     """Return ``spec`` with the device and dtype that ``auto`` means on this machine.
 
     The device is the current CUDA device, else MPS, else the CPU. If a machine has several CUDA devices, workers take
-    turns among the visible ones, unless code has set a current device. The dtype is dlm-sway's choice: bf16 on a CUDA
-    device that supports it, fp16 on MPS, fp32 otherwise. Without torch, the spec is returned unchanged, and its load
-    reports what is missing.
+    turns among the visible ones, unless code has set a current device. The dtype is bf16 on a CUDA device that computes
+    in it, fp16 on MPS, fp32 otherwise. That is dlm-sway's choice, except that dlm-sway also takes bf16 where a device
+    only emulates it, such as a T4. Without torch, the spec is returned unchanged, and its load reports what is missing.
 
     Args:
         spec: Any spec of kind ``hf``. If nothing is to be resolved, torch is not imported.
@@ -80,5 +80,6 @@ def _dtype(device_type: str) -> Dtype:
         import_apart("torch")
         import torch
 
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if usable else "fp32"
     return "fp16" if device_type == "mps" else "fp32"

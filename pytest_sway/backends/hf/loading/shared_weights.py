@@ -21,7 +21,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
-from pytest_sway.backends.checkpoints.hub_files import base_file
+from pytest_sway.backends.checkpoints.hub_files import base_file, missing_shard
 from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.hygiene.heap import collect
 from pytest_sway.backends.hf.loading.model import load_model
@@ -89,7 +89,7 @@ class SharedWeights:
         """Return the folder for a model's shared copy, existing or not; ``None`` if there is nothing to share."""
         if spec.device.partition(":")[0] != "cpu" or sys.platform == "win32":  # weights are not mapped there
             return None
-        if _source(spec) is None:
+        if _source(spec) is None or missing_shard(spec) is not None:
             load_model(spec)  # downloads it: its files decide what to do
         return self._folder / _identity(spec) if _needs_conversion(spec) else None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.checkpoints.peft_adapter import NAME
 from pytest_sway.backends.hf.model.skeletons import Skeleton, name_in_file
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Skeletons:
 
         Args:
             files: The adapter's files.
-            config: The adapter's configuration, as PEFT has read it.
+            config: The adapter's configuration, as its file has it: PEFT changes the one that it gets.
         """
         signature = _signature(files, config)
         skeleton = self._skeletons.get(signature)
@@ -52,7 +54,7 @@ class Skeletons:
 
         Args:
             files: The adapter's files.
-            config: The adapter's configuration, as PEFT has read it.
+            config: The adapter's configuration, as its file has it: PEFT changes the one that it gets.
             pristine: The ``PeftModel`` with the adapter.
             own: The adapter's tensors, by their names in the ``PeftModel``.
         """
@@ -63,6 +65,21 @@ class Skeletons:
         while len(self._skeletons) > _MOST:
             self._skeletons.popitem(last=False)
         return skeleton
+
+
+def adopted(config: Any, skeleton: Skeleton) -> Any:
+    """Return an adapter's configuration with the changes that PEFT made to that of the skeleton's first adapter.
+
+    PEFT writes the modules that it has found in the place of ``target_modules="all-linear"``, for example.
+
+    Args:
+        config: The adapter's configuration, as its file has it.
+        skeleton: The skeleton of this configuration.
+    """
+    changed = copy.deepcopy(skeleton.model.peft_config[NAME])
+    for name in _UNSEEN_FIELDS:
+        setattr(changed, name, getattr(config, name))
+    return changed
 
 
 def _signature(files: AdapterFiles, config: Any) -> Hashable:

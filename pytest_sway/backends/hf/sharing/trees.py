@@ -199,7 +199,10 @@ class _Copier:
 
     def _partial(self, value: Any) -> Any:
         keywords = {name: self._copied(argument) for name, argument in value.keywords.items()}
-        return functools.partial(self._copied(value.func), *map(self._copied, value.args), **keywords)
+        made = functools.partial(self._copied(value.func), *map(self._copied, value.args), **keywords)
+        self._memo[id(value)] = made  # its attributes may refer to it
+        vars(made).update({name: self._copied(each) for name, each in vars(value).items()})  # such as __wrapped__
+        return made
 
     def _weak_reference(self, reference: Any) -> Any:
         there = self._memo.get(id(reference()))

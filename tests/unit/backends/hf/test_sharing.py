@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.backends.hf.builder import HFBuilder
-from tests.tiny import make_adapter, make_base
+from tests.tiny import edit_config, make_adapter, make_base
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.insides import WAIT, computing_model, held_up
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
@@ -204,6 +204,37 @@ def test_adapters_of_one_configuration_take_turns_with_one_tree(build: Any, base
                 assert logits(model, view.tokenizer).equal(right)
                 models.add(id(model))
         assert len(models) == 1
+
+
+LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("targets", "weighted"),
+    [
+        ("all-linear", "all-linear"),
+        (None, ("q_proj", "v_proj")),
+        ([f"model.layers.{n}.{layer}" for n in range(4) for layer in LAYERS], tuple(LAYERS)),
+    ],
+    ids=["all-linear", "the type's own", "one by one"],
+)
+def test_adapters_whose_configuration_peft_rewrites_take_turns_with_one_tree(
+    build: Any, tmp_path: Path, targets: Any, weighted: Any
+) -> None:
+    base = make_base(tmp_path / "base", layers=4)
+    folders = [
+        edit_config(make_adapter(tmp_path / str(seed), base, seed=seed, targets=weighted), target_modules=targets)
+        for seed in (5, 6)
+    ]
+    models = set()
+    for folder in folders:
+        expected, tokenizer = fresh(base, folder)
+        with build(base, folder).as_finetuned() as view:
+            view.logprob_of("the sun", " rises")
+            models.add(id(computing_model(view)))
+            assert view_logits(view).equal(logits(expected, tokenizer))
+            assert view.model.peft_config["default"].to_dict() == expected.peft_config["default"].to_dict()
+    assert len(models) == 1
 
 
 def test_adapters_of_one_configuration_that_are_asked_at_once_have_a_tree_each(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SwayWarning
-from tests.tiny import edit_weights, pickled, quiet, save_adapter
+from tests.tiny import edit_weights, make_adapter, pickled, quiet, save_adapter
 from tests.unit.backends.hf.mended import run_command_in
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import PEFT_VERSION
@@ -117,6 +117,16 @@ def test_a_pickle_with_a_part_in_all_names_may_hold_tensors_that_are_not_contigu
         backend = build(base, copied, allow_pickle=True)
     with backend.as_finetuned() as tuned:
         assert view_logits(tuned).equal(logits(*fresh(base, adapter)))
+
+
+def test_several_pickles_of_one_configuration_may_be_on_one_base(build: Any, base: Path, tmp_path: Path) -> None:
+    folders = [make_adapter(tmp_path / str(seed), base, seed=seed) for seed in (1, 2, 3)]
+    expected = [logits(*fresh(base, folder)) for folder in folders]
+    backends = [build(base, pickled(folder), allow_pickle=True) for folder in folders]
+    for backend, logits_of_peft in zip(backends, expected, strict=True):
+        with backend.as_finetuned() as tuned:
+            assert view_logits(tuned).equal(logits_of_peft)
+            assert logits(tuned.model, tuned.tokenizer).equal(logits_of_peft)
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
+from pytest_sway.backends.checkpoints.safetensors_header import read_header
 from pytest_sway.backends.registry import cache_key_for
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayError, WeightsError
 from pytest_sway.system.reading import CONFIG_BYTES
-from tests.tiny import edit_config, edit_weights, pickled
+from tests.tiny import edit_config, edit_weights, pickled, save_adapter
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.mended import run_command_in, tensors_of
+from tests.unit.backends.hf.reference import fresh, logits, view_logits
+from tests.unit.backends.hf.zoo import PEFT_VERSION
 
 SECONDS = 5.0
 """CPU seconds of the thread."""
@@ -407,6 +410,28 @@ def test_a_rank_that_a_pickles_weights_cannot_fill_is_refused(
     with pytest.raises(AdapterMismatchError, match=r"has r = 10,000,000, but no tensor of the adapter"):
         build(folders["base"], folders["adapter"], allow_pickle=True)
     assert loads == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("LoKrConfig", {}),
+        ("LoKrConfig", {"rank_pattern": {"q_proj": 40}}),
+        *([("DeftConfig", {})] if PEFT_VERSION >= (0, 20) else []),
+    ],
+    ids=str,
+)
+def test_a_rank_above_every_side_is_served_where_peft_makes_no_longer_tensors(
+    build: Any, base: Path, tmp_path: Path, kind: str, pattern: dict[str, Any]
+) -> None:
+    import peft
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", r=100, target_modules=["q_proj", "v_proj"], **pattern)
+    folder = save_adapter(tmp_path, base, config)
+    entries = read_header(folder / "adapter_model.safetensors").values()
+    assert max(side for entry in entries for side in entry.shape) < 40
+    with build(base, folder).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, folder)))
 
 
 def test_an_adapter_of_absurd_size_is_not_digested(folders: dict[str, Path], refusal: Callable[[], SwayError]) -> None:

@@ -30,6 +30,7 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     arena.close()
 
 
+@pytest.mark.filterwarnings("ignore:the adapter_config.json of .* has fields that:pytest_sway.SwayWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_file_is_served_as_by_peft_or_named(arena: Arena, kind: str) -> None:
     failures: list[str] = []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.cache.backend_cache import BackendCache
-from pytest_sway.errors import BackendLoadError, SpecError
-from tests.hub import ToyHub, commit_of, error, files_of, lay_out
+from pytest_sway.errors import BackendLoadError, SpecError, WeightsError
+from pytest_sway.spec.model_spec import ModelSpec
+from tests.hub import Files, ToyHub, commit_of, error, files_of, lay_out
+from tests.tiny import sharded
+from tests.unit.backends.hf.reference import fresh, logits, view_logits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,3 +75,54 @@ def test_a_model_that_is_cached_is_loaded_though_the_hub_refuses(hub: ToyHub, ba
     loaded = BackendCache()
     loaded.get_or_load({"base": "org/base", "device": "cpu", "dtype": "fp32"})
     loaded.shutdown()
+
+
+@pytest.fixture
+def in_shards(base: Path, tmp_path: Path) -> Files:
+    return files_of(sharded(shutil.copytree(base, tmp_path / "in shards")))
+
+
+def _without_a_shard(files: Files) -> Files:
+    return {name: content for name, content in files.items() if "00002-of-00002" not in name}
+
+
+def test_a_download_that_was_interrupted_between_two_files_is_resumed(
+    hub: ToyHub, base: Path, adapter: Path, cache: Path, in_shards: Files
+) -> None:
+    commit = hub.push("org/base", in_shards)
+    lay_out(cache, "org/base", commit, _without_a_shard(in_shards))
+    backend = HFBuilder(on_base_mismatch="ignore")(
+        ModelSpec(base="org/base", adapter=adapter, device="cpu", dtype="fp32")
+    )
+    with backend.as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, adapter)))
+    backend.close()
+    assert [asked for asked in hub.take_requests() if asked.startswith("GET") and "of-00002" in asked] == [
+        f"GET /org/base/resolve/{commit}/model-00002-of-00002.safetensors"
+    ]
+
+
+def test_a_download_that_was_interrupted_is_resumed_before_the_weights_are_shared_between_workers(
+    hub: ToyHub, cache: Path, in_shards: Files, tmp_path: Path
+) -> None:
+    lay_out(cache, "org/base", hub.push("org/base", in_shards), _without_a_shard(in_shards))
+    (run_folder := tmp_path / "run").mkdir()
+    HFBuilder(share_weights=run_folder)(ModelSpec(base="org/base", device="cpu", dtype="bf16")).close()
+    assert len(list(run_folder.glob("*/*/model.safetensors"))) == 1
+
+
+def test_offline_a_model_that_is_there_in_part_is_told_with_what_is_missing(cache: Path, in_shards: Files) -> None:
+    lay_out(cache, "org/base", commit_of("a"), _without_a_shard(in_shards))
+    sentence = (
+        r"^the base 'org/base' is only in part in this machine's cache of the hub: model-00002-of-00002\.safetensors is"
+        r" not there, as after an interrupted download, and this run is offline .*Run once online"
+    )
+    with pytest.raises(WeightsError, match=sentence):
+        BackendCache().get_or_load({"base": "org/base", "device": "cpu", "dtype": "fp32"})
+
+
+def test_a_folder_that_lacks_a_file_of_its_index_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = sharded(shutil.copytree(base, tmp_path / "model"))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"cannot read the weights .*00002-of-00002\.safetensors': No such file"):
+        BackendCache().get_or_load({"base": str(folder), "device": "cpu", "dtype": "fp32"})

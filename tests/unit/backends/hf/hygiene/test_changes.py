@@ -606,11 +606,17 @@ WRITES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda m, t: m.get_input_embeddings().weight.data.mul_(1.0001),
         "model.embed_tokens.weight",
     ),
+    "a band of columns, through .data": (lambda m, t: _zero(_weight(m).data[:, 13:17]), Q_PROJ),
+    "a band of rows, through .data": (lambda m, t: _zero(_weight(m).data[13:17]), Q_PROJ),
     "one row, in place": (lambda m, t: _add_one(_weight(m)[3]), Q_PROJ),
     "one element, in place": (lambda m, t: _add_one(_weight(m)[3, 5]), Q_PROJ),
     "through numpy": (_through_numpy, Q_PROJ),
     "through the storage": (lambda m, t: _weight(m).untyped_storage().fill_(7), Q_PROJ),
 }
+
+
+def _zero(tensor: Any) -> None:
+    tensor.zero_()
 
 
 def _add_one(tensor: Any) -> None:

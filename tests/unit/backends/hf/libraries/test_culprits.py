@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import pytest
 
 from pytest_sway.backends.hf.loading import model
 from pytest_sway.backends.libraries.culprits import Asked, explanation, said
-from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SpecError, WeightsError
+from pytest_sway.errors import (
+    AdapterMismatchError,
+    BackendLoadError,
+    BackendNotAvailableError,
+    SpecError,
+    SwayWarning,
+    WeightsError,
+)
 from tests.tiny import edit_config, edit_weights, quiet
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import PEFT_VERSION, TRANSFORMERS_VERSION
@@ -61,10 +69,34 @@ def test_the_field_that_peft_stumbles_over_is_named(
     assert len(str(caught.value)) < 1000
 
 
-def test_a_field_that_peft_does_not_read_is_not_blamed(build: Any, base: Path, broken: Path) -> None:
-    """PEFT 0.19 reads ``eva_config`` only in training, and no PEFT reads unknown fields."""
-    edit_config(broken, **({"a field to come": 7} if PEFT_VERSION >= (0, 21) else {"eva_config": 7}))
+@pytest.mark.parametrize(
+    "fields", [{"megatron_core": 7}, *([] if PEFT_VERSION >= (0, 21) else [{"eva_config": 7}])], ids=str
+)
+def test_a_field_that_peft_does_not_read_is_not_blamed(
+    build: Any, base: Path, broken: Path, fields: dict[str, Any]
+) -> None:
+    """PEFT reads ``megatron_core`` only beside ``megatron_config``, and PEFT 0.19 ``eva_config`` only in training."""
+    edit_config(broken, **fields)
     with build(base, broken).as_finetuned() as view:
+        assert view_logits(view).equal(logits(*fresh(base, broken)))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_fields_that_peft_does_not_know_are_not_blamed_but_warned_of(
+    build: Any, base: Path, adapter: Path, broken: Path, beside: bool
+) -> None:
+    if beside:
+        build(base, adapter)
+    unset = {"a field to come": None, "another": False, "a third": [], "a fourth": {}, "runtime_config": {"x": 7}}
+    edit_config(broken, use_warp=True, warp_factor=7, peft_version="9.9.1", **unset)
+    with pytest.warns(SwayWarning) as caught:
+        backend = build(base, broken)
+    assert [str(each.message) for each in caught] == [
+        f"the adapter_config.json of the adapter {str(broken)!r} has fields that the installed PEFT"
+        f" {version('peft')} does not know: 'use_warp', 'warp_factor'; it was saved by PEFT '9.9.1'. PEFT computes"
+        " without them, so the numbers may be others than in the training. Upgrade PEFT."
+    ]
+    with backend.as_finetuned() as view:
         assert view_logits(view).equal(logits(*fresh(base, broken)))
 
 

@@ -49,17 +49,20 @@ def test_without_torch_the_spec_comes_back_as_it_is(monkeypatch: pytest.MonkeyPa
     assert resolve_placement(spec) is spec
 
 
-@pytest.mark.parametrize(("supported", "dtype"), [(True, "bf16"), (False, "fp32")])
-def test_cuda_is_the_current_device_in_bf16_where_it_can(
-    monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp32")])
+def test_cuda_is_the_current_device_in_bf16_where_it_computes_in_that_itself(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
 ) -> None:
+    """A T4 (7.5) emulates bf16, slowly."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or capability >= (8, 0)
+    )
     for asked in ("auto", "cuda"):
-        spec = resolve_placement(ModelSpec(base=f"org/on-cuda-{supported}", device=asked))
+        spec = resolve_placement(ModelSpec(base=f"org/on-cuda-{capability}", device=asked))
         assert (spec.device, spec.dtype) == ("cuda:1", dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import types
 import weakref
@@ -207,6 +208,30 @@ def test_a_forward_that_was_put_on_a_module_computes_with_the_trees_own_weights(
     model = model_with()
     model.forward = FORWARDS[forward](model)
     tree = tree_of(model, _zeros)
+    _require_own(tree, model)
+
+
+def test_the_attributes_of_a_partial_refer_to_the_tree() -> None:
+    model = model_with()
+    model.forward = functools.partial(_first, model.layer, model)
+    model.forward.layers, model.forward.itself, model.forward.name = [model.layer], model.forward, "it"
+    tree = tree_of(model, _zeros)
+    assert tree.forward.layers == [tree.layer]
+    assert tree.forward.itself is tree.forward
+    assert tree.forward.name == "it"
+    _require_own(tree, model)
+
+
+def test_a_forward_that_accelerate_has_wrapped_keeps_its_signature() -> None:
+    """It does so if a model is spread over several devices."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = model_with()
+    signature = inspect.signature(model.forward)
+    add_hook_to_module(model, ModelHook())
+    tree = tree_of(model, _zeros)
+    assert inspect.signature(tree.forward) == inspect.signature(model.forward) == signature
+    assert tree.forward.__wrapped__.__self__ is tree
     _require_own(tree, model)
 
 
@@ -439,6 +464,7 @@ FOREIGN: dict[str, Callable[[Any], Any]] = {
     "a method": lambda layer: layer.forward,
     "a method of a closure": lambda layer: types.MethodType(lambda self: layer, object()),
     "a partial": lambda layer: functools.partial(print, layer),
+    "an attribute of a partial": lambda layer: functools.update_wrapper(functools.partial(print), layer.forward),
     "a weak reference": weakref.ref,
 }
 
