@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from pytest_sway.backends.hf.hygiene.samples import alike, sample_of  # noqa: E402
+from pytest_sway.backends.hf.hygiene.samples import alike, sample_of
 
 SHAPES = [
     (32, 32),

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
+def _skeleton_of(backend: Any) -> Any:
+    pristine: Any = adapter_in(backend).pristine
+    return pristine.skeleton
+
+
 @pytest.fixture
 def skeleton(build: Any, base: Path, adapter: Path) -> Any:
-    return adapter_in(build(base, adapter)).pristine.skeleton
+    return _skeleton_of(build(base, adapter))
 
 
 def test_a_place_has_the_device_of_the_first_adapters_tensor(skeleton: Any) -> None:
@@ -50,6 +55,6 @@ def test_an_adapter_on_several_devices_is_put_on_tensor_by_tensor(
     skeleton.devices[min(skeleton.devices)] = torch.device("cpu", 0)  # a second name of the same device
     monkeypatch.setattr("pytest_sway.backends.hf.adapters.attach.read_packed", None)
     backend = build(base, folder)
-    assert adapter_in(backend).pristine.skeleton is skeleton
+    assert _skeleton_of(backend) is skeleton
     with backend.as_finetuned() as view:
         assert view_logits(view).equal(logits(*fresh(base, folder)))
