@@ -309,14 +309,13 @@ def _from_skeleton(base: LoadedBase, files: AdapterFiles) -> Adapter | None:
     if skeleton is None:
         return None
     config = adopted(config, skeleton)
-    in_safetensors = files.entries is not None and files.weights.is_file()
-    packed = read_packed(files.weights, files.entries, skeleton.places, base.device) if in_safetensors else None
+    device = skeleton.device
+    in_one = device is not None and files.weights.is_file()
+    packed = read_packed(files.weights, files.entries or {}, skeleton.places, device) if in_one else None
     if packed is not None:
         weights, whole = packed
         return _on_skeleton(files, skeleton, config, weights, (whole,))
-    tensors = _read_tensors(files, str(base.device))
-    weights = {name: _parameter(tensors[name], place, base) for name, place in skeleton.places.items()}
-    return _on_skeleton(files, skeleton, config, weights)
+    return _on_skeleton(files, skeleton, config, skeleton.placed(_read_tensors(files, str(device or "cpu"))))
 
 
 def _on_skeleton(
@@ -333,15 +332,3 @@ def _read_tensors(files: AdapterFiles, device: str) -> dict[str, Any]:
 
     is_pickle = not files.weights.is_file()
     return files.named(read_pickle(files, device) if is_pickle else load_file(str(files.weights), device=device))
-
-
-def _parameter(tensor: Any, place: Any, base: LoadedBase) -> Any:
-    import torch
-
-    if tensor.shape != place.shape:
-        found, asked = list(tensor.shape), list(place.shape)
-        raise RuntimeError(  # in torch's words
-            f"size mismatch for a parameter of the model: torch.Size({found}) from checkpoint, the shape in current"
-            f" model is torch.Size({asked})."
-        )
-    return torch.nn.Parameter(tensor.to(base.device, place.dtype, copy=True), requires_grad=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pytest_sway.backends.hf.hygiene.samples import by_dtype, sample_of
+from pytest_sway.backends.hf.hygiene.samples import alike, sample_of
 from pytest_sway.backends.hf.sharing.tensor_parts import parts_of, scales_of
 from pytest_sway.backends.hf.sharing.trees import modules_of
 
@@ -32,7 +32,7 @@ class ContentsRecord:
         self._tensors = parts
         self._versions = self._current_versions()
         self._sums = {name: _checksum(tensor) for name, tensor in parts.items()}
-        self._groups = by_dtype(list(map(sample_of, parts.values())))
+        self._groups = alike(list(map(sample_of, parts.values())))
         self._content = self._contents()
 
     def changes(self) -> list[str]:
@@ -55,7 +55,7 @@ class ContentsRecord:
     def _contents(self) -> list[Any]:
         import torch
 
-        return [torch.cat(group) for group in self._groups.values()]
+        return [torch.cat(group) for group in self._groups]
 
 
 def _with_scales(tensor: Any, name: str) -> Iterator[tuple[str, Any]]:

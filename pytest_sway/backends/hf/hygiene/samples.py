@@ -58,9 +58,9 @@ def _step(sides: Sequence[int]) -> int:
     return step
 
 
-def by_dtype(samples: Sequence[Any]) -> dict[Any, list[Any]]:
-    """Group samples by dtype, in their order."""
+def alike(samples: Sequence[Any]) -> list[list[Any]]:
+    """Return groups of samples of one device and dtype, in their order, so that each can be concatenated."""
     groups: dict[Any, list[Any]] = {}
     for sample in samples:
-        groups.setdefault(sample.dtype, []).append(sample)
-    return groups
+        groups.setdefault((sample.device, sample.dtype), []).append(sample)
+    return list(groups.values())

@@ -38,6 +38,7 @@ class Skeleton:
     Attributes:
         model: The ``PeftModel``.
         places: Placeholders with the shape and dtype of the adapter's tensors, by their names in its file.
+        devices: The devices of these tensors; a base may be spread over several.
         names: The names of these tensors in the ``PeftModel``, by their names in the file.
         scaling: The largest LoRA scaling.
         idle: The runners for its adapters that are in no call.
@@ -51,12 +52,30 @@ class Skeleton:
         for tensor in own.values():
             known[id(tensor)] = torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
         self.places = {name_in_file(name): known[id(tensor)] for name, tensor in own.items()}
+        self.devices = {name_in_file(name): tensor.device for name, tensor in own.items()}
         self.names = {name_in_file(name): name for name in own}
         self.model = memory.tree(known)
         self.scaling = largest_scaling(self.model)
         self.idle: list[Runner] = []
         self.lock = threading.Lock()
         self._memory = SharedMemory(self.model, memory.ways_in(known))
+
+    @property
+    def device(self) -> Any | None:
+        """The device of all of an adapter's tensors; ``None`` if they are on several."""
+        devices = set(self.devices.values())
+        return devices.pop() if len(devices) == 1 else None
+
+    def placed(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Return an adapter's tensors as parameters in their places: copies, with the device and dtype of each place.
+
+        Args:
+            tensors: The tensors by their names in the file.
+
+        Raises:
+            RuntimeError: A tensor does not have the shape of its place.
+        """
+        return {name: _parameter(tensors[name], place, self.devices[name]) for name, place in self.places.items()}
 
     def tree(self, weights: Mapping[str, Any], config: Any, *, to_run: bool = False) -> Any:
         """Return a ``PeftModel`` with an adapter's weights.
@@ -124,6 +143,18 @@ class OnSkeleton:
         self.watches.add(ours)
         weights = dict(zip(self.weights, ours, strict=True))
         return self.skeleton.tree(weights, copy.deepcopy(self._config), to_run=to_run)
+
+
+def _parameter(tensor: Any, place: Any, device: Any) -> Any:
+    import torch
+
+    if tensor.shape != place.shape:
+        found, asked = list(tensor.shape), list(place.shape)
+        raise RuntimeError(  # in torch's words
+            f"size mismatch for a parameter of the model: torch.Size({found}) from checkpoint, the shape in current"
+            f" model is torch.Size({asked})."
+        )
+    return torch.nn.Parameter(tensor.to(device, place.dtype, copy=True), requires_grad=False)
 
 
 def name_in_file(name: str) -> str:

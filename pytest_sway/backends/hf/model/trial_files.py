@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.hygiene.samples import by_dtype, sample_of
+from pytest_sway.backends.hf.hygiene.samples import alike, sample_of
 from pytest_sway.backends.hf.model.peft_model import inner_model
 from pytest_sway.backends.hf.scoring.answer_cache import precision
 from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper
@@ -170,8 +170,8 @@ def _sampled(tensors: Iterable[Any]) -> list[bytes]:
     """Return a number of each tensor."""
     import torch
 
-    groups = by_dtype([sample_of(tensor)[:1] for tensor in tensors if tensor.numel()])
-    return [torch.cat(group).cpu().numpy().tobytes() for group in groups.values()]
+    groups = alike([sample_of(tensor)[:1] for tensor in tensors if tensor.numel()])
+    return [torch.cat(group).cpu().numpy().tobytes() for group in groups]
 
 
 # --- the record -------------------------------------------------------------------------------------------------------

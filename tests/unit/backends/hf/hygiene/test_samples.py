@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from pytest_sway.backends.hf.hygiene.samples import sample_of  # noqa: E402
+from pytest_sway.backends.hf.hygiene.samples import alike, sample_of
 
 SHAPES = [
     (32, 32),
@@ -64,3 +63,17 @@ def test_a_sample_shows_later_writes() -> None:
     sample = sample_of(tensor)
     tensor.data[:, 8:16] = 1
     assert sample.any()
+
+
+def test_samples_of_one_device_and_dtype_are_one_group() -> None:
+    samples = [
+        sample_of(torch.empty(40, dtype=dtype, device=device))
+        for device in ("cpu", "meta", "cpu", "meta")
+        for dtype in (torch.float32, torch.uint8)
+    ]
+    groups = alike(samples)
+    assert [len(group) for group in groups] == [2] * 4
+    assert [{(each.device, each.dtype) for each in group} for group in groups] == [
+        {(each.device, each.dtype)} for each in samples[:4]
+    ]
+    assert sum(len(torch.cat(group)) for group in groups) == sum(map(len, samples))

@@ -87,7 +87,13 @@ def test_fields_that_peft_does_not_know_are_not_blamed_but_warned_of(
 ) -> None:
     if beside:
         build(base, adapter)
-    unset = {"a field to come": None, "another": False, "a third": [], "a fourth": {}, "runtime_config": {"x": 7}}
+    unset: dict[str, Any] = {
+        "a field to come": None,
+        "another": False,
+        "a third": [],
+        "a fourth": {},
+        "runtime_config": {"x": 7},
+    }
     edit_config(broken, use_warp=True, warp_factor=7, peft_version="9.9.1", **unset)
     with pytest.warns(SwayWarning) as caught:
         backend = build(base, broken)

@@ -8,6 +8,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -224,11 +225,10 @@ def test_the_attributes_of_a_partial_refer_to_the_tree() -> None:
 
 def test_a_forward_that_accelerate_has_wrapped_keeps_its_signature() -> None:
     """It does so if a model is spread over several devices."""
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
+    hooks: Any = import_module("accelerate.hooks")
     model = model_with()
     signature = inspect.signature(model.forward)
-    add_hook_to_module(model, ModelHook())
+    hooks.add_hook_to_module(model, hooks.ModelHook())
     tree = tree_of(model, _zeros)
     assert inspect.signature(tree.forward) == inspect.signature(model.forward) == signature
     assert tree.forward.__wrapped__.__self__ is tree
