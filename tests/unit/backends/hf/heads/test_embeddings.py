@@ -158,6 +158,36 @@ def test_texts_are_cut_where_the_configuration_says(build: Any, bert: Path) -> N
         assert np.array_equal(cut, view.embed(["the sun rises in"]))
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"longest": 4, "bert": {"transformer_task": "feature-extraction"}},
+        {"longest": 4},
+        {"longest": 300, "bert": {"max_seq_length": 4}},
+        {"longest": 3, "bert": {"max_seq_length": 4}},
+    ],
+)
+def test_without_a_length_in_the_configuration_the_tokenizers_own_one_cuts(
+    build: Any, bert: Path, files: dict[str, Any]
+) -> None:
+    make_sentence_model(bert, **files)
+    with build(bert, task="embeddings").as_base() as view:
+        for pooling in (None, "cls"):
+            with pytest.warns(SwayWarning, match="the model reads at most 4 tokens .* their end, as"):
+                cut = view.embed(["the sun rises in the east"], pooling=pooling)
+            assert np.array_equal(cut, view.embed(["the sun rises in"], pooling=pooling))
+
+
+@pytest.mark.filterwarnings("error::pytest_sway.SwayWarning")
+@pytest.mark.parametrize("longest", [int(1e30), 0, 1000])
+def test_a_tokenizer_that_states_no_shorter_length_cuts_nothing(build: Any, bert: Path, longest: int) -> None:
+    text = " ".join(["the sun"] * 20)
+    make_sentence_model(bert, longest=longest)
+    with build(bert, task="embeddings").as_base() as view:
+        found = view.embed([text])
+    assert np.allclose(found, _alone(*fresh_model(bert, "AutoModel"), [text], "mean", normalize=True), atol=1e-5)
+
+
 def test_the_default_prompt_comes_before_each_text(build: Any, bert: Path) -> None:
     with build(bert, task="embeddings").as_base() as view:
         expected = view.embed([f"hello {text}" for text in TEXTS])
