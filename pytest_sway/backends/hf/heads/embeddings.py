@@ -85,7 +85,7 @@ def _encoded(engine: Engine, texts: Sequence[str], how: Pooling) -> tuple[list[T
         asked = asked.lower() if how.lower else asked
         encoded.append(batches.encoded(engine.tokenizer, asked))
         if len(encoded[-1].ids) > most:
-            encoded[-1] = batches.encoded(engine.tokenizer, asked, truncation=True, max_length=most)
+            encoded[-1] = batches.cut(engine.tokenizer, asked, most)
             cut += 1
         engine.require_known(encoded[-1].ids)
         if not encoded[-1].ids:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pytest_sway import cache_key_for
+from pytest_sway.backends.hf.heads import batches
 from pytest_sway.errors import ScoringError, SpecError, SwayWarning
 from tests.tiny import edit_weights, make_tokenizer
 from tests.unit.backends.hf.conftest import spec_of
@@ -21,7 +22,7 @@ from tests.unit.backends.hf.heads.models import (
     make_model,
     make_sentence_model,
 )
-from tests.unit.backends.hf.insides import passes_of
+from tests.unit.backends.hf.insides import engine_of, passes_of
 from tests.unit.backends.hf.multimodal import SPECIMENS, make_multimodal
 
 if TYPE_CHECKING:
@@ -186,6 +187,34 @@ def test_a_tokenizer_that_states_no_shorter_length_cuts_nothing(build: Any, bert
     with build(bert, task="embeddings").as_base() as view:
         found = view.embed([text])
     assert np.allclose(found, _alone(*fresh_model(bert, "AutoModel"), [text], "mean", normalize=True), atol=1e-5)
+
+
+def test_a_cut_keeps_special_tokens_and_leaves_no_setting_that_could_cut_the_text_of_another_thread(
+    build: Any, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer, processors
+
+    path, text = str(bert / "tokenizer.json"), "the sun rises in the east"
+    rust = Tokenizer.from_file(path)
+    template: Any = processors.TemplateProcessing
+    rust.post_processor = template(single="<s> $A </s>", pair="$A $B", special_tokens=[("<s>", 1), ("</s>", 2)])
+    rust.save(path)
+    expected = fresh_model(bert, "AutoModel")[1](text, truncation=True, max_length=5)["input_ids"]
+    make_sentence_model(bert, longest=5)
+    with build(bert, task="embeddings").as_base() as view:
+        tokenizer, settings = engine_of(view).tokenizer, list[str]()
+        begin = tokenizer.set_truncation_and_padding
+
+        def begin_as_told(**given: Any) -> None:
+            settings.append(given["truncation_strategy"].value)
+            begin(**given)
+
+        monkeypatch.setattr(tokenizer, "set_truncation_and_padding", begin_as_told)
+        with pytest.warns(SwayWarning, match="at most 5 tokens"):
+            cut = view.embed([text])
+        assert np.array_equal(cut, view.embed(["the sun rises"]))
+        assert set(settings) == {"do_not_truncate"}
+        assert list(batches.cut(tokenizer, text, 5).ids) == expected == [1, *expected[1:4], 2]
 
 
 def test_the_default_prompt_comes_before_each_text(build: Any, bert: Path) -> None:
