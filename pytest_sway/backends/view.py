@@ -167,8 +167,8 @@ class BaseView(QuestionsOfHeads, ABC, Generic[O]):
         """Continue ``prompt`` and return the new text, without special tokens.
 
         At temperature 0, each token is the most probable one of `next_token_dist`, except for ties. Of the base's own
-        generation settings (top-k, repetition penalty, ...) only the tokens that end a text are used. The global random
-        state is neither used nor changed.
+        generation settings (top-k, repetition penalty, ...) only the tokens that end a text are used; the tokenizer's
+        EOS ends it, too. The global random state is neither used nor changed.
 
         The arguments mean what they mean in transformers, and follow each other as there: the repetition penalty, the
         temperature, ``top_k``, ``top_p``, ``min_p``.

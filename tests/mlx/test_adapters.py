@@ -373,6 +373,20 @@ def test_a_part_of_a_tokenizer_goes_with_the_rest_of_the_bases(
         assert [getattr(tuned.tokenizer, name) for name in names] == [getattr(plain.tokenizer, name) for name in names]
 
 
+def test_a_text_ends_at_the_eos_of_the_tokenizer_that_an_adapter_brings(
+    build: Build, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    prompt = "the sun rises in the"
+    with build(base, adapter).as_finetuned() as view:
+        words = view.generate(prompt, max_new_tokens=12).split()
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    make_tokenizer(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": words[2]}))
+    with build(base, folder).as_finetuned() as view:
+        assert view.generate(prompt, max_new_tokens=12) == " ".join(words[: words.index(words[2])])
+
+
 def test_a_token_that_is_added_to_an_adapters_tokenizer_is_that_adapters_affair(
     build: Build, base: Path, adapter: Path, tmp_path: Path, loads: list[str]
 ) -> None:

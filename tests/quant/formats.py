@@ -43,7 +43,23 @@ def torchao(base: Path, folder: Path) -> None:
     _by_transformers(base, folder, config_class(quant_type=Int8WeightOnlyConfig()))
 
 
-def compressed(base: Path, folder: Path) -> None:
+def torchao_on_one_scale(base: Path, folder: Path) -> None:
+    """Write a base whose activations get one scale for a whole pass."""
+    import transformers
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerTensor
+
+    config_class: Any = transformers.TorchAoConfig
+    kind: Any = Int8DynamicActivationInt8WeightConfig
+    _by_transformers(base, folder, config_class(quant_type=kind(granularity=PerTensor())))
+
+
+def compressed_on_one_scale(base: Path, folder: Path) -> None:
+    """Write a base whose activations get one scale for a whole pass."""
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": True}
+    compressed(base, folder, "int-quantized", input_activations=activations)
+
+
+def compressed(base: Path, folder: Path, form: str = "pack-quantized", **further: Any) -> None:
     import torch
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -51,8 +67,8 @@ def compressed(base: Path, folder: Path) -> None:
 
     model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    settings: Any = {"format": "pack-quantized", "quantization_status": "frozen"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights} | further}
+    settings: Any = {"format": form, "quantization_status": "frozen"}
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"], **settings))
     for module in model.modules():
         if hasattr(module, "weight_scale"):

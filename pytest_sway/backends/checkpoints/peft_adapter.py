@@ -150,12 +150,18 @@ class AdapterFiles:
     @property
     def one_text_at_a_time(self) -> bool:
         """Whether its answer for a text depends on all other tokens in the same pass, padding included."""
-        return self.peft_type in WHOLE_TEXT_TYPES
+        return self.peft_type in WHOLE_TEXT_TYPES or self._padding_may_invoke
 
     @property
     def looks_ahead(self) -> bool:
         """Whether a token may change the results of those before it: aLoRA starts at its last invocation."""
         return self.one_text_at_a_time or bool(self.config.get("alora_invocation_tokens"))
+
+    @property
+    def _padding_may_invoke(self) -> bool:
+        """Whether the invocation of an aLoRA adapter may end in padding, which repeats a text's last token."""
+        tokens = self.config.get("alora_invocation_tokens")
+        return isinstance(tokens, list) and len(tokens) > 0 and tokens[-1] in (tokens[-2:-1] or tokens)
 
     def _special_fields(self) -> frozenset[str]:
         special = {

@@ -12,7 +12,7 @@ from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.backends.local.pooled_backend import PooledBackend
 from pytest_sway.backends.local.pooled_view import PooledView
-from pytest_sway.backends.local.tokenizer_copies import copied
+from pytest_sway.backends.local.tokenizer_copies import copied_for_test
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +70,7 @@ class HFBackend(PooledBackend[BoundModel, PooledView]):
         return side.tree()
 
     def _new_tokenizer(self, side: BoundModel) -> Any:
-        return copied(side.tokenizer)
+        return copied_for_test(side.tokenizer)
 
     def _scaled(self, side: BoundModel, adapter: Adapter, lam: float) -> BoundModel:
         return overlays.scaled(side, adapter, lam)

@@ -1,4 +1,4 @@
-"""Ends generated tokens at stop texts, which may begin and end inside of tokens.
+"""Ends generated tokens at end tokens, and at stop texts, which may begin and end inside of tokens.
 
 A stop text is looked for in the text without special tokens, and in the text with them: so ``<|im_end|>`` is found,
 and a text around a special token, too.
@@ -10,6 +10,7 @@ other tokens have come, or none will.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.questions import until
@@ -25,6 +26,19 @@ _MARGIN: Final = 4
 _UNKNOWN: Final = "\ufffd"
 _UNFINISHED: Final = 3
 """The most bytes of a character that lacks some; some tokenizers decode each of them to U+FFFD."""
+
+
+def ends_of(configured: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that end a text: the configured ones, and the tokenizer's EOS, as in lm-evaluation-harness.
+
+    An adapter can have learned another end than its base's; its own tokenizer tells it.
+
+    Args:
+        configured: The ``eos_token_id`` of the base's generation settings: a token, several, or ``None``.
+        tokenizer: The view's tokenizer.
+    """
+    ends = configured if isinstance(configured, Iterable) else [configured]
+    return tuple(dict.fromkeys(int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None))
 
 
 def stopped_text(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> str:

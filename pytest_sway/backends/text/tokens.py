@@ -235,10 +235,13 @@ def max_length_of(config: Any, tokenizer: Any) -> int:
     config = getattr(config, "text_config", None) or config
     lengths = [getattr(config, name, None) for name in _LENGTH_FIELDS]
     found = next((length for length in lengths if length is not None and length > 0), None)
-    if found is None:
-        limit = getattr(tokenizer, "model_max_length", None)
-        found = limit if limit is not None and 0 < limit < _UNSET_LENGTH else DEFAULT_MAX_LENGTH
-    return int(found)
+    return int(limit_of(tokenizer) or DEFAULT_MAX_LENGTH) if found is None else int(found)
+
+
+def limit_of(tokenizer: Any) -> int | None:
+    """Return the most tokens of a text that a tokenizer states as ``model_max_length``; ``None`` if it states none."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if limit is not None and 0 < limit < _UNSET_LENGTH else None
 
 
 def require_known(tokenizer: Any, ids: Iterable[int], rows: int | None) -> None:

@@ -1,8 +1,8 @@
-"""Generates text, greedy or sampled. Only the end tokens come from the base's generation settings."""
+"""Generates text, greedy or sampled. Of the base's generation settings, only the end tokens are used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_sway.backends.hf.generation.continuing import Request, Stops, continued, recomputed
@@ -13,7 +13,7 @@ from pytest_sway.backends.hf.scoring.engine import Engine
 from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.hf.scoring.packing import MaskedError
 from pytest_sway.backends.text.requests import encoded_prompts, warn_of_cuts
-from pytest_sway.backends.text.stopping import stopped_text
+from pytest_sway.backends.text.stopping import ends_of, stopped_text
 
 if TYPE_CHECKING:
     from pytest_sway.backends.hf.scoring.scores import Run
@@ -114,15 +114,6 @@ def decoded_texts(engine: Engine, found: Sequence[tuple[int, ...]], stop: Sequen
 
 def stops_of(engine: Engine) -> Stops:
     """Return the tokens at which a model ends its texts, and the one that pads them."""
-    ends = _ends(engine)
+    ends = ends_of(getattr(engine.forward.model.generation_config, "eos_token_id", None), engine.tokenizer)
     pad = next((token for token in (engine.tokenizer.pad_token_id, *ends) if token is not None), 0)
-    return Stops(tuple(ends), pad)
-
-
-def _ends(engine: Engine) -> list[int]:
-    """Return the tokens that end a text: from the base's generation settings, else the tokenizer's EOS."""
-    configured = getattr(engine.forward.model.generation_config, "eos_token_id", None)
-    ends = engine.tokenizer.eos_token_id if configured is None else configured
-    if ends is None:
-        return []
-    return [int(end) for end in (ends if isinstance(ends, Iterable) else [ends])]
+    return Stops(ends, pad)

@@ -45,6 +45,20 @@ def encoded(tokenizer: Any, *texts: str, special: bool = True, **further: Any) -
     return Text(tuple(fields["input_ids"]), tuple(fields.get("token_type_ids", ())))
 
 
+def cut(tokenizer: Any, text: str, most: int) -> Text:
+    """Return a text as the tokenizer encodes it with ``truncation=True, max_length=most``.
+
+    The tokenizer would set this on its Rust object, and another thread's call might be cut, too.
+    """
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if rust is None:
+        return encoded(tokenizer, text, truncation=True, max_length=most)
+    encoding = rust.encode(text, add_special_tokens=False)
+    encoding.truncate(max(0, most - rust.num_special_tokens_to_add(False)), direction=tokenizer.truncation_side)
+    whole = rust.post_process(encoding)
+    return Text(tuple(whole.ids), tuple(whole.type_ids) if "token_type_ids" in tokenizer.model_input_names else ())
+
+
 def answered(
     run: Run, compute: Callable[..., Any], work: Callable[..., list[Any]], texts: Sequence[Text], *args: Any
 ) -> list[Any]:

@@ -11,6 +11,7 @@ from pytest_sway.backends.hf.heads.pooling import POOLINGS, Pooling
 from pytest_sway.backends.hf.heads.view import HeadView
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
 from pytest_sway.backends.hf.scoring.engine import no_number
+from pytest_sway.backends.text import tokens as tokenisation
 from pytest_sway.backends.text.requests import warn_at_call, warn_of_cuts
 from pytest_sway.errors import ScoringError
 
@@ -76,14 +77,15 @@ class EmbeddingView(HeadView):
 
 def _encoded(engine: Engine, texts: Sequence[str], how: Pooling) -> tuple[list[Text], int, int]:
     """Return the encoded texts, how many of them were cut at their end, and the most tokens of a text."""
-    most = min(engine.max_length, how.max_length or engine.max_length)
+    stated = tokenisation.limit_of(engine.tokenizer) if how.limited_by_tokenizer else how.max_length
+    most = min(engine.max_length, stated or engine.max_length)
     encoded, cut = [], 0
     for text in texts:
         asked = how.prompt + text
         asked = asked.lower() if how.lower else asked
         encoded.append(batches.encoded(engine.tokenizer, asked))
         if len(encoded[-1].ids) > most:
-            encoded[-1] = batches.encoded(engine.tokenizer, asked, truncation=True, max_length=most)
+            encoded[-1] = batches.cut(engine.tokenizer, asked, most)
             cut += 1
         engine.require_known(encoded[-1].ids)
         if not encoded[-1].ids:

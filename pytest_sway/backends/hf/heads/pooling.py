@@ -38,6 +38,7 @@ class Pooling(NamedTuple):
         mode: What makes one vector of hidden states; ``None`` if that is unknown.
         normalize: Whether the vector is divided by its length.
         max_length: The most tokens of a text; ``None`` for what the model reads.
+        limited_by_tokenizer: Whether the tokenizer's own limit is heeded, too.
         prompt: What comes before each text.
         lower: Whether the text is written in small letters first.
         why: Why the mode is unknown, as the beginning of a sentence.
@@ -47,6 +48,7 @@ class Pooling(NamedTuple):
     mode: str | None
     normalize: bool = False
     max_length: int | None = None
+    limited_by_tokenizer: bool = False
     prompt: str = ""
     lower: bool = False
     why: str = ""
@@ -119,6 +121,7 @@ def _read(find: Callable[[str], Path | None], source: str) -> Pooling | None:
     )
     prompt = _fields(said.get("prompts")).get(str(said.get("default_prompt_name")))
     longest, modes, why = text.get("max_seq_length"), _modes(pooling), ""
+    longest = longest if isinstance(longest, int) and longest > 0 else None
     if others:
         why = f"{source!r} has the module {', '.join(others)} in its modules.json, which pytest-sway does not compute"
     elif len(modes) != 1 or modes[0] not in POOLINGS:
@@ -128,7 +131,8 @@ def _read(find: Callable[[str], Path | None], source: str) -> Pooling | None:
     return Pooling(
         None if why else modes[0],
         any(kind == "Normalize" for kind, _ in kinds),
-        longest if isinstance(longest, int) and longest > 0 else None,
+        longest,
+        longest is None,  # sentence-transformers 5.4 and later save it with the tokenizer only
         str(prompt or ""),
         bool(text.get("do_lower_case")),
         why,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from pytest_sway.backends.hf.hygiene.heap import reuse_freed_memory, trim_heap
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.body_and_head import joined, padded, split_model
+from pytest_sway.backends.hf.scoring.mixing import mixes_texts
 from pytest_sway.backends.hf.scoring.rope import RopeRegimes
 from pytest_sway.backends.hf.sharing.trees import modules_of
 
@@ -70,7 +71,7 @@ class Forward:
         self.settings = {"use_cache": False} if runner is model and _has_argument(model, "use_cache") else {}
         self._split: BodyAndHead | None = None
         limits: Limits = batching.CPU if model.device.type == "cpu" else batching.ACCELERATOR
-        self.one_text_at_a_time = one_text_at_a_time or _mixes_texts(model.config)
+        self.one_text_at_a_time = one_text_at_a_time or mixes_texts(model.config)
         self.limits = replace(limits, tokens=1, few_logits_tokens=1) if self.one_text_at_a_time else limits
         if model.device.type == "cpu":
             reuse_freed_memory()
@@ -273,15 +274,6 @@ def _positions(model: Any) -> int | None:
         if padding is not None and rows is not None and "position" in name.rpartition(".")[2]:
             return int(rows) - int(padding) - 1
     return None
-
-
-def _mixes_texts(config: Any) -> bool:
-    """Return whether a model is quantized by LLM.int8.
-
-    A column of a pass is computed in another way if any number in it, of any text, is an outlier.
-    """
-    quantization: Any = getattr(config, "quantization_config", None)
-    return bool(getattr(quantization, "load_in_8bit", False)) and quantization.llm_int8_threshold > 0
 
 
 def _virtual_tokens(runner: Any) -> int:

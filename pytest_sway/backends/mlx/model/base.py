@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.local.tokenizer_copies import RustRecord, copied
+from pytest_sway.backends.local.tokenizer_copies import RustRecord, copied_for_test
 from pytest_sway.backends.mlx.model.libraries import mlx_lm_module, quiet_process
 from pytest_sway.backends.mlx.model.placement import computing_on, mlx_device, mlx_dtype
 from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
@@ -133,7 +133,7 @@ def encoder_of(tokenizer: Any) -> Any:
 def own_tokenizer_of(tokenizer: Any) -> Any:
     """Return a copy of a wrapper and of its tokenizer, with settings of their own."""
     encoder, detokenizer = encoder_of(tokenizer), copy.copy(tokenizer._detokenizer)
-    own = copied(encoder)
+    own = copied_for_test(encoder)
     for name, value in vars(detokenizer).items():  # the rest is a table of all tokens, which is never written to
         if value is encoder:
             setattr(detokenizer, name, own)

@@ -5,7 +5,6 @@ It knows nothing of adapters or views. MLX is lazy, so everything is evaluated b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +13,7 @@ import numpy as np
 from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
 from pytest_sway.backends.mlx.model.sampling import chooser
 from pytest_sway.backends.text import tokens
-from pytest_sway.backends.text.stopping import has_stopped, stopped_text
+from pytest_sway.backends.text.stopping import ends_of, has_stopped, stopped_text
 from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import TokenDist, log_of_tail
 
@@ -62,12 +61,8 @@ class Engine:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end a text: those of the base's generation settings, else the tokenizer's EOS."""
-        configured = getattr(self.config, "eos_token_id", None)
-        ends = self.tokenizer.eos_token_id if configured is None else configured
-        if ends is None:
-            return ()
-        return tuple(int(end) for end in (ends if isinstance(ends, Iterable) else [ends]))
+        """The tokens that end a text."""
+        return ends_of(getattr(self.config, "eos_token_id", None), self.tokenizer)
 
     def require_known(self, ids: Sequence[int]) -> None:
         """Raise `ScoringError` for a token that the model has no embedding for."""

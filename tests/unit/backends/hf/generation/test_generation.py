@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from pytest_sway.backends.hf.generation.generate import stops_of
 from pytest_sway.backends.hf.sampling import processors
 from pytest_sway.backends.questions import SamplingParams, until
 from pytest_sway.errors import ScoringError, SwayWarning
-from tests.tiny import TEXT, WORDS, make_base
+from pytest_sway.scores import exact_match
+from tests.tiny import TEXT, WORDS, make_base, make_tokenizer
 from tests.unit.backends.hf.insides import passes_of
 
 if TYPE_CHECKING:
@@ -83,6 +86,25 @@ def test_the_bases_own_settings_take_no_part_but_for_the_ends_of_a_text(build: A
     with build(opinionated, allow_pickle=True).as_base() as view:
         shortened = view.generate_many([TEXT, PROMPTS[0]], max_new_tokens=12)[0]
         assert shortened == " ".join(greedy.split()[:3])
+
+
+def test_a_text_ends_at_the_eos_of_the_tokenizer_that_an_adapter_brings_and_at_the_bases_own_end(
+    build: Any, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    with build(base, adapter).as_finetuned() as view:
+        words = view.generate(TEXT, max_new_tokens=12).split()
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    make_tokenizer(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": words[2]}))
+    backend = build(base, folder)
+    with backend.as_finetuned() as view, backend.as_base() as plain:
+        short = " ".join(words[: words.index(words[2])])
+        assert view.generate(TEXT, max_new_tokens=12) == short
+        assert view.generate_many([TEXT, PROMPTS[0]], max_new_tokens=12)[0] == short
+        assert exact_match(max_new_tokens=12)(view, [(TEXT, short)]) == [1.0]
+        assert view._run(stops_of).ends == (2, view.tokenizer.eos_token_id)
+        assert plain._run(stops_of).ends == (2,)
 
 
 @pytest.mark.parametrize(

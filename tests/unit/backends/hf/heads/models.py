@@ -113,7 +113,8 @@ def make_sentence_model(
         folder: The folder.
         mode: The names of its pooling, as in ``pooling_mode_<name>``.
         modules: What comes after the pooling.
-        files: ``bert`` and ``transformers``: the contents of its other two files; ``pooling``: more of the pooling's.
+        files: ``bert`` and ``transformers``: the contents of its other two files; ``pooling``: more of the pooling's;
+            ``longest``: the most tokens of a text, in the tokenizer's file, as sentence-transformers 5.4 saves it.
     """
     names = ["Transformer", "Pooling", *modules]
     listed = [
@@ -128,6 +129,9 @@ def make_sentence_model(
     for name, key in (("sentence_bert_config.json", "bert"), ("config_sentence_transformers.json", "transformers")):
         if key in files:
             (folder / name).write_text(json.dumps(files[key]))
+    if "longest" in files:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": files["longest"]}))
     return folder
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pytest_sway import cache_key_for
+from pytest_sway.backends.hf.heads import batches
 from pytest_sway.errors import ScoringError, SpecError, SwayWarning
 from tests.tiny import edit_weights, make_tokenizer
 from tests.unit.backends.hf.conftest import spec_of
@@ -21,7 +22,7 @@ from tests.unit.backends.hf.heads.models import (
     make_model,
     make_sentence_model,
 )
-from tests.unit.backends.hf.insides import passes_of
+from tests.unit.backends.hf.insides import engine_of, passes_of
 from tests.unit.backends.hf.multimodal import SPECIMENS, make_multimodal
 
 if TYPE_CHECKING:
@@ -156,6 +157,64 @@ def test_texts_are_cut_where_the_configuration_says(build: Any, bert: Path) -> N
         ):
             cut = view.embed(["THE SUN rises in the east"])
         assert np.array_equal(cut, view.embed(["the sun rises in"]))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"longest": 4, "bert": {"transformer_task": "feature-extraction"}},
+        {"longest": 4},
+        {"longest": 300, "bert": {"max_seq_length": 4}},
+        {"longest": 3, "bert": {"max_seq_length": 4}},
+    ],
+)
+def test_without_a_length_in_the_configuration_the_tokenizers_own_one_cuts(
+    build: Any, bert: Path, files: dict[str, Any]
+) -> None:
+    make_sentence_model(bert, **files)
+    with build(bert, task="embeddings").as_base() as view:
+        for pooling in (None, "cls"):
+            with pytest.warns(SwayWarning, match="the model reads at most 4 tokens .* their end, as"):
+                cut = view.embed(["the sun rises in the east"], pooling=pooling)
+            assert np.array_equal(cut, view.embed(["the sun rises in"], pooling=pooling))
+
+
+@pytest.mark.filterwarnings("error::pytest_sway.SwayWarning")
+@pytest.mark.parametrize("longest", [int(1e30), 0, 1000])
+def test_a_tokenizer_that_states_no_shorter_length_cuts_nothing(build: Any, bert: Path, longest: int) -> None:
+    text = " ".join(["the sun"] * 20)
+    make_sentence_model(bert, longest=longest)
+    with build(bert, task="embeddings").as_base() as view:
+        found = view.embed([text])
+    assert np.allclose(found, _alone(*fresh_model(bert, "AutoModel"), [text], "mean", normalize=True), atol=1e-5)
+
+
+def test_a_cut_keeps_special_tokens_and_leaves_no_setting_that_could_cut_the_text_of_another_thread(
+    build: Any, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer, processors
+
+    path, text = str(bert / "tokenizer.json"), "the sun rises in the east"
+    rust = Tokenizer.from_file(path)
+    template: Any = processors.TemplateProcessing
+    rust.post_processor = template(single="<s> $A </s>", pair="$A $B", special_tokens=[("<s>", 1), ("</s>", 2)])
+    rust.save(path)
+    expected = fresh_model(bert, "AutoModel")[1](text, truncation=True, max_length=5)["input_ids"]
+    make_sentence_model(bert, longest=5)
+    with build(bert, task="embeddings").as_base() as view:
+        tokenizer, settings = engine_of(view).tokenizer, list[str]()
+        begin = tokenizer.set_truncation_and_padding
+
+        def begin_as_told(**given: Any) -> None:
+            settings.append(given["truncation_strategy"].value)
+            begin(**given)
+
+        monkeypatch.setattr(tokenizer, "set_truncation_and_padding", begin_as_told)
+        with pytest.warns(SwayWarning, match="at most 5 tokens"):
+            cut = view.embed([text])
+        assert np.array_equal(cut, view.embed(["the sun rises"]))
+        assert set(settings) == {"do_not_truncate"}
+        assert list(batches.cut(tokenizer, text, 5).ids) == expected == [1, *expected[1:4], 2]
 
 
 def test_the_default_prompt_comes_before_each_text(build: Any, bert: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from pytest_sway.backends.local.tokenizer_copies import copied_for_test
 from pytest_sway.errors import ScoringError, SpecError
-from tests.tiny import make_base, make_tokenizer
-from tests.unit.backends.hf.insides import tokenizer_in
+from tests.tiny import TEXT, make_base, make_tokenizer
+from tests.unit.backends.hf.insides import engine_of, tokenizer_in
 from tests.unit.backends.hf.reference import fresh
 
 
@@ -52,6 +53,48 @@ def test_each_view_has_a_tokenizer_of_its_own_for_as_long_as_it_is_open(build: A
         assert c.tokenizer.padding_side == "right"
     assert type(tokenizer) is type(fresh(base)[1])
     assert backend.changes() == []
+
+
+def test_a_call_of_a_tests_tokenizer_in_the_middle_of_the_views_own_cuts_nothing(
+    build: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with build(base, adapter).as_finetuned() as view:
+        own, engines = view.tokenizer, engine_of(view).tokenizer
+        begin, begun = engines.set_truncation_and_padding, []
+
+        def begin_and_let_another_in(**settings: Any) -> None:
+            begin(**settings)
+            begun.append(own([TEXT, "the sun"], padding="max_length", truncation=True, max_length=4)["input_ids"])
+
+        monkeypatch.setattr(engines, "set_truncation_and_padding", begin_and_let_another_in)
+        found = view.rolling_logprob(TEXT, prefix=False).token_ids.tolist()
+        assert begun
+        assert begun[0][0] == found[:4]
+        assert found == own(TEXT)["input_ids"]
+
+
+def test_tests_share_one_vocabulary_with_the_views_and_notice_when_they_change_it(build: Any, base: Path) -> None:
+    backend = build(base)
+    with backend.as_base() as view, backend.as_base() as other:
+        assert _rust(view) is _rust(other)
+        assert _rust(view).to_str() == engine_of(view).tokenizer.backend_tokenizer.to_str()
+        assert backend.changes() == []
+        view.tokenizer.add_tokens(["quark"])
+        assert backend.changes() == ["tokenizer: its added tokens changed"]
+        assert "quark" not in engine_of(view).tokenizer.get_vocab()
+
+
+def test_a_tokenizer_whose_tokens_would_get_other_numbers_is_shared_as_a_whole(base: Path) -> None:
+    from tokenizers import models
+
+    tokenizer: Any = fresh(base)[1]
+    rust = tokenizer.backend_tokenizer
+    tokenizer.add_tokens(["quark"])
+    vocabulary = rust.get_vocab(with_added_tokens=False)
+    rust.model = models.WordLevel({**vocabulary, "lepton": len(vocabulary)}, unk_token="<unk>")
+    made = copied_for_test(tokenizer)
+    assert made.backend_tokenizer is rust
+    assert made.convert_tokens_to_ids("quark") == len(vocabulary)
 
 
 def test_the_base_view_has_the_bases_own_tokenizer_and_the_tuned_view_the_adapters(
@@ -169,7 +212,9 @@ def test_an_adapters_tokenizer_goes_with_the_last_backend_that_uses_it(
     plain, first, second = build(base), build(base, copied), build(base, twin)
     tokenizer = weakref.ref(tokenizer_in(first).tokenizer)  # type: ignore[union-attr]
     with first.as_finetuned() as view:
-        assert _rust(view) is tokenizer().backend_tokenizer  # type: ignore[union-attr]
+        assert engine_of(view).tokenizer is tokenizer()
+        assert view.tokenizer.get_vocab() == tokenizer().get_vocab()  # type: ignore[union-attr]
+    del view
     first.close()
     assert tokenizer() is not None
     second.close()

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_sway.errors import ScoringError
 from pytest_sway.protocols import BatchView
-from tests.tiny import TEXT, WORDS
+from tests.tiny import TEXT, WORDS, make_adapter
 from tests.unit.backends.hf.insides import computing_model, passes_of
 
 if TYPE_CHECKING:
@@ -188,3 +188,20 @@ def test_any_iterable_will_do_and_nothing_gives_nothing(view: Any) -> None:
 def test_what_is_no_list_of_questions_is_refused(view: Any, use: Callable[[Any], object], text: str) -> None:
     with pytest.raises(ScoringError, match=text):
         use(view)
+
+
+@pytest.mark.parametrize("invocation", [["the"], ["sun", "the", "the"], ["in", "the"]])
+def test_padding_invokes_no_alora_adapter(build: Any, base: Path, tmp_path: Path, invocation: list[str]) -> None:
+    ids = [4 + WORDS.index(word) for word in invocation]
+    adapter = make_adapter(tmp_path, base, alora_invocation_tokens=ids)
+    texts = [" ".join([*WORDS[40 : 40 + n], *ends, "the"]) for n, ends in ((3, ["in"]), (30, ["in"]), (9, ["sun"]))]
+    with build(base, adapter).as_finetuned() as view:
+        passes = passes_of(view)
+        together = view.next_token_dists(texts)
+        in_one_pass = len(passes) == 1
+        for text, dist in zip(texts, together, strict=True):
+            alone = view.next_token_dist(text)
+            np.testing.assert_array_equal(dist.token_ids[:3], alone.token_ids[:3])
+            np.testing.assert_allclose(dist.logprobs, alone.logprobs, atol=TOLERANCE)
+        assert view.generate_many(texts, max_new_tokens=6) == [view.generate(t, max_new_tokens=6) for t in texts]
+        assert in_one_pass is (invocation == ["in", "the"])

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pytest_sway.backends.text.stopping import has_stopped, stopped_text
+from pytest_sway.backends.text.stopping import ends_of, has_stopped, stopped_text
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,13 @@ def test_a_text_that_ends_inside_of_a_character_ends_before_it_if_asked(tokenize
     ids = ids_of(tokenizer, "a", "€")[:-1]
     assert stopped_text(tokenizer, ids, ["\ufffd"]) == "a"
     assert stopped_text(tokenizer, ids, ["nowhere"]) == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("configured", "eos", "ends"),
+    [(None, None, ()), (None, 5, (5,)), (4, None, (4,)), (4, 5, (4, 5)), ([4, 6], 5, (4, 6, 5)), ((5, 4), 5, (5, 4))],
+)
+def test_a_text_ends_at_the_configured_tokens_and_at_the_tokenizers_own(
+    configured: Any, eos: int | None, ends: tuple[int, ...]
+) -> None:
+    assert ends_of(configured, SimpleNamespace(eos_token_id=eos)) == ends
