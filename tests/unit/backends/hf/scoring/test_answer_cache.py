@@ -272,18 +272,11 @@ def _patch_attention(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", scaled)
 
 
-def _other_words(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokenizers import normalizers
-
-    view.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("sun", "moon")
-
-
 CHANGES: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
     "written": _scale_weight,
     "written behind torch's back": _scale_data,
     "a class's forward": _patch_class,
     "an attention function": _patch_attention,
-    "the tokenizer": _other_words,
 }
 
 
@@ -299,6 +292,20 @@ def test_a_changed_base_never_answers_from_memory(
         assert changed != before
         assert view.logprob_of(PROMPT, ANSWER) == changed
     assert not recalled
+
+
+def test_while_a_tests_tokenizer_is_changed_the_base_computes_as_before_and_remembers_nothing(
+    build: Any, base: Path, adapter: Path, recalled: Counter[str]
+) -> None:
+    from tokenizers import normalizers
+
+    backend = build(base, adapter)
+    with backend.as_base() as view:
+        before = view.logprob_of(PROMPT, ANSWER)
+        view.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("sun", "moon")
+        assert view.logprob_of(PROMPT, ANSWER) == before
+    assert not recalled
+    assert backend.changes() == ["tokenizer: its normalizer changed"]
 
 
 def test_what_a_test_does_to_its_own_model_does_not_keep_the_base_from_remembering(
