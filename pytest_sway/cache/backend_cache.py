@@ -41,8 +41,8 @@ import gc
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -50,7 +50,7 @@ from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget
 from pytest_sway.cache.builds import Listener, informed
 from pytest_sway.cache.closing import Closer
-from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Leasing, Operation, SizeByPart, State
+from pytest_sway.cache.entries import CachedBackend, Claim, Entry, Lease, Operation, SizeByPart, State
 from pytest_sway.cache.ledger import Ledger
 from pytest_sway.cache.owners import Owner
 from pytest_sway.cache.stats import SwayStats
@@ -63,7 +63,6 @@ from pytest_sway.system.locking import OneShotEvent
 from pytest_sway.system.redaction import without_secrets
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from pytest_sway.backends.checkpoints.plan import Plan
@@ -174,9 +173,8 @@ class BackendCache:
         finally:
             lease.release()
 
-    def lease(
-        self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None
-    ) -> AbstractContextManager[Any]:
+    @contextmanager
+    def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Iterator[Any]:
         """Give the backend of ``spec``, pinned until the block or its owner ends (see `end`).
 
         Args:
@@ -187,7 +185,15 @@ class BackendCache:
         Raises:
             SwayError: As `acquire`.
         """
-        return Leasing(partial(self.acquire, spec, adapter_path=adapter_path, holder=holder))
+        lease = self.acquire(spec, adapter_path=adapter_path, holder=holder)
+        try:
+            yield lease.backend
+        except GeneratorExit:  # nobody has left the block: `Lease.__del__`, since this thread may hold the lock
+            raise
+        except BaseException:
+            lease.release()
+            raise
+        lease.release()
 
     def acquire(
         self,
@@ -320,14 +326,12 @@ class BackendCache:
                 raise messages.files_changed(spec)
             lease = self._ledger.admit(operation, seconds, self._build.measure(operation.built[0]))
         except Exception as error:
-            if ends_run(error):  # `_acquire` gives back what the operation has taken
-                raise
             # The ended frames would keep a half-loaded model alive as long as the error's report.
             traceback.clear_frames(error.__traceback__)
             shown = without_secrets(error)
             failure = shown if isinstance(shown, SwayError) else messages.load_failed(shown, spec)
             self._ledger.fail(operation, failure)
-            if failure is error:
+            if failure is error or ends_run(error):
                 raise
             raise failure from shown
         self._closer.close_victims(operation)

@@ -209,30 +209,3 @@ class Lease:
         # Garbage collection can run while this thread holds the lock, so the next step of the ledger does the release.
         if hasattr(self, "_claim") and self._claim in self._entry.claims:
             self._ledger.dropped.append((self._entry, self._claim))
-
-
-@final
-class Leasing:
-    """A block with a lease, which gives the backend.
-
-    It is no generator: garbage collection would run the end of one that was dropped inside its block, and that end
-    would wait for the lock that this thread may hold. Of a dropped block, only `Lease.__del__` runs.
-
-    Args:
-        acquire: Returns the lease.
-    """
-
-    __slots__ = ("_acquire", "_lease")
-
-    def __init__(self, acquire: Callable[[], Lease]) -> None:
-        self._acquire = acquire
-        self._lease: Lease | None = None
-
-    def __enter__(self) -> Any:
-        self._lease = self._acquire()
-        return self._lease.backend
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.release()
