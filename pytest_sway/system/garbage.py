@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,8 @@ def no_full_collections() -> Iterator[None]:
     """Collect young garbage only, while libraries are imported or a model is loaded.
 
     Both make hundreds of thousands of objects that stay, so Python would scan all objects several times. The garbage of
-    an import that lies between objects that stay would also make each later collection slower.
+    an import that lies between objects that stay would also make each later collection slower. The full collection that
+    was put off does not come at once in the code that follows: Python counts anew.
     """
     before = gc.get_threshold()
     if before[2] == _NEVER:  # the caller or another thread is within, and restores them
@@ -32,7 +34,17 @@ def no_full_collections() -> Iterator[None]:
         yield
     finally:
         if gc.get_threshold() == during:  # else an imported library has its own wishes
+            _count_anew()
             gc.set_threshold(*before)
+
+
+def _count_anew() -> None:
+    """Make all objects long-lived, and the number of collections since the last full one zero."""
+    if gc.get_freeze_count() or not gc.isenabled():
+        return  # unfreezing would thaw what the user froze
+    gc.collect(1)  # young garbage would otherwise become long-lived
+    # One step of C calls both, so that no signal and no other thread comes between them.
+    _ = tuple(map(operator.call, (gc.freeze, gc.unfreeze)))
 
 
 @contextmanager

@@ -45,6 +45,46 @@ def test_thresholds_that_an_imported_library_sets_stay() -> None:
     assert gc.get_threshold() == (50_000, 20, 20)
 
 
+def collected_after_a_load() -> list[int]:
+    """Make as many objects as there are in a block, and a few after it.
+
+    Returns:
+        The generations that were collected after the block.
+    """
+    generations: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            generations.append(info["generation"])
+
+    gc.collect()
+    with no_full_collections():
+        kept = [[] for _ in gc.get_objects()]  # type: ignore[var-annotated]
+    gc.callbacks.append(note)
+    try:
+        kept += [[] for _ in range(12)]
+    finally:
+        gc.callbacks.remove(note)
+    return generations
+
+
+def test_the_full_collection_that_was_put_off_does_not_come_right_after() -> None:
+    collected = collected_after_a_load()
+    assert collected
+    assert 2 not in collected
+    assert not gc.get_freeze_count()
+
+
+def test_what_a_user_froze_stays_frozen() -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    try:
+        collected_after_a_load()
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+
+
 def test_nothing_is_collected_within_and_collections_come_back() -> None:
     with suppress(ValueError), no_collections(), no_collections():
         enabled = gc.isenabled()
