@@ -23,6 +23,7 @@ from tests.texts import lengths, texts
 from tests.tiny import make_adapter
 
 ROUNDS = 3
+LONG_ROUNDS = 5  # of long texts, where the sides are close
 ADAPTERS = 6
 BATCH_SIZES = (1, 4, 8, 16, 32)
 OF_POSSIBLE = 0.75
@@ -75,13 +76,13 @@ class Sides:
     tokenizer: Any
 
     def rolling_short(self) -> Iterator[Figure]:
-        batch_size, seconds = self._rolling(texts(self.tokenizer, lengths(64, 5, 60)))
+        batch_size, seconds = self._rolling(texts(self.tokenizer, lengths(64, 5, 60)), ROUNDS)
         what = f"64 texts of 5 to 60 tokens; HFLM's best batch size {batch_size}"
         yield _faster("rolling_logprobs, short texts, times HFLM", 1.5, seconds, "hflm", what)
         yield _faster("rolling_logprobs, short texts, times dlm-sway", 1.8, seconds, "dlm_sway", what)
 
     def rolling_long(self) -> Iterator[Figure]:
-        batch_size, seconds = self._rolling(texts(self.tokenizer, lengths(32, 50, 400)))
+        batch_size, seconds = self._rolling(texts(self.tokenizer, lengths(32, 50, 400)), LONG_ROUNDS)
         faster = min(("hflm", "dlm_sway"), key=lambda name: seconds[name])
         what = f"32 texts of 50 to 400 tokens; HFLM's best batch size {batch_size}"
         yield _faster("rolling_logprobs, long texts, times the faster peer", 1.1, seconds, faster, what)
@@ -130,10 +131,10 @@ class Sides:
         what = f"50 prompts, 4 completions each; HFLM's best batch size {batch_size}"
         return _faster("logprobs_of, multiple choice, times HFLM", 1.5, seconds, "hflm", what)
 
-    def _rolling(self, scored: Sequence[str]) -> tuple[int, dict[str, float]]:
+    def _rolling(self, scored: Sequence[str], rounds: int) -> tuple[int, dict[str, float]]:
         batch_size = _best_batch_size(partial(self.plain.rolling, scored))
         return batch_size, medians(
-            ROUNDS,
+            rounds,
             ours=lambda: self.ours.rolling(scored),
             hflm=lambda: self.plain.rolling(scored, batch_size),
             dlm_sway=lambda: self.dlm_sway.rolling(scored),
