@@ -304,7 +304,10 @@ class ScalableDifferentialBackend(DifferentialBackend, Protocol):
     """A differential backend whose adapter can be scaled."""
 
     def as_scaled_adapter(self, lam: float) -> AbstractContextManager[View]:
-        """Open a view with the adapter's additive term multiplied by ``lam``: 0 is the base, 1 the adapter."""
+        """Open a view with the adapter's LoRA terms multiplied by ``lam``: 1 is the adapter.
+
+        0 is the base if the adapter has LoRA terms only. Other parts of it stay as they are.
+        """
         ...
 
 
@@ -315,7 +318,7 @@ class NullCalibratedBackend(DifferentialBackend, Protocol):
     def as_null_adapter(
         self, seed: int, *, init_scale: float = 0.02, rank_scale: float = 1.0
     ) -> AbstractContextManager[View]:
-        """Open a view on an adapter of the same structure with weights from ``N(0, init_scale**2 * rank_scale)``."""
+        """Open a view on the adapter with numbers from ``N(0, init_scale**2 * rank_scale)`` in its LoRA matrices."""
         ...
 
 

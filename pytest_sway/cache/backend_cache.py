@@ -175,7 +175,7 @@ class BackendCache:
 
     @contextmanager
     def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Iterator[Any]:
-        """Give the backend of ``spec``, pinned until the block or its owner ends (see `end`).
+        """Give the backend of ``spec``, pinned until the block ends, or the test or fixture that took it.
 
         Args:
             spec: The spec to load.

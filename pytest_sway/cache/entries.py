@@ -148,7 +148,7 @@ class CachedBackend:
     Attributes:
         key: Its identity, from `pytest_sway.backends.registry.cache_key_for`.
         backend: The live backend.
-        model_spec: Its spec, with device and dtype resolved.
+        model_spec: Its spec. For kinds hf and mlx, its device and dtype are resolved; for others they may be ``auto``.
         load_seconds: Seconds that the load took, with the base if that was loaded too, without imports of libraries.
     """
 

@@ -27,7 +27,7 @@ def pytest_sway_build_backend(spec: ModelSpec, config: pytest.Config) -> Differe
       the same key for it.
 
     Args:
-        spec: The spec to load, with device and dtype resolved.
+        spec: The spec to load. For kinds hf and mlx, its device and dtype are resolved; for others they may be auto.
         config: The run's configuration.
     """
 

@@ -45,11 +45,11 @@ def dealing_table() -> str:
 
 BASES, ADAPTERS, TESTS = 3, 20, 1000
 QUESTIONS = 5
-QUESTION = 0.027 * 8 / 1.2
+QUESTION = 0.023 * 8 / 1.2
 """Seconds of a question to a model of 8B: as measured for 1.2B, times the weights."""
 BLOCK = 20
 """Tests that are simulated as one."""
-GPU: Final = Costs(load=8.0 + 0.74 * 8 / 1.2, adapter=0.1, start=15.0, reply=0.002)
+GPU: Final = Costs(load=8.0 + 0.096 * 8 / 1.2, adapter=0.1, start=15.0, reply=0.002)
 
 
 def gpu_suite(slow: float = 1.0) -> list[Work]:

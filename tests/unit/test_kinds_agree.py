@@ -44,6 +44,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
                 return ModelSpec(kind="api", base="base", finetuned="tuned", endpoint=Toy(server, "vllm").url)
             if kind == "custom":
                 return ModelSpec(kind="custom", base="mine", entry_point=f"{__name__}:Mine")
+            assert kind == "dummy", f"no spec for the new kind {kind}"
             return ModelSpec(kind="dummy", base="dummy")
 
         yield spec_of

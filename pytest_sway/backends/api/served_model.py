@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.api.completions import MalformedError, read_completion
@@ -22,6 +23,9 @@ __tracebackhide__ = True
 
 _LIMITS: Final = (20, 10, 5, 1)
 """The most log-probabilities that servers give (vLLM, mlx_lm, OpenAI), tried in turn when a server refuses more."""
+
+_ALLOWED: Final = re.compile(r"max allowed: (\d+)")
+"""vLLM's refusals name its limit, which ``--max-logprobs`` sets."""
 
 _WHOLE_TEXT: Final = {"repeat_last_n": -1, "repetition_context_size": 2**20}
 """Servers penalise the last 64 (llama.cpp) or 20 tokens (mlx_lm) by default; transformers and vLLM all of them."""
@@ -111,7 +115,9 @@ class ServedModel:
         if "type bool" in refusal and not self._boolean:
             self._boolean = True
             return True
-        fewer = next((limit for limit in _LIMITS if limit < asked), None)
+        named = _ALLOWED.search(refusal)
+        limits = (*((int(named[1]),) if named else ()), *_LIMITS)
+        fewer = next((limit for limit in limits if 0 < limit < asked), None)
         if fewer is not None:
             self._most = min(self._most, fewer)
         return fewer is not None

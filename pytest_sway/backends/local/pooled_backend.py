@@ -141,10 +141,10 @@ class PooledBackend(HintsAtViews, ABC, Generic[S, V]):
 
     @opens_view
     def as_scaled_adapter(self, lam: float) -> Iterator[V]:
-        """Open a view in which the LoRA terms are multiplied by ``lam``: 0 is the base, 1 the adapter.
+        """Open a view in which the LoRA terms are multiplied by ``lam``: 1 is the adapter.
 
-        An adapter's other parts, such as DoRA's magnitudes or ``modules_to_save``, stay as they are. Of several
-        adapters, this is about the last; 0 is what it is put on.
+        An adapter's other parts, such as DoRA's magnitudes or ``modules_to_save``, stay as they are. Without such
+        parts, 0 is what the adapter is put on. Of several adapters, this is about the last.
 
         Raises:
             NoAdapterError: The spec has no adapter.

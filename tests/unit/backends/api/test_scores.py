@@ -180,6 +180,12 @@ def test_of_more_tokens_than_the_server_gives_it_is_what_the_server_gives(build:
     np.testing.assert_array_equal(dist.token_ids, again.token_ids)
 
 
+def test_a_limit_that_the_server_names_is_asked_for(build: Build, toy: Toy) -> None:
+    toy.limit = 23  # as vLLM with --max-logprobs
+    with build().as_base() as view:
+        assert view.next_token_dist(PROMPT).logprobs.size == 23
+
+
 def test_what_the_given_tokens_leave_is_the_tail(build: Build) -> None:
     with build().as_base() as view:
         dist = view.next_token_dist(PROMPT, top_k=3)

@@ -124,7 +124,9 @@ class Toy:
         if self.style == "mlx" and not isinstance(body.get("logprobs", False), bool):
             return "logprobs must be of type bool"
         if asked > self.limit:
-            return f"Requested sample logprobs of {asked}, which is greater than max allowed: {self.limit}"
+            if self.style == "vllm":
+                return f"Requested sample logprobs of {asked}, which is greater than max allowed: {self.limit}"
+            return f"logprobs must be at most {self.limit}; found {asked}"
         return ""
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
