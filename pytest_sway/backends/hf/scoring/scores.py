@@ -34,8 +34,8 @@ __tracebackhide__ = True
 Run = Callable[..., Any]
 _T = TypeVar("_T")
 
-_SLICE_BYTES: Final = 2**20
-"""Bytes of logits that are normalised at once on a CPU, which fit in a core's cache."""
+_SLICE_BYTES: Final = 2**23
+"""Bytes of logits that are normalised at once on a CPU: they fit in its cache, and are work for all cores."""
 
 
 def logprobs_of(run: Run, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
