@@ -180,6 +180,7 @@ def test_of_more_tokens_than_the_server_gives_it_is_what_the_server_gives(build:
     np.testing.assert_array_equal(dist.token_ids, again.token_ids)
 
 
+@pytest.mark.parametrize("toy", ["vllm"], indirect=True)
 def test_a_limit_that_the_server_names_is_asked_for(build: Build, toy: Toy) -> None:
     toy.limit = 23  # as vLLM with --max-logprobs
     with build().as_base() as view:
