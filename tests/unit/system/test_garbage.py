@@ -76,11 +76,12 @@ def test_the_full_collection_that_was_put_off_does_not_come_right_after() -> Non
 
 
 def test_what_a_user_froze_stays_frozen() -> None:
+    frozen: list[int] = []
     gc.freeze()
-    frozen = gc.get_freeze_count()
     try:
         collected_after_a_load()
-        assert gc.get_freeze_count() == frozen
+        # Not the number of frozen objects: it falls when one of them is deleted.
+        assert all(known is not frozen for known in gc.get_objects())
     finally:
         gc.unfreeze()
 
