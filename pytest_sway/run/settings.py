@@ -3,11 +3,14 @@
 An option given on the command line wins over its ini value, and that over the default.
 """
 
-# No `from __future__ import annotations`: `NamedTuple` would compile each field's, at every start of pytest.
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 # Repeated from `pytest_sway.spec`, so that a run without a backend does not import it.
 DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
@@ -77,14 +80,13 @@ class SwaySettings:  # every run of pytest defines it: no dataclass, which takes
         )
 
 
-class _Setting(NamedTuple):
+class _Setting:
     """One setting: an ini value, and an option if ``metavar`` is not ``None``. A flag's metavar is empty."""
 
-    name: str
-    default: str | bool
-    parse: Callable[[str], Any]
-    help: str
-    metavar: str | None = None
+    def __init__(
+        self, name: str, default: str | bool, parse: Callable[[str], Any], text: str, metavar: str | None = None
+    ) -> None:
+        self.name, self.default, self.parse, self.help, self.metavar = name, default, parse, text, metavar
 
     @property
     def option(self) -> str:

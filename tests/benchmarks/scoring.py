@@ -223,16 +223,20 @@ def peak_of(side: str, base: str, adapter: str) -> int:
             view = stack.enter_context(dlm_sway(stack, Path(base), Path(adapter)).as_finetuned())
         tokenizer = view.tokenizer if side == "ours" else view._tokenizer
         scored = texts(tokenizer, lengths(32, 50, 400))
-        # One short pass of each kind maps all weights and creates everything that is created once.
-        view.rolling_logprob(scored[0][:20])
+        # Short texts, asked as the long ones will be, map all weights and create everything that is created once.
+        _ask(side, view, [text[:20] for text in scored[:2]])
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
-        if side == "ours":
-            view.rolling_logprobs(scored)
-        else:
-            for text in scored:
-                view.rolling_logprob(text)
+        _ask(side, view, scored)
         return _status("VmHWM") - before
+
+
+def _ask(side: str, view: Any, scored: Sequence[str]) -> None:
+    if side == "ours":
+        view.rolling_logprobs(scored)
+    else:
+        for text in scored:
+            view.rolling_logprob(text)
 
 
 def _status(field: str) -> int:

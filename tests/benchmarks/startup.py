@@ -21,7 +21,7 @@ from typing import Final
 import pytest_sway
 from tests.benchmarks.figures import Figure, run
 
-PAIRS: Final = 30
+PAIRS: Final = 60
 COLLECT: Final = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
 APART: Final = {"PYTHONPATH": None, "PYTEST_ADDOPTS": None, "PYTEST_PLUGINS": None}
 

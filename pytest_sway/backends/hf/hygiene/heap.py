@@ -11,8 +11,9 @@ from typing import Any, Final
 __tracebackhide__ = True
 
 _LARGEST_KEPT: Final = 20 * 2**20
-"""Bytes: less than a chunk of logits (`batching.Limits.logits_bytes`). If glibc kept those too, small results would
-take places in their memory, the next logits would not fit there, and peak memory would grow by half."""
+"""Bytes: less than a chunk of logits (`batching.Limits.logits_bytes`). Where glibc keeps those, too, the memory of
+freed logits can be too small for the next by the few bytes that aligned memory takes. Peak memory then grows by a chunk
+or two."""
 
 
 def collect(device_type: str) -> None:
@@ -38,7 +39,9 @@ def reuse_freed_memory() -> None:
 
     By default glibc maps each block over a threshold by itself, and returns free memory beyond twice as much. Then each
     result faults in all of its pages again. The threshold rises to the size of a mapped block when that is freed, up to
-    32 MiB (mallopt(3), M_MMAP_THRESHOLD). So this allocates and frees a block once per process.
+    32 MiB (mallopt(3), M_MMAP_THRESHOLD). So this allocates and frees a block once per process. Other blocks, such as
+    converted weights and the first logits, may raise it further. A fixed threshold would keep logits out of the heap,
+    and cost 2% of the scoring of long texts.
     """
     import torch
 
