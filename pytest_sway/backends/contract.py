@@ -75,11 +75,10 @@ def not_finite(label: str, dist: TokenDist) -> str:
 
 def opens_view(opened: Callable[P, Iterator[V]]) -> Callable[P, AbstractContextManager[V]]:
     """Decorate like `contextlib.contextmanager`; using the result without ``with`` raises an error that says so."""
-    manager = contextmanager(opened)
 
     @wraps(opened)
     def opening(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[V]:
-        return _Opening(manager(*args, **kwargs), opened.__name__)
+        return _Opening(opened(*args, **kwargs), opened.__name__)
 
     return opening
 
@@ -88,16 +87,20 @@ class _Opening(AbstractContextManager[V]):
     """A view that is not open yet.
 
     Args:
-        manager: Opens and closes it.
+        steps: Opens the view, yields it and closes it.
         method: The name of the backend's method that made it.
     """
 
-    def __init__(self, manager: AbstractContextManager[V], method: str) -> None:
-        self._manager = manager
+    def __init__(self, steps: Iterator[V], method: str) -> None:
+        self._steps = steps
+        self._manager = contextmanager(lambda: steps)()
         self._method = method
 
     def __enter__(self) -> V:
-        return self._manager.__enter__()
+        # The manager's own method would be what pytest shows of an error: it is code of contextlib.
+        for view in self._steps:
+            return view
+        raise RuntimeError(f"{self._method}() was entered before: call it again for another view")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> Any:
         return self._manager.__exit__(kind, error, tb)

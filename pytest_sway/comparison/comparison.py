@@ -177,7 +177,9 @@ class Comparison:
         except ValueError:
             return None
         bounds = {self.high: self.high, self.low: self.low}
-        return self.claim(op, *(bounds.get(number, number) for number in numbers))
+        if numbers[0] in bounds:  # whatever the other is: a bound may equal its margin
+            return self.claim(op, bounds[numbers[0]], numbers[1])
+        return self.claim(op, numbers[0], bounds.get(numbers[1]))
 
     def _prompts_needed(self) -> Iterator[str]:
         detectable = self.detectable

@@ -201,12 +201,17 @@ def drift_between(questions: Questions, then: Sequence[RecordedRow], now: Sequen
 
 def drift_message(comparison: Comparison, bound: float, then: Record, now: Record, where: str) -> str:
     """Return the message that the base has moved, and what may have moved it."""
-    changes = "; ".join(_changes(then.made_with, now.made_with)) or "device, dtype and versions are the same"
+    changes = "; ".join(_changes(then.made_with, now.made_with))
+    cause = (
+        f"Hardware or versions cause this ({changes})"
+        if changes
+        else "Device, dtype and versions are the same: other hardware or edited files of the base cause this"
+    )
+    moved = comparison.drift or 0.0
     return (
-        f"the base itself has moved: it scores {comparison.drift:+.4g} {comparison.unit} since {where} was recorded,"
-        f" and sway_drift allows {bound:.4g}. Hardware or versions cause this, not the adapter ({changes})."
-        " Run as when it was recorded, raise sway_drift, or record again a candidate that was good enough"
-        " (--sway-record)."
+        f"the base itself has moved: it scores {abs(moved):.4g} {comparison.unit} {'more' if moved > 0 else 'less'}"
+        f" than when {where} was recorded, and sway_drift allows {bound:.4g}. {cause}, not the adapter. Run as when it"
+        " was recorded, raise sway_drift, or record again a candidate that was good enough (--sway-record)."
     )
 
 

@@ -161,8 +161,12 @@ def legend(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def shown(each: Mapping[str, Any]) -> str:
-    """Return the verdict on the margin that the test asserted, or on 0 if the margin is not known."""
-    return each["against_0"] if each["claim"] is None else f"{each['claim']}: {each['verdict']}"
+    """Return the verdict on the margin that the test asserted, or on 0 if the margin is not known.
+
+    An interval of exactly 0 is neither over nor under a margin of 0.
+    """
+    exactly = each["low"] == each["high"] == each["margin"] == 0.0
+    return each["against_0"] if each["claim"] is None or exactly else f"{each['claim']}: {each['verdict']}"
 
 
 def cells(each: Mapping[str, Any]) -> tuple[str, ...]:

@@ -251,6 +251,14 @@ def test_an_assertion_of_something_else_has_no_verdict(pytester: pytest.Pytester
     output.fnmatch_lines(["*nats an answer  under 0: shown"])
 
 
+def test_a_side_that_cannot_be_loaded_fails_the_test_at_its_own_line(pytester: pytest.Pytester) -> None:
+    lost = {"kind": "custom", "base": "b", "entry_point": "nowhere:Lost"}
+    result = run(pytester, f"def test_it(sway_compare):\n    assert sway_compare(FACTS, {lost!r}, OLD).low > 0\n")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([">       assert sway_compare(*", "E *Error: *nowhere*", "", "test_suite.py:*"])
+    result.stdout.no_fnmatch_line("*contextlib*")
+
+
 def test_a_passing_test_shows_nothing(pytester: pytest.Pytester) -> None:
     result = run(pytester, "def test_it(sway_compare):\n    assert sway_compare(FACTS, NEW, OLD).high >= 0\n", "-rA")
     result.assert_outcomes(passed=1)
@@ -483,6 +491,8 @@ def test_it(sway_compare):
         ("99 > c.high, 'why'", "under 99: shown"),
         ("c.high >= 1.7", "over 1.7: undecided, needs about * prompts"),
         ("c.n > 2", "over 0: shown"),
+        ("sway_compare(FACTS, NEW, NEW).high >= 0", "exactly 0"),
+        ("sway_compare(FACTS, NEW, NEW).low > -1", "over -1: shown"),
     ],
 )
 def test_the_claim_of_a_passing_test_is_known_with_pytests_assertion_pass_hook(
@@ -497,7 +507,7 @@ def test_it(sway_compare):
 """
     result = run(pytester, body, "-o", "enable_assertion_pass_hook=true")
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines([f"dummy:shifted 0.5 against * nats an answer  {shown}"])
+    result.stdout.fnmatch_lines([f"dummy:* against * nats an answer  {shown}"])
 
 
 REGISTERING = """

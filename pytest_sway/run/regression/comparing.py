@@ -114,25 +114,23 @@ class _Side:
     name: str
     model: Any
 
-    @contextmanager
-    def view(self, backends: Backends) -> Iterator[Any]:
-        """Open the side's view; for a spec, the fine-tuned view, or the base view if there is no other."""
-        with self.view_and_base(backends) as (view, _):
-            yield view
+    def opened(self, stack: ExitStack, backends: Backends) -> tuple[Any, OpensView | None]:
+        """Return the side's view, and a function that opens a view of its base, or ``None``.
 
-    @contextmanager
-    def view_and_base(self, backends: Backends) -> Iterator[tuple[Any, OpensView | None]]:
-        """Open the side's view; also yield a function that opens a view of its base, or ``None``."""
+        The view of a spec is the fine-tuned one, or the base view if there is no other. This is no context manager:
+        pytest would show contextlib's code if the spec cannot be loaded.
+
+        Args:
+            stack: Closes the view.
+            backends: Opens the test's source of backends.
+        """
         if not isinstance(self.model, ModelSpec):
-            yield self.model, None
-            return
-        with ExitStack() as stack:
-            backend = stack.enter_context(backends())(self.model)
-            try:
-                view, base = stack.enter_context(backend.as_finetuned()), backend.as_base
-            except NoAdapterError:
-                view, base = stack.enter_context(backend.as_base()), None
-            yield view, base
+            return self.model, None
+        backend = stack.enter_context(backends())(self.model)
+        try:
+            return stack.enter_context(backend.as_finetuned()), backend.as_base
+        except NoAdapterError:
+            return stack.enter_context(backend.as_base()), None
 
 
 def comparing(
@@ -167,7 +165,8 @@ def comparing(
         raise ComparisonError(_no_side(asked, role))
 
     def scores(questions: Questions, side: _Side) -> list[float]:
-        with side.view(backends) as view:
+        with ExitStack() as stack:
+            view, _ = side.opened(stack, backends)
             return questions.scored_by(view, side.name)
 
     def sway_compare(
@@ -224,7 +223,8 @@ def comparing(
     def scored(questions: Questions, new: _Side, key: str, before: Record | None) -> Record:
         """Score the candidate and its base, and return their record."""
         spec = new.model if isinstance(new.model, ModelSpec) else None
-        with new.view_and_base(backends) as (view, open_base):
+        with ExitStack() as stack:
+            view, open_base = new.opened(stack, backends)
             base = None if spec is None or open_base is None else base_identity(spec)
             if before is not None:
                 before.check_base(base, records.where)

@@ -50,6 +50,12 @@ def test_one_model_on_both_sides_is_exactly_0_whatever_the_scores() -> None:
         assert (itself.mean, itself.low, itself.high, itself.detectable) == (0.0, 0.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize(("explanation", "claim"), [("0.0 >= 0", "over 0"), ("0.0 <= 0", "under 0")])
+def test_a_claim_is_about_its_left_number_if_both_equal_a_bound(explanation: str, claim: str) -> None:
+    itself = made([0.1] * 5, [0.1] * 5, same=True)
+    assert str(itself.claim_in(explanation)) == claim
+
+
 def test_the_repr_is_one_line() -> None:
     comparison = made([2.0, 4.0, 1.0, 1.0, 1.0], [0.0] * 5, name="the town")
     assert repr(comparison) == (

@@ -49,7 +49,7 @@ def require_device(spec: ModelSpec) -> None:
     try:
         torch.empty(0, device=spec.device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).partition("\n")[0].rstrip(".")
+        why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")  # the rest is torch's list of backends
         raise SpecError(
             f"the device {spec.device!r} cannot be used here: {why}. Ask for 'auto' (the best there is) or 'cpu'."
         ) from None
