@@ -41,8 +41,7 @@ import gc
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -173,9 +172,10 @@ class BackendCache:
         finally:
             lease.release()
 
-    @contextmanager
-    def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Iterator[Any]:
-        """Give the backend of ``spec``, pinned until the block ends, or the test or fixture that took it.
+    def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Lease:
+        """Return a lease for a ``with`` block, to which it gives the backend of ``spec``.
+
+        The backend is pinned until the block ends, or the test or fixture that took the lease.
 
         Args:
             spec: The spec to load.
@@ -185,15 +185,7 @@ class BackendCache:
         Raises:
             SwayError: As `acquire`.
         """
-        lease = self.acquire(spec, adapter_path=adapter_path, holder=holder)
-        try:
-            yield lease.backend
-        except GeneratorExit:  # nobody has left the block: `Lease.__del__`, since this thread may hold the lock
-            raise
-        except BaseException:
-            lease.release()
-            raise
-        lease.release()
+        return self.acquire(spec, adapter_path=adapter_path, holder=holder)
 
     def acquire(
         self,

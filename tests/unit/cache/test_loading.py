@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +95,13 @@ def test_inv05_leases_of_waiters_exist_when_the_entry_becomes_ready(build: FakeB
     leases = [call.result() for call in calls]
     assert claims == [4]
     assert len(leases) == 4
+
+
+def test_a_failed_load_leads_to_no_code_of_the_standard_library(build: FakeBuild) -> None:
+    build.load_errors["a"] = [SpecError("no such base")]
+    with pytest.raises(SpecError) as caught, BackendCache(build=build).lease(spec("a")):
+        pass
+    assert "contextlib.py" not in {Path(entry.path).name for entry in caught.traceback}
 
 
 def test_inv09_leader_and_waiters_get_the_error_of_one_load_and_the_next_call_tries_again(build: FakeBuild) -> None:
