@@ -161,25 +161,13 @@ class Comparison:
             left, right, op = right, left, op.translate(_MIRRORED)
         if not (left is self.low or left is self.high) or op[:1] not in ("<", ">"):
             return None
-        if isinstance(right, bool) or not isinstance(right, int | float) or not math.isfinite(right):
+        if isinstance(right, bool) or not isinstance(right, int | float):
             return None
-        return Claim(op[0], float(right))
-
-    def claim_in(self, explanation: str) -> Claim | None:
-        """Return the claim in an assertion that passed, if it is about this comparison.
-
-        Args:
-            explanation: pytest's explanation, which begins with the two compared numbers.
-        """
-        left, op, right, *_ = [*explanation.partition("\n")[0].split(" "), "", "", ""]
         try:
-            numbers = [float(left), float(right)]
-        except ValueError:
+            margin = float(right)
+        except OverflowError:
             return None
-        bounds = {self.high: self.high, self.low: self.low}
-        if numbers[0] in bounds:  # whatever the other is: a bound may equal its margin
-            return self.claim(op, bounds[numbers[0]], numbers[1])
-        return self.claim(op, numbers[0], bounds.get(numbers[1]))
+        return Claim(op[0], margin) if math.isfinite(margin) else None
 
     def _prompts_needed(self) -> Iterator[str]:
         detectable = self.detectable
@@ -219,7 +207,8 @@ def compare(
     rows = tuple(map(Row, questions.asked, candidate[1], baseline[1]))
     clusters = questions.clusters()
     evidence: Evidence
-    if not same and {score for row in rows for score in (row.candidate, row.baseline)} <= {0.0, 1.0}:
+    scores = {score for row in rows for score in (row.candidate, row.baseline)}
+    if not same and scores <= {0.0, 1.0} and not questions.in_nats:
         evidence = PairedProportions(
             math.fsum(_mean([row.difference > 0 for row in group]) for group in _grouped(rows, clusters)),
             math.fsum(_mean([row.difference < 0 for row in group]) for group in _grouped(rows, clusters)),
@@ -227,13 +216,16 @@ def compare(
         )
     else:
         evidence = evidence_of([_mean([row.difference for row in group]) for group in _grouped(rows, clusters)])
-    interval = evidence.interval(confidence)
+    # Adding 0 makes objects of this comparison's own, by which `Comparison.claim` knows them.
+    mean, low, high = (number + 0.0 for number in evidence.interval(confidence))
     return Comparison(
         name or f"{candidate[0]} against {baseline[0]}",
         candidate[0],
         baseline[0],
         questions.unit,
-        *interval,
+        mean,
+        low,
+        high,
         len(clusters),
         confidence,
         rows,

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeAlias, TypeVar
 
 from pytest_sway.backends.questions import checked_pair, listed
@@ -80,6 +81,11 @@ class Questions:
                 f"a comparison needs at least 2 different prompts, and there are {prompts}: answers to one prompt say"
                 " little about others. Add prompts; 20 to 200 are usual."
             )
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether the scores are log-probabilities or divergences, so that 0 and 1 are no right and wrong answers."""
+        return self.unit.startswith("nats")
 
     def scored_by(self, view: View, name: str) -> list[float]:
         """Return the score of each question on a view.
@@ -224,11 +230,20 @@ def beginning(question: Any) -> str:
 def _canonical(question: Any, as_text: Callable[[Any], str] = repr) -> str:
     """Return a text that is equal for equal questions; ``as_text`` writes what JSON cannot hold."""
     try:
-        return json.dumps(question, sort_keys=True, default=as_text)
+        return json.dumps(question, sort_keys=True, default=partial(_held, as_text=as_text))
     except (TypeError, ValueError, RecursionError) as error:  # keys that are not text, or a circle
         if isinstance(error, ComparisonError):
             raise
         return as_text(question)
+
+
+def _held(part: Any, as_text: Callable[[Any], str]) -> Any:
+    """Return what a part of a question holds, if its ``repr`` orders it by chance or leaves out some of it."""
+    if isinstance(part, set | frozenset):
+        return sorted(_canonical(each, as_text) for each in part)
+    if callable(to_list := getattr(part, "tolist", None)):  # arrays and tensors
+        return [type(part).__name__, str(getattr(part, "dtype", "")), to_list()]
+    return as_text(part)
 
 
 def _lasting(part: Any) -> str:

@@ -71,7 +71,8 @@ def evidence_of(differences: Sequence[float]) -> Evidence:
     largest = max(abs(least), abs(most))
     if least == most and most != 0.0:
         return EqualDifferences(least, len(differences))
-    if largest > 2 * _RECORDED and most - least <= max(_ROUNDING * largest, 2 * _RECORDED):
+    may_differ_by = max(_ROUNDING * largest, 2 * _RECORDED if largest > 2 * _RECORDED else 0.0)
+    if 0.0 < most - least <= may_differ_by:
         return EqualDifferences(fmean(differences), len(differences))
     return PairedMeans(differences)
 

@@ -80,10 +80,13 @@ class AroundTests:
             self._run.used.hygiene.check_fixtures(partial(self._wider_fixtures, item))
 
     @pytest.hookimpl
-    def pytest_assertion_pass(self, expl: str) -> None:
-        """Note the margin of an assertion that passed. pytest looks for this hook before a test starts."""
+    def pytest_assertion_pass(self) -> None:
+        """Settle the margins of an assertion that passed.
+
+        pytest looks for this hook before a test starts. With it, pytest also explains assertions that pass.
+        """
         if self._run.regression is not None:
-            self._run.regression.asserted(expl)
+            self._run.regression.assertion_passed()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:

@@ -40,7 +40,7 @@ class SwaySettings:  # every run of pytest defines it: no dataclass, which takes
         offline: Whether no hub is asked for anything.
         share_weights: ``auto`` if the workers of a machine share one copy of converted weights, else ``off``.
         score_cache: The most bytes of answers that each base remembers; 0 for none.
-        confidence: The confidence of the intervals of ``sway_compare``, at least 0.5 and below 1.
+        confidence: The confidence of the intervals of ``sway_compare``, from 0.5 to 0.9999.
         drift: The most that a base may move from its recorded scores, in their unit.
     """
 
@@ -143,13 +143,13 @@ def parse_score_cache(text: str) -> int:
 
 
 def parse_confidence(text: str) -> float:
-    """Parse a number of at least 0.5 and below 1."""
+    """Parse a number from 0.5 to 0.9999. Quantiles much farther out are not known to hold, and scipy may not end."""
     try:
         confidence = float(text)
     except ValueError:
         confidence = 0.0
-    if not 0.5 <= confidence < 1.0:
-        raise ValueError("must be a number of at least 0.5 and below 1, such as 0.99")
+    if not 0.5 <= confidence <= 0.9999:
+        raise ValueError("must be a number from 0.5 to 0.9999, such as 0.99")
     return confidence
 
 

@@ -292,7 +292,7 @@ def test_the_confidence_is_a_setting(pytester: pytest.Pytester) -> None:
         result = run(pytester, body, "-o", f"sway_confidence={value}")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         assert (
-            f"ERROR: ini value sway_confidence: must be a number of at least 0.5 and below 1, such as 0.99;"
+            f"ERROR: ini value sway_confidence: must be a number from 0.5 to 0.9999, such as 0.99;"
             f" found '{value}'." in result.stderr.str()
         )
 
@@ -491,8 +491,9 @@ def test_it(sway_compare):
         ("99 > c.high, 'why'", "under 99: shown"),
         ("c.high >= 1.7", "over 1.7: undecided, needs about * prompts"),
         ("c.n > 2", "over 0: shown"),
-        ("sway_compare(FACTS, NEW, NEW).high >= 0", "exactly 0"),
-        ("sway_compare(FACTS, NEW, NEW).low > -1", "over -1: shown"),
+        ("not c.high < -1", "over 0: shown"),
+        ("c.low > -1 and c.high < 99", "under 99: shown"),
+        ("c.low > 99 or c.low > -1", "over -1: shown"),
     ],
 )
 def test_the_claim_of_a_passing_test_is_known_with_pytests_assertion_pass_hook(
@@ -508,6 +509,58 @@ def test_it(sway_compare):
     result = run(pytester, body, "-o", "enable_assertion_pass_hook=true")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines([f"dummy:* against * nats an answer  {shown}"])
+
+
+def test_an_assertion_of_other_numbers_leaves_the_claim_of_an_equal_bound(pytester: pytest.Pytester) -> None:
+    body = """
+def test_it(sway_compare):
+    first = sway_compare(FACTS, NEW, NEW, name="first")
+    assert first.low > -0.5
+    second = sway_compare(FACTS, NEW, NEW, name="second")
+    assert second.high >= 0
+    third = sway_compare(FACTS, NEW, NEW, name="third")
+    assert third.low > -0.1
+    assert third.detectable < 1.0
+    assert third.n > 0
+"""
+    result = run(pytester, body, "-o", "enable_assertion_pass_hook=true")
+    result.assert_outcomes(passed=1)
+    expected = ["first *  over -0.5: shown", "second *  exactly 0", "third *  over -0.1: shown"]
+    result.stdout.fnmatch_lines(expected)
+
+
+def test_a_failing_negation_has_no_verdict(pytester: pytest.Pytester) -> None:
+    body = "def test_it(sway_compare):\n    assert not sway_compare(FACTS, canned(-0.5), canned(0.0)).high < -1\n"
+    output = run(pytester, body).stdout
+    output.no_fnmatch_line("under -1: *")
+    output.fnmatch_lines(["*nats an answer  under 0: shown"])
+
+
+def test_a_claim_in_an_error_that_the_test_expects_is_none(pytester: pytest.Pytester) -> None:
+    body = """
+def test_it(sway_compare):
+    with pytest.raises(AssertionError):
+        assert sway_compare(FACTS, canned(0.5), canned(0.0)).low > 99
+"""
+    result = run(pytester, body)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*nats an answer  over 0: shown"])
+
+
+def test_control_characters_in_the_name_of_a_view_reach_no_terminal(pytester: pytest.Pytester) -> None:
+    body = """
+class View:
+    id = "new\\nline \\x1b[31m"
+
+    def logprob_of(self, prompt, answer):
+        return -1.0
+
+def test_it(sway_compare):
+    assert sway_compare(FACTS, View(), NEW).n == 12
+"""
+    result = run(pytester, body)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([r"new\nline \x1b[[]31m against dummy:new *"])
 
 
 REGISTERING = """

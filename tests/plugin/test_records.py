@@ -329,6 +329,23 @@ def test_fewer_questions_are_compared_with_their_own_scores(suite: Recording) ->
     suite.run(body).assert_outcomes(passed=1)
 
 
+def test_recording_right_answers_compares_a_model_with_itself(suite: Recording) -> None:
+    body = """
+def right(view, questions):
+    return [n % 2 for n, _ in enumerate(questions)]
+
+def test_it(sway_compare):
+    c = sway_compare(FACTS, canned(0.1), score=right)
+    assert c.high >= 0
+    if {recording}:
+        assert (c.low, c.high) == (0.0, 0.0)
+    else:
+        assert c.low < 0.0 < c.high
+"""
+    suite.record(body.replace("{recording}", "True")).assert_outcomes(passed=1)
+    suite.run(body.replace("{recording}", "False")).assert_outcomes(passed=1)
+
+
 # --- drift ------------------------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,8 @@ def headline(comparisons: Sequence[Mapping[str, Any]], exit_status: int | None) 
             told = "The comparison failed"
         return f"{told}: ", _listed(lost)
     told = "The comparison passed" if len(comparisons) == 1 else f"All {len(comparisons)} comparisons passed"
+    if any(each["outcome"] != "passed" for each in comparisons):  # skipped, or expected to fail
+        told = "No comparison failed"
     return told, "" if exit_status in (0, None) else f", but the run failed with exit status {exit_status}"
 
 

@@ -5,11 +5,12 @@ Without a baseline, it uses the scores in the test's record.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
@@ -33,6 +34,8 @@ __tracebackhide__ = True
 SideLike: TypeAlias = "View | SpecLike"
 OpensView: TypeAlias = "Callable[[], AbstractContextManager[Any]]"
 Backends: TypeAlias = "Callable[[], AbstractContextManager[SwayBackend]]"
+
+_COMPARE: Final = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 class SwayCompare(Protocol):
@@ -85,14 +88,23 @@ class Compared:
     reported: bool = False
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)
+    _in_assertion: tuple[Claim | None, bool] | None = None
+    """The claim before that of the assertion that runs, and whether what that one says is true."""
 
-    def asserted(self, op: str, left: object, right: object) -> None:
-        """Note the claim of a failing assertion, if it is about this comparison."""
-        self.claim = self.comparison.claim(op, left, right) or self.claim
+    def asserted(self, op: str, left: Any, right: Any) -> None:
+        """Note the claim of an assertion, if it is about this comparison."""
+        claim = self.comparison.claim(op, left, right)
+        if claim is not None:
+            self._in_assertion = self.claim, bool(_COMPARE[op](left, right))
+            self.claim = claim
 
-    def passed(self, explanation: str) -> None:
-        """Note the claim of a passing assertion, if it is about this comparison."""
-        self.claim = self.comparison.claim_in(explanation) or self.claim
+    def settled(self, passed: bool) -> None:
+        """Forget the claim of the assertion that has ended if the assertion negates it: ``assert not c.high < 0``."""
+        if self._in_assertion is not None:
+            before, is_true = self._in_assertion
+            self._in_assertion = None
+            if is_true != passed:
+                self.claim = before
 
     def report(self) -> str:
         """Return the text that a failing test shows, in characters that a worker can send."""
@@ -158,7 +170,7 @@ def comparing(
 
     def side(asked: Any, role: str) -> _Side:
         if _is_view(asked):
-            return _Side(role, str(getattr(asked, "id", role)), asked)
+            return _Side(role, visible(str(getattr(asked, "id", role))), asked)
         if isinstance(asked, str | Mapping) or hasattr(asked, "base"):
             spec = resolve(asked)
             return _Side(role, asked if isinstance(asked, str) else str(spec), spec)
@@ -211,6 +223,7 @@ def comparing(
             ("recorded", [row.tuned for row in rows]),
             confidence=confidence,
             name=name,
+            same=before is None,
             drift=drift_between(questions, rows, now.rows),
         )
         made(Compared(comparison, tokens=_tokens(comparison, new, None, backends) if tokens else {}))

@@ -68,19 +68,23 @@ class Regression:
         return result
 
     def pytest_assertrepr_compare(self, op: str, left: object, right: object) -> None:
-        """Note the margin of a failing assertion about a comparison. pytest shows the assertion itself."""
+        """Note the margin of an assertion about a comparison. pytest shows the assertion itself."""
         for compared in self._running:
             compared.asserted(op, left, right)
 
-    def asserted(self, explanation: str) -> None:
-        """Note the margin of an assertion that passed, from pytest's text of it."""
+    def assertion_passed(self) -> None:
+        """Settle the margins of an assertion that passed."""
         for compared in self._running:
-            compared.passed(explanation)
+            compared.settled(passed=True)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Put the test's comparisons into its report."""
         compared = item.stash.get(_compared, [])
+        for each in compared:
+            each.settled(passed=call.excinfo is None)
         new = _put_in_order(compared)
         if compared:
             set_properties(item.user_properties, compared)

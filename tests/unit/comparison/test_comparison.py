@@ -11,11 +11,13 @@ from pytest_sway.comparison.comparison import Comparison, compare
 from pytest_sway.comparison.questions import Questions
 from pytest_sway.errors import ComparisonError
 
-QUESTIONS = Questions([("a", " x"), ("a", " y"), ("b", " x"), ("c", " x"), ("d", " x")])
+PAIRS = [("a", " x"), ("a", " y"), ("b", " x"), ("c", " x"), ("d", " x")]
+QUESTIONS = Questions(PAIRS)
+GRADED = Questions(PAIRS, score=lambda view, questions: [1.0] * len(questions))
 
 
-def made(candidate: list[float], baseline: list[float], **options: Any) -> Comparison:
-    return compare(QUESTIONS, ("new", candidate), ("old", baseline), confidence=0.99, **options)
+def made(candidate: list[float], baseline: list[float], questions: Questions = QUESTIONS, **options: Any) -> Comparison:
+    return compare(questions, ("new", candidate), ("old", baseline), confidence=0.99, **options)
 
 
 def test_equal_prompts_count_once() -> None:
@@ -25,11 +27,11 @@ def test_equal_prompts_count_once() -> None:
 
 
 def test_scores_of_0_and_1_have_an_interval_of_proportions() -> None:
-    comparison = made([1.0] * 5, [1.0] * 5)
+    comparison = made([1.0] * 5, [1.0] * 5, GRADED)
     assert comparison.mean == 0.0
     assert -1.0 < comparison.low < -0.5
     assert 0.5 < comparison.high < 1.0
-    half = made([1.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 5)
+    half = made([1.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 5, GRADED)
     assert half.mean == 0.125  # one of two questions of one of four prompts
 
 
@@ -46,14 +48,19 @@ def test_grades_that_all_fall_by_one_are_shown_to_be_worse_only_by_as_many_promp
 
 def test_one_model_on_both_sides_is_exactly_0_whatever_the_scores() -> None:
     for scores in ([1.0, 0.0, 1.0, 1.0, 0.0], [0.1, 0.2, 0.3, 0.4, 0.5]):
-        itself = made(scores, scores, same=True)
+        itself = made(scores, scores, GRADED, same=True)
         assert (itself.mean, itself.low, itself.high, itself.detectable) == (0.0, 0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize(("explanation", "claim"), [("0.0 >= 0", "over 0"), ("0.0 <= 0", "under 0")])
-def test_a_claim_is_about_its_left_number_if_both_equal_a_bound(explanation: str, claim: str) -> None:
-    itself = made([0.1] * 5, [0.1] * 5, same=True)
-    assert str(itself.claim_in(explanation)) == claim
+def test_scores_in_nats_are_no_proportions() -> None:
+    zeros = made([0.0] * 5, [0.0] * 5)
+    assert (zeros.unit, zeros.low, zeros.high) == ("nats an answer", 0.0, 0.0)
+
+
+def test_a_margin_that_is_no_float_is_no_claim() -> None:
+    comparison = made([2.0, 4.0, 1.0, 1.0, 1.0], [0.0] * 5)
+    assert comparison.claim(">", comparison.low, 10**400) is None
+    assert str(comparison.claim(">", comparison.low, 1)) == "over 1"
 
 
 def test_the_repr_is_one_line() -> None:
@@ -92,7 +99,7 @@ def test_a_report_says_how_many_prompts_would_show_a_mean_that_is_undecided() ->
 
 
 def test_a_report_says_that_so_few_scores_of_0_and_1_show_nothing() -> None:
-    lines = list(made([1.0] * 5, [1.0] * 5).report())
+    lines = list(made([1.0] * 5, [1.0] * 5, GRADED).report())
     assert "so few prompts detect no shift; it takes at least 9 for 80% power" in lines
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -86,6 +89,30 @@ def test_a_score_that_is_not_a_finite_number_is_refused_with_its_question(score:
 def test_a_repeated_question_is_refused(again: Any) -> None:
     with pytest.raises(ComparisonError, match=r"^questions\[2\] repeats questions\[0\]"):
         Questions([*PAIRS, again])
+
+
+def test_a_set_has_one_digest_in_every_process() -> None:
+    words = {f"word {n}" for n in range(9)}
+    script = (
+        "from pytest_sway.comparison.questions import Questions;"
+        f" print(Questions([('a', {words!r}), ('b', {words!r})], score=lambda view, asked: asked).digests())"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in "123"
+    }
+    assert len(told) == 1
+
+
+def test_large_arrays_are_told_apart_by_all_of_their_numbers() -> None:
+    one, other = np.zeros((64, 64)), np.zeros((64, 64))
+    other[32, 32] = 1.0
+    images = Questions([("a", {"image": one}), ("a", {"image": other}), ("b", one)], score=lambda view, asked: asked)
+    assert len(set(images.digests())) == 3
+    with pytest.raises(ComparisonError, match=r"questions\[1\] repeats questions\[0\]"):
+        Questions([one, one.copy(), other], score=lambda view, asked: asked)
 
 
 def test_texts_with_other_tokens_on_the_other_side_are_refused() -> None:

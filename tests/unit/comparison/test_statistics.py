@@ -228,6 +228,11 @@ def test_differences_are_equal_if_only_rounding_tells_them_apart(differences: li
     assert isinstance(evidence_of([*differences, 0.21]), PairedMeans)
 
 
+def test_tiny_differences_that_are_equal_but_for_rounding_are_equal() -> None:
+    assert isinstance(evidence_of([1e-5 - 3e-5, 3e-5 - 5e-5]), EqualDifferences)
+    assert isinstance(evidence_of([1e-5, 2e-5]), PairedMeans)
+
+
 # --- power and sample size --------------------------------------------------------------------------------------------
 
 SEEN: list[tuple[Evidence, int]] = [

@@ -96,6 +96,11 @@ def test_the_headline_is_the_runs_verdict(verdicts: list[str | None], status: in
     assert "".join(headline(made, status)) == told
 
 
+def test_the_headline_counts_no_skipped_comparison_as_passed() -> None:
+    made = [comparison(0, rows=2), {**comparison(1, rows=2), "outcome": "skipped"}]
+    assert headline(made, 0) == ("No comparison failed", "")
+
+
 @pytest.mark.parametrize(
     ("number", "shown"),
     [
