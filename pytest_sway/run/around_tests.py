@@ -73,11 +73,18 @@ class AroundTests:
         self._end_test()
         return result
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> None:
-        """Refuse a test whose wider fixture holds a backend that an earlier test changed."""
-        if self._run.used is not None:
-            self._run.used.hygiene.check_fixtures(partial(self._wider_fixtures, item))
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Refuse a test whose wider fixture holds a backend that an earlier test changed.
+
+        Its body may ask for fixtures, too, and pytest calls no hook for one that is set up already. So these are
+        checked when the body has passed.
+        """
+        told: set[str] = set()
+        self._check_fixtures(item, told)
+        result = yield
+        self._check_fixtures(item, told)
+        return result
 
     @pytest.hookimpl
     def pytest_assertion_pass(self) -> None:
@@ -127,9 +134,14 @@ class AroundTests:
         report.duration = max(0.0, report.duration - loaded - imported)
         return report
 
+    def _check_fixtures(self, item: pytest.Item, told: set[str]) -> None:
+        if self._run.used is not None:
+            self._run.used.hygiene.check_fixtures(partial(self._wider_fixtures, item), told)
+
     def _wider_fixtures(self, item: pytest.Item) -> dict[Owner, str]:
         """Return the names of the wider fixtures that a test uses, by the owners of their leases."""
-        found: dict[Owner, str] = {}
+        asked_for = getattr(getattr(item, "_request", None), "_fixture_defs", {})  # so far, by getfixturevalue() too
+        found = {self._owners[each]: name for name, each in asked_for.items() if each in self._owners}
         definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
         for name, overridden in definitions.items():
             for definition in reversed(overridden):  # the last one is used, and the one before it, if that asks for it

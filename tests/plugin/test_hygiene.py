@@ -373,3 +373,50 @@ def pytest_sway_build_backend(spec):
     result = suite.run('def test_x(sway_backend): sway_backend(dummy("a"))', "-p", "mocks")
     result.assert_outcomes(passed=1)
     assert result.ret == 0
+
+
+ASKS = """
+@pytest.fixture(scope="module")
+def inner(sway_cache):
+    with sway_cache.lease(dummy("wide")) as backend:
+        yield backend
+
+@pytest.fixture(scope="module")
+def wide(inner):
+    return inner
+
+@pytest.fixture
+def asked(request):
+    return request.getfixturevalue("wide")
+
+def test_dirty(asked):
+    asked.dirty.append("module h: training mode on")
+
+def test_after(asked):
+    note("runs")
+
+def test_in_its_body(request):
+    request.getfixturevalue("wide")
+
+def test_innocent(sway_backend):
+    assert sway_backend(dummy("wide")).dirty == []
+"""
+
+
+def test_a_later_test_that_asks_for_the_fixture_at_run_time_is_refused_too(suite: Suite) -> None:
+    result = suite.run(ASKS)
+    result.assert_outcomes(passed=2, failed=2, errors=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*_ test_after _*",
+            "*_ test_in_its_body _*",
+            "*MutationError: the fixture 'inner' holds dummy:wide, which test_suite.py::test_dirty left changed, so*",
+        ]
+    )
+    assert "runs" not in suite.events()
+
+
+def test_a_later_test_that_asks_for_the_fixture_at_run_time_is_warned_once(suite: Suite) -> None:
+    suite.pytester.makeini("[pytest]\nsway_on_mutation = warn\n")
+    result = suite.run(ASKS, "-W", "default")
+    result.assert_outcomes(passed=4, warnings=3)

@@ -81,11 +81,12 @@ class Hygiene:
             return None
         return MutationError(message)
 
-    def check_fixtures(self, fixtures: Callable[[], Mapping[Owner, str]]) -> None:
+    def check_fixtures(self, fixtures: Callable[[], Mapping[Owner, str]], told: set[str]) -> None:
         """Refuse a test whose fixtures hold a backend that an earlier test changed.
 
         Args:
             fixtures: Returns the names of the test's wider fixtures, by the owners of the leases of their set-up.
+            told: The messages that the test had before, which are not repeated; new ones are added.
 
         Raises:
             MutationError: One of them has a lease on such a backend, and changes are errors.
@@ -96,6 +97,9 @@ class Hygiene:
             if not held:
                 continue
             message = spoilt_message(min(held), cached.model_spec, culprit)
+            if message in told:
+                continue
+            told.add(message)
             if self._settings.on_mutation == "error":
                 raise MutationError(message)
             warnings.warn(message, SwayWarning, stacklevel=2)
