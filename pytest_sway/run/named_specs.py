@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from pytest_sway.errors import SpecError
-from pytest_sway.spec.hub_names import is_address, is_hub_id
+from pytest_sway.spec.hub_names import is_address, is_elsewhere, is_hub_id
 from pytest_sway.spec.kinds import ON_HUBS
 from pytest_sway.spec.model_kwargs import as_mapping
 from pytest_sway.spec.model_spec import ModelSpec
@@ -194,7 +194,7 @@ def _rooted_path(name: str, given: Any, kind: Any, rootpath: Path) -> Any:
         return given
     # A run may make the folder later, and in another one: then what it is in is there.
     on_hub = is_address(given) or (is_hub_id(given) and not (rootpath / given).parent.is_dir())
-    if name == "adapter" and kind in ON_HUBS and on_hub:
+    if name == "adapter" and (on_hub if kind in ON_HUBS else kind == "custom" and is_elsewhere(given)):
         return given
     return str(rootpath / _expanded(given))
 

@@ -55,6 +55,11 @@ def is_address(text: str) -> bool:
     return text.startswith((SCHEME, "https://", "http://"))
 
 
+def is_elsewhere(adapter: str) -> bool:
+    """Whether an adapter of a user's own class is named by an address of any scheme; what is there goes before it."""
+    return "://" in adapter and not os.path.exists(adapter)
+
+
 def is_on_hub(adapter: str) -> bool:
     """Whether an adapter is named by a hub id or an address; what is there under its name goes before an id."""
     return is_address(adapter) or (is_hub_id(adapter) and not os.path.exists(adapter))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pytest_sway.errors import SpecError
 from pytest_sway.spec.endpoints import normal_endpoint
-from pytest_sway.spec.hub_names import adapter_label, in_subfolder, is_on_hub, normal_address, taken_apart
+from pytest_sway.spec.hub_names import adapter_label, in_subfolder, is_elsewhere, is_on_hub, normal_address, taken_apart
 from pytest_sway.spec.kinds import KINDS, ON_HUBS
 from pytest_sway.spec.model_kwargs import canonical, form_of, in_short
 from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
@@ -52,11 +52,12 @@ class ModelSpec:
     Attributes:
         kind: The kind of backend: ``hf``, ``mlx``, ``api``, ``dummy`` or ``custom``.
         base: A hub id (``org/name``) or a model's folder, which is made absolute. For ``kind="api"``, the model's name
-            on its server. Empty for the base that the adapter names.
+            on its server; for ``kind="custom"``, a name that the class knows is kept. Empty for the base that the
+            adapter names.
         adapter: The folder of a PEFT adapter, made absolute. For kinds ``hf`` and ``mlx`` also a hub id, as text, if
-            there is no such folder. For ``kind="hf"`` also a list of these, kept as a tuple: all but the last are
-            merged into the base in this order, and the last is put on. A list of one is its only adapter. ``None`` for
-            the base alone.
+            there is no such folder; for ``kind="custom"`` also an address, as text. For ``kind="hf"`` also a list of
+            these, kept as a tuple: all but the last are merged into the base in this order, and the last is put on. A
+            list of one is its only adapter. ``None`` for the base alone.
         dtype: ``auto``, ``fp16``, ``bf16`` or ``fp32``. torch's names, such as ``bfloat16``, work too.
         device: ``auto``, or a torch device such as ``cpu`` or ``cuda:0``.
         trust_remote_code: Run the code in the base's repository. Not part of the cache key.
@@ -271,9 +272,11 @@ def _model(field: str, value: object, kind: str, *, may_be_named: bool = False) 
         raise SpecError(f"{needs} a hub id or the folder of a model; found {shown(value)}.")
     if kind in ("api", "dummy"):  # a name, even if it looks like a path
         return value
-    if is_path(value) or Path(value).is_dir():
-        return str(resolved_model(value))
-    return value
+    if kind == "custom":  # whose class may know other names than a hub's
+        is_local = value.startswith(("/", "~", ".")) or os.path.isabs(value) or os.path.exists(value)
+    else:
+        is_local = is_path(value) or Path(value).is_dir()
+    return str(resolved_model(value)) if is_local else value
 
 
 def _adapters(value: object, kind: str) -> Path | str | tuple[Path | str, ...] | None:
@@ -304,7 +307,9 @@ def _adapter(value: object, kind: str) -> Path | str:
             "spec field 'adapter' must be the folder of a PEFT adapter, a hub id, a list of these or None; found"
             f" {value!r}."
         )
-    return value if isinstance(value, str) and kind in ON_HUBS and is_on_hub(value) else resolved_path(value)
+    if isinstance(value, str) and (is_elsewhere(value) if kind == "custom" else kind in ON_HUBS and is_on_hub(value)):
+        return value
+    return resolved_path(value)
 
 
 def _model_kwargs(field: str, value: object, kind: str) -> str | None:

@@ -69,6 +69,14 @@ def test_a_list_in_the_file_starts_at_the_root(named: Suite) -> None:
     named.run(body, "-s").stdout.fnmatch_lines([f"*{root}/runs/sft {root}/v3"])
 
 
+def test_names_for_a_class_of_the_users_own_stay_as_they_are(named: Suite) -> None:
+    named.pytester.makepyprojecttoml(
+        NAMED + 'mine = { kind = "custom", base = "llama3.1:8b", adapter = "s3://town/v3", entry_point = "a:B" }'
+    )
+    body = "def test_x(sway_cache):\n    mine = sway_cache.resolve('mine')\n    print('is', mine.base, mine.adapter)\n"
+    named.run(body, "-s").stdout.fnmatch_lines(["*is llama3.1:8b s3://town/v3"])
+
+
 def test_a_list_may_have_hub_ids_and_addresses(named: Suite) -> None:
     named.pytester.makepyprojecttoml(NAMED.replace('kind = "dummy", base = "b"', 'base = "b"'))
     body = "def test_x(): pass\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,6 +93,33 @@ def test_an_adapter_passed_apart_is_the_one_it_gets() -> None:
     backend = Builder()(_spec("my_backends:Mine"), adapter_path=Path("/adapters/y"))
     assert isinstance(backend, Mine)
     assert backend.adapter_path == backend.base_spec.adapter == Path("/adapters/y")
+
+
+@pytest.mark.parametrize("name", ["llama3.1:8b", "hf://org/n", "openai/gpt 4", "org/a", "a.gguf"])
+def test_a_name_reaches_the_class_as_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = replace(_spec("my_backends:Mine"), base=name, finetuned=name)
+    assert (spec.base, spec.finetuned) == (name, name)
+    assert BackendCache().get_or_load(spec).backend.base_spec == spec
+
+
+@pytest.mark.parametrize("written", ["./there", "~/there", "there", "a town/there.gguf"])
+def test_a_base_that_is_written_as_a_path_or_exists_is_absolute(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a town").mkdir()
+    (tmp_path / "a town" / "there.gguf").touch()
+    if written == "there":
+        (tmp_path / written).mkdir()
+    assert replace(_spec("my_backends:Mine"), base=written).base == str(tmp_path / written.lstrip("~./"))
+
+
+def test_an_adapter_that_is_an_address_reaches_the_class_as_it_is() -> None:
+    backend = Builder()(replace(_spec("my_backends:Mine"), adapter="s3://town/v 3"))
+    assert isinstance(backend, Mine)
+    assert backend.adapter_path == backend.base_spec.adapter == "s3://town/v 3"
 
 
 def test_a_nested_class_is_found() -> None:
