@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pytest_sway.errors import SpecError
 from pytest_sway.protocols import log_of_tail
@@ -24,9 +25,12 @@ from pytest_sway.system.reading import INDEX_BYTES, read_bounded
 
 __tracebackhide__ = True
 
+_T = TypeVar("_T", int, float)
 SIDES: Final = ("base", "finetuned")
 VOCABULARY: Final = 1000
 """The vocabulary size of a canned distribution that names none."""
+_ROUNDING: Final = 1e-6
+"""How far above 0 a log-probability may be, since it was computed in fp32."""
 
 
 def canonical(answers: Mapping[str, Any] | str) -> str:
@@ -84,19 +88,20 @@ def _logprobs(content: Any, where: str) -> dict[str, dict[str, float]]:
     by_prompt: dict[str, dict[str, float]] = {}
     for key, value in _mapping(content, where).items():
         if isinstance(key, tuple) and len(key) == 2:
-            by_prompt.setdefault(_text(key[0], where), {})[_text(key[1], where)] = _number(value, where)
+            by_prompt.setdefault(_text(key[0], where), {})[_text(key[1], where)] = _logprob(value, where)
         else:
             for completion, number in _mapping(value, where).items():
-                by_prompt.setdefault(_text(key, where), {})[_text(completion, where)] = _number(number, where)
+                by_prompt.setdefault(_text(key, where), {})[_text(completion, where)] = _logprob(number, where)
     return by_prompt
 
 
 def _rolling(content: Any, where: str) -> dict[str, dict[str, Any]]:
     rolling = {}
     for text, value in _mapping(content, where).items():
-        fields = {"logprobs": value} if isinstance(value, list | tuple) else _fields(value, ("token_ids", "logprobs"))
-        logprobs = _numbers(fields.get("logprobs"), where)
-        ids = _ids(fields.get("token_ids", range(len(logprobs) + 1)), where)
+        is_list = isinstance(value, list | tuple)
+        fields = {"logprobs": value} if is_list else _fields(value, ("logprobs",), ("token_ids",), where)
+        logprobs = _numbers(fields["logprobs"], where, _logprob)
+        ids = _numbers(fields.get("token_ids", range(len(logprobs) + 1)), where, _whole)
         if len(ids) != len(logprobs) + 1:
             raise _wrong(where, "one token more than log-probabilities", _counts(ids, logprobs))
         rolling[_text(text, where)] = {"token_ids": ids, "logprobs": logprobs}
@@ -106,19 +111,24 @@ def _rolling(content: Any, where: str) -> dict[str, dict[str, Any]]:
 def _dists(content: Any, where: str) -> dict[str, dict[str, Any]]:
     dists = {}
     for prompt, value in _mapping(content, where).items():
-        fields = _fields(value, ("token_ids", "logprobs", "vocab_size", "tail_logprob"))
-        logprobs = _numbers(fields.get("logprobs"), where)
-        ids = _ids(fields.get("token_ids"), where)
+        fields = _fields(value, ("token_ids", "logprobs"), ("vocab_size", "tail_logprob"), where)
+        logprobs = _numbers(fields["logprobs"], where, _logprob)
+        ids = _numbers(fields["token_ids"], where, _whole)
         if len(ids) != len(logprobs) or not ids:
             raise _wrong(where, "as many tokens as log-probabilities", _counts(ids, logprobs))
-        vocabulary = int(_number(fields.get("vocab_size", max(VOCABULARY, max(ids) + 1)), where))
+        twice = next((i for i, times in Counter(ids).items() if times > 1), None)
+        if twice is not None:
+            raise _wrong(where, "each token once", f"token {twice} twice")
+        vocabulary = _whole(fields.get("vocab_size", max(VOCABULARY, max(ids) + 1)), where)
+        if vocabulary < len(ids) and vocabulary != 0:  # a server does not report it
+            raise _wrong(where, "a vocab_size of at least its tokens", f"{vocabulary} for {len(ids)} tokens")
         left = fields["tail_logprob"] if "tail_logprob" in fields else tail(logprobs, vocabulary)
         ranked = sorted(zip(logprobs, ids, strict=True), key=lambda pair: -pair[0])
         dists[_text(prompt, where)] = {
             "token_ids": [i for _, i in ranked],
             "logprobs": [logprob for logprob, _ in ranked],
             "vocab_size": vocabulary,
-            "tail_logprob": None if left is None else _number(left, where),
+            "tail_logprob": None if left is None else _logprob(left, where),
         }
     return dists
 
@@ -135,10 +145,12 @@ _FORMS: Final[dict[str, Callable[[Any, str], Any]]] = {
 }
 
 
-def _fields(value: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
-    if isinstance(value, Mapping):
-        return value
-    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+def _fields(value: Any, needed: tuple[str, ...], others: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    names = (*needed, *others)
+    fields = value if isinstance(value, Mapping) else {n: getattr(value, n) for n in names if hasattr(value, n)}
+    if any(fields.get(name) is None for name in needed):
+        raise _wrong(where, f"a list of numbers as {' and '.join(needed)}", repr(value))
+    return fields
 
 
 def _known(name: Any, names: Any, what: str, where: str = "") -> str:
@@ -162,18 +174,30 @@ def _text(value: Any, where: str) -> str:
 def _number(value: Any, where: str) -> float:
     if isinstance(value, str | bool) or not hasattr(type(value), "__float__"):
         raise _wrong(where, "a number", repr(value))
-    return float(value)
-
-
-def _numbers(values: Any, where: str) -> list[float]:
     try:
-        return [_number(value, where) for value in values]
+        return float(value)
+    except (OverflowError, TypeError, ValueError):  # a long integer, or an array of several numbers
+        raise _wrong(where, "a number", repr(value)) from None
+
+
+def _logprob(value: Any, where: str) -> float:
+    number = _number(value, where)
+    if _ROUNDING < number < math.inf:  # those that are not finite are for `preflight_finite_check`
+        raise _wrong(where, "log-probabilities, which are at most 0", repr(value))
+    return number
+
+
+def _whole(value: Any, where: str) -> int:
+    if not _number(value, where).is_integer() or not -(2**63) <= int(value) < 2**63:  # a server's ids may be negative
+        raise _wrong(where, "whole numbers of 64 bits as token_ids and vocab_size", repr(value))
+    return int(value)
+
+
+def _numbers(values: Any, where: str, number: Callable[[Any, str], _T]) -> list[_T]:
+    try:
+        return [number(value, where) for value in values]
     except TypeError:
         raise _wrong(where, "a list of numbers", repr(values)) from None
-
-
-def _ids(values: Any, where: str) -> list[int]:
-    return [int(number) for number in _numbers(values, where)]
 
 
 def _counts(ids: list[int], logprobs: list[float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,7 +124,7 @@ def test_a_tail_follows_the_convention_of_token_dist(logprobs: list[float], voca
         ),
         (
             {"base": {"rolling": {"t": -1.0}}},
-            "spec field 'answers' at 'base.rolling' must hold a list of numbers; found None.",
+            "spec field 'answers' at 'base.rolling' must hold a list of numbers as logprobs; found -1.0.",
         ),
         (
             {"base": {"rolling": {"t": {"token_ids": [1], "logprobs": [-1.0]}}}},
@@ -149,6 +150,61 @@ def test_a_tail_follows_the_convention_of_token_dist(logprobs: list[float], voca
 def test_answers_in_no_form_are_refused_with_their_place(answers: Any, sentence: str) -> None:
     with pytest.raises(SpecError, match=f"^{re.escape(sentence)}"):
         ModelSpec(kind="dummy", base="b", answers=answers)
+
+
+def _dist(**fields: Any) -> dict[str, Any]:
+    return {"base": {"token_dists": {"p": {"token_ids": [1, 2], "logprobs": [-1.0, -1.5], **fields}}}}
+
+
+WHOLE = "whole numbers of 64 bits as token_ids and vocab_size"
+PROBABLE = "log-probabilities, which are at most 0"
+
+
+@pytest.mark.parametrize(
+    ("answers", "wanted", "found"),
+    [
+        (_dist(token_ids=[-1.0, -1.5], logprobs=[1, 2]), PROBABLE, "1"),
+        (_dist(token_ids=[-0.5, -2.5]), WHOLE, "-0.5"),
+        (_dist(token_ids=[1.7, 2]), WHOLE, "1.7"),
+        (_dist(token_ids=[math.inf, 2]), WHOLE, "inf"),
+        (_dist(token_ids=[1, 2**63]), WHOLE, str(2**63)),
+        (_dist(token_ids=[1, 10**400]), "a number", f"1{'0' * 400}"),
+        (_dist(token_ids=[7, 7]), "each token once", "token 7 twice"),
+        (_dist(token_ids=None), "a list of numbers as token_ids and logprobs", "{'token_ids': None,"),
+        (_dist(vocab_size=math.nan), WHOLE, "nan"),
+        (_dist(vocab_size=1), "a vocab_size of at least its tokens", "1 for 2 tokens"),
+        (_dist(vocab_size=-1), "a vocab_size of at least its tokens", "-1 for 2 tokens"),
+        (_dist(tail_logprob=0.5), PROBABLE, "0.5"),
+        ({"base": {"token_dists": {"p": -1}}}, "a list of numbers as token_ids and logprobs", "-1"),
+        ({"base": {"logprobs": {"p": {"c": 2e-6}}}}, PROBABLE, "2e-06"),
+        ({"base": {"logprobs": {("p", "c"): 34.2}}}, PROBABLE, "34.2"),
+        ({"base": {"rolling": {"t": [-1.0, 800]}}}, PROBABLE, "800"),
+        ({"base": {"rolling": {"t": {"token_ids": [0.5, 1], "logprobs": [-1.0]}}}}, WHOLE, "0.5"),
+    ],
+    ids=str,
+)
+def test_tables_that_no_model_could_give_are_refused_with_the_value(answers: Any, wanted: str, found: str) -> None:
+    (table,) = answers["base"]
+    sentence = f"spec field 'answers' at 'base.{table}' must hold {wanted}; found {found}"
+    with pytest.raises(SpecError, match=f"^{re.escape(sentence)}"):
+        ModelSpec(kind="dummy", base="b", answers=answers)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": [9e-7, -20.0]},  # rounded in fp32
+        {"logprobs": [math.nan, -math.inf]},  # for preflight_finite_check
+        {"token_ids": [-(2**62) - 1, -(2**62)], "vocab_size": 0},  # of a server that gives spellings alone
+        {"token_ids": [1.0, 2.0], "vocab_size": 2},
+    ],
+    ids=str,
+)
+def test_tables_that_a_model_or_a_server_could_give_are_kept(fields: dict[str, Any]) -> None:
+    kept = json.loads(canonical(_dist(**fields)))["base"]["token_dists"]["p"]
+    assert {name: str(kept[name]) for name in fields} == {
+        name: str([*map(int, value)] if name == "token_ids" else value) for name, value in fields.items()
+    }
 
 
 @pytest.mark.parametrize(
