@@ -31,6 +31,8 @@ class SpecAttributes(Protocol):
 
 SpecLike: TypeAlias = "ModelSpec | Mapping[str, Any] | str | SpecAttributes"
 _FIELDS: Final = tuple(each.name for each in fields(ModelSpec) if each.init)
+_MEMOISED: Final = frozenset({str, bool, int, float, type(None), tuple, type(Path())})
+"""The types of values that mean the same if they and their types are equal; a mapping may hold 1 or ``True``."""
 
 
 def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
@@ -66,11 +68,13 @@ def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:
     for name in values:
         if name not in _FIELDS:
             raise SpecError(_unknown_field(name, values.get("kind", "hf")))
+    adapter = values.get("adapter")
+    hashable = {**values, "adapter": tuple(adapter)} if isinstance(adapter, list) else values
+    if not _MEMOISED.issuperset(map(type, hashable.values())):
+        return ModelSpec(**values)
     try:
-        adapter = values.get("adapter")
-        hashable = {**values, "adapter": tuple(adapter)} if isinstance(adapter, list) else values
-        spec, hub_ids = _memoised(tuple(hashable.items()))
-    except TypeError:  # an unhashable value: let the checks of ModelSpec name the field
+        spec, hub_ids = _memoised(tuple(hashable), *hashable.values())
+    except TypeError:  # an unhashable value in a list: let the checks of ModelSpec name the field
         return ModelSpec(**values)
     return ModelSpec(**values) if hub_ids is None or any(map(os.path.exists, hub_ids)) else spec
 
@@ -103,14 +107,14 @@ def _unknown_field(name: object, kind: object) -> str:
     return f"a spec has no field {name!r}; those of kind {kind!r} are {', '.join(known)}.{hint}"
 
 
-@lru_cache(maxsize=256)
-def _memoised(items: tuple[tuple[str, Any], ...]) -> tuple[ModelSpec, tuple[str, ...] | None]:
+@lru_cache(maxsize=256, typed=True)  # 1 and True are equal
+def _memoised(names: tuple[str, ...], *held: Any) -> tuple[ModelSpec, tuple[str, ...] | None]:
     """Return the spec of a mapping, and the hub ids in it; resolving its paths takes too long for a warm request.
 
     A hub id can become the name of a folder. There are no ids, but ``None``, if a path has ``~``, a link or the working
     folder in it, which can lead elsewhere later.
     """
-    values = dict(items)
+    values = dict(zip(names, held, strict=True))
     spec = ModelSpec(**values)
     hub_ids: list[str] = []
     for name in ("base", "adapter", "finetuned", "answers"):

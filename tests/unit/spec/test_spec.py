@@ -769,6 +769,33 @@ def test_the_specs_of_equal_lists_are_one(adapter: Path, tmp_path: Path) -> None
     assert parse_spec(asked) is parse_spec(dict(asked))
 
 
+class Frozen(dict[str, Any]):
+    """A mapping that can be a key of others."""
+
+    def __hash__(self) -> int:  # type: ignore[override] # as those of libraries
+        return hash(tuple(self.items()))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "refused"),
+    [
+        ({"base": "org/n", "trust_remote_code": True}, {"base": "org/n", "trust_remote_code": 1}),
+        ({"base": "org/n", "timeout": 1}, {"base": "org/n", "timeout": True}),
+    ],
+)
+def test_an_equal_value_of_another_type_is_checked_for_itself(
+    accepted: dict[str, Any], refused: dict[str, Any]
+) -> None:
+    assert parse_spec(accepted) == parse_spec(dict(accepted))
+    with pytest.raises(SpecError):
+        parse_spec(refused)
+
+
+def test_equal_mappings_in_a_spec_may_differ_inside() -> None:
+    specs = [parse_spec({"base": "org/n", "model_kwargs": Frozen(use_cache=each)}) for each in (True, 1)]
+    assert [spec.model_kwargs for spec in specs] == ['{"use_cache": true}', '{"use_cache": 1}']
+
+
 def test_the_key_of_several_adapters_has_the_contents_of_each(adapter: Path, tmp_path: Path) -> None:
     other = shutil.copytree(adapter, tmp_path / "other")
     before, reverse = _key(adapter=[adapter, other]), _key(adapter=[other, adapter])
