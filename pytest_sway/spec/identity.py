@@ -15,11 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from pytest_sway.errors import SpecError
 from pytest_sway.spec.kinds import KINDS
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import GGUF_SUFFIX, in_hub_cache
 from pytest_sway.spec.tasks import CAUSAL
 from pytest_sway.system.reading import open_regular
+from pytest_sway.system.wording import shown
 
 __tracebackhide__ = True
 
@@ -155,9 +157,18 @@ def merged_spec(spec: ModelSpec) -> ModelSpec | None:
 
 
 def with_adapter(spec: ModelSpec, adapter_path: Path | str | None) -> ModelSpec:
-    """Return ``spec`` with ``adapter_path`` as its last adapter; unchanged if that is ``None``."""
+    """Return ``spec`` with ``adapter_path`` as its last adapter; unchanged if that is ``None``.
+
+    Raises:
+        SpecError: ``adapter_path`` names no adapter.
+    """
     if adapter_path is None:
         return spec
+    if not isinstance(adapter_path, str | os.PathLike) or not str(adapter_path).strip():
+        hint = " A list goes into the spec, as 'adapter'." if isinstance(adapter_path, list | tuple) else ""
+        raise SpecError(
+            f"adapter_path must be the folder of a PEFT adapter, a hub id or None; found {shown(adapter_path)}.{hint}"
+        )
     adapters = (*spec.adapters[:-1], adapter_path)
     return replace(spec, adapter=adapters, adapter_revision=None, adapter_subfolder=None)
 

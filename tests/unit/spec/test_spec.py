@@ -812,6 +812,16 @@ def test_an_adapter_passed_apart_replaces_the_last(adapter: Path) -> None:
     assert with_adapter(spec, adapter).adapter == (Path("/runs/sft"), adapter)
 
 
+@pytest.mark.parametrize(
+    ("adapter_path", "found"),
+    [(["x"], "['x']. A list goes into the spec, as 'adapter'."), (7, "7."), ("", "''.")],
+)
+def test_what_is_passed_apart_is_one_adapter(adapter_path: Any, found: str) -> None:
+    sentence = f"adapter_path must be the folder of a PEFT adapter, a hub id or None; found {found}"
+    with pytest.raises(SpecError, match=f"^{re.escape(sentence)}$"):
+        with_adapter(ModelSpec(base="org/base"), adapter_path)
+
+
 def test_an_unreadable_file_does_not_stop_a_key(adapter: Path) -> None:
     before = _key(adapter=adapter)
     weights = adapter / "adapter_model.safetensors"
