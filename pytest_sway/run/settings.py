@@ -100,8 +100,10 @@ class _Setting:
             origin = f"ini value {self.name}"
             try:
                 text = config.getini(self.name)
-            except (ValueError, pytest.UsageError) as error:  # pytest itself parses flags
-                raise pytest.UsageError(f"{origin}: must be true or false; {error}.") from None
+            except (TypeError, ValueError, pytest.UsageError) as error:  # pytest itself parses flags
+                is_flag = isinstance(self.default, bool)
+                form = "true or false" if is_flag else f'text in [tool.pytest], as in {self.name} = "..."'
+                raise pytest.UsageError(f"{origin}: must be {form}; {error}.") from None
         try:
             return text if isinstance(text, bool) else self.parse(str(text).strip())
         except ValueError as error:
@@ -316,5 +318,5 @@ def asks_for_offline(early_config: pytest.Config) -> bool:
         return True
     try:
         return bool(early_config.getini("sway_offline"))
-    except (ValueError, pytest.UsageError):
+    except (TypeError, ValueError, pytest.UsageError):
         return False

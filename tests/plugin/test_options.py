@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from pytest_sway.run.settings import asks_for_offline, resolve_settings
 from tests.plugin.conftest import Suite
 
 PASSES = """
@@ -68,6 +72,35 @@ def test_a_bad_ini_value_is_named_as_such(suite: Suite, ini: str, message: str) 
     result = suite.run(PASSES)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: ini value {message}" in result.stderr.str()
+
+
+@pytest.mark.skipif(int(pytest.__version__.partition(".")[0]) < 9, reason="pytest 8 has no native table")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sway_cache_size = 3", 'sway_cache_size: must be text in [tool.pytest], as in sway_cache_size = "..."; '),
+        ('sway_reorder = "no"', "sway_reorder: must be true or false; "),
+        ('sway_offline = "no"', "sway_offline: must be true or false; "),
+    ],
+)
+def test_a_value_of_another_type_in_pytests_own_table_is_named_as_such(suite: Suite, line: str, message: str) -> None:
+    suite.pytester.makepyprojecttoml(f"[tool.pytest]\n{line}\n")
+    result = suite.run(PASSES)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: ini value {message}" in result.stderr.str()
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, pytest.UsageError])
+def test_each_error_of_pytest_for_an_ini_value_is_an_error_of_usage(kind: type[Exception]) -> None:
+    def getini(name: str) -> str:
+        raise kind(f"{name} is 3")
+
+    config: Any = SimpleNamespace(
+        getoption=lambda name: None, getini=getini, known_args_namespace=SimpleNamespace(sway_offline=False)
+    )
+    with pytest.raises(pytest.UsageError, match=r"sway_cache_size: must be text in .*; sway_cache_size is 3\."):
+        resolve_settings(config)
+    assert not asks_for_offline(config)
 
 
 def test_the_header_says_so_when_answers_are_not_remembered(suite: Suite) -> None:
