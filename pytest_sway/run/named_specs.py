@@ -17,6 +17,7 @@ from pytest_sway.spec.kinds import ON_HUBS
 from pytest_sway.spec.model_kwargs import as_mapping
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import parse_spec
+from pytest_sway.spec.paths import is_path
 from pytest_sway.system.redaction import redacted
 
 _INSIDE: Final = re.compile(r"(?P<name>.+?)\.(?P<field>(finetuned_)?model_kwargs)\.(?P<keys>.+)")
@@ -183,14 +184,16 @@ def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
             rooted[name] = _rooted_path(name, given, kind, rootpath)
     for name in ("base", "finetuned") if kind not in ("api", "dummy") else ():
         model = spec.get(name)
-        if isinstance(model, str) and (model.startswith((".", "~")) or (rootpath / model).is_dir()):
+        if not isinstance(model, str) or not model.strip() or is_address(model):
+            continue
+        if is_path(model) or (rootpath / model).is_dir():
             rooted[name] = str(rootpath / _expanded(model))
     return rooted
 
 
 def _rooted_path(name: str, given: Any, kind: Any, rootpath: Path) -> Any:
     """Return an adapter's folder or the file of answers, seen from the root; everything else as it is."""
-    if not isinstance(given, str) or given.lstrip().startswith("{"):  # answers may be JSON
+    if not isinstance(given, str) or not given.strip() or given.lstrip().startswith("{"):  # answers may be JSON
         return given
     # A run may make the folder later, and in another one: then what it is in is there.
     on_hub = is_address(given) or (is_hub_id(given) and not (rootpath / given).parent.is_dir())

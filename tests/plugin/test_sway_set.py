@@ -128,6 +128,56 @@ def test_x(pytestconfig):
     result.stdout.fnmatch_lines(["sway: set v3.model_kwargs.attn_implementation=None, *.bnb_4bit_quant_type=nf4"])
 
 
+@pytest.mark.parametrize("field", ["base", "finetuned"])
+@pytest.mark.parametrize(
+    ("given", "rooted"),
+    [
+        ("models/x.gguf", True),
+        ("models/llama/7b", True),
+        ("x.gguf", True),
+        ("models/here", True),
+        ("models/7b", False),
+        ("gpt2", False),
+        ("hf://org/name", False),
+    ],
+)
+def test_a_model_that_cannot_be_a_hub_id_starts_at_the_root(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, field: str, given: str, rooted: bool
+) -> None:
+    root = suite.pytester.path
+    (root / "models/here").mkdir(parents=True)
+    suite.write("def test_x(): pass")
+    monkeypatch.chdir(suite.pytester.mkdir("elsewhere"))
+    settings = (f"--sway-set=v3.{each}" for each in ("base=org/base", f"{field}={given}"))
+    result = suite.pytester.runpytest_inprocess("..", "--rootdir=..", *settings)
+    shown = f"{root}/{given}" if rooted else given.removeprefix("hf://")
+    result.stdout.fnmatch_lines([f"sway: set *v3.{field}={shown}"])
+
+
+def test_an_empty_adapter_is_refused_and_an_empty_base_is_the_adapters(suite: Suite) -> None:
+    suite.pytester.makepyprojecttoml("""
+[tool.pytest.ini_options]
+[tool.pytest-sway.specs]
+bare = { base = "b", adapter = "" }
+listed = { base = "b", adapter = ["runs/v3", ""] }
+led = { base = "", adapter = "./runs/v3" }
+""")
+    body = """
+from pytest_sway.errors import SpecError
+from pytest_sway.run.named_specs import named_specs
+from pytest_sway.spec.parsing import parse_spec
+
+@pytest.mark.parametrize("name", ["bare", "listed"])
+def test_adapter(pytestconfig, name):
+    with pytest.raises(SpecError, match="'adapter' must be the folder of a PEFT adapter, .*; found ''"):
+        parse_spec(named_specs(pytestconfig)[name])
+
+def test_base(pytestconfig):
+    assert parse_spec(named_specs(pytestconfig)["led"]).base == ""
+"""
+    suite.run(body).assert_outcomes(passed=3)
+
+
 def test_answers_may_be_json(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
 def test_x(sway_backend):
