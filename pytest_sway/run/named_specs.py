@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,6 +22,7 @@ from pytest_sway.spec.paths import is_path
 from pytest_sway.system.redaction import redacted
 
 _INSIDE: Final = re.compile(r"(?P<name>.+?)\.(?P<field>(finetuned_)?model_kwargs)\.(?P<keys>.+)")
+_TRUTHS: Final = {"true": True, "false": False}
 _DEFAULTS = {field.name: field.default for field in fields(ModelSpec) if field.init}
 
 
@@ -73,7 +75,7 @@ def check_changes(config: pytest.Config) -> str:
     try:
         configured, specs = _configured(config.rootpath), named_specs(config)
     except SpecError as error:
-        raise pytest.UsageError(f"--sway-set: {error}") from None
+        raise pytest.UsageError(f"--sway-set: {redacted(str(error))}") from None
     values = {str(change): _value(change, configured, specs) for change in made}
     return f"sway: set {', '.join(redacted(f'{name}={value}') for name, value in values.items())}"
 
@@ -86,14 +88,24 @@ def _value(change: Change, configured: Mapping[str, Any], specs: Mapping[str, An
             f"--sway-set {change}: no spec is named {change.name!r} (named specs: {known}). To add a spec, set its"
             f" base, too: --sway-set {change.name}.base=..."
         )
+    # A field that was only removed is checked too, by its name.
+    spec = specs[change.name] if change.field in _DEFAULTS else {**specs[change.name], change.field: change.value}
     try:
-        value = getattr(parse_spec(specs[change.name]), change.field)
-        held: Any = as_mapping(value) if change.keys else value
-        for key in change.keys:
-            held = held.get(key)
-        return json.dumps(list(map(str, held))) if isinstance(held, tuple) else held
+        value = getattr(parse_spec(spec), change.field)
+        if change.keys:
+            return _inside(as_mapping(value), change.keys)
+        return json.dumps(list(map(str, value))) if isinstance(value, tuple) else value
     except SpecError as error:
         raise pytest.UsageError(f"--sway-set {change}: {redacted(str(error))} (Named specs: {known}.)") from None
+
+
+def _inside(held: Any, keys: tuple[str, ...]) -> str | None:
+    """Return a value in a mapping as JSON; ``None`` if a change has removed it or what it was in."""
+    for key in keys:
+        if not isinstance(held, dict) or key not in held:
+            return None
+        held = held[key]
+    return json.dumps(held)
 
 
 def _change(text: str) -> Change:
@@ -111,26 +123,49 @@ def _change(text: str) -> Change:
 
 
 def _put(change: Change, spec: dict[str, Any]) -> None:
-    """Change a spec, or what is inside of one of its fields.
+    """Change a spec, or what is inside of one of its fields; a mapping in a field goes away with its last key.
 
     Raises:
-        SpecError: There is no mapping that the change could go into.
+        SpecError: There is no mapping that the change could go into, or the value should be JSON.
     """
+    within: list[tuple[dict[str, Any], str]] = []
     for key in (change.field, *change.keys)[:-1]:
+        if not change.value and key not in spec:
+            return  # there is nothing to remove
         held = spec.get(key) or {}
         held = _json(held) if isinstance(held, str) else held
         if not isinstance(held, dict):
             raise SpecError(f"{change} is to go into {key!r}, which is no mapping: {held!r}.")
+        within.append((spec, key))
         spec[key] = dict(held)
         spec = spec[key]
     last = change.keys[-1] if change.keys else change.field
     spec.pop(last, None)
     if change.value:
-        spec[last] = _json(change.value) if change.keys else _typed(change)
+        spec[last] = _plain(change) if change.keys else _typed(change)
+        return
+    for holder, key in reversed(within[1:]):  # an empty field stays: it says that there are none
+        if not holder[key]:
+            del holder[key]
+
+
+def _plain(change: Change) -> Any:
+    """Return a change's value within a mapping: what JSON makes of it, a truth value, else the text itself.
+
+    Raises:
+        SpecError: It begins as a list or a mapping, and is no JSON.
+    """
+    text = change.value
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    if text.startswith(("[", "{")):
+        what, example = ("list", '["a", "b"]') if text[0] == "[" else ("mapping", '{"a": 1}')
+        raise SpecError(f"the value of {change} begins as a {what}, which is JSON, such as {example}; found {text!r}.")
+    return _TRUTHS.get(text.lower(), text)
 
 
 def _json(text: str) -> Any:
-    """A value within a mapping: what JSON makes of it, else the text itself."""
+    """What JSON makes of a text, else the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -139,11 +174,11 @@ def _json(text: str) -> Any:
 
 def _typed(change: Change) -> Any:
     """Return a change's value in its field's type; a value of another type stays a text, which the spec refuses."""
-    if change.field == "adapter" and change.value.startswith("["):
-        return _json(change.value)
+    if change.field == "adapter" and change.value.startswith(("[", "{")):
+        return _plain(change)
     default = _DEFAULTS.get(change.field)
     if isinstance(default, bool):
-        return {"true": True, "false": False}.get(change.value.lower(), change.value)
+        return _TRUTHS.get(change.value.lower(), change.value)
     if isinstance(default, float):
         try:
             return float(change.value)

@@ -125,7 +125,40 @@ def test_x(pytestconfig):
         "--sway-set=v3.model_kwargs.quantization_config.bnb_4bit_quant_type=nf4",
     )
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["sway: set v3.model_kwargs.attn_implementation=None, *.bnb_4bit_quant_type=nf4"])
+    result.stdout.fnmatch_lines(['sway: set v3.model_kwargs.attn_implementation=None, *.bnb_4bit_quant_type="nf4"'])
+
+
+def test_the_header_tells_a_text_from_a_truth_value_and_removed_from_null(suite: Suite) -> None:
+    keys = "--sway-set=v3.base=org/base", "--sway-set=v3.model_kwargs.gone=", "--sway-set=v3.model_kwargs.none=null"
+    truths = [f"--sway-set=v3.model_kwargs.{each}" for each in ("a=False", 'b="False"', "c=TRUE", "d=false")]
+    result = suite.run("def test_x(): pass", *keys, *truths)
+    shown = (f"v3.model_kwargs.{each}" for each in ("gone=None", "none=null", "a=false", 'b="False"', "c=true"))
+    result.stdout.fnmatch_lines([f"sway: set v3.base=org/base, {', '.join(shown)}, v3.model_kwargs.d=false"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "kept"),
+    [
+        (("a.b=1", "a="), "a.b=None, v3.model_kwargs.a=None", None),
+        (("a.b=1", "a=x"), 'a.b=None, v3.model_kwargs.a="x"', '{"a": "x"}'),
+        (("a.b.c=1", "d=2", "a.b.c="), "a.b.c=None, v3.model_kwargs.d=2", '{"d": 2}'),
+        (("a.b=1", "a.c=2", "a.b="), "a.b=None, v3.model_kwargs.a.c=2", '{"a": {"c": 2}}'),
+        (("c=1", "a.c="), "c=1, v3.model_kwargs.a.c=None", '{"c": 1}'),
+    ],
+)
+def test_a_later_change_may_replace_or_empty_what_an_earlier_one_made(
+    suite: Suite, settings: tuple[str, ...], values: str, kept: str | None
+) -> None:
+    body = f"def test_x(sway_cache):\n    assert sway_cache.resolve('v3').model_kwargs == {kept!r}\n"
+    result = suite.run(body, "--sway-set=v3.base=b", *(f"--sway-set=v3.model_kwargs.{each}" for each in settings))
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([f"sway: set v3.base=b, v3.model_kwargs.{values}"])
+
+
+def test_to_remove_what_is_not_there_leaves_the_bases_arguments_to_the_finetuned_model(suite: Suite) -> None:
+    body = "def test_x(sway_cache):\n    assert sway_cache.resolve('v3').finetuned_model_kwargs is None\n"
+    settings = ("base=b", "finetuned=f", "model_kwargs.a=1", "finetuned_model_kwargs.a=")
+    suite.run(body, *(f"--sway-set=v3.{each}" for each in settings)).assert_outcomes(passed=1)
 
 
 @pytest.mark.parametrize("field", ["base", "finetuned"])
@@ -228,6 +261,26 @@ def test_x(sway_backend, number):
             "candidate.adaptr=runs/v4",
             "--sway-set candidate.adaptr: a spec has no field 'adaptr'; those of kind 'dummy' are kind, base, *"
             " Did you mean 'adapter'? (Named specs: baseline, candidate.)",
+        ),
+        (
+            "candidate.adaptr=",
+            "--sway-set candidate.adaptr: a spec has no field 'adaptr'; * Did you mean 'adapter'? (*",
+        ),
+        ("candidate.as_dict=", "--sway-set candidate.as_dict: a spec has no field 'as_dict'; those of kind 'dummy' *"),
+        ("candidate._seen=", "--sway-set candidate._seen: a spec has no field '_seen'; those of kind 'dummy' are *"),
+        (
+            "candidate.adapter=[runs/sft,runs/v4]",
+            "--sway-set: the value of candidate.adapter begins as a list, which is JSON, such as *a*, *b*; found"
+            " '?runs/sft,runs/v4?'.",
+        ),
+        (
+            "candidate.adapter={runs/sft}",
+            "--sway-set: the value of candidate.adapter begins as a mapping, which is JSON, such as {*}; found *",
+        ),
+        ('candidate.adapter={"a": "b"}', "--sway-set candidate.adapter: spec field 'adapter' must be the folder *"),
+        (
+            "candidate.model_kwargs.max_memory={0: 1GB}",
+            "--sway-set: the value of candidate.model_kwargs.max_memory begins as a mapping, which is JSON, *",
         ),
         (
             "candidat.adapter=runs/v4",
