@@ -18,7 +18,7 @@ from pytest_sway.spec.kinds import ON_HUBS
 from pytest_sway.spec.model_kwargs import as_mapping
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.parsing import parse_spec
-from pytest_sway.spec.paths import is_path
+from pytest_sway.spec.paths import begins_as_path, is_path
 from pytest_sway.system.redaction import redacted
 
 _INSIDE: Final = re.compile(r"(?P<name>.+?)\.(?P<field>(finetuned_)?model_kwargs)\.(?P<keys>.+)")
@@ -221,7 +221,8 @@ def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
         model = spec.get(name)
         if not isinstance(model, str) or not model.strip() or is_address(model):
             continue
-        if is_path(model) or (rootpath / model).is_dir():
+        is_local = begins_as_path if kind == "custom" else is_path  # its class may know other names than a hub's
+        if is_local(model) or (rootpath / model).is_dir():
             rooted[name] = str(rootpath / _expanded(model))
     return rooted
 

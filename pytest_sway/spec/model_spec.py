@@ -15,7 +15,7 @@ from pytest_sway.spec.endpoints import normal_endpoint
 from pytest_sway.spec.hub_names import adapter_label, in_subfolder, is_elsewhere, is_on_hub, normal_address, taken_apart
 from pytest_sway.spec.kinds import KINDS, ON_HUBS
 from pytest_sway.spec.model_kwargs import canonical, form_of, in_short
-from pytest_sway.spec.paths import is_path, resolved_model, resolved_path, short_name
+from pytest_sway.spec.paths import begins_as_path, is_path, resolved_model, resolved_path, short_name
 from pytest_sway.spec.tasks import TaskName, checked_task
 from pytest_sway.system.wording import shown
 
@@ -273,7 +273,7 @@ def _model(field: str, value: object, kind: str, *, may_be_named: bool = False) 
     if kind in ("api", "dummy"):  # a name, even if it looks like a path
         return value
     if kind == "custom":  # whose class may know other names than a hub's
-        is_local = value.startswith(("/", "~", ".")) or os.path.isabs(value) or os.path.exists(value)
+        is_local = begins_as_path(value) or os.path.exists(value)
     else:
         is_local = is_path(value) or Path(value).is_dir()
     return str(resolved_model(value)) if is_local else value

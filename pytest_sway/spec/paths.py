@@ -16,14 +16,14 @@ _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SNAPSHOT: Final = re.compile(r"(?:.*[/\\])?models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)(?:[/\\]+(.*))?")
 
 
+def begins_as_path(text: str) -> bool:
+    """Whether a text begins as a path, so that it is nothing else, such as a hub id or a name."""
+    return text.startswith(("/", "~", ".")) or os.path.isabs(text)
+
+
 def is_path(base: str) -> bool:
     """Whether a base is written as a folder or a GGUF file, not as a hub id such as ``org/name``."""
-    return (
-        base.startswith(("/", "~", "."))
-        or base.endswith(GGUF_SUFFIX)
-        or os.path.isabs(base)
-        or not _HUB_ID.fullmatch(base)
-    )
+    return begins_as_path(base) or base.endswith(GGUF_SUFFIX) or not _HUB_ID.fullmatch(base)
 
 
 def resolved_model(path: str | os.PathLike[str]) -> Path:

@@ -380,7 +380,8 @@ def _quick_collections() -> Iterator[None]:
 
 def _apart(scenario: Scenario) -> Iterator[None]:
     """Act in a generator. It has an exception state of its own, which a trace function that raises can leave wrong."""
-    yield scenario.act()
+    scenario.act()
+    yield
 
 
 def _strike(scenario: Scenario, line: int) -> Interrupter:
