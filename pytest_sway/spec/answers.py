@@ -88,10 +88,10 @@ def _logprobs(content: Any, where: str) -> dict[str, dict[str, float]]:
     by_prompt: dict[str, dict[str, float]] = {}
     for key, value in _mapping(content, where).items():
         if isinstance(key, tuple) and len(key) == 2:
-            by_prompt.setdefault(_text(key[0], where), {})[_text(key[1], where)] = _logprob(value, where)
+            by_prompt.setdefault(_text(key[0], where), {})[_text(key[1], where)] = _number(value, where)
         else:
             for completion, number in _mapping(value, where).items():
-                by_prompt.setdefault(_text(key, where), {})[_text(completion, where)] = _logprob(number, where)
+                by_prompt.setdefault(_text(key, where), {})[_text(completion, where)] = _number(number, where)
     return by_prompt
 
 
