@@ -102,18 +102,18 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [config.stash[_settings].header(), *(line for line in (changed, recording) if line is not None)]
 
 
-def pytest_make_parametrize_id(val: object) -> str | None:
-    """Name a parameter that is a spec after what it loads, such as ``org/base+runs/v3``."""
+def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
+    """Name a parameter that is a spec after what it loads, such as ``org/base+runs/v3``; the same in each clone."""
     if isinstance(val, str | bytes | int | float | None):
         return None
     from pytest_sway.run.ordering import is_spec
 
     if not is_spec(val):
         return None
-    from pytest_sway.spec.parsing import parse_spec
+    from pytest_sway.spec.parsing import label_as_written
 
     try:
-        return str(parse_spec(val)).replace(" ", "")  # type: ignore[arg-type] # is_spec says so
+        return label_as_written(val, config.rootpath).replace(" ", "")  # type: ignore[arg-type] # is_spec says so
     except Exception:  # the test itself says what is wrong with it, or it is something else of any kind
         return None
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pytest_sway.errors import SpecError
@@ -202,14 +203,19 @@ class ModelSpec:
             if each.init and ((value := getattr(self, each.name)) != each.default or each.name in _ALWAYS_SHOWN)
         }
 
-    def _described(self, origin: str = "") -> str:
+    def _described(self, origin: str = "", names: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Return the label; ``names`` are other names for some models, by their resolved paths."""
         kind = "" if self.kind == "hf" else f"{self.kind}:"
-        labels = [adapter_label(each, self.adapter_revision, self.adapter_subfolder) for each in self.adapters]
+        labels = [
+            names.get(str(each)) or adapter_label(each, self.adapter_revision, self.adapter_subfolder)
+            for each in self.adapters
+        ]
         if not self.base:
             return f"{kind}{' + '.join(labels)}{in_short(self.model_kwargs, self.task)}"
         theirs = self.model_kwargs if self.finetuned_model_kwargs is None else self.finetuned_model_kwargs
-        finetuned = "" if self.finetuned is None else f" -> {short_name(self.finetuned)}{in_short(theirs)}"
-        base = f"{kind}{short_name(self.base)}{in_short(self.model_kwargs, self.task)}"
+        tuned = "" if self.finetuned is None else names.get(self.finetuned) or short_name(self.finetuned)
+        finetuned = f" -> {tuned}{in_short(theirs)}" if tuned else ""
+        base = f"{kind}{names.get(self.base) or short_name(self.base)}{in_short(self.model_kwargs, self.task)}"
         return " + ".join((f"{base}{origin}{finetuned}", *labels))
 
 

@@ -15,6 +15,7 @@ from pytest_sway.errors import SpecError
 from pytest_sway.spec.kinds import KINDS, ON_HUBS
 from pytest_sway.spec.model_kwargs import form_of
 from pytest_sway.spec.model_spec import ModelSpec
+from pytest_sway.spec.paths import short_name
 from pytest_sway.system.wording import shown
 
 __tracebackhide__ = True
@@ -62,6 +63,32 @@ def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({
         f"a spec is a ModelSpec, a mapping of its fields or a configured name; found {type(value).__name__}:"
         f" {shown(value)}.{hint}"
     )
+
+
+def label_as_written(value: SpecLike, root: Path) -> str:
+    """Return the label of a spec with its paths as they were written: the same in each clone, wherever a link leads.
+
+    Args:
+        value: The spec.
+        root: The folder from which absolute paths inside of it are shown.
+    """
+    spec = parse_spec(value)
+    given = value if isinstance(value, Mapping) else {name: getattr(value, name, None) for name in _FIELDS}
+    names: dict[str, str] = {}
+    for field in ("base", "finetuned", "adapter"):
+        written = given.get(field)
+        inside = given.get("adapter_subfolder") if field == "adapter" else None
+        for each, found in _pairs(tuple(written) if isinstance(written, list) else written, getattr(spec, field)):
+            if found is not None and os.path.isabs(found):
+                names[str(found)] = _from_root(os.path.join(each, inside or ""), root)
+    return spec._described(names=names)
+
+
+def _from_root(path: str, root: Path) -> str:
+    for folder in (str(root), os.path.realpath(root), os.getcwd()):
+        if os.path.isabs(path) and Path(path).is_relative_to(folder):
+            path = os.path.relpath(path, folder)
+    return short_name(os.path.normpath(path))
 
 
 def _from_mapping(values: Mapping[str, Any]) -> ModelSpec:

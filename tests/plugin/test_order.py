@@ -84,6 +84,39 @@ def test_mappings_of_fields_count_and_have_readable_ids(suite: Suite) -> None:
     ]
 
 
+def test_an_id_is_the_same_in_each_clone_and_wherever_a_link_leads(suite: Suite) -> None:
+    root = suite.pytester.path
+    (root / "runs" / "v4").mkdir(parents=True)
+    (root / "runs" / "latest").symlink_to(root / "runs" / "v4")
+    source = """
+from pathlib import Path
+from pytest_sway import ModelSpec
+
+HERE = Path(__file__).parent
+
+@pytest.mark.parametrize("spec", [
+    {"kind": "dummy", "base": "town", "adapter": "v3"}, {"kind": "dummy", "base": "town", "adapter": "runs/latest"},
+    {"kind": "dummy", "base": "town", "adapter": HERE / "v4"},
+    ModelSpec(kind="dummy", base="town", adapter=HERE / "v5"),
+    {"base": "./v3", "adapter": ["v4", "../v5"]}, {"base": "./v3", "finetuned": HERE / "v6"},
+    {"base": "org/a", "adapter": HERE / "runs", "adapter_subfolder": "v4"},
+    {"base": "org/a", "adapter": "/else/where/v3"},
+])
+def test_x(spec): pass
+"""
+    ids = [
+        "dummy:town+v3",
+        "dummy:town+runs/latest",
+        "dummy:town+v4",
+        "dummy:town+v5",
+        "v3+v4+../v5",
+        "v3->v6",
+        "org/a+runs/v4",
+        "org/a+where/v3",
+    ]
+    assert order(suite, source, "-o", "sway_reorder=false") == [f"test_x[{name}]" for name in ids]
+
+
 def test_a_mapping_of_something_else_keeps_pytests_id(suite: Suite) -> None:
     source = """
 import numpy as np
