@@ -145,7 +145,7 @@ def parse_score_cache(text: str) -> int:
 
 
 def parse_confidence(text: str) -> float:
-    """Parse a number from 0.5 to 0.9999. Quantiles much farther out are not known to hold, and scipy may not end."""
+    """Parse a number from 0.5 to 0.9999. For 0.999999, scipy does not return."""
     try:
         confidence = float(text)
     except ValueError:

@@ -112,7 +112,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         self._check()
-        self._set("_label", self._described())
+        self._set("_label", self.described())
 
     def __hash__(self) -> int:
         return hash((self.base, self.adapter))  # tells most specs apart; all fields would take 1 us
@@ -174,7 +174,7 @@ class ModelSpec:
     def on_base_of_adapter(self, base: str, revision: str | None) -> ModelSpec:
         """Return this spec, which leaves out the base, on the one that its adapter names; the label says so."""
         spec = replace(self, base=base, revision=revision)
-        spec._set("_label", spec._described(" (from adapter_config.json)"))
+        spec._set("_label", spec.described(" (from adapter_config.json)"))
         return spec
 
     def _set_all(self, values: Mapping[str, object]) -> None:
@@ -203,8 +203,13 @@ class ModelSpec:
             if each.init and ((value := getattr(self, each.name)) != each.default or each.name in _ALWAYS_SHOWN)
         }
 
-    def _described(self, origin: str = "", names: Mapping[str, str] = MappingProxyType({})) -> str:
-        """Return the label; ``names`` are other names for some models, by their resolved paths."""
+    def described(self, origin: str = "", names: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Return a label.
+
+        Args:
+            origin: What is said behind the base's name.
+            names: Other names for some models, by their resolved paths.
+        """
         kind = "" if self.kind == "hf" else f"{self.kind}:"
         labels = [
             names.get(str(each)) or adapter_label(each, self.adapter_revision, self.adapter_subfolder)

@@ -81,7 +81,7 @@ def label_as_written(value: SpecLike, root: Path) -> str:
         for each, found in _pairs(tuple(written) if isinstance(written, list) else written, getattr(spec, field)):
             if found is not None and os.path.isabs(found):
                 names[str(found)] = _from_root(os.path.join(each, inside or ""), root)
-    return spec._described(names=names)
+    return spec.described(names=names)
 
 
 def _from_root(path: str, root: Path) -> str:
