@@ -223,8 +223,8 @@ def peak_of(side: str, base: str, adapter: str) -> int:
             view = stack.enter_context(dlm_sway(stack, Path(base), Path(adapter)).as_finetuned())
         tokenizer = view.tokenizer if side == "ours" else view._tokenizer
         scored = texts(tokenizer, lengths(32, 50, 400))
-        # Short texts, asked as the long ones will be, map all weights and create everything that is created once.
-        _ask(side, view, [text[:20] for text in scored[:2]])
+        # Two different texts, asked as the long ones will be, map all weights and create what is created once.
+        _ask(side, view, ["She put the kettle on.", "A compiler turns text into code."])
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         _ask(side, view, scored)
