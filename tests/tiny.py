@@ -302,6 +302,24 @@ def edit_config(adapter: Path | str, **fields: Any) -> Path:
     return Path(adapter)
 
 
+def prune(adapter: Path) -> Path:
+    """Prune a saved AdaLoRA adapter as its training does: the first layer has no rank left, the others one less."""
+    root = "base_model.model."
+    kept: dict[str, list[bool]] = {}
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        for name in sorted(name for name in tensors if name.endswith(".lora_E")):
+            rank = len(tensors[name])
+            kept[name.removeprefix(root)] = [bool(kept) and at != 1 for at in range(rank)]
+        return {
+            name: tensor[:, mask].contiguous() if name.endswith("B") else tensor[mask]
+            for name, tensor in tensors.items()
+            for mask in [kept[f"{name.removeprefix(root).rpartition('.')[0]}.lora_E"]]
+        }
+
+    return edit_config(edit_weights(adapter, change), rank_pattern=kept)
+
+
 def poison(adapter: Path | str, *, file: str = "adapter_model.safetensors") -> Path:
     """Put a NaN into the first tensor of an adapter or a model."""
 

@@ -197,7 +197,9 @@ class Build:
     def measure(self, backend: Any) -> Mapping[Hashable, int] | None:
         """Return the bytes of each part of a loaded backend, keyed as in a plan's sizes; ``None`` if unknown."""
         sizes = getattr(backend, "sizes", None)
-        return sizes() if callable(sizes) else None
+        found = sizes() if callable(sizes) else None
+        # Numbers of numpy are no JSON.
+        return None if found is None else {part: int(size) for part, size in found.items()}
 
     def exhausted(self, error: Exception) -> bool:
         """Return whether a load failed for lack of memory, so that it is tried again after an eviction."""

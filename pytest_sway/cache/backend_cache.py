@@ -175,7 +175,7 @@ class BackendCache:
     def lease(self, spec: SpecLike, *, adapter_path: Path | None = None, holder: str | None = None) -> Lease:
         """Return a lease for a ``with`` block, to which it gives the backend of ``spec``.
 
-        The backend is pinned until the block ends, or the test or fixture that took the lease.
+        The backend is loaded and pinned at once, until the block ends, or the test or fixture that took the lease.
 
         Args:
             spec: The spec to load.

@@ -212,6 +212,7 @@ class Ledger:
     @atomic
     def retire(self, operation: Operation, chosen: Callable[[Entry], bool]) -> None:
         """Retire the chosen entries; the operation gets those that are idle, to close."""
+        self._collect_dropped()
         leaving = [entry for entry in self._entries.values() if entry.claims and chosen(entry)]
         staying = [entry for entry in self._entries.values() if entry not in leaving]
         # In one assignment, which an interrupt cannot split.
@@ -230,6 +231,7 @@ class Ledger:
     @atomic
     def take_retired(self, operation: Operation) -> None:
         """Give the operation all retired entries that are idle, to close."""
+        self._collect_dropped()
         self._take(operation, [entry for entry in self._retired if entry.idle])
         self._announce()
 
@@ -321,6 +323,7 @@ class Ledger:
         return [entry for entry in (*self._retired, *self._entries.values()) if entry.state in RESIDENT]
 
     def _idle(self) -> list[Entry]:
+        self._collect_dropped()
         return [entry for entry in self._residents() if entry.idle]
 
     def _announce(self) -> None:

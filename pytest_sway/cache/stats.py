@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from typing import Any, Final, NamedTuple, Self
 
 _MOST_EVENTS: Final = 5_000
@@ -176,6 +177,13 @@ class SwayStats:
         """Count answers that a base gave from its answer cache."""
         self.recalled.setdefault(name, RecallStats()).add(RecallStats(answers, seconds))
 
+    def note_spec(self, name: str, noted: dict[str, Any]) -> None:
+        """Keep a spec's fields and digest by its name; a second spec of one name gets a number."""
+        for number in count(1):
+            key = name if number == 1 else f"{name} ({number})"
+            if self.specs.setdefault(key, noted)["fields"] == noted["fields"]:
+                return
+
     def total(self) -> BackendStats:
         """Return the sum over all backends."""
         total = BackendStats()
@@ -217,7 +225,8 @@ class SwayStats:
                 mine.setdefault(label, BackendStats()).add(stats)
         for name, recalled in other.recalled.items():
             self.recalled.setdefault(name, RecallStats()).add(recalled)
-        self.specs = {**other.specs, **self.specs}
+        for name, noted in other.specs.items():
+            self.note_spec(name, noted)
         self.versions = {**other.versions, **self.versions}
         self.devices = {**other.devices, **self.devices}
         self.import_seconds += other.import_seconds

@@ -192,6 +192,7 @@ def compare(
     name: str | None = None,
     same: bool = False,
     drift: float | None = None,
+    step: float = 0.0,
 ) -> Comparison:
     """Return the comparison of two sides' scores.
 
@@ -203,6 +204,7 @@ def compare(
         name: The comparison's name; by default made of the two sides' names.
         same: Whether both sides are one model, so that the difference is known to be 0.
         drift: How much more the base scores now than when the baseline was recorded.
+        step: What the scores are rounded to; 0 if they are not.
     """
     rows = tuple(map(Row, questions.asked, candidate[1], baseline[1]))
     clusters = questions.clusters()
@@ -215,7 +217,7 @@ def compare(
             len(clusters),
         )
     else:
-        evidence = evidence_of([_mean([row.difference for row in group]) for group in _grouped(rows, clusters)])
+        evidence = evidence_of([_mean([row.difference for row in group]) for group in _grouped(rows, clusters)], step)
     # Adding 0 makes objects of this comparison's own, by which `Comparison.claim` knows them.
     mean, low, high = (number + 0.0 for number in evidence.interval(confidence))
     return Comparison(

@@ -76,7 +76,8 @@ class Questions:
         self.unit: Final = _UNITS.get(self._kind) or str(getattr(score, "unit", POINTS))
         self.score: Final = _SCORES.get(self._kind) or _name(score)
         self._refuse_repeated()
-        if (prompts := len(self.clusters())) < 2:
+        self._clusters = self._grouped()
+        if (prompts := len(self._clusters)) < 2:
             raise ComparisonError(
                 f"a comparison needs at least 2 different prompts, and there are {prompts}: answers to one prompt say"
                 " little about others. Add prompts; 20 to 200 are usual."
@@ -110,10 +111,7 @@ class Questions:
 
     def clusters(self) -> list[list[int]]:
         """Return the positions of the questions, grouped by prompt."""
-        found: dict[str, list[int]] = {}
-        for at, prompt in enumerate(self._prompts()):
-            found.setdefault(prompt, []).append(at)
-        return list(found.values())
+        return self._clusters
 
     def mean(self, numbers: Sequence[float]) -> float:
         """Return the mean of one number per question; questions with equal prompts count as one."""
@@ -176,9 +174,12 @@ class Questions:
                     " information. Remove it."
                 )
 
-    def _prompts(self) -> list[str]:
-        asked = (question[0] if _is_pair(question) or _has_choices(question) else question for question in self.asked)
-        return [_canonical(prompt) for prompt in asked]
+    def _grouped(self) -> list[list[int]]:
+        found: dict[str, list[int]] = {}
+        for at, question in enumerate(self.asked):
+            prompt = question[0] if _is_pair(question) or _has_choices(question) else question
+            found.setdefault(_canonical(prompt), []).append(at)
+        return list(found.values())
 
 
 def _is_pair(question: Any) -> bool:
@@ -215,9 +216,11 @@ def makes_score(function: _F) -> _F:
 
 
 def _name(score: Any) -> str:
-    """Return the name of a score: its function's, also within a ``partial``; else its class's."""
-    function = getattr(score, "func", score)
-    return str(getattr(function, "__name__", type(function).__name__))
+    """Return the name of a score: its function's, also within a ``partial`` with its arguments; else its class's."""
+    if not isinstance(score, partial):
+        return str(getattr(score, "__name__", type(score).__name__))
+    given = [*map(shown, score.args), *(f"{name}={shown(value)}" for name, value in score.keywords.items())]
+    return _ADDRESS.sub("", f"{_name(score.func)}({', '.join(given)})")
 
 
 def beginning(question: Any) -> str:
@@ -242,7 +245,12 @@ def _held(part: Any, as_text: Callable[[Any], str]) -> Any:
     if isinstance(part, set | frozenset):
         return sorted(_canonical(each, as_text) for each in part)
     if callable(to_list := getattr(part, "tolist", None)):  # arrays and tensors
-        return [type(part).__name__, str(getattr(part, "dtype", "")), to_list()]
+        try:
+            content = _canonical(to_list(), as_text)
+        except RuntimeError:  # a tensor without content, or a sparse one
+            return as_text(part)
+        digest = hashlib.sha256(content.encode()).hexdigest()  # an image has many numbers
+        return [type(part).__name__, str(getattr(part, "dtype", "")), digest]
     return as_text(part)
 
 

@@ -26,8 +26,7 @@ POWER: Final = 0.8
 _LITTLE_SKEW: Final = 1e-6
 
 _ROUNDING: Final = 1e-3
-_RECORDED: Final = 1e-4
-"""What equal differences may differ by: a share of them, or what four decimals in a record cut off two scores."""
+"""The share by which equal differences may differ."""
 
 _MOST: Final = 10**9
 """The largest sample size that is reported."""
@@ -61,17 +60,18 @@ class Evidence(Protocol):
         ...
 
 
-def evidence_of(differences: Sequence[float]) -> Evidence:
+def evidence_of(differences: Sequence[float], step: float = 0.0) -> Evidence:
     """Return the evidence of scores of any size.
 
     Args:
         differences: One difference for each independent question, at least two.
+        step: What the scores are rounded to; 0 if they are not.
     """
     least, most = min(differences), max(differences)
     largest = max(abs(least), abs(most))
     if least == most and most != 0.0:
         return EqualDifferences(least, len(differences))
-    may_differ_by = max(_ROUNDING * largest, 2 * _RECORDED if largest > 2 * _RECORDED else 0.0)
+    may_differ_by = max(_ROUNDING * largest, 2 * step if largest > 2 * step else 0.0)
     if 0.0 < most - least <= may_differ_by:
         return EqualDifferences(fmean(differences), len(differences))
     return PairedMeans(differences)

@@ -39,12 +39,14 @@ class Collected:
         if report.when == "setup":
             self._tries.pop(key, None)
         numbers = [str(value) for value in values_of(report.user_properties, PROPERTY)]
-        if numbers:
-            self._tries.setdefault(key, _Try(report.outcome)).numbers = numbers
+        failed = report.failed or report.outcome not in ("passed", "skipped")  # or rerun
+        if numbers or failed:  # a subtest may fail before the first comparison
+            self._tries.setdefault(key, _Try(report.outcome))
         if (found := self._tries.get(key)) is None:
             return
+        found.numbers = numbers or found.numbers
         found.rows += json.loads(getattr(report, ROWS, "[]"))
-        if report.failed or report.outcome not in ("passed", "skipped"):  # or rerun
+        if failed:
             found.outcome = "failed"
         elif report.when == "call" and found.outcome != "failed":  # as a subtest has
             found.outcome = report.outcome

@@ -14,8 +14,12 @@ _LONGEST: Final = 300
 _MOST_ROWS: Final = 500
 _MOST: Final = 900_000
 """Bytes. GitHub does not show a step's summary above 1 MiB."""
-_SPECIAL: Final = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*_{}[]()#!|~$:"})
-"""Characters with a meaning in GitHub's Markdown, including links and formulas, as numeric character references."""
+_SPECIAL: Final = str.maketrans(
+    {character: f"&#{ord(character)};" for character in "\\`*_{}[]()#!|~$:"} | {"@": "@&#8288;"}
+)
+"""Characters with a meaning in GitHub's Markdown, including links and formulas, as numeric character references.
+
+A word joiner, which is invisible, follows ``@``: so GitHub notifies nobody of that name."""
 
 
 def markdown(record: Mapping[str, Any]) -> str:

@@ -29,6 +29,8 @@ class AroundTests:
     def __init__(self, run: CurrentRun) -> None:
         self._run = run
         self._owners: dict[pytest.FixtureDef[Any], Owner] = {}
+        self._asked: dict[pytest.FixtureDef[Any], set[pytest.FixtureDef[Any]]] = {}
+        """By a wider fixture, those that its set-up asked for, unless its test had asked for them before."""
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_fixture_setup(
@@ -41,10 +43,12 @@ class AroundTests:
         self._owners[fixturedef] = owner
         request.addfinalizer(partial(self._end, owner))
         around, self._run.running = self._run.running, owner
+        before = self._asked_for(request)
         try:
             return (yield)
         finally:
             self._run.running = around
+            self._asked[fixturedef] = self._asked_for(request) - before
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -140,16 +144,22 @@ class AroundTests:
 
     def _wider_fixtures(self, item: pytest.Item) -> dict[Owner, str]:
         """Return the names of the wider fixtures that a test uses, by the owners of their leases."""
-        asked_for = getattr(getattr(item, "_request", None), "_fixture_defs", {})  # so far, by getfixturevalue() too
-        found = {self._owners[each]: name for name, each in asked_for.items() if each in self._owners}
+        used = self._asked_for(getattr(item, "_request", None))
         definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
         for name, overridden in definitions.items():
             for definition in reversed(overridden):  # the last one is used, and the one before it, if that asks for it
                 if definition in self._owners:
-                    found[self._owners[definition]] = name
+                    used.add(definition)
                 if name not in definition.argnames:
                     break
-        return found
+        new = used
+        while new := {each for one in new for each in self._asked.get(one, ())} - used:
+            used |= new
+        return {self._owners[each]: each.argname for each in used}
+
+    def _asked_for(self, request: Any) -> set[pytest.FixtureDef[Any]]:
+        """Return the wider fixtures that a test has asked for until now, by ``getfixturevalue()`` too."""
+        return {each for each in getattr(request, "_fixture_defs", {}).values() if each in self._owners}
 
     def _end_test(self) -> None:
         restore_modules()  # a pytest run inside this test may have removed some

@@ -132,8 +132,8 @@ def _put(change: Change, spec: dict[str, Any]) -> None:
     for key in (change.field, *change.keys)[:-1]:
         if not change.value and key not in spec:
             return  # there is nothing to remove
-        held = spec.get(key) or {}
-        held = _json(held) if isinstance(held, str) else held
+        held = spec.get(key)
+        held = {} if held is None or held == "" else _json(held) if isinstance(held, str) else held
         if not isinstance(held, dict):
             raise SpecError(f"{change} is to go into {key!r}, which is no mapping: {held!r}.")
         within.append((spec, key))
@@ -221,8 +221,10 @@ def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
         model = spec.get(name)
         if not isinstance(model, str) or not model.strip() or is_address(model):
             continue
-        is_local = begins_as_path if kind == "custom" else is_path  # its class may know other names than a hub's
-        if is_local(model) or (rootpath / model).is_dir():
+        there = rootpath / model
+        # The class of a custom backend may know other names than a hub's.
+        is_local = begins_as_path(model) or there.exists() if kind == "custom" else is_path(model) or there.is_dir()
+        if is_local:
             rooted[name] = str(rootpath / _expanded(model))
     return rooted
 

@@ -18,6 +18,8 @@ POLICIES: Final = ("error", "warn", "ignore")
 
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LETTERS: Final = "bgikmBGIKM"
+_DIGITS: Final = 20
+"""More than any number of bytes has."""
 _CONFIDENCE: Final = 0.99
 _DRIFT: Final = 0.05
 
@@ -124,7 +126,7 @@ def parse_memory(text: str) -> int | None:
     number = text.rstrip(_LETTERS).rstrip()  # no regular expression, which takes longer to compile
     whole, point, part = number.partition(".")
     unit = _UNITS.get(text[len(number) :].strip().upper(), 0)
-    is_number = whole.isdecimal() and (part.isdecimal() if point else True)
+    is_number = len(whole) < _DIGITS and whole.isdecimal() and (part.isdecimal() if point else True)
     size = int(float(number) * unit) if is_number else 0
     if size < 1:
         raise ValueError("must be a size in bytes, or with a unit of KB, MB, GB, KiB, MiB or GiB, such as 8GiB")

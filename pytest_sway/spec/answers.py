@@ -71,8 +71,13 @@ def read_answers(path: Path) -> str:
 
 
 def tail(logprobs: list[float], vocabulary: int) -> float | None:
-    """The log of the probability that a distribution's tokens leave, by `pytest_sway.TokenDist`'s convention."""
-    if len(logprobs) >= vocabulary:
+    """The log of the probability that a distribution's tokens leave, by `pytest_sway.TokenDist`'s convention.
+
+    Args:
+        logprobs: The log-probabilities of its tokens.
+        vocabulary: The number of tokens in the vocabulary; 0 if unknown.
+    """
+    if 0 < vocabulary <= len(logprobs):
         return None
     return log_of_tail(1.0 - sum(map(math.exp, logprobs)))
 
@@ -116,7 +121,8 @@ def _dists(content: Any, where: str) -> dict[str, dict[str, Any]]:
         ids = _numbers(fields["token_ids"], where, _whole)
         if len(ids) != len(logprobs) or not ids:
             raise _wrong(where, "as many tokens as log-probabilities", _counts(ids, logprobs))
-        twice = next((i for i, times in Counter(ids).items() if times > 1), None)
+        # A server's tokens without ids get negative ones from their spellings, which may be equal.
+        twice = next((i for i, times in Counter(ids).items() if times > 1 and i >= 0), None)
         if twice is not None:
             raise _wrong(where, "each token once", f"token {twice} twice")
         vocabulary = _whole(fields.get("vocab_size", max(VOCABULARY, max(ids) + 1)), where)

@@ -101,7 +101,10 @@ def canonical(field: str, value: object) -> str:
         raise SpecError(
             f"'quantization_config' in spec field {field!r} must be a mapping, such as {_NF4}; found {quantization!r}."
         )
-    return json.dumps(_plain(field, "", value), sort_keys=True, allow_nan=False)
+    try:
+        return json.dumps(_plain(field, "", value), sort_keys=True, allow_nan=False)
+    except RecursionError:
+        raise SpecError(f"spec field {field!r} is nested too deep, or holds itself.") from None
 
 
 def as_mapping(kept: object) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def parse_spec(value: SpecLike, *, named: Mapping[str, Any] = MappingProxyType({
 def label_as_written(value: SpecLike, root: Path) -> str:
     """Return the label of a spec with its paths as they were written: the same in each clone, wherever a link leads.
 
+    A `ModelSpec` was made with its links followed, so its label has the names that they lead to.
+
     Args:
         value: The spec.
         root: The folder from which absolute paths inside of it are shown.

@@ -494,6 +494,7 @@ def test_it(sway_compare):
         ("not c.high < -1", "over 0: shown"),
         ("c.low > -1 and c.high < 99", "under 99: shown"),
         ("c.low > 99 or c.low > -1", "over -1: shown"),
+        ("not (c.low < -99 or c.high > 99)", "over 0: shown"),
     ],
 )
 def test_the_claim_of_a_passing_test_is_known_with_pytests_assertion_pass_hook(
@@ -529,11 +530,34 @@ def test_it(sway_compare):
     result.stdout.fnmatch_lines(expected)
 
 
-def test_a_failing_negation_has_no_verdict(pytester: pytest.Pytester) -> None:
-    body = "def test_it(sway_compare):\n    assert not sway_compare(FACTS, canned(-0.5), canned(0.0)).high < -1\n"
-    output = run(pytester, body).stdout
-    output.no_fnmatch_line("under -1: *")
-    output.fnmatch_lines(["*nats an answer  under 0: shown"])
+@pytest.mark.parametrize("negated", ["c.high < -1", "(c.low < -99 or c.high < -1)"])
+def test_a_failing_negation_has_no_verdict(pytester: pytest.Pytester, negated: str) -> None:
+    body = f"""
+def test_it(sway_compare):
+    c = sway_compare(FACTS, canned(-0.5), canned(0.0))
+    assert not {negated}
+"""
+    result = run(pytester, body)
+    result.assert_outcomes(failed=1)
+    result.stdout.no_fnmatch_line("under -*: *")
+    result.stdout.fnmatch_lines(["*nats an answer  under 0: shown"])
+
+
+def test_a_failing_test_of_unittest_has_its_verdict(pytester: pytest.Pytester) -> None:
+    body = """
+import unittest
+
+class TestIt(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def compare(self, sway_compare):
+        self.compare = sway_compare
+
+    def test_it(self):
+        assert self.compare(FACTS, NEW, OLD).low > 99
+"""
+    result = run(pytester, body)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["over 99: refuted"])
 
 
 def test_a_claim_in_an_error_that_the_test_expects_is_none(pytester: pytest.Pytester) -> None:

@@ -403,9 +403,34 @@ def test_innocent(sway_backend):
 """
 
 
-def test_a_later_test_that_asks_for_the_fixture_at_run_time_is_refused_too(suite: Suite) -> None:
-    result = suite.run(ASKS)
-    result.assert_outcomes(passed=2, failed=2, errors=1)
+IN_SET_UP = ASKS.replace("def wide(inner):\n    return inner", "def wide(request):\n    return ask(request)")
+OUTER = """
+@pytest.fixture(scope="module")
+def outer(request):
+    return request.getfixturevalue("inner")
+
+def ask(request):
+    return request.getfixturevalue("outer")
+
+def test_outer_is_set_up_first(request):
+    ask(request)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "passed"),
+    [
+        (ASKS, 2),
+        (IN_SET_UP + "\ndef ask(request):\n    return request.getfixturevalue('inner')\n", 2),
+        (OUTER + IN_SET_UP, 3),
+    ],
+    ids=["as an argument", "in its set-up", "in the set-up of one that its set-up asks for"],
+)
+def test_a_later_test_that_asks_for_the_fixture_at_run_time_is_refused_too(
+    suite: Suite, body: str, passed: int
+) -> None:
+    result = suite.run(body)
+    result.assert_outcomes(passed=passed, failed=2, errors=1)
     result.stdout.fnmatch_lines_random(
         [
             "*_ test_after _*",

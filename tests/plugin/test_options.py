@@ -41,7 +41,7 @@ def test_a_bad_cache_size_ends_the_run_before_it_starts(suite: Suite, value: str
     )
 
 
-@pytest.mark.parametrize("value", ["lots", "-1GiB", "0", "8 elephants", "0.1B"])
+@pytest.mark.parametrize("value", ["lots", "-1GiB", "0", "8 elephants", "0.1B", "9" * 400])
 def test_a_bad_memory_size_ends_the_run_before_it_starts(suite: Suite, value: str) -> None:
     result = suite.run(PASSES, f"--sway-cache-memory={value}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

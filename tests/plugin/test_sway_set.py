@@ -187,6 +187,25 @@ def test_a_model_that_cannot_be_a_hub_id_starts_at_the_root(
     result.stdout.fnmatch_lines([f"sway: set *v3.{field}={shown}"])
 
 
+def test_a_file_that_a_custom_backend_loads_starts_at_the_root(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = suite.pytester.path
+    (root / "models").mkdir()
+    (root / "models/base.bin").touch()
+    suite.write("def test_x(): pass")
+    monkeypatch.chdir(suite.pytester.mkdir("elsewhere"))
+    settings = ("kind=custom", "entry_point=a:B", "base=models/base.bin", "finetuned=models/other.bin")
+    result = suite.pytester.runpytest_inprocess("..", "--rootdir=..", *(f"--sway-set=v3.{each}" for each in settings))
+    result.stdout.fnmatch_lines([f"sway: set *v3.base={root}/models/base.bin, v3.finetuned=models/other.bin"])
+
+
+def test_a_change_goes_into_no_value_that_is_no_mapping(suite: Suite) -> None:
+    suite.write("def test_x(): pass")
+    settings = ("base=b", "model_kwargs.use_cache=false", "model_kwargs.use_cache.x=")
+    result = suite.pytester.runpytest_inprocess(*(f"--sway-set=v3.{each}" for each in settings))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*v3.model_kwargs.use_cache.x is to go into 'use_cache', which is no mapping: False*"])
+
+
 def test_an_empty_adapter_is_refused_and_an_empty_base_is_the_adapters(suite: Suite) -> None:
     suite.pytester.makepyprojecttoml("""
 [tool.pytest.ini_options]

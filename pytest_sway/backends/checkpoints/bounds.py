@@ -207,14 +207,19 @@ def _is_finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+def require_own_tensors(path: Path, entries: Mapping[str, TensorEntry], *, prunes: bool = False) -> None:
     """Raise if a file of weights has empty tensors, or names that a wrapper around the model has left.
+
+    Args:
+        path: The file.
+        entries: Its tensors.
+        prunes: Whether the adapter's type may leave some layers without a rank.
 
     Raises:
         WeightsError: It has such tensors or names.
     """
     empty = [name for name, entry in entries.items() if not entry.numel]
-    if len(empty) == len(entries) or any(".lora_" in name for name in empty):
+    if len(empty) == len(entries) or (not prunes and any(".lora_" in name for name in empty)):
         raise WeightsError(
             f"{str(path)!r} holds no values ({len(entries)} tensors, {len(empty)} of them empty). DeepSpeed's ZeRO-3"
             f" and FSDP save such files if their parts are not gathered. Save the adapter again: {_GATHERED}."

@@ -25,8 +25,8 @@ BODIES: Final = ("model.language_model.", "language_model.model.", "model.text_m
 It is ``model.layers`` in a causal language model, and in the multimodal class of some types before transformers 4.52;
 ``model.language_model.layers`` in a multimodal class; and ``language_model.model.layers`` in most of these before 4.52.
 """
-HEADS: Final = ("language_model.lm_head.", "lm_head.")
-"""Where they have its output layer."""
+HEADS: Final = ("language_model.lm_head.", "lm_head.", "embed_out.")
+"""Where they have its output layer; the last one is GPT-NeoX's before transformers 5."""
 
 # Types of models whose files name tensors as the loaded model does. Others rename, split or fuse them on loading.
 _NAMED_AS_LOADED: Final = frozenset(

@@ -239,7 +239,7 @@ def checked(files: AdapterFiles) -> AdapterFiles:
     Raises:
         WeightsError: The tensors are empty, or have names that a wrapper has left.
     """
-    require_own_tensors(files.stored, files.entries or {})
+    require_own_tensors(files.stored, files.entries or {}, prunes=files.peft_type == "ADALORA")
     return files
 
 

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from pytest_sway.comparison.comparison import Claim, Comparison, compare
 from pytest_sway.comparison.questions import Questions, Score
-from pytest_sway.comparison.records import Identity, Record, check_scale, drift_between, drift_message, recorded
+from pytest_sway.comparison.records import (
+    DECIMALS,
+    Identity,
+    Record,
+    check_scale,
+    drift_between,
+    drift_message,
+    recorded,
+)
 from pytest_sway.comparison.token_scores import TokenScores, extreme_rows, merged, token_scores
 from pytest_sway.errors import ComparisonError, NoAdapterError, RecordError, ends_run
 from pytest_sway.run.regression.records import Records, base_identity, candidate_identity, made_with
@@ -89,17 +97,18 @@ class Compared:
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)
     _in_assertion: tuple[Claim | None, bool] | None = None
-    """The claim before that of the assertion that runs, and whether what that one says is true."""
+    """The claim before the assertion that runs, and whether the last claim in the assertion is true."""
 
     def asserted(self, op: str, left: Any, right: Any) -> None:
-        """Note the claim of an assertion, if it is about this comparison."""
+        """Note the claim of an assertion, if it is about this comparison. With ``and`` and ``or``, the last counts."""
         claim = self.comparison.claim(op, left, right)
         if claim is not None:
-            self._in_assertion = self.claim, bool(_COMPARE[op](left, right))
+            before = self.claim if self._in_assertion is None else self._in_assertion[0]
+            self._in_assertion = before, bool(_COMPARE[op](left, right))
             self.claim = claim
 
     def settled(self, passed: bool) -> None:
-        """Forget the claim of the assertion that has ended if the assertion negates it: ``assert not c.high < 0``."""
+        """Forget the claim of the assertion that has ended if that went otherwise, as in ``assert not c.high < 0``."""
         if self._in_assertion is not None:
             before, is_true = self._in_assertion
             self._in_assertion = None
@@ -225,6 +234,7 @@ def comparing(
             name=name,
             same=before is None,
             drift=drift_between(questions, rows, now.rows),
+            step=10.0**-DECIMALS,
         )
         made(Compared(comparison, tokens=_tokens(comparison, new, None, backends) if tokens else {}))
         if comparison.drift is not None and abs(comparison.drift) > drift:

@@ -83,8 +83,10 @@ class Regression:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Put the test's comparisons into its report."""
         compared = item.stash.get(_compared, [])
+        # pytest keeps the error of a unittest's test aside, and puts it into the call only after this.
+        passed = call.excinfo is None and not getattr(item, "_excinfo", None)
         for each in compared:
-            each.settled(passed=call.excinfo is None)
+            each.settled(passed)
         new = _put_in_order(compared)
         if compared:
             set_properties(item.user_properties, compared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ from pytest_sway.comparison.records import ANEW, Identity, Record
 from pytest_sway.errors import RecordError
 from pytest_sway.report.comparisons import values_of
 from pytest_sway.spec.identity import adapter_digest, base_spec, finetuned_spec, weights_digest
+from pytest_sway.spec.model_kwargs import KNOWN, as_mapping, in_short
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import GGUF_SUFFIX, short_name
 from pytest_sway.system.reading import INDEX_BYTES, read_bounded
@@ -171,10 +173,22 @@ def file_name(test: str) -> str:
 
 
 def base_identity(spec: ModelSpec) -> Identity:
-    """Return the identity of a resolved spec's base, the same on every machine and in every folder."""
+    """Return the identity of a resolved spec's base, the same on every machine and in every folder.
+
+    What changes the model, such as its quantization, is part of it. What only places it, such as a device map, is not.
+    """
     base = base_spec(spec)
     name = short_name(base.base) if base.revision is None else f"{short_name(base.base)}@{base.revision}"
-    return Identity(redacted(name), _digest(base))
+    changes = {
+        key: value
+        for key, value in as_mapping(base.model_kwargs).items()
+        if key == "quantization_config" or key not in KNOWN
+    }
+    if not changes:
+        return Identity(redacted(name), _digest(base))
+    kept = json.dumps(changes, sort_keys=True)
+    digest = _digest(base) and hashlib.sha256(f"{_digest(base)} {kept}".encode()).hexdigest()
+    return Identity(redacted(f"{name}{in_short(kept)}"), digest)
 
 
 def candidate_identity(name: str, spec: ModelSpec) -> Identity:
@@ -188,8 +202,10 @@ def candidate_identity(name: str, spec: ModelSpec) -> Identity:
 
 
 def made_with(spec: ModelSpec | None) -> dict[str, str]:
-    """Return what may move scores besides the model: device, dtype and the versions of imported libraries."""
+    """Return what may move scores besides the model: device, dtype, placement and versions of imported libraries."""
     placed = {} if spec is None else {"device": spec.device, "dtype": spec.dtype}
+    if spec is not None and spec.model_kwargs is not None:
+        placed["model_kwargs"] = redacted(in_short(spec.model_kwargs).strip(" ()"))
     libraries = [name for module, name in _LIBRARIES.items() if module in sys.modules]
     versions = {name: found for name in ("pytest-sway", *libraries) if (found := _version(name))}
     return {**placed, "machine": platform.machine(), "python": platform.python_version(), **versions}

@@ -132,9 +132,10 @@ class Requests:
             raise
 
     def _fail_once(self, request: Hashable, error: SwayError, test: str) -> None:
-        """Remember a permanent failure, or raise the remembered one."""
-        if request in self._failures:
-            raise self._failures[request].again()
+        """Remember a permanent failure, or raise the remembered one if it is the same."""
+        before = self._failures.get(request)
+        if before is not None and before.text == str(error):
+            raise before.again()
         if error.permanent:
             self._failures[request] = _Failure(type(error), str(error), test)
 

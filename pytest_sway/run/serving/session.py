@@ -206,4 +206,4 @@ class SwaySession(Listener):
         stats.devices = device_names({spec.device for spec in self._loaded} - {"auto"})
         unnamed = [spec for spec in self._loaded if spec not in names.values()]
         for name, spec in (*names.items(), *((str(spec), spec) for spec in unnamed)):
-            stats.specs[name] = {"fields": spec.as_dict(), "digest": self._loaded.get(spec)}
+            stats.note_spec(name, {"fields": spec.as_dict(), "digest": self._loaded.get(spec)})

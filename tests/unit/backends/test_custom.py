@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pytest_sway import ModelSpec
+from pytest_sway.backends.contract import Build
 from pytest_sway.backends.custom import import_class
 from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
@@ -223,3 +226,10 @@ def test_an_error_in_the_users_class_is_wrapped_with_its_cause() -> None:
     with pytest.raises(BackendLoadError, match=f"^{re.escape(sentence)}$") as raised:
         BackendCache().acquire(_spec("my_backends:Broken"))
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(("sizes", "measured"), [({"weights": np.int64(8)}, {"weights": 8}), (None, None)])
+def test_the_sizes_of_a_backend_are_whole_numbers(sizes: Any, measured: Any) -> None:
+    found = Build().measure(SimpleNamespace(sizes=lambda: sizes))
+    assert found == measured
+    assert json.loads(json.dumps(found)) == measured

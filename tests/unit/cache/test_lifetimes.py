@@ -7,7 +7,7 @@ import os
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -256,10 +256,28 @@ def _in_child(work: Callable[[], bool]) -> int:
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 
 
-def test_inv15_a_block_that_nobody_leaves_is_collected_while_the_lock_is_held(build: FakeBuild) -> None:
+def _in_a_stack(cache: BackendCache) -> Any:
+    stack = ExitStack()
+    stack.enter_context(cache.lease(spec("a")))
+    return stack
+
+
+def _in_a_generator(cache: BackendCache) -> Any:
+    def block() -> Iterator[None]:
+        with cache.lease(spec("a")):
+            yield
+
+    generator = block()
+    next(generator)
+    return generator
+
+
+@pytest.mark.parametrize("opened", [_in_a_stack, _in_a_generator])
+def test_inv15_a_block_that_nobody_leaves_is_collected_while_the_lock_is_held(
+    build: FakeBuild, opened: Callable[[BackendCache], Any]
+) -> None:
     cache = BackendCache(max_size=1, build=build)
-    left_open: list[Any] = [ExitStack()]
-    left_open[0].enter_context(cache.lease(spec("a")))
+    left_open = [opened(cache)]
     left_open.append(left_open)
     del left_open
 
@@ -270,6 +288,14 @@ def test_inv15_a_block_that_nobody_leaves_is_collected_while_the_lock_is_held(bu
 
     assert Call(collect).result()
     assert not cache.leased()
+
+
+def test_a_block_in_a_generator_that_is_closed_ends_with_it(build: FakeBuild) -> None:
+    cache = BackendCache(max_size=1, build=build)
+    _in_a_generator(cache).close()
+    cache.evict_all()
+    assert build.built[0].closes == 1
+    assert not cache.loaded_keys()
 
 
 forks = [needs_fork, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")]

@@ -107,6 +107,16 @@ def test_merging_adds_counts_and_lines_and_keeps_the_larger_peak() -> None:
     assert (stats.close_errors, stats.mutations, stats.leaks) == (["c", "c2"], ["m"], ["l", "l2"])
 
 
+def test_specs_of_one_name_are_all_kept() -> None:
+    stats, other = SwayStats(), SwayStats()
+    one, two, three = ({"fields": {"dtype": dtype}, "digest": None} for dtype in ("fp32", "bf16", "fp16"))
+    for noted in (one, two, one):
+        stats.note_spec("a", noted)
+    other.note_spec("a", three)
+    stats.merge(other)
+    assert stats.specs == {"a": one, "a (2)": two, "a (3)": three}
+
+
 def test_merging_leaves_the_other_alone() -> None:
     mine, theirs = SwayStats(), _stats()
     mine.merge(theirs)
@@ -129,13 +139,19 @@ def test_they_survive_json() -> None:
 
 def test_what_happened_when_survives_json_and_stays_its_processs_own() -> None:
     log = EventLog([Event(1.5, "load", "a", seconds=0.5, nbytes=8, resident=8), Event(2.0, "hit", "a", times=3)], 2)
-    stats = SwayStats(log=log, specs={"a": {"digest": None}}, versions={"torch": "2"}, devices={"cpu": "x"})
+    stats = SwayStats(
+        log=log, specs={"a": {"fields": {}, "digest": None}}, versions={"torch": "2"}, devices={"cpu": "x"}
+    )
     sent = SwayStats.from_dict(json.loads(json.dumps(stats.as_dict())))
     assert sent == stats
     total = SwayStats(versions={"torch": "1"})
     total.merge(sent)
     assert total.log == EventLog()
-    assert (total.specs, total.versions, total.devices) == ({"a": {"digest": None}}, {"torch": "1"}, {"cpu": "x"})
+    assert (total.specs, total.versions, total.devices) == (
+        {"a": {"fields": {}, "digest": None}},
+        {"torch": "1"},
+        {"cpu": "x"},
+    )
 
 
 def test_imports_are_summed_over_the_processes_and_no_part_of_what_was_saved() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -113,6 +114,30 @@ def test_large_arrays_are_told_apart_by_all_of_their_numbers() -> None:
     assert len(set(images.digests())) == 3
     with pytest.raises(ComparisonError, match=r"questions\[1\] repeats questions\[0\]"):
         Questions([one, one.copy(), other], score=lambda view, asked: asked)
+
+
+def test_the_name_of_a_score_has_its_arguments() -> None:
+    def says_it(view: Any, asked: list[Any], length: int, model: object = None) -> list[float]:
+        return [float(length)] * len(asked)
+
+    one = Questions(PAIRS, score=partial(says_it, length=8, model=object()))
+    assert one.score == "says_it(length=8, model=<object object>)"
+    assert Questions(PAIRS, score=partial(says_it, length=64)).score != one.score
+
+
+def test_a_tensor_that_cannot_list_its_numbers_is_known_by_its_repr() -> None:
+    class Sparse:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def tolist(self) -> list[float]:
+            raise NotImplementedError
+
+        def __repr__(self) -> str:
+            return self.name
+
+    asked = Questions([Sparse("a"), Sparse("b")], score=lambda view, asked: asked)
+    assert len(set(asked.digests())) == 2
 
 
 def test_texts_with_other_tokens_on_the_other_side_are_refused() -> None:

@@ -224,8 +224,12 @@ def test_the_level_holds_for_equal_differences(n: int, nominal: float) -> None:
     ],
 )
 def test_differences_are_equal_if_only_rounding_tells_them_apart(differences: list[float]) -> None:
-    assert isinstance(evidence_of(differences), EqualDifferences)
-    assert isinstance(evidence_of([*differences, 0.21]), PairedMeans)
+    assert isinstance(evidence_of(differences, step=1e-4), EqualDifferences)
+    assert isinstance(evidence_of([*differences, 0.21], step=1e-4), PairedMeans)
+
+
+def test_small_differences_are_not_equal_if_nothing_was_rounded() -> None:
+    assert isinstance(evidence_of([0.00005, 0.00024] * 250), PairedMeans)
 
 
 def test_tiny_differences_that_are_equal_but_for_rounding_are_equal() -> None:

@@ -84,6 +84,11 @@ def test_a_try_before_an_interrupted_rerun_counts_as_failed() -> None:
     assert found["outcome"] == "failed"
 
 
+def test_a_test_has_failed_if_a_subtest_failed_before_its_first_comparison() -> None:
+    (found,) = collected(Report("setup"), Report("call", outcome="failed"), Report("call", {}))
+    assert found["outcome"] == "failed"
+
+
 @pytest.mark.parametrize("last", [Report("teardown", {}, outcome="failed"), Report("???", outcome="failed")])
 def test_comparisons_are_kept_if_the_test_fails_later(last: Report) -> None:
     """If a worker is killed, its test's last report has no comparisons and the phase ``???``."""
@@ -277,6 +282,12 @@ def test_texts_have_no_meaning_in_markdown() -> None:
 
 def test_escaped_text_reads_as_it_was_written() -> None:
     assert html.unescape(escaped(HOSTILE)) == " ".join(HOSTILE.split())
+
+
+def test_a_name_in_a_text_is_no_mention() -> None:
+    shown = html.unescape(escaped("ask @octocat"))
+    assert "@octocat" not in shown
+    assert shown.replace("\N{WORD JOINER}", "") == "ask @octocat"
 
 
 def test_a_long_text_is_cut() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_sway.run.regression.records import candidate_identity, file_name
+from pytest_sway.run.regression.records import base_identity, candidate_identity, file_name, made_with
 from pytest_sway.spec.identity import adapter_digest, weights_digest
 from pytest_sway.spec.model_spec import ModelSpec
 from pytest_sway.spec.paths import short_name
@@ -59,3 +59,21 @@ def test_a_candidate_is_shown_with_all_that_was_put_on_the_base(base: Path, adap
     whole = candidate_identity("mine", ModelSpec(base="org/base", finetuned=str(base), adapter=adapter))
     assert whole.name == f"mine: {short_name(str(base))} + {shown[0]}"
     assert whole.digest == f"{weights_digest(base)}+{digests[0]}"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_base_that_is_loaded_otherwise_is_another_one(base: Path, *, named: bool) -> None:
+    plain = ModelSpec(base="org/base" if named else str(base))
+    placed = replace(plain, model_kwargs={"device_map": "auto", "attn_implementation": "eager"})
+    quantized = replace(plain, model_kwargs={"quantization_config": {"load_in_8bit": True}})
+    scaled = replace(plain, model_kwargs={"rms_norm_eps": 1e-3})
+    assert not base_identity(placed).is_other_than(base_identity(plain))
+    for one, other in ((plain, quantized), (plain, scaled), (quantized, scaled)):
+        assert base_identity(one).is_other_than(base_identity(other))
+    assert base_identity(quantized).name.endswith(" (int8)")
+
+
+def test_a_record_says_how_its_models_were_placed() -> None:
+    spec = ModelSpec(base="org/base", model_kwargs={"attn_implementation": "eager"})
+    assert made_with(spec)["model_kwargs"] == "eager"
+    assert "model_kwargs" not in made_with(ModelSpec(base="org/base"))

@@ -195,6 +195,7 @@ def test_tables_that_no_model_could_give_are_refused_with_the_value(answers: Any
         {"logprobs": [9e-7, -20.0]},  # rounded in fp32
         {"logprobs": [math.nan, -math.inf]},  # for preflight_finite_check
         {"token_ids": [-(2**62) - 1, -(2**62)], "vocab_size": 0},  # of a server that gives spellings alone
+        {"token_ids": [-5, -5], "vocab_size": 0},  # of one that gives one spelling to several tokens
         {"token_ids": [1.0, 2.0], "vocab_size": 2},
     ],
     ids=str,
@@ -204,6 +205,11 @@ def test_tables_that_a_model_or_a_server_could_give_are_kept(fields: dict[str, A
     assert {name: str(kept[name]) for name in fields} == {
         name: str([*map(int, value)] if name == "token_ids" else value) for name, value in fields.items()
     }
+
+
+def test_a_distribution_over_an_unknown_vocabulary_has_a_tail() -> None:
+    kept = json.loads(canonical(_dist(vocab_size=0)))["base"]["token_dists"]["p"]
+    assert math.exp(kept["tail_logprob"]) == pytest.approx(1 - math.exp(-1.0) - math.exp(-1.5))
 
 
 @pytest.mark.parametrize(

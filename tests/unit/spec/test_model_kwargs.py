@@ -191,3 +191,10 @@ def test_words_that_people_try_first_get_the_form_that_works(field: str, form: s
 
 def test_a_form_that_works_is_a_spec() -> None:
     assert parse_spec({"base": "b", "model_kwargs": {"quantization_config": NF4}}).base == "b"
+
+
+def test_a_mapping_that_holds_itself_is_refused() -> None:
+    circle: dict[str, object] = {}
+    circle["circle"] = circle
+    with pytest.raises(SpecError, match=r"^spec field 'model_kwargs' is nested too deep, or holds itself\.$"):
+        ModelSpec(base="b", model_kwargs=circle)

@@ -61,7 +61,7 @@ def relocated(model: Any, files: AdapterFiles) -> AdapterFiles:
     entries = {renamed.get(name, name): entry for name, entry in (files.entries or {}).items()}
     if place is None or len(entries) < len(files.entries or ()):
         return files
-    moved = replace(files, entries=entries, renamed=renamed)
+    moved = replace(files, entries=entries, renamed=renamed, config=_with_ranks(files, moves))
     if all(name.startswith((ROOT + place.body, ROOT + place.head)) for name in entries if name.startswith(ROOT)):
         return replace(moved, config=_by_name(model, moved, place, moves))
     return moved
@@ -114,6 +114,14 @@ def _moved(name: str, moves: Mapping[str, str]) -> str:
     return name if before is None else moves[before] + name.removeprefix(before)
 
 
+def _with_ranks(files: AdapterFiles, moves: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return an adapter's configuration, in which AdaLoRA has the rank of each layer by the name of a tensor."""
+    ranks = files.config.get("rank_pattern")
+    if files.peft_type != "ADALORA" or not ranks:
+        return files.config
+    return {**files.config, "rank_pattern": {_moved(name, moves): kept for name, kept in ranks.items()}}
+
+
 def _by_name(model: Any, files: AdapterFiles, place: _Place, moves: Mapping[str, str]) -> dict[str, Any]:
     """Return an adapter's configuration with the full names of the modules that it changes.
 
@@ -132,14 +140,14 @@ def _by_name(model: Any, files: AdapterFiles, place: _Place, moves: Mapping[str,
     ahead = config.get("feedforward_modules")
     if isinstance(ahead, str | list):
         config["feedforward_modules"] = [now for now, old in targets.items() if _matches(ahead, old)]
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in ("rank_pattern", "alpha_pattern") if files.peft_type != "ADALORA" else ():
         if patterns := config.get(field):
             found = {now: _by_pattern(patterns, old) for now, old in targets.items()}
             config[field] = {re.escape(now): patterns[key] for now, key in found.items() if key is not None}
     if saved := config.get("modules_to_save"):
         ours = sorted(name for name in modules if f"{name}.".startswith((place.body, place.head)))
         config["modules_to_save"] = [
-            name for name in ours if name.endswith(tuple(_moved(each, moves) for each in saved))
+            name for name in ours if name.endswith(tuple(_moved(f"{each}.", moves)[:-1] for each in saved))
         ]
     if isinstance(tokens := config.get("trainable_token_indices"), dict):
         config["trainable_token_indices"] = {_moved(name, moves): ids for name, ids in tokens.items()}

@@ -115,5 +115,8 @@ def decoded_texts(engine: Engine, found: Sequence[tuple[int, ...]], stop: Sequen
 def stops_of(engine: Engine) -> Stops:
     """Return the tokens at which a model ends its texts, and the one that pads them."""
     ends = ends_of(getattr(engine.forward.model.generation_config, "eos_token_id", None), engine.tokenizer)
-    pad = next((token for token in (engine.tokenizer.pad_token_id, *ends) if token is not None), 0)
-    return Stops(ends, pad)
+    embedded = engine.forward.embedded
+    for pad in (engine.tokenizer.pad_token_id, *ends):
+        if pad is not None and pad < (embedded or pad + 1):  # else it has no embedding, which may end the use of a GPU
+            return Stops(ends, pad)
+    return Stops(ends, 0)

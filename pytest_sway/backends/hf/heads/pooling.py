@@ -126,6 +126,8 @@ def _read(find: Callable[[str], Path | None], source: str) -> Pooling | None:
         why = f"{source!r} has the module {', '.join(others)} in its modules.json, which pytest-sway does not compute"
     elif len(modes) != 1 or modes[0] not in POOLINGS:
         why = f"{source!r} pools by {' and '.join(modes) or 'nothing'} in its sentence-transformers configuration"
+    elif "message" in _fields(text.get("modality_config")):
+        why = f"{source!r} puts texts into its chat template (sentence_bert_config.json), which pytest-sway does not"
     elif prompt and pooling.get("include_prompt") is False:
         why = f"{source!r} leaves its prompt out of the pooling, which pytest-sway does not"
     return Pooling(

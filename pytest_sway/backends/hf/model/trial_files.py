@@ -185,7 +185,8 @@ def _record_of(trials: Trials) -> dict[str, Any]:
         "output_class": None if kind is None else [kind.__module__, kind.__qualname__],
         "longest_packed": trials.longest_packed,
         "caches": trials.caches,
-        "continues": sorted([list(lengths), does] for lengths, does in trials.continues.items()),
+        # A copy, since another thread may add to it.
+        "continues": sorted([list(lengths), does] for lengths, does in trials.continues.copy().items()),
     }
 
 

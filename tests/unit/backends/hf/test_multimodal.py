@@ -19,7 +19,7 @@ import torch
 from pytest_sway.backends.hf.builder import HFBuilder
 from pytest_sway.backends.hf.loading.classes import text_parts
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning
-from tests.tiny import TEXT, WORDS, edit_config, edit_weights, make_tokenizer, quiet, save_tiny
+from tests.tiny import TEXT, WORDS, edit_config, edit_weights, make_tokenizer, prune, quiet, save_noise, save_tiny
 from tests.unit.backends.hf.conftest import spec_of
 from tests.unit.backends.hf.families import TEXT as TEXT_FIELDS
 from tests.unit.backends.hf.families import VISION
@@ -376,6 +376,29 @@ def test_an_adapter_in_the_files_of_an_older_transformers_is_put_on_the_vision_t
     _renamed(adapter, "model.language_model.", "language_model.model.")
     _renamed(adapter, "model.vision_tower.vision_model.", "vision_tower.vision_model.")
     _renamed(adapter, "model.vision_tower.", "vision_tower.vision_model.")
+    with build(base, adapter).as_finetuned() as tuned:
+        found = tuned.model.state_dict()
+        assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_pruned_adalora_adapter_with_the_names_of_another_class_keeps_its_ranks(
+    build: Any, base: Path, tmp_path: Path
+) -> None:
+    import peft
+
+    plain = _plain_llava(base)
+    body, module = text_model(plain)
+    targets = [f"{body}.{name}" for name, _ in module.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=6, target_modules=targets)
+    adapter = tmp_path / "adapter"
+    save_noise(lambda: _plain_llava(base), config, adapter)
+    prune(adapter)
+    with with_adapter(plain, adapter) as reference:
+        expected = {name: tensor.clone() for name, tensor in reference.state_dict().items() if "lora" in name}
+    _renamed(adapter, f"{body}.", "language_model.model.")
+    ranks = json.loads((adapter / "adapter_config.json").read_text())["rank_pattern"]
+    ranks = {name.replace(f"{body}.", "language_model.model."): kept for name, kept in ranks.items()}
+    edit_config(adapter, rank_pattern=ranks, target_modules=["q_proj", "v_proj"])
     with build(base, adapter).as_finetuned() as tuned:
         found = tuned.model.state_dict()
         assert all(found[name].equal(tensor) for name, tensor in expected.items())

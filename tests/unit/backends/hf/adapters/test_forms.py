@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.errors import AdapterMismatchError, SwayWarning
-from tests.tiny import edit_weights, make_adapter, pickled, quiet, save_adapter
+from tests.tiny import (
+    edit_config,
+    edit_weights,
+    make_adapter,
+    make_tokenizer,
+    pickled,
+    prune,
+    quiet,
+    save_adapter,
+    save_tiny,
+)
 from tests.unit.backends.hf.mended import run_command_in
 from tests.unit.backends.hf.reference import fresh, logits, view_logits
 from tests.unit.backends.hf.zoo import PEFT_VERSION
@@ -262,3 +272,50 @@ def test_a_config_may_begin_with_a_byte_order_mark(
     path.write_text(path.read_text(), encoding)
     with build(base, copied).as_finetuned() as tuned:
         assert view_logits(tuned).equal(logits(*fresh(base, adapter)))
+
+
+# --- adapters whose configuration names tensors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_adalora_may_have_left_a_layer_without_a_rank(
+    build: Any, base: Path, adapter: Path, tmp_path: Path, beside: bool
+) -> None:
+    import peft
+
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    pruned = prune(save_adapter(tmp_path / "pruned", base, config))
+    expected = logits(*fresh(base, pruned))
+    assert not expected.equal(logits(*fresh(base)))
+    others = [build(base, adapter)] if beside else []
+    backend = build(base, pruned)
+    with backend.as_finetuned() as tuned:
+        assert view_logits(tuned).equal(expected)
+    assert [each.changes() for each in (backend, *others)] == [[]] * (1 + len(others))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_the_output_layer_of_gpt_neox_is_found_by_its_name_in_either_version_of_transformers(
+    build: Any, tmp_path: Path, field: str
+) -> None:
+    from peft import LoraConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    base = tmp_path / "base"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = AutoConfig.for_model("gpt_neox", vocab_size=make_tokenizer(base), bos_token_id=1, eos_token_id=2, **sizes)
+    save_tiny(lambda: auto.from_config(config), base)
+    head = next(name for name, module in fresh(base)[0].named_modules() if name in ("lm_head", "embed_out"))
+    other = {"lm_head": "embed_out", "embed_out": "lm_head"}[head]
+    targets = ["query_key_value"]
+    named: dict[str, Any] = {field: [*targets, head] if field == "target_modules" else [head]}
+    fields: dict[str, Any] = {"target_modules": targets} | named
+    adapter = save_adapter(tmp_path / "adapter", base, LoraConfig(task_type="CAUSAL_LM", **fields))
+    expected = logits(*fresh(base, adapter))
+    edit_weights(adapter, lambda tensors: {name.replace(head, other): tensor for name, tensor in tensors.items()})
+    edit_config(adapter, **{name: [each.replace(head, other) for each in value] for name, value in named.items()})
+    with build(base, adapter).as_finetuned() as tuned:
+        assert view_logits(tuned).equal(expected)

@@ -107,6 +107,19 @@ def test_a_text_ends_at_the_eos_of_the_tokenizer_that_an_adapter_brings_and_at_t
         assert plain._run(stops_of).ends == (2,)
 
 
+def test_a_padding_token_without_an_embedding_pads_nothing(build: Any, base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    make_tokenizer(folder, extra=("padding",))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "padding"}))
+    with build(folder, model_kwargs={"attn_implementation": "eager"}).as_base() as view:
+        assert view.tokenizer.pad_token_id >= view.model.get_input_embeddings().num_embeddings
+        prompts = [TEXT, TEXT.split()[0], f"{TEXT} {TEXT}"]
+        alone = [view.generate(prompt, max_new_tokens=6) for prompt in prompts]
+        assert view.generate_many(prompts, max_new_tokens=6) == alone
+        assert view._run(stops_of).pad == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

@@ -312,6 +312,7 @@ def test_without_a_configuration_the_choices_are_named(build: Any, plain: Path) 
             },
             "leaves its prompt out of the pooling",
         ),
+        ({"bert": {"modality_config": {"message": {"method": "forward"}}}}, "puts texts into its chat template"),
     ],
 )
 def test_a_configuration_that_is_not_computed_is_told(
