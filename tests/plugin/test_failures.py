@@ -45,25 +45,6 @@ def test_a_malformed_spec_names_the_first_test(suite: Suite) -> None:
     result.stdout.fnmatch_lines(["*(First raised for test_suite.py::test_x?0?; the load is not repeated.)"])
 
 
-def test_another_error_of_the_same_spec_is_shown(suite: Suite) -> None:
-    result = suite.run("""
-import pytest_sway.errors
-
-def test_x(sway_backend, tmp_path):
-    spec = {"adapter": str(tmp_path / "run")}
-    with pytest.raises(pytest_sway.errors.SwayError) as first:
-        sway_backend(spec)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/adapter_config.json").write_text("{}")
-    for _ in range(2):
-        with pytest.raises(pytest_sway.errors.SwayError, match="adapter_config.json") as later:
-            sway_backend(spec)
-        assert str(first.value) not in str(later.value)
-    assert "the load is not repeated" in str(later.value)
-""")
-    result.assert_outcomes(passed=1)
-
-
 def test_a_failure_is_forgotten_when_the_adapter_changes(suite: Suite) -> None:
     result = suite.run("""
 import pytest_sway.errors
