@@ -203,16 +203,10 @@ class Lease:
         return self.backend
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if isinstance(error, GeneratorExit):  # garbage collection may have closed the generator that this block is in
-            self._drop()
-        else:
+        if not isinstance(error, GeneratorExit):  # else garbage collection may have closed the generator: see __del__
             self.release()
 
     def __del__(self) -> None:
-        if hasattr(self, "_claim"):
-            self._drop()
-
-    def _drop(self) -> None:
         # Garbage collection can run while this thread holds the lock, so the next step of the ledger does the release.
-        if self._claim in self._entry.claims:
+        if hasattr(self, "_claim") and self._claim in self._entry.claims:
             self._ledger.dropped.append((self._entry, self._claim))
