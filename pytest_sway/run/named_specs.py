@@ -133,7 +133,8 @@ def _put(change: Change, spec: dict[str, Any]) -> None:
         if not change.value and key not in spec:
             return  # there is nothing to remove
         held = spec.get(key)
-        held = {} if held is None or held == "" else _json(held) if isinstance(held, str) else held
+        if held is None or isinstance(held, str):
+            held = _json(held or "{}")
         if not isinstance(held, dict):
             raise SpecError(f"{change} is to go into {key!r}, which is no mapping: {held!r}.")
         within.append((spec, key))
@@ -221,12 +222,16 @@ def _rooted(spec: dict[str, Any], rootpath: Path) -> dict[str, Any]:
         model = spec.get(name)
         if not isinstance(model, str) or not model.strip() or is_address(model):
             continue
-        there = rootpath / model
-        # The class of a custom backend may know other names than a hub's.
-        is_local = begins_as_path(model) or there.exists() if kind == "custom" else is_path(model) or there.is_dir()
-        if is_local:
+        if _is_local(model, kind, rootpath):
             rooted[name] = str(rootpath / _expanded(model))
     return rooted
+
+
+def _is_local(model: str, kind: Any, rootpath: Path) -> bool:
+    """Return whether a base or a fine-tuned model is a path, seen from the root."""
+    if kind == "custom":  # its class may know other names than a hub's
+        return begins_as_path(model) or (rootpath / model).exists()
+    return is_path(model) or (rootpath / model).is_dir()
 
 
 def _rooted_path(name: str, given: Any, kind: Any, rootpath: Path) -> Any:

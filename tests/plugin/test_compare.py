@@ -543,8 +543,7 @@ def test_it(sway_compare):
     result.stdout.fnmatch_lines(["*nats an answer  under 0: shown"])
 
 
-def test_a_failing_test_of_unittest_has_its_verdict(pytester: pytest.Pytester) -> None:
-    body = """
+UNITTEST = """
 import unittest
 
 class TestIt(unittest.TestCase):
@@ -553,9 +552,11 @@ class TestIt(unittest.TestCase):
         self.compare = sway_compare
 
     def test_it(self):
-        assert self.compare(FACTS, NEW, OLD).low > 99
 """
-    result = run(pytester, body)
+
+
+def test_a_failing_test_of_unittest_has_its_verdict(pytester: pytest.Pytester) -> None:
+    result = run(pytester, f"{UNITTEST}        assert self.compare(FACTS, NEW, OLD).low > 99\n")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["over 99: refuted"])
 

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.plugin.test_compare import NAMED, TWICE, run
+from tests.plugin.test_compare import NAMED, TWICE, UNITTEST, run
 from tests.tiny import make_adapter, make_base
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "pages" / "reference" / "run-record.schema.json"
@@ -229,16 +229,7 @@ def test_b():
 
 
 def test_a_test_with_a_failed_subtest_has_failed(pytester: pytest.Pytester) -> None:
-    body = """
-import unittest
-import pytest
-
-class TestIt(unittest.TestCase):
-    @pytest.fixture(autouse=True)
-    def compare(self, sway_compare):
-        self.compare = sway_compare
-
-    def test_it(self):
+    body = f"""{UNITTEST}
         with self.subTest("worse"):
             assert self.compare(FACTS, NEW, OLD).low > 1
 """

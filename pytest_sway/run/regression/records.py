@@ -184,10 +184,10 @@ def base_identity(spec: ModelSpec) -> Identity:
         for key, value in as_mapping(base.model_kwargs).items()
         if key == "quantization_config" or key not in KNOWN
     }
-    if not changes:
-        return Identity(redacted(name), _digest(base))
+    digest = _digest(base)
     kept = json.dumps(changes, sort_keys=True)
-    digest = _digest(base) and hashlib.sha256(f"{_digest(base)} {kept}".encode()).hexdigest()
+    if changes and digest is not None:
+        digest = hashlib.sha256(f"{digest} {kept}".encode()).hexdigest()
     return Identity(redacted(f"{name}{in_short(kept)}"), digest)
 
 
