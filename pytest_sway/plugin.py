@@ -1,7 +1,7 @@
-"""The pytest plugin: hooks and fixtures that look up this run's state and delegate.
+"""The pytest plugin: options, hooks and fixtures, which look up this run's state and delegate.
 
-Every start of pytest imports this module and what it imports. So that is little: the settings and the hooks' names. The
-rest is imported when it is first used, the hooks around tests when the tests are collected, and the cache when a test
+Every start of pytest imports this module, so it imports no other one until there is a need. A value of an option, or a
+report, needs the settings. The hooks around tests are imported when the tests are collected, and the cache when a test
 first asks for a backend.
 """
 
@@ -10,38 +10,136 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_sway.run.settings import SwaySettings, add_options, asks_for_offline, asks_for_reports, resolve_settings
-
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
+    from pytest_sway.cache.entries import CachedBackend
+    from pytest_sway.protocols import DifferentialBackend
     from pytest_sway.run.current import CurrentRun
     from pytest_sway.run.regression.comparing import SwayCompare
     from pytest_sway.run.serving.requests import SwayBackend
+    from pytest_sway.run.settings import SwaySettings
+    from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
 
-_settings = pytest.StashKey[SwaySettings]()
-_terminal_fd = pytest.StashKey[int]()
-_changed = pytest.StashKey[str]()
-_run = pytest.StashKey["CurrentRun"]()
+# Annotated, since StashKey[...]() takes longer.
+_settings: pytest.StashKey[SwaySettings] = pytest.StashKey()
+_terminal_fd: pytest.StashKey[int] = pytest.StashKey()
+_changed: pytest.StashKey[str] = pytest.StashKey()
+_run: pytest.StashKey[CurrentRun] = pytest.StashKey()
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+INI: Final = {
+    "sway_cache_size": "the most backends loaded at one time, in each process (default: 2)",
+    "sway_cache_memory": "the most memory for loaded weights, in each process, such as 8GiB (default: no bound)",
+    "sway_device": "the device of specs with 'auto' (default: the best)",
+    "sway_dtype": "the dtype of specs with 'auto': auto, fp16, bf16, fp32 (default: fp32 on a CPU)",
+    "sway_on_mutation": "if a test leaves a shared model changed: error, warn, ignore (default: error)",
+    "sway_on_leak": "if weights stay in memory after their backend was closed: error, warn, ignore (default: error)",
+    "sway_on_base_mismatch": "if an adapter was trained on another base: error, warn, ignore (default: warn)",
+    "sway_reorder": "run tests of the same model together, and with pytest-xdist in few workers (default: true)",
+    "sway_offline": "use only files on this machine and ask no hub (default: false)",
+    "sway_share_weights": "share converted weights among the pytest-xdist workers of a machine: auto, off"
+    " (default: auto)",
+    "sway_score_cache": "the most memory for the remembered answers of each base, or off (default: 64MiB)",
+    "sway_confidence": "the confidence of the intervals of sway_compare (default: 0.99)",
+    "sway_drift": "how far the base may move since scores were recorded, in their unit (default: 0.05)",
+}
+"""The help of each ini value. `run.settings` holds its default and reads it."""
+
+OPTIONS: Final = {"sway_cache_size": "N", "sway_cache_memory": "SIZE", "sway_device": "DEVICE", "sway_dtype": "DTYPE"}
+"""The ini values that have an option too, with its metavar."""
+
+REPORTS: Final = {
+    "sway_json": "write the run's comparisons, every row of them, and its loads to a file, as JSON",
+    "sway_markdown": "append the table of comparisons, and the worst texts of failures, to a file, as Markdown",
+    "sway_html": "write a page to look at, with the differences, tokens and loads, to a file, as HTML",
+}
+"""The files that a run can write, by the destination of their option."""
+
+HEADER: Final = "sway: cache of 2, no memory bound, device auto, dtype auto, on mutation error, on leak error"
+"""The header of a run in which no setting is given, so that the settings need not be imported for it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options and ini values."""
+    group = parser.getgroup("sway", "pytest-sway: fine-tuned models")
+    for name, text in INI.items():
+        flag: Any = "bool" if name in ("sway_reorder", "sway_offline") else None
+        parser.addini(name, text, type=flag, default=None)
+    for name, metavar in OPTIONS.items():
+        group.addoption(_option(name), dest=name, metavar=metavar, help=INI[name])
+    group.addoption("--sway-offline", action="store_true", default=None, help=INI["sway_offline"])
+    for name, text in REPORTS.items():
+        group.addoption(_option(name), dest=name, metavar="PATH", help=text)
+    group.addoption(
+        "--sway-set",
+        action="append",
+        metavar="NAME.FIELD=VALUE",
+        help="change or add a named spec for this run, such as candidate.adapter=runs/v4; may be repeated",
+    )
+    group.addoption(
+        "--sway-record",
+        action="store_true",
+        help="record the scores of comparisons without a baseline, of each test that passes, in a file beside it",
+    )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the options and ini values."""
-    add_options(parser)
+class HookSpecs:
+    """The hooks that you can implement in a conftest.py or a plugin."""
+
+    @staticmethod
+    @pytest.hookspec(firstresult=True)
+    def pytest_sway_build_backend(spec: ModelSpec, config: pytest.Config) -> DifferentialBackend | None:
+        """Build the backend of ``spec``, or return ``None`` to leave it to other plugins and to pytest-sway.
+
+        Called once for each load, in the thread that asked. An error that is no `pytest_sway.SwayError` is wrapped in
+        one. The backend must have ``as_base()`` and ``as_finetuned()``. It is leased and evicted like any other, and
+        may have:
+
+        * ``close()``, called once, when the backend is evicted or the session ends;
+        * ``changes()``, called after each test: returns one line for each change since the load;
+        * ``leak()``, called after the close: returns ``None``, or an object with ``nbytes``, the bytes still in
+          memory, and ``holders``, one line for each chain of references that holds them;
+        * ``sizes()``, for ``--sway-cache-memory``: returns a mapping from parts to bytes. Backends that share a part
+          use the same key for it.
+
+        Args:
+            spec: The spec to load. For kinds hf and mlx, its device and dtype are resolved; for others they may be
+                auto.
+            config: The run's configuration.
+        """
+
+    @staticmethod
+    def pytest_sway_backend_loaded(cached: CachedBackend, config: pytest.Config) -> None:
+        """Called after a load; ``cached`` holds the backend, its spec, its key and the seconds of its load.
+
+        An error raised here is reported in the summary and fails no test.
+        """
+
+    @staticmethod
+    def pytest_sway_backend_evicted(spec: ModelSpec, config: pytest.Config) -> None:
+        """Called after a close: to make room, because a test changed the backend, or at the session's end.
+
+        An error raised here is reported in the summary and fails no test.
+        """
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Declare the hooks ``pytest_sway_*``."""
-    from pytest_sway.run import hookspecs
-
-    pluginmanager.add_hookspecs(hookspecs)
+    pluginmanager.add_hookspecs(HookSpecs)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,23 +157,26 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "sway_spec(*specs): the specs that the test uses; with exactly one, sway_backend() needs no argument.",
     )
-    config.stash[_settings] = settings = resolve_settings(config)
+    if any(_is_given(config, name) for name in INI):
+        _resolved(config)
     if config.getoption("sway_set"):
         from pytest_sway.run.named_specs import check_changes
 
         config.stash[_changed] = check_changes(config)
     config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
-    if settings.reorder:
-        config.pluginmanager.register(_collection(config, settings), "pytest_sway_collection")
+    if config.getoption("sway_record"):
+        _current(config)  # its summary says what was recorded, if only that nothing was
+    config.pluginmanager.register(_Order(), "pytest_sway_order")  # last, so that it is the first to reorder
     controller = None
     if getattr(config.option, "tx", None):  # pytest-xdist's workers
         from pytest_sway.run.controller import Controller, distributes
 
         if distributes(config):
-            controller = Controller(config, settings)
+            controller = Controller(config, _resolved(config))
             config.pluginmanager.register(controller, "pytest_sway_controller")
             _current(config).collect()
-    if asks_for_reports(config) and not hasattr(config, "workerinput") and not config.getoption("collectonly"):
+    asks_for_reports = any(config.getoption(name) is not None for name in REPORTS)
+    if asks_for_reports and not hasattr(config, "workerinput") and not config.getoption("collectonly"):
         from pytest_sway.run.reports import Reports
 
         run = _current(config)
@@ -99,7 +200,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """Show the settings, and the named specs that ``--sway-set`` changed."""
     changed = config.stash.get(_changed, None)
     recording = "sway: recording the scores of tests that pass" if config.getoption("sway_record") else None
-    return [config.stash[_settings].header(), *(line for line in (changed, recording) if line is not None)]
+    settings = config.stash.get(_settings, None)
+    header = HEADER if settings is None else settings.header()
+    return [header, *(line for line in (changed, recording) if line is not None)]
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
@@ -170,65 +273,65 @@ def pytest_exception_interact(
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Register the hooks around tests; a run that only collects needs none."""
-    config = session.config
-    if not config.getoption("collectonly"):
-        from pytest_sway.run.around_tests import AroundTests
-        from pytest_sway.run.registering import registered
-
-        registered(config, "pytest_sway_tests", partial(AroundTests, _current(config)))
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Close every backend; session fixtures have ended by now, even after an interrupt."""
-    run = session.config.stash.get(_run, None)
-    if run is not None:
-        run.end(session)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the comparisons, and the summary if a test used a backend."""
-    run = _current(config) if config.getoption("sway_record") else config.stash.get(_run, None)
-    if run is not None:
-        run.summarize(terminalreporter)
+    if not session.config.getoption("collectonly"):
+        _current(session.config).surround_tests()
 
 
 # --- the run's state --------------------------------------------------------------------------------------------------
 
 
-def _collection(config: pytest.Config, settings: SwaySettings) -> Any:
-    """Return the hooks that order tests; those of a run without pytest-xdist import the rest if they need it."""
-    if not (getattr(config.option, "tx", None) or hasattr(config, "workerinput")):
-        return _Order(settings)
-    from pytest_sway.run.ordering import Collection
+def asks_for_offline(early_config: pytest.Config) -> bool:
+    """Return whether a run should be offline, before its settings are resolved; a bad value is reported then."""
+    if early_config.known_args_namespace.sway_offline:
+        return True
+    try:
+        return bool(early_config.getini("sway_offline"))
+    except (TypeError, ValueError, pytest.UsageError):
+        return False
 
-    return Collection(settings)
+
+def _is_given(config: pytest.Config, name: str) -> bool:
+    """Return whether an option or ini value has a value, which may be a bad one."""
+    if config.getoption(name, None) is not None:  # some settings have no option
+        return True
+    try:
+        return config.getini(name) is not None
+    except (TypeError, ValueError, pytest.UsageError):
+        return True
+
+
+def _resolved(config: pytest.Config) -> SwaySettings:
+    """Return the settings, resolving them on first use."""
+    if _settings not in config.stash:
+        from pytest_sway.run.settings import resolve_settings
+
+        config.stash[_settings] = resolve_settings(config)
+    return config.stash[_settings]
 
 
 class _Order:
-    """The hook of `Collection` that a run without pytest-xdist needs."""
-
-    def __init__(self, settings: SwaySettings) -> None:
-        self._settings = settings
+    """The hook that orders tests."""
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> Generator[None, object, object]:
         """Put tests of the same model together, if a marker or a parameter may name a spec."""
-        if not any("sway_spec" in item.keywords or hasattr(item, "callspec") for item in items):
-            return (yield)
-        from pytest_sway.run.ordering import Collection
+        if any("sway_spec" in item.keywords or hasattr(item, "callspec") for item in items):
+            from pytest_sway.run.ordering import reorder
 
-        return (yield from Collection(self._settings).pytest_collection_modifyitems(config, items))
+            if _resolved(config).reorder:
+                reorder(config, items, _resolved(config))
+        return (yield)
 
 
 def _current(config: pytest.Config) -> CurrentRun:
     """Return the run's state, creating it on first use."""
     if _run not in config.stash:
-        from pytest_sway.run.current import CurrentRun
+        from pytest_sway.run.current import CurrentRun, registered
 
-        config.stash[_run] = CurrentRun(config, config.stash[_settings], config.stash[_terminal_fd])
+        make = partial(CurrentRun, config, _resolved(config), config.stash[_terminal_fd])
+        config.stash[_run] = registered(config, "pytest_sway_run", make)
     return config.stash[_run]
 
 

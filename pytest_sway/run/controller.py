@@ -19,6 +19,7 @@ import pytest
 from pytest_sway.cache.stats import SwayStats, WorkerReport
 from pytest_sway.report.progress import LoadProgress, noted_loads
 from pytest_sway.report.summary import write_summary
+from pytest_sway.run.dealing.needs import GROUP
 from pytest_sway.system.machine import WORKER_SLOT, threads_for
 from pytest_sway.system.run_folder import RunFolder
 
@@ -143,6 +144,14 @@ class Controller:
         """Remember why a worker crashed."""
         if error:
             self._errors[node.gateway.id] = str(error)
+
+    @pytest.hookimpl
+    def pytest_handlecrashitem(self, report: pytest.TestReport) -> None:
+        """Remove the group from the node id in xdist's report of a test that killed its worker."""
+        nodeid, at, _ = report.nodeid.rpartition(f"@{GROUP}")
+        if at:
+            report.longrepr = str(report.longrepr).replace(report.nodeid, nodeid)
+            report.nodeid = nodeid
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

@@ -1,14 +1,14 @@
-"""`CurrentRun`: what a run of pytest has used so far: its session, the running test, its comparisons."""
+"""`CurrentRun`: what a run of pytest has used so far: its session, the running test, its comparisons, its plugins."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
 from pytest_sway.cache.owners import Owner
-from pytest_sway.run.registering import registered
 
 if TYPE_CHECKING:
     from pytest_sway.cache.stats import WorkerReport
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from pytest_sway.run.serving.session import SwaySession
     from pytest_sway.run.settings import SwaySettings
 
+P = TypeVar("P")
+
 
 class CurrentRun:
-    """The state of one run. Each part is made when it is first asked for.
+    """The state of one run, which is a plugin with the hooks of its end. Each part is made when it is first asked for.
 
     Args:
         config: The run's configuration.
@@ -41,6 +43,12 @@ class CurrentRun:
         self.used: SwaySession | None = None
         self.regression: Regression | None = None
         self.collected: Collected | None = None
+
+    def surround_tests(self) -> None:
+        """Register the hooks around tests."""
+        from pytest_sway.run.around_tests import AroundTests
+
+        registered(self._config, "pytest_sway_tests", partial(AroundTests, self))
 
     def session(self) -> SwaySession:
         """Return the session, opening it on first use."""
@@ -75,8 +83,12 @@ class CurrentRun:
 
         return [WorkerReport("main", None if self.used is None else self.used.stats)]
 
-    def end(self, session: pytest.Session) -> None:
-        """Close every backend, send a worker's counts, and fail the run if weights have leaked."""
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Close every backend, send a worker's counts, and fail the run if weights have leaked.
+
+        Session fixtures have ended by now, even after an interrupt.
+        """
         if self.used is None:
             return
         from pytest_sway.run.controller import publish
@@ -87,7 +99,8 @@ class CurrentRun:
         if self._settings.fails_run(self.used.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def summarize(self, terminalreporter: pytest.TerminalReporter) -> None:
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the comparisons, what was recorded, and the summary if a test used a backend."""
         if self.collected is not None:
             from pytest_sway.report.comparisons import write_comparisons
@@ -105,3 +118,22 @@ class CurrentRun:
 
     def _owner(self) -> Owner:
         return self.running
+
+
+def registered(config: pytest.Config, name: str, make: Callable[[], P]) -> P:
+    """Return the registered plugin of a name, made on first use.
+
+    After an error or interrupt, it is registered with all its hooks or with none, so that this can be called again.
+    """
+    plugins = config.pluginmanager
+    plugin: P | None = plugins.get_plugin(name)
+    if plugin is not None:
+        return plugin
+    made = make()
+    try:
+        plugins.register(made, name)
+    except BaseException:
+        if plugins.is_registered(made):
+            plugins.unregister(made)
+        raise
+    return made

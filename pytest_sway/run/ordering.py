@@ -1,91 +1,49 @@
-"""Hooks that reorder the collected tests for fewest loads, and tell xdist which tests belong together.
+"""Reorders the collected tests for fewest loads, and tells xdist which tests belong together.
 
-A run without pytest-xdist imports this module only if a test has a marker or parameters that may name a spec.
+A run imports this module only if a test has a marker or parameters that may name a spec.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.run.settings import SwaySettings
+from pytest_sway.run.dealing.needs import GROUP, with_needs
 
 if TYPE_CHECKING:
     from pytest_sway.run.scheduling import Needs
-
-_GROUP: Final = "pytest-sway-"
-"""The prefix of group names, which only xdist's workers and its scheduler see."""
+    from pytest_sway.run.settings import SwaySettings
 
 _needs = pytest.StashKey["Needs"]()
 
 
-class Collection:
-    """The hooks of one run.
+def reorder(config: pytest.Config, items: list[pytest.Item], settings: SwaySettings) -> None:
+    """Put tests of the same model together; in a worker of pytest-xdist, register the hook that tells it of them."""
+    specs = [_spec_values(item) for item in items]
+    if not any(specs):
+        return
+    from pytest_sway.run.named_specs import named_specs
+    from pytest_sway.run.scheduling import needs_of, ordered
+    from pytest_sway.spec.parsing import parse_spec
 
-    Register it after all installed plugins, so that it reorders first and a plugin that shuffles has the last word.
-    """
-
-    def __init__(self, settings: SwaySettings) -> None:
-        self._settings = settings
-        self._known = False
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_collection_modifyitems(
-        self, config: pytest.Config, items: list[pytest.Item]
-    ) -> Generator[None, object, object]:
-        """Put tests of the same model together."""
-        specs = [_spec_values(item) for item in items]
-        self._known = any(specs)
-        if self._known:
-            self._reorder(config, items, specs)
-        return (yield)
-
-    def _reorder(self, config: pytest.Config, items: list[pytest.Item], specs: Sequence[Sequence[Any]]) -> None:
-        from pytest_sway.run.named_specs import named_specs
-        from pytest_sway.run.scheduling import needs_of, ordered
-        from pytest_sway.spec.parsing import parse_spec
-
+    try:
+        named = named_specs(config)
+    except Exception:  # the first test that uses a backend reports it
+        named = {}
+    for item, values in zip(items, specs, strict=True):
         try:
-            named = named_specs(config)
-        except Exception:  # the first test that uses a backend reports it
-            named = {}
-        for item, values in zip(items, specs, strict=True):
-            try:
-                parsed = [parse_spec(value, named=named) for value in values]
-                needs = needs_of(parsed, device=self._settings.device, dtype=self._settings.dtype)
-            except Exception:  # the test itself reports its spec
-                needs = None
-            if needs is not None:
-                item.stash[_needs] = needs
-        items[:] = [items[position] for position in ordered(_known(items))]
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Tell xdist what the tests need, or their groups under ``--dist loadgroup``, when all deselection is done."""
-        config: Any = session.config
-        if not self._known or not hasattr(config, "workerinput"):
-            return (yield)
-        from pytest_sway.run.controller import worker_data
-
-        if config.getoption("loadgroup", False):
-            ids = _grouped_ids(session.items, config.workerinput["workercount"])
-        elif worker_data(config).get("deals"):
-            ids = _ids_with_needs(session.items)
-        else:
-            return (yield)
-        with _ids_sent(config, ids):
-            return (yield)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_handlecrashitem(self, report: pytest.TestReport) -> None:
-        """Remove the group from the node id in xdist's report of a test that killed its worker."""
-        nodeid, at, _ = report.nodeid.rpartition(f"@{_GROUP}")
-        if at:
-            report.longrepr = str(report.longrepr).replace(report.nodeid, nodeid)
-            report.nodeid = nodeid
+            parsed = [parse_spec(value, named=named) for value in values]
+            needs = needs_of(parsed, device=settings.device, dtype=settings.dtype)
+        except Exception:  # the test itself reports its spec
+            needs = None
+        if needs is not None:
+            item.stash[_needs] = needs
+    items[:] = [items[position] for position in ordered(_known(items))]
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(SendsNeeds(), "pytest_sway_sends_needs")
 
 
 def _spec_values(item: pytest.Item) -> list[Any]:
@@ -110,6 +68,25 @@ def _known(items: Sequence[pytest.Item]) -> list[Needs | None]:
 
 
 # --- xdist ------------------------------------------------------------------------------------------------------------
+
+
+class SendsNeeds:
+    """The hook of a worker that knows what its tests need."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Tell xdist what the tests need, or their groups under ``--dist loadgroup``, when all deselection is done."""
+        from pytest_sway.run.controller import worker_data
+
+        config: Any = session.config
+        if config.getoption("loadgroup", False):
+            ids = _grouped_ids(session.items, config.workerinput["workercount"])
+        elif worker_data(config).get("deals"):
+            ids = _ids_with_needs(session.items)
+        else:
+            return (yield)
+        with _ids_sent(config, ids):
+            return (yield)
 
 
 @contextmanager
@@ -137,7 +114,6 @@ def _ids_sent(config: Any, ids: Sequence[str]) -> Iterator[None]:
 
 def _ids_with_needs(items: Sequence[pytest.Item]) -> list[str]:
     """Return the tests' node ids, and a text with their bases and groups."""
-    from pytest_sway.run.dealing.needs import with_needs
     from pytest_sway.run.scheduling import digest
 
     bases = ([] if needs is None else [digest(base) for base in needs.bases] for needs in _known(items))
@@ -161,7 +137,7 @@ def _groups(items: Sequence[pytest.Item], workers: int) -> list[str | None]:
 
     own = [_own_group(item) for item in items]
     needs = [None if group else known for group, known in zip(own, _known(items), strict=True)]
-    ours = (None if number is None else f"{_GROUP}{number}" for number in dealt(needs, workers))
+    ours = (None if number is None else f"{GROUP}{number}" for number in dealt(needs, workers))
     return [group or number for group, number in zip(own, ours, strict=True)]
 
 

@@ -5,12 +5,11 @@ An option given on the command line wins over its ini value, and that over the d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 # Repeated from `pytest_sway.spec`, so that a run without a backend does not import it.
 DTYPES: Final = ("auto", "fp16", "bf16", "fp32")
@@ -24,11 +23,9 @@ _CONFIDENCE: Final = 0.99
 _DRIFT: Final = 0.05
 
 
-class SwaySettings:  # every run of pytest defines it: no dataclass, which takes longer
+@dataclass(frozen=True, slots=True)
+class SwaySettings:
     """The settings of this run.
-
-    Args:
-        values: The attributes.
 
     Attributes:
         cache_size: The most backends that are resident in one process, at least 1.
@@ -60,9 +57,6 @@ class SwaySettings:  # every run of pytest defines it: no dataclass, which takes
     confidence: float
     drift: float
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        vars(self).update(values)
-
     def fails_run(self, leaks: Sequence[str]) -> bool:
         """Whether ``leaks`` fail a run in which every test passed."""
         return bool(leaks) and self.on_leak == "error"
@@ -80,36 +74,6 @@ class SwaySettings:  # every run of pytest defines it: no dataclass, which takes
             f"{'' if self.confidence == _CONFIDENCE else f', confidence {self.confidence:.4g}'}"
             f"{'' if self.drift == _DRIFT else f', drift at most {self.drift:.4g}'}"
         )
-
-
-class _Setting:
-    """One setting: an ini value, and an option if ``metavar`` is not ``None``. A flag's metavar is empty."""
-
-    def __init__(
-        self, name: str, default: str | bool, parse: Callable[[str], Any], text: str, metavar: str | None = None
-    ) -> None:
-        self.name, self.default, self.parse, self.help, self.metavar = name, default, parse, text, metavar
-
-    @property
-    def option(self) -> str:
-        return option_of(self.name)
-
-    def resolve(self, config: pytest.Config) -> Any:
-        """Return the value of the option, else of the ini file, else the default."""
-        text = None if self.metavar is None else config.getoption(self.name)
-        origin = self.option
-        if text is None:
-            origin = f"ini value {self.name}"
-            try:
-                text = config.getini(self.name)
-            except (TypeError, ValueError, pytest.UsageError) as error:  # pytest itself parses flags
-                is_flag = isinstance(self.default, bool)
-                form = "true or false" if is_flag else f'text in [tool.pytest], as in {self.name} = "..."'
-                raise pytest.UsageError(f"{origin}: must be {form}; {error}.") from None
-        try:
-            return text if isinstance(text, bool) else self.parse(str(text).strip())
-        except ValueError as error:
-            raise pytest.UsageError(f"{origin}: {error}; found {text!r}.") from None
 
 
 def parse_cache_size(text: str) -> int:
@@ -188,86 +152,30 @@ def one_of(*valid: str) -> Callable[[str], str]:
     return parse
 
 
-_SETTINGS: Final = (
-    _Setting(
-        "sway_cache_size",
-        "2",
-        parse_cache_size,
-        "the most backends loaded at one time, in each process (default: 2)",
-        "N",
-    ),
-    _Setting(
-        "sway_cache_memory",
-        "",
-        parse_memory,
-        "the most memory for loaded weights, in each process, such as 8GiB (default: no bound)",
-        "SIZE",
-    ),
-    _Setting("sway_device", "auto", parse_device, "the device of specs with 'auto' (default: the best)", "DEVICE"),
-    _Setting(
-        "sway_dtype",
-        "auto",
-        one_of(*DTYPES),
-        f"the dtype of specs with 'auto': {', '.join(DTYPES)} (default: fp32 on a CPU)",
-        "DTYPE",
-    ),
-    _Setting(
-        "sway_on_mutation",
-        "error",
-        one_of(*POLICIES),
-        f"if a test leaves a shared model changed: {', '.join(POLICIES)} (default: error)",
-    ),
-    _Setting(
-        "sway_on_leak",
-        "error",
-        one_of(*POLICIES),
-        f"if weights stay in memory after their backend was closed: {', '.join(POLICIES)} (default: error)",
-    ),
-    _Setting(
-        "sway_on_base_mismatch",
-        "warn",
-        one_of(*POLICIES),
-        f"if an adapter was trained on another base: {', '.join(POLICIES)} (default: warn)",
-    ),
-    _Setting(
-        "sway_reorder",
-        True,
-        bool,
-        "run tests of the same model together, and with pytest-xdist in few workers (default: true)",
-    ),
-    _Setting("sway_offline", False, bool, "use only files on this machine and ask no hub (default: false)", ""),
-    _Setting(
-        "sway_share_weights",
-        "auto",
-        one_of("auto", "off"),
-        "share converted weights among the pytest-xdist workers of a machine: auto, off (default: auto)",
-    ),
-    _Setting(
-        "sway_score_cache",
-        "64MiB",
-        parse_score_cache,
-        "the most memory for the remembered answers of each base, or off (default: 64MiB)",
-    ),
-    _Setting(
-        "sway_confidence",
-        str(_CONFIDENCE),
-        parse_confidence,
-        f"the confidence of the intervals of sway_compare (default: {_CONFIDENCE})",
-    ),
-    _Setting(
-        "sway_drift",
-        str(_DRIFT),
-        parse_drift,
-        f"how far the base may move since scores were recorded, in their unit (default: {_DRIFT})",
-    ),
-)
+class _Setting(NamedTuple):
+    """How to read a setting, whose option and ini value `pytest_sway.plugin` declares."""
+
+    default: Any
+    parse: Callable[[str], Any]
 
 
-REPORTS: Final = {
-    "sway_json": "write the run's comparisons, every row of them, and its loads to a file, as JSON",
-    "sway_markdown": "append the table of comparisons, and the worst texts of failures, to a file, as Markdown",
-    "sway_html": "write a page to look at, with the differences, tokens and loads, to a file, as HTML",
+_SETTINGS: Final = {
+    "sway_cache_size": _Setting(2, parse_cache_size),
+    "sway_cache_memory": _Setting(None, parse_memory),
+    "sway_device": _Setting("auto", parse_device),
+    "sway_dtype": _Setting("auto", one_of(*DTYPES)),
+    "sway_on_mutation": _Setting("error", one_of(*POLICIES)),
+    "sway_on_leak": _Setting("error", one_of(*POLICIES)),
+    "sway_on_base_mismatch": _Setting("warn", one_of(*POLICIES)),
+    "sway_reorder": _Setting(True, bool),
+    "sway_offline": _Setting(False, bool),
+    "sway_share_weights": _Setting("auto", one_of("auto", "off")),
+    "sway_score_cache": _Setting(2**26, parse_score_cache),
+    "sway_confidence": _Setting(_CONFIDENCE, parse_confidence),
+    "sway_drift": _Setting(_DRIFT, parse_drift),
 }
+
+REPORTS: Final = ("sway_json", "sway_markdown", "sway_html")
 """The files that a run can write, by the destination of their option."""
 
 
@@ -276,49 +184,36 @@ def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(parser: pytest.Parser) -> None:
-    """Declare every option and ini value."""
-    group = parser.getgroup("sway", "pytest-sway: fine-tuned models")
-    for setting in _SETTINGS:
-        if setting.metavar is not None:
-            form: dict[str, Any] = {"metavar": setting.metavar} if setting.metavar else {"action": "store_true"}
-            group.addoption(setting.option, dest=setting.name, default=None, help=setting.help, **form)
-        flag: Any = "bool" if isinstance(setting.default, bool) else None
-        parser.addini(setting.name, setting.help, type=flag, default=setting.default)
-    for name, text in REPORTS.items():
-        group.addoption(option_of(name), dest=name, default=None, metavar="PATH", help=text)
-    group.addoption(
-        "--sway-set",
-        action="append",
-        metavar="NAME.FIELD=VALUE",
-        help="change or add a named spec for this run, such as candidate.adapter=runs/v4; may be repeated",
-    )
-    group.addoption(
-        "--sway-record",
-        action="store_true",
-        help="record the scores of comparisons without a baseline, of each test that passes, in a file beside it",
-    )
-
-
 def resolve_settings(config: pytest.Config) -> SwaySettings:
     """Return the settings of this run.
 
     Raises:
         pytest.UsageError: A setting has an invalid value.
     """
-    return SwaySettings({setting.name.removeprefix("sway_"): setting.resolve(config) for setting in _SETTINGS})
+    return SwaySettings(**{name.removeprefix("sway_"): _resolve(config, name) for name in _SETTINGS})
+
+
+def _resolve(config: pytest.Config, name: str) -> Any:
+    """Return the value of the option, else of the ini file, else the default."""
+    setting = _SETTINGS[name]
+    given = config.getoption(name, None)  # some settings have no option
+    origin = option_of(name)
+    if given is None:
+        origin = f"ini value {name}"
+        try:
+            given = config.getini(name)
+        except (TypeError, ValueError, pytest.UsageError) as error:  # pytest itself parses flags
+            is_flag = isinstance(setting.default, bool)
+            form = "true or false" if is_flag else f'text in [tool.pytest], as in {name} = "..."'
+            raise pytest.UsageError(f"{origin}: must be {form}; {error}.") from None
+    if given is None or isinstance(given, bool):
+        return setting.default if given is None else given
+    try:
+        return setting.parse(str(given).strip())
+    except ValueError as error:
+        raise pytest.UsageError(f"{origin}: {error}; found {given!r}.") from None
 
 
 def asks_for_reports(config: pytest.Config) -> bool:
     """Return whether the run writes any file, here or, in a worker, at its controller."""
     return any(config.getoption(name) is not None for name in REPORTS)
-
-
-def asks_for_offline(early_config: pytest.Config) -> bool:
-    """Return whether a run should be offline, before its settings are resolved; a bad value is reported then."""
-    if early_config.known_args_namespace.sway_offline:
-        return True
-    try:
-        return bool(early_config.getini("sway_offline"))
-    except (TypeError, ValueError, pytest.UsageError):
-        return False

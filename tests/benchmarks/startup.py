@@ -123,5 +123,10 @@ def _install_plugin(packages: Path, listed: Callable[[str], bool]) -> None:
     for name in ("METADATA", "entry_points.txt"):
         (info / name).write_text(source.read_text(name) or "", "utf-8")
     paths = (os.path.relpath(path, packages) for path in (*package.rglob("*"), *info.iterdir()) if path.is_file())
-    digest = "sha256=" + "0" * 43
-    (info / "RECORD").write_text("".join(f"{path},{digest},1000\n" for path in paths if listed(path)), "utf-8")
+    lines = (_line(path) for path in paths if listed(path))
+    (info / "RECORD").write_text("".join(lines), "utf-8")
+
+
+def _line(path: str) -> str:
+    """Return the entry of a file, as pip writes it: bytecode, which it makes itself, has neither digest nor size."""
+    return f"{path},,\n" if path.endswith(".pyc") else f"{path},sha256={'0' * 43},1000\n"

@@ -7,13 +7,25 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.run.settings import asks_for_offline, resolve_settings
+from pytest_sway.plugin import HEADER, INI, OPTIONS, REPORTS, asks_for_offline
+from pytest_sway.run import settings
+from pytest_sway.run.settings import resolve_settings
 from tests.plugin.conftest import Suite
 
 PASSES = """
 def test_x(sway_cache):
     print("size", sway_cache.max_size, "bytes", sway_cache.max_bytes)
 """
+
+
+def test_each_setting_that_is_declared_is_read() -> None:
+    assert INI.keys() == settings._SETTINGS.keys() >= OPTIONS.keys()
+    assert tuple(REPORTS) == settings.REPORTS
+
+
+def test_the_header_without_settings_is_that_of_the_defaults() -> None:
+    config: Any = SimpleNamespace(getoption=lambda name, default=None: None, getini=lambda name: None)
+    assert resolve_settings(config).header() == HEADER
 
 
 def test_the_header_shows_what_is_in_force(suite: Suite) -> None:
@@ -96,7 +108,9 @@ def test_each_error_of_pytest_for_an_ini_value_is_an_error_of_usage(kind: type[E
         raise kind(f"{name} is 3")
 
     config: Any = SimpleNamespace(
-        getoption=lambda name: None, getini=getini, known_args_namespace=SimpleNamespace(sway_offline=False)
+        getoption=lambda name, default=None: None,
+        getini=getini,
+        known_args_namespace=SimpleNamespace(sway_offline=False),
     )
     with pytest.raises(pytest.UsageError, match=r"sway_cache_size: must be text in .*; sway_cache_size is 3\."):
         resolve_settings(config)

@@ -11,8 +11,7 @@ import pytest
 
 import pytest_sway
 from pytest_sway import ModelSpec, errors, scores
-from pytest_sway.run import hookspecs
-from pytest_sway.run.settings import add_options
+from pytest_sway.plugin import HookSpecs, pytest_addoption
 from tests.benchmarks.scale import pages
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "pages" / "reference"
@@ -48,7 +47,7 @@ def test_the_tree_of_errors_is_that_of_the_module() -> None:
 
 def test_each_option_is_in_the_table() -> None:
     parser = pytest.Parser(_ispytest=True)
-    add_options(parser)
+    pytest_addoption(parser)
     options = [name for option in parser.getgroup("sway").options for name in option.names()]
     assert sorted(_cells("options.md", 0)) == sorted(options)
     assert sorted(_cells("options.md", 1)) == sorted(name for name in parser._inidict if name.startswith("sway_"))
@@ -60,7 +59,7 @@ def test_each_field_of_a_spec_is_in_a_table() -> None:
 
 
 def test_each_hook_has_its_place() -> None:
-    hooks = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction)]
+    hooks = [name for name, _ in inspect.getmembers(HookSpecs, inspect.isfunction)]
     assert sorted(_headings("hooks.md")) == sorted(hooks)
 
 

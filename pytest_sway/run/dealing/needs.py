@@ -1,10 +1,13 @@
-"""What tests need, as workers tell the controller."""
+"""What tests need, as workers tell the controller: in node ids, since xdist sends nothing else after a collection."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from typing import Final
+
+GROUP: Final = "pytest-sway-"
+"""The prefix of group names, which only xdist's workers and its scheduler see."""
 
 _NEEDS: Final = "pytest-sway needs: "
 
