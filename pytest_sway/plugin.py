@@ -172,9 +172,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_sway.run.controller import Controller, distributes
 
         if distributes(config):
+            _current(config).collect()  # first, so that its summary is below the controller's
             controller = Controller(config, _resolved(config))
             config.pluginmanager.register(controller, "pytest_sway_controller")
-            _current(config).collect()
     asks_for_reports = any(config.getoption(name) is not None for name in REPORTS)
     if asks_for_reports and not hasattr(config, "workerinput") and not config.getoption("collectonly"):
         from pytest_sway.run.reports import Reports
@@ -273,8 +273,12 @@ def pytest_exception_interact(
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Register the hooks around tests; a run that only collects needs none."""
-    if not session.config.getoption("collectonly"):
-        _current(session.config).surround_tests()
+    config = session.config
+    if not config.getoption("collectonly"):
+        from pytest_sway.run.around_tests import AroundTests
+        from pytest_sway.run.registering import registered
+
+        registered(config, "pytest_sway_tests", partial(AroundTests, _current(config)))
 
 
 # --- the run's state --------------------------------------------------------------------------------------------------
@@ -328,7 +332,8 @@ class _Order:
 def _current(config: pytest.Config) -> CurrentRun:
     """Return the run's state, creating it on first use."""
     if _run not in config.stash:
-        from pytest_sway.run.current import CurrentRun, registered
+        from pytest_sway.run.current import CurrentRun
+        from pytest_sway.run.registering import registered
 
         make = partial(CurrentRun, config, _resolved(config), config.stash[_terminal_fd])
         config.stash[_run] = registered(config, "pytest_sway_run", make)

@@ -17,8 +17,7 @@ from pytest_sway.cache import messages
 from pytest_sway.cache.budget import Budget, total_bytes
 from pytest_sway.cache.entries import RESIDENT, CachedBackend, Claim, Entry, Lease, Operation, SizeByPart, State
 from pytest_sway.errors import BackendUseError, CacheError
-from pytest_sway.system.forking import call_in_forked_child
-from pytest_sway.system.locking import OneShotEvent, atomic
+from pytest_sway.system.locking import OneShotEvent, atomic, call_in_forked_child
 
 if TYPE_CHECKING:
     from pytest_sway.cache.owners import Owner

@@ -49,7 +49,7 @@ def run_record(
 
     Args:
         run: The run itself.
-        comparisons: The comparisons from `pytest_sway.report.collected`.
+        comparisons: The comparisons from `pytest_sway.report.comparisons`.
         workers: The report of each process that ran tests.
         distributed: Whether these processes are pytest-xdist's workers.
         named: The configured specs.

@@ -1,23 +1,21 @@
-"""`CurrentRun`: what a run of pytest has used so far: its session, the running test, its comparisons, its plugins."""
+"""`CurrentRun`: what a run of pytest has used so far: its session, the running test, its comparisons."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_sway.cache.owners import Owner
+from pytest_sway.run.registering import registered
 
 if TYPE_CHECKING:
     from pytest_sway.cache.stats import WorkerReport
-    from pytest_sway.report.collected import Collected
+    from pytest_sway.report.comparisons import Collected
     from pytest_sway.run.regression.hooks import Regression
     from pytest_sway.run.serving.session import SwaySession
     from pytest_sway.run.settings import SwaySettings
-
-P = TypeVar("P")
 
 
 class CurrentRun:
@@ -44,16 +42,10 @@ class CurrentRun:
         self.regression: Regression | None = None
         self.collected: Collected | None = None
 
-    def surround_tests(self) -> None:
-        """Register the hooks around tests."""
-        from pytest_sway.run.around_tests import AroundTests
-
-        registered(self._config, "pytest_sway_tests", partial(AroundTests, self))
-
     def session(self) -> SwaySession:
         """Return the session, opening it on first use."""
         if self.used is None:
-            from pytest_sway.run.serving.opening import open_session
+            from pytest_sway.run.serving.session import open_session
 
             self.used = open_session(self._config, self._settings, self._owner, self._terminal)
         return self.used
@@ -71,7 +63,7 @@ class CurrentRun:
     def collect(self) -> Collected:
         """Return the collected comparisons of the run, registering their plugin on first use."""
         if self.collected is None:
-            from pytest_sway.report.collected import Collected
+            from pytest_sway.report.comparisons import Collected
 
             make = partial(Collected, each=self._config.getoption("dist", "no") == "each")
             self.collected = registered(self._config, "pytest_sway_collected", make)
@@ -99,7 +91,7 @@ class CurrentRun:
         if self._settings.fails_run(self.used.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    @pytest.hookimpl(trylast=True)
+    @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the comparisons, what was recorded, and the summary if a test used a backend."""
         if self.collected is not None:
@@ -118,22 +110,3 @@ class CurrentRun:
 
     def _owner(self) -> Owner:
         return self.running
-
-
-def registered(config: pytest.Config, name: str, make: Callable[[], P]) -> P:
-    """Return the registered plugin of a name, made on first use.
-
-    After an error or interrupt, it is registered with all its hooks or with none, so that this can be called again.
-    """
-    plugins = config.pluginmanager
-    plugin: P | None = plugins.get_plugin(name)
-    if plugin is not None:
-        return plugin
-    made = make()
-    try:
-        plugins.register(made, name)
-    except BaseException:
-        if plugins.is_registered(made):
-            plugins.unregister(made)
-        raise
-    return made

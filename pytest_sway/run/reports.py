@@ -18,11 +18,11 @@ from pytest_sway.report.markdown import markdown
 from pytest_sway.report.run_record import Run, run_record
 from pytest_sway.run.named_specs import named_specs
 from pytest_sway.run.settings import REPORTS, option_of
-from pytest_sway.system.versions import imported_versions
+from pytest_sway.system.machine import imported_versions
 
 if TYPE_CHECKING:
     from pytest_sway.cache.stats import WorkerReport
-    from pytest_sway.report.collected import Collected
+    from pytest_sway.report.comparisons import Collected
 
 _WRITERS: Final[dict[str, Callable[[dict[str, Any], Path], None]]] = {
     "sway_json": write_json,

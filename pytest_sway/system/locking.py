@@ -2,16 +2,19 @@
 
 All locks are taken and released here, by ``with`` on a lock written in C, which no interrupt can split. An atomic
 method never waits: an interrupt during the wait of a `threading.Condition` can leave its lock locked, or release
-another thread's.
+another thread's. A forked child must not wait for its parent's locks nor close its models, so it gets handlers.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from itertools import compress, repeat
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from types import MethodType
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 __tracebackhide__ = True
 
@@ -89,3 +92,22 @@ class OneShotEvent:
         """Wait until it is set, at most ``timeout`` seconds; return early if another waiting thread is interrupted."""
         if self._unset.acquire(timeout=timeout):
             self._unset.release()  # wakes the next thread
+
+
+_methods: Final[WeakKeyDictionary[Any, Callable[[Any], None]]] = WeakKeyDictionary()
+"""The method that a child calls, by its object. It is global because handlers registered with `os` can't be removed."""
+
+
+def call_in_forked_child(method: Callable[[], None]) -> None:
+    """Register a bound ``method`` for every child forked from now on to call; one per object, while that lives."""
+    bound = cast("MethodType", method)
+    _methods[bound.__self__] = bound.__func__
+
+
+def _in_child() -> None:
+    for owner, method in list(_methods.items()):
+        method(owner)
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_in_child)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pytest_sway.backends.hf.hygiene.heap import reuse_freed_memory
+from pytest_sway.backends.hf.hygiene.memory import reuse_freed_memory
 from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
 from tests.benchmarks import by_hand

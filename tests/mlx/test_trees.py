@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from pytest_sway.backends.mlx import backend as backend_module
 from pytest_sway.backends.mlx.model import placement
 from pytest_sway.backends.mlx.model.libraries import mlx_lm_module
-from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
+from pytest_sway.backends.mlx.model.shared_arrays import ClassesRecord
 from pytest_sway.backends.mlx.model.trees import arrays_of
 from pytest_sway.backends.registry import Builder
 from pytest_sway.spec.model_spec import ModelSpec

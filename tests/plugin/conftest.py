@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import pytest_sway.run.serving.opening  # noqa: F401
+import pytest_sway.run.serving.session  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ from tests.tiny import make_adapter, make_base
 from tests.unit.backends.api.toy import Toy
 from tests.unit.kinds import Agreement
 
-VIEWS = ("hf.view:HFView", "mlx.view:MLXView", "api.view:ApiView", "dummy.backend:DummyView")
+VIEWS = ("hf.view:HFView", "mlx.view:MLXView", "api.backend:ApiView", "dummy.backend:DummyView")
 
 
 class Mine(DummyBackend):

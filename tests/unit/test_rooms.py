@@ -47,7 +47,7 @@ ORDER = {
         "backend",
         "builder",
     ),
-    "backends.mlx": ("model", "adapters", "check", "scores", "view", "backend", "builder"),
+    "backends.mlx": ("model", "adapters", "scores", "view", "backend", "builder"),
 }
 """For a room, its modules and rooms from the lowest up: an arrow may point down only, and never to a neighbour."""
 

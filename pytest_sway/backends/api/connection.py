@@ -2,12 +2,14 @@
 
 tenacity does the retries: unlike stamina, which is built on it, it lets the wait depend on the answer (``Retry-After``)
 and takes the clock as an argument, so that tests need not wait. The openai client is not used: its timeout applies to
-each read, so it may wait forever for a slow server, and it keeps the key in an attribute.
+each read, so it may wait forever for a slow server, and it keeps the key in an attribute. Here the key is read from the
+environment for each request, and stored nowhere.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -16,16 +18,16 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
-from pytest_sway.errors import ServerError
+from pytest_sway.errors import ServerError, SpecError
+from pytest_sway.system.redaction import redacted
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
 
     from tenacity import RetryCallState
 
-    from pytest_sway.backends.api.auth import Key
-
 __tracebackhide__ = True
+
 
 CONCURRENT_REQUESTS: Final = 8
 """The most requests of one backend under way at once."""
@@ -220,3 +222,66 @@ def _retry_after(header: str | None, now: datetime) -> float | None:
     except ValueError:
         return None
     return max(0.0, ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds())
+
+
+VARIABLE: Final = "SWAY_API_KEY"
+_OPENAI_VARIABLE: Final = "OPENAI_API_KEY"
+_OPENAI_HOST: Final = "api.openai.com"
+
+
+class Key(httpx.Auth):
+    """Puts the key, if there is one, into a request's header.
+
+    Args:
+        variable: The environment variable that holds the key. The default is ``SWAY_API_KEY``, or ``OPENAI_API_KEY`` if
+            that is not set and the server is OpenAI's own.
+    """
+
+    def __init__(self, variable: str | None = None) -> None:
+        self._variable = variable
+
+    def __repr__(self) -> str:
+        return f"<Key from {self._variable or VARIABLE}>"
+
+    @property
+    def variable(self) -> str:
+        """The variable to name in messages."""
+        return self._variable or VARIABLE
+
+    def require(self) -> None:
+        """Raise unless the variable that a spec names is set, and its value can be sent.
+
+        Raises:
+            SpecError: It is not set, or cannot be sent.
+        """
+        if self._variable is not None and not os.environ.get(self._variable, "").strip():
+            raise SpecError(
+                f"the spec names {self._variable!r} as the variable of its server's key, but that environment variable"
+                " is not set. Set it, or omit 'api_key_env' if the server wants no key."
+            )
+        for name in (self._variable,) if self._variable else (VARIABLE, _OPENAI_VARIABLE):
+            value = os.environ.get(name, "").strip()
+            if not (value.isascii() and value.isprintable()):
+                raise SpecError(
+                    f"the environment variable {name!r} holds characters that a header cannot carry, such as a line"
+                    " break, so it is not a key. Set it to the key alone."
+                )
+
+    def redacted(self, text: str) -> str:
+        """Return ``text`` without the key and without the environment's other secrets."""
+        for name in (self._variable, VARIABLE, _OPENAI_VARIABLE):
+            value = os.environ.get(name, "").strip() if name else ""
+            if value:
+                text = text.replace(value, "***")
+        return redacted(text)
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Set the header of ``request``."""
+        names = [self.variable]
+        if self._variable is None and request.url.host == _OPENAI_HOST:
+            names.append(_OPENAI_VARIABLE)
+        for name in names:
+            if value := os.environ.get(name, "").strip():
+                request.headers["Authorization"] = f"Bearer {value}"
+                break
+        yield request

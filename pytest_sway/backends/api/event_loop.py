@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pytest_sway.system.forking import call_in_forked_child
+from pytest_sway.system.locking import call_in_forked_child
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable

@@ -16,8 +16,7 @@ from pytest_sway.protocols import RollingLogprob, TokenDist, log_of_tail
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pytest_sway.backends.api.completions import Token
-    from pytest_sway.backends.api.echo import Echo
+    from pytest_sway.backends.api.completions import Echo, Token
     from pytest_sway.backends.api.served_model import ServedModel
     from pytest_sway.protocols import Prompt
 

@@ -7,17 +7,15 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.api.completions import MalformedError, read_completion
+from pytest_sway.backends.api.completions import MalformedError, read_completion, read_echo
 from pytest_sway.backends.api.connection import RefusedError
-from pytest_sway.backends.api.echo import read_echo
 from pytest_sway.errors import ScoringError, ServerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from pytest_sway.backends.api.completions import Completion
+    from pytest_sway.backends.api.completions import Completion, Echo
     from pytest_sway.backends.api.connection import Connection
-    from pytest_sway.backends.api.echo import Echo
 
 __tracebackhide__ = True
 

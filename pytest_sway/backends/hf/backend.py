@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.adapters import overlays
-from pytest_sway.backends.hf.hygiene.weights_watch import find_leak
+from pytest_sway.backends.hf.hygiene.memory import find_leak
 from pytest_sway.backends.hf.loading.libraries import forget_layers
 from pytest_sway.backends.hf.model.bound_model import BoundModel
 from pytest_sway.backends.libraries.process import no_warnings
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_sway.backends.checkpoints.plan import Plan
-    from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
-    from pytest_sway.backends.hf.model.adapter import Adapter
+    from pytest_sway.backends.hf.hygiene.memory import WeightsWatch
     from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.bound_model import Adapter
     from pytest_sway.backends.local.leaks import Leak
     from pytest_sway.backends.local.pooled_backend import Loaded
 

@@ -96,7 +96,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
     def _merged(self, model: ModelFiles, below: LoadedBase, shares: list[PoolLease[LoadedBase]]) -> LoadedBase:
         """Claim a base with adapters merged into it. One that shares the memory of another base is made anew."""
         from pytest_sway.backends.hf.adapters.merge import merge
-        from pytest_sway.backends.hf.model.merged_base import MergedBase
+        from pytest_sway.backends.hf.model.base import MergedBase
 
         def load() -> LoadedBase:
             return merge(below, [_with_entries(model, files) for files in model.merged])
@@ -130,7 +130,7 @@ class HFBuilder(PooledBuilder["LoadedBase"]):
 
     @staticmethod
     def _close_base(base: LoadedBase) -> None:
-        from pytest_sway.backends.hf.hygiene.heap import collect, return_memory
+        from pytest_sway.backends.hf.hygiene.memory import collect, return_memory
 
         device, watches = base.device.type, base.watches.all()
         base.close()

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
-from pytest_sway.system.forking import call_in_forked_child
-from pytest_sway.system.locking import atomic, close_all, holding
+from pytest_sway.system.locking import atomic, call_in_forked_child, close_all, holding
 
 __tracebackhide__ = True
 

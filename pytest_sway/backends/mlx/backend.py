@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.local.pooled_backend import PooledBackend
-from pytest_sway.backends.mlx.adapters import overlays
+from pytest_sway.backends.mlx.adapters.attach import null, scaled
 from pytest_sway.backends.mlx.model.base import own_tokenizer_of
 from pytest_sway.backends.mlx.model.bound_model import BoundModel
 from pytest_sway.backends.mlx.model.placement import computing_on
@@ -53,11 +53,11 @@ class MLXBackend(PooledBackend[BoundModel, MLXView]):
         return own_tokenizer_of(side.tokenizer)
 
     def _scaled(self, side: BoundModel, adapter: Adapter, lam: float) -> BoundModel:
-        return replace(side, model=overlays.scaled(adapter, lam))
+        return replace(side, model=scaled(adapter, lam))
 
     def _null(self, side: BoundModel, adapter: Adapter, seed: int, scale: float) -> BoundModel:
         with computing_on(side.base.device):
-            return replace(side, model=overlays.null(adapter, seed, scale))
+            return replace(side, model=null(adapter, seed, scale))
 
     def _watches_of(self, what: LoadedBase | Adapter) -> list[SharedArrays]:
         return [what.shared]

@@ -1,6 +1,7 @@
 """Tokenise texts as lm-evaluation-harness does, without torch or a model.
 
-Every question becomes a `Window`: tokens to score, given the tokens before them.
+Every question becomes a `Window`: tokens to score, given the tokens before them. Two models are compared on the same
+tokens, so their vocabularies are checked.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_sway.backends.libraries.tokenizer_faults import fault
-from pytest_sway.errors import ScoringError
+from pytest_sway.errors import AdapterMismatchError, ScoringError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
+
 
 DEFAULT_MAX_LENGTH: Final = 2048
 """lm-evaluation-harness's default for a model that names no length."""
@@ -297,3 +300,27 @@ def _wants_special(tokenizer: Any, text: str, rendered: bool) -> bool:
         return False
     token = _bos_or_eos(tokenizer)
     return token is None or not text.startswith(tokenizer.decode([token]))
+
+
+def require_same_tokens(base: ModelSpec, ours: Any, tuned: ModelSpec, theirs: Any) -> None:
+    """Raise unless every token of the base has the same id in the fine-tuned model.
+
+    Args:
+        base: The base's spec.
+        ours: The base's tokenizer.
+        tuned: The fine-tuned model's spec.
+        theirs: The fine-tuned model's tokenizer.
+
+    Raises:
+        AdapterMismatchError: Some tokens have other ids.
+    """
+    numbers, others = ours.get_vocab(), theirs.get_vocab()
+    moved = sorted((i, token) for token, i in numbers.items() if others.get(token) != i)
+    if moved:
+        i, token = moved[0]
+        there = f"id {others[token]}" if token in others else "none"
+        raise AdapterMismatchError(
+            f"the fine-tuned model {tuned.base!r} cannot be compared with the base {base.base!r}:"
+            f" {len(moved):,} of the base's {len(numbers):,} tokens have other ids in it ({token!r} has id {i} in the"
+            f" base, {there} in it). Name the base that it was fine-tuned from."
+        )

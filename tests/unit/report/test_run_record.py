@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_sway.cache.stats import BackendStats, Event, EventLog, SwayStats, WorkerReport
-from pytest_sway.report.collected import Collected
-from pytest_sway.report.comparisons import table_lines
+from pytest_sway.report.comparisons import Collected, table_lines
 from pytest_sway.report.files import append_text, write_json
 from pytest_sway.report.markdown import escaped, markdown
 from pytest_sway.report.run_record import Run, run_record

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_sway.system.versions import device_names, imported_versions
+from pytest_sway.system.machine import device_names, imported_versions
 
 
 def test_only_what_is_imported_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def test_only_what_is_imported_has_a_version(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_source_folder_that_is_not_installed_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_sway.system.versions._LIBRARIES", {"pytest": "nobody-has-installed-this"})
+    monkeypatch.setattr("pytest_sway.system.machine._LIBRARIES", {"pytest": "nobody-has-installed-this"})
     assert set(imported_versions()) == {"python"}
 
 

@@ -21,7 +21,7 @@ from pytest_sway.errors import SpecError, SwayError
 from pytest_sway.spec.identity import forget_look, look_at_adapter
 from pytest_sway.spec.paths import in_hub_cache, is_path
 from pytest_sway.spec.tasks import OF_PEFT, is_causal
-from pytest_sway.system.forking import call_in_forked_child
+from pytest_sway.system.locking import call_in_forked_child
 from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:

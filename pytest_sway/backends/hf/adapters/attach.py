@@ -29,17 +29,22 @@ from pytest_sway.backends.hf.adapters.peft_errors import (
 from pytest_sway.backends.hf.adapters.relocation import relocated
 from pytest_sway.backends.hf.adapters.resized_embeddings import fit_vocabulary
 from pytest_sway.backends.hf.adapters.verify.weights import verify_keys, verify_trained, verify_values
-from pytest_sway.backends.hf.hygiene.heap import trim_heap
+from pytest_sway.backends.hf.hygiene.memory import trim_heap
 from pytest_sway.backends.hf.loading.libraries import quiet_process, seeded
 from pytest_sway.backends.hf.loading.model import is_quantized, without_weights
 from pytest_sway.backends.hf.loading.model_kwargs import lacking_kernels
 from pytest_sway.backends.hf.loading.pickles import read_pickle, with_entries
 from pytest_sway.backends.hf.loading.tasks import numbers
-from pytest_sway.backends.hf.model.adapter import Adapter
+from pytest_sway.backends.hf.model.bound_model import Adapter
 from pytest_sway.backends.hf.model.known_skeletons import adopted
-from pytest_sway.backends.hf.model.peft_model import adapter_parameters, inner_model, largest_scaling
 from pytest_sway.backends.hf.model.pristine import Pristine
-from pytest_sway.backends.hf.model.skeletons import OnSkeleton, name_in_file
+from pytest_sway.backends.hf.model.skeletons import (
+    OnSkeleton,
+    adapter_parameters,
+    inner_model,
+    largest_scaling,
+    name_in_file,
+)
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.errors import SpecError, SwayError, SwayWarning

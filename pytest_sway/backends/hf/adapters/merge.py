@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from pytest_sway.backends.checkpoints.peft_adapter import OF_BASE, ROOT, not_merged
 from pytest_sway.backends.hf.adapters.attach import attach, explained
 from pytest_sway.backends.hf.adapters.verify.effect import verify_effect
-from pytest_sway.backends.hf.hygiene.heap import collect
+from pytest_sway.backends.hf.hygiene.memory import collect
 from pytest_sway.backends.hf.loading.libraries import quiet_process
-from pytest_sway.backends.hf.model.merged_base import MergedBase
+from pytest_sway.backends.hf.model.base import MergedBase
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.tokenizers import adapter_tokenizer
 from pytest_sway.backends.hf.sharing.tensor_memory import own_before_write
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
-    from pytest_sway.backends.hf.model.adapter import Adapter
     from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.bound_model import Adapter
 
 __tracebackhide__ = True
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_sway.backends.hf.model.bound_model import BoundModel
-from pytest_sway.backends.hf.model.peft_model import adapter_parameters, scalings_of
-from pytest_sway.backends.hf.model.skeletons import OnSkeleton, SharedIdle
+from pytest_sway.backends.hf.model.skeletons import OnSkeleton, SharedIdle, adapter_parameters, scalings_of
 from pytest_sway.backends.hf.model.trial_files import TrialFile
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.errors import BackendUseError
 
 if TYPE_CHECKING:
-    from pytest_sway.backends.hf.model.adapter import Adapter
     from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.bound_model import Adapter
 
 __tracebackhide__ = True
 

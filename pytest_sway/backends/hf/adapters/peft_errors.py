@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.checkpoints.bounds import mending
 from pytest_sway.backends.checkpoints.hub_files import config_of
 from pytest_sway.backends.checkpoints.peft_adapter import CONFIG, NAME
-from pytest_sway.backends.hf.loading.misfits.candidates import defaults_of, hints_of, other_values
+from pytest_sway.backends.hf.loading.misfits import defaults_of, hints_of, other_values
 from pytest_sway.backends.libraries.culprits import Asked, culprit, explanation, said
 from pytest_sway.errors import AdapterMismatchError, BackendLoadError, BackendNotAvailableError, SwayError, WeightsError
 from pytest_sway.spec.model_kwargs import method_of, quantization_of

@@ -9,8 +9,8 @@ from pytest_sway.backends.hf.generation.continuing import Request, Stops, contin
 from pytest_sway.backends.hf.generation.decoding import decoded, most_texts
 from pytest_sway.backends.hf.generation.trials import ALONE, EQUAL, PADDED, continues, decodes
 from pytest_sway.backends.hf.scoring import batching
+from pytest_sway.backends.hf.scoring.batching import in_halves
 from pytest_sway.backends.hf.scoring.engine import Engine
-from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.hf.scoring.packing import MaskedError
 from pytest_sway.backends.text.requests import encoded_prompts, warn_of_cuts
 from pytest_sway.backends.text.stopping import ends_of, stopped_text

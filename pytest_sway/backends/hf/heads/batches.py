@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pytest_sway.backends.hf.scoring import batching
+from pytest_sway.backends.hf.scoring.batching import in_halves
 from pytest_sway.backends.hf.scoring.body_and_head import agree
-from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 
 if TYPE_CHECKING:

@@ -6,8 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.heads.classification import ClassifierView, HeadlessView
-from pytest_sway.backends.hf.heads.embeddings import EmbeddingView
-from pytest_sway.backends.hf.heads.pooling import Poolings
+from pytest_sway.backends.hf.heads.embeddings import EmbeddingView, Poolings
 from pytest_sway.backends.hf.heads.seq2seq import Seq2SeqView
 from pytest_sway.backends.hf.heads.view import QuestionAnsweringView, TokenClassifierView
 from pytest_sway.backends.hf.view import HFView

@@ -14,8 +14,8 @@ from pytest_sway.backends.hf.heads.view import HeadView
 from pytest_sway.backends.hf.sampling import processors, stopping
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
+from pytest_sway.backends.hf.scoring.batching import in_halves
 from pytest_sway.backends.hf.scoring.engine import no_number
-from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.text.chat import prompt_text
 from pytest_sway.backends.text.requests import warn_of_cuts
 from pytest_sway.backends.text.tokens import Window, encode_apart, encode_read

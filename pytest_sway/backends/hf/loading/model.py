@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,10 +11,9 @@ from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import adapter_inside, base_file, config_of, require_complete
 from pytest_sway.backends.checkpoints.sizes import base_entries
 from pytest_sway.backends.hf.loading.classes import has_parts
-from pytest_sway.backends.hf.loading.conversions import told
 from pytest_sway.backends.hf.loading.gguf import load_gguf_model
 from pytest_sway.backends.hf.loading.libraries import quiet_process, torch_dtype
-from pytest_sway.backends.hf.loading.misfits.base_misfits import other_sizes, why_lacking
+from pytest_sway.backends.hf.loading.misfits import other_sizes, why_lacking
 from pytest_sway.backends.hf.loading.model_kwargs import (
     lacking_kernels,
     loading_arguments,
@@ -268,3 +269,22 @@ def _require_complete(spec: ModelSpec, missing: Collection[str]) -> None:
         if config is not None and entries is not None:
             why = why_lacking(config, entries, partial(_made, spec), missing)
     require_complete(spec, missing, why)
+
+
+_RAISED: Final = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception)\b.*$", re.MULTILINE)
+"""Matches the last line of a traceback."""
+
+
+def told(error: Exception) -> Exception:
+    """Return an error with what transformers has collected while it converted weights; ``error`` if that is nothing.
+
+    Args:
+        error: What ``from_pretrained`` raised.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if isinstance(found, dict) and found:
+            name, report = next(iter(found.items()))
+            raised = _RAISED.findall(str(report))
+            return RuntimeError(f"{name} cannot be converted: {raised[-1] if raised else report}")
+    return error

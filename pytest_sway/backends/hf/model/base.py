@@ -1,4 +1,7 @@
-"""`LoadedBase`: a base model that never runs itself, its tokenizer, and the bound model that computes for all users."""
+"""`LoadedBase`: a base model that never runs itself, its tokenizer, and the bound model that computes for all users.
+
+`MergedBase` is a base with adapters merged into it, on which another adapter is put.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from weakref import WeakValueDictionary
 from pytest_sway.backends.checkpoints.gguf_header import gguf_file
 from pytest_sway.backends.checkpoints.hub_files import base_file, config_of
 from pytest_sway.backends.hf.hygiene.contents import ContentsRecord, PatchRecord
-from pytest_sway.backends.hf.hygiene.heap import trim_heap
-from pytest_sway.backends.hf.hygiene.weights_watch import measured
+from pytest_sway.backends.hf.hygiene.memory import measured, trim_heap
 from pytest_sway.backends.hf.loading.classes import is_multimodal
 from pytest_sway.backends.hf.loading.gguf import load_gguf_tokenizer
 from pytest_sway.backends.hf.loading.libraries import quiet_process
@@ -25,7 +27,7 @@ from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.backends.hf.model.trial_files import TrialFile
 from pytest_sway.backends.hf.scoring.answer_cache import AnswerCache, circumstances
 from pytest_sway.backends.hf.scoring.trials import Trials
-from pytest_sway.backends.hf.sharing.tensor_parts import scales_of
+from pytest_sway.backends.hf.sharing.tensor_parts import parts_of, scales_of
 from pytest_sway.backends.hf.sharing.trees import tensors_of
 from pytest_sway.backends.libraries.culprits import Asked, named_culprit
 from pytest_sway.backends.libraries.tokenizer_faults import FILES, MINIMAL, other_parts
@@ -34,8 +36,10 @@ from pytest_sway.spec.tasks import CAUSAL
 from pytest_sway.system.garbage import no_collections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from pytest_sway.backends.hf.model.pristine import Pristine
+    from pytest_sway.backends.local.tokenizer_copies import RustRecord
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
@@ -251,3 +255,52 @@ def base_side(base: LoadedBase) -> BoundModel:
         base.trials,
         recall=base.recall,
     )
+
+
+class MergedBase(LoadedBase):
+    """A base with adapters merged into it. It has its own memory for what they change, and the base's for the rest.
+
+    Args:
+        below: The base, which outlives it.
+        pristine: The merged model. Its own tensors are those that differ from the base's.
+        brought: The record of the tokenizer that an adapter brings; ``None`` for the base's.
+        lacks: The names of the weights of its head that nobody has brought, so that they are noise.
+
+    Attributes:
+        below: The base.
+        brought: The record of its tokenizer; ``None`` if that is the base's.
+    """
+
+    below: LoadedBase
+
+    def __init__(
+        self, below: LoadedBase, pristine: Pristine, brought: RustRecord | None, lacks: frozenset[str] = frozenset()
+    ) -> None:
+        own = set(map(id, pristine.own))
+        super().__init__(
+            below.spec,
+            below.tokenizer if brought is None else brought.tokenizer,
+            pristine,
+            may_hide_something=below.may_hide_something,
+            exposed={name: tensor for name, tensor in pristine.memory.exposed.items() if id(tensor) in own},
+            rust=brought,
+            lacks=lacks,
+        )
+        self.below = below
+        self.brought = brought
+        self.has_tokenizer_of_files = brought is None
+        self._of_base = set(_storages(below.pristine.memory.exposed.values()))
+
+    def watch(self, tree: Any) -> None:
+        """Watch the memory of a tree of an adapter on it. Only the base watches what may live as long as the base."""
+        self.below.watch(tree)
+        self.watches.add(tensor for tensor in tensors_of(tree) if self._of_base.isdisjoint(_storages([tensor])))
+
+    def close(self) -> None:
+        """Release the model and the base."""
+        super().close()
+        self.below = self.brought = None  # type: ignore[assignment] # nobody uses a closed base
+
+
+def _storages(tensors: Iterable[Any]) -> list[int]:
+    return [part.untyped_storage()._cdata for tensor in tensors for _, part in parts_of(tensor)]

@@ -1,12 +1,13 @@
-"""`BoundModel`: one state of a model, such as a base with an adapter."""
+"""`BoundModel`: one state of a model, such as a base with an `Adapter`."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_sway.backends.hf.model.peft_model import inner_model
-from pytest_sway.backends.hf.model.skeletons import OwnIdle, Runner
+from pytest_sway.backends.hf.hygiene.memory import measured
+from pytest_sway.backends.hf.model.skeletons import OwnIdle, Runner, inner_model
 from pytest_sway.backends.hf.scoring.engine import Engine
 from pytest_sway.backends.hf.scoring.forward import Forward
 from pytest_sway.backends.hf.scoring.trials import Trials
@@ -15,7 +16,9 @@ from pytest_sway.errors import BackendClosedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_sway.backends.hf.model.skeletons import Idle
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
+    from pytest_sway.backends.hf.model.pristine import Pristine, Watches
+    from pytest_sway.backends.hf.model.skeletons import Idle, OnSkeleton
     from pytest_sway.backends.hf.scoring.engine import Recall
 
 __tracebackhide__ = True
@@ -156,3 +159,32 @@ class BoundModel:
         inner = inner_model(tree)
         called = inner if self._through_inner_model else tree
         return Runner(tree, Forward(inner, called, trials, one_text_at_a_time=self._one_text_at_a_time))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A verified adapter on its base.
+
+    Attributes:
+        files: The files that it was loaded from.
+        pristine: Makes trees with the adapter.
+        own: The tensors that the adapter does not share with the base, by their names in the ``PeftModel``.
+        scaling: The largest LoRA scaling; 1 if there is none.
+        memory: Tensors that together hold exactly ``own``: the same tensors, or larger ones that they are parts of.
+    """
+
+    files: AdapterFiles
+    pristine: Pristine | OnSkeleton
+    own: dict[str, Any]
+    scaling: float
+    memory: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its own tensors."""
+        return measured(self.memory)
+
+    @property
+    def watches(self) -> Watches:
+        """Watches over its memory in all trees."""
+        return self.pristine.watches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
+from pytest_sway.backends.hf.hygiene.memory import WeightsWatch
 from pytest_sway.backends.hf.loading.tasks import numbers
 from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory
 from pytest_sway.backends.hf.sharing.trees import shares_objects, tensors_of

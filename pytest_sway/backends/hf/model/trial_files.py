@@ -15,8 +15,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.hygiene.samples import alike, sample_of
-from pytest_sway.backends.hf.model.peft_model import inner_model
+from pytest_sway.backends.hf.hygiene.contents import alike, sample_of
+from pytest_sway.backends.hf.model.skeletons import inner_model
 from pytest_sway.backends.hf.scoring.answer_cache import precision
 from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper
 from pytest_sway.backends.hf.sharing.trees import modules_of, tensors_of

@@ -1,7 +1,8 @@
-"""Decides which sequences share a pass. This is arithmetic on lengths; nothing is measured or loaded here.
+"""Decides which sequences share a pass, and retries a batch that runs out of memory in halves.
 
-A pass costs its token positions: with padding, the longest sequence's length times the number of rows. It also has a
-fixed cost of some tens of positions on a CPU and hundreds on an accelerator, because it reads all weights.
+Decisions are arithmetic on lengths; nothing is measured or loaded here. A pass costs its token positions: with padding,
+the longest sequence's length times the number of rows. It also has a fixed cost of some tens of positions on a CPU and
+hundreds on an accelerator, because it reads all weights.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+from pytest_sway.backends.libraries.out_of_memory import out_of_memory
+from pytest_sway.errors import ScoringError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from pytest_sway.backends.text.tokens import Window
+
 
 _PAIRS: Final = 2048
 """About how many pairs of positions in attention cost as much as one position in the rest of the model. Counting
@@ -225,3 +230,40 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
         else:
             most = middle - 1
     return known
+
+
+__tracebackhide__ = True
+
+_T = TypeVar("_T")
+
+
+def in_halves(run: Callable[..., Any], work: Callable[..., list[Any]], batch: Sequence[_T], *args: Any) -> list[Any]:
+    """Return ``run(work, batch, *args)``, one answer for each item. If memory runs out, run each half by itself.
+
+    Raises:
+        ScoringError: There is not enough memory for a single item.
+    """
+    try:
+        answers: list[Any] = run(work, batch, *args)
+        return answers
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise ScoringError(
+                "there is not enough memory to run this model on a single text of this length. Shorten the text,"
+                f" load fewer or smaller models (--sway-cache-size, dtype), or use another device. ({error})"
+            ) from error
+    _return_memory()  # after the handler: its error keeps the tensors of the failed pass alive
+    middle = len(batch) // 2
+    return [
+        *in_halves(run, work, batch[:middle], *args),
+        *in_halves(run, work, batch[middle:], *args),
+    ]
+
+
+def _return_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

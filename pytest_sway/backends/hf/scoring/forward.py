@@ -12,11 +12,10 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
-from pytest_sway.backends.hf.hygiene.heap import reuse_freed_memory, trim_heap
+from pytest_sway.backends.hf.hygiene.memory import reuse_freed_memory, trim_heap
 from pytest_sway.backends.hf.scoring import batching
+from pytest_sway.backends.hf.scoring.alone import RopeRegimes, mixes_texts
 from pytest_sway.backends.hf.scoring.body_and_head import joined, padded, split_model
-from pytest_sway.backends.hf.scoring.mixing import mixes_texts
-from pytest_sway.backends.hf.scoring.rope import RopeRegimes
 from pytest_sway.backends.hf.sharing.trees import modules_of
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import numpy as np
 
 from pytest_sway.backends.hf.scoring import batching
 from pytest_sway.backends.hf.scoring.answer_cache import recalling
+from pytest_sway.backends.hf.scoring.batching import in_halves
 from pytest_sway.backends.hf.scoring.engine import Engine, no_number
-from pytest_sway.backends.hf.scoring.memory_retry import in_halves
 from pytest_sway.backends.hf.scoring.packing import MaskedError
 from pytest_sway.backends.text import tokens as tokenisation
 from pytest_sway.backends.text.requests import encoded_pairs, encoded_prompts, encoded_texts, rolling, warn_of_cuts

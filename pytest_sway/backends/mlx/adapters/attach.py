@@ -1,4 +1,7 @@
-"""Attach an adapter to a base: mlx-lm's layers around the base's arrays, in a tree of their own."""
+"""Attach an adapter to a base: mlx-lm's layers around the base's arrays, in a tree of their own.
+
+Other trees have the adapter scaled, or noise in its place.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,9 @@ from pytest_sway.backends.mlx.adapters.verification import verify_names, verify_
 from pytest_sway.backends.mlx.model.base import load_tokenizer
 from pytest_sway.backends.mlx.model.libraries import mlx_lm_module, quiet_process
 from pytest_sway.backends.mlx.model.placement import computing_on
-from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
-from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
+from pytest_sway.backends.mlx.model.shared_arrays import ClassesRecord, SharedArrays
 from pytest_sway.backends.mlx.model.trees import arrays_of, modules_of, put_arrays, put_modules, tree_of
-from pytest_sway.errors import AdapterMismatchError
+from pytest_sway.errors import AdapterMismatchError, BackendUseError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_sway.backends.mlx.model.base import LoadedBase
 
 __tracebackhide__ = True
+
 
 LEAVES: Final = ("lora_a", "lora_b", "m")
 """The names of an adapter's arrays in mlx-lm's layers: the pair of matrices, and DoRA's magnitudes."""
@@ -220,3 +223,38 @@ def _full_fine_tune(base: LoadedBase, files: AdapterFiles, tensors: Mapping[str,
     verify_names(base.spec, files, unexpected=tensors.keys() - own.keys(), missing=())
     verify_shapes(base.spec, files, tensors, own)
     return {name: tensor.astype(own[name].dtype) for name, tensor in tensors.items()}
+
+
+def scaled(adapter: Adapter, lam: float) -> Any:
+    """Return a tree in which the adapter's LoRA terms are multiplied by ``lam``."""
+    _require_lora(adapter, "as_scaled_adapter")
+    model = tree_of(adapter.model)
+    modules = modules_of(model)
+    for name in adapter.layers:
+        modules[name].scale *= lam
+    return model
+
+
+def null(adapter: Adapter, seed: int, scale: float) -> Any:
+    """Return a tree with noise in place of the adapter's LoRA matrices, each from ``N(0, scale**2)``."""
+    _require_lora(adapter, "as_null_adapter")
+    import mlx.core as mx
+
+    matrices = {name: array for name, array in sorted(adapter.arrays.items()) if not name.endswith(".m")}
+    keys = mx.random.split(mx.random.key(seed % 2**64), len(matrices))
+    noise = {
+        name: mx.random.normal(array.shape, scale=scale, key=key).astype(array.dtype)
+        for key, (name, array) in zip(keys, matrices.items(), strict=True)
+    }
+    mx.eval(noise)
+    model = tree_of(adapter.model)
+    put_arrays(model, noise)
+    return model
+
+
+def _require_lora(adapter: Adapter, what: str) -> None:
+    if not adapter.layers:
+        raise BackendUseError(
+            f"{what} needs a LoRA adapter, but {str(adapter.files.folder)!r} is a full fine-tune, whose weights replace"
+            " the base's. Use as_finetuned()."
+        )

@@ -1,4 +1,4 @@
-"""Verify that an adapter is on the model, and that it changes something."""
+"""Verify that an adapter is on the model, that a fine-tuned model fits its base, and that either changes something."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pytest_sway.backends.local.verification import diverged, unplaced
+from pytest_sway.backends.local.verification import diverged, require_other_weights, unplaced
 from pytest_sway.backends.mlx.model.bound_model import BoundModel
 from pytest_sway.backends.mlx.model.placement import computing_on
 from pytest_sway.backends.mlx.model.trees import arrays_of, not_finite, parameters_of
-from pytest_sway.backends.text.tokens import Window
+from pytest_sway.backends.text.tokens import Window, require_same_tokens
 from pytest_sway.errors import AdapterMismatchError, WeightsError
 from pytest_sway.system.wording import some
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
+
 
 # DoRA's initial magnitudes are norms of the base's weights in the dtype of the training. bf16 has 8 bits.
 _ROUNDING: Final = 2.0**-7
@@ -164,3 +165,15 @@ def _mismatch(base: ModelSpec, files: AdapterFiles, what: str) -> AdapterMismatc
 
 def _shape(array: Any) -> str:
     return " x ".join(map(str, array.shape))
+
+
+def verify_finetuned(base: LoadedBase, tuned: LoadedBase) -> None:
+    """Raise unless the two models have the same tokens and different weights.
+
+    Raises:
+        AdapterMismatchError: Tokens have other ids in the fine-tuned model, or it is equal to its base.
+    """
+    import mlx.core as mx
+
+    require_same_tokens(base.spec, base.encoder, tuned.spec, tuned.encoder)
+    require_other_weights(base.spec, arrays_of(base.model), tuned.spec, arrays_of(tuned.model), mx.array_equal)

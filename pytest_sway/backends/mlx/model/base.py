@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pytest_sway.backends.local.tokenizer_copies import RustRecord, copied_for_test
 from pytest_sway.backends.mlx.model.libraries import mlx_lm_module, quiet_process
 from pytest_sway.backends.mlx.model.placement import computing_on, mlx_device, mlx_dtype
-from pytest_sway.backends.mlx.model.shared_arrays import SharedArrays
-from pytest_sway.backends.mlx.model.snapshots import ClassesRecord
+from pytest_sway.backends.mlx.model.shared_arrays import ClassesRecord, SharedArrays
 from pytest_sway.backends.mlx.model.trees import arrays_of
 from pytest_sway.backends.mlx.model.windows import fit_windows
 from pytest_sway.errors import BackendLoadError

@@ -12,8 +12,8 @@ import pytest
 from werkzeug import Request, Response
 
 from pytest_sway import ModelSpec
-from pytest_sway.backends.api.auth import Key
 from pytest_sway.backends.api.builder import check_api
+from pytest_sway.backends.api.connection import Key
 from pytest_sway.errors import ServerError, SpecError, SwayError
 from tests.unit.backends.api.conftest import Build
 from tests.unit.backends.api.toy import Toy, reply

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from pytest_sway.backends.hf.backend import HFBackend
     from pytest_sway.backends.hf.builder import HFBuilder
-    from pytest_sway.backends.hf.model.adapter import Adapter
     from pytest_sway.backends.hf.model.base import LoadedBase
+    from pytest_sway.backends.hf.model.bound_model import Adapter
     from pytest_sway.backends.hf.view import HFView
     from pytest_sway.backends.local.pooled_backend import Handed
     from pytest_sway.backends.local.tokenizer_copies import RustRecord

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
+from pytest_sway.backends.hf.hygiene.memory import WeightsWatch
 from pytest_sway.errors import BackendClosedError, ScoringError
 from tests.tiny import make_base
 from tests.unit.backends.hf.insides import WAIT, adapter_in, base_in, held_up

@@ -14,7 +14,7 @@ from pytest_sway.backends.hf.hygiene.finite import has_nan
 from pytest_sway.backends.hf.loading.classes import text_parts
 from pytest_sway.backends.hf.loading.model import is_quantized
 from pytest_sway.backends.hf.loading.tasks import numbers
-from pytest_sway.backends.hf.model.peft_model import inner_model
+from pytest_sway.backends.hf.model.skeletons import inner_model
 from pytest_sway.backends.libraries.process import no_warnings
 from pytest_sway.errors import SwayWarning
 from pytest_sway.spec.tasks import is_causal

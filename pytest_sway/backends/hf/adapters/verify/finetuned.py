@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_sway.backends.hf.hygiene.finite import not_finite
 from pytest_sway.backends.hf.loading.classes import text_parts
 from pytest_sway.backends.local.verification import diverged, require_other_weights
-from pytest_sway.backends.text.vocabulary import require_same_tokens
+from pytest_sway.backends.text.tokens import require_same_tokens
 from pytest_sway.errors import AdapterMismatchError, SwayWarning
 from pytest_sway.spec.tasks import CAUSAL, TASKS
 

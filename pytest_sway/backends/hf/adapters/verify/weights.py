@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
-    from pytest_sway.backends.hf.model.adapter import Adapter
+    from pytest_sway.backends.hf.model.bound_model import Adapter
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True

@@ -14,8 +14,8 @@ import pytest
 
 from pytest_sway.backends.checkpoints.sizes import model_sizes
 from pytest_sway.backends.hf.builder import HFBuilder
-from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch
-from pytest_sway.backends.hf.model.merged_base import MergedBase
+from pytest_sway.backends.hf.hygiene.memory import WeightsWatch
+from pytest_sway.backends.hf.model.base import MergedBase
 from pytest_sway.backends.hf.model.pristine import Pristine
 from pytest_sway.cache.backend_cache import BackendCache
 from pytest_sway.errors import AdapterMismatchError, SpecError, SwayWarning

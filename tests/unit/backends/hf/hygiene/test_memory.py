@@ -10,7 +10,7 @@ import pytest
 
 MAPPED = """
 import ctypes, sys, torch
-from pytest_sway.backends.hf.hygiene.heap import reuse_freed_memory
+from pytest_sway.backends.hf.hygiene.memory import reuse_freed_memory
 fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 heap = type("Heap", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_int) for name in fields]})
 state = ctypes.CDLL(None).mallinfo

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_sway.backends.hf.hygiene.samples import alike, sample_of
+from pytest_sway.backends.hf.hygiene.contents import alike, sample_of
 
 SHAPES = [
     (32, 32),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends.hf.scoring.memory_retry import in_halves
+from pytest_sway.backends.hf.scoring.batching import in_halves
 from pytest_sway.errors import ScoringError
 
 

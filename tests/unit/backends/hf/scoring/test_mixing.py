@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pytest_sway.backends.hf.scoring.mixing import mixes_texts
+from pytest_sway.backends.hf.scoring.alone import mixes_texts
 
 
 def _made(name: str, **fields: Any) -> Any:

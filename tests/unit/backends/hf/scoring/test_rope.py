@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pytest_sway.backends.hf.scoring.rope import RopeRegimes
+from pytest_sway.backends.hf.scoring.alone import RopeRegimes
 from tests.tiny import WORDS, make_tokenizer, quiet, save_adapter
 from tests.unit.backends.hf.reference import fresh
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytest_sway.backends.hf.hygiene.contents import ContentsRecord
-from pytest_sway.backends.hf.hygiene.weights_watch import WeightsWatch, measured
+from pytest_sway.backends.hf.hygiene.memory import WeightsWatch, measured
 from pytest_sway.backends.hf.sharing.shared_memory import SharedMemory
 from pytest_sway.backends.hf.sharing.tensor_parts import parts_of
 
