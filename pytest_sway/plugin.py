@@ -2,17 +2,20 @@
 
 Every start of pytest imports this module, so it imports no other one until there is a need. A value of an option, or a
 report, needs the settings. The hooks around tests are imported when the tests are collected, and the cache when a test
-first asks for a backend.
+first asks for a backend. (PYTEST_DONT_REWRITE: this module keeps its assertions as they are.)
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+
+from pytest_sway import _Finder
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
@@ -194,6 +197,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         if _terminal_fd in config.stash:
             os.close(config.stash[_terminal_fd])
             del config.stash[_terminal_fd]
+        if _Finder in sys.meta_path:
+            sys.meta_path.remove(_Finder)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HEAVY = (
     "torch",
     "transformers",
@@ -53,3 +55,30 @@ def test_a_run_that_uses_nothing_of_the_plugin_imports_one_module_of_it(tmp_path
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
     )
     assert set(json.loads(done.stdout.splitlines()[-1])) == {"pytest_sway", "pytest_sway.plugin"}
+
+
+RUNS = """
+import json, sys
+import pytest
+for _ in range(2):
+    assert pytest.main(["-q", "-W", "error", *{options!r}, {folder!r}]) == 0
+rewritten = [name for name, module in sys.modules.items() if name.startswith("pytest_sway.")
+             and type(module.__loader__).__module__ == "_pytest.assertion.rewrite"]
+finders = [str(finder) for finder in sys.meta_path if "pytest_sway" in str(finder)]
+print(json.dumps([rewritten, finders]))
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-p", "no:pytest-sway", "-p", "pytest_sway.plugin")])
+def test_pytest_rewrites_no_assertions_of_the_package_and_nothing_stays_behind(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    (tmp_path / "test_dummy.py").write_text(
+        "def test_dummy(sway_backend): sway_backend({'kind': 'dummy', 'base': 'a', 'adapter': 'b'})"
+    )
+    code = RUNS.format(options=options, folder=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], []]

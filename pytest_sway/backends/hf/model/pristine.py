@@ -71,6 +71,7 @@ class Pristine:
         self.watches = Watches()
         self.watches.add(self.own)
         self._lock = threading.Lock()
+        self._first: tuple[Any, dict[int, Any]] | None = None
         self._again = None if self._works(trial) else again
 
     @property
@@ -96,20 +97,30 @@ class Pristine:
             return tree
         known = {} if known is None else known
         with self._lock:
-            tree = self.memory.tree(known, isolated=isolated, to_run=to_run)
+            if self._first is not None and not (known or isolated or to_run):
+                (tree, made), self._first = self._first, None
+                known.update(made)
+            else:
+                tree = self.memory.tree(known, isolated=isolated, to_run=to_run)
         self.watches.add(known[id(tensor)] for tensor in self.own)
         return tree
 
     def _works(self, trial: bool) -> bool:
-        """Return whether trees share nothing but memory with the model, and agree if they are tried."""
-        taken: list[Any] = []
+        """Return whether trees share nothing but memory with the model, and agree if they are tried.
+
+        A tree that was made for this, and has not run, is kept for the first who asks for one.
+        """
+        known, taken = dict[int, Any](), list[Any]()
         try:
-            tree = self.memory.tree(taken=taken)
+            tree = self.memory.tree(known, taken=taken)
         except Exception:  # a model may hold anything that cannot be copied
             return False
         if shares_objects(taken, self.model):
             return False
-        return not trial or _agree(tree, self.memory.tree())
+        if trial:
+            return _agree(tree, self.memory.tree())
+        self._first = tree, known
+        return True
 
 
 def _agree(one: Any, other: Any) -> bool:

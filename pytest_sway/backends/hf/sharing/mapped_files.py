@@ -148,13 +148,14 @@ class MappedFiles:
         return None if self._written[region] and _is_written(start, nbytes) and not _equals_file(part, start) else part
 
     def give_back(self) -> None:
-        """Drop the pages read so far from files that were asked for and never written to.
+        """Drop the pages read so far of the mappings that were asked for and never written to.
 
-        If they stayed, they would count twice once another mapping of the file reads them.
+        If they stayed, they would count twice once another mapping of the file reads them. Other mappings of the file
+        keep theirs: a model may compute with them.
         """
         with page_flags() as flags:
-            for region in self._regions or ():
-                if self._open.get(region.identity) is not None and never_written(region.start, region.nbytes, flags):
+            for region in self._written:
+                if never_written(region.start, region.nbytes, flags):
                     _give_back(region.start, region.nbytes)
 
     def _file(self, region: _Region) -> MappedFile | None:

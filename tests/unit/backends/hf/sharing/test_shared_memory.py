@@ -271,6 +271,23 @@ def test_what_reading_a_file_has_brought_into_memory_goes_when_trees_are_to_be_m
 
 
 @LINUX
+def test_another_mapping_of_the_file_keeps_its_pages(tmp_path: Path) -> None:
+    model = _mapped(_model(), tmp_path / "weights")
+    runs = SharedMemory(model).tree(to_run=True)
+    runs(torch.ones(1, 64))
+    before = _resident_pages(runs[1].weight)
+    storage_class: Any = torch.UntypedStorage
+    size = (tmp_path / "weights").stat().st_size
+    again = storage_class.from_file(str(tmp_path / "weights"), shared=False, nbytes=size)
+    other = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    other.weight.data = torch.empty(0).set_(again, 0, (64, 64), (64, 1))
+    assert other.weight.isfinite().all()  # reads each page
+    SharedMemory(other)
+    assert _resident_pages(other.weight) == 0
+    assert _resident_pages(runs[1].weight) == before == 4
+
+
+@LINUX
 def test_what_was_written_to_a_mapped_file_before_trees_are_made_of_it_stays(tmp_path: Path) -> None:
     model = _mapped(_model(), tmp_path / "weights")
     model[1].weight[0, 0] = 7.0
