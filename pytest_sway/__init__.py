@@ -63,20 +63,20 @@ __all__ = [
 __version__: str
 
 
-class _Finder:
-    """Finds this package's modules for a run of pytest, which would rewrite their assertions.
+class Finder:
+    """Finds this package's modules before pytest does, which would rewrite their assertions.
 
     pytest reads a rewritten module's bytecode in many small pieces, and takes twice as long for the 160 modules behind
-    a backend.
+    a backend. Each run of pytest has a finder of its own.
     """
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Return the module's spec; ``None`` for those of other packages."""
         return PathFinder.find_spec(name, path, target) if name.startswith("pytest_sway.") else None
 
 
 if "_pytest.assertion.rewrite" in sys.modules:
-    sys.meta_path.insert(0, _Finder)  # until pytest_unconfigure
+    sys.meta_path.insert(0, Finder())  # for the plugin's module, which removes it
 
 _HOMES = {
     "backends.registry": ("cache_key_for",),

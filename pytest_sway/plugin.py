@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from pytest_sway import _Finder
+from pytest_sway import Finder
 
 if TYPE_CHECKING:
     from pytest_sway.cache.backend_cache import BackendCache
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pytest_sway.run.settings import SwaySettings
     from pytest_sway.spec.model_spec import ModelSpec
     from pytest_sway.spec.parsing import SpecLike
+
+sys.meta_path[:] = (finder for finder in sys.meta_path if not isinstance(finder, Finder))  # each run has its own
 
 # Annotated, since StashKey[...]() takes longer.
 _settings: pytest.StashKey[SwaySettings] = pytest.StashKey()
@@ -147,7 +149,10 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Go offline before a conftest.py imports anything heavy."""
+    """Keep pytest's rewriting from the package, and go offline before a conftest.py imports anything heavy."""
+    finder = Finder()
+    sys.meta_path.insert(0, finder)
+    early_config.add_cleanup(partial(sys.meta_path.remove, finder))
     if asks_for_offline(early_config):
         from pytest_sway.system.offline import go_offline
 
@@ -155,7 +160,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Resolve the settings; a bad value ends the run here, before collection."""
+    """Resolve the settings if one is given; a bad value ends the run here, before collection."""
     config.addinivalue_line(
         "markers",
         "sway_spec(*specs): the specs that the test uses; with exactly one, sway_backend() needs no argument.",
@@ -167,17 +172,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.stash[_changed] = check_changes(config)
     config.stash[_terminal_fd] = os.dup(2)  # capture replaces descriptor 2 while a test runs, not yet now
-    if config.getoption("sway_record"):
-        _current(config)  # its summary says what was recorded, if only that nothing was
-    config.pluginmanager.register(_Order(), "pytest_sway_order")  # last, so that it is the first to reorder
+    # After all installed plugins, so that it reorders first and a plugin that shuffles has the last word.
+    config.pluginmanager.register(_Order(), "pytest_sway_order")
     controller = None
     if getattr(config.option, "tx", None):  # pytest-xdist's workers
         from pytest_sway.run.controller import Controller, distributes
 
         if distributes(config):
-            _current(config).collect()  # first, so that its summary is below the controller's
             controller = Controller(config, _resolved(config))
             config.pluginmanager.register(controller, "pytest_sway_controller")
+            _current(config).collect()
     asks_for_reports = any(config.getoption(name) is not None for name in REPORTS)
     if asks_for_reports and not hasattr(config, "workerinput") and not config.getoption("collectonly"):
         from pytest_sway.run.reports import Reports
@@ -197,8 +201,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         if _terminal_fd in config.stash:
             os.close(config.stash[_terminal_fd])
             del config.stash[_terminal_fd]
-        if _Finder in sys.meta_path:
-            sys.meta_path.remove(_Finder)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -286,6 +288,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         registered(config, "pytest_sway_tests", partial(AroundTests, _current(config)))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Close every backend; session fixtures have ended by now, even after an interrupt."""
+    run = session.config.stash.get(_run, None)
+    if run is not None:
+        run.end(session)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the comparisons, and the summary if a test used a backend."""
+    run = _current(config) if config.getoption("sway_record") else config.stash.get(_run, None)
+    if run is not None:
+        run.summarize(terminalreporter)
+
+
 # --- the run's state --------------------------------------------------------------------------------------------------
 
 
@@ -338,10 +355,8 @@ def _current(config: pytest.Config) -> CurrentRun:
     """Return the run's state, creating it on first use."""
     if _run not in config.stash:
         from pytest_sway.run.current import CurrentRun
-        from pytest_sway.run.registering import registered
 
-        make = partial(CurrentRun, config, _resolved(config), config.stash[_terminal_fd])
-        config.stash[_run] = registered(config, "pytest_sway_run", make)
+        config.stash[_run] = CurrentRun(config, _resolved(config), config.stash[_terminal_fd])
     return config.stash[_run]
 
 

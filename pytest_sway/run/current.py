@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class CurrentRun:
-    """The state of one run, which is a plugin with the hooks of its end. Each part is made when it is first asked for.
+    """The state of one run. Each part is made when it is first asked for.
 
     Args:
         config: The run's configuration.
@@ -75,12 +75,8 @@ class CurrentRun:
 
         return [WorkerReport("main", None if self.used is None else self.used.stats)]
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Close every backend, send a worker's counts, and fail the run if weights have leaked.
-
-        Session fixtures have ended by now, even after an interrupt.
-        """
+    def end(self, session: pytest.Session) -> None:
+        """Close every backend, send a worker's counts, and fail the run if weights have leaked."""
         if self.used is None:
             return
         from pytest_sway.run.controller import publish
@@ -91,8 +87,7 @@ class CurrentRun:
         if self._settings.fails_run(self.used.stats.leaks) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    @pytest.hookimpl
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def summarize(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the comparisons, what was recorded, and the summary if a test used a backend."""
         if self.collected is not None:
             from pytest_sway.report.comparisons import write_comparisons

@@ -1,6 +1,6 @@
 """Reorders the collected tests for fewest loads, and tells xdist which tests belong together.
 
-A run imports this module only if a test has a marker or parameters that may name a spec.
+A run imports this module only if a test has a marker that names specs, or parameters that may be some.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_sway.run.dealing.needs import GROUP, with_needs
+from pytest_sway.run.registering import registered
 
 if TYPE_CHECKING:
     from pytest_sway.run.scheduling import Needs
@@ -43,7 +44,7 @@ def reorder(config: pytest.Config, items: list[pytest.Item], settings: SwaySetti
             item.stash[_needs] = needs
     items[:] = [items[position] for position in ordered(_known(items))]
     if hasattr(config, "workerinput"):
-        config.pluginmanager.register(SendsNeeds(), "pytest_sway_sends_needs")
+        registered(config, "pytest_sway_sends_needs", SendsNeeds)
 
 
 def _spec_values(item: pytest.Item) -> list[Any]:

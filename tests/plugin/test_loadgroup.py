@@ -40,6 +40,21 @@ def test_groups_are_cut_over_what_is_left_when_all_is_deselected(suite: Suite) -
     assert sorted(shares(suite)) == ["aa", "bb"]
 
 
+def test_a_plugin_may_have_the_tests_ordered_once_more(suite: Suite) -> None:
+    suite.pytester.makepyfile(
+        twice="""
+import pytest
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(session, config, items):
+    if hasattr(config, "workerinput") and not hasattr(config, "again"):
+        config.again = True
+        config.hook.pytest_collection_modifyitems(session=session, config=config, items=items)
+"""
+    )
+    suite.run_apart(WORST_ORDER, *LOADGROUP, "-p", "twice").assert_outcomes(passed=9, failed=3)
+
+
 def test_groups_of_the_user_are_kept(suite: Suite) -> None:
     result = suite.run_apart(
         WORST_ORDER

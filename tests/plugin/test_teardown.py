@@ -92,6 +92,25 @@ def test_two(sway_backend):
     result.stdout.fnmatch_lines(["failed to close: closing dummy:bad-close failed: RuntimeError: cannot close"])
 
 
+def test_the_last_hooks_of_a_conftest_come_after_the_closes(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("""
+import pytest
+
+def pytest_sway_backend_evicted(spec):
+    print("EVICTED")
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish():
+    print("LAST")
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.line("SUMMARY")
+""")
+    pytester.makepyfile('def test_x(sway_backend): sway_backend({"kind": "dummy", "base": "a", "adapter": "b"})')
+    result = pytester.runpytest("-s")
+    result.stdout.fnmatch_lines(["*EVICTED", "LAST", "SUMMARY", "*= sway =*"])
+
+
 def test_the_copy_of_the_terminal_is_closed_even_if_the_last_close_is_interrupted() -> None:
     class Interrupted:
         def close(self) -> None:

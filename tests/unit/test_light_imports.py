@@ -36,6 +36,10 @@ def test_the_modules_of_which_every_run_imports_some_are_light() -> None:
     assert _imported_by("".join(f"import pytest_sway.{module};" for module in modules.split())) == set()
 
 
+def test_the_api_kind_is_checked_without_its_libraries() -> None:
+    assert _imported_by("import pytest_sway.backends.api.builder") == set()
+
+
 def test_a_cache_is_made_without_anything_heavy() -> None:
     assert _imported_by("from pytest_sway.cache.backend_cache import BackendCache; BackendCache().shutdown()") == set()
 
@@ -60,10 +64,11 @@ def test_a_run_that_uses_nothing_of_the_plugin_imports_one_module_of_it(tmp_path
 RUNS = """
 import json, sys
 import pytest
-for _ in range(2):
-    assert pytest.main(["-q", "-W", "error", *{options!r}, {folder!r}]) == 0
+for option in ("--collect-only", "-q"):
+    assert pytest.main([option, "-q", "-W", "error", *{options!r}, {folder!r}]) == 0
 rewritten = [name for name, module in sys.modules.items() if name.startswith("pytest_sway.")
              and type(module.__loader__).__module__ == "_pytest.assertion.rewrite"]
+pytest.main(["--no-such-option"])
 finders = [str(finder) for finder in sys.meta_path if "pytest_sway" in str(finder)]
 print(json.dumps([rewritten, finders]))
 """

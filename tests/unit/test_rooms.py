@@ -148,6 +148,8 @@ def against_the_order(found: set[Arrow]) -> list[str]:
 def _points_down(arrow: Arrow) -> bool:
     if not arrow.source:
         return True  # the package itself exports the public names
+    if not arrow.target:
+        return arrow.source == "plugin"  # which needs the package's finder at each start
     source, target = arrow.source.split("."), arrow.target.split(".")
     shared = 0
     while shared < min(len(source), len(target)) and source[shared] == target[shared]:

@@ -21,7 +21,6 @@ from pytest_sway.spec.paths import is_path
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
-    from pytest_sway.backends.checkpoints.plan import Plan
     from pytest_sway.backends.local.pool import PoolLease
     from pytest_sway.backends.mlx.adapters.files import AdapterFiles
     from pytest_sway.backends.mlx.backend import MLXBackend

@@ -35,19 +35,15 @@ from pytest_sway.system.redaction import redacted
 from pytest_sway.system.wording import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
     from typing import TextIO
 
     import pytest
 
-    from pytest_sway.cache.entries import CachedBackend
-    from pytest_sway.cache.owners import Owner
     from pytest_sway.cache.stats import SwayStats
     from pytest_sway.errors import MutationError
     from pytest_sway.report.progress import LoadProgress
     from pytest_sway.run.settings import SwaySettings
-    from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True
 

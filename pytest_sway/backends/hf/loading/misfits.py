@@ -19,16 +19,14 @@ from pytest_sway.system.reading import CONFIG_BYTES, read_bounded
 from pytest_sway.system.wording import shown, some
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
     from pytest_sway.backends.checkpoints.safetensors_header import TensorEntry
+    from pytest_sway.backends.libraries.culprits import Contents, Field
 
     Make = Callable[[Path], Any]
     Sizes = Mapping[str, tuple[int, ...]]
-    from collections.abc import Iterable, Mapping
-
-    from pytest_sway.backends.checkpoints.peft_adapter import AdapterFiles
-    from pytest_sway.backends.libraries.culprits import Contents, Field
 
 __tracebackhide__ = True
 

@@ -38,8 +38,6 @@ from pytest_sway.system.garbage import no_collections
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from pytest_sway.backends.hf.model.pristine import Pristine
-    from pytest_sway.backends.local.tokenizer_copies import RustRecord
     from pytest_sway.spec.model_spec import ModelSpec
 
 __tracebackhide__ = True

@@ -9,10 +9,7 @@ frequencies of its own for each length beyond a limit, and keeps those of the lo
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Any
 
 __tracebackhide__ = True
 
