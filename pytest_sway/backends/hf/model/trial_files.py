@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 """Raise it when a trial or a pass changes, so that results of older versions are not used."""
 
 _KNOWN: Final = frozenset({"torch", "transformers", "peft"})

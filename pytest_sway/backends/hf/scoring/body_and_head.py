@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _TRIAL_LENGTH: Final = 4
+_FEW_ROWS: Final = 16
+_FEW_ROWS_FOR_ONE_THREAD: Final = 8
+"""The most rows for which `_head_of_few_rows` was faster, on an AMD EPYC with AVX-512."""
 
 
 class BodyAndHead:
@@ -106,7 +109,7 @@ class BodyAndHead:
     def logits(self, rows: Any) -> Any:
         """Return the logits of hidden states: ``(rows, vocabulary)`` for ``(rows, hidden size)``."""
         output = self._output_class(last_hidden_state=rows.unsqueeze(0))
-        with _returning(self._body, output):
+        with _returning(self._body, output), _head_of_few_rows(self._model, len(rows)):
             return self._model(input_ids=rows.new_zeros((1, len(rows)), dtype=int), use_cache=False).logits[0]
 
     def hidden_after(self, context: Sequence[int], tails: Sequence[Sequence[int]], cached_tokens: int) -> list[Any]:
@@ -199,6 +202,47 @@ def _output_class(model: Any, body: Any, ids: Any, whole: Any, trials: Trials) -
         trials.failed()
         return None
     return type(output) if agree(parts, whole) else None
+
+
+@contextmanager
+def _head_of_few_rows(model: Any, rows: int) -> Iterator[None]:
+    """Multiply few rows by the weights of the output layer as MKL reads them in place, if the layer is plain.
+
+    ``torch.nn.Linear`` has MKL copy the weights first. With the factors exchanged it does not: for 262,144 tokens on
+    two cores that takes a third of the time for 2 to 7 rows, half for 8, and 0.75 of it for 16. The numbers are equal
+    but for rounding.
+    """
+    import torch
+
+    mkl: Any = torch.backends.mkl
+    most = _FEW_ROWS if torch.get_num_threads() > 1 else _FEW_ROWS_FOR_ONE_THREAD
+    head: Any = model.get_output_embeddings() if 1 < rows <= most and mkl.is_available() else None
+    if not _is_plain_layer(head):
+        yield
+        return
+    vars(head)["forward"] = lambda states: _times(states, head.weight)
+    try:
+        yield
+    finally:
+        del vars(head)["forward"]
+
+
+def _is_plain_layer(layer: Any) -> bool:
+    """Return whether a layer only multiplies float32 states by float32 weights, on a CPU."""
+    import torch
+
+    if type(layer) is not torch.nn.Linear or layer.bias is not None or torch.is_autocast_enabled("cpu"):
+        return False
+    forward, weight = layer.forward, layer.weight
+    if getattr(forward, "__self__", None) is not layer or forward.__module__ != torch.nn.Linear.__module__:
+        return False  # somebody has replaced it
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    return type(weight) in kinds and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+
+
+def _times(states: Any, weight: Any) -> Any:
+    """Return ``states @ weight.T``, computed as ``weight @ states.T``."""
+    return weight.mm(states.flatten(0, -2).t()).t().contiguous().view(*states.shape[:-1], -1)
 
 
 @contextmanager
