@@ -79,7 +79,9 @@ def test_pytest_rewrites_no_assertions_of_the_package_and_nothing_stays_behind(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     (tmp_path / "test_dummy.py").write_text(
-        "def test_dummy(sway_backend): sway_backend({'kind': 'dummy', 'base': 'a', 'adapter': 'b'})"
+        "import importlib\n"
+        "def test_dummy(sway_backend): sway_backend({'kind': 'dummy', 'base': 'a', 'adapter': 'b'})\n"
+        "def test_reload(): importlib.reload(importlib.import_module('pytest_sway.plugin'))\n"
     )
     code = RUNS.format(options=options, folder=str(tmp_path))
     done = subprocess.run(

@@ -181,4 +181,4 @@ class GrowingTexts:
         return kept
 
     def _logits(self, states: Any) -> Any:
-        return self._forward.head(states).float()
+        return self._forward.next_logits(states).float()

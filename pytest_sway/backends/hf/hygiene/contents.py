@@ -146,20 +146,46 @@ class PatchRecord:
             yield name, hooks, [key for key in hooks if key not in before]
 
 
+def home_of(function: Any) -> str:
+    """Return the name of the module whose code a function runs; ``functools.wraps`` makes ``__module__`` tell another.
+
+    It is empty for what is not a function of Python.
+    """
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+
+
 def _is_own(forward: Any, kind: type) -> bool:
-    """Return whether a ``forward`` is the one that a class, or a class it inherits from, was defined with."""
+    """Return whether a ``forward`` is the one that a class, or a class it inherits from, was defined with.
+
+    The decorators of transformers may be around it.
+    """
     defined = {(parent.__module__, f"{parent.__qualname__}.forward") for parent in kind.__mro__}
-    return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) in defined
+    homes = {"transformers", *(parent.__module__.partition(".")[0] for parent in kind.__mro__)}
+    named = (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", ""))
+    return named in defined and home_of(forward).partition(".")[0] in homes
 
 
 def _is_transformers(function: Any) -> bool:
-    return str(getattr(function, "__module__", "")).startswith("transformers.")
+    return home_of(function).startswith("transformers.")
 
 
 def _attention_functions() -> dict[str, Any]:
     utilities: Any = import_module("transformers.modeling_utils")
     functions: dict[str, Any] = utilities.ALL_ATTENTION_FUNCTIONS._global_mapping
     return functions
+
+
+def is_observed() -> bool:
+    """Return whether hooks on all modules, modes for all operations or a profiler are active."""
+    import torch
+
+    modules: Any = import_module("torch.nn.modules.module")
+    return bool(
+        modules._has_any_global_hook()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def _global_hooks() -> Iterable[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.hygiene.contents import alike, sample_of
+from pytest_sway.backends.hf.hygiene.contents import alike, home_of, sample_of
 from pytest_sway.backends.hf.model.skeletons import inner_model
 from pytest_sway.backends.hf.scoring.answer_cache import precision
 from pytest_sway.backends.hf.sharing.tensor_parts import is_wrapper
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_FORMAT: Final = 3
+_FORMAT: Final = 2
 """Raise it when a trial or a pass changes, so that results of older versions are not used."""
 
 _KNOWN: Final = frozenset({"torch", "transformers", "peft"})
@@ -126,13 +126,13 @@ def _configs_of_parts(model: Any) -> list[Any]:
 def _is_known(module: Any) -> bool:
     """Return whether only code of the libraries computes a module: no other class, hook or replaced ``forward``."""
     kind = type(module)
-    if "forward" in vars(module) or not (_is_of_libraries(kind) and _is_of_libraries(kind.forward)):
+    if "forward" in vars(module) or not (_is_of_libraries(kind.__module__) and _is_of_libraries(home_of(kind.forward))):
         return False
     return not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _is_of_libraries(code: Any) -> bool:
-    return str(getattr(code, "__module__", "")).partition(".")[0] in _KNOWN
+def _is_of_libraries(module: str) -> bool:
+    return module.partition(".")[0] in _KNOWN
 
 
 def _is_known_attention(name: Any) -> bool:

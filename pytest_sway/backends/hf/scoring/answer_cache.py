@@ -18,8 +18,9 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from hashlib import blake2b
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pytest_sway.backends.hf.hygiene.contents import is_observed
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -140,7 +141,7 @@ def precision(device_type: str) -> tuple[Any, ...] | None:
     """
     import torch
 
-    if _is_observed():
+    if is_observed():
         return None
     cuda: Any = torch.backends.cuda
     mkldnn: Any = torch.backends.mkldnn
@@ -167,16 +168,3 @@ def _float32_precision() -> tuple[Any, ...]:
     with suppress(RuntimeError):  # it raises once one of those was set
         told.append(torch._C._get_float32_matmul_precision())
     return tuple(told)
-
-
-def _is_observed() -> bool:
-    """Return whether hooks on all modules, modes for all operations or a profiler are active."""
-    import torch
-
-    modules: Any = import_module("torch.nn.modules.module")
-    return bool(
-        modules._has_any_global_hook()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._autograd._profiler_enabled()
-    )

@@ -8,9 +8,10 @@ the model's own logits. Each other way to run the body has a trial, too.
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_sway.backends.hf.hygiene.contents import home_of, is_observed
 from pytest_sway.backends.hf.scoring import batching, packing
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
@@ -24,8 +25,9 @@ __tracebackhide__ = True
 
 _TRIAL_LENGTH: Final = 4
 _FEW_ROWS: Final = 16
-_FEW_ROWS_FOR_ONE_THREAD: Final = 8
-"""The most rows for which `_head_of_few_rows` was faster, on an AMD EPYC with AVX-512."""
+_FEW_ROWS_FOR_ONE_THREAD: Final = 5
+_MANY_WEIGHTS: Final = 2**20
+"""Where `_quick_head` was faster on an AMD EPYC with AVX-512, for 32,000 to 262,144 tokens."""
 
 
 class BodyAndHead:
@@ -106,10 +108,15 @@ class BodyAndHead:
             agree(_at(states, places), _at(apart, others)) for places, others in zip(row.places, alone, strict=True)
         )
 
-    def logits(self, rows: Any) -> Any:
-        """Return the logits of hidden states: ``(rows, vocabulary)`` for ``(rows, hidden size)``."""
+    def logits(self, rows: Any, *, quick: bool = False) -> Any:
+        """Return the logits of hidden states: ``(rows, vocabulary)`` for ``(rows, hidden size)``.
+
+        Args:
+            rows: The hidden states.
+            quick: They may differ from the layer's own by rounding, if that is faster; see `_quick_head`.
+        """
         output = self._output_class(last_hidden_state=rows.unsqueeze(0))
-        with _returning(self._body, output), _head_of_few_rows(self._model, len(rows)):
+        with _returning(self._body, output), _quick_head(self._model) if quick else nullcontext():
             return self._model(input_ids=rows.new_zeros((1, len(rows)), dtype=int), use_cache=False).logits[0]
 
     def hidden_after(self, context: Sequence[int], tails: Sequence[Sequence[int]], cached_tokens: int) -> list[Any]:
@@ -205,44 +212,51 @@ def _output_class(model: Any, body: Any, ids: Any, whole: Any, trials: Trials) -
 
 
 @contextmanager
-def _head_of_few_rows(model: Any, rows: int) -> Iterator[None]:
+def _quick_head(model: Any) -> Iterator[None]:
     """Multiply few rows by the weights of the output layer as MKL reads them in place, if the layer is plain.
 
-    ``torch.nn.Linear`` has MKL copy the weights first. With the factors exchanged it does not: for 262,144 tokens on
-    two cores that takes a third of the time for 2 to 7 rows, half for 8, and 0.75 of it for 16. The numbers are equal
-    but for rounding.
+    ``torch.nn.Linear`` has MKL copy the weights first. With the factors exchanged it does not: on two cores, 16 rows
+    take 0.75 of the time, and 2 to 8 rows half of it. The numbers are equal but for rounding.
     """
     import torch
 
     mkl: Any = torch.backends.mkl
-    most = _FEW_ROWS if torch.get_num_threads() > 1 else _FEW_ROWS_FOR_ONE_THREAD
-    head: Any = model.get_output_embeddings() if 1 < rows <= most and mkl.is_available() else None
+    head: Any = None
+    if model.device.type == "cpu" and mkl.is_available():
+        with suppress(Exception):  # an unknown architecture may raise anything
+            head = model.get_output_embeddings()
     if not _is_plain_layer(head):
         yield
         return
-    vars(head)["forward"] = lambda states: _times(states, head.weight)
+    most = _FEW_ROWS if torch.get_num_threads() > 1 else _FEW_ROWS_FOR_ONE_THREAD
+
+    def forward(input: Any) -> Any:  # noqa: A002 # as torch names it
+        is_quick = 1 < input.numel() // head.in_features <= most
+        return (_exchanged if is_quick else torch.nn.functional.linear)(input, head.weight)
+
+    vars(head)["forward"] = forward
     try:
         yield
     finally:
         del vars(head)["forward"]
 
 
+def _exchanged(states: Any, weight: Any) -> Any:
+    """Return ``states @ weight.T``, computed as ``weight @ states.T``."""
+    return weight.mm(states.flatten(0, -2).t()).t().contiguous().view(*states.shape[:-1], len(weight))
+
+
 def _is_plain_layer(layer: Any) -> bool:
-    """Return whether a layer only multiplies float32 states by float32 weights, on a CPU."""
+    """Return whether a layer only multiplies float32 states by many float32 weights, by torch's own code."""
     import torch
 
-    if type(layer) is not torch.nn.Linear or layer.bias is not None or torch.is_autocast_enabled("cpu"):
+    if type(layer) is not torch.nn.Linear or layer.bias is not None or "forward" in vars(layer):
         return False
-    forward, weight = layer.forward, layer.weight
-    if getattr(forward, "__self__", None) is not layer or forward.__module__ != torch.nn.Linear.__module__:
-        return False  # somebody has replaced it
-    kinds = (torch.Tensor, torch.nn.Parameter)
-    return type(weight) in kinds and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
-
-
-def _times(states: Any, weight: Any) -> Any:
-    """Return ``states @ weight.T``, computed as ``weight @ states.T``."""
-    return weight.mm(states.flatten(0, -2).t()).t().contiguous().view(*states.shape[:-1], -1)
+    weight, torchs = layer.weight, torch.nn.functional.linear is torch._C._nn.linear
+    if not torchs or home_of(torch.nn.Linear.forward) != torch.nn.Linear.__module__ or is_observed():
+        return False  # somebody has replaced it, or looks at each operation
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.dtype == torch.float32
+    return plain and weight.numel() >= _MANY_WEIGHTS and not torch.is_autocast_enabled("cpu")
 
 
 @contextmanager

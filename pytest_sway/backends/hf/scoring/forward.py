@@ -172,9 +172,9 @@ class Forward:
         with self._trimmed(row.input_ids.shape[1]):
             return self._parts.in_a_row(row)
 
-    def head(self, states: Any) -> Any:
-        """Return the logits of hidden states, shape ``(rows, vocabulary)``, if `packs` allows any row."""
-        return self._parts.logits(states)
+    def next_logits(self, states: Any) -> Any:
+        """Return logits to choose tokens by, shape ``(rows, vocabulary)``, if `packs` allows any row."""
+        return self._parts.logits(states, quick=True)
 
     @property
     def _parts(self) -> BodyAndHead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 from contextlib import closing
@@ -510,27 +511,34 @@ def test_a_class_that_inherits_its_forward_inherits_it_again(monkeypatch: pytest
     assert Parent.forward is forward
 
 
+def _plainly(_original: Any) -> Callable[[Any], Any]:
+    return lambda function: function
+
+
+@pytest.mark.parametrize("wraps", [_plainly, functools.wraps])
 def test_a_class_whose_forward_was_patched_is_found_once_and_put_back(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, wraps: Callable[[Any], Any]
 ) -> None:
     with shared.backend.as_base() as view:
         before = _scored(view)
         kind = type(view.model.model.layers[0].mlp)
-        monkeypatch.setattr(kind, "forward", lambda self, states: states * 0)
+        monkeypatch.setattr(kind, "forward", wraps(kind.forward)(lambda self, states: states * 0))
         assert _scored(view) != before
     line = f"class {kind.__module__}.{kind.__qualname__}: its forward was replaced"
     assert shared.backend.changes() == [line]
     shared.require_nothing_changed()
 
 
+@pytest.mark.parametrize("wraps", [_plainly, functools.wraps])
 def test_an_attention_function_that_was_replaced_is_found_once_and_put_back(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, wraps: Callable[[Any], Any]
 ) -> None:
     from transformers import AttentionInterface
 
     functions = AttentionInterface._global_mapping
     monkeypatch.setitem(functions, "sdpa", functions["sdpa"])
-    AttentionInterface.register("sdpa", lambda module, query, *_, **__: (query.transpose(1, 2) * 0, None))
+    zeros = wraps(functions["sdpa"])(lambda module, query, *_, **__: (query.transpose(1, 2) * 0, None))
+    AttentionInterface.register("sdpa", zeros)
     assert shared.backend.changes() == ["transformers' attention function 'sdpa': it was replaced"]
     shared.require_nothing_changed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -272,14 +273,15 @@ def test_trials_are_not_remembered_if_the_precision_changes_between_them(base: P
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("wraps", [lambda original: lambda function: function, functools.wraps])
 def test_what_a_patched_class_computes_is_not_remembered(
-    base: Path, cache: Path, trials: list[str], monkeypatch: pytest.MonkeyPatch
+    base: Path, cache: Path, trials: list[str], monkeypatch: pytest.MonkeyPatch, wraps: Any
 ) -> None:
     backend = HFBuilder(score_cache=0)(spec_of(base))
     with backend.as_base() as view:
         kind = type(computing_model(view).model.layers[0].mlp)
         with monkeypatch.context() as patch:
-            patch.setattr(kind, "forward", lambda self, states: states * 0 + states.mean())
+            patch.setattr(kind, "forward", wraps(kind.forward)(lambda self, states: states * 0 + states.mean()))
             view.rolling_logprobs(TEXTS)
         assert not cache.exists()
         assert trials == ["divide", "pack"]
