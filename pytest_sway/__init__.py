@@ -70,13 +70,19 @@ class Finder:
     a backend. Each run of pytest has a finder of its own.
     """
 
+    def insert(self) -> None:
+        """Take the place before pytest's own finder, so that those of other tools still come first."""
+        for place, finder in enumerate(sys.meta_path):
+            if type(finder).__name__ == "AssertionRewritingHook":
+                sys.meta_path.insert(place, self)
+                return
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Return the module's spec; ``None`` for those of other packages."""
         return PathFinder.find_spec(name, path, target) if name.startswith("pytest_sway.") else None
 
 
-if "_pytest.assertion.rewrite" in sys.modules:
-    sys.meta_path.insert(0, Finder())  # for the plugin's module, which removes it
+Finder().insert()  # for the plugin's module, which removes it
 
 _HOMES = {
     "backends.registry": ("cache_key_for",),

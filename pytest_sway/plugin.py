@@ -156,7 +156,7 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Keep pytest's rewriting from the package, and go offline before a conftest.py imports anything heavy."""
     finder = Finder()
-    sys.meta_path.insert(0, finder)
+    finder.insert()
     early_config.add_cleanup(partial(_remove_finder, finder))
     if asks_for_offline(early_config):
         from pytest_sway.system.offline import go_offline

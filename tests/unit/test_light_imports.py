@@ -74,6 +74,20 @@ print(json.dumps([rewritten, finders]))
 """
 
 
+def test_other_tools_still_find_the_package_first(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(
+        "import sys\n"
+        "class Other:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        print('asked for', name) if name.startswith('pytest_sway') else None\n"
+        "sys.meta_path.insert(0, Other())\n"
+    )
+    (tmp_path / "test_dummy.py").write_text("def test_dummy(sway_backend): pass")
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "other", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+    assert {"pytest_sway.plugin", "pytest_sway.run.settings"} <= {line[10:] for line in done.stdout.splitlines()}
+
+
 @pytest.mark.parametrize("options", [(), ("-p", "no:pytest-sway", "-p", "pytest_sway.plugin")])
 def test_pytest_rewrites_no_assertions_of_the_package_and_nothing_stays_behind(
     tmp_path: Path, options: tuple[str, ...]
