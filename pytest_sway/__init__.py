@@ -77,6 +77,11 @@ class Finder:
                 sys.meta_path.insert(place, self)
                 return
 
+    def remove(self) -> None:
+        """Leave that place, if nobody else has emptied it."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Return the module's spec; ``None`` for those of other packages."""
         return PathFinder.find_spec(name, path, target) if name.startswith("pytest_sway.") else None

@@ -95,11 +95,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _remove_finder(finder: Finder) -> None:
-    if finder in sys.meta_path:  # a test may have changed the list
-        sys.meta_path.remove(finder)
-
-
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -157,7 +152,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Keep pytest's rewriting from the package, and go offline before a conftest.py imports anything heavy."""
     finder = Finder()
     finder.insert()
-    early_config.add_cleanup(partial(_remove_finder, finder))
+    early_config.add_cleanup(finder.remove)
     if asks_for_offline(early_config):
         from pytest_sway.system.offline import go_offline
 
