@@ -262,19 +262,19 @@ def test_inv17_it_waits_until_its_deadline(build: FakeBuild) -> None:
 
 def test_inv17_a_caller_that_holds_the_room_for_a_load_it_waits_for_waits_until_the_deadline(build: FakeBuild) -> None:
     """Another thread leads the load that both threads request."""
-    cache = BackendCache(max_size=1, build=build, lease_timeout=0.3)
+    cache = BackendCache(max_size=1, build=build, lease_timeout=2)
     watched = Watched(cache)
     with cache.lease(spec("a"), holder="a test"):
         leader = Call(partial(cache.acquire, spec("b")))
         watched.until_waiting(1)
-        sentence = r"none of them was released within 0.3 s: dummy:org/a \(held by a test\)"
+        sentence = r"none of them was released within 2 s: dummy:org/a \(held by a test\)"
         with pytest.raises(CacheFullError, match=sentence):
             cache.acquire(spec("b"))
         assert isinstance(leader.error(), CacheFullError)
 
 
 def test_inv17_waiters_for_a_load_without_room_get_its_error(build: FakeBuild) -> None:
-    cache = BackendCache(max_size=1, build=build, lease_timeout=0.3)
+    cache = BackendCache(max_size=1, build=build, lease_timeout=2)
     watched = Watched(cache)
     with cache.lease(spec("a")):
         calls = [Call(partial(cache.acquire, spec("b"))) for _ in range(3)]

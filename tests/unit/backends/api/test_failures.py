@@ -189,17 +189,16 @@ def test_a_redirect_is_not_followed(toy: Toy, generate: Callable[[], str]) -> No
 def test_a_server_that_hangs_is_given_up_at_its_time(
     build: Build, toy: Toy, sleeps: list[float], never: Callable[[Request], Response]
 ) -> None:
-    backend = build()
-    hasty = build(timeout=0.2)
-    toy.canned += [never]
+    toy.models_answer = never
     sentence = (
-        rf"^{toy.url}/v1/completions gave no answer within 0\.2 seconds\. If the server is only slow, give the spec a"
-        r" longer 'timeout'\.$"
+        rf"^{toy.url}/v1/models gave no answer within 0\.2 seconds\. If the server is only slow, give the spec a longer"
+        r" 'timeout'\.$"
     )
-    with hasty.as_base() as view, pytest.raises(ServerError, match=sentence):
-        view.generate("the sun", max_new_tokens=1)
+    with pytest.raises(ServerError, match=sentence):
+        build(timeout=0.2)
     assert sleeps == []  # a repeated request would time out again
-    with backend.as_base() as view:
+    toy.models_answer = None
+    with build().as_base() as view:
         assert view.generate("the sun", max_new_tokens=1)
 
 

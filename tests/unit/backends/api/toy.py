@@ -99,8 +99,9 @@ class Toy:
 
     def _models(self, request: Request) -> Response:
         self.headers.append(dict(request.headers))
-        if self.models_answer is not None:
-            return self.models_answer if isinstance(self.models_answer, Response) else self.models_answer(request)
+        answer = self.models_answer
+        if answer is not None:
+            return answer if isinstance(answer, Response) else answer(request)
         card: dict[str, Any] = {"object": "model"}
         if self.style == "vllm":
             card["owned_by"] = "vllm"
