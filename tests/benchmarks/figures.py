@@ -101,10 +101,10 @@ def run(
     return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text)
 
 
-def medians(
+def turns(
     rounds: int, clock: Callable[[], float] = time.perf_counter, /, **sides: Callable[[], object]
-) -> dict[str, float]:
-    """Return each side's median seconds; the sides take turns, so that all see the same load on the machine.
+) -> dict[str, list[float]]:
+    """Return each side's seconds in each turn; the sides take turns, so that all see the same load on the machine.
 
     Args:
         rounds: The number of turns of each.
@@ -117,4 +117,19 @@ def medians(
             started = clock()
             side()
             seconds[name].append(clock() - started)
-    return {name: median(taken) for name, taken in seconds.items()}
+    return seconds
+
+
+def medians(
+    rounds: int, clock: Callable[[], float] = time.perf_counter, /, **sides: Callable[[], object]
+) -> dict[str, float]:
+    """Return each side's median seconds; see `turns`."""
+    return {name: median(taken) for name, taken in turns(rounds, clock, **sides).items()}
+
+
+def times(seconds: Mapping[str, Sequence[float]], one: str, other: str) -> float:
+    """Return the median of one side's seconds in a turn, divided by another's in the same turn.
+
+    The machine's speed changes from turn to turn. The ratio of the medians would compare different turns.
+    """
+    return median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))

@@ -17,7 +17,7 @@ from typing import Any
 from examples.smollm2 import smollm2_folder
 from pytest_sway.backends.registry import Builder
 from pytest_sway.cache.backend_cache import BackendCache
-from tests.benchmarks.figures import Figure, medians, run
+from tests.benchmarks.figures import Figure, medians, run, times, turns
 from tests.benchmarks.peers import ByHand, DlmSway, Ours, Plain, apart, dlm_sway
 from tests.texts import lengths, texts
 from tests.tiny import make_adapter
@@ -83,25 +83,25 @@ class Sides:
 
     def rolling_long(self) -> Iterator[Figure]:
         batch_size, seconds = self._rolling(texts(self.tokenizer, lengths(32, 50, 400)), LONG_ROUNDS)
-        faster = min(("hflm", "dlm_sway"), key=lambda name: seconds[name])
+        faster = min(("hflm", "dlm_sway"), key=lambda name: times(seconds, name, "ours"))
         what = f"32 texts of 50 to 400 tokens; HFLM's best batch size {batch_size}"
         yield _faster("rolling_logprobs, long texts, times the faster peer", 1.1, seconds, faster, what)
         yield Figure(
             "rolling_logprobs, long texts / the bare forward passes",
             1.3,
-            seconds["ours"] / seconds["bare"],
-            f"bare: the model's forward on each text, {seconds['bare']:.2f} s",
+            times(seconds, "ours", "bare"),
+            f"bare: the model's forward on each text, {median(seconds['bare']):.2f} s",
         )
 
     def distributions(self) -> Figure:
         prompts = texts(self.tokenizer, lengths(16, 380, 420))
-        seconds = medians(
+        seconds = turns(
             ROUNDS,
             ours=lambda: self.ours.distributions(prompts),
             dlm_sway=lambda: self.dlm_sway.distributions(prompts),
             by_hand=lambda: self.by_hand.distributions(prompts),
         )
-        possible = seconds["dlm_sway"] / seconds["by_hand"]
+        possible = times(seconds, "dlm_sway", "by_hand")
         promised = min(1.8, OF_POSSIBLE * possible)
         what = (
             f"16 prompts; 1.8 is wanted, and a pass written by hand for this model, without LoRA, is at {possible:.2f}"
@@ -111,7 +111,7 @@ class Sides:
     def system_prompt(self) -> Figure:
         beginning = texts(self.tokenizer, [350])[0]
         prompts = [f"{beginning} {prompt}" for prompt in texts(self.tokenizer, lengths(16, 30, 70), seed=1)]
-        seconds = medians(
+        seconds = turns(
             ROUNDS,
             ours=lambda: self.ours.distributions(prompts),
             dlm_sway=lambda: self.dlm_sway.distributions(prompts),
@@ -123,7 +123,7 @@ class Sides:
         prompts = texts(self.tokenizer, lengths(50, 90, 110))
         pairs = [(prompt, completion) for prompt in prompts for completion in COMPLETIONS]
         batch_size = _best_batch_size(partial(self.plain.pairs, pairs[: len(pairs) // 4]))
-        seconds = medians(
+        seconds = turns(
             ROUNDS,
             ours=lambda: self.ours.pairs(pairs),
             hflm=lambda: self.plain.pairs(pairs, batch_size),
@@ -131,9 +131,9 @@ class Sides:
         what = f"50 prompts, 4 completions each; HFLM's best batch size {batch_size}"
         return _faster("logprobs_of, multiple choice, times HFLM", 1.5, seconds, "hflm", what)
 
-    def _rolling(self, scored: Sequence[str], rounds: int) -> tuple[int, dict[str, float]]:
+    def _rolling(self, scored: Sequence[str], rounds: int) -> tuple[int, dict[str, list[float]]]:
         batch_size = _best_batch_size(partial(self.plain.rolling, scored))
-        return batch_size, medians(
+        return batch_size, turns(
             rounds,
             ours=lambda: self.ours.rolling(scored),
             hflm=lambda: self.plain.rolling(scored, batch_size),
@@ -197,9 +197,9 @@ def _six_adapters(base: Path, adapters: Sequence[Path]) -> Figure:
     )
 
 
-def _faster(name: str, promised: float, seconds: dict[str, float], peer: str, what: str) -> Figure:
-    took = ", ".join(f"{side} {taken:.2f} s" for side, taken in seconds.items())
-    return Figure(name, promised, seconds[peer] / seconds["ours"], f"{took}; {what}", at_least=True)
+def _faster(name: str, promised: float, seconds: dict[str, list[float]], peer: str, what: str) -> Figure:
+    took = ", ".join(f"{side} {median(taken):.2f} s" for side, taken in seconds.items())
+    return Figure(name, promised, times(seconds, peer, "ours"), f"medians: {took}; {what}", at_least=True)
 
 
 # --- memory, in a process for each ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,16 @@ def test_x(sway_cache):
 def test_each_setting_that_is_declared_is_read() -> None:
     assert INI.keys() == settings._SETTINGS.keys() >= OPTIONS.keys()
     assert tuple(REPORTS) == settings.REPORTS
+
+
+@pytest.mark.parametrize("name", INI)
+def test_the_help_of_a_setting_names_its_default(name: str) -> None:
+    found = re.search(r"\(default: ([^)]+)\)$", INI[name])
+    assert found is not None
+    setting = settings._SETTINGS[name]
+    meant = {"no bound": None, "the best": "auto", "fp32 on a CPU": "auto", "true": True, "false": False}
+    default = meant[found[1]] if found[1] in meant else setting.parse(found[1])
+    assert default == setting.default
 
 
 def test_the_header_without_settings_is_that_of_the_defaults() -> None:

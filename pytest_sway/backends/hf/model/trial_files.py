@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 """Raise it when a trial or a pass changes, so that results of older versions are not used."""
 
 _KNOWN: Final = frozenset({"torch", "transformers", "peft"})
@@ -183,6 +183,7 @@ def _record_of(trials: Trials) -> dict[str, Any]:
         "divides": trials.divides,
         "body": trials.body,
         "output_class": None if kind is None else [kind.__module__, kind.__qualname__],
+        "divides_words": trials.divides_words,
         "longest_packed": trials.longest_packed,
         "caches": trials.caches,
         # A copy, since another thread may add to it.
@@ -196,18 +197,19 @@ def _fill(trials: Trials, content: bytes, model: Any) -> bool:
         record = json.loads(content)
         kind = None if record["output_class"] is None else _class(*record["output_class"])
         continues = {tuple(map(_number, lengths)): bool(does) for lengths, does in record["continues"]}
-        divides, longest, caches = record["divides"], record["longest_packed"], record["caches"]
+        divides, words, caches = record["divides"], record["divides_words"], record["caches"]
+        longest = record["longest_packed"]
         body = str(record["body"])
         if divides:
             inner_model(model).get_submodule(body)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
-    if {type(divides), type(caches)} - {bool, type(None)} or type(longest) not in (int, type(None)):
+    if {type(divides), type(words), type(caches)} - {bool, type(None)} or type(longest) not in (int, type(None)):
         return False
     if bool(divides) != (kind is not None):
         return False
     trials.body, trials.output_class, trials.divides = body, kind, divides  # in this order, for other threads
-    trials.longest_packed, trials.caches = longest, caches
+    trials.divides_words, trials.longest_packed, trials.caches = words, longest, caches
     trials.continues.update(continues)
     return True
 

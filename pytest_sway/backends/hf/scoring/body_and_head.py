@@ -8,11 +8,11 @@ the model's own logits. Each other way to run the body has a trial, too.
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.hygiene.contents import home_of, is_observed
 from pytest_sway.backends.hf.scoring import batching, packing
+from pytest_sway.backends.hf.scoring.output_layer import only_words, plain_layer, quick_for_few_rows
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 
@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 _TRIAL_LENGTH: Final = 4
-_FEW_ROWS: Final = 16
-_FEW_ROWS_FOR_ONE_THREAD: Final = 5
-_MANY_WEIGHTS: Final = 2**20
-"""Where `_quick_head` was faster on an AMD EPYC with AVX-512, for 32,000 to 262,144 tokens."""
+_WORDS: Final = 256
+"""Logits in parts are made for a multiple of this number of words, as matrix products are fastest."""
 
 
 class BodyAndHead:
@@ -113,10 +111,51 @@ class BodyAndHead:
 
         Args:
             rows: The hidden states.
-            quick: They may differ from the layer's own by rounding, if that is faster; see `_quick_head`.
+            quick: They may differ from the layer's own by rounding, if that is faster; see `quick_for_few_rows`.
         """
+        with quick_for_few_rows(self._model) if quick else nullcontext():
+            return self._logits(rows)
+
+    def logits_in_parts(self, rows: Any, nbytes: int) -> Iterator[Any]:
+        """Yield the logits of hidden states for some words at a time, in order, if `divides_words` allows it.
+
+        Each part may be in the memory of the one before.
+
+        Args:
+            rows: The hidden states, shape ``(rows, hidden size)``.
+            nbytes: About how many bytes of logits to make at once.
+        """
+        layer = plain_layer(self._model)
+        width = max(1, nbytes // (rows.element_size() * len(rows)) // _WORDS) * _WORDS
+        memory = rows.new_empty(len(rows) * min(width, len(layer.weight)))
+        for start in range(0, len(layer.weight), width):
+            with only_words(layer, start, start + width, memory):
+                part = self._logits(rows)
+            yield part
+
+    @property
+    def divides_words(self) -> bool:
+        """Whether the logits of some words are the same without the others'; tried when it is first read."""
+        layer = plain_layer(self._model)
+        if layer is None:
+            return False
+        if self._trials.divides_words is None:
+            states, _ = self._side_by_side([trial_tokens(self._model)])
+            whole = self._logits(states)
+            try:
+                nbytes = whole.nbytes // 3
+                parts = [part.clone() for part in self.logits_in_parts(states, nbytes)]
+                self._trials.divides_words = len(parts) > 1 and agree(joined([part.t() for part in parts]).t(), whole)
+            except Exception as error:  # an unknown architecture may raise anything; it still runs as a whole
+                if out_of_memory(error):
+                    return False
+                self._trials.failed()
+                self._trials.divides_words = False
+        return self._trials.divides_words
+
+    def _logits(self, rows: Any) -> Any:
         output = self._output_class(last_hidden_state=rows.unsqueeze(0))
-        with _returning(self._body, output), _quick_head(self._model) if quick else nullcontext():
+        with _returning(self._body, output):
             return self._model(input_ids=rows.new_zeros((1, len(rows)), dtype=int), use_cache=False).logits[0]
 
     def hidden_after(self, context: Sequence[int], tails: Sequence[Sequence[int]], cached_tokens: int) -> list[Any]:
@@ -209,54 +248,6 @@ def _output_class(model: Any, body: Any, ids: Any, whole: Any, trials: Trials) -
         trials.failed()
         return None
     return type(output) if agree(parts, whole) else None
-
-
-@contextmanager
-def _quick_head(model: Any) -> Iterator[None]:
-    """Multiply few rows by the weights of the output layer as MKL reads them in place, if the layer is plain.
-
-    ``torch.nn.Linear`` has MKL copy the weights first. With the factors exchanged it does not: on two cores, 16 rows
-    take 0.75 of the time, and 2 to 8 rows half of it. The numbers are equal but for rounding.
-    """
-    import torch
-
-    mkl: Any = torch.backends.mkl
-    head: Any = None
-    if model.device.type == "cpu" and mkl.is_available():
-        with suppress(Exception):  # an unknown architecture may raise anything
-            head = model.get_output_embeddings()
-    if not _is_plain_layer(head):
-        yield
-        return
-    most = _FEW_ROWS if torch.get_num_threads() > 1 else _FEW_ROWS_FOR_ONE_THREAD
-
-    def forward(input: Any) -> Any:  # noqa: A002 # as torch names it
-        is_quick = 1 < input.numel() // head.in_features <= most
-        return (_exchanged if is_quick else torch.nn.functional.linear)(input, head.weight)
-
-    vars(head)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(head)["forward"]
-
-
-def _exchanged(states: Any, weight: Any) -> Any:
-    """Return ``states @ weight.T``, computed as ``weight @ states.T``."""
-    return weight.mm(states.flatten(0, -2).t()).t().contiguous().view(*states.shape[:-1], len(weight))
-
-
-def _is_plain_layer(layer: Any) -> bool:
-    """Return whether a layer only multiplies float32 states by many float32 weights, by torch's own code."""
-    import torch
-
-    if type(layer) is not torch.nn.Linear or layer.bias is not None or "forward" in vars(layer):
-        return False
-    weight, torchs = layer.weight, torch.nn.functional.linear is torch._C._nn.linear
-    if not torchs or home_of(torch.nn.Linear.forward) != torch.nn.Linear.__module__ or is_observed():
-        return False  # somebody has replaced it, or looks at each operation
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.dtype == torch.float32
-    return plain and weight.numel() >= _MANY_WEIGHTS and not torch.is_autocast_enabled("cpu")
 
 
 @contextmanager

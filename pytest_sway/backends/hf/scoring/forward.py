@@ -32,8 +32,11 @@ __tracebackhide__ = True
 _FEWEST_ROWS: Final = 64
 """The head reads all of its weights for any number of rows. For fewer rows than this, that takes most of its time."""
 
+_MOST_ROWS: Final = 1024
+"""The most rows of logits that are made in parts of the vocabulary. So the head reads its weights once for them all."""
+
 _T = TypeVar("_T")
-Reduce: TypeAlias = Callable[[Any, Sequence[int], Sequence[int]], Iterable[_T]]
+Reduce: TypeAlias = Callable[[Iterable[Any], Sequence[int], Sequence[int]], Iterable[_T]]
 
 
 class Forward:
@@ -124,17 +127,20 @@ class Forward:
         four_chunks = self.limits.logits_bytes // self._vocabulary()  # of logits in float32
         return min(self.limits.tokens, max(1, four_chunks))
 
-    def logits(self, sequences: Sequence[tuple[Sequence[int], int]], reduce: Reduce[_T]) -> list[_T]:
+    def logits(
+        self, sequences: Sequence[tuple[Sequence[int], int]], reduce: Reduce[_T], *, in_parts: bool = False
+    ) -> list[_T]:
         """Compute the logits of the last positions of several sequences in one pass, and reduce them at once.
 
         Padding is on the right, and no attention mask is passed: a causal model's own mask hides what comes later.
 
         Args:
             sequences: Token ids of each sequence, and how many of its last positions are wanted.
-            reduce: Called with some logits, shape ``(rows, vocabulary)``, in the model's dtype; with the row of each
-                wanted position among them, where several may share a row; and with the number of each such position,
-                counted through all sequences. It returns an answer for each. It may overwrite the logits, which are
-                freed after it unless it returns them.
+            reduce: Called with the logits of some rows: tensors of shape ``(rows, words)`` in the model's dtype, for
+                consecutive parts of the vocabulary; with the row of each wanted position among them, where several may
+                share a row; and with the number of each such position, counted through all sequences. It returns an
+                answer for each. It may overwrite the logits, which are freed after it unless it returns them.
+            in_parts: Whether ``reduce`` takes more than one part. Asking for a part may overwrite the one before.
 
         Returns:
             The answer for each wanted position.
@@ -151,7 +157,7 @@ class Forward:
                 states, places = split.hidden(inputs, families)
                 wanted = [p for runs, (_, n) in zip(places, sequences, strict=True) for p in _last(runs, n)]
                 states = _rows(states, sorted(set(wanted)))
-            return self._reduced(lambda start, end: split.logits(states[start:end]), wanted, reduce)
+            return self._head_reduced(split, states, wanted, reduce, in_parts)
         longest = max(len(ids) for ids in inputs)
         kept = longest - min(len(ids) - n for ids, n in sequences)
         only = self.settings | ({} if self._argument is None else {self._argument: kept})
@@ -161,7 +167,7 @@ class Forward:
         ends = [(i + 1) * width - longest + len(ids) for i, ids in enumerate(inputs)]
         wanted = [p for end, (_, n) in zip(ends, sequences, strict=True) for p in range(end - n, end)]
         table = logits.flatten(0, 1)
-        return self._reduced(lambda start, end: _rows(table, wanted[start:end]), wanted, reduce)
+        return self._reduced(lambda start, end: [_rows(table, wanted[start:end])], wanted, reduce, self._chunk())
 
     def states(self, row: Row) -> Any:
         """Return the hidden states of a row's tokens, shape ``(positions, hidden size)``, if `packs` allows the row.
@@ -199,12 +205,12 @@ class Forward:
         )
 
     def window_logits(self, windows: Sequence[Window], reduce: Reduce[_T]) -> list[_T]:
-        """Do what `logits` does, for windows. If `shares` allows it, their context is computed once."""
+        """Do what `logits` does in parts, for windows. If `shares` allows it, their context is computed once."""
         if self.shares(windows) and (split := self.split()) is not None:
             tails = [window.scored[:-1] for window in windows]
             states = joined(split.hidden_after(windows[0].context, tails, self.limits.cached_tokens))
-            return self._reduced(lambda start, end: split.logits(states[start:end]), range(len(states)), reduce)
-        return self.logits([(window.inputs, len(window.scored)) for window in windows], reduce)
+            return self._head_reduced(split, states, range(len(states)), reduce, in_parts=True)
+        return self.logits([(window.inputs, len(window.scored)) for window in windows], reduce, in_parts=True)
 
     def _makes_few_logits(self, sequences: Sequence[tuple[Sequence[int], int]]) -> bool:
         """Return whether one plain pass of the model answers a single question, so that nothing needs a trial."""
@@ -223,23 +229,36 @@ class Forward:
         if many:
             trim_heap()
 
-    def _reduced(self, logits_of: Callable[[int, int], Any], wanted: Sequence[int], reduce: Reduce[_T]) -> list[_T]:
+    def _head_reduced(
+        self, split: BodyAndHead, states: Any, wanted: Sequence[int], reduce: Reduce[_T], in_parts: bool
+    ) -> list[_T]:
+        """Reduce the logits of hidden states, of which there is one for each distinct wanted place, in order."""
+        most, nbytes = self._chunk(), self.limits.part_bytes
+        if in_parts and len(states) > most and split.divides_words:
+            return self._reduced(
+                lambda start, end: split.logits_in_parts(states[start:end], nbytes), wanted, reduce, _MOST_ROWS
+            )
+        return self._reduced(lambda start, end: [split.logits(states[start:end])], wanted, reduce, most)
+
+    def _reduced(
+        self, parts_of: Callable[[int, int], Iterable[Any]], wanted: Sequence[int], reduce: Reduce[_T], most: int
+    ) -> list[_T]:
         """Reduce the logits of wanted places. The logits of each place are computed once.
 
         Args:
-            logits_of: Returns the logits of the distinct wanted places, sorted, from one index up to another.
+            parts_of: Returns the logits of the distinct wanted places, sorted, from one index up to another.
             wanted: The place of each wanted position.
             reduce: See `logits`.
+            most: The most places to reduce at once.
         """
         row_of = {place: row for row, place in enumerate(sorted(set(wanted)))}
         answers: dict[int, _T] = {}
-        chunk = self._chunk()
         in_order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-        for number, some in groupby(in_order, key=lambda i: row_of[wanted[i]] // chunk):
-            asked, start = list(some), number * chunk
+        for number, some in groupby(in_order, key=lambda i: row_of[wanted[i]] // most):
+            asked, start = list(some), number * most
             rows = [row_of[wanted[i]] - start for i in asked]
-            # No name for the logits here, so that one chunk is freed before the next is made.
-            answers |= zip(asked, reduce(logits_of(start, start + chunk), rows, asked), strict=True)
+            # No name for the logits here, so that those of some places are freed before the next are made.
+            answers |= zip(asked, reduce(parts_of(start, start + most), rows, asked), strict=True)
         return [answers[i] for i in range(len(wanted))]
 
     def _chunk(self) -> int:

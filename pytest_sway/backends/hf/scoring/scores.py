@@ -112,8 +112,8 @@ def _planned(engine: Engine, items: Sequence[_T], sequences: Sequence[tuple[Ids,
 def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[np.float32]]:
     targets = [token for window in windows for token in window.scored]
 
-    def reduce(logits: Any, rows: Sequence[int], asked: Sequence[int]) -> list[float]:
-        return _chosen_logprobs(logits, rows, [targets[i] for i in asked])
+    def reduce(parts: Iterable[Any], rows: Sequence[int], asked: Sequence[int]) -> list[float]:
+        return _chosen_logprobs(parts, rows, [targets[i] for i in asked])
 
     flat = np.array(engine.forward.window_logits(windows, reduce), dtype=np.float32)
     if np.isnan(flat).any():
@@ -123,7 +123,8 @@ def _window_logprobs(engine: Engine, windows: Sequence[Window]) -> list[NDArray[
 
 @recalling
 def _dists(engine: Engine, prompts: Sequence[Ids], top_k: int) -> list[TokenDist]:
-    def reduce(logits: Any, rows: Sequence[int], _: Sequence[int]) -> list[TokenDist]:
+    def reduce(parts: Iterable[Any], rows: Sequence[int], _: Sequence[int]) -> list[TokenDist]:
+        (logits,) = parts
         found = _most_probable(logits, top_k)
         return [found[row] for row in rows]
 
@@ -142,7 +143,7 @@ def next_logits(engine: Engine, prompts: Sequence[Ids]) -> Iterator[tuple[Ids, A
     """
     for batch in _planned_prompts(engine, prompts):
         try:
-            found = engine.forward.logits([(ids, 1) for ids in batch], lambda logits, rows, _: logits[rows].float())
+            found = engine.forward.logits([(ids, 1) for ids in batch], _as_floats)
         except MaskedError:  # as in `_answered`
             yield from next_logits(engine, batch)
         else:
@@ -167,23 +168,46 @@ def _answered(run: Run, plan: Any, work: Any, items: Sequence[Any], *args: Any) 
     return found
 
 
-def _chosen_logprobs(logits: Any, rows: Sequence[int], targets: Sequence[int]) -> list[float]:
+def _chosen_logprobs(parts: Iterable[Any], rows: Sequence[int], targets: Sequence[int]) -> list[float]:
     """Return the log-probability of each target in its row, in nats, computed in float32. Overwrites the logits.
 
     On a CPU, a few rows at a time are normalised, while they are in its cache.
+
+    Args:
+        parts: The logits, shape ``(rows, words)``, for consecutive parts of the vocabulary.
+        rows: The row of each target.
+        targets: Token ids.
     """
     import torch
 
-    row = torch.tensor(rows, device=logits.device)
-    chosen = logits[row, torch.tensor(targets, device=logits.device)].float()
-    at_once = max(1, _SLICE_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
-    highest, sums = [], []
-    for some in logits.split(at_once):
-        numbers = some.float()
-        highest.append(numbers.amax(-1))
-        sums.append(numbers.sub_(highest[-1].unsqueeze(-1)).exp_().sum(-1).log_())
-    logprobs: list[float] = (chosen - torch.cat(highest)[row] - torch.cat(sums)[row]).tolist()
+    row, target = torch.tensor(rows), torch.tensor(targets)
+    chosen, highest, sums = torch.zeros(len(rows)), [], []
+    start, lowest = 0, torch.finfo(torch.float32).min
+    for logits in parts:
+        width, device = logits.shape[-1], logits.device
+        here = ((start <= target) & (target < start + width)).nonzero().squeeze(-1)
+        chosen = chosen.to(device)
+        chosen[here.to(device)] = logits[row[here].to(device), (target[here] - start).to(device)].float()
+        at_once = max(1, _SLICE_BYTES // (4 * width)) if device.type == "cpu" else len(logits)
+        tops, totals = [], []
+        for some in logits.split(at_once):
+            numbers = some.float()
+            tops.append(numbers.amax(-1).clamp_(min=lowest))  # all words of a part may be at minus infinity
+            totals.append(numbers.sub_(tops[-1].unsqueeze(-1)).exp_().sum(-1))
+        highest.append(torch.cat(tops))
+        sums.append(torch.cat(totals))
+        start += width
+    high = torch.stack(highest)
+    highest_of_all = high.amax(0)
+    logs = (torch.stack(sums) * (high - highest_of_all).exp()).sum(0).log()
+    row = row.to(chosen.device)
+    logprobs: list[float] = (chosen - highest_of_all[row] - logs[row]).tolist()
     return logprobs
+
+
+def _as_floats(parts: Iterable[Any], rows: Sequence[int], _: Sequence[int]) -> Any:
+    (logits,) = parts
+    return logits[rows].float()
 
 
 def _most_probable(logits: Any, top_k: int) -> list[TokenDist]:

@@ -26,6 +26,7 @@ class Trials:
         divides: Whether the model can be split into body and head.
         body: The name of the body's module.
         output_class: The class of the body's output.
+        divides_words: Whether the logits of some words are the same without the others'.
         longest_packed: The most tokens of a sequence that can be packed into a row with others.
         caches: Whether continuing from a key-value cache gives the same as one pass.
         pads: Whether a text that is padded on the right is read as it is alone.
@@ -39,6 +40,7 @@ class Trials:
     divides: bool | None = None
     body: str = ""
     output_class: type | None = None
+    divides_words: bool | None = None
     longest_packed: int | None = None
     caches: bool | None = None
     pads: bool | None = None

@@ -124,7 +124,7 @@ def _probe(words: int, files: AdapterFiles) -> list[int]:
 def _logits(engine: Engine, ids: list[int]) -> Any:
     import torch
 
-    return torch.stack(engine.forward.logits([(ids, len(ids))], lambda logits, *_: logits))
+    return torch.stack(engine.forward.logits([(ids, len(ids))], lambda parts, *_: next(iter(parts))))
 
 
 def _numbers(engine: Engine, ids: list[int]) -> Any:

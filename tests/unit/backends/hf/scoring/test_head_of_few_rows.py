@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from pytest_sway.backends.hf.scoring import body_and_head
+from pytest_sway.backends.hf.scoring import output_layer
 from tests.unit.backends.hf.insides import engine_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def threads(count: int) -> Iterator[None]:
 @pytest.fixture
 def parts(build: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A small model in two parts, whose output layer counts as large."""
-    monkeypatch.setattr(body_and_head, "_MANY_WEIGHTS", 1)
+    monkeypatch.setattr(output_layer, "_MANY_WEIGHTS", 1)
     with build(base).as_base() as view, torch.inference_mode():
         yield engine_of(view).forward.split()
 
@@ -50,13 +50,13 @@ def _states(parts: Any, rows: int) -> Any:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each product with exchanged factors, in order."""
     made: list[int] = []
-    exchanged = body_and_head._exchanged
+    exchanged = output_layer._exchanged
 
     def noting(states: Any, weight: Any) -> Any:
         made.append(states.shape[-2])
         return exchanged(states, weight)
 
-    monkeypatch.setattr(body_and_head, "_exchanged", noting)
+    monkeypatch.setattr(output_layer, "_exchanged", noting)
     return made
 
 
