@@ -180,14 +180,14 @@ def _chosen_logprobs(parts: Iterable[Any], rows: Sequence[int], targets: Sequenc
     """
     import torch
 
-    row, target = torch.tensor(rows), torch.tensor(targets)
-    chosen, highest, sums = torch.zeros(len(rows)), [], []
+    row, target = np.array(rows), np.array(targets)
+    chosen, highest, sums = [], [], []
     start, lowest = 0, torch.finfo(torch.float32).min
     for logits in parts:
         width, device = logits.shape[-1], logits.device
-        here = ((start <= target) & (target < start + width)).nonzero().squeeze(-1)
-        chosen = chosen.to(device)
-        chosen[here.to(device)] = logits[row[here].to(device), (target[here] - start).to(device)].float()
+        here = np.flatnonzero((start <= target) & (target < start + width))
+        at = (torch.tensor(indices, device=device) for indices in (row[here], target[here] - start))
+        chosen.append((here, logits[*at].float()))
         at_once = max(1, _SLICE_BYTES // (4 * width)) if device.type == "cpu" else len(logits)
         tops, totals = [], []
         for some in logits.split(at_once):
@@ -197,11 +197,12 @@ def _chosen_logprobs(parts: Iterable[Any], rows: Sequence[int], targets: Sequenc
         highest.append(torch.cat(tops))
         sums.append(torch.cat(totals))
         start += width
-    high = torch.stack(highest)
-    highest_of_all = high.amax(0)
-    logs = (torch.stack(sums) * (high - highest_of_all).exp()).sum(0).log()
-    row = row.to(chosen.device)
-    logprobs: list[float] = (chosen - highest_of_all[row] - logs[row]).tolist()
+    order = torch.tensor(np.argsort(np.concatenate([here for here, _ in chosen])), device=device)
+    tops_of_parts = torch.stack(highest)
+    top = tops_of_parts.amax(0)
+    logs = (torch.stack(sums) * (tops_of_parts - top).exp()).sum(0).log()
+    its_row = torch.tensor(row, device=device)
+    logprobs: list[float] = (torch.cat([some for _, some in chosen])[order] - top[its_row] - logs[its_row]).tolist()
     return logprobs
 
 
