@@ -114,7 +114,7 @@ class PatchRecord:
         A function that was patched while the model was loaded, and is the library's own again, is no patch.
         """
         functions = _attention_functions()
-        self._forwards |= {kind: kind.forward for kind in self._forwards if _is_own(kind.forward, kind)}
+        self._forwards |= {kind: kind.forward for kind in self._forwards if has_own_forward(kind)}
         self._functions |= {name: now for name in self._functions if _is_transformers(now := functions.get(name))}
         found = [
             f"class {kind.__module__}.{kind.__qualname__}: its forward was replaced"
@@ -154,11 +154,12 @@ def home_of(function: Any) -> str:
     return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
-def _is_own(forward: Any, kind: type) -> bool:
-    """Return whether a ``forward`` is the one that a class, or a class it inherits from, was defined with.
+def has_own_forward(kind: Any) -> bool:
+    """Return whether a class's ``forward`` is the one that it, or a class it inherits from, was defined with.
 
     The decorators of transformers may be around it.
     """
+    forward = kind.forward
     defined = {(parent.__module__, f"{parent.__qualname__}.forward") for parent in kind.__mro__}
     homes = {"transformers", *(parent.__module__.partition(".")[0] for parent in kind.__mro__)}
     named = (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", ""))

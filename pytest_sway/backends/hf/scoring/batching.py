@@ -35,7 +35,6 @@ class Limits:
         few_logits_tokens: The same, if logits are wanted for less than half of them, which leaves more memory.
         overhead: The fixed cost of a pass, as a number of positions.
         logits_bytes: Approximate bytes of logits that exist at once.
-        part_bytes: The same, if they are made for some words at a time.
         worth_trimming: The number of positions from which on the heap gives memory back before the body and before the
             head. That takes about a hundredth of such a pass, and the memory of body and head does not add up.
         cached_tokens: The most token positions in key-value caches, unless one sequence alone has more.
@@ -50,7 +49,6 @@ class Limits:
     few_logits_tokens: int
     overhead: int
     logits_bytes: int
-    part_bytes: int
     worth_trimming: int
     cached_tokens: int
     decoded_tokens: int
@@ -63,7 +61,6 @@ CPU: Final = Limits(
     few_logits_tokens=1536,
     overhead=48,
     logits_bytes=24 * 2**20,
-    part_bytes=8 * 2**20,
     worth_trimming=384,
     cached_tokens=2048,
     decoded_tokens=8192,
@@ -75,7 +72,6 @@ ACCELERATOR: Final = Limits(
     few_logits_tokens=16384,
     overhead=512,
     logits_bytes=256 * 2**20,
-    part_bytes=256 * 2**20,
     worth_trimming=2**31,
     cached_tokens=32768,
     decoded_tokens=32768,

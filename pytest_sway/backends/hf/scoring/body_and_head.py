@@ -12,7 +12,12 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from pytest_sway.backends.hf.scoring import batching, packing
-from pytest_sway.backends.hf.scoring.output_layer import only_words, plain_layer, quick_for_few_rows
+from pytest_sway.backends.hf.scoring.output_layer import (
+    compute_as_made,
+    only_words,
+    plain_layer,
+    quick_for_few_rows,
+)
 from pytest_sway.backends.hf.scoring.trials import Trials
 from pytest_sway.backends.libraries.out_of_memory import out_of_memory
 
@@ -137,7 +142,7 @@ class BodyAndHead:
     def divides_words(self) -> bool:
         """Whether the logits of some words are the same without the others'; tried when it is first read."""
         layer = plain_layer(self._model)
-        if layer is None:
+        if layer is None or not compute_as_made(self._model, layer):
             return False
         if self._trials.divides_words is None:
             states, _ = self._side_by_side([trial_tokens(self._model)])

@@ -32,6 +32,9 @@ __tracebackhide__ = True
 _FEWEST_ROWS: Final = 64
 """The head reads all of its weights for any number of rows. For fewer rows than this, that takes most of its time."""
 
+_PART_BYTES: Final = 8 * 2**20
+"""Approximate bytes of logits that exist at once, if they are made for some words at a time."""
+
 _MOST_ROWS: Final = 1024
 """The most rows of logits that are made in parts of the vocabulary. So the head reads its weights once for them all."""
 
@@ -233,10 +236,10 @@ class Forward:
         self, split: BodyAndHead, states: Any, wanted: Sequence[int], reduce: Reduce[_T], in_parts: bool
     ) -> list[_T]:
         """Reduce the logits of hidden states, of which there is one for each distinct wanted place, in order."""
-        most, nbytes = self._chunk(), self.limits.part_bytes
+        most = self._chunk()
         if in_parts and len(states) > most and split.divides_words:
             return self._reduced(
-                lambda start, end: split.logits_in_parts(states[start:end], nbytes), wanted, reduce, _MOST_ROWS
+                lambda start, end: split.logits_in_parts(states[start:end], _PART_BYTES), wanted, reduce, _MOST_ROWS
             )
         return self._reduced(lambda start, end: [split.logits(states[start:end])], wanted, reduce, most)
 

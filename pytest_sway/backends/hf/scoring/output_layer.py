@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_sway.backends.hf.hygiene.contents import home_of, is_observed
+from pytest_sway.backends.hf.hygiene.contents import has_own_forward, home_of, is_observed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,6 +38,16 @@ def _is_plain(layer: Any) -> bool:
         return False  # somebody has replaced it, or looks at each operation
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.dtype == torch.float32
     return plain and weight.numel() >= _MANY_WEIGHTS and not torch.is_autocast_enabled("cpu")
+
+
+def compute_as_made(*modules: Any) -> bool:
+    """Return whether modules have no hooks and the ``forward`` of their classes; others may expect all words."""
+    return all(
+        "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and has_own_forward(type(module))
+        for module in modules
+    )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pytest_sway.backends.hf.scoring import body_and_head, output_layer
+from pytest_sway.backends.hf.scoring import forward as forward_module
 from pytest_sway.backends.hf.scoring.scores import _chosen_logprobs
 from tests.unit.backends.hf.insides import engine_of
 
@@ -26,9 +28,10 @@ def view(build: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
     """The base of a small model whose output layer and logits count as large."""
     monkeypatch.setattr(output_layer, "_MANY_WEIGHTS", 1)
     monkeypatch.setattr(body_and_head, "_WORDS", WORDS)
+    monkeypatch.setattr(forward_module, "_PART_BYTES", 4 * ROWS * 3 * WORDS)
     with build(base).as_base() as opened, torch.inference_mode():
         forward = engine_of(opened).forward
-        forward.limits = replace(forward.limits, logits_bytes=1, part_bytes=4 * ROWS * 3 * WORDS)
+        forward.limits = replace(forward.limits, logits_bytes=1)
         yield opened
 
 
@@ -95,7 +98,7 @@ def _without_the_last_word(logits: Any) -> Any:
 
 @pytest.mark.parametrize("change", [_centred, _without_a_word, _without_the_last_word])
 def test_a_model_that_looks_at_all_words_is_not_divided(
-    view: Any, widths: list[int], monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
+    view: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
 ) -> None:
     model = view.model
     plain = type(model).forward
@@ -107,7 +110,33 @@ def test_a_model_that_looks_at_all_words_is_not_divided(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "forward", forward)
+        patch.setattr(body_and_head, "compute_as_made", lambda *_: True)  # as if it were the model's own
         assert not engine_of(view).forward.split().divides_words
+
+
+@pytest.mark.parametrize("where", ["model", "layer"])
+def test_a_hook_gets_the_logits_of_all_words(view: Any, parts: Any, widths: list[int], where: str) -> None:
+    assert parts.divides_words
+    seen: set[int] = set()
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        seen.add((output if where == "layer" else output.logits).shape[-1])
+
+    handle = (parts._model if where == "model" else _head(parts)).register_forward_hook(hook)
+    try:
+        view.rolling_logprob(LONG)
+    finally:
+        handle.remove()
+    assert seen == {_head(parts).out_features}
+    assert parts.divides_words
+
+
+def test_a_replaced_forward_gets_the_logits_of_all_words(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parts.divides_words
+    kind = type(parts._model)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", functools.wraps(kind.forward)(lambda *args, **kwargs: None))
+        assert not parts.divides_words
 
 
 def test_a_layer_with_a_bias_is_not_divided(parts: Any) -> None:
